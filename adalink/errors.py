@@ -1,0 +1,36 @@
+"""The errors a caller may catch.
+
+    AdalinkError
+    |- ConfigError       a wrong argument, key or combination of settings
+    |- DataError         a file, column or sample that cannot be read or does not fit
+    |  `- BudgetError    more bad samples than the budget allows
+    |- AttachError       a port, layer or linear that the frozen model does not have, or a model that cannot be edited
+    `- CheckpointError   an adapter file that is damaged, or made for another base
+
+Every message is one sentence that says what is wrong, what was found, what was expected and what to do. The command line prints
+it and exits with code 2; nothing else is printed for these.
+"""
+
+
+class AdalinkError(Exception):
+    """Anything the caller can mend."""
+
+
+class ConfigError(AdalinkError):
+    """A wrong argument, key or combination of settings."""
+
+
+class DataError(AdalinkError):
+    """A file, column or sample that cannot be read or does not fit."""
+
+
+class BudgetError(DataError):
+    """More bad samples than the budget allows."""
+
+
+class AttachError(AdalinkError):
+    """A port, layer or linear that the frozen model does not have, or a model that cannot be edited."""
+
+
+class CheckpointError(AdalinkError):
+    """An adapter file that is damaged, or made for another base."""

@@ -1,0 +1,49 @@
+"""One image with all its texts: what a data set yields, before any model sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+__all__ = ["Question", "Sample", "SampleSource"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question about a picture, with what people answered (ten answers in VQAv2, none in a test split)."""
+
+    question_id: int
+    text: str
+    answers: tuple[str, ...] = ()
+    question_type: str = ""
+    answer_type: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """ONE image with ALL its texts.
+
+    key        unique in its data set; what logs and reports name
+    image_id   the id in the official result files
+    image      encoded bytes (from a shard) or the path of a file; decoded by `multimodal.images.decode_image`
+    """
+
+    key: str
+    image_id: int
+    image: bytes | Path
+    captions: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
+
+
+class SampleSource(Protocol):
+    """A data set with random access: order and resume are the reader's affair, not the source's.
+
+    Pickles cheaply, because worker processes get a copy.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+

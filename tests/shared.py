@@ -1,0 +1,27 @@
+"""Where the development fixtures lie; a test that needs them skips, saying so, where they are absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def fixtures(folder: str) -> Path:
+    """The folder of fixtures of one kind: under ADALINK_FIXTURES, by default ../shared/fixtures beside the repository."""
+    root = Path(os.environ.get("ADALINK_FIXTURES", SHARED / "fixtures"))
+    return _present(root / folder)
+
+
+def shared(path: str) -> Path:
+    """A file or folder of ../shared: real photographs and real frozen parts."""
+    return _present(SHARED / path)
+
+
+def _present(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"{path} is not here: development data does not travel with the repository", allow_module_level=True)
+    return path
