@@ -1,0 +1,78 @@
+"""Caption scores equal to those of the official COCO caption evaluation, without Java."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adalink.errors import DataError
+from tasks.metrics.bleu import BleuSums, bleu, bleu_sums
+from tasks.metrics.cider import cider
+from tasks.metrics.ngrams import MAX_N, Corpus, Floats, count_ngrams
+from tasks.metrics.ptb import tokenize
+from tasks.metrics.rouge import rouge_l
+
+__all__ = ["CAPTION_SCORER", "CaptionScores", "score_captions"]
+
+# Named beside every figure: what it equals, and the version it was checked against.
+CAPTION_SCORER = "COCO caption evaluation (equal to pycocoevalcap 1.2)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionScores:
+    """The figures of a corpus and of each image; CIDEr is CIDEr-D, all are fractions of 1 (CIDEr of 10) as the official code gives them.
+
+    corpus     {"Bleu_1", .. "Bleu_4", "ROUGE_L", "CIDEr"}
+    per_image  {image id: the same six}; Bleu_n of an image is that of a corpus of one, so their mean is not the corpus figure
+    bleu       what corpus BLEU is made of, one row per image in the order of per_image
+    """
+
+    corpus: dict[str, float]
+    per_image: dict[int, dict[str, float]]
+    bleu: BleuSums
+    scorer: str = CAPTION_SCORER
+
+
+def score_captions(hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> CaptionScores:
+    """Scores of one generated caption per image against the references of the same images.
+
+    Raises DataError where the two do not hold the same images, or an image has no reference.
+    """
+    images = _same_images(hypotheses, references)
+    corpus = Corpus(
+        hypotheses=[tokenize(hypotheses[image]) for image in images],
+        references=[[tokenize(text) for text in references[image]] for image in images],
+    )
+    return _score(images, corpus)
+
+
+def _score(images: Sequence[int], corpus: Corpus) -> CaptionScores:
+    counts = count_ngrams(corpus)
+    sums = bleu_sums(corpus, counts)
+    columns: dict[str, Floats] = {}
+    rows = bleu(sums.correct, sums.guess, sums.length, sums.reference_length)
+    for n in range(MAX_N):
+        columns[f"Bleu_{n + 1}"] = rows[:, n]
+    columns["ROUGE_L"] = rouge_l(corpus)
+    columns["CIDEr"] = cider(corpus, counts)
+    whole = bleu(sums.correct.sum(0), sums.guess.sum(0), sums.length.sum(), sums.reference_length.sum()).tolist()
+    figures = {f"Bleu_{n + 1}": whole[n] for n in range(MAX_N)}
+    figures |= {name: float(np.mean(columns[name])) for name in ("ROUGE_L", "CIDEr")}
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    per_image = {image: dict(zip(columns, row, strict=True)) for image, row in zip(images, values, strict=True)}
+    return CaptionScores(corpus=figures, per_image=per_image, bleu=sums)
+
+
+def _same_images(hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> list[int]:
+    if not references:
+        raise DataError("there are no references to score against; expected at least one image")
+    missing = [image for image in references if image not in hypotheses]
+    unknown = [image for image in hypotheses if image not in references]
+    bare = [image for image in references if not references[image]]
+    wrong = ((missing, "have no generated caption"), (unknown, "have no references"), (bare, "have an empty list of references"))
+    for images, what in wrong:
+        if images:
+            raise DataError(f"{len(images)} images {what} (first: {images[:5]}); expected both for the same images")
+    return list(references)
