@@ -1,0 +1,125 @@
+"""The official VQA accuracy, and the variant that always normalises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, cast
+
+from adalink.errors import ConfigError, DataError
+from tasks.metrics.vqa_words import clean, normalize
+
+__all__ = ["VQA_SCORERS", "AnswerScores", "GradedQuestion", "Predictions", "QuestionId", "VqaScorer", "score_answers"]
+
+VqaScorer: TypeAlias = Literal["official", "normalized"]
+QuestionId: TypeAlias = int | str  # numbers everywhere but in A-OKVQA (strings) and VizWiz (file names)
+Predictions: TypeAlias = Mapping[int, str] | Mapping[str, str] | Mapping[QuestionId, str]
+
+# Named beside every figure: what it equals, and the version it was checked against.
+VQA_SCORERS: dict[VqaScorer, str] = {
+    "official": "VQA accuracy, official (equal to GT-Vision-Lab/VQA a013f004)",
+    "normalized": "VQA accuracy, normalized (GT-Vision-Lab/VQA a013f004, but every answer is normalised)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedQuestion:
+    """What people answered to one question, raw.
+
+    answers  in the order of the file: the sum of their accuracies is rounded in that order
+    marks    one per answer, or empty. The official script compares whole records, so two records equal in answer AND in everything
+             else drop out together when one of them is left out. Records with an answer_id are never equal: marks stay empty.
+             Without one (VizWiz), the mark is the rest of the record, such as the confidence "yes".
+    """
+
+    question_id: QuestionId
+    answers: tuple[str, ...]
+    question_type: str = ""
+    answer_type: str = ""
+    marks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.marks and len(self.marks) != len(self.answers):
+            found = f"{len(self.marks)} marks for {len(self.answers)} answers"
+            raise ConfigError(f"question {self.question_id} has {found}; expected one mark per answer, or none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerScores:
+    """Accuracies in percent, unrounded: the official script prints them with round(figure, 2)."""
+
+    overall: float
+    per_question_type: dict[str, float]
+    per_answer_type: dict[str, float]
+    per_question: dict[QuestionId, float]
+    scorer: str
+
+
+def score_answers(predictions: Predictions, questions: Sequence[GradedQuestion], scorer: VqaScorer = "official") -> AnswerScores:
+    """Accuracy of one predicted answer per question.
+
+    official    normalises both sides only where the human answers differ, as the official script does; with all equal it wants the
+                very same string
+    normalized  normalises both sides always
+
+    Raises DataError where questions have no prediction, predictions no question, or a question no answers.
+    """
+    given = cast("Mapping[QuestionId, str]", predictions)
+    _check(given, questions, scorer)
+    fractions: list[float] = []
+    by_question_type: dict[str, list[float]] = {}
+    by_answer_type: dict[str, list[float]] = {}
+    for question in questions:
+        fraction = _accuracy(given[question.question_id], question, scorer)
+        fractions.append(fraction)
+        by_question_type.setdefault(question.question_type, []).append(fraction)
+        by_answer_type.setdefault(question.answer_type, []).append(fraction)
+    return AnswerScores(
+        overall=_percent(fractions),
+        per_question_type={name: _percent(values) for name, values in by_question_type.items()},
+        per_answer_type={name: _percent(values) for name, values in by_answer_type.items()},
+        per_question={question.question_id: 100 * value for question, value in zip(questions, fractions, strict=True)},
+        scorer=VQA_SCORERS[scorer],
+    )
+
+
+def _percent(fractions: Sequence[float]) -> float:
+    return 100 * sum(fractions) / len(fractions)
+
+
+def _accuracy(prediction: str, question: GradedQuestion, scorer: VqaScorer) -> float:
+    """The mean over human answers of min(1, how many of the OTHER answers equal the prediction / 3)."""
+    answers = [clean(answer) for answer in question.answers]
+    prediction = clean(prediction)
+    if scorer == "normalized" or len(set(answers)) > 1:
+        answers = [normalize(answer) for answer in answers]
+        prediction = normalize(prediction)
+    equal = answers.count(prediction)
+    if not equal:
+        return 0.0
+    inside, outside = min(1, (equal - 1) / 3), min(1, equal / 3)
+    if question.marks:
+        same = [mark for mark, answer in zip(question.marks, answers, strict=True) if answer == prediction]
+        marked = {mark: min(1, (equal - same.count(mark)) / 3) for mark in same}
+        each = [marked[mark] if answer == prediction else outside for mark, answer in zip(question.marks, answers, strict=True)]
+    else:
+        each = [inside if answer == prediction else outside for answer in answers]
+    return float(sum(each)) / len(each)
+
+
+def _check(predictions: Mapping[QuestionId, str], questions: Sequence[GradedQuestion], scorer: VqaScorer) -> None:
+    if scorer not in VQA_SCORERS:
+        raise ConfigError(f"there is no VQA scorer {scorer!r}; expected one of {', '.join(VQA_SCORERS)}")
+    if not questions:
+        raise DataError("there are no questions to score; expected at least one")
+    known = {question.question_id for question in questions}
+    if len(known) < len(questions):
+        raise DataError(f"{len(questions) - len(known)} of {len(questions)} questions repeat a question id; expected each id once")
+    wrong = (
+        ([name for name in known if name not in predictions], "questions have no predicted answer"),
+        ([name for name in predictions if name not in known], "predicted answers belong to no question"),
+        ([question.question_id for question in questions if not question.answers], "questions have no human answers to score against"),
+    )
+    for names, what in wrong:
+        if names:
+            raise DataError(f"{len(names)} {what} (first: {names[:5]}); expected both for the same questions")
