@@ -1,0 +1,74 @@
+"""What was skipped, and why: counted by reason, named up to a few keys, and stopped at a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from adalink.errors import BudgetError, ConfigError
+
+__all__ = ["BadSample", "BadSamples"]
+
+KEYS_KEPT = 5  # per reason; enough to look at, and a message still fits on a line or two
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """One sample that cannot be used.
+
+    key      the key that the sample has, or would have had
+    reason   short and stable, such as "truncated": reports count by it
+    detail   one sentence for a person
+    """
+
+    key: str
+    reason: str
+    detail: str = ""
+
+
+class BadSamples:
+    """Counts bad samples by reason and keeps the first keys of each; `check` raises once there are more than the budget.
+
+    budget   how many bad samples a run may skip; 0 stops at the first.
+    """
+
+    def __init__(self, *, budget: int, found: Iterable[BadSample] = ()) -> None:
+        if budget < 0:
+            raise ConfigError(f"the budget for bad samples is {budget}; give 0 (stop at the first one) or more")
+        self._budget = budget
+        self._counts: dict[str, int] = {}
+        self._first: dict[str, list[BadSample]] = {}
+        for bad in found:
+            self.add(bad)
+
+    def add(self, bad: BadSample) -> None:
+        """Counts one; raises nothing, so that a whole batch can be counted before the run is stopped."""
+        self._counts[bad.reason] = self._counts.get(bad.reason, 0) + 1
+        first = self._first.setdefault(bad.reason, [])
+        if len(first) < KEYS_KEPT:
+            first.append(bad)
+
+    def check(self) -> None:
+        """Raises BudgetError, which names each reason, its count and its first keys, when more than the budget were added."""
+        total = sum(self._counts.values())
+        if total > self._budget:
+            advice = "mend or remove them, or allow more bad samples"
+            raise BudgetError(f"{total} bad samples, and at most {self._budget} are allowed: {self.summary()}; {advice}")
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many of each reason, in the order in which the reasons first came."""
+        return dict(self._counts)
+
+    @property
+    def first(self) -> Mapping[str, tuple[BadSample, ...]]:
+        """The first few of each reason."""
+        return {reason: tuple(bad) for reason, bad in self._first.items()}
+
+    def summary(self) -> str:
+        """For a log line: `3 truncated (12, 40, 41), 1 missing file (7)`; empty where nothing was added."""
+        parts = []
+        for reason, count in self._counts.items():
+            keys = [bad.key for bad in self._first[reason]] + (["..."] if count > KEYS_KEPT else [])
+            parts.append(f"{count} {reason} ({', '.join(keys)})")
+        return ", ".join(parts)

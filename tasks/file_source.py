@@ -1,0 +1,33 @@
+"""A data set that lies in files: its samples in memory, its pictures on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from adalink.errors import DataError
+from multimodal.bad_samples import BadSample
+from multimodal.sample import Sample
+
+__all__ = ["FileSource"]
+
+
+class FileSource:
+    """Samples whose images are paths, in the order of the annotations; nothing is decoded here.
+
+    problems   what the annotations name and the data set cannot give: pictures that are not there, images without a text.
+    """
+
+    def __init__(self, samples: Iterable[Sample], problems: Iterable[BadSample], *, read_from: Path) -> None:
+        """Raises DataError where no sample is left; `read_from` is the annotation file, for the message."""
+        self._samples = tuple(samples)
+        self.problems = tuple(problems)
+        if not self._samples:
+            first = f"; {len(self.problems)} cannot be used, the first because {self.problems[0].detail}" if self.problems else ""
+            raise DataError(f"{read_from} gives no sample{first}")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]

@@ -1,0 +1,174 @@
+"""Questions and answers in VQAv2's format: a folder of pictures, a questions file, and for all but test splits an annotations file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from adalink.errors import ConfigError, DataError
+from multimodal.bad_samples import BadSample
+from multimodal.sample import Question, Sample
+from tasks.annotation_files import Rows, integer, read_annotation_file, text
+from tasks.file_source import FileSource
+from tasks.image_folder import ImageFolder, ImageName
+
+__all__ = ["read_vqa"]
+
+
+def read_vqa(*, images: Path, questions: Path, annotations: Path | None, image_name: str | None = None) -> FileSource:
+    """One sample per image with all its questions, in the order of the questions file; the key is the image's id.
+
+    images        the folder of pictures
+    questions     such as v2_OpenEnded_mscoco_val2014_questions.json
+    annotations   such as v2_mscoco_val2014_annotations.json; None for a test split: the questions then have no answers
+    image_name    a pattern such as `image{image_id}.jpg`; None takes COCO's names where the questions file says that it is about COCO
+
+    Pictures that are not in the folder, and questions without a letter, are in `problems`.
+    Raises DataError on a file that is missing or of another shape and where questions and annotations do not match one to one;
+    ConfigError on the pattern.
+    """
+    given = None if image_name is None else ImageName(image_name)
+    folder = ImageFolder(images)
+    document, (question_rows,) = read_annotation_file(questions, "questions")
+    name = given or _coco_name(document, questions)
+    asked = _questions(question_rows)
+    answered: Mapping[int, _Answered] | None = None
+    if annotations is not None:
+        answered = _annotations(annotations)
+        _check_match(asked, answered, questions, annotations)
+    problems: list[BadSample] = []
+    samples = []
+    for image_id, of_image in _by_image(asked, answered, problems).items():
+        key = str(image_id)
+        path = folder.find(name(image_id), f"{questions} with the image name pattern")
+        if path is None:
+            detail = f"{images / name(image_id)} is missing ({len(of_image)} questions)"
+            problems.append(BadSample(key=key, reason="missing file", detail=detail))
+        elif not of_image:
+            problems.append(BadSample(key=key, reason="no text", detail=f"image {image_id} has no question"))
+        else:
+            samples.append(Sample(key=key, image_id=image_id, image=path, questions=tuple(of_image)))
+    return FileSource(samples, problems, read_from=questions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    where: str  # the row, for messages
+    image_id: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answered:
+    where: str
+    image_id: int
+    answers: tuple[str, ...]
+    question_type: str
+    answer_type: str
+
+
+def _coco_name(document: Mapping[str, object], questions: Path) -> ImageName:
+    """COCO's own file names, where the questions file is one of the official ones (data_type `mscoco`).
+
+    The split test-dev2015 asks about pictures of test2015, and they are named so.
+    """
+    split = document.get("data_subtype")
+    if document.get("data_type") != "mscoco" or not isinstance(split, str):
+        raise ConfigError(f"{questions} does not say what its pictures are called; give an image name, such as image{{image_id}}.jpg")
+    return ImageName(f"COCO_{split.replace('test-dev', 'test')}_{{image_id:012d}}.jpg")
+
+
+def _questions(rows: Rows) -> dict[int, _Asked]:
+    asked: dict[int, _Asked] = {}
+    for where, row in rows:
+        question_id = integer(row, "question_id", where)
+        if question_id in asked:
+            raise DataError(f"{where} has the question_id {question_id}, which {asked[question_id].where} has too; expected each once")
+        asked[question_id] = _Asked(where=where, image_id=integer(row, "image_id", where), text=text(row, "question", where).strip())
+    return asked
+
+
+def _annotations(path: Path) -> dict[int, _Answered]:
+    _, (rows,) = read_annotation_file(path, "annotations")
+    answered: dict[int, _Answered] = {}
+    for where, row in rows:
+        question_id = integer(row, "question_id", where)
+        if question_id in answered:
+            raise DataError(f"{where} has the question_id {question_id}, which {answered[question_id].where} has too; expected each once")
+        answered[question_id] = _Answered(
+            where=where,
+            image_id=integer(row, "image_id", where),
+            answers=_answers(row, where),
+            question_type=_optional(row, "question_type", where),
+            answer_type=_optional(row, "answer_type", where),
+        )
+    return answered
+
+
+def _answers(row: Mapping[str, object], where: str) -> tuple[str, ...]:
+    """The answers as they stand in the file, since the official score normalises them only at times.
+
+    Each text is stored once for all that gave it: VQAv2's training split has 4.4 million answers and far fewer different ones.
+    """
+    found = row.get("answers")
+    if not isinstance(found, list) or not found:
+        raise DataError(f"{where}: 'answers' is {str(found)[:60]!r}; expected a list of objects such as {{'answer': 'yes'}}")
+    answers = []
+    for index, answer in enumerate(found):
+        name = f"{where}.answers[{index}]"
+        if not isinstance(answer, dict):
+            raise DataError(f"{name} is {str(answer)[:60]!r}; expected an object such as {{'answer': 'yes'}}")
+        answers.append(sys.intern(text(answer, "answer", name)))
+    return tuple(answers)
+
+
+def _optional(row: Mapping[str, object], key: str, where: str) -> str:
+    return sys.intern(text(row, key, where)) if key in row else ""
+
+
+def _check_match(asked: Mapping[int, _Asked], answered: Mapping[int, _Answered], questions: Path, annotations: Path) -> None:
+    """One annotation per question and one question per annotation, about the same image."""
+    _check_partners({key: row.where for key, row in asked.items()}, answered, annotations)
+    _check_partners({key: row.where for key, row in answered.items()}, asked, questions)
+    for question_id, row in asked.items():
+        other = answered[question_id]
+        if row.image_id != other.image_id:
+            raise DataError(f"question {question_id} is about image {row.image_id} in {row.where} and {other.image_id} in {other.where}")
+
+
+def _check_partners(rows: Mapping[int, str], others: Mapping[int, object], path: Path) -> None:
+    lonely = [question_id for question_id in rows if question_id not in others]
+    if lonely:
+        count = f"{len(lonely)} of {len(rows)} have no partner there"
+        raise DataError(
+            f"{rows[lonely[0]]} has the question_id {lonely[0]}, which {path} does not have ({count}); are both files of one split?"
+        )
+
+
+def _by_image(
+    asked: Mapping[int, _Asked], answered: Mapping[int, _Answered] | None, problems: list[BadSample]
+) -> dict[int, list[Question]]:
+    """Image id -> its questions; those without a letter go to `problems`."""
+    by_image: dict[int, list[Question]] = {}
+    for question_id, row in asked.items():
+        of_image = by_image.setdefault(row.image_id, [])
+        if row.text:
+            of_image.append(_question(question_id, row.text, None if answered is None else answered[question_id]))
+        else:
+            detail = f"question {question_id} of image {row.image_id} is empty"
+            problems.append(BadSample(key=str(row.image_id), reason="empty question", detail=detail))
+    return by_image
+
+
+def _question(question_id: int, question: str, answered: _Answered | None) -> Question:
+    if answered is None:
+        return Question(question_id=question_id, text=question)
+    return Question(
+        question_id=question_id,
+        text=question,
+        answers=answered.answers,
+        question_type=answered.question_type,
+        answer_type=answered.answer_type,
+    )
