@@ -1,0 +1,19 @@
+"""The two frozen parts of scenes, as they ship: a timm encoder and a causal language model, trained apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["encoder_folder", "language_folder"]
+
+_HERE = Path(__file__).parent
+
+
+def encoder_folder() -> Path:
+    """A timm folder: `timm.create_model(f"local-dir:{encoder_folder()}", pretrained=True, num_classes=0)`."""
+    return _HERE / "encoder"
+
+
+def language_folder() -> Path:
+    """A transformers folder: `AutoModelForCausalLM.from_pretrained(language_folder())`, and its tokenizer."""
+    return _HERE / "language"

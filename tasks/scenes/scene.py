@@ -1,0 +1,97 @@
+"""One scene: the objects of a picture and its background, drawn by lot from a seed. Everything else is said about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from tasks.scenes.words import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES
+
+__all__ = ["SIDE", "Scene", "Thing", "make_scene", "place", "relation"]
+
+SIDE = 96  # pixels, of the square picture
+RADII = {"small": (9, 10, 11), "large": (16, 17, 18)}  # pixels; the gap between the sizes is what the eye can tell
+GAP = 3  # pixels between two objects, at least
+# How a number of objects splits into kinds, with its weight. Repeats are common, so that counting a kind is worth asking.
+SPLITS: dict[int, tuple[tuple[tuple[int, ...], int], ...]] = {
+    1: (((1,), 1),),
+    2: (((1, 1), 3), ((2,), 2)),
+    3: (((1, 1, 1), 2), ((2, 1), 2), ((3,), 1)),
+    4: (((1, 1, 1, 1), 2), ((2, 1, 1), 2), ((2, 2), 2), ((3, 1), 2), ((4,), 1)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thing:
+    """One object: what it is, and where its centre lies (pixels from the top left corner)."""
+
+    shape: str
+    colour: str
+    size: str
+    x: int
+    y: int
+    radius: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One to four objects that do not touch, on a background."""
+
+    things: tuple[Thing, ...]
+    background: str
+
+    def alike(self, *, shape: str = "", colour: str = "", size: str = "") -> tuple[Thing, ...]:
+        """The objects of this shape, colour and size; an empty word means any."""
+        wanted = (shape, colour, size)
+        return tuple(t for t in self.things if all(not w or w == has for w, has in zip(wanted, (t.shape, t.colour, t.size), strict=True)))
+
+
+def place(thing: Thing) -> str:
+    """The ninth of the picture in which the centre lies: "top left", "middle", ..."""
+    column, row = ((c > 0.39 * SIDE) + (c > 0.61 * SIDE) for c in (thing.x, thing.y))
+    return PLACES[3 * row + column]
+
+
+def relation(a: Thing, b: Thing) -> str:
+    """Where a lies seen from b: "left", "right", "above", "below"; empty where no one direction is plain."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(abs(dx) - abs(dy)) < 8:
+        return ""
+    if abs(dx) > abs(dy):
+        return "left" if dx < 0 else "right"
+    return "above" if dy < 0 else "below"
+
+
+def make_scene(rng: Random) -> Scene:
+    """A scene by lot. Shapes, colours and backgrounds are drawn independently, so none of them tells another."""
+    n = rng.randint(1, 4)
+    splits = SPLITS[n]
+    counts = rng.choices([s for s, _ in splits], [w for _, w in splits])[0]
+    shapes = [shape for shape, count in zip(rng.sample(list(SHAPES), len(counts)), counts, strict=True) for _ in range(count)]
+    colours: list[str] = []
+    for _ in shapes:
+        repeat = colours and rng.random() < 0.25
+        colours.append(rng.choice(colours) if repeat else rng.choice(COLOURS))
+    sizes = [rng.choice(list(SIZES)) for _ in shapes]
+    radii = [rng.choice(RADII[size]) for size in sizes]
+    spots = _spots(rng, radii)
+    things = [
+        Thing(shape=shape, colour=colour, size=size, x=x, y=y, radius=radius)
+        for shape, colour, size, radius, (x, y) in zip(shapes, colours, sizes, radii, spots, strict=True)
+    ]
+    rng.shuffle(things)
+    return Scene(things=tuple(things), background=rng.choice(BACKGROUNDS))
+
+
+def _spots(rng: Random, radii: list[int]) -> list[tuple[int, int]]:
+    """A centre for each radius, none touching another. Starts over when the last one finds no room: sizes stay as drawn."""
+    while True:
+        spots: list[tuple[int, int]] = []
+        for radius in radii:
+            for _ in range(20):
+                x, y = (rng.randint(radius + 2, SIDE - radius - 3) for _ in "xy")
+                if all((x - u) ** 2 + (y - v) ** 2 >= (radius + r + GAP) ** 2 for (u, v), r in zip(spots, radii, strict=False)):
+                    spots.append((x, y))
+                    break
+        if len(spots) == len(radii):
+            return spots
