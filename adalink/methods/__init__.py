@@ -1,0 +1,9 @@
+"""The methods, by the name that configs and checkpoints use. Adding one is a file here and a name in METHODS."""
+
+from adalink.methods.adalink import AdaLink
+from adalink.methods.bridge import Bridge
+from adalink.methods.prompt import Prompt
+
+__all__ = ["METHODS", "AdaLink", "Bridge", "Prompt"]
+
+METHODS = {"adalink": AdaLink, "bridge": Bridge, "prompt": Prompt}

@@ -1,0 +1,160 @@
+"""Where a frozen transformer keeps its embedding, layers, norm, head and linears: read from its structure, with no table per architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from adalink.errors import AttachError
+
+__all__ = ["Anatomy", "InputSpec", "Linear"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input that the edits can read beside the hidden states: `count` vectors of width `width` for each row."""
+
+    count: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear inside the stack; `name` is relative to the stack."""
+
+    name: str
+    n_in: int
+    n_out: int
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a frozen model that edits are placed in.
+
+    stack        dotted name, in the model, of the module that holds embedding and layers: the encoder of an encoder-decoder model
+    embedding    dotted name in the stack
+    layers       dotted names in the stack, in the order they run
+    final_norm   dotted name in the stack, None where there is none
+    linears      every linear inside the layers
+    width        D, of the embedding's output (OPT-350M's embedding is narrower than its layers)
+    vocabulary   V
+    inputs       what a composed model feeds beside the ids, for instance `image`
+    """
+
+    stack: str
+    embedding: str
+    layers: tuple[str, ...]
+    final_norm: str | None
+    linears: tuple[Linear, ...]
+    width: int
+    vocabulary: int
+    inputs: Mapping[str, InputSpec] = field(default_factory=dict)
+
+    @staticmethod
+    def read(model: nn.Module, inputs: Mapping[str, InputSpec] | None = None) -> Anatomy:
+        """The anatomy of a Hugging Face style model (one with `get_input_embeddings`).
+
+        Raises AttachError where the model has no word embedding or no list of layers that follows it.
+        """
+        words = _word_embedding(model)
+        stack, embedding, layers = _stack(model, words.num_embeddings)
+        module = model.get_submodule(stack)
+        names = tuple(f"{layers}.{i}" for i in range(len(_layer_list(module, layers))))
+        return Anatomy(
+            stack=stack,
+            embedding=embedding,
+            layers=names,
+            final_norm=_final_norm(module, layers),
+            linears=tuple(linear for name, child in module.named_modules() if name.startswith(layers + ".") and (linear := _linear(name, child))),
+            width=words.embedding_dim,
+            vocabulary=words.num_embeddings,
+            inputs=dict(inputs or {}),
+        )
+
+    def linears_named(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
+        """The linears whose LAST path component is one of `targets` ("q_proj" never means "qq_proj").
+
+        Raises AttachError with the names that would have worked.
+        """
+        known = {linear.name.rsplit(".", 1)[-1] for linear in self.linears}
+        if unknown := sorted(set(targets) - known):
+            raise AttachError(f"no linear of this model is named {', '.join(unknown)}; its linears are named {', '.join(sorted(known))}")
+        return tuple(linear for linear in self.linears if linear.name.rsplit(".", 1)[-1] in targets)
+
+
+def _word_embedding(model: nn.Module) -> nn.Embedding:
+    read = getattr(model, "get_input_embeddings", None)
+    found = read() if callable(read) else None
+    if not isinstance(found, nn.Embedding):
+        raise AttachError(
+            f"{type(model).__name__} has no word embedding: expected a transformers model whose get_input_embeddings() gives an nn.Embedding"
+        )
+    return found
+
+
+def _stack(model: nn.Module, vocabulary: int) -> tuple[str, str, str]:
+    """(stack, embedding in it, layers in it): the smallest module that holds a word embedding and a list of layers after it.
+
+    Encoder-decoder models have two of the same depth; the first is the encoder. A vision tower inside an existing model has
+    layers but no word embedding, so the smallest module around both is the language part.
+    """
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary]
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and _is_layers(module)]
+    best: tuple[str, str, str] | None = None
+    for layers in lists:
+        for embedding in embeddings:
+            common = _common(layers, embedding)
+            if best is None or _depth(common) > _depth(best[0]):
+                best = (common, _relative(embedding, common), _relative(layers, common))
+    if best is None:
+        raise AttachError(f"{type(model).__name__} has no list of transformer layers beside its word embedding: this structure is not supported")
+    return best
+
+
+def _is_layers(module: nn.ModuleList) -> bool:
+    kinds = {type(layer) for layer in module}
+    return len(kinds) == 1 and any(_linear(name, child) for name, child in module[0].named_modules())
+
+
+def _layer_list(stack: nn.Module, name: str) -> nn.ModuleList:
+    found = stack.get_submodule(name)
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
+def _linear(name: str, module: nn.Module) -> Linear | None:
+    """nn.Linear, or GPT-2's Conv1D, which is a linear with a transposed weight."""
+    bias = getattr(module, "bias", None) is not None
+    if isinstance(module, nn.Linear):
+        return Linear(name, module.in_features, module.out_features, bias)
+    if type(module).__name__ == "Conv1D":
+        n_in, n_out = module.get_parameter("weight").shape
+        return Linear(name, n_in, n_out, bias)
+    return None
+
+
+def _final_norm(stack: nn.Module, layers: str) -> str | None:
+    """The norm beside the layers: the last direct child of their parent that is a norm."""
+    parent = layers.rpartition(".")[0]
+    norms = [name for name, child in stack.get_submodule(parent).named_children() if "norm" in type(child).__name__.lower()]
+    return f"{parent}.{norms[-1]}".lstrip(".") if norms else None
+
+
+def _common(first: str, second: str) -> str:
+    parts = []
+    for a, b in zip(first.split(".")[:-1], second.split(".")[:-1], strict=False):
+        if a != b:
+            break
+        parts.append(a)
+    return ".".join(parts)
+
+
+def _relative(name: str, ancestor: str) -> str:
+    return name[len(ancestor) + 1 :] if ancestor else name
+
+
+def _depth(name: str) -> int:
+    return name.count(".") + 1 if name else 0

@@ -1,0 +1,208 @@
+"""Attach adapters to a frozen model, and leave without a trace.
+
+    attachment = attach(model, adapter)
+    with attachment.bind(token_map):
+        model(input_ids=...)            # or model.generate(...)
+    attachment.detach()
+
+Hooks carry no state of their own: where a call starts is read from its cache, what its tokens are from the bound map. Only the
+attachment applies `h = where(select, edit(h), h)`, so an edit cannot touch a token that is not its own.
+
+Order: attach, checkpointing, compile, FSDP / DDP. A model compiled before is refused: Dynamo does not guard on hooks, so it would
+return the frozen model's output and say nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from adalink.anatomy import Anatomy
+from adalink.edit import EMBEDDING, Adapter, Placement, Port
+from adalink.errors import AttachError
+from adalink.masks import hide_keys
+from adalink.tokens import TokenMap, Tokens
+
+__all__ = ["Attachment", "attach"]
+
+
+def attach(model: nn.Module, *adapters: Adapter, anatomy: Anatomy | None = None) -> Attachment:
+    """Attach adapters to a frozen model: row index i of a token map means adapters[i].
+
+    Freezes the model (requires_grad False, eval mode). Raises AttachError for a compiled model, or a port that the model lacks.
+    """
+    return Attachment(model, anatomy or Anatomy.read(model), adapters)
+
+
+class Attachment:
+    """Adapters attached to a frozen model. Made by `attach`."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, adapters: tuple[Adapter, ...]) -> None:
+        _refuse_compiled(model)
+        self.anatomy = anatomy
+        self.stack = model.get_submodule(anatomy.stack)
+        self.map: TokenMap | None = None
+        self.tokens: Tokens | None = None
+        self.at: dict[Port, list[tuple[int, Placement]]] = defaultdict(list)
+        for index, adapter in enumerate(adapters):
+            for placement in adapter.placements:
+                _check_port(self.stack, placement.port)
+                self.at[placement.port].append((index, placement))
+        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._modes = [(module, module.training) for module in model.modules()]
+        model.requires_grad_(False).eval()
+        self._forwards: list[nn.Module] = []  # layers whose forward is wrapped by checkpoint_layers
+        self._handles = [
+            self.stack.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.stack.register_forward_hook(self._leave, always_call=True),
+            *(self._hook(port) for port in self.at),
+        ]
+
+    @contextlib.contextmanager
+    def bind(self, token_map: TokenMap) -> Iterator[None]:
+        """Say what the tokens are for every call of the model inside the block."""
+        previous, self.map = self.map, token_map
+        try:
+            yield
+        finally:
+            self.map = previous
+
+    def checkpoint_layers(self) -> None:
+        """Recompute each layer's activations in the backward pass: memory for time, with the same gradients.
+
+        Works on layers in eval mode, as frozen ones are; transformers' own switch acts only in training mode, where dropout is on.
+        """
+        for name in self.anatomy.layers:
+            layer = self.stack.get_submodule(name)
+            layer.forward = partial(_checkpointed, self, layer.forward)  # type: ignore[method-assign]
+            self._forwards.append(layer)
+
+    def checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+        """Give this as `context_fn` to non-reentrant checkpointing: the recompute sees the tokens of its own forward."""
+        return contextlib.nullcontext(), self._rebound(self.tokens)
+
+    def detach(self) -> None:
+        """Take everything back: hooks, checkpointing, requires_grad flags and modes are as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for layer in self._forwards:
+            del layer.forward
+        self._forwards = []
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        for module, mode in self._modes:
+            module.training = mode
+
+    @contextlib.contextmanager
+    def _rebound(self, tokens: Tokens | None) -> Iterator[None]:
+        previous, self.tokens = self.tokens, tokens
+        try:
+            yield
+        finally:
+            self.tokens = previous
+
+    def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.map is None:
+            raise AttachError("no token map is bound: call the model inside `with attachment.bind(token_map):`")
+        embeds = kwargs.get("inputs_embeds")
+        ids = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise AttachError(f"{type(stack).__name__} was called without input_ids or inputs_embeds: pass one of them")
+        cache, length = kwargs.get("past_key_values"), ids.shape[1]
+        start = int(cache.get_seq_length()) if cache is not None else 0
+        visible = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
+        self.tokens = self.map.window(ids.shape[0], start, length, max(visible, start + length))
+        if self._forwards and torch.is_grad_enabled() and "use_cache" in kwargs:
+            kwargs = {**kwargs, "use_cache": False}  # a recompute would write the cache a second time
+        if embeds is not None and EMBEDDING in self.at:
+            kwargs = {**kwargs, "inputs_embeds": self._edited(EMBEDDING, embeds, embeds)}
+        return args, kwargs
+
+    def _leave(self, stack: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self.tokens = None
+
+    def _edited(self, port: Port, h: Tensor, x: Tensor) -> Tensor:
+        """h after every edit placed at the port, each on its own tokens only."""
+        tokens = self.tokens
+        if tokens is None:
+            raise AttachError(
+                f"port {port.module}.{port.side} ran outside the stack's forward: with gradient checkpointing, use `checkpoint_layers()`, "
+                "or non-reentrant checkpointing with context_fn=attachment.checkpoint_contexts"
+            )
+        for index, placement in self.at[port]:
+            if tokens.present.isdisjoint(placement.domains):
+                continue
+            mask = tokens.select(placement.domains, index)
+            rows = h.reshape(*mask.shape[:2], -1)  # OPT flattens [B, T] before its feed-forward
+            h = torch.where(mask, _in_its_dtype(placement.edit, rows, tokens, x.reshape(*mask.shape[:2], -1)), rows).reshape(h.shape)
+        return h
+
+    def _hook(self, port: Port) -> torch.utils.hooks.RemovableHandle:
+        if port.side == "embedding":
+            return self.stack.get_submodule(self.anatomy.embedding).register_forward_hook(self._embedding)
+        module = self.stack.get_submodule(port.module)
+        if port.side == "output":
+            return module.register_forward_hook(partial(_output_hook, self, port), with_kwargs=True)
+        return module.register_forward_pre_hook(partial(_input_hook if port.side == "input" else _mask_hook, self, port), with_kwargs=True)
+
+    def _embedding(self, module: nn.Module, args: tuple[Any, ...], h: Tensor) -> Tensor:
+        """Edit the embeddings of the stack's own call; a look-up from outside it is none of ours (existing VLMs merge theirs first)."""
+        return h if self.tokens is None else self._edited(EMBEDDING, h, h)
+
+
+def _output_hook(attachment: Attachment, port: Port, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    x = args[0] if args else kwargs["hidden_states"]
+    if isinstance(output, tuple):
+        return (attachment._edited(port, output[0], x), *output[1:])
+    return attachment._edited(port, output, x)
+
+
+def _input_hook(attachment: Attachment, port: Port, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    h = args[0] if args else kwargs["hidden_states"]
+    h = attachment._edited(port, h, h)
+    return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+
+
+def _mask_hook(attachment: Attachment, port: Port, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    assert attachment.tokens is not None
+    mask = kwargs.get("attention_mask")
+    for index, placement in attachment.at[port]:
+        mask = hide_keys(mask, attachment.tokens, placement.domains, index)
+    return args, {**kwargs, "attention_mask": mask}
+
+
+def _checkpointed(attachment: Attachment, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=attachment.checkpoint_contexts, **kwargs)
+
+
+def _in_its_dtype(edit: nn.Module, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
+    """The edit computed in the dtype of its own weights; its result in h's."""
+    dtype = next((p.dtype for p in edit.parameters()), h.dtype)
+    result: Tensor = edit(h.to(dtype), tokens, x.to(dtype))
+    return result.to(h.dtype)
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
+        raise AttachError("the model is already compiled, and a compiled model never sees edits attached later: attach first, then compile")
+
+
+def _check_port(stack: nn.Module, port: Port) -> None:
+    if port.module in dict(stack.named_modules()):
+        return
+    last = port.module.rsplit(".", 1)[-1]
+    near = [name for name, _ in stack.named_modules() if name.endswith(last)]
+    raise AttachError(
+        f"port '{port.module}' is not in this model; names ending in {last}: {', '.join(near[:4]) or 'none'}"
+        + (f" and {len(near) - 4} more" if len(near) > 4 else "")
+    )

@@ -1,0 +1,188 @@
+"""Adapter folders: adapter_config.json, adapter_model.safetensors, README.md. Strict, atomic, and bound to their frozen parts.
+
+Tensors are named by role (`adalink.image.down.weight`), not by the host's module path. The config holds a fingerprint of each
+frozen part; another base is refused with a sentence that names both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from adalink.edit import Adapter, Method
+from adalink.errors import CheckpointError, ConfigError
+from adalink.methods import METHODS
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "FrozenPart", "fingerprint", "load_weights", "read_config", "save_adapter"]
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+FORMAT = 1
+N_SAMPLED = 1024  # values of each tensor that go into a fingerprint: 7 B parameters take a second, not a minute
+
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """A frozen model that an adapter was trained on: its name or folder, and what its weights are."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json holds.
+
+    methods   name in the adapter -> method
+    base      role (`language_model`, `encoder`) -> frozen part
+    task      what whoever trained it wants to find again: the task's name, its templates
+    """
+
+    methods: Mapping[str, Method]
+    base: Mapping[str, FrozenPart]
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_base(self, present: Mapping[str, FrozenPart], folder: str) -> None:
+        """Raise CheckpointError, naming both, where a frozen part is not the one that the adapter was trained on."""
+        for role, trained_on in self.base.items():
+            here = present.get(role)
+            if here is None or here.fingerprint != trained_on.fingerprint:
+                raise CheckpointError(
+                    f"the adapter in {folder} was trained on the {role.replace('_', ' ')} {trained_on.name} ({trained_on.fingerprint}), but this one is "
+                    + (f"{here.name} ({here.fingerprint})" if here else "missing")
+                    + ": load the adapter with the parts it was trained on"
+                )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits that stand for a model's weights: names, shapes, and 1,024 evenly spaced values of each tensor.
+
+    Values are compared in bfloat16, so a model loaded in float32 and in bfloat16 has one fingerprint. Unused buffers do not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        flat = tensor.detach().reshape(-1)
+        step = max(flat.numel() // N_SAMPLED, 1)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
+    """Write the adapter folder; each file appears whole or not at all, the config last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in adapter.named_parameters()}
+    _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _replace(folder / CARD_FILE, lambda path: path.write_text(_card(adapter, config)))
+    content = {
+        "format": FORMAT,
+        "methods": {name: method_to_json(method) for name, method in config.methods.items()},
+        "base": {role: dataclasses.asdict(part) for role, part in config.base.items()},
+        "task": dict(config.task),
+    }
+    _replace(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """The config of an adapter folder. Raises CheckpointError where it is missing, damaged, or of another format."""
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {content['format']}, and this version of adalink reads {FORMAT}: update adalink")
+        return AdapterConfig(
+            methods={name: method_from_json(method) for name, method in content["methods"].items()},
+            base={role: FrozenPart(**part) for role, part in content["base"].items()},
+            task=content["task"],
+        )
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no adapter folder: it has no {CONFIG_FILE}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not an adapter config ({error}): was it changed by hand, or cut off?") from None
+
+
+def load_weights(folder: Path, adapter: Adapter) -> None:
+    """Copy the folder's tensors into the adapter. Strict: a missing, unknown or misshapen tensor is a CheckpointError, and nothing is loaded."""
+    path = folder / WEIGHTS_FILE
+    try:
+        stored = load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}") from None
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): copy or train it again") from None
+    wanted = dict(adapter.named_parameters())
+    if set(stored) != set(wanted):
+        missing, unknown = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+        raise CheckpointError(f"{path} does not fit its config: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+    for name, parameter in wanted.items():
+        if stored[name].shape != parameter.shape:
+            raise CheckpointError(f"{path}: {name} is {tuple(stored[name].shape)}, and this model needs {tuple(parameter.shape)}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(stored[name])
+
+
+def method_to_json(method: Any) -> Any:
+    """A method as plain data: its name in METHODS and its fields; wrapped methods inside it likewise."""
+    if type(method) not in METHODS.values():
+        return list(method) if isinstance(method, tuple) else method
+    name = next(name for name, kind in METHODS.items() if kind is type(method))
+    return {"method": name, **{f.name: method_to_json(getattr(method, f.name)) for f in dataclasses.fields(method)}}
+
+
+def method_from_json(content: Any) -> Any:
+    """The reverse of `method_to_json`. Raises ConfigError for an unknown method or field."""
+    if not isinstance(content, Mapping) or "method" not in content:
+        return tuple(content) if isinstance(content, list) else content
+    fields = dict(content)
+    name = fields.pop("method")
+    if name not in METHODS:
+        raise ConfigError(f"there is no method {name!r}: give one of {', '.join(METHODS)}")
+    known = set(typing.get_type_hints(METHODS[name]))
+    if unknown := sorted(set(fields) - known):
+        raise ConfigError(f"{name} has no setting {', '.join(unknown)}: its settings are {', '.join(sorted(known))}")
+    required = {f.name for f in dataclasses.fields(METHODS[name]) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(fields)):
+        raise ConfigError(f"{name} needs the setting {', '.join(missing)}, which has no default")
+    return METHODS[name](**{key: method_from_json(value) for key, value in fields.items()})
+
+
+def _card(adapter: Adapter, config: AdapterConfig) -> str:
+    bases = "".join(f"\n- {part.name}" for part in config.base.values())
+    rows = "\n".join(f"| {name} | {type(config.methods[name]).__name__} | {n:,} |" for name, n in adapter.n_parameters().items())
+    task = config.task.get("task", "")
+    return f"""---
+library_name: adalink
+base_model:{bases}
+tags:
+- adalink
+- adapter
+---
+# Adapter{f" for {task}" if task else ""}
+
+Trained with adalink on frozen parts, which are not in this folder: {", ".join(f"{role.replace('_', ' ')} {part.name}" for role, part in config.base.items())}.
+
+| name | method | trained parameters |
+|---|---|---|
+{rows}
+"""
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

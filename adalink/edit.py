@@ -1,0 +1,116 @@
+"""Edits, where they are placed, and the adapter that holds them.
+
+Every method answers three questions: where in depth (a port), where in the sequence (domains), and what (an edit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from adalink.anatomy import Anatomy
+from adalink.errors import ConfigError
+from adalink.tokens import Tokens
+
+__all__ = ["EMBEDDING", "Adapter", "Edit", "Method", "Placement", "Port", "Slots"]
+
+
+class Port(NamedTuple):
+    """A named place in the frozen stack. `module` is relative to the stack.
+
+    embedding   the word embeddings, before any position embedding; also where embeddings are passed in as `inputs_embeds`
+    input       the first argument of the module
+    output      what the module returns (the first element of a tuple)
+    mask        the attention mask that reaches the module
+    """
+
+    module: str
+    side: Literal["embedding", "input", "output", "mask"]
+
+
+EMBEDDING = Port("", "embedding")
+
+
+class Edit(Protocol):
+    """Two or three lines of math that know nothing of domains, rows, beams or caches. An edit is an nn.Module."""
+
+    def __call__(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
+        """h: the value at the port [B, T, D]; x: the input of the port's module [B, T, D_in] (h itself elsewhere) -> [B, T, D]."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Positions that a method reserves at the start of every row it serves (image slots: where the template says)."""
+
+    domain: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """An edit at a port, for the tokens of some domains. `role` names its tensors in a checkpoint, whatever the host calls its modules."""
+
+    role: str
+    port: Port
+    edit: nn.Module
+    domains: tuple[int, ...]
+
+
+class Method(Protocol):
+    """A published method: a frozen dataclass whose fields are its settings."""
+
+    def slots(self, anatomy: Anatomy) -> tuple[Slots, ...]:
+        """The positions that the method reserves."""
+
+    def place(self, anatomy: Anatomy) -> Sequence[Placement]:
+        """New edits, and where they go."""
+
+
+class Adapter(nn.Module):
+    """The edits of one or more methods. Its state dict is the whole checkpoint.
+
+    Methods that fill slots are placed first, whatever their order, so that others edit what they filled: AdaLink edits the
+    projected picture, not the placeholder. Tensors are named METHOD.ROLE.TENSOR, for instance `adalink.image.down.weight`.
+    """
+
+    def __init__(self, methods: Mapping[str, Method], anatomy: Anatomy) -> None:
+        super().__init__()
+        if not methods:
+            raise ConfigError("an adapter needs at least one method, got none: give for instance AdaLink(rank=16, modalities=('text',))")
+        self.methods = dict(methods)
+        reserved = {name: method.slots(anatomy) for name, method in methods.items()}
+        self.slots = tuple(slot for slots in reserved.values() for slot in slots)
+        _check_slots(self.slots)
+        order = sorted(methods, key=lambda name: not reserved[name])
+        self.placements = tuple(
+            Placement(f"{name}.{placed.role}", placed.port, placed.edit, placed.domains) for name in order for placed in methods[name].place(anatomy)
+        )
+        for placement in self.placements:
+            _register(self, placement.role.split("."), placement.edit)
+
+    def n_parameters(self) -> dict[str, int]:
+        """Trained parameters of each method, a shared one counted once."""
+        counts = dict.fromkeys(self.methods, 0)
+        for name, parameter in self.named_parameters():
+            counts[name.split(".", 1)[0]] += parameter.numel()
+        return counts
+
+
+def _check_slots(slots: tuple[Slots, ...]) -> None:
+    domains = [slot.domain for slot in slots]
+    if len(set(domains)) < len(domains):
+        raise ConfigError(f"two methods of one adapter reserve slots of the same domain ({sorted(domains)}): keep one of them")
+
+
+def _register(parent: nn.Module, path: list[str], edit: nn.Module) -> None:
+    """Hang the edit at its role, through plain containers, so that the state dict reads as the roles do."""
+    for part in path[:-1]:
+        if part not in dict(parent.named_children()):
+            parent.add_module(part, nn.Module())
+        parent = parent.get_submodule(part)
+    if dict(parent.named_children()).get(path[-1], edit) is not edit:
+        raise ConfigError(f"two edits of one adapter are called {'.'.join(path)}: give each its own role")
+    parent.add_module(path[-1], edit)

@@ -1,0 +1,131 @@
+"""What every token of a batch is: its domain, its ordinal, and the adapter that serves its row.
+
+A domain is a small integer. A method that adds tokens reserves SLOTS, ordinary positions with a domain of their own, so image,
+prompt, prefix and percept tokens are one and the same thing, and the sequence has one length from the embedding to the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from adalink.errors import ConfigError
+
+__all__ = ["ANSWER", "BASE_ROW", "DOMAIN_NAMES", "IMAGE", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "TokenMap", "Tokens"]
+
+PAD = -1  # no domain: no edit touches a padding token
+TEXT = 0  # text of the prompt: instruction, question, special tokens
+ANSWER = 1  # text the model is asked to write, in training and in generation alike
+IMAGE = 2  # slots that a bridge fills, or the image tokens of an existing model
+PROMPT = 3  # slots of soft prompts
+PREFIX = 4  # slots of prefix tuning, written in each layer's keys and values
+PERCEPT = 5  # the slot of injected encoder features (eP-ALM)
+N_DOMAINS = 16  # 6..15 are free for other modalities
+
+DOMAIN_NAMES = {"text": TEXT, "answer": ANSWER, "image": IMAGE, "prompt": PROMPT, "prefix": PREFIX, "percept": PERCEPT}
+BASE_ROW = -1  # a row that no adapter serves
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one forward call, as the edits see them.
+
+    domain     int64 [B, T]    what each token is
+    ordinal    int64 [B, T]    how many tokens of the same domain precede it in its row
+    row        int64 [B]       index of the adapter that serves the row, BASE_ROW for none
+    position   int64 [T]       index of each token in its sequence
+    keys       int64 [B, K]    domain of every key that attention may see, PAD where the cache is still empty
+    present    the domains that can occur in this call, known without reading a tensor
+    inputs     name -> [B, ...], what the edits read beside the hidden states; empty once the prompt is over
+    """
+
+    domain: Tensor
+    ordinal: Tensor
+    row: Tensor
+    position: Tensor
+    keys: Tensor
+    present: frozenset[int]
+    inputs: Mapping[str, Tensor]
+    selected: dict[tuple[tuple[int, ...], int], Tensor] = field(default_factory=dict, repr=False)  # memo of select()
+
+    def select(self, domains: tuple[int, ...], adapter: int) -> Tensor:
+        """bool [B, T, 1]: the tokens in one of `domains`, on rows served by `adapter`."""
+        if (domains, adapter) not in self.selected:
+            mask = torch.stack([self.domain == domain for domain in domains]).any(0) & (self.row == adapter)[:, None]
+            self.selected[domains, adapter] = mask[..., None]
+        return self.selected[domains, adapter]
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """What a batch of prompts is made of; immutable, so nothing has to be advanced, reordered or undone.
+
+    domain     int64 [B, T]    PAD for padding
+    row        int64 [B]       which adapter serves the row
+    inputs     name -> [B, ...], for instance `image`: the features [B, N, Dv] of the pictures
+    generated  domain of every token after the prompt
+    present    the domains that can occur in the prompt; an edit for any other is not run
+    """
+
+    domain: Tensor
+    row: Tensor
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    generated: int = ANSWER
+    present: frozenset[int] = frozenset(range(N_DOMAINS))
+
+    def __post_init__(self) -> None:
+        """Check the shapes once, where the map is made."""
+        if self.domain.ndim != 2 or self.row.shape != self.domain.shape[:1]:
+            raise ConfigError(
+                f"a token map needs domain [B, T] and row [B], got {tuple(self.domain.shape)} and {tuple(self.row.shape)}: "
+                "give one row index for each row of domain"
+            )
+        wrong = {name: tuple(value.shape) for name, value in self.inputs.items() if value.shape[:1] != self.row.shape}
+        if wrong:
+            raise ConfigError(f"inputs {wrong} do not have the token map's {self.row.shape[0]} rows: give one entry for each row")
+
+    @cached_property
+    def ordinal(self) -> Tensor:
+        """int64 [B, T]: how many tokens of the same domain precede each token in its row. [5, 5, 0, 5] -> [0, 1, 0, 2]."""
+        slot = self.domain + 1
+        counts = nn.functional.one_hot(slot, N_DOMAINS + 1).cumsum(1)
+        return counts.gather(2, slot[..., None])[..., 0] - 1
+
+    @cached_property
+    def n_generated_before(self) -> Tensor:
+        """int64 [B, 1]: tokens of the generated domain inside the prompt; the first generated token's ordinal."""
+        return (self.domain == self.generated).sum(1, keepdim=True)
+
+    def window(self, batch: int, start: int, length: int, visible: int) -> Tokens:
+        """Tokens [start, start + length) of `batch` rows, with `visible` keys; rows are repeated for beams.
+
+        Pure: the same arguments give the same tokens, so cached decoding, beams and chunked prefill need no bookkeeping.
+        """
+        n_rows, prompt = self.domain.shape
+        if batch % n_rows:
+            raise ConfigError(
+                f"the model was called with {batch} rows but {n_rows} are bound: bind a token map made for this batch (beams multiply its rows)"
+            )
+        beams, end = batch // n_rows, start + length
+        n_new = max(end - prompt, 0)
+        new = torch.arange(n_new, device=self.domain.device)
+        domain = torch.cat([self.domain, self.domain.new_full((n_rows, n_new), self.generated)], 1)[:, :end]
+        ordinal = torch.cat([self.ordinal, self.n_generated_before + new], 1)[:, :end]
+
+        def repeated(value: Tensor) -> Tensor:
+            return value if beams == 1 else value.repeat_interleave(beams, 0)
+
+        in_prompt = start < prompt
+        return Tokens(
+            domain=repeated(domain[:, start:]),
+            ordinal=repeated(ordinal[:, start:]),
+            row=repeated(self.row),
+            position=torch.arange(start, end, device=domain.device),
+            keys=repeated(nn.functional.pad(domain, (0, visible - end), value=PAD)),
+            present=(self.present if in_prompt else frozenset()) | (frozenset({self.generated}) if n_new else frozenset()),
+            inputs={name: repeated(value) for name, value in self.inputs.items()} if in_prompt else {},
+        )

@@ -1,0 +1,313 @@
+"""What every method promises, on every family: the tests that a new method passes before it is worth reading further.
+
+Methods that are not in METHODS yet are here too (a linear's output, a layer's input, a mask), so that every port is proven.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny import DECODERS, EXACT, FAMILIES, INPUTS, excite, features, positions, rows, run, tiny, token_map
+from torch import Tensor, nn
+
+from adalink import ANSWER, BASE_ROW, IMAGE, PAD, PROMPT, TEXT, AdaLink, AdaptedModel, Adapter, Anatomy, Bridge, Placement, Port, Prompt, Slots, TokenMap, attach
+
+
+class Shift(nn.Module):
+    """h + b: BitFit's edit."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, h: Tensor, tokens: object, x: Tensor) -> Tensor:
+        return h + self.bias
+
+
+@dataclass(frozen=True)
+class DeepShift:
+    """A shift at every linear's output and every layer's input, on text: stands for the methods that edit inside the model."""
+
+    def slots(self, anatomy: Anatomy) -> tuple[Slots, ...]:
+        return ()
+
+    def place(self, anatomy: Anatomy) -> Sequence[Placement]:
+        linears = [Placement(linear.name, Port(linear.name, "output"), Shift(linear.n_out), (TEXT, ANSWER)) for linear in anatomy.linears]
+        width = anatomy.linears[0].n_in
+        return [*linears, *(Placement(f"{layer}.input", Port(layer, "input"), Shift(width), (TEXT,)) for layer in anatomy.layers)]
+
+
+METHODS_UNDER_TEST = {
+    "adalink": {"adalink": AdaLink(rank=4, modalities=("text", "image"), activation="gelu", bias=True)},
+    "adalink_prompt_scope": {"adalink": AdaLink(rank=4, modalities=("text", "image"), scope="prompt")},
+    "bridge_linear": {"bridge": Bridge(kind="linear")},
+    "bridge_mlp": {"bridge": Bridge(kind="mlp", hidden=8)},
+    "prompt": {"prompt": Prompt(length=2, init_std=0.5)},
+    "deep": {"deep": DeepShift()},
+    "all_at_once": {
+        "adalink": AdaLink(rank=4, modalities=("text", "image")), "bridge": Bridge(kind="mlp"), "prompt": Prompt(length=2, init_std=0.5), "deep": DeepShift(),
+    },
+}  # fmt: skip
+IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep")
+EVERY = pytest.mark.parametrize("name", METHODS_UNDER_TEST)
+ON_EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+ON_DECODERS = pytest.mark.parametrize("family", DECODERS)
+
+
+def adapter_for(name: str, model: nn.Module, *, excited: int | None = 1) -> Adapter:
+    adapter = Adapter(METHODS_UNDER_TEST[name], Anatomy.read(model, INPUTS)).double()
+    if excited is not None:
+        excite(adapter, excited)
+    return adapter
+
+
+@EVERY
+@ON_EVERY_FAMILY
+def test_detach_restores_every_bit(family: str, name: str) -> None:
+    model = tiny(family).train().requires_grad_(True)
+    model.get_input_embeddings().weight.requires_grad_(False)  # a flag of the user's own
+    before = copy.deepcopy(model.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
+    ids, _, mask = rows()
+    with torch.no_grad():
+        expected = run(model.eval(), ids, mask)
+    model.train()
+    attachment = attach(model, adapter_for(name, model), anatomy=Anatomy.read(model, INPUTS))
+    attachment.checkpoint_layers()
+    assert not any(p.requires_grad for p in model.parameters())
+    attachment.detach()
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(module.training for module in model.modules())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks and "forward" not in vars(m) for m in model.modules())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    with torch.no_grad():
+        assert torch.equal(run(model.eval(), ids, mask), expected)
+
+
+@pytest.mark.parametrize("name", IDENTITY_AT_START)
+@ON_EVERY_FAMILY
+def test_a_new_adapter_leaves_the_model_as_it_was(family: str, name: str) -> None:
+    model = tiny(family)
+    ids, domain, mask = rows()
+    expected = run(model, ids, mask)
+    attachment = attach(model, adapter_for(name, model, excited=None), anatomy=Anatomy.read(model, INPUTS))
+    with attachment.bind(token_map(domain)):
+        assert torch.equal(run(model, ids, mask), expected)
+
+
+@EVERY
+@ON_EVERY_FAMILY
+def test_rows_of_other_adapters_and_of_none_are_untouched_bit_for_bit(family: str, name: str) -> None:
+    model = tiny(family)
+    ids, domain, mask = rows()
+    plain = run(model, ids, mask)
+    first, second = adapter_for(name, model, excited=1), adapter_for(name, model, excited=5)
+
+    def logits(attached: tuple[Adapter, ...], row: list[int]) -> Tensor:
+        attachment = attach(model, *attached, anatomy=Anatomy.read(model, INPUTS))
+        with attachment.bind(token_map(domain, torch.tensor(row))):
+            result = run(model, ids, mask)
+        attachment.detach()
+        return result
+
+    mixed = logits((first, second), [0, 1, BASE_ROW])
+    assert torch.equal(mixed[0], logits((first,), [0, 0, 0])[0])
+    assert torch.equal(mixed[1], logits((second,), [0, 0, 0])[1])
+    assert torch.equal(mixed[2], plain[2])
+    assert not torch.equal(mixed[0], plain[0])  # control: the edit does something
+
+
+@EVERY
+@ON_EVERY_FAMILY
+def test_tokens_of_other_domains_are_untouched_bit_for_bit(family: str, name: str) -> None:
+    model = tiny(family)
+    ids, domain, mask = rows()
+    adapter = adapter_for(name, model)
+    touched = {d for placement in adapter.placements for d in placement.domains}
+    attachment = attach(model, adapter, anatomy=Anatomy.read(model, INPUTS))
+    seen: list[tuple[tuple[int, ...], Tensor, Tensor]] = []
+    for placement in adapter.placements:
+        placement.edit.register_forward_hook(lambda m, args, out, p=placement: seen.append((p.domains, args[0], out)))
+    stack = model.get_submodule(attachment.anatomy.stack)
+    embedding = stack.get_submodule(attachment.anatomy.embedding)
+    captured: list[Tensor] = []
+    embedding.register_forward_hook(lambda m, args, out: captured.append(out))  # after ours: hooks run in order
+    with attachment.bind(token_map(domain)):
+        run(model, ids, mask)
+    raw = nn.functional.embedding(ids, embedding.weight)
+    other = ~torch.isin(domain, torch.tensor(sorted(touched)))
+    assert torch.equal(captured[0][other], raw[other])
+    assert len(seen) == len(adapter.placements)
+    changed = {name: not torch.equal(h, out) for name, (_, h, out) in enumerate(seen)}
+    assert all(changed.values())
+
+
+@EVERY
+@ON_DECODERS
+@pytest.mark.parametrize("beams", [1, 3])
+def test_cached_generation_equals_uncached(family: str, name: str, beams: int) -> None:
+    model = tiny(family)
+    ids, domain, mask = rows()
+    ids, domain, mask = ids[:, :-2], domain[:, :-2], mask[:, :-2]  # the answer is to be generated
+    attachment = attach(model, adapter_for(name, model), anatomy=Anatomy.read(model, INPUTS))
+    kwargs = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
+    with attachment.bind(token_map(domain)):
+        cached = model.generate(ids, use_cache=True, **kwargs)
+        uncached = model.generate(ids, use_cache=False, **kwargs)
+    assert torch.equal(cached, uncached)
+    assert cached.shape[1] == ids.shape[1] + 6
+
+
+@EVERY
+@ON_DECODERS
+def test_training_and_decoding_see_the_same_edits(family: str, name: str) -> None:
+    model = tiny(family)
+    ids, domain, mask = rows()
+    attachment = attach(model, adapter_for(name, model), anatomy=Anatomy.read(model, INPUTS))
+    with attachment.bind(token_map(domain)):
+        whole = run(model, ids, mask)
+    n_prompt = ids.shape[1] - 2
+    with attachment.bind(token_map(domain[:, :n_prompt])):
+        output = model(input_ids=ids[:, :n_prompt], attention_mask=mask[:, :n_prompt], position_ids=positions(mask)[:, :n_prompt], use_cache=True)
+        steps = [output.logits]
+        for t in range(n_prompt, ids.shape[1]):
+            output = model(
+                input_ids=ids[:, t : t + 1], attention_mask=mask[:, : t + 1], position_ids=positions(mask)[:, t : t + 1],
+                past_key_values=output.past_key_values, use_cache=True,
+            )  # fmt: skip
+            steps.append(output.logits)
+    stepped = torch.cat(steps, 1)
+    real = domain != PAD
+    torch.testing.assert_close(stepped[real], whole[real], rtol=0, atol=EXACT[family])
+
+
+@EVERY
+@ON_DECODERS
+def test_mixed_rows_generate_what_they_generate_apart(family: str, name: str) -> None:
+    model = tiny(family)
+    ids, domain, mask = rows()
+    ids, domain, mask = ids[:, :-2], domain[:, :-2], mask[:, :-2]
+    attachment = attach(model, adapter_for(name, model, excited=1), adapter_for(name, model, excited=5), anatomy=Anatomy.read(model, INPUTS))
+    kwargs = {"max_new_tokens": 5, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+
+    def generated(row: list[int]) -> Tensor:
+        with attachment.bind(token_map(domain, torch.tensor(row))):
+            return model.generate(ids, attention_mask=mask, **kwargs)
+
+    mixed, first, second, none = generated([0, 1, BASE_ROW]), generated([0] * 3), generated([1] * 3), generated([BASE_ROW] * 3)
+    n = ids.shape[1]
+    for i, apart in enumerate((first, second, none)):
+        a, b = mixed[i, n:], apart[i, n:]
+        shared_length = min(len(a), len(b))
+        assert torch.equal(a[:shared_length], b[:shared_length])
+
+
+@EVERY
+@ON_EVERY_FAMILY
+def test_checkpointed_gradients_equal_plain_ones(family: str, name: str) -> None:
+    model = tiny(family)
+    ids, domain, mask = rows()
+    adapter = adapter_for(name, model)
+
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        attachment = attach(model, adapter, anatomy=Anatomy.read(model, INPUTS))
+        if checkpointed:
+            attachment.checkpoint_layers()
+        with attachment.bind(token_map(domain)):
+            loss = run(model, ids, mask).square().sum()
+        attachment.tokens = None
+        result = torch.autograd.grad(loss, list(adapter.parameters()), allow_unused=True)
+        attachment.detach()
+        return [g for g in result if g is not None]
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert len(plain) == len(recomputed) > 0
+    assert any(g.abs().max() > 0 for g in plain)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adalink", "all_at_once"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_model_compiles_to_one_graph_after_attach(family: str, name: str) -> None:
+    torch._dynamo.reset()
+    model = tiny(family)
+    ids, domain, mask = rows()
+    attachment = attach(model, adapter_for(name, model), anatomy=Anatomy.read(model, INPUTS))
+    with attachment.bind(token_map(domain)):
+        expected = run(model, ids, mask)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        actual = compiled(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=EXACT[family])
+
+
+@EVERY
+@ON_EVERY_FAMILY
+def test_saved_and_loaded_gives_the_same_logits(family: str, name: str, tmp_path: object) -> None:
+    if "deep" in METHODS_UNDER_TEST[name]:
+        pytest.skip("the test's own method is not in METHODS, so it has no name to be saved under")
+    ids, domain, mask = rows()
+    model = AdaptedModel(tiny(family), inputs=INPUTS)
+    excite(model.add_adapter("first", METHODS_UNDER_TEST[name]).double())
+    model.save_pretrained(str(tmp_path))
+    again = AdaptedModel(tiny(family), inputs=INPUTS)
+    again.load_adapter(str(tmp_path), "other").double()
+    again.adapters["other"].load_state_dict(model.adapters["first"].state_dict())  # strict: the same names
+
+    def logits(adapted: AdaptedModel) -> Tensor:
+        with adapted.attachment.bind(token_map(domain)):
+            return run(adapted.base, ids, mask)
+
+    torch.testing.assert_close(logits(model), logits(again), rtol=0, atol=0)
+
+
+@EVERY
+@ON_EVERY_FAMILY
+def test_frozen_weights_are_byte_identical_after_training(family: str, name: str) -> None:
+    model = tiny(family)
+    before = copy.deepcopy(model.state_dict())
+    ids, domain, mask = rows()
+    adapter = adapter_for(name, model)
+    start = copy.deepcopy(adapter.state_dict())
+    attachment = attach(model, adapter, anatomy=Anatomy.read(model, INPUTS))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    for _ in range(3):
+        with attachment.bind(token_map(domain)):
+            run(model, ids, mask).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert any(not torch.equal(start[key], value) for key, value in adapter.state_dict().items())
+
+
+@ON_DECODERS
+def test_every_port_works_on_embeddings_passed_in(family: str) -> None:
+    model = tiny(family)
+    ids, domain, mask = rows()
+    attachment = attach(model, adapter_for("all_at_once", model), anatomy=Anatomy.read(model, INPUTS))
+    with attachment.bind(token_map(domain)):
+        by_ids = model(input_ids=ids, attention_mask=mask).logits
+        by_embeds = model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask).logits
+    assert torch.equal(by_ids, by_embeds)
+
+
+def test_image_tokens_change_with_the_picture_and_only_then() -> None:
+    model = tiny("llama")
+    ids, domain, mask = rows()
+    attachment = attach(model, adapter_for("bridge_mlp", model), anatomy=Anatomy.read(model, INPUTS))
+    maps = [TokenMap(domain, torch.zeros(3, dtype=torch.int64), {"image": features(seed=s)}) for s in (3, 3, 4)]
+    results = []
+    for m in maps:
+        with attachment.bind(m):
+            results.append(run(model, ids, mask))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+assert {IMAGE, PROMPT, PAD} == {2, 3, -1}  # what tiny.rows builds on
