@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import stat
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from adalink.errors import ConfigError, DataError
 from multimodal.image_header import ImageKind, image_kind, read_image_header
 
 __all__ = ["BadImage", "ImageLimits", "decode_image", "read_image_bytes"]
+
+# Web pictures often have damaged EXIF data, and Pillow prints a warning about each.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {

@@ -43,7 +43,9 @@ def vqa_results_name(split: str, algorithm: str) -> str:
 
 def _part(what: str, value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9.-]+", value):
-        raise ConfigError(f"the {what} {value!r} cannot stand in a result file's name, whose parts '_' divides; use letters, digits, '.' and '-'")
+        raise ConfigError(
+            f"the {what} {value!r} cannot stand in a result file's name, whose parts '_' divides; use letters, digits, '.' and '-'"
+        )
     return value
 
 
