@@ -1,0 +1,166 @@
+"""A curve as inline SVG: axes, ticks, labels, gaps where a value is not finite. The page's style sheet colours it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import groupby
+
+from markupsafe import Markup
+
+from tasks.report.axis import Axis, exact_axis, round_axis
+
+__all__ = ["Point", "describe", "draw"]
+
+Point = tuple[float, float]
+
+# Drawn about one to one on a phone, so that 12 units of type stay 12 pixels.
+WIDTH, HEIGHT = 360, 220
+TOP, RIGHT, BOTTOM = 24, 22, 38
+CHARACTER = 7.0  # the width of a digit at 12 pixels, rounded up
+LARGEST = 1e290  # beyond it the span of two values overflows; drawn as a gap
+FEW = 40  # so many points get a dot each
+MANY = 240  # more points than this get a running mean over them
+
+
+def draw(name: str, points: Sequence[Point], unit: str) -> Markup:
+    """One `<svg>`, bounded in size however many points there are: (step, value) pairs in any order; nothing where none can be drawn.
+
+    A value that is NaN, infinite or beyond 1e290 makes a gap, and a cross on the upper edge says where. Points without a finite
+    step are left out; `describe` counts both.
+    """
+    placed = _placed(points)
+    finite = [point for point in placed if _drawable(point[1])]
+    if not finite:
+        return Markup("")
+    label = escape(f"Curve of {name}" + (f" in {unit}" if unit else ""), quote=True)
+    head = f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+    x_axis, y_axis = exact_axis([x for x, _ in placed], 5), round_axis([y for _, y in finite], 4)
+    frame = _Frame(x_axis, y_axis)
+    parts = [frame.axes(unit), frame.line(_thin(placed, x_axis), "raw" if len(finite) > MANY else "line")]
+    if len(finite) > MANY:
+        parts.append(frame.line(_thin(_running_mean(placed), x_axis), "line"))
+    if len(finite) <= FEW:
+        parts.append(frame.dots(finite))
+    parts.append(frame.crosses(x for x, y in placed if not _drawable(y)))
+    return Markup(f"{head}{''.join(parts)}</svg>")
+
+
+def describe(points: Sequence[Point]) -> str:
+    """The curve in words, for those who do not see it: last, lowest and highest value, and what could not be drawn."""
+    placed = _placed(points)
+    finite = [point for point in placed if _drawable(point[1])]
+    if not finite:
+        return "no point was recorded" if not points else f"none of {len(points):,} values is finite"
+    low, high = min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])
+    words = [f"last {_number(finite[-1][1])} at step {finite[-1][0]:,.10g}"]
+    if len(finite) > 1:
+        words += [f"lowest {_number(low[1])} at {low[0]:,.10g}", f"highest {_number(high[1])} at {high[0]:,.10g}"]
+    if len(finite) > MANY:
+        words.append(f"thick line: mean of {_window(len(placed)):,} neighbours of {len(placed):,} values")
+    if len(placed) > len(finite):
+        words.append(f"{len(placed) - len(finite):,} not finite (×)")
+    if len(points) > len(placed):
+        words.append(f"{len(points) - len(placed):,} without a step left out")
+    return "; ".join(words)
+
+
+class _Frame:
+    """Two axes on the canvas, and how points are put between them."""
+
+    def __init__(self, x: Axis, y: Axis) -> None:
+        self._x, self._y = x, y
+        self._left = 12 + CHARACTER * max(len(label) for label in y.labels)
+
+    def axes(self, unit: str) -> str:
+        left, right, bottom = self._left, WIDTH - RIGHT, HEIGHT - BOTTOM
+        out = []
+        for tick, label in zip(self._y.ticks, self._y.labels, strict=True):
+            at = self._y.place(tick, bottom, TOP)
+            out.append(f'<path class="grid" d="M{left:g} {at:.1f}H{right}"/>')
+            out.append(f'<text x="{left - 6:g}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
+        for tick, label in zip(self._x.ticks, self._x.labels, strict=True):
+            at = self._x.place(tick, left, right)
+            out.append(f'<path class="axis" d="M{at:.1f} {bottom}v4"/>')
+            out.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{label}</text>')
+        out.append(f'<path class="axis" d="M{left:g} {TOP}V{bottom}H{right}"/>')
+        out.append(f'<text x="{right}" y="{HEIGHT - 5}" text-anchor="end">step</text>')
+        out.append(f'<text x="4" y="13">{escape(unit)}</text>')
+        return "".join(out)
+
+    def line(self, points: Sequence[Point], kind: str) -> str:
+        """One path: a new subpath after every gap; a point alone between two gaps is a dot, by the round cap of a line of no length."""
+        d = []
+        for drawable, run in groupby(points, key=lambda point: _drawable(point[1])):
+            places = [self._place(point) for point in run] if drawable else []
+            if len(places) == 1:
+                places *= 2
+            d.append("M" + "L".join(places) if places else "")
+        return f'<path class="{kind}" d="{"".join(d)}"/>'
+
+    def dots(self, points: Iterable[Point]) -> str:
+        out = []
+        for point in points:
+            x, y = self._place(point).split()
+            out.append(f'<circle cx="{x}" cy="{y}" r="3"><title>{_number(point[1])} at {point[0]:,.10g}</title></circle>')
+        return "".join(out)
+
+    def crosses(self, steps: Iterable[float]) -> str:
+        """A cross on the upper edge at each step whose value is not finite; steps on the same pixel share one."""
+        places = sorted({round(self._x.place(step, self._left, WIDTH - RIGHT)) for step in steps})
+        d = "".join(f"M{x - 3} {TOP + 3}l6 6m0 -6l-6 6" for x in places)
+        return f'<path class="cross" d="{d}"/>' if d else ""
+
+    def _place(self, point: Point) -> str:
+        return f"{self._x.place(point[0], self._left, WIDTH - RIGHT):.1f} {self._y.place(point[1], HEIGHT - BOTTOM, TOP):.1f}"
+
+
+def _drawable(value: float) -> bool:
+    return math.isfinite(value) and abs(value) < LARGEST
+
+
+def _placed(points: Sequence[Point]) -> list[Point]:
+    """The points that have a step, by step: a resumed run may have written some steps twice."""
+    return sorted(((float(x), float(y)) for x, y in points if _drawable(x)), key=lambda point: point[0])
+
+
+def _thin(points: Sequence[Point], axis: Axis) -> list[Point]:
+    """At most five points a column of one pixel, which draw the same line: first, lowest, highest, last, and one gap if there is any.
+
+    Averages or every n-th point would hide a spike; 10,000 steps of a loss are looked at for their spikes.
+    """
+    kept: list[Point] = []
+    for _, group in groupby(points, key=lambda point: int(axis.place(point[0], 0, WIDTH))):
+        column = list(group)
+        finite = [i for i, point in enumerate(column) if _drawable(point[1])]
+        keep = set(finite[:1] + finite[-1:])
+        if finite:
+            keep |= {min(finite, key=lambda i: column[i][1]), max(finite, key=lambda i: column[i][1])}
+        keep |= set([i for i in range(len(column)) if i not in set(finite)][:1])
+        kept += [column[i] for i in sorted(keep)]
+    return kept
+
+
+def _window(n_points: int) -> int:
+    return max(3, n_points // 50 | 1)
+
+
+def _running_mean(points: Sequence[Point]) -> list[Point]:
+    """The mean of the finite values among the neighbours of each point, half before and half after; a gap stays a gap."""
+    half = _window(len(points)) // 2
+    sums, counts = [0.0], [0]
+    for _, y in points:
+        sums.append(sums[-1] + (y if _drawable(y) else 0.0))
+        counts.append(counts[-1] + _drawable(y))
+    out = []
+    for i, (x, y) in enumerate(points):
+        start, end = max(0, i - half), min(len(points), i + half + 1)
+        out.append((x, (sums[end] - sums[start]) / (counts[end] - counts[start]) if _drawable(y) else y))
+    return out
+
+
+def _number(value: float) -> str:
+    if 1e4 <= abs(value) < 1e12:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
