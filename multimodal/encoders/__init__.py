@@ -1,0 +1,1 @@
+"""Encoders of three libraries under one interface."""

@@ -1,0 +1,81 @@
+"""Frozen parts: what they are, and the one sentence for a part that cannot be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from adalink.errors import AdalinkError, ConfigError, DataError
+
+__all__ = ["existing_folder", "freeze", "loading", "quiet_transformers", "split_revision"]
+
+
+def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Puts `module` into eval mode without gradients, in `dtype` where one is given (None keeps what the files hold)."""
+    module.eval().requires_grad_(False)
+    if dtype is not None:
+        module.to(dtype)
+
+
+def existing_folder(spec: str | Path) -> Path | None:
+    """The local folder that `spec` names, or None where it is a name for a hub.
+
+    Raises ConfigError where `spec` can only be a path and there is no such folder.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    text = str(spec)
+    looks_like_path = path.is_absolute() or path.exists() or text.startswith((".", "~")) or (text.count("/") > 1 and ":" not in text)
+    if isinstance(spec, Path) or looks_like_path:
+        found = "a file" if path.is_file() else "nothing"
+        raise ConfigError(f"'{spec}' should be a folder with a model's files, found {found} there; check the path")
+    return None
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """The hub id and the revision of `id@revision`: `a/b@v1` -> (`a/b`, `v1`), `a/b` -> (`a/b`, None)."""
+    identifier, _, revision = name.partition("@")
+    return identifier, revision or None
+
+
+@contextmanager
+def loading(what: str, name: str | Path, advice: str) -> Iterator[None]:
+    """Turns whatever a model library raises inside into one sentence: ConfigError, or DataError for a damaged weight file.
+
+    The libraries raise OSError, ValueError, RuntimeError, KeyError, errors of the hub client and more for a mere wrong name,
+    so everything is caught; the first line of the cause stays in the sentence, and the whole of it stays chained.
+    """
+    try:
+        yield
+    except AdalinkError:
+        raise
+    except SafetensorError as error:
+        raise DataError(f"the weights of the {what} '{name}' cannot be read: {_first_line(error)}; fetch the files again") from error
+    except Exception as error:
+        raise ConfigError(f"cannot load the {what} '{name}': {_first_line(error)}; {advice}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the report of unused tensors and the progress bar of transformers inside; what matters of it is checked and raised."""
+    level, has_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if has_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,91 @@
+"""A frozen language model and its tokenizer, from a name or a local folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from adalink.errors import ConfigError, DataError
+from multimodal.frozen import existing_folder, freeze, loading, quiet_transformers, split_revision
+
+__all__ = ["Language", "load_language"]
+
+_ADVICE = "give a local folder in transformers format or a hub id such as 'facebook/opt-125m'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Language:
+    """A frozen language model with its tokenizer.
+
+    model      decoder-only or encoder-decoder (`model.config.is_encoder_decoder` tells); eval mode, no gradients
+    tokenizer  has an end and a pad token, and a start token where the model has one; ids of all three are rows of the embedding
+    name       what it was loaded from
+    """
+
+    model: Any  # an nn.Module of transformers; the library is untyped here
+    tokenizer: Any  # likewise
+    name: str
+
+
+def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = None) -> Language:
+    """The frozen language model of a local folder or of a hub id, `org/name` or `org/name@revision`.
+
+    dtype: of the weights; None keeps what the files hold.
+    Raises ConfigError for a name or folder that leads to no language model, DataError for damaged or missing weights.
+    """
+    folder = existing_folder(name_or_folder)
+    name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
+    with loading("language model", name_or_folder, _ADVICE):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if type(config) not in family._model_mapping:
+        raise ConfigError(f"'{name_or_folder}' is a {config.model_type} model, expected one that writes text; {_ADVICE}")
+    with loading("language model", name_or_folder, "see that the folder holds model.safetensors"), quiet_transformers():
+        model, info = family.from_pretrained(name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True)
+    if info["missing_keys"]:
+        raise DataError(
+            f"the weights of the language model '{name_or_folder}' are incomplete: {len(info['missing_keys'])} tensors are missing, "
+            f"among them {', '.join(sorted(info['missing_keys'])[:3])}; fetch the files again"
+        )
+    freeze(model, dtype)
+    with loading("tokenizer of", name_or_folder, "put the model's tokenizer files (tokenizer.json) beside its config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    _settle_tokens(tokenizer, model, str(name_or_folder))
+    return Language(model=model, tokenizer=tokenizer, name=str(name_or_folder))
+
+
+def _settle_tokens(tokenizer: Any, model: Any, name: str) -> None:
+    """Gives the tokenizer its start, end and pad token, and the model the same ids. No token is added: the embedding is frozen."""
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    if not 0 < len(tokenizer) <= n_rows:
+        raise ConfigError(
+            f"the tokenizer of '{name}' knows {len(tokenizer)} tokens, expected 1 to {n_rows}, the rows of the model's embedding; "
+            f"put the tokenizer that belongs to this model beside it"
+        )
+    for role in ("bos", "eos"):
+        if getattr(tokenizer, f"{role}_token_id") is None:
+            token = _configured(model, f"{role}_token_id")
+            if token is not None:
+                setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token))
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the language model '{name}' has no end token in its tokenizer, config.json or generation_config.json; set eos_token_id")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _configured(model: Any, key: str) -> int | None:
+    """An id of generation_config.json or config.json; the first where there are several (Llama 3 has three end tokens)."""
+    for config in (model.generation_config, model.config):
+        value = getattr(config, key, None)
+        if isinstance(value, list) and value:
+            return int(value[0])
+        if isinstance(value, int):
+            return value
+    return None

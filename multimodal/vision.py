@@ -1,0 +1,124 @@
+"""A frozen vision encoder of any library: pixels in, features out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from adalink.errors import ConfigError
+from multimodal.encoders.layout import read_layout
+from multimodal.encoders.load import load_encoder
+from multimodal.encoders.stage import Encoder, Loaded, Preprocess, Stage
+from multimodal.features import Features
+from multimodal.frozen import freeze
+
+__all__ = ["VisionTower", "load_tower"]
+
+
+def load_tower(spec: str | Path, *, layer: int = -1, dtype: torch.dtype | None = None) -> VisionTower:
+    """The frozen tower that `spec` names.
+
+    spec    a local folder in the format of transformers, timm or open_clip; `timm:vit_base_patch16_224.augreg_in21k`;
+            `open_clip:ViT-B-32/laion2b_s34b_b79k`; or a transformers hub id, `hf:org/name` or `org/name`, with `@revision` to pin it
+    layer   which block the patches come from, counted from the end: -1 the final features, -2 the block before (Context-PEFT)
+    dtype   of the weights and the features; None keeps what the files hold
+
+    Raises ConfigError for a name or folder that leads to no encoder, DataError for damaged weights.
+    """
+    loaded = load_encoder(spec, dtype)
+    freeze(loaded.encoder, dtype)
+    return VisionTower(loaded, name=str(spec), layer=layer)
+
+
+class VisionTower(nn.Module):
+    """A frozen encoder and its preprocessing. Always in eval mode, whatever `train()` is called on the model around it.
+
+    name        what it was loaded from
+    n_patches   N, at the encoder's own picture size
+    width       Dv of the patches
+    layer       the block that the patches come from, counted from the end
+    n_layers    L of `Features.pooled`: the number of blocks, or 1 where the widths of the blocks differ
+    preprocess  PIL picture -> float32[3, H, W]; holds no weights, so it is cheap to send to worker processes
+    """
+
+    def __init__(self, loaded: Loaded, *, name: str, layer: int = -1) -> None:
+        super().__init__()
+        self.encoder = loaded.encoder
+        self.preprocess: Preprocess = loaded.preprocess
+        self.name = name
+        freeze(self.encoder, None)
+        pixels = _example(self.preprocess, self.name)
+        with torch.no_grad():
+            self._layout = read_layout(self._encoder, self.encoder, self._placed(pixels))
+        if not -self._layout.n_blocks <= layer <= -1:
+            raise ConfigError(
+                f"layer={layer} is not in the encoder '{self.name}', which has {self._layout.n_blocks} blocks; "
+                f"choose -1 (the last) to {-self._layout.n_blocks} (the first)"
+            )
+        self.layer = layer
+        features = self(pixels)
+        self.n_layers = features.pooled.shape[0]
+        self.n_patches, self.width = features.patches.shape[1:]
+
+    @property
+    def _encoder(self) -> Encoder:
+        return self.encoder  # type: ignore[return-value]  # nn.Module attributes are typed as modules
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """Stays in eval mode: frozen parts have no dropout and their batch statistics do not move."""
+        del mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Features:
+        """Features of `pixels` float[B, 3, H, W] as `preprocess` makes them, in the dtype of the tower, without gradient.
+
+        patches, layer = -1: the final features after the encoder's final norm, also where the encoder norms its CLS token only (CLIP);
+            not normed where the encoder averages its patches before that norm. layer < -1: the block's output without the norm.
+            CLS and register tokens are dropped; a feature map [B, C, h, w] becomes [B, h * w, C].
+        pooled: of every block, the final norm applied to its CLS token (eP-ALM); the mean of the normed patches where there is no CLS;
+            the norm of the mean where the encoder averages first. Where the widths of the blocks differ (most CNNs, Swin), only
+            the layer that the patches come from: L = 1.
+        """
+        pixels = self._placed(pixels)
+        if self._layout.is_column:
+            blocks = self._encoder.blocks(pixels)
+            patches = self._normed(blocks[-1].patches) if self.layer == -1 else blocks[self.layer].patches
+            return Features(patches=patches, pooled=torch.stack([self._pooled(stage) for stage in blocks]))
+        stage = self._encoder.last(pixels) if self.layer == -1 else self._encoder.blocks(pixels)[self.layer]
+        return Features(patches=stage.patches, pooled=_pool(stage)[None])
+
+    def _placed(self, pixels: Tensor) -> Tensor:
+        weight = next(self.encoder.parameters())
+        return pixels.to(device=weight.device, dtype=weight.dtype)
+
+    def _normed(self, tokens: Tensor) -> Tensor:
+        norm = self._layout.norm
+        return norm.module(tokens) if norm is not None and norm.takes == "tokens" else tokens
+
+    def _pooled(self, stage: Stage) -> Tensor:
+        """float[B, Dv]. Norms one row a picture where there is a CLS token, not all of them."""
+        norm = self._layout.norm
+        if norm is not None and norm.takes == "mean":
+            return norm.module(stage.patches.mean(1))
+        return self._normed(stage.cls) if stage.cls is not None else self._normed(stage.patches).mean(1)
+
+
+def _pool(stage: Stage) -> Tensor:
+    return stage.cls if stage.cls is not None else stage.patches.mean(1)
+
+
+def _example(preprocess: Preprocess, name: str) -> Tensor:
+    """float32[1, 3, H, W] of a picture with structure. Raises ConfigError where two pictures do not come out at one size."""
+    wide = Image.linear_gradient("L").resize((640, 400))
+    pixels = preprocess(Image.merge("RGB", [wide, wide.transpose(Image.Transpose.FLIP_TOP_BOTTOM), wide]))
+    high = preprocess(Image.new("RGB", (300, 500)))
+    if pixels.shape != high.shape or pixels.dim() != 3:
+        raise ConfigError(
+            f"the preprocessing of '{name}' gives pictures of different sizes ({list(pixels.shape)} and {list(high.shape)}), "
+            f"expected one size so that pictures stack; choose an encoder that crops or resizes to a fixed size"
+        )
+    return pixels[None]
