@@ -14,7 +14,7 @@ from tasks.scenes.scene import SIDE, Scene
 __all__ = ["draw", "png"]
 
 FINE = 6  # supersampling: edges are smooth because each pixel is the mean of 36
-TURNS = (-12, -6, 0, 6, 12)  # degrees; few, so that every mask is made once per process
+TURNS = (-8, 0, 8)  # degrees; few, so that every mask is made once per process
 RGB = tuple[int, int, int]
 
 COLOURS: dict[str, tuple[RGB, RGB, RGB]] = {  # top and bottom of the body, outline

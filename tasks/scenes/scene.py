@@ -10,7 +10,9 @@ from tasks.scenes.words import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES
 __all__ = ["SIDE", "Scene", "Thing", "make_scene", "place", "relation"]
 
 SIDE = 96  # pixels, of the square picture
-RADII = {"small": (9, 10, 11), "large": (16, 17, 18)}  # pixels; the gap between the sizes is what the eye can tell
+CELL = 16  # pixels: centres lie near the middles of a grid of 6 x 6 cells, so that a small encoder learns to see in minutes
+JITTER = 3  # pixels, either way
+RADII = {"small": (10, 11), "large": (17, 18)}  # pixels; the gap between the sizes is what the eye can tell
 GAP = 3  # pixels between two objects, at least
 # How a number of objects splits into kinds, with its weight. Repeats are common, so that counting a kind is worth asking.
 SPLITS: dict[int, tuple[tuple[tuple[int, ...], int], ...]] = {
@@ -89,9 +91,15 @@ def _spots(rng: Random, radii: list[int]) -> list[tuple[int, int]]:
         spots: list[tuple[int, int]] = []
         for radius in radii:
             for _ in range(20):
-                x, y = (rng.randint(radius + 2, SIDE - radius - 3) for _ in "xy")
+                x, y = (_coordinate(rng, radius) for _ in "xy")
                 if all((x - u) ** 2 + (y - v) ** 2 >= (radius + r + GAP) ** 2 for (u, v), r in zip(spots, radii, strict=False)):
                     spots.append((x, y))
                     break
         if len(spots) == len(radii):
             return spots
+
+
+def _coordinate(rng: Random, radius: int) -> int:
+    """Near the middle of a cell, and so far from the edge that the object lies within the picture."""
+    near = CELL * rng.randrange(SIDE // CELL) + CELL // 2 + rng.randint(-JITTER, JITTER)
+    return min(max(near, radius + 2), SIDE - radius - 3)
