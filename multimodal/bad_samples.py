@@ -69,6 +69,7 @@ class BadSamples:
         """For a log line: `3 truncated (12, 40, 41), 1 missing file (7)`; empty where nothing was added."""
         parts = []
         for reason, count in self._counts.items():
-            keys = [bad.key for bad in self._first[reason]] + (["..."] if count > KEYS_KEPT else [])
+            # A key from a tar file may hold line feeds and terminal codes.
+            keys = [bad.key if bad.key.isprintable() else repr(bad.key) for bad in self._first[reason]] + (["..."] if count > KEYS_KEPT else [])
             parts.append(f"{count} {reason} ({', '.join(keys)})")
         return ", ".join(parts)

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from adalink.errors import ConfigError, DataError
-from multimodal.image_header import ImageKind, image_kind, read_image_header
+from multimodal.image_header import ImageHeader, ImageKind, image_kind, read_image_header
 
-__all__ = ["BadImage", "ImageLimits", "decode_image", "read_image_bytes"]
+__all__ = ["BadImage", "ImageLimits", "check_header", "decode_image", "read_image_bytes"]
 
 # Web pictures often have damaged EXIF data, and Pillow prints a warning about each.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
@@ -79,10 +79,7 @@ def decode_image(image: bytes | Path, *, limits: ImageLimits = ImageLimits()) ->
     """
     name = str(image) if isinstance(image, Path) else f"a picture of {len(image)} bytes"
     data = read_image_bytes(image, limits=limits)
-    header = read_image_header(data)
-    if header is None:
-        raise _headless(data, name)
-    _check_pixels(header.width, header.height, limits, name)
+    header = check_header(data, limits=limits, name=name)
     try:
         return _decode(data, limits, name)
     except Image.DecompressionBombError as error:
@@ -114,6 +111,18 @@ def read_image_bytes(image: bytes | Path, *, limits: ImageLimits = ImageLimits()
     if not image:
         raise BadImage("empty file", f"{name} holds 0 bytes")
     return image
+
+
+def check_header(data: bytes, *, limits: ImageLimits = ImageLimits(), name: str = "a picture") -> ImageHeader:
+    """Kind and size of a picture that is worth a decoder's time; nothing is decoded.
+
+    Raises BadImage where the bytes begin as none of the three kinds, end within the header, or promise too many pixels.
+    """
+    header = read_image_header(data)
+    if header is None:
+        raise _headless(data, name)
+    _check_pixels(header.width, header.height, limits, name)
+    return header
 
 
 def _check_bytes(size: int, limits: ImageLimits, name: str) -> None:

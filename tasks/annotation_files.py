@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from adalink.errors import DataError
@@ -65,6 +65,8 @@ def text(row: Mapping[str, object], key: str, name: str) -> str:
     value = _value(row, key, name)
     if not isinstance(value, str):
         raise DataError(f"{name}: {key!r} is {_shown(value)}; expected a text")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{name}: {key!r} is {_shown(value)}, which holds half of a surrogate pair; expected Unicode text")
     return value
 
 
@@ -91,6 +93,6 @@ def _shown(value: object) -> str:
     return f"{shown[:60]}{'...' if len(shown) > 60 else ''} ({type(value).__name__})"
 
 
-def _listed(names: object) -> str:
-    listed = [repr(name) for name in names]  # type: ignore[attr-defined]
+def _listed(names: Iterable[object]) -> str:
+    listed = [repr(name) for name in names]
     return ", ".join(listed[:10]) + (", ..." if len(listed) > 10 else "") if listed else "nothing"

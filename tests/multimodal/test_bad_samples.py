@@ -32,3 +32,7 @@ def test_reasons_are_counted_and_the_first_keys_of_each_are_kept() -> None:
 def test_a_negative_budget_is_refused() -> None:
     with pytest.raises(ConfigError, match="budget for bad samples is -1"):
         BadSamples(budget=-1)
+
+
+def test_keys_with_control_characters_are_shown_escaped() -> None:
+    assert BadSamples(budget=0, found=[BadSample(key="a\n\x1b[2J", reason="corrupt")]).summary() == r"1 corrupt ('a\n\x1b[2J')"

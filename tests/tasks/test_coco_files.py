@@ -118,6 +118,7 @@ def test_pictures_are_looked_up_in_one_listing_and_not_one_by_one(root: Path, mo
         ),
         (changed(annotations=[{"image_id": 7, "category_id": 1}]), r"annotations\[0\] has no 'caption'; it has 'image_id', 'category_id'"),
         (changed(annotations=[{"image_id": 7, "caption": None}]), r"annotations\[0\]: 'caption' is None \(NoneType\); expected a text"),
+        (changed(annotations=[{"image_id": 7, "caption": "a \ud83d"}]), r"'caption' is 'a .*half of a surrogate pair; expected Unicode text"),
         (changed(images=[], annotations=[]), "captions.json gives no sample$"),
         (changed(annotations=[]), r"gives no sample; 2 cannot be used, the first because image 7 \(b.jpg\) has no caption"),
     ],

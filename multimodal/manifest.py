@@ -1,0 +1,190 @@
+"""What a set of shards holds: each shard's size, sha256 and samples, and where in the file each sample's members lie.
+
+On disk it is `manifest.json` beside the shards. In memory the offsets are arrays and the keys one block of bytes, so that a set of millions
+of samples is cheap to hold and to send to worker processes. A manifest is input like any other: what it says is checked, and it can only
+name files in its own folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adalink.errors import DataError
+from multimodal.atomic import write_whole
+from multimodal.bad_samples import BadSample
+
+__all__ = ["MANIFEST", "Manifest", "Members", "Part", "Shard", "find_twice", "read_manifest", "write_manifest"]
+
+MANIFEST = "manifest.json"
+_FORMAT = "adalink shards 1"
+
+Part = Literal["image", "json", "txt"]
+PARTS: tuple[Part, ...] = ("image", "json", "txt")
+
+ABSENT = (-1, -1, -1)
+"""Offset, size and crc32 of a member that a sample does not have."""
+UNKNOWN_CRC = -1
+
+
+class Members:
+    """The samples of one shard, in order: a key each, and the place of each part.
+
+    table   int64[n, 3 parts, 3]: offset of the part's data in the shard in bytes, its size in bytes, its crc32 or -1 where it is not known
+    """
+
+    def __init__(self, keys: Iterable[str], table: NDArray[np.int64]) -> None:
+        encoded = [key.encode("utf-8", "backslashreplace") for key in keys]
+        self.packed_keys = b"".join(encoded)
+        self._ends = np.cumsum([len(key) for key in encoded], dtype=np.int64)
+        self.table = table.reshape(len(encoded), len(PARTS), 3)
+
+    def only(self, kept: NDArray[np.bool_]) -> Members:
+        """The samples at which `kept` is true."""
+        return Members([self.key(index) for index in np.flatnonzero(kept).tolist()], self.table[kept])
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def key(self, index: int) -> str:
+        """The key under which the shard's file holds sample `index`."""
+        start = int(self._ends[index - 1]) if index else 0
+        return self.packed_keys[start : int(self._ends[index])].decode("utf-8")
+
+    def all_keys(self) -> Iterator[str]:
+        """All of them, in order."""
+        return (self.key(index) for index in range(len(self)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shard:
+    """One tar file of a set."""
+
+    file: str  # a name in the manifest's folder, never a path
+    size: int  # bytes
+    sha256: str  # empty where the file was indexed without reading it
+    members: Members
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Manifest:
+    """A set of shards.
+
+    skipped   what was found when the set was written or indexed and is not in it
+    ignored   members that no sample uses, counted by suffix
+    """
+
+    shards: tuple[Shard, ...]
+    skipped: tuple[BadSample, ...] = ()
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return sum(len(shard.members) for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 over keys, places and, where they are known, the shards' own: sets that share it hold the same samples in one order."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.size} {shard.sha256} {len(shard.members)}\n".encode())
+            digest.update(shard.members.packed_keys)
+            digest.update(shard.members.table.tobytes())
+        return digest.hexdigest()
+
+
+def find_twice(shards: Sequence[Shard]) -> tuple[str, int, int] | None:
+    """A key that stands in two shards, and their numbers; None where each key is in one."""
+    seen: dict[str, int] = {}
+    for number, shard in enumerate(shards):
+        for key in shard.members.all_keys():
+            if seen.setdefault(key, number) != number:
+                return key, seen[key], number
+    return None
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Writes `manifest.json` into the folder, whole or not at all; one line per shard."""
+    head = {
+        "format": _FORMAT,
+        "samples": len(manifest),
+        "skipped": [[bad.key, bad.reason, bad.detail] for bad in manifest.skipped],
+        "ignored": dict(manifest.ignored),
+    }
+    lines = ",\n".join(json.dumps(shard_as_json(shard)) for shard in manifest.shards)
+    write_whole(folder / MANIFEST, f'{json.dumps(head)[:-1]}, "shards": [\n{lines}\n]}}\n'.encode("ascii"))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder; raises DataError where it is missing, damaged or of another version."""
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"the manifest {path} cannot be read: {error.strerror}; write or index the shards with `adalink shards`") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the manifest {path} is not JSON: {error}; index the shards again") from error
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        shown = str(found.get("format") if isinstance(found, dict) else found)[:60]
+        raise DataError(f"{path} is not a manifest of this version: its format is {shown!r}, expected {_FORMAT!r}; index the shards again")
+    try:
+        manifest = Manifest(
+            shards=tuple(shard_from_json(shard) for shard in found["shards"]),
+            skipped=tuple(BadSample(key=key, reason=reason, detail=detail) for key, reason, detail in found["skipped"]),
+            ignored={str(suffix): int(count) for suffix, count in found["ignored"].items()},
+        )
+        _check_all(manifest, found["samples"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DataError(f"the manifest {path} is damaged: {type(error).__name__} {error}; index the shards again") from error
+    return manifest
+
+
+def shard_as_json(shard: Shard) -> dict[str, object]:
+    """The shard as `manifest.json` holds it: `image` is offset, size, crc32, offset, size, crc32, ...; an absent part has no list."""
+    entry: dict[str, object] = {"file": shard.file, "bytes": shard.size, "sha256": shard.sha256, "samples": len(shard.members)}
+    entry["keys"] = list(shard.members.all_keys())
+    for index, part in enumerate(PARTS):
+        column = shard.members.table[:, index]
+        if (column[:, 0] >= 0).any():
+            entry[part] = column.ravel().tolist()
+    return entry
+
+
+def shard_from_json(entry: Mapping[str, object]) -> Shard:
+    """The inverse of `shard_as_json`; raises ValueError, KeyError or TypeError where something does not fit."""
+    keys, size, file = entry["keys"], entry["bytes"], entry["file"]
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or entry["samples"] != len(keys):
+        raise ValueError(f"the keys of {file!r} do not match its {entry['samples']} samples")
+    if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..") or "\0" in file:
+        raise ValueError(f"{file!r} is not a file name")
+    if not isinstance(size, int) or not isinstance(entry["sha256"], str):
+        raise ValueError(f"bytes or sha256 of {file!r} is of another type")
+    table = np.full((len(keys), len(PARTS), 3), -1, dtype=np.int64)
+    for index, part in enumerate(PARTS):
+        if part in entry:
+            column = np.asarray(entry[part])
+            if column.dtype != np.int64:
+                raise ValueError(f"the list {part!r} of {file!r} holds other than whole numbers")
+            table[:, index] = column.reshape(len(keys), 3)
+    _check_inside(table, size, file)
+    return Shard(file=file, size=size, sha256=entry["sha256"], members=Members(keys, table))
+
+
+def _check_inside(table: NDArray[np.int64], size: int, file: str) -> None:
+    offset, length = table[..., 0], table[..., 1]
+    if not np.where(offset < 0, length < 0, (offset >= 512) & (length >= 0) & (offset <= size - np.maximum(length, 0))).all():
+        raise ValueError(f"an offset of {file!r} lies outside its {size} bytes")
+
+
+def _check_all(manifest: Manifest, samples: object) -> None:
+    names = [shard.file for shard in manifest.shards]
+    if len(set(names)) != len(names):
+        raise ValueError("it names a shard twice")
+    if len(manifest) != samples:
+        raise ValueError(f"it says {samples} samples and lists {len(manifest)}")

@@ -1,0 +1,149 @@
+"""The members of a tar file, found from its headers alone, and every way in which the file is not whole.
+
+Python's tarfile stops without a word at a damaged header, and at the end of a file that was cut between two members; a training epoch
+would be short and nobody would know. Here each of these is an error with the byte at which it happened.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from adalink.errors import DataError
+
+__all__ = ["TarMember", "scan_tar"]
+
+BLOCK = 512
+_MAX_EXTENSION = 2**20  # bytes of a long name or of pax records; a name has a few hundred
+_WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A regular file in a tar file: where its data lies, in bytes; `name` is data, never a path to open."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def scan_tar(path: Path) -> Iterator[TarMember]:
+    """The regular files in the order of the tar file; folders, links and devices are passed over.
+
+    Raises DataError, with the file and the byte, where the tar file is empty, compressed, cut, damaged, or goes on after its end.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the shard {path} cannot be opened: {getattr(error, 'strerror', None) or error}; is it there?") from error
+    try:
+        yield from _Scan(path, file).members()
+    except OSError as error:
+        raise DataError(f"the shard {path} cannot be read: {error.strerror}") from error
+    finally:
+        os.close(file)
+
+
+class _Scan:
+    def __init__(self, path: Path, file: int) -> None:
+        self.path, self.file = path, file
+        self.size = os.fstat(file).st_size
+
+    def members(self) -> Iterator[TarMember]:
+        self._check_start()
+        at = 0
+        extended: dict[str, str] = {}  # what pax or GNU headers say about the next member
+        while True:
+            header = self._header(at)
+            if header is None:
+                return self._check_end(at)
+            size = self._data_size(at, header, extended)
+            data, at = at + BLOCK, at + BLOCK + -(-size // BLOCK) * BLOCK
+            if data + size > self.size:
+                raise self._cut(f"the data of {header.name!r}, from byte {data} on, needs {size} bytes")
+            if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+                extended |= self._extension(header, data, size)
+            elif header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+                if header.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+                    yield TarMember(extended.get("path", header.name), data, size)
+                extended = {}
+
+    def _data_size(self, at: int, header: tarfile.TarInfo, extended: Mapping[str, str]) -> int:
+        """How many bytes follow the header; links, folders and devices have none, whatever their size field says."""
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise self._damaged(at, "a sparse member, which no reader of shards supports")
+        if header.type in _WITHOUT_DATA:
+            return 0
+        size = extended.get("size", str(header.size))
+        if not size.isdecimal():
+            raise self._damaged(at, f"a member of {size} bytes")
+        return int(size)
+
+    def _check_start(self) -> None:
+        if self.size == 0:
+            raise DataError(f"the shard {self.path} holds 0 bytes; write or fetch it again")
+        start = os.pread(self.file, 8, 0)
+        for magic, name in _COMPRESSED.items():
+            if start.startswith(magic):
+                raise DataError(f"the shard {self.path} is compressed ({name}), which allows no random access; unpack it to a plain tar")
+
+    def _header(self, at: int) -> tarfile.TarInfo | None:
+        """The header at a byte; None at the end mark."""
+        block = os.pread(self.file, BLOCK, at)
+        if not block:
+            raise self._cut("it lacks the end mark")
+        if len(block) < BLOCK:
+            raise self._cut(f"the header at byte {at} needs {BLOCK} bytes")
+        if block.count(0) == BLOCK:
+            return None
+        try:
+            return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise self._damaged(at, f"no tar header there ({error})") from error
+
+    def _check_end(self, at: int) -> None:
+        """Zeros up to the end; joined tar files have more members there, which a reader would never reach."""
+        while chunk := os.pread(self.file, 2**20, at):
+            if chunk.count(0) != len(chunk):
+                raise self._damaged(at, "it goes on after its end mark; are these several tar files in one?")
+            at += len(chunk)
+
+    def _extension(self, header: tarfile.TarInfo, data: int, size: int) -> dict[str, str]:
+        if size > _MAX_EXTENSION:
+            raise self._damaged(data, f"an extended header of {size} bytes")
+        content = os.pread(self.file, size, data)
+        if header.type == tarfile.GNUTYPE_LONGNAME:
+            return {"path": _text(content.rstrip(b"\0"))}
+        try:
+            return _pax_records(content)
+        except ValueError as error:
+            raise self._damaged(data, "pax records that do not add up") from error
+
+    def _cut(self, what: str) -> DataError:
+        return DataError(f"the shard {self.path} is cut at byte {self.size}: {what}; write or fetch it again")
+
+    def _damaged(self, at: int, what: str) -> DataError:
+        return DataError(f"the shard {self.path} is damaged at byte {at}: {what}; write or fetch it again")
+
+
+def _pax_records(content: bytes) -> dict[str, str]:
+    """`28 path=a/very/long/name.jpg` and a line feed -> {"path": "a/very/long/name.jpg"}; the number counts the whole record."""
+    records = {}
+    while content:
+        digits, _, _ = content.partition(b" ")
+        length = int(digits)
+        record, content = content[len(digits) + 1 : length], content[length:]
+        key, equals, value = record.partition(b"=")
+        if length <= len(digits) or not equals or not value.endswith(b"\n"):
+            raise ValueError
+        if key in (b"path", b"size"):
+            records[key.decode()] = _text(value[:-1])
+    return records
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

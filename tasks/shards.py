@@ -1,0 +1,136 @@
+"""What `adalink shards ...` does: write a data set as shards, index shards that exist, and check a set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from adalink.errors import ConfigError, DataError
+from multimodal.bad_samples import BadSamples
+from multimodal.manifest import MANIFEST, Manifest, write_manifest
+from multimodal.shard_check import checksummed, verify_shards
+from multimodal.shard_index import ShardLimits
+from multimodal.shard_set import index_shards
+from multimodal.shard_writer import write_shards
+from tasks.caption_folder import read_caption_folder
+from tasks.coco_files import read_coco_captions
+from tasks.file_source import FileSource
+from tasks.vqa_files import read_vqa
+
+__all__ = ["shards_check", "shards_coco", "shards_folder", "shards_img2dataset", "shards_vqa"]
+
+_FAULTS_SHOWN = 10
+
+
+def shards_coco(
+    *,
+    images: Path,
+    annotations: Path,
+    out: Path,
+    image_name: str | None = None,
+    samples_per_shard: int = 1000,
+    bad_samples: int = 0,
+    workers: int = 1,
+) -> Manifest:
+    """Write COCO captions as shards.
+
+    Args:
+        images: The folder of pictures.
+        annotations: The captions, in COCO's format, such as captions_train2014.json.
+        out: A new or empty folder.
+        image_name: The pictures' names, such as COCO_train2014_{image_id:012d}.jpg; by default those in the annotations.
+        samples_per_shard: Pictures in one shard.
+        bad_samples: How many pictures may be missing or unusable before the command stops.
+        workers: Shards written at a time.
+    """
+    source = read_coco_captions(images=images, annotations=annotations, image_name=image_name)
+    return _write(source, out, samples_per_shard, bad_samples, workers)
+
+
+def shards_vqa(
+    *,
+    images: Path,
+    questions: Path,
+    annotations: Path | None = None,
+    out: Path,
+    image_name: str | None = None,
+    samples_per_shard: int = 1000,
+    bad_samples: int = 0,
+    workers: int = 1,
+) -> Manifest:
+    """Write VQAv2 questions and answers as shards, one picture with all its questions.
+
+    Args:
+        images: The folder of pictures.
+        questions: The questions, in VQAv2's format.
+        annotations: The answers, in VQAv2's format; none for a test split.
+        out: A new or empty folder.
+        image_name: The pictures' names, such as image{image_id}.jpg; by default COCO's where the questions are about COCO.
+        samples_per_shard: Pictures in one shard.
+        bad_samples: How many pictures may be missing or unusable before the command stops.
+        workers: Shards written at a time.
+    """
+    source = read_vqa(images=images, questions=questions, annotations=annotations, image_name=image_name)
+    return _write(source, out, samples_per_shard, bad_samples, workers)
+
+
+def shards_folder(*, images: Path, out: Path, samples_per_shard: int = 1000, bad_samples: int = 0, workers: int = 1) -> Manifest:
+    """Write a folder of pictures, each with a text file of captions beside it, as shards.
+
+    Args:
+        images: The folder: cat.jpg and cat.txt, one caption a line; folders below it too.
+        out: A new or empty folder.
+        samples_per_shard: Pictures in one shard.
+        bad_samples: How many pictures may be without a text or unusable before the command stops.
+        workers: Shards written at a time.
+    """
+    return _write(read_caption_folder(images=images), out, samples_per_shard, bad_samples, workers)
+
+
+def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
+    """Index webdataset shards that exist, such as img2dataset's, by writing a manifest beside them.
+
+    Args:
+        shards: The folder of tar files.
+        bad_samples: How many samples may lack a picture or a text, or be too large, before the command stops.
+    """
+    if (shards / MANIFEST).exists():
+        raise ConfigError(f"{shards / MANIFEST} is there already; run `adalink shards check`, or delete it to index the shards again")
+    found = index_shards(shards, ShardLimits())
+    BadSamples(budget=bad_samples, found=found.manifest.skipped).check()
+    if len(found.manifest) == 0:
+        raise DataError(f"the shards in {shards} hold no sample: none has a picture and a text")
+    known = tuple(checksummed(path, shard) for path, shard in zip(found.paths, found.manifest.shards, strict=True))
+    manifest = replace(found.manifest, shards=known)
+    write_manifest(manifest, shards)
+    _report("indexed", manifest, shards)
+    return manifest
+
+
+def shards_check(*, shards: Path) -> None:
+    """Check every byte of a set of shards against its manifest.
+
+    Args:
+        shards: The folder of tar files with its manifest.json.
+    """
+    faults = verify_shards(shards)
+    if faults:
+        shown = "; ".join(fault.detail for fault in faults[:_FAULTS_SHOWN])
+        more = f"; and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+        raise DataError(f"{len(faults)} things are wrong with the shards in {shards}: {shown}{more}")
+    print(f"the shards in {shards} are what their manifest says")
+
+
+def _write(source: FileSource, out: Path, samples_per_shard: int, bad_samples: int, workers: int) -> Manifest:
+    manifest = write_shards(source, out, samples_per_shard=samples_per_shard, budget=bad_samples, skipped=source.problems, workers=workers)
+    _report("wrote", manifest, out)
+    return manifest
+
+
+def _report(verb: str, manifest: Manifest, folder: Path) -> None:
+    size = sum(shard.size for shard in manifest.shards) / 2**20
+    print(f"{verb} {len(manifest.shards)} shards with {len(manifest)} pictures ({size:.1f} MiB) in {folder}")
+    if manifest.skipped:
+        print(f"skipped: {BadSamples(budget=0, found=manifest.skipped).summary()}")
+    if manifest.ignored:
+        print("members that no sample uses: " + ", ".join(f"{count} .{suffix}" for suffix, count in sorted(manifest.ignored.items())))
