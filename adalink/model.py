@@ -124,6 +124,11 @@ class AdaptedModel(nn.Module):
         self.task = dict(config.task)
         return adapter
 
+    @staticmethod
+    def read_config(folder: str | Path) -> AdapterConfig:
+        """What an adapter folder or hub name says of itself, before anything is loaded."""
+        return read_config(_local(folder))
+
     @classmethod
     def from_pretrained(cls, base: nn.Module, folder: str | Path) -> AdaptedModel:
         """A frozen model with the adapter of a folder or hub name on it."""

@@ -1,0 +1,98 @@
+"""Rows of several pictures, padded into tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from adalink import PAD
+from multimodal.encode import Row
+
+__all__ = ["NO_TARGET", "Batch", "collate"]
+
+NO_TARGET = -100  # torch's cross entropy ignores it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B rows about I pictures; a picture with five captions is encoded once.
+
+    ids          int64 [B, T]
+    domain       int64 [B, T]        PAD for padding
+    source       int64 [B, M]        position of the hidden state that predicts ...
+    target       int64 [B, M]        ... this id; NO_TARGET for padding. Explicit pairs, so that one row may hold several texts
+    image        int64 [B]           which picture the row is about
+    pixels       float [I, 3, H, W]  the pictures, or
+    patches      float [I, N, Dv]    their features, where they are kept
+    decoder_ids  int64 [B, U]        encoder-decoder models only; sources are positions in it
+    n_targets    what the loss is divided by; the batch's own number of targets unless a training loop knows better
+    keys         of the I pictures
+    """
+
+    ids: Tensor
+    domain: Tensor
+    source: Tensor
+    target: Tensor
+    image: Tensor
+    n_targets: float
+    pixels: Tensor | None = None
+    patches: Tensor | None = None
+    decoder_ids: Tensor | None = None
+    keys: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        tensors: dict[str, Any] = {f.name: value.to(device, non_blocking=True) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """int64 [B, T]: 1 for every token that is not padding."""
+        return (self.domain != PAD).long()
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [B, T]: positions that skip padding."""
+        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def collate(
+    rows: Sequence[Row],
+    image: Sequence[int],
+    pictures: Tensor,
+    *,
+    kind: Literal["pixels", "patches"],
+    side: Literal["left", "right"],
+    pad_id: int,
+    keys: Sequence[str] = (),
+) -> Batch:
+    """Pad rows into a batch: on the right to learn, on the left to generate, where the next token must follow the last one."""
+    length = max(len(row.ids) for row in rows)
+    left = [length - len(row.ids) if side == "left" else 0 for row in rows]
+    # With a decoder, sources are positions in decoder_ids, which start at the left on either side.
+    shift = [0 if row.decoder_ids else offset for row, offset in zip(rows, left, strict=True)]
+    return Batch(
+        ids=_padded([row.ids for row in rows], pad_id, left),
+        domain=_padded([row.domain for row in rows], PAD, left),
+        source=_padded([tuple(s + offset for s in row.source) for row, offset in zip(rows, shift, strict=True)], 0),
+        target=_padded([row.target for row in rows], NO_TARGET),
+        image=torch.tensor(image, dtype=torch.int64),
+        n_targets=sum(len(row.target) for row in rows),
+        pixels=pictures if kind == "pixels" else None,
+        patches=pictures if kind == "patches" else None,
+        decoder_ids=_padded([row.decoder_ids for row in rows], pad_id) if rows[0].decoder_ids else None,
+        keys=tuple(keys),
+    )
+
+
+def _padded(rows: Sequence[tuple[int, ...]], value: int, left: Sequence[int] | None = None) -> Tensor:
+    """int64 [len(rows), longest]: each row after `left` values of padding (none by default), the rest padding too."""
+    result = torch.full((len(rows), max(len(row) for row in rows)), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        start = left[i] if left else 0
+        result[i, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
+    return result

@@ -1,0 +1,103 @@
+"""Texts to rows of ids, domains and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adalink import ANSWER, IMAGE, TEXT, Slots
+from adalink.errors import ConfigError, DataError
+from multimodal.language import Language
+from multimodal.template import Template, Text
+
+__all__ = ["Row", "RowEncoder", "TextTooLong"]
+
+
+class TextTooLong(DataError):
+    """A text with more tokens than the language model has positions; counted as a bad sample, never cut off in silence."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text with its slots, before padding.
+
+    ids, domain  [T]        what the stack reads; the encoder's side in an encoder-decoder model
+    source       [M]        positions whose hidden state predicts a target
+    target       [M]        what they should predict
+    decoder_ids  [U]        what the decoder reads; empty in a decoder-only model, where sources are positions in ids
+    """
+
+    ids: tuple[int, ...]
+    domain: tuple[int, ...]
+    source: tuple[int, ...] = ()
+    target: tuple[int, ...] = ()
+    decoder_ids: tuple[int, ...] = ()
+
+
+class RowEncoder:
+    """Makes rows with one template, one tokenizer, and the slots that one adapter reserves.
+
+    Pickles with the tokenizer but without any weights: worker processes get a copy.
+    """
+
+    def __init__(self, template: Template, language: Language, slots: Sequence[Slots]) -> None:
+        self.template = template
+        self.tokenizer = language.tokenizer
+        config: Any = language.model.config
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.decoder_start: int | None = _decoder_start(config) if config.is_encoder_decoder else None
+        self.special = {"<bos>": self.tokenizer.bos_token_id, "<eos>": self.tokenizer.eos_token_id}
+        self.placeholder: int = self.tokenizer.pad_token_id
+        self.image_slots = sum(slot.count for slot in slots if slot.domain == IMAGE)
+        self.leading = [slot.domain for slot in slots if slot.domain != IMAGE for _ in range(slot.count)]
+
+    def prompt(self, question: str) -> Row:
+        """The row that a text is generated from."""
+        ids, domain = [self.placeholder] * len(self.leading), list(self.leading)
+        for part in self.template.prompt_parts(question):
+            if part == "<image>":
+                ids += [self.placeholder] * self.image_slots
+                domain += [IMAGE] * self.image_slots
+            else:
+                pieces = self._ids(part)
+                ids += pieces
+                domain += [TEXT] * len(pieces)
+        if not ids:
+            raise ConfigError(f"the prompt template {self.template.prompt!r} gives no token at all with this model: add a word or a bridge")
+        self._check(len(ids), question)
+        return Row(tuple(ids), tuple(domain))
+
+    def row(self, text: Text) -> Row:
+        """The row that a text is learnt from; a text without a target is a prompt."""
+        prompt = self.prompt(text.question)
+        if text.target is None:
+            return prompt
+        target = tuple(piece for part in self.template.target_parts(text.target) for piece in self._ids(part))
+        self._check(len(prompt.ids) + len(target), text.question + text.target)
+        if self.decoder_start is not None:
+            return Row(prompt.ids, prompt.domain, tuple(range(len(target))), target, (self.decoder_start, *target[:-1]))
+        # The last token of the target is only ever predicted, so it is not read.
+        first = len(prompt.ids) - 1
+        ids, domain = prompt.ids + target[:-1], prompt.domain + (ANSWER,) * (len(target) - 1)
+        return Row(ids, domain, tuple(range(first, first + len(target))), target)
+
+    def _ids(self, part: str) -> list[int]:
+        if part in self.special:
+            special = self.special[part]
+            return [] if special is None else [special]
+        ids: list[int] = self.tokenizer(part, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _check(self, length: int, text: str) -> None:
+        if self.max_positions is not None and self.decoder_start is None and length > self.max_positions:
+            raise TextTooLong(
+                f"a text needs {length} tokens with its picture, and the language model has {self.max_positions} positions: shorten it ({text[:60]!r}...)"
+            )
+
+
+def _decoder_start(config: object) -> int:
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise ConfigError("this encoder-decoder model names no decoder_start_token_id in its config: add it there")
+    return int(start)

@@ -1,0 +1,53 @@
+"""Generation: greedy or beams, cached, from left-padded prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from adalink.errors import ConfigError
+from multimodal.batch import Batch
+from multimodal.language import Language
+
+__all__ = ["GenerationSettings", "generated_texts", "run_generation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How texts are generated."""
+
+    max_new_tokens: int = 30  # eP-ALM's captions; VQA answers end sooner by themselves
+    num_beams: int = 1  # 1 is greedy; 3 in eP-ALM, 5 in most captioning papers
+    length_penalty: float = 1.0  # of beams: above 1 prefers longer texts
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        if self.max_new_tokens < 1 or self.num_beams < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens} and num_beams {self.num_beams}: give 1 or more of each")
+
+
+def run_generation(language: Language, batch: Batch, settings: GenerationSettings) -> Tensor:
+    """int64 [B, T']: transformers' own generation, without sampling. Call it with the token map bound."""
+    model: Any = language.model
+    ids: Tensor = model.generate(
+        input_ids=batch.ids,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams,
+        length_penalty=settings.length_penalty,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=language.tokenizer.pad_token_id,
+        eos_token_id=language.tokenizer.eos_token_id,
+    )
+    return ids
+
+
+def generated_texts(language: Language, batch: Batch, ids: Tensor) -> list[str]:
+    """What was generated after the prompt (after the decoder's start, in an encoder-decoder model), without special tokens."""
+    config: Any = language.model.config
+    start = 1 if config.is_encoder_decoder else batch.ids.shape[1]
+    texts: list[str] = language.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+    return [text.strip() for text in texts]

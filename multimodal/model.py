@@ -1,0 +1,161 @@
+"""A vision-language model composed of a frozen encoder, a frozen language model, and adapters.
+
+    model = VisionLanguageModel.compose("open_clip:ViT-B-32/openai", "facebook/opt-125m", template=Template(prompt="<image><bos>"))
+    model.add_adapter("caption", {"bridge": Bridge(kind="mlp"), "adalink": AdaLink(rank=16, modalities=("image", "text"))})
+    loss = model(batch)
+    model.generate([picture], [""])
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from adalink import AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap, fingerprint
+from adalink.errors import ConfigError
+from multimodal.batch import NO_TARGET, Batch, collate
+from multimodal.encode import RowEncoder
+from multimodal.generate import GenerationSettings, generated_texts, run_generation
+from multimodal.language import Language, load_language
+from multimodal.template import Template
+from multimodal.vision import VisionTower, load_tower
+
+__all__ = ["VisionLanguageModel"]
+
+
+class VisionLanguageModel(nn.Module):
+    """Frozen encoder + frozen language model + adapters by name.
+
+    More than five public methods, because the adapter methods are the ones that users of this field look for.
+    """
+
+    def __init__(self, tower: VisionTower, language: Language, template: Template) -> None:
+        super().__init__()
+        self.tower = tower
+        self.language = language
+        self.template = template
+        parts = {
+            "encoder": FrozenPart(tower.name, fingerprint(tower)),
+            "language_model": FrozenPart(language.name, fingerprint(language.model)),
+        }
+        self.adapted = AdaptedModel(language.model, inputs={"image": InputSpec(tower.n_patches, tower.width)}, parts=parts)
+
+    @classmethod
+    def compose(cls, encoder: str | Path, language_model: str | Path, *, template: Template, layer: int = -1) -> VisionLanguageModel:
+        """The model made of an encoder and a language model, each a local folder or a name. `layer`: which features; see VisionTower."""
+        return cls(load_tower(encoder, layer=layer), load_language(language_model), template)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """float []: cross entropy summed over the batch's targets, divided by `batch.n_targets`."""
+        logits = self._logits(batch)
+        total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.target.flatten(), ignore_index=NO_TARGET, reduction="sum")
+        return total / batch.n_targets
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """float [I, 3, H, W] -> [I, N, Dv]: the pictures' features, without gradient."""
+        with torch.no_grad():
+            return self.tower(pixels).patches
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        *,
+        settings: GenerationSettings | None = None,
+        adapter_names: Sequence[str | None] | None = None,
+    ) -> list[str]:
+        """One text for each picture and prompt; a prompt is the question that the template asks (empty in captioning)."""
+        if len(images) != len(prompts):
+            raise ConfigError(f"{len(images)} pictures and {len(prompts)} prompts were given: give one prompt for each picture")
+        pixels = torch.stack([self.tower.preprocess(image) for image in images])
+        encoder = self.row_encoder()
+        rows = [encoder.prompt(prompt) for prompt in prompts]
+        batch = collate(rows, range(len(rows)), pixels, kind="pixels", side="left", pad_id=self.language.tokenizer.pad_token_id)
+        return self.generate_batch(batch.to(self.device), settings or GenerationSettings(), adapter_names)
+
+    @torch.no_grad()
+    def generate_batch(self, batch: Batch, settings: GenerationSettings, adapter_names: Sequence[str | None] | None = None) -> list[str]:
+        """One text for each row of a left-padded batch."""
+        with self.adapted.attachment.bind(self.token_map(batch, adapter_names)):
+            ids = run_generation(self.language, batch, settings)
+        return generated_texts(self.language, batch, ids)
+
+    def row_encoder(self) -> RowEncoder:
+        """Makes the rows that the active adapter reads: its slots, this model's template and tokenizer."""
+        slots = self.adapted.active_adapter().slots if self.adapted.active else ()
+        return RowEncoder(self.template, self.language, slots)
+
+    def token_map(self, batch: Batch, adapter_names: Sequence[str | None] | None = None) -> TokenMap:
+        """What the batch's tokens are, with the features of each row's picture."""
+        patches = batch.patches if batch.patches is not None else self.encode(_pixels(batch))
+        return TokenMap(batch.domain, self.adapted.rows(len(batch.ids), adapter_names), {"image": patches[batch.image]})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is."""
+        return next(self.adapted.base.parameters()).device
+
+    def add_adapter(self, name: str, methods: Mapping[str, Method]) -> Adapter:
+        """Add a new adapter and make it the active one."""
+        return self.adapted.add_adapter(name, methods)
+
+    def load_adapter(self, folder: str | Path, name: str) -> Adapter:
+        """Add an adapter from its folder or hub name; refused where it was trained on other frozen parts."""
+        return self.adapted.load_adapter(folder, name)
+
+    def set_adapter(self, name: str) -> None:
+        """Make an adapter the active one."""
+        self.adapted.set_adapter(name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The frozen language model alone, inside the block."""
+        with self.adapted.disable_adapter():
+            yield
+
+    def save_pretrained(self, folder: str | Path, *, task: Mapping[str, Any] | None = None) -> None:
+        """Write the active adapter's folder; `task` is kept in its config, with the template."""
+        self.adapted.task = {**(task or {}), "prompt": self.template.prompt, "target": self.template.target, "layer": self.tower.layer}
+        self.adapted.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, encoder: str | Path | None = None, language_model: str | Path | None = None) -> VisionLanguageModel:
+        """The composed model of a saved adapter. The frozen parts are loaded by the names it was saved with unless others are given."""
+        config = AdaptedModel.read_config(folder)
+        template = Template(prompt=config.task["prompt"], target=config.task["target"])
+        parts = {role: part.name for role, part in config.base.items()}
+        model = cls.compose(encoder or parts["encoder"], language_model or parts["language_model"], template=template, layer=config.task["layer"])
+        model.load_adapter(folder, "default")
+        return model
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload the active adapter's folder."""
+        return self.adapted.push_to_hub(repository, private=private)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters the active adapter trains, and their share of all."""
+        self.adapted.print_trainable_parameters()
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """[B, M, V]: at the source positions alone where the model can; the head is the dearest part of a small model."""
+        base, token_map = self.adapted.base, self.token_map(batch)
+        with self.adapted.attachment.bind(token_map):
+            if batch.decoder_ids is not None:
+                output = base(input_ids=batch.ids, attention_mask=batch.attention_mask, decoder_input_ids=batch.decoder_ids, use_cache=False)
+                return torch.take_along_dim(output.logits, batch.source[..., None], dim=1)
+            return base(  # type: ignore[no-any-return]
+                input_ids=batch.ids, attention_mask=batch.attention_mask, position_ids=batch.positions, logits_to_keep=batch.source, use_cache=False
+            ).logits
+
+
+def _pixels(batch: Batch) -> Tensor:
+    if batch.pixels is None:
+        raise ConfigError("the batch holds neither pixels nor patches: collate it with one of them")
+    return batch.pixels

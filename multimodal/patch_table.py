@@ -1,0 +1,63 @@
+"""Every picture's features, kept in memory: a frozen encoder says the same thing in every epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from multimodal.bad_samples import BadSample
+from multimodal.images import BadImage, decode_image
+from multimodal.model import VisionLanguageModel
+from multimodal.sample import SampleSource
+
+__all__ = ["PatchTable", "encode_all"]
+
+
+class PatchTable:
+    """Features by sample index: float16 [N, Dv], or the bad sample that has none. float16 moves gradients by about 3e-4 of their size."""
+
+    def __init__(self, patches: Tensor, bad: dict[int, BadSample]) -> None:
+        self.patches, self.bad = patches, bad
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def __getitem__(self, index: int) -> Tensor | BadSample:
+        return self.bad[index] if index in self.bad else self.patches[index].float()
+
+
+class _Pictures(Dataset["Tensor | BadSample"]):
+    def __init__(self, source: SampleSource, preprocess: Any) -> None:
+        self.source, self.preprocess = source, preprocess
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor | BadSample:
+        sample = self.source[index]
+        try:
+            pixels: Tensor = self.preprocess(decode_image(sample.image))
+            return pixels
+        except BadImage as error:
+            return BadSample(key=sample.key, reason=error.reason, detail=str(error))
+
+
+def encode_all(model: VisionLanguageModel, source: SampleSource, *, workers: int = 0, batch_size: int = 32, label: str = "encoding") -> PatchTable:
+    """The features of every picture, each encoded once, with a progress bar. Memory: 2 N Dv bytes a picture (125 KB for 7 x 7 x 1280)."""
+    tower = model.tower
+    table = torch.zeros(len(source), tower.n_patches, tower.width, dtype=torch.float16)
+    bad: dict[int, BadSample] = {}
+    loader = DataLoader(_Pictures(source, tower.preprocess), batch_size=batch_size, num_workers=workers, collate_fn=list)
+    first = 0
+    for items in tqdm(loader, desc=label, unit="batch", leave=False):
+        good = [i for i, item in enumerate(items) if isinstance(item, Tensor)]
+        bad.update({first + i: item for i, item in enumerate(items) if isinstance(item, BadSample)})
+        if good:
+            pixels = torch.stack([items[i] for i in good]).to(model.device)
+            table[[first + i for i in good]] = model.encode(pixels).to("cpu", torch.float16)
+        first += len(items)
+    return PatchTable(table, bad)

@@ -1,0 +1,51 @@
+"""How a task words its prompt and its answer, with the places of the picture and of special tokens marked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from adalink.errors import ConfigError
+
+__all__ = ["Template", "Text"]
+
+MARKERS = ("<image>", "<bos>", "<eos>")
+_SPLIT = re.compile("(" + "|".join(MARKERS) + ")")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One thing to learn or to ask about a picture: a question (empty in captioning) and what should be said; None when it is asked."""
+
+    question: str
+    target: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """The words around a question and an answer.
+
+    <image> is where the picture's slots go, <bos> and <eos> are the language model's own tokens (left out where it has none);
+    {question} and {text} are filled in. A question that contains a marker stays text: markers are read before anything is filled in.
+
+    `"<image><bos>question: {question} answer:"` and `" {text}<eos>"` make, of "is it red?" and "yes",
+    [the picture], <bos>, "question: is it red? answer:", and then " yes", <eos>.
+    """
+
+    prompt: str
+    target: str = "{text}<eos>"
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        if self.prompt.count("<image>") != 1:
+            raise ConfigError(f"the prompt template {self.prompt!r} has {self.prompt.count('<image>')} places for the picture: write <image> once")
+        if "{text}" not in self.target or "<image>" in self.target:
+            raise ConfigError(f"the target template {self.target!r} must hold {{text}}, and not <image>: for instance '{{text}}<eos>'")
+
+    def prompt_parts(self, question: str) -> list[str]:
+        """The prompt as text pieces and markers, in order."""
+        return [part if part in MARKERS else part.replace("{question}", question) for part in _SPLIT.split(self.prompt) if part]
+
+    def target_parts(self, text: str) -> list[str]:
+        """The target as text pieces and markers, in order."""
+        return [part if part in MARKERS else part.replace("{text}", text) for part in _SPLIT.split(self.target) if part]

@@ -1,0 +1,177 @@
+"""The training loop: frozen parts, an adapter's weights in the optimizer, one pass over a stream that can be resumed exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from adalink.errors import ConfigError
+from multimodal.bad_samples import BadSample, BadSamples
+from multimodal.batch import Batch
+from multimodal.loader import Loaded, Texts, train_loader
+from multimodal.model import VisionLanguageModel
+from multimodal.patch_table import PatchTable, encode_all
+from multimodal.run_log import RunLog
+from multimodal.sample import SampleSource
+from multimodal.train_settings import TrainSettings
+from multimodal.train_state import latest_checkpoint, load_state, save_state
+
+__all__ = ["Trained", "train"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run did: its steps, the seconds that its steps took (loading and encoding apart), and what it skipped."""
+
+    steps: int
+    seconds: float
+    bad: BadSamples
+
+
+def train(
+    model: VisionLanguageModel,
+    source: SampleSource,
+    texts: Texts,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    patches: PatchTable | None = None,
+    known_bad: Sequence[BadSample] = (),
+    also_trained: Mapping[str, nn.Parameter] | None = None,
+) -> Trained:
+    """Train the model's active adapter; checkpoints and metrics.jsonl go to `folder`.
+
+    resume         go on from the newest checkpoint in `folder`: the same weights, bit for bit, as if the run had never stopped
+    patches        features that are kept already; encoded here where settings.features is `memory` and none are given
+    known_bad      samples that the source left out already; they count towards the budget
+    also_trained   further parameters by name, for baselines that fine-tune a frozen part
+    """
+    accelerator = Accelerator(mixed_precision=settings.precision, log_with=list(settings.trackers) or None, project_dir=str(folder))
+    torch.manual_seed(settings.seed)
+    model.to(accelerator.device)
+    if patches is None and settings.features == "memory":
+        patches = encode_all(model, source, workers=settings.workers, label="encoding each picture once")
+    run = _Run(accelerator, model, settings, folder, dict(also_trained or {}))
+    n_steps = settings.n_steps(len(source), accelerator.num_processes)
+    first = run.restore() if resume else 0
+    run.log.skip(known_bad)
+    loader = train_loader(
+        source, texts, model.row_encoder(), model.tower.preprocess, steps=range(first * settings.accumulation, n_steps * settings.accumulation),
+        batch_size=settings.batch_size, seed=settings.seed, workers=settings.workers, rank=accelerator.process_index, world=accelerator.num_processes,
+        patches=patches,
+    )  # fmt: skip
+    if settings.checkpointing:
+        model.adapted.attachment.checkpoint_layers()
+    started = time.perf_counter()
+    with tqdm(total=n_steps, initial=first, desc="training", unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True) as bar:
+        for step, group in enumerate(_groups(iter(loader), settings.accumulation), start=first):
+            loss = run.step(group, settings.rate(step, n_steps))
+            bar.update()
+            run.after(step + 1, n_steps, loss, bar)
+    accelerator.end_training()
+    return Trained(n_steps, time.perf_counter() - started, run.log.bad)
+
+
+class _Run:
+    """One run's moving parts: the wrapped model, the optimizer, the log."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: VisionLanguageModel, settings: TrainSettings, folder: Path, also_trained: dict[str, nn.Parameter]
+    ) -> None:
+        self.accelerator, self.settings, self.folder = accelerator, settings, folder
+        self.parameters = {**dict(model.adapted.active_adapter().named_parameters()), **also_trained}
+        groups = _parameter_groups(self.parameters, settings)
+        self.peaks = [group["lr"] for group in groups]
+        optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
+        self.model: nn.Module
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.log = RunLog(folder, budget=settings.bad_samples, is_main=accelerator.is_main_process)
+        if settings.trackers:
+            accelerator.init_trackers("adalink")
+
+    def step(self, group: list[Loaded], rate: float) -> torch.Tensor:
+        """One optimizer step over a group of micro-batches; the mean loss per target comes back, over all ranks."""
+        for loaded in group:
+            self.log.skip(loaded.bad)
+        for peak, parameters in zip(self.peaks, self.optimizer.param_groups, strict=True):
+            parameters["lr"] = peak * rate
+        world = self.accelerator.num_processes
+        own = torch.tensor(float(sum(loaded.batch.n_targets for loaded in group if loaded.batch)), device=self.accelerator.device)
+        n_targets = max(float(self.accelerator.reduce(own, "sum")), 1.0)
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, loaded in enumerate(group):
+            with self.accelerator.no_sync(self.model) if i < len(group) - 1 else contextlib.nullcontext():
+                # DDP averages gradients over ranks, so each rank divides by its share of the targets.
+                loss = self._loss(loaded.batch, n_targets / world)
+                self.accelerator.backward(loss)
+            total += loss.detach() / world
+        if self.settings.clip:
+            self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.accelerator.reduce(total, "sum")  # type: ignore[no-any-return]
+
+    def after(self, step: int, n_steps: int, loss: torch.Tensor, bar: Any) -> None:
+        """Log, and write a checkpoint, where it is due."""
+        due = step % self.settings.log_every == 0 or step == n_steps
+        if due or step == 1:
+            value = float(loss)
+            if value != value:
+                raise ConfigError(f"the loss is not a number at step {step}: lower train.learning_rate, or set train.clip")
+            rate = self.optimizer.param_groups[0]["lr"]
+            bar.set_postfix(loss=f"{value:.3f}", rate=f"{rate:.1e}")
+            self.log.write({"step": step, "loss": value, "rate": rate})
+            self.accelerator.log({"loss": value, "rate": rate}, step=step)
+        if step % self.settings.checkpoint_every == 0 or step == n_steps:
+            if self.accelerator.is_main_process:
+                save_state(self.folder / "checkpoints", step, self.parameters, self.optimizer.optimizer, self._extra(), self.settings.keep)
+            self.accelerator.wait_for_everyone()
+
+    def restore(self) -> int:
+        """The step that the newest checkpoint was written after; 0 where there is none."""
+        checkpoint = latest_checkpoint(self.folder / "checkpoints")
+        if checkpoint is None:
+            self.log.rewind(0)
+            return 0
+        content = load_state(checkpoint, self.parameters, self.optimizer.optimizer)
+        if self.accelerator.scaler is not None and content["scaler"]:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        self.log.rewind(content["step"])
+        return int(content["step"])
+
+    def _loss(self, batch: Batch | None, n_targets: float) -> torch.Tensor:
+        if batch is None:  # every sample of it was bad: nothing to learn, but DDP waits for each rank's gradients
+            return sum((parameter.sum() * 0 for parameter in self.parameters.values()), torch.zeros((), device=self.accelerator.device))
+        return self.model(replace(batch.to(self.accelerator.device), n_targets=n_targets))  # type: ignore[no-any-return]
+
+    def _extra(self) -> dict[str, Any]:
+        return {"scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None}
+
+
+def _groups(loader: Iterator[Loaded], size: int) -> Iterator[list[Loaded]]:
+    while group := [loaded for _, loaded in zip(range(size), loader, strict=False)]:
+        yield group
+
+
+def _parameter_groups(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:
+    """One group per method with a rate of its own and per kind: matrices decay, vectors do not."""
+    methods = {name.split(".", 1)[0] for name in parameters}
+    if unknown := sorted(set(settings.learning_rates) - methods):
+        raise ConfigError(f"train.learning_rates names {', '.join(unknown)}, and this adapter's methods are {', '.join(sorted(methods))}")
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = settings.learning_rates.get(name.split(".", 1)[0], settings.learning_rate)
+        groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": group, "lr": rate, "weight_decay": settings.weight_decay if is_matrix else 0.0} for (rate, is_matrix), group in groups.items()
+    ]

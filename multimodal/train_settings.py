@@ -1,0 +1,65 @@
+"""How a run trains."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from adalink.errors import ConfigError
+
+__all__ = ["TrainSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a run trains."""
+
+    epochs: float = 1.0  # passes over the pictures, each with the texts that the task takes
+    steps: int = 0  # optimizer steps; 0: as many as the epochs need
+    batch_size: int = 16  # pictures per process and micro-batch
+    accumulation: int = 1  # micro-batches per optimizer step
+    learning_rate: float = 1e-3  # peak; AdamW
+    learning_rates: dict[str, float] = field(default_factory=dict)  # method -> a peak of its own
+    weight_decay: float = 0.01  # of matrices; vectors (biases, norms) have none
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
+    warmup: float = 0.03  # share of the steps over which the rate rises from 0
+    final_rate: float = 0.0  # share of the peak that the cosine ends at
+    clip: float = 1.0  # of the gradient's norm; 0: none
+    precision: Literal["no", "bf16", "fp16"] = "no"  # autocast of the forward pass
+    features: Literal["encode", "memory"] = "encode"  # memory: each picture is encoded once and kept in float16
+    checkpointing: bool = False  # recompute each layer's activations in the backward pass: memory for time
+    seed: int = 0  # of weights, order and drawn answers
+    workers: int = 0  # processes that decode pictures
+    checkpoint_every: int = 500  # optimizer steps; one is also written at the end
+    keep: int = 2  # checkpoints kept
+    log_every: int = 20  # optimizer steps
+    bad_samples: int = 10  # how many may be skipped before the run stops
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # off by default
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}: give 1 or more")
+        for name in ("steps", "weight_decay", "clip", "workers", "bad_samples", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}: give 0 or more")
+        if not self.steps and self.epochs <= 0:
+            raise ConfigError(f"train.epochs is {self.epochs} and train.steps 0: give a positive number of one of them")
+        if min([self.learning_rate, *self.learning_rates.values()]) <= 0:
+            raise ConfigError(f"train.learning_rate is {self.learning_rate} and train.learning_rates {self.learning_rates}: give positive rates")
+        if not 0 <= self.warmup < 1 or not 0 <= self.final_rate <= 1:
+            raise ConfigError(f"train.warmup is {self.warmup} and train.final_rate {self.final_rate}: both are shares between 0 and 1")
+
+    def n_steps(self, n_samples: int, world: int) -> int:
+        """Optimizer steps of the whole run: every picture is read at least `epochs` times."""
+        return self.steps or math.ceil(self.epochs * n_samples / (self.batch_size * self.accumulation * world))
+
+    def rate(self, step: int, n_steps: int) -> float:
+        """The share of the peak rate at a step: linear warm-up, then a cosine. 0-based; warm-up's first step is not 0."""
+        n_warm = int(self.warmup * n_steps)
+        if step < n_warm:
+            return (step + 1) / (n_warm + 1)
+        progress = (step - n_warm) / max(n_steps - n_warm, 1)
+        return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,83 @@
+"""What a run needs to go on exactly where it was: weights, optimizer, random numbers, step. safetensors and JSON, never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from adalink.errors import CheckpointError
+
+__all__ = ["latest_checkpoint", "load_state", "save_state"]
+
+PREFIX = "step_"
+
+
+def save_state(
+    folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, extra: Mapping[str, Any], keep: int
+) -> None:
+    """Write `folder/step_N`, whole or not at all, and remove all but the newest `keep`."""
+    tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, parameter in parameters.items():
+        tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    final = folder / f"{PREFIX}{step:08d}"
+    partial = folder / f".{final.name}.{os.getpid()}"
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / "state.safetensors")
+    (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
+    for file in partial.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)  # the folder's new name must not reach the disk before its files
+        os.close(descriptor)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.replace(final)
+    for old in sorted(folder.glob(PREFIX + "*"))[:-keep]:
+        shutil.rmtree(old)
+    for left in folder.glob(f".{PREFIX}*"):  # of a process that was killed while it wrote
+        shutil.rmtree(left)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; None where there is none."""
+    found = sorted(folder.glob(PREFIX + "*"))
+    return found[-1] if found else None
+
+
+def load_state(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put weights, optimizer state and random numbers back; what was given as `extra` comes back, with `step`."""
+    try:
+        tensors = load_file(checkpoint / "state.safetensors")
+        content: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint} is damaged ({error}): remove it to go on from the one before") from None
+    stored = {name.removeprefix("weight.") for name in tensors if name.startswith("weight.")}
+    if stored != set(parameters):
+        raise CheckpointError(
+            f"{checkpoint} holds other weights than this config trains: {sorted(stored ^ set(parameters))[:4]} differ; resume with the config of the run"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if tensors[f"weight.{name}"].shape != parameter.shape:
+                raise CheckpointError(f"{checkpoint}: {name} is {list(tensors[f'weight.{name}'].shape)}, this config makes it {list(parameter.shape)}")
+            parameter.copy_(tensors[f"weight.{name}"])
+            prefix = f"optimizer.{name}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            # AdamW keeps its step count on the CPU and its moments beside the parameter.
+            optimizer.state[parameter] = {key: value if value.ndim == 0 else value.to(parameter.device) for key, value in state.items()}
+    torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return content

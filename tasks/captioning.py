@@ -1,0 +1,68 @@
+"""Captioning: say what is in the picture; scored as COCO captions are."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from adalink.errors import ConfigError, DataError
+from multimodal.sample import Sample, SampleSource
+from multimodal.template import Template, Text
+from tasks.metrics.captions import score_captions
+from tasks.result_files import write_caption_results
+from tasks.task import Asked, Score
+
+__all__ = ["Captioning"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioning:
+    """Captioning with the COCO scores."""
+
+    name: ClassVar[str] = "captioning"
+    headline: ClassVar[str] = "CIDEr"
+
+    template: Template = Template(prompt="<image><bos>", target="{text}<eos>")  # words around the picture and the caption
+    captions_per_image: int = 0  # how many of a picture's captions each step learns, drawn anew each epoch; 0: all of them
+    style: Literal["raw", "plain"] = "raw"  # plain: lower case, no space before marks, a final full stop, as many small models were trained
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        if self.captions_per_image < 0:
+            raise ConfigError(f"captions_per_image is {self.captions_per_image}: give 0 (all) or more")
+        if self.style not in ("raw", "plain"):
+            raise ConfigError(f"the captions' style is {self.style!r}: give raw or plain")
+
+    def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
+        """Each caption, or as many as were asked for."""
+        captions = list(sample.captions)
+        if self.captions_per_image and len(captions) > self.captions_per_image:
+            captions = rng.sample(captions, self.captions_per_image)
+        return [Text("", plain(caption) if self.style == "plain" else caption) for caption in captions]
+
+    def asked(self, sample: Sample) -> Sequence[Asked]:
+        """One caption for each picture."""
+        return [Asked(sample.image_id, "")]
+
+    def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
+        """CIDEr-D, BLEU and ROUGE-L in percent, against every caption of the source's pictures that were predicted."""
+        references = {sample.image_id: sample.captions for sample in (source[i] for i in range(len(source))) if sample.image_id in predictions}
+        if not references:
+            raise DataError("nothing was predicted for this data set: every picture of it was bad, or it is another one")
+        scores = score_captions(dict(predictions), references)
+        figures = {name: 100 * scores.corpus[name] for name in ("CIDEr", "Bleu_4", "Bleu_3", "Bleu_2", "Bleu_1", "ROUGE_L")}
+        return Score(figures=figures, items={item: 100 * row["CIDEr"] for item, row in scores.per_image.items()}, scorer=scores.scorer)
+
+    def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
+        """COCO's result file."""
+        write_caption_results(path, predictions)
+
+
+def plain(caption: str) -> str:
+    """Lower case, single spaces, none before marks, one full stop. "A dog runs ." -> "a dog runs."."""
+    text = re.sub(r"\s+([.,!?;:'])", r"\1", " ".join(caption.lower().split()))
+    return text if text.endswith((".", "!", "?")) else text + "."

@@ -1,0 +1,139 @@
+"""The commands: what each takes, and the function that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adalink.errors import ConfigError
+from multimodal.generate import GenerationSettings
+from multimodal.images import decode_image
+from tasks.compose import load_adapted
+from tasks.config import RunConfig
+from tasks.demo import run_demo
+from tasks.run import Evaluation, evaluate_run, train_run
+from tasks.show import results_table
+
+__all__ = ["COMMANDS", "Command"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command. run gets the parsed values as objects, and as plain data for the run folder's config.yaml."""
+
+    help: str
+    add: Callable[[Any], Any]
+    run: Callable[[Any, Any], None]
+    has_config: bool = False
+
+
+def _train(values: Any, plain: Any) -> None:
+    evaluation = train_run(_config(values), _config_text(plain), resume=values.resume)
+    _show(evaluation, values.out)
+
+
+def _evaluate(values: Any, plain: Any) -> None:
+    out = values.out or values.adapter.parent / "evaluation"
+    _show(evaluate_run(_config(values), _config_text(plain), values.adapter, out), out)
+
+
+def _show(evaluation: Evaluation, folder: Path) -> None:
+    print(results_table({name: score.figures for name, score in evaluation.scores.items()}))
+    print(f"report: {folder / 'report.html'}")
+
+
+def _caption(values: Any, plain: Any) -> None:
+    model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model)
+    if saved["task"] != "captioning":
+        raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink ask`")
+    images = [decode_image(path) for path in values.images]  # all are read before the first is captioned: a wrong path is told at once
+    for path, text in zip(values.images, model.generate(images, [""] * len(images), settings=values.generation), strict=True):
+        print(f"{path}\t{text}" if len(images) > 1 else text)
+
+
+def _ask(values: Any, plain: Any) -> None:
+    model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model)
+    if saved["task"] != "vqa":
+        raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink caption`")
+    print(model.generate([decode_image(values.image)], [values.question], settings=values.generation)[0])
+
+
+def _add_run(parser: Any) -> None:
+    parser.add_class_arguments(RunConfig, None)
+
+
+def _add_train(parser: Any) -> None:
+    _add_run(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder, exactly")
+
+
+def _add_evaluate(parser: Any) -> None:
+    _add_run(parser)
+    parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder; results go to `out`, or beside it in `evaluation`")
+
+
+def _add_adapter(parser: Any) -> None:
+    parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder that `adalink train` wrote")
+    parser.add_argument("--encoder", type=str | None, default=None, help="where the encoder is, if not where the adapter says")
+    parser.add_argument("--language_model", type=str | None, default=None, help="where the language model is, if not where the adapter says")
+    parser.add_class_arguments(GenerationSettings, "generation")
+
+
+def _add_caption(parser: Any) -> None:
+    _add_adapter(parser)
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="picture files: JPEG, PNG or WebP")
+
+
+def _add_ask(parser: Any) -> None:
+    _add_adapter(parser)
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture file: JPEG, PNG or WebP")
+    parser.add_argument("question", type=str, metavar="QUESTION", help="what to ask about it")
+
+
+def _add_demo(parser: Any) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the folder that the two run folders are made in")
+
+
+def _call(function: Callable[..., object]) -> Callable[[Any, Any], None]:
+    """A command that is a function with typed keyword arguments."""
+
+    def run(values: Any, plain: Any) -> None:
+        function(**{name: value for name, value in vars(values).items() if name != "config"})
+
+    return run
+
+
+def _function(help_text: str, function: Callable[..., object]) -> Command:
+    return Command(help_text, lambda parser: parser.add_function_arguments(function), _call(function))
+
+
+def _config(values: Any) -> RunConfig:
+    names = RunConfig.__dataclass_fields__
+    return RunConfig(**{name: values[name] for name in names})
+
+
+def _config_text(plain: Any) -> str:
+    """The settings as they were used, as YAML that `--config` reads again."""
+    content = {name: value for name, value in plain.as_dict().items() if name in RunConfig.__dataclass_fields__}
+    return yaml.safe_dump(_plain(content), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+COMMANDS: dict[str, Command | Mapping[str, Command]] = {
+    "demo": Command("train and evaluate both tasks on the embedded scenes, offline", _add_demo, lambda values, plain: run_demo(values.out)),
+    "train": Command("train an adapter, evaluate it, write its report", _add_train, _train, has_config=True),
+    "evaluate": Command("evaluate a saved adapter: results.json in the official format, metrics.json, report.html", _add_evaluate, _evaluate, has_config=True),
+    "caption": Command("caption pictures with a saved adapter", _add_caption, _caption),
+    "ask": Command("ask a question about a picture, with a saved adapter", _add_ask, _ask),
+}

@@ -1,0 +1,44 @@
+"""The model of a config or of a saved adapter, with the embedded parts known by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from adalink import AdaptedModel
+from adalink.errors import CheckpointError
+from multimodal.language import load_language
+from multimodal.model import VisionLanguageModel
+from multimodal.template import Template
+from multimodal.vision import load_tower
+from tasks.scenes.parts import encoder_folder, language_folder
+
+__all__ = ["compose", "load_adapted"]
+
+
+def compose(encoder: str, language_model: str, *, template: Template, layer: int = -1) -> VisionLanguageModel:
+    """The composed model; `scenes:encoder` and `scenes:language` are the parts that ship with the package."""
+    embedded = {"scenes:encoder": encoder_folder, "scenes:language": language_folder}
+    tower = load_tower(embedded[encoder]() if encoder in embedded else encoder, layer=layer)
+    language = load_language(embedded[language_model]() if language_model in embedded else language_model)
+    tower.name = encoder  # an adapter remembers its parts by the names that were given, not by where they were found
+    return VisionLanguageModel(tower, dataclasses.replace(language, name=language_model), template)
+
+
+def load_adapted(folder: Path, *, encoder: str | None, language_model: str | None) -> tuple[VisionLanguageModel, dict[str, Any]]:
+    """The composed model of a saved adapter, and what its config says of its task.
+
+    The frozen parts are those that the adapter names unless others are given; others than it was trained on are refused.
+    """
+    config = AdaptedModel.read_config(folder)
+    if not {"encoder", "language_model"} <= set(config.base) or not {"task", "prompt", "target", "layer"} <= set(config.task):
+        raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no encoder, language model and task")
+    model = compose(
+        encoder or config.base["encoder"].name,
+        language_model or config.base["language_model"].name,
+        template=Template(prompt=config.task["prompt"], target=config.task["target"]),
+        layer=config.task["layer"],
+    )
+    model.load_adapter(folder, "default")
+    return model, dict(config.task)

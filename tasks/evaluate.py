@@ -1,0 +1,87 @@
+"""Ask a model about every picture of a data set, and score what it says: with its picture, and with another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from multimodal.bad_samples import BadSample
+from multimodal.batch import collate
+from multimodal.encode import Row, TextTooLong
+from multimodal.generate import GenerationSettings
+from multimodal.model import VisionLanguageModel
+from multimodal.patch_table import PatchTable
+from multimodal.sample import SampleSource
+from tasks.task import Task
+
+__all__ = ["Predictions", "predict"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was generated for each item, and the samples that could not be asked about."""
+
+    texts: Mapping[int, str]
+    bad: tuple[BadSample, ...]
+
+
+@dataclass(frozen=True)
+class _Question:
+    item: int
+    row: Row
+    patches: Tensor
+
+
+def predict(
+    model: VisionLanguageModel,
+    source: SampleSource,
+    task: Task,
+    patches: PatchTable,
+    *,
+    settings: GenerationSettings,
+    batch_size: int = 64,
+    shift: int = 0,
+    label: str = "generating",
+) -> Predictions:
+    """One text for everything that the task asks about the source.
+
+    patches   of the source's pictures
+    shift     sample i is shown the picture of sample i + shift: the blind control, where a model that looks must do worse
+    """
+    questions: list[_Question] = []
+    bad: list[BadSample] = []
+    for question in _questions(model, source, task, patches, shift):
+        (bad if isinstance(question, BadSample) else questions).append(question)  # type: ignore[arg-type]
+    questions.sort(key=lambda q: len(q.row.ids))  # rows of like length share a batch: little padding
+    texts: dict[int, str] = {}
+    for start in tqdm(range(0, len(questions), batch_size), desc=label, unit="batch", leave=False):
+        texts.update(_answer(model, questions[start : start + batch_size], settings))
+    order = {asked.item: None for i in range(len(source)) for asked in task.asked(source[i])}
+    return Predictions({item: texts[item] for item in order if item in texts}, tuple(bad))
+
+
+def _questions(model: VisionLanguageModel, source: SampleSource, task: Task, patches: PatchTable, shift: int) -> Iterator[_Question | BadSample]:
+    encoder = model.row_encoder()
+    for index in range(len(source)):
+        sample = source[index]
+        shown = patches[(index + shift) % len(source)]
+        if isinstance(shown, BadSample):
+            yield shown
+            continue
+        for asked in task.asked(sample):
+            try:
+                yield _Question(asked.item, encoder.prompt(asked.question), shown)
+            except TextTooLong as error:
+                yield BadSample(key=sample.key, reason="text too long", detail=str(error))
+
+
+def _answer(model: VisionLanguageModel, questions: Sequence[_Question], settings: GenerationSettings) -> dict[int, str]:
+    patches = torch.stack([question.patches for question in questions])
+    pad_id = model.language.tokenizer.pad_token_id
+    batch = collate([q.row for q in questions], range(len(questions)), patches, kind="patches", side="left", pad_id=pad_id)
+    texts = model.generate_batch(batch.to(model.device), settings)
+    return {question.item: text for question, text in zip(questions, texts, strict=True)}

@@ -1,0 +1,124 @@
+"""A run: compose, train, evaluate, report. What `adalink train` and `adalink evaluate` do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from adalink.errors import AdalinkError, ConfigError
+from multimodal.bad_samples import BadSamples
+from multimodal.model import VisionLanguageModel
+from multimodal.patch_table import PatchTable, encode_all
+from multimodal.train import train
+from tasks.compose import compose, load_adapted
+from tasks.config import RunConfig, chosen_methods
+from tasks.data import Opened
+from tasks.evaluate import Predictions, predict
+from tasks.run_report import write_run_report
+from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
+
+__all__ = ["Evaluation", "evaluate_run", "train_run"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one data set, by what was done to the model; and what was said with its own picture."""
+
+    scores: Mapping[str, Score]
+    predictions: Predictions
+    seconds: float
+
+
+def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> Evaluation:
+    """Train, save, evaluate with and without the right pictures, and write the report into the run folder."""
+    if config.out is None or config.data.train is None:
+        raise ConfigError("training needs `out`, the run folder, and `data.train`: give both")
+    task = config.chosen_task()
+    torch.manual_seed(config.train.seed)
+    model = compose(config.encoder, config.language_model, template=task.template, layer=config.layer)
+    model.add_adapter("default", chosen_methods(config.methods))
+    opened, val = config.data.train.open(), config.data.val.open()
+    print(model.adapted.trainable_summary())
+    with _run_folder(config.out, resume=resume) as folder:
+        (folder / "config.yaml").write_text(config_text)
+        val_patches = encode_all(model, val.source, workers=config.train.workers, label="encoding the validation pictures")
+        before = {UNTRAINED: task.score(_predict(model, val, task, val_patches, config).texts, val.source)}
+        train(model, opened.source, task.texts, config.train, folder, resume=resume, known_bad=opened.problems)
+        model.save_pretrained(folder / "adapter", task={"task": task.name})
+        evaluation = _evaluate(model, val, task, val_patches, config, before)
+        _write(folder, model, task, config, config_text, evaluation, val)
+    return evaluation
+
+
+def evaluate_run(config: RunConfig, config_text: str, adapter: Path, out: Path) -> Evaluation:
+    """Evaluate a saved adapter on `data.val`: results.json, metrics.json and report.html in `out`."""
+    task = config.chosen_task()
+    model, saved = load_adapted(adapter, encoder=config.encoder, language_model=config.language_model)
+    if saved["task"] != task.name:
+        raise ConfigError(f"the adapter in {adapter} was trained for {saved['task']}, and the config's task is {task.name}: give the config of its run")
+    val = config.data.val.open()
+    with _run_folder(out, resume=True) as folder:
+        patches = encode_all(model, val.source, workers=config.train.workers, label="encoding the pictures")
+        evaluation = _evaluate(model, val, task, patches, config, {})
+        _write(folder, model, task, config, config_text, evaluation, val)
+    return evaluation
+
+
+def _evaluate(
+    model: VisionLanguageModel, val: Opened, task: Task, patches: PatchTable, config: RunConfig, before: Mapping[str, Score]
+) -> Evaluation:
+    started = time.perf_counter()
+    own = _predict(model, val, task, patches, config)
+    seconds = time.perf_counter() - started
+    bad = BadSamples(budget=config.train.bad_samples, found=[*val.problems, *own.bad])
+    bad.check()
+    other = _predict(model, val, task, patches, config, shift=max(len(val.source) // 2, 1))
+    scores = {**before, TRAINED: task.score(own.texts, val.source), BLIND: task.score(other.texts, val.source)}
+    return Evaluation(scores, own, seconds)
+
+
+def _predict(model: VisionLanguageModel, val: Opened, task: Task, patches: PatchTable, config: RunConfig, shift: int = 0) -> Predictions:
+    return predict(model, val.source, task, patches, settings=config.generation, shift=shift)
+
+
+def _write(
+    folder: Path, model: VisionLanguageModel, task: Task, config: RunConfig, config_text: str, evaluation: Evaluation, val: Opened
+) -> None:
+    task.write_results(folder / "results.json", evaluation.predictions.texts)
+    metrics = {
+        "task": task.name,
+        "headline": task.headline,
+        "scorer": evaluation.scores[TRAINED].scorer,
+        "items": len(evaluation.predictions.texts),
+        "rows": {name: dict(score.figures) for name, score in evaluation.scores.items()},
+        "trained_parameters": model.adapted.active_adapter().n_parameters(),
+        "seconds_to_generate": round(evaluation.seconds, 2),
+        "bad_samples": [vars(bad) for bad in (*val.problems, *evaluation.predictions.bad)],
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_run_report(folder, model, task, config_text, evaluation.scores, evaluation.predictions, val.source)
+
+
+@contextlib.contextmanager
+def _run_folder(out: Path, *, resume: bool) -> Iterator[Path]:
+    """The run folder, made if need be; one that was made here and holds no checkpoint is removed where the run fails."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not resume)):
+        raise ConfigError(f"the run folder {out} is there already: give another `out`, or --resume to go on with it")
+    is_new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run folder {out} cannot be made: {error.strerror}") from None
+    try:
+        yield out
+    except AdalinkError:
+        if is_new and not (out / "checkpoints").exists():
+            shutil.rmtree(out)
+        raise

@@ -1,0 +1,86 @@
+"""The report of a run: its curves, table, and pictures with what was said about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from adalink.errors import DataError
+from multimodal.images import read_image_bytes
+from multimodal.model import VisionLanguageModel
+from multimodal.run_log import BAD_FILE, METRICS_FILE
+from multimodal.sample import Sample, SampleSource
+from tasks.evaluate import Predictions
+from tasks.report import AnswerCard, CaptionCard, Curve, MetricRow, Report, Trained, write_report
+from tasks.task import TRAINED, Score, Task
+
+__all__ = ["write_run_report"]
+
+N_CARDS = 24  # pictures on the page: enough to judge by, about half a megabyte
+
+
+def write_run_report(
+    folder: Path, model: VisionLanguageModel, task: Task, config_text: str, scores: Mapping[str, Score], predictions: Predictions, source: SampleSource
+) -> None:
+    """Write report.html into a run folder that holds metrics.jsonl (or not, where nothing was trained)."""
+    adapter = model.adapted.active_adapter()
+    counts = adapter.n_parameters()
+    frozen = sum(parameter.numel() for part in (model.tower, model.adapted.base) for parameter in part.parameters())
+    trained = scores[TRAINED]
+    report = Report(
+        title=f"{task.name}: {' + '.join(type(method).__name__ for method in adapter.methods.values())}",
+        summary=f"{model.tower.name} and {model.language.name}, both frozen; {sum(counts.values()):,} trained parameters; "
+        f"{task.headline} {trained.figures[task.headline]:.1f} on {len(predictions.texts):,} items",
+        scorer=trained.scorer,
+        rows=[MetricRow(name=name, values=score.figures) for name, score in scores.items()],
+        trained=[Trained(name=name, parameters=count) for name, count in counts.items()],
+        frozen_parameters=frozen,
+        curves=_curves(folder / METRICS_FILE),
+        cards=list(_cards(source, predictions, trained)),
+        bad_samples=_bad(folder / BAD_FILE, predictions),
+        config=config_text,
+    )
+    write_report(report, folder / "report.html")
+
+
+def _curves(file: Path) -> list[Curve]:
+    if not file.exists():
+        return []
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    names = {"loss": "loss", "rate": "learning rate"}
+    units = {"loss": "nats per token", "rate": ""}
+    return [Curve(name=title, points=[(line["step"], line[key]) for line in lines], unit=units[key]) for key, title in names.items()]
+
+
+def _cards(source: SampleSource, predictions: Predictions, score: Score) -> Iterator[CaptionCard | AnswerCard]:
+    """Pictures spread evenly over the data set, each with one item."""
+    step = max(len(source) // N_CARDS, 1)
+    for index in range(0, min(len(source), step * N_CARDS), step):
+        sample = source[index]
+        for question in sample.questions[(index // step) % max(len(sample.questions), 1) :][:1]:
+            if question.question_id in predictions.texts:
+                yield AnswerCard(
+                    key=sample.key, image=_picture(sample), question=question.text, generated=predictions.texts[question.question_id],
+                    answers=question.answers, score=score.items[question.question_id] / 100,
+                )  # fmt: skip
+        if not sample.questions and sample.image_id in predictions.texts:
+            yield CaptionCard(
+                key=sample.key, image=_picture(sample), generated=predictions.texts[sample.image_id], references=sample.captions,
+                score=score.items[sample.image_id],
+            )  # fmt: skip
+
+
+def _picture(sample: Sample) -> bytes | None:
+    try:
+        return read_image_bytes(sample.image)
+    except DataError:
+        return None
+
+
+def _bad(file: Path, predictions: Predictions) -> dict[str, list[str]]:
+    bad = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    reasons: dict[str, list[str]] = {}
+    for reason, key in [*((row["reason"], row["key"]) for row in bad), *((sample.reason, sample.key) for sample in predictions.bad)]:
+        reasons.setdefault(reason, []).append(key)
+    return reasons

@@ -1,0 +1,67 @@
+"""What a task is: what it learns from a sample, what it asks about one, and how its answers are scored."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from multimodal.sample import Sample, SampleSource
+from multimodal.template import Template, Text
+
+__all__ = ["BLIND", "TRAINED", "UNTRAINED", "Asked", "Score", "Task"]
+
+# The rows of every table of results.
+UNTRAINED, TRAINED, BLIND = "frozen parts, untrained adapter", "trained adapter", "pictures shuffled (blind control)"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One thing to ask about a picture. item: the image id (captioning) or the question id (VQA), as in the official result files."""
+
+    item: int
+    question: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A task's figures on a whole data set.
+
+    figures   name -> figure, in the unit that papers print (CIDEr 25.5, accuracy 40.1)
+    items     item -> the headline figure of one item
+    scorer    what computed them, with its version
+    """
+
+    figures: Mapping[str, float]
+    items: Mapping[int, float]
+    scorer: str
+
+
+class Task(Protocol):
+    """Captioning or VQA; adding a task is one file like theirs, and its name in `tasks.config`."""
+
+    @property
+    def name(self) -> str:
+        """What configs and adapters call it."""
+
+    @property
+    def headline(self) -> str:
+        """The figure that a run is judged by."""
+
+    @property
+    def template(self) -> Template:
+        """The words around the picture, the question and the answer."""
+
+    def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
+        """What is learnt from a sample; may draw from the generator."""
+
+    def asked(self, sample: Sample) -> Sequence[Asked]:
+        """What is asked about a sample."""
+
+    def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
+        """The figures of predictions for every item of a source."""
+
+    def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
+        """The official result file."""

@@ -1,0 +1,71 @@
+"""Visual question answering, scored with the official VQA accuracy."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from adalink.errors import ConfigError, DataError
+from multimodal.sample import Question, Sample, SampleSource
+from multimodal.template import Template, Text
+from tasks.metrics.vqa import GradedQuestion, score_answers
+from tasks.result_files import write_vqa_results
+from tasks.task import Asked, Score
+
+__all__ = ["Vqa"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vqa:
+    """VQA by generation, with the official accuracy."""
+
+    name: ClassVar[str] = "vqa"
+    headline: ClassVar[str] = "accuracy"
+
+    template: Template = Template(prompt="<image><bos>question: {question} answer:", target=" {text}<eos>")  # words around question and answer
+    learn: Literal["common", "drawn"] = "common"  # of ten answers: the most common one, or one drawn anew each epoch
+    questions_per_image: int = 0  # how many of a picture's questions each step learns; 0: all of them
+    scorer: Literal["official", "normalized"] = "official"  # see `adalink score vqa --help`
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        if self.questions_per_image < 0:
+            raise ConfigError(f"questions_per_image is {self.questions_per_image}: give 0 (all) or more")
+        if self.learn not in ("common", "drawn"):
+            raise ConfigError(f"of ten answers, {self.learn!r} cannot be learnt: give common or drawn")
+
+    def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
+        """Each answered question with one of its answers."""
+        answered = [question for question in sample.questions if question.answers]
+        if self.questions_per_image and len(answered) > self.questions_per_image:
+            answered = rng.sample(answered, self.questions_per_image)
+        return [Text(question.text, most_common(question) if self.learn == "common" else rng.choice(question.answers)) for question in answered]
+
+    def asked(self, sample: Sample) -> Sequence[Asked]:
+        """Every question of the picture."""
+        return [Asked(question.question_id, question.text) for question in sample.questions]
+
+    def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
+        """Accuracy in percent, overall and per answer type, over the questions that were predicted."""
+        questions = [question for i in range(len(source)) for question in source[i].questions if question.question_id in predictions]
+        if not questions or not questions[0].answers:
+            raise DataError("these questions cannot be scored: none was predicted, or the data set has no answers (a test split?)")
+        graded = [
+            GradedQuestion(question_id=q.question_id, answers=q.answers, question_type=q.question_type, answer_type=q.answer_type) for q in questions
+        ]
+        scores = score_answers(dict(predictions), graded, self.scorer)
+        figures = {"accuracy": scores.overall, **{f"accuracy ({kind})": value for kind, value in scores.per_answer_type.items()}}
+        return Score(figures=figures, items={int(k): v for k, v in scores.per_question.items()}, scorer=scores.scorer)
+
+    def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
+        """The VQA challenge's result file."""
+        write_vqa_results(path, predictions)
+
+
+def most_common(question: Question) -> str:
+    """The answer that most people gave; the first of them on a tie."""
+    return Counter(question.answers).most_common(1)[0][0]
