@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from multimodal.bad_samples import BadSample
 from multimodal.images import BadImage, decode_image
 from multimodal.model import VisionLanguageModel
+from multimodal.progress import progress
 from multimodal.sample import SampleSource
 
 __all__ = ["PatchTable", "encode_all"]
@@ -53,7 +53,7 @@ def encode_all(model: VisionLanguageModel, source: SampleSource, *, workers: int
     bad: dict[int, BadSample] = {}
     loader = DataLoader(_Pictures(source, tower.preprocess), batch_size=batch_size, num_workers=workers, collate_fn=list)
     first = 0
-    for items in tqdm(loader, desc=label, unit="batch", leave=False):
+    for items in progress(loader, label):
         good = [i for i, item in enumerate(items) if isinstance(item, Tensor)]
         bad.update({first + i: item for i, item in enumerate(items) if isinstance(item, BadSample)})
         if good:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from adalink.errors import ConfigError
 from multimodal.bad_samples import BadSample, BadSamples
@@ -20,6 +19,7 @@ from multimodal.batch import Batch
 from multimodal.loader import Loaded, Texts, train_loader
 from multimodal.model import VisionLanguageModel
 from multimodal.patch_table import PatchTable, encode_all
+from multimodal.progress import StepProgress
 from multimodal.run_log import RunLog
 from multimodal.sample import SampleSource
 from multimodal.train_settings import TrainSettings
@@ -73,11 +73,11 @@ def train(
     if settings.checkpointing:
         model.adapted.attachment.checkpoint_layers()
     started = time.perf_counter()
-    with tqdm(total=n_steps, initial=first, desc="training", unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True) as bar:
+    with contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=accelerator.is_main_process)) as shown:
         for step, group in enumerate(_groups(iter(loader), settings.accumulation), start=first):
             loss = run.step(group, settings.rate(step, n_steps))
-            bar.update()
-            run.after(step + 1, n_steps, loss, bar)
+            shown.step()
+            run.after(step + 1, n_steps, loss, shown)
     accelerator.end_training()
     return Trained(n_steps, time.perf_counter() - started, run.log.bad)
 
@@ -121,7 +121,7 @@ class _Run:
         self.optimizer.zero_grad()
         return self.accelerator.reduce(total, "sum")  # type: ignore[no-any-return]
 
-    def after(self, step: int, n_steps: int, loss: torch.Tensor, bar: Any) -> None:
+    def after(self, step: int, n_steps: int, loss: torch.Tensor, shown: StepProgress) -> None:
         """Log, and write a checkpoint, where it is due."""
         due = step % self.settings.log_every == 0 or step == n_steps
         if due or step == 1:
@@ -129,7 +129,7 @@ class _Run:
             if value != value:
                 raise ConfigError(f"the loss is not a number at step {step}: lower train.learning_rate, or set train.clip")
             rate = self.optimizer.param_groups[0]["lr"]
-            bar.set_postfix(loss=f"{value:.3f}", rate=f"{rate:.1e}")
+            shown.logged(step, value, rate)
             self.log.write({"step": step, "loss": value, "rate": rate})
             self.accelerator.log({"loss": value, "rate": rate}, step=step)
         if step % self.settings.checkpoint_every == 0 or step == n_steps:

@@ -9,14 +9,21 @@ from typing import Any
 
 import yaml
 
+from adalink import METHODS
 from adalink.errors import ConfigError
 from multimodal.generate import GenerationSettings
 from multimodal.images import decode_image
+from multimodal.template import Template
+from multimodal.train_settings import TrainSettings
+from tasks.captioning import Captioning
 from tasks.compose import load_adapted
-from tasks.config import RunConfig
+from tasks.config import Data, RunConfig
+from tasks.data import DataConfig
 from tasks.demo import run_demo
+from tasks.help import comments_as_help
 from tasks.run import Evaluation, evaluate_run, train_run
 from tasks.show import results_table
+from tasks.vqa import Vqa
 
 __all__ = ["COMMANDS", "Command"]
 
@@ -63,6 +70,8 @@ def _ask(values: Any, plain: Any) -> None:
 
 
 def _add_run(parser: Any) -> None:
+    for kind in (RunConfig, Data, DataConfig, Captioning, Vqa, Template, TrainSettings, GenerationSettings, *METHODS.values()):
+        comments_as_help(kind)
     parser.add_class_arguments(RunConfig, None)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from multimodal.bad_samples import BadSample
 from multimodal.batch import collate
@@ -15,6 +14,7 @@ from multimodal.encode import Row, TextTooLong
 from multimodal.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from multimodal.patch_table import PatchTable
+from multimodal.progress import progress
 from multimodal.sample import SampleSource
 from tasks.task import Task
 
@@ -58,7 +58,7 @@ def predict(
         (bad if isinstance(question, BadSample) else questions).append(question)  # type: ignore[arg-type]
     questions.sort(key=lambda q: len(q.row.ids))  # rows of like length share a batch: little padding
     texts: dict[int, str] = {}
-    for start in tqdm(range(0, len(questions), batch_size), desc=label, unit="batch", leave=False):
+    for start in progress(range(0, len(questions), batch_size), label):
         texts.update(_answer(model, questions[start : start + batch_size], settings))
     order = {asked.item: None for i in range(len(source)) for asked in task.asked(source[i])}
     return Predictions({item: texts[item] for item in order if item in texts}, tuple(bad))
