@@ -10,7 +10,7 @@ import numpy as np
 from adalink.errors import DataError
 from tasks.metrics.bleu import BleuSums, bleu, bleu_sums
 from tasks.metrics.cider import cider
-from tasks.metrics.ngrams import MAX_N, Corpus, Floats, count_ngrams
+from tasks.metrics.ngrams import MAX_N, Corpus, Floats, count_ngrams, cut_at_spaces
 from tasks.metrics.ptb import tokenize
 from tasks.metrics.rouge import rouge_l
 
@@ -45,17 +45,17 @@ def score_captions(hypotheses: Mapping[int, str], references: Mapping[int, Seque
         hypotheses=[tokenize(hypotheses[image]) for image in images],
         references=[[tokenize(text) for text in references[image]] for image in images],
     )
-    return _score(images, corpus)
+    return _score(images, corpus, cut_at_spaces(corpus))
 
 
-def _score(images: Sequence[int], corpus: Corpus) -> CaptionScores:
+def _score(images: Sequence[int], tokens: Corpus, corpus: Corpus) -> CaptionScores:
     counts = count_ngrams(corpus)
     sums = bleu_sums(corpus, counts)
     columns: dict[str, Floats] = {}
     rows = bleu(sums.correct, sums.guess, sums.length, sums.reference_length)
     for n in range(MAX_N):
         columns[f"Bleu_{n + 1}"] = rows[:, n]
-    columns["ROUGE_L"] = rouge_l(corpus)
+    columns["ROUGE_L"] = rouge_l(tokens)
     columns["CIDEr"] = cider(corpus, counts)
     whole = bleu(sums.correct.sum(0), sums.guess.sum(0), sums.length.sum(), sums.reference_length.sum()).tolist()
     figures = {f"Bleu_{n + 1}": whole[n] for n in range(MAX_N)}

@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_N", "Corpus", "Floats", "Ints", "NgramCounts", "count_ngrams"]
+__all__ = ["MAX_N", "Corpus", "Floats", "Ints", "NgramCounts", "count_ngrams", "cut_at_spaces"]
 
 MAX_N = 4  # all official caption metrics stop at 4-grams
 
@@ -50,6 +50,18 @@ class NgramCounts:
     ngram: Ints
     count: Ints
     n_ngrams: int
+
+
+def cut_at_spaces(corpus: Corpus) -> Corpus:
+    """The corpus as BLEU and CIDEr read it.
+
+    They cut a tokenised caption at any white space, ROUGE-L at plain spaces only, so "2 1/2" with an unbreakable space is two words for
+    the former and one for the latter.
+    """
+    return Corpus(
+        hypotheses=[" ".join(tokens).split() for tokens in corpus.hypotheses],
+        references=[[" ".join(tokens).split() for tokens in texts] for texts in corpus.references],
+    )
 
 
 def count_ngrams(corpus: Corpus) -> tuple[NgramCounts, ...]:
