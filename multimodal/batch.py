@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adalink import PAD
 from multimodal.encode import Row
+from multimodal.packing import packed_mask
 
 __all__ = ["NO_TARGET", "Batch", "collate"]
 
@@ -29,6 +30,8 @@ class Batch:
     pixels       float [I, 3, H, W]  the pictures, or
     patches      float [I, N, Dv]    their features, where they are kept
     decoder_ids  int64 [B, U]        encoder-decoder models only; sources are positions in it
+    position     int64 [B, T]        each token's position in its own text, padding skipped
+    segment      int64 [B, T]        which of several packed texts a token belongs to; None where no row is packed
     n_targets    what the loss is divided by; the batch's own number of targets unless a training loop knows better
     keys         of the I pictures
     """
@@ -39,6 +42,8 @@ class Batch:
     target: Tensor
     image: Tensor
     n_targets: float
+    position: Tensor
+    segment: Tensor | None = None
     pixels: Tensor | None = None
     patches: Tensor | None = None
     decoder_ids: Tensor | None = None
@@ -54,10 +59,9 @@ class Batch:
         """int64 [B, T]: 1 for every token that is not padding."""
         return (self.domain != PAD).long()
 
-    @property
-    def positions(self) -> Tensor:
-        """int64 [B, T]: positions that skip padding."""
-        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
+    def attention(self, dtype: torch.dtype) -> Tensor:
+        """The mask that the model takes: int64 [B, T], or additive [B, 1, T, T] where rows are packed."""
+        return self.attention_mask if self.segment is None else packed_mask(self.segment, self.domain == PAD, dtype)
 
 
 def collate(
@@ -84,6 +88,8 @@ def collate(
         n_targets=sum(len(row.target) for row in rows),
         pixels=pictures if kind == "pixels" else None,
         patches=pictures if kind == "patches" else None,
+        position=_padded([row.position or tuple(range(len(row.ids))) for row in rows], 0, left),
+        segment=_padded([row.segment or (0,) * len(row.ids) for row in rows], 0, left) if any(row.segment for row in rows) else None,
         decoder_ids=_padded([row.decoder_ids for row in rows], pad_id) if rows[0].decoder_ids else None,
         keys=tuple(keys),
     )

@@ -26,6 +26,8 @@ class Row:
     source       [M]        positions whose hidden state predicts a target
     target       [M]        what they should predict
     decoder_ids  [U]        what the decoder reads; empty in a decoder-only model, where sources are positions in ids
+    segment      [T]        which of several packed texts a token belongs to, 0 for what they share; empty where nothing is packed
+    position     [T]        each token's position in its own text; empty where that is its index
     """
 
     ids: tuple[int, ...]
@@ -33,6 +35,8 @@ class Row:
     source: tuple[int, ...] = ()
     target: tuple[int, ...] = ()
     decoder_ids: tuple[int, ...] = ()
+    segment: tuple[int, ...] = ()
+    position: tuple[int, ...] = ()
 
 
 class RowEncoder:

@@ -18,6 +18,7 @@ from multimodal.batch import Batch, collate
 from multimodal.encode import Row, RowEncoder, TextTooLong
 from multimodal.images import BadImage, decode_image
 from multimodal.order import SampleOrder
+from multimodal.packing import Arrange
 from multimodal.sample import Sample, SampleSource
 from multimodal.shards import DamagedSample
 from multimodal.template import Text
@@ -55,10 +56,17 @@ class _Positions(Dataset["_Item | BadSample"]):
     """Position in the stream -> rows with their picture. `patches` holds features by sample index where they are kept in memory."""
 
     def __init__(
-        self, source: SampleSource, order: SampleOrder, texts: Texts, encoder: RowEncoder, preprocess: Preprocess, patches: Kept | None
+        self,
+        source: SampleSource,
+        order: SampleOrder,
+        texts: Texts,
+        encoder: RowEncoder,
+        arrange: Arrange,
+        preprocess: Preprocess,
+        patches: Kept | None,
     ) -> None:
         self.source, self.order, self.texts, self.encoder = source, order, texts, encoder
-        self.preprocess, self.patches = preprocess, patches
+        self.arrange, self.preprocess, self.patches = arrange, preprocess, patches
 
     def __getitem__(self, position: int) -> _Item | BadSample:
         index = self.order.sample(position)
@@ -66,10 +74,11 @@ class _Positions(Dataset["_Item | BadSample"]):
             sample = self.source[index]
         except DamagedSample as error:
             return error.bad
+        texts = self.texts(sample, random.Random(self.order.seed * 1_000_003 + position))
+        if not texts:
+            return BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from")
         try:
-            rows = tuple(self.encoder.row(text) for text in self.texts(sample, random.Random(self.order.seed * 1_000_003 + position)))
-            if not rows:
-                return BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from")
+            rows = tuple(self.arrange([self.encoder.row(text) for text in texts]))
             if self.patches is None:
                 return _Item(sample.key, self.preprocess(decode_image(sample.image)), rows)
             kept = self.patches[index]
@@ -116,6 +125,7 @@ def train_loader(
     source: SampleSource,
     texts: Texts,
     encoder: RowEncoder,
+    arrange: Arrange,
     preprocess: Preprocess,
     *,
     steps: range,
@@ -127,7 +137,7 @@ def train_loader(
     patches: Kept | None = None,
 ) -> DataLoader[_Item | BadSample]:
     """Yields `Loaded` for each step of `steps`; resume by starting the range later. batch_size: pictures per step and rank."""
-    positions = _Positions(source, SampleOrder(len(source), seed), texts, encoder, preprocess, patches)
+    positions = _Positions(source, SampleOrder(len(source), seed), texts, encoder, arrange, preprocess, patches)
     return DataLoader(
         positions,
         batch_sampler=_StepSampler(steps.start, steps.stop, batch_size, rank, world),

@@ -145,13 +145,14 @@ class VisionLanguageModel(nn.Module):
 
     def _logits(self, batch: Batch) -> Tensor:
         """[B, M, V]: at the source positions alone where the model can; the head is the dearest part of a small model."""
-        base, token_map = self.adapted.base, self.token_map(batch)
+        base: Any = self.adapted.base
+        token_map = self.token_map(batch)
         with self.adapted.attachment.bind(token_map):
             if batch.decoder_ids is not None:
                 output = base(input_ids=batch.ids, attention_mask=batch.attention_mask, decoder_input_ids=batch.decoder_ids, use_cache=False)
                 return torch.take_along_dim(output.logits, batch.source[..., None], dim=1)
             return base(  # type: ignore[no-any-return]
-                input_ids=batch.ids, attention_mask=batch.attention_mask, position_ids=batch.positions, logits_to_keep=batch.source, use_cache=False
+                input_ids=batch.ids, attention_mask=batch.attention(base.dtype), position_ids=batch.position, logits_to_keep=batch.source, use_cache=False
             ).logits
 
 

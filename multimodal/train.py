@@ -18,6 +18,7 @@ from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.batch import Batch
 from multimodal.loader import Loaded, Texts, train_loader
 from multimodal.model import VisionLanguageModel
+from multimodal.packing import arrangement
 from multimodal.patch_table import PatchTable, encode_all
 from multimodal.progress import StepProgress
 from multimodal.run_log import RunLog
@@ -65,8 +66,10 @@ def train(
     n_steps = settings.n_steps(len(source), accelerator.num_processes)
     first = run.restore() if resume else 0
     run.log.skip(known_bad)
+    arrange, told = arrangement(model.language.model)
+    accelerator.print(told)
     loader = train_loader(
-        source, texts, model.row_encoder(), model.tower.preprocess, steps=range(first * settings.accumulation, n_steps * settings.accumulation),
+        source, texts, model.row_encoder(), arrange, model.tower.preprocess, steps=range(first * settings.accumulation, n_steps * settings.accumulation),
         batch_size=settings.batch_size, seed=settings.seed, workers=settings.workers, rank=accelerator.process_index, world=accelerator.num_processes,
         patches=patches,
     )  # fmt: skip
