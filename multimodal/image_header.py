@@ -83,10 +83,10 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     if chunk == b"VP8X":
         low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", data, 24)
         return (low_w | high_w << 16) + 1, (low_h | high_h << 16) + 1
-    if chunk == b"VP8L":
+    if chunk == b"VP8L" and data[20:21] == b"\x2f":
         (bits,) = struct.unpack_from("<I", data, 21)
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if chunk == b"VP8 ":
+    if chunk == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
         width, height = struct.unpack_from("<HH", data, 26)
         return width & 0x3FFF, height & 0x3FFF
     raise ValueError

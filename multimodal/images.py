@@ -41,7 +41,7 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeE
 PILLOW_PIXELS = 89_478_485  # Pillow itself warns from here on, on standard error
 
 
-class BadImage(DataError):  # noqa: N818 (it is the picture that is bad)
+class BadImage(DataError):
     """A picture that cannot be used; `reason` is short and stable, so that reports can count by it.
 
     Reasons: missing file, unreadable file, empty file, not an image, truncated, corrupt, too many bytes, too many pixels.

@@ -172,14 +172,19 @@ def shard_from_json(entry: Mapping[str, object]) -> Shard:
             if column.dtype != np.int64:
                 raise ValueError(f"the list {part!r} of {file!r} holds other than whole numbers")
             table[:, index] = column.reshape(len(keys), 3)
-    _check_inside(table, size, file)
+    _check_places(table, size, file)
     return Shard(file=file, size=size, sha256=entry["sha256"], members=Members(keys, table))
 
 
-def _check_inside(table: NDArray[np.int64], size: int, file: str) -> None:
+def _check_places(table: NDArray[np.int64], size: int, file: str) -> None:
     offset, length = table[..., 0], table[..., 1]
     if not np.where(offset < 0, length < 0, (offset >= 512) & (length >= 0) & (offset <= size - np.maximum(length, 0))).all():
         raise ValueError(f"an offset of {file!r} lies outside its {size} bytes")
+    present = offset >= 0
+    if not present[:, 0].all():
+        raise ValueError(f"a sample of {file!r} has no image")
+    if not present[:, 1:].any(axis=1).all():
+        raise ValueError(f"a sample of {file!r} has no text")
 
 
 def _check_all(manifest: Manifest, samples: object) -> None:

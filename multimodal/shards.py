@@ -28,7 +28,7 @@ _OPEN_FILES = 64  # per process; a set may have more shards than a process may h
 _GAP = 2**16  # bytes between two members up to which one read is cheaper than two
 
 
-class DamagedSample(DataError):  # noqa: N818 (it is the sample that is damaged)
+class DamagedSample(DataError):
     """A sample whose bytes in the shard are not those that were written; `bad` can be counted, and the next sample may be whole."""
 
     def __init__(self, bad: BadSample) -> None:
@@ -140,7 +140,8 @@ class _OpenFiles:
         except OSError as error:
             raise DataError(f"the shard {path} cannot be read: {error.strerror}; is it still there?") from error
         if len(data) < size:
-            raise DataError(f"the shard {path} was cut at byte {offset + len(data)} since it was opened; write or fetch it again")
+            end = os.fstat(file.number).st_size
+            raise DataError(f"the shard {path} was cut at byte {end} since it was opened; write or fetch it again")
         return data
 
 

@@ -136,9 +136,11 @@ def _pax_records(content: bytes) -> dict[str, str]:
     while content:
         digits, _, _ = content.partition(b" ")
         length = int(digits)
+        if not len(digits) < length <= len(content):
+            raise ValueError
         record, content = content[len(digits) + 1 : length], content[length:]
         key, equals, value = record.partition(b"=")
-        if length <= len(digits) or not equals or not value.endswith(b"\n"):
+        if not equals or not value.endswith(b"\n"):
             raise ValueError
         if key in (b"path", b"size"):
             records[key.decode()] = _text(value[:-1])

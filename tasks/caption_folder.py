@@ -21,7 +21,7 @@ def read_caption_folder(*, images: Path) -> FileSource:
     """One sample per picture, in the order of their names, in folders below `images` too.
 
     The key is the path below `images` without its ending; the image id is the place in that order, counted from 0 over all pictures.
-    Pictures without a text, and texts without a picture, are in `problems`. Raises DataError where two pictures have one key.
+    Pictures without a text that can be read, and texts without a picture, are in `problems`. Raises DataError where two pictures have one key.
     """
     ImageFolder(images)  # says what is wrong with it
     samples: list[Sample] = []
@@ -34,11 +34,14 @@ def read_caption_folder(*, images: Path) -> FileSource:
             continue
         if key in keys:
             raise DataError(f"the pictures {keys[key]!r} and {name!r} in {images} have one key, {key!r}; rename one of them")
-        captions = _captions(path.with_suffix(".txt")) if f"{key}.txt" in names else ()
-        if captions:
-            samples.append(Sample(key=key, image_id=len(keys), image=path, captions=captions))
-        else:
-            problems.append(BadSample(key=key, reason="no text", detail=f"{path} has no caption in {path.with_suffix('.txt').name}"))
+        try:
+            captions = _captions(path.with_suffix(".txt")) if f"{key}.txt" in names else ()
+            if captions:
+                samples.append(Sample(key=key, image_id=len(keys), image=path, captions=captions))
+            else:
+                problems.append(BadSample(key=key, reason="no text", detail=f"{path} has no caption in {path.with_suffix('.txt').name}"))
+        except DataError as error:
+            problems.append(BadSample(key=key, reason="damaged text", detail=str(error)))
         keys[key] = name
     for name, path in names.items():
         key, suffix = os.path.splitext(name)
