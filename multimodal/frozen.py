@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from adalink.errors import AdalinkError, ConfigError, DataError
 
-__all__ = ["existing_folder", "freeze", "loading", "quiet_transformers", "split_revision"]
+__all__ = ["existing_folder", "freeze", "loading", "nearest", "quiet_transformers", "split_revision"]
 
 
 def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
@@ -74,6 +75,12 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if has_bar:
             transformers_logging.enable_progress_bar()
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The three names of `known` nearest to `name`, or its first three where none is near: `a, b, c (22 in all)`."""
+    near = get_close_matches(name, known, n=3) or list(known)[:3]
+    return f"{', '.join(near)} ({len(known)} in all)"
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
 from adalink.errors import ConfigError, DataError
 from multimodal.frozen import existing_folder, freeze, loading, quiet_transformers, split_revision
@@ -15,6 +20,8 @@ from multimodal.frozen import existing_folder, freeze, loading, quiet_transforme
 __all__ = ["Language", "load_language"]
 
 _ADVICE = "give a local folder in transformers format or a hub id such as 'facebook/opt-125m'"
+
+_TOKENIZER_ADVICE = "put the model's tokenizer files (tokenizer.json) beside its config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +48,9 @@ def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = Non
     name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
     with loading("language model", name_or_folder, _ADVICE):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if type(config) not in family._model_mapping:
-        raise ConfigError(f"'{name_or_folder}' is a {config.model_type} model, expected one that writes text; {_ADVICE}")
+    family, writes = _family(config)
+    if not writes:
+        raise ConfigError(f"'{name_or_folder}' is of model type '{config.model_type}', expected one that writes text; {_ADVICE}")
     with loading("language model", name_or_folder, "see that the folder holds model.safetensors"), quiet_transformers():
         model, info = family.from_pretrained(name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True)
     if info["missing_keys"]:
@@ -52,25 +59,42 @@ def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = Non
             f"among them {', '.join(sorted(info['missing_keys'])[:3])}; fetch the files again"
         )
     freeze(model, dtype)
-    with loading("tokenizer of", name_or_folder, "put the model's tokenizer files (tokenizer.json) beside its config.json"):
+    with loading("tokenizer of", name_or_folder, _TOKENIZER_ADVICE):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     _settle_tokens(tokenizer, model, str(name_or_folder))
     return Language(model=model, tokenizer=tokenizer, name=str(name_or_folder))
 
 
+def _family(config: Any) -> tuple[Any, bool]:
+    """The class that loads a model of this configuration, and whether such a model writes text.
+
+    transformers also lists masked language models (BERT) as causal ones, but they write only if they were trained as decoders.
+    """
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM, type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    is_masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
+    return AutoModelForCausalLM, type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_masked
+
+
 def _settle_tokens(tokenizer: Any, model: Any, name: str) -> None:
-    """Gives the tokenizer its start, end and pad token, and the model the same ids. No token is added: the embedding is frozen."""
+    """Gives the tokenizer its start, end and pad token, and the model the same ids. No token is added: the embedding is frozen.
+
+    A special token that the tokenizer has beyond the rows of the embedding (a pad token added for some other training) is not used.
+    """
     n_rows = model.get_input_embeddings().weight.shape[0]
-    if not 0 < len(tokenizer) <= n_rows:
+    n_words = len(tokenizer) - len(tokenizer.added_tokens_decoder)
+    if n_words < 2:  # without files some tokenizers still come, with their special tokens alone
+        raise ConfigError(f"the tokenizer of '{name}' knows no words, only {len(tokenizer)} special tokens; {_TOKENIZER_ADVICE}")
+    if tokenizer.vocab_size > n_rows:
         raise ConfigError(
-            f"the tokenizer of '{name}' knows {len(tokenizer)} tokens, expected 1 to {n_rows}, the rows of the model's embedding; "
+            f"the tokenizer of '{name}' knows {tokenizer.vocab_size} tokens, expected at most {n_rows}, the rows of the model's embedding; "
             f"put the tokenizer that belongs to this model beside it"
         )
-    for role in ("bos", "eos"):
-        if getattr(tokenizer, f"{role}_token_id") is None:
-            token = _configured(model, f"{role}_token_id")
-            if token is not None:
-                setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token))
+    for role in ("bos", "eos", "pad"):
+        token = getattr(tokenizer, f"{role}_token_id")
+        if token is None or token >= n_rows:
+            token = _configured(model, f"{role}_token_id", n_rows)
+            setattr(tokenizer, f"{role}_token", None if token is None else tokenizer.convert_ids_to_tokens(token))
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the language model '{name}' has no end token in its tokenizer, config.json or generation_config.json; set eos_token_id")
     if tokenizer.pad_token_id is None:
@@ -80,12 +104,11 @@ def _settle_tokens(tokenizer: Any, model: Any, name: str) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def _configured(model: Any, key: str) -> int | None:
+def _configured(model: Any, key: str, n_rows: int) -> int | None:
     """An id of generation_config.json or config.json; the first where there are several (Llama 3 has three end tokens)."""
     for config in (model.generation_config, model.config):
         value = getattr(config, key, None)
-        if isinstance(value, list) and value:
-            return int(value[0])
-        if isinstance(value, int):
-            return value
+        token = value[0] if isinstance(value, list) and value else value
+        if isinstance(token, int) and 0 <= token < n_rows:
+            return token
     return None

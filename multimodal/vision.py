@@ -13,7 +13,7 @@ from multimodal.encoders.layout import read_layout
 from multimodal.encoders.load import load_encoder
 from multimodal.encoders.stage import Encoder, Loaded, Preprocess, Stage
 from multimodal.features import Features
-from multimodal.frozen import freeze
+from multimodal.frozen import freeze, loading
 
 __all__ = ["VisionTower", "load_tower"]
 
@@ -51,7 +51,7 @@ class VisionTower(nn.Module):
         self.name = name
         freeze(self.encoder, None)
         pixels = _example(self.preprocess, self.name)
-        with torch.no_grad():
+        with torch.no_grad(), loading("vision encoder", name, "choose an encoder that turns a batch of pictures alone into patches"):
             self._layout = read_layout(self._encoder, self.encoder, self._placed(pixels))
         if not -self._layout.n_blocks <= layer <= -1:
             raise ConfigError(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from adalink.errors import ConfigError
 from multimodal.encoders.stage import Encoder, Stage
 
 __all__ = ["FinalNorm", "Layout", "read_layout"]
@@ -33,19 +34,31 @@ class Layout:
 
 
 def read_layout(encoder: Encoder, module: nn.Module, pixels: Tensor) -> Layout:
-    """The layout of an encoder, read off one picture [1, 3, H, W] that passes it three times.
+    """The layout of an encoder, read off one picture [1, 3, H, W] that passes it four times.
 
     The final norm is the module that is fed the last block's output: its tokens, its CLS token alone (CLIP), or the mean of its
     patches. Encoders name and place it in many ways, and the final features of some are not normed, so what happens is observed.
     A column is an encoder whose final features are the last block's output, as it is or normed; a neck, a last convolution or
     widths that grow from stage to stage make it none.
+
+    Raises ConfigError for an encoder that gives another answer each time (a masked autoencoder drops random patches), or one vector only.
     """
+    final, again = encoder.last(pixels), encoder.last(pixels)
+    if not _same(final.patches, again.patches):
+        raise ConfigError(
+            "the encoder gives different features each time for the same picture, expected the same: it drops or shuffles patches at random; "
+            "choose an encoder without masking"
+        )
+    if final.patches.shape[1] < 2:
+        raise ConfigError("the encoder gives one vector for the whole picture, expected patches; choose one whose final features are patches or a map")
     blocks = encoder.blocks(pixels)
     with _fed_to_norms(module) as fed:
         encoder.whole(pixels)
-    norm = next((found for norm, value in fed if (found := _match(norm, value, blocks[-1]))), None)
+    # The last one counts: where a block changes next to nothing, the norms inside it are fed the same values.
+    found = [match for norm, value in fed if (match := _match(norm, value, blocks[-1]))]
+    norm = found[-1] if found else None
     widths = {stage.patches.shape[-1] for stage in blocks}
-    return Layout(n_blocks=len(blocks), is_column=len(widths) == 1 and _ends_in(blocks[-1], norm, encoder.last(pixels)), norm=norm)
+    return Layout(n_blocks=len(blocks), is_column=len(widths) == 1 and _ends_in(blocks[-1], norm, final), norm=norm)
 
 
 @contextmanager
@@ -67,8 +80,8 @@ def _fed_to_norms(module: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor]]]
 
 def _match(norm: nn.Module, value: Tensor, last: Stage) -> FinalNorm | None:
     n_patches = last.patches.shape[1]
-    is_tokens = value.dim() == 3 and _same(value[:, -n_patches:], last.patches)
-    if is_tokens or (last.cls is not None and _same(value.flatten(1), last.cls)):
+    is_tokens = value.dim() == 3 and torch.equal(value[:, -n_patches:], last.patches)
+    if is_tokens or (last.cls is not None and torch.equal(value.flatten(1), last.cls)):
         return FinalNorm(module=norm, takes="tokens")
     if _same(value.flatten(1), last.patches.mean(1)):
         return FinalNorm(module=norm, takes="mean")
@@ -81,4 +94,8 @@ def _ends_in(block: Stage, norm: FinalNorm | None, final: Stage) -> bool:
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and torch.allclose(left.float(), right.float(), rtol=1e-4, atol=1e-5)
+    """True up to the rounding of the dtype: a mean in another order differs in the last bits."""
+    if left.shape != right.shape:
+        return False
+    allowed = 16 * torch.finfo(right.dtype).eps * right.abs().max()
+    return bool((left - right).abs().max() <= allowed)

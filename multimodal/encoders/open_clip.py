@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from adalink.errors import ConfigError
 from multimodal.encoders.stage import Loaded, Preprocess, Stage, from_map
 from multimodal.encoders.timm import TimmEncoder
-from multimodal.frozen import loading
+from multimodal.frozen import loading, nearest
 
 __all__ = ["OpenClipEncoder", "load_open_clip"]
 
@@ -35,11 +34,10 @@ def load_open_clip(spec: str | Path) -> Loaded:
 def _refuse_unknown(name: str, tag: str) -> None:
     models = open_clip.list_models()
     if name not in models:
-        near = get_close_matches(name, models, n=3) or ["ViT-B-32"]
-        raise ConfigError(f"open_clip has no model '{name}'; the nearest names are {', '.join(near)}")
+        raise ConfigError(f"open_clip has no model '{name}'; the nearest names are {nearest(name, models)}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
-        has = f"write 'open_clip:{name}/TAG' with one of {', '.join(tags)}" if tags else "choose another of open_clip.list_pretrained()"
+        has = f"write 'open_clip:{name}/TAG' with one of {nearest(tag, tags)}" if tags else "choose another of open_clip.list_pretrained()"
         raise ConfigError(f"open_clip has no weights '{tag}' for '{name}'; {has}")
 
 

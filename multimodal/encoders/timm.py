@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from adalink.errors import ConfigError
+from multimodal.encoders.grid import Grid
 from multimodal.encoders.stage import Loaded, Preprocess, Stage, from_map
-from multimodal.frozen import loading
+from multimodal.frozen import loading, nearest
 
 __all__ = ["TimmEncoder", "load_timm"]
 
@@ -37,13 +37,12 @@ def load_timm(spec: str | Path) -> Loaded:
 def _refuse_unknown(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = get_close_matches(architecture, timm.list_models(), n=3) or ["vit_base_patch16_224"]
-        raise ConfigError(f"timm has no model '{architecture}'; the nearest names are {', '.join(near)}")
+        raise ConfigError(f"timm has no model '{architecture}'; the nearest names are {nearest(architecture, timm.list_models())}")
     tags = [full.partition(".")[2] for full in timm.list_pretrained(architecture)]
     if not tags:
         raise ConfigError(f"timm has no pretrained weights for '{architecture}'; choose a name of timm.list_models(pretrained=True)")
     if tag and tag not in tags:
-        raise ConfigError(f"timm has no weights '{tag}' for '{architecture}'; it has {', '.join(tags)}")
+        raise ConfigError(f"timm has no weights '{tag}' for '{architecture}'; it has {nearest(tag, tags)}")
 
 
 class TimmEncoder(nn.Module):
@@ -52,32 +51,31 @@ class TimmEncoder(nn.Module):
     def __init__(self, model: Any) -> None:  # timm is untyped here
         super().__init__()
         self.model = model
-        self._taps: Any = getattr(model, "forward_intermediates", None)
-        # Models with tokens before the patches can give both apart; the others give maps only.
-        self._gives_prefix = self._taps is not None and "return_prefix_tokens" in inspect.signature(self._taps).parameters
-        self._n_prefix = int(getattr(model, "num_prefix_tokens", 0))
-        self._has_cls = self._n_prefix > 0 and getattr(model, "cls_token", None) is not None
+        self._n_prefix: int | None = getattr(model, "num_prefix_tokens", None)  # CoaT has a CLS token and does not say so
+        self._has_cls = getattr(model, "cls_token", None) is not None
+        # Vision transformers give tokens, and apart from them what comes before the patches; the others give maps.
+        options = inspect.signature(model.forward_intermediates).parameters
+        self._options: dict[str, Any] = {"intermediates_only": True}
+        if "return_prefix_tokens" in options:
+            self._options |= {"output_fmt": "NLC", "return_prefix_tokens": bool(self._n_prefix)}
         self._is_channels_last = str(getattr(model, "output_fmt", "")).endswith("NHWC")
 
     def whole(self, pixels: Tensor) -> object:
         return self.model(pixels)
 
     def blocks(self, pixels: Tensor) -> tuple[Stage, ...]:
-        if self._taps is None:
-            return (self.last(pixels),)
-        if not self._gives_prefix:
-            return tuple(from_map(feature_map) for feature_map in self._taps(pixels, intermediates_only=True))
-        pairs = self._taps(pixels, intermediates_only=True, return_prefix_tokens=True, output_fmt="NLC")
-        return tuple(self._pair(pair) for pair in pairs)
+        return tuple(self._stage(state) for state in self.model.forward_intermediates(pixels, **self._options))
 
-    def _pair(self, pair: Tensor | tuple[Tensor, Tensor]) -> Stage:
-        if isinstance(pair, Tensor):
-            return Stage(patches=pair)
-        patches, prefix = pair
-        return Stage(patches=patches, cls=prefix[:, 0] if self._has_cls else None)
+    def _stage(self, state: Tensor | tuple[Tensor, Tensor]) -> Stage:
+        if isinstance(state, tuple):
+            return Stage(patches=state[0], cls=state[1][:, 0] if self._has_cls else None)
+        return from_map(state) if state.dim() == 4 else Stage(patches=state)
 
     def last(self, pixels: Tensor) -> Stage:
-        final: Tensor = self.model.forward_features(pixels)
-        if final.dim() == 4:
-            return from_map(final.permute(0, 3, 1, 2) if self._is_channels_last else final)
+        with Grid(self.model) as grid:
+            final: Tensor = self.model.forward_features(pixels)
+        if final.dim() == 4 and self._is_channels_last:
+            return from_map(final.permute(0, 3, 1, 2))
+        if final.dim() == 4 or self._n_prefix is None:
+            return grid.stage(final)
         return Stage(patches=final[:, self._n_prefix :], cls=final[:, 0] if self._has_cls else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,11 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from adalink.errors import ConfigError, DataError
-from multimodal.encoders.stage import Loaded, Preprocess, Stage, from_map
+from multimodal.encoders.grid import Grid
+from multimodal.encoders.stage import Loaded, Preprocess, Stage
 from multimodal.frozen import loading, quiet_transformers, split_revision
 
 __all__ = ["TransformersEncoder", "load_transformers"]
-
-# No encoder puts more than this many tokens (CLS, distillation, registers) before its patches.
-_MOST_PREFIX_TOKENS = 16
-
 
 def load_transformers(spec: str | Path, dtype: torch.dtype | None) -> Loaded:
     """The encoder of a local folder or of a hub id, `org/name` or `org/name@revision`."""
@@ -41,7 +37,7 @@ def load_transformers(spec: str | Path, dtype: torch.dtype | None) -> Loaded:
         )
     if model.main_input_name != "pixel_values":
         raise ConfigError(
-            f"'{spec}' is a {config.model_type} model whose input is {model.main_input_name}, expected one that takes pixel_values; {advice}"
+            f"'{spec}' is of model type '{config.model_type}' with the input {model.main_input_name}, expected one that takes pixel_values; {advice}"
         )
     _refuse_missing(spec, info["missing_keys"])
     with loading("image preprocessing of", spec, "put the encoder's preprocessor_config.json beside its config.json"), quiet_transformers():
@@ -80,50 +76,11 @@ class TransformersEncoder(nn.Module):
 
     def blocks(self, pixels: Tensor) -> tuple[Stage, ...]:
         """The hidden states after the first, which is what enters the first block."""
-        with _Grid(self.model) as grid:
+        with Grid(self.model) as grid:
             hidden = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states
         return tuple(grid.stage(state) for state in hidden[1:])
 
     def last(self, pixels: Tensor) -> Stage:
-        with _Grid(self.model) as grid:
+        with Grid(self.model) as grid:
             state = self.model(pixel_values=pixels).last_hidden_state
         return grid.stage(state)
-
-
-class _Grid:
-    """Tells patches from the tokens before them, by the size of the first convolution's output.
-
-    A vision transformer cuts patches with a convolution of h x w places, so P + N tokens hold N = h * w patches; a stack of
-    convolutions or merging stages halves the sides k times, so N = ceil(h / 2^k) * ceil(w / 2^k) for the least k that fits.
-    Examples: 197 tokens over 14 x 14 are 1 + 196; 49 over 56 x 56 are 0 + 49 (Swin); 201 over 14 x 14 are 5 + 196 (four registers).
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-        self._side = (0, 0)
-
-    def __enter__(self) -> _Grid:
-        if self._convolution is not None:
-            self._handle = self._convolution.register_forward_hook(self._measure)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._convolution is not None:
-            self._handle.remove()
-
-    def _measure(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
-        self._side = (output.shape[-2], output.shape[-1])
-
-    def stage(self, state: Tensor) -> Stage:
-        if state.dim() == 4:
-            return from_map(state)
-        n_tokens, (high, wide) = state.shape[1], self._side
-        sizes = (ceil(high / 2**k) * ceil(wide / 2**k) for k in range(8))
-        n_patches = next((size for size in sizes if size <= n_tokens), 0)
-        n_prefix = n_tokens - n_patches
-        if n_patches == 0 or n_prefix > _MOST_PREFIX_TOKENS:
-            raise ConfigError(
-                f"cannot tell patches from other tokens: {n_tokens} tokens over a first convolution of {high} x {wide} places; "
-                f"use an encoder that cuts patches with a convolution"
-            )
-        return Stage(patches=state[:, n_prefix:], cls=state[:, 0] if n_prefix else None)
