@@ -13,7 +13,6 @@ from threading import Event, Lock
 from typing import BinaryIO
 
 import numpy as np
-import webdataset
 
 from adalink.errors import AdalinkError, DataError
 from multimodal.atomic import write_whole
@@ -24,6 +23,7 @@ from multimodal.sample import Sample, SampleSource
 from multimodal.shard_folder import shard_part
 from multimodal.shard_index import ShardLimits
 from multimodal.shard_record import encode_record, shard_key
+from multimodal.tar_write import TarFile
 
 __all__ = ["ShardJob", "Stopped", "WrittenShard"]
 
@@ -68,41 +68,36 @@ class ShardJob:
         return written
 
     def _write(self, name: str, file: BinaryIO, indices: range) -> WrittenShard:
-        hashed = _HashedFile(file)
+        tar = TarFile(file)
         keys: dict[str, None] = {}
         places, skipped = [], []
-        with webdataset.TarWriter(hashed, encoder=False, compress=False, mtime=0) as tar:
-            for index in indices:
-                if self.stopped.is_set():
-                    raise Stopped
-                sample = self.source[index]
-                key = shard_key(sample.key)
-                if key in keys:
-                    raise DataError(f"two samples have the key {sample.key!r}; a data set's keys must be unique")
-                try:
-                    places.append(self._add(tar, key, sample))
-                    keys[key] = None
-                    self._advance(1)
-                except BadImage as error:
-                    skipped.append(BadSample(key=sample.key, reason=error.reason, detail=error.detail))
-                    self._advance(1, skipped[-1:])
+        for index in indices:
+            if self.stopped.is_set():
+                raise Stopped
+            sample = self.source[index]
+            key = shard_key(sample.key)
+            if key in keys:
+                raise DataError(f"two samples have the key {sample.key!r}; a data set's keys must be unique")
+            try:
+                places.append(self._add(tar, key, sample))
+                keys[key] = None
+                self._advance(1)
+            except BadImage as error:
+                skipped.append(BadSample(key=sample.key, reason=error.reason, detail=error.detail))
+                self._advance(1, skipped[-1:])
+        tar.end()
         members = Members(keys, np.asarray(places, dtype=np.int64))
-        return WrittenShard(shard=Shard(file=name, size=hashed.size, sha256=hashed.hexdigest(), members=members), skipped=tuple(skipped))
+        return WrittenShard(shard=Shard(file=name, size=tar.size, sha256=tar.sha256, members=members), skipped=tuple(skipped))
 
-    def _add(self, tar: webdataset.TarWriter, key: str, sample: Sample) -> tuple[tuple[int, int, int], ...]:
+    def _add(self, tar: TarFile, key: str, sample: Sample) -> tuple[tuple[int, int, int], ...]:
         """The places of image, json and txt in the tar file."""
         image = read_image_bytes(sample.image, limits=self.pictures)
         kind = check_header(image, limits=self.pictures, name=str(sample.image) if isinstance(sample.image, Path) else "its picture").kind
         record = encode_record(sample)
         if len(record) > self.limits.max_text_bytes:
             raise BadImage("too much text", f"{sample.key} has {len(record)} bytes of text, and the limit is {self.limits.max_text_bytes}")
-        places = {}
-        at = tar.tarstream.offset
-        for suffix, data in sorted({kind: image, "json": record}.items()):  # the order in which TarWriter writes
-            places[suffix] = (at + 512, len(data), zlib.crc32(data))
-            at += 512 + -(-len(data) // 512) * 512
-        tar.write({"__key__": key, kind: image, "json": record})
-        return places[kind], places["json"], ABSENT
+        at = {suffix: tar.add(f"{key}.{suffix}", data) for suffix, data in sorted(((kind, image), ("json", record)))}
+        return (at[kind], len(image), zlib.crc32(image)), (at["json"], len(record), zlib.crc32(record)), ABSENT
 
     def _advance(self, count: int, skipped: Sequence[BadSample] = ()) -> None:
         with self.lock:
@@ -110,21 +105,6 @@ class ShardJob:
             for bad in skipped:
                 self.bad.add(bad)
             self.bad.check()
-
-
-class _HashedFile:
-    """A file that is only written to, and its size and sha256 on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._sha256, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self._sha256.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def hexdigest(self) -> str:
-        return self._sha256.hexdigest()
 
 
 def _digest(source: SampleSource, indices: range) -> str:
