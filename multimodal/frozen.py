@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -14,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from adalink.errors import AdalinkError, ConfigError, DataError
 
-__all__ = ["existing_folder", "freeze", "loading", "nearest", "quiet_transformers", "split_revision"]
+__all__ = ["existing_folder", "freeze", "loading", "nearest", "quiet", "split_revision"]
 
 
 def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
@@ -64,14 +65,19 @@ def loading(what: str, name: str | Path, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silences the report of unused tensors and the progress bar of transformers inside; what matters of it is checked and raised."""
-    level, has_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+def quiet() -> Iterator[None]:
+    """Silences, inside, the logs of the model libraries and the progress bar of transformers, but not the hub's bar of a download.
+
+    They tell of unused tensors, and of failures that are raised as well; what matters is checked and raised here.
+    """
+    level, has_bar, disabled = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled(), logging.root.manager.disable
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:
+        logging.disable(disabled)
         transformers_logging.set_verbosity(level)
         if has_bar:
             transformers_logging.enable_progress_bar()

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from adalink.errors import ConfigError, DataError
-from multimodal.frozen import existing_folder, freeze, loading, quiet_transformers, split_revision
+from multimodal.frozen import existing_folder, freeze, loading, quiet, split_revision
 
 __all__ = ["Language", "load_language"]
 
@@ -51,7 +51,7 @@ def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = Non
     family, writes = _family(config)
     if not writes:
         raise ConfigError(f"'{name_or_folder}' is of model type '{config.model_type}', expected one that writes text; {_ADVICE}")
-    with loading("language model", name_or_folder, "see that the folder holds model.safetensors"), quiet_transformers():
+    with loading("language model", name_or_folder, "see that the folder holds model.safetensors"), quiet():
         model, info = family.from_pretrained(name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True)
     if info["missing_keys"]:
         raise DataError(

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from adalink.errors import ConfigError
 from multimodal.encoders.stage import Loaded, Preprocess, Stage, from_map
 from multimodal.encoders.timm import TimmEncoder
-from multimodal.frozen import loading, nearest
+from multimodal.frozen import loading, nearest, quiet
 
 __all__ = ["OpenClipEncoder", "load_open_clip"]
+
+_ADVICE = "see that its weights are there (open_clip_model.safetensors in a folder; the hub reachable for a name)"
 
 
 def load_open_clip(spec: str | Path) -> Loaded:
@@ -24,10 +26,10 @@ def load_open_clip(spec: str | Path) -> Loaded:
     elif not name.startswith("hf-hub:"):
         name, _, tag = name.partition("/")
         _refuse_unknown(name, tag)
-    with loading("open_clip encoder", spec, "see that its weights are there (open_clip_model.safetensors in a folder; the hub reachable for a name)"):
+    with loading("open_clip encoder", spec, _ADVICE), quiet():
         model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag, require_pretrained=True)
-    trunk = getattr(model.visual, "trunk", None)
-    encoder = OpenClipEncoder(model.visual) if trunk is None else TimmEncoder(trunk)
+        trunk = getattr(model.visual, "trunk", None)
+        encoder = OpenClipEncoder(model.visual) if trunk is None else TimmEncoder(trunk)
     return Loaded(encoder=encoder, preprocess=Preprocess(transform=transform))
 
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from adalink.errors import ConfigError
 from multimodal.encoders.grid import Grid
 from multimodal.encoders.stage import Loaded, Preprocess, Stage, from_map
-from multimodal.frozen import loading, nearest
+from multimodal.frozen import loading, nearest, quiet
 
 __all__ = ["TimmEncoder", "load_timm"]
+
+_ADVICE = "see that its weights are there (model.safetensors in a folder; the hub reachable for a name)"
 
 
 def load_timm(spec: str | Path) -> Loaded:
@@ -28,10 +30,11 @@ def load_timm(spec: str | Path) -> Loaded:
     else:
         _refuse_unknown(name)
         source = name
-    with loading("timm encoder", spec, "see that its weights are there (model.safetensors in a folder; the hub reachable for a name)"):
+    with loading("timm encoder", spec, _ADVICE), quiet():
         model = timm.create_model(source, pretrained=True, num_classes=0)
         transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    return Loaded(encoder=TimmEncoder(model.eval()), preprocess=Preprocess(transform=transform))
+        encoder = TimmEncoder(model)
+    return Loaded(encoder=encoder, preprocess=Preprocess(transform=transform))
 
 
 def _refuse_unknown(name: str) -> None:

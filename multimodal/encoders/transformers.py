@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from adalink.errors import ConfigError, DataError
 from multimodal.encoders.grid import Grid
 from multimodal.encoders.stage import Loaded, Preprocess, Stage
-from multimodal.frozen import loading, quiet_transformers, split_revision
+from multimodal.frozen import loading, quiet, split_revision
 
 __all__ = ["TransformersEncoder", "load_transformers"]
 
@@ -31,7 +31,7 @@ def load_transformers(spec: str | Path, dtype: torch.dtype | None) -> Loaded:
         raise ConfigError(
             f"cannot load the vision encoder '{spec}': transformers has no encoder for model type '{config.model_type}'; {advice}"
         )
-    with loading("vision encoder", spec, "see that the folder holds model.safetensors"), quiet_transformers():
+    with loading("vision encoder", spec, "see that the folder holds model.safetensors"), quiet():
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
             name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True
         )
@@ -40,7 +40,7 @@ def load_transformers(spec: str | Path, dtype: torch.dtype | None) -> Loaded:
             f"'{spec}' is of model type '{config.model_type}' with the input {model.main_input_name}, expected one that takes pixel_values; {advice}"
         )
     _refuse_missing(spec, info["missing_keys"])
-    with loading("image preprocessing of", spec, "put the encoder's preprocessor_config.json beside its config.json"), quiet_transformers():
+    with loading("image preprocessing of", spec, "put the encoder's preprocessor_config.json beside its config.json"), quiet():
         processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     return Loaded(encoder=TransformersEncoder(model), preprocess=Preprocess(transform=_Processor(processor=processor)))
 

@@ -120,6 +120,17 @@ def test_the_dtype_asked_for_is_that_of_the_features(tmp_path: Path) -> None:
     assert load_tower(tmp_path, dtype=torch.bfloat16)(torch.randn(1, 3, 32, 32)).patches.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_the_final_norm_is_found_in_half_precision(tmp_path: Path, pool: str, dtype: torch.dtype) -> None:
+    """Means in another order round differently, and more so in sixteen bits."""
+    save_timm_vit(tmp_path, global_pool=pool)
+    pixels = torch.randn(2, 3, 32, 32)
+    found, expected = load_tower(tmp_path, dtype=dtype)(pixels), load_tower(tmp_path)(pixels)
+    torch.testing.assert_close(found.pooled.float(), expected.pooled, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(found.patches.float(), expected.patches, rtol=0.1, atol=0.1)
+
+
 def test_a_real_mobilenet_gives_its_map_of_features() -> None:
     tower = load_tower(shared("parts/mobilenet_v2_1.0_224_hf"))
     assert (tower.n_patches, tower.width, tower.n_layers) == (49, 1280, 1)
