@@ -7,10 +7,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ArgumentParser
 
 from adalink.errors import AdalinkError, ConfigError
-from tasks.say import one_sentence
+from tasks.config_file import ConfigFile
+from tasks.say import one_sentence, worker_sentence
 
 if TYPE_CHECKING:
     from tasks.commands import Command
@@ -18,29 +19,40 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
+class _Refused(ConfigError):
+    """What the parser says about the arguments, in its own words."""
+
+
 class _Parser(ArgumentParser):  # type: ignore[misc]  # untyped here
-    """Says what is wrong with the arguments in one sentence, and where the help is."""
+    """Raises where the library would print and exit: a message of a nested parser then names the whole setting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and exit with 2."""
-        print(f"adalink: {one_sentence(message)}; `{self.prog.split(' [')[0]} --help` lists what there is", file=sys.stderr)
-        sys.exit(2)
+        """Raise what was said."""
+        raise _Refused(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 is success, 2 something that the user can mend, 130 an interrupt."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    command = ""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and worker processes do not mix
     try:
-        from tasks.commands import COMMANDS  # late: it imports torch and transformers, and a wrong name need not wait for them
+        from tasks.commands import COMMANDS  # late: it imports torch and transformers, which take seconds that a user may interrupt
 
         parser = _Parser(prog="adalink", description="Adapt frozen vision and language models to captioning and visual question answering.")
         parser.add_argument("--version", action="version", version=f"adalink {_version()}")
         _add(parser, COMMANDS)
+        command = _words(arguments, COMMANDS)
         chosen = parser.parse_args(arguments or ["--help"])
         _run(parser, chosen, COMMANDS)
+    except _Refused as error:
+        from tasks.config import setting_names
+
+        sentence = one_sentence(str(error), command=command, known=setting_names() if command in ("train", "evaluate") else ())
+        print(f"adalink: {sentence}; `adalink {command + ' ' if command else ''}--help` lists what there is", file=sys.stderr)
+        return 2
     except AdalinkError as error:
-        print(f"adalink: {error}", file=sys.stderr)
+        print(f"adalink: {worker_sentence(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("adalink: interrupted", file=sys.stderr)
@@ -63,20 +75,39 @@ def _add(parser: _Parser, commands: Mapping[str, Command | Mapping[str, Command]
             continue
         sub = _Parser(description=command.help)
         if command.has_config:
-            sub.add_argument("--config", action=ActionConfigFile, help="a YAML file of the settings below; what stands after it on the command line wins")
+            sub.add_argument("--config", action=ConfigFile, help="a YAML file of the settings below; what stands after it on the command line wins")
         command.add(sub)
         subcommands.add_subcommand(name, sub, help=command.help)
 
 
+def _words(arguments: Sequence[str], commands: Mapping[str, Command | Mapping[str, Command]]) -> str:
+    """The words of the command that the arguments begin with: `train`, `shards coco`; empty where there is none."""
+    words: list[str] = []
+    found: Command | Mapping[str, Command] | Mapping[str, Command | Mapping[str, Command]] = commands
+    for argument in arguments:
+        if not isinstance(found, Mapping) or argument not in found:
+            break
+        words.append(argument)
+        found = found[argument]
+    return " ".join(words)
+
+
 def _run(parser: _Parser, chosen: Any, commands: Mapping[str, Command | Mapping[str, Command]]) -> None:
+    words = [chosen.command]
+    command, text = commands[chosen.command], chosen[chosen.command]
+    if isinstance(command, Mapping):
+        words.append(text.command)
+        command, text = command[text.command], text[text.command]
+    if command.has_config:
+        from tasks.config import check_groups
+
+        check_groups(text)
     try:
-        values, text = parser.instantiate(chosen), chosen
+        values = parser.instantiate(chosen)
     except (TypeError, ValueError) as error:  # a method that refuses its values, wrapped by the parser
         raise ConfigError(one_sentence(str(error))) from None
-    name = values.command
-    command, values, text = commands[name], values[name], text[name]
-    if isinstance(command, Mapping):
-        command, values, text = command[values.command], values[values.command], text[values.command]
+    for word in words:
+        values = values[word]
     command.run(values, text)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -17,7 +18,7 @@ from tasks.data import DataConfig
 from tasks.task import Task
 from tasks.vqa import Vqa
 
-__all__ = ["Data", "Methods", "RunConfig", "chosen_methods"]
+__all__ = ["Data", "Methods", "RunConfig", "check_groups", "chosen_methods", "setting_names"]
 
 # One optional setting for each method there is, so that help, types and errors come from the method's own dataclass.
 Methods: Any = dataclasses.make_dataclass(
@@ -64,3 +65,37 @@ class RunConfig:
         """The task with its settings."""
         tasks: Mapping[str, Task] = {"captioning": self.captioning, "vqa": self.vqa}
         return tasks[self.task]
+
+
+def setting_names() -> list[str]:
+    """Every setting of a run by its whole name: `task`, `train.batch_size`, `methods.adalink.rank`."""
+    return list(_names(RunConfig, ""))
+
+
+def check_groups(values: Any) -> None:
+    """Raise ConfigError where a group of settings is given as something else: `train: null`, `methods: [bridge]`.
+
+    values: what the parser made of the arguments, before the dataclasses are.
+    """
+    for name, kind in _fields(RunConfig):
+        if dataclasses.is_dataclass(kind) and not hasattr(values[name], "as_dict"):
+            raise ConfigError(f"{name} is {values[name]!r}: expected settings by name under it, or leave it out")
+
+
+def _names(kind: Any, path: str) -> Iterator[str]:
+    for name, inner in _fields(kind):
+        if dataclasses.is_dataclass(inner):
+            yield from _names(inner, f"{path}{name}.")
+        else:
+            yield path + name
+
+
+def _fields(kind: Any) -> Iterator[tuple[str, Any]]:
+    """Field name -> its type, without the None of an optional one."""
+    hints = typing.get_type_hints(kind)
+    for name in kind.__dataclass_fields__:
+        hint = hints[name]
+        if typing.get_origin(hint) is typing.ClassVar:
+            continue
+        inner = [part for part in typing.get_args(hint) if part is not type(None)]
+        yield name, inner[0] if len(inner) == 1 and type(None) in typing.get_args(hint) else hint
