@@ -22,10 +22,13 @@ from tasks.data import DataConfig
 from tasks.demo import run_demo
 from tasks.help import comments_as_help
 from tasks.run import Evaluation, evaluate_run, train_run
+from tasks.shards import shards_check, shards_coco, shards_folder, shards_img2dataset, shards_vqa
 from tasks.show import results_table
 from tasks.vqa import Vqa
 
 __all__ = ["COMMANDS", "Command"]
+
+CAPTIONED_AT_ONCE = 16  # pictures; thousands may be given
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ def _train(values: Any, plain: Any) -> None:
 
 
 def _evaluate(values: Any, plain: Any) -> None:
-    out = values.out or values.adapter.parent / "evaluation"
+    run = values.adapter.resolve().parent
+    # The config of the run names the run's own folder, whose metrics and report stay what the training made them.
+    out = values.out if values.out is not None and values.out.resolve() != run else values.adapter.parent / "evaluation"
     _show(evaluate_run(_config(values), _config_text(plain), values.adapter, out), out)
 
 
@@ -57,9 +62,13 @@ def _caption(values: Any, plain: Any) -> None:
     model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model)
     if saved["task"] != "captioning":
         raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink ask`")
-    images = [decode_image(path) for path in values.images]  # all are read before the first is captioned: a wrong path is told at once
-    for path, text in zip(values.images, model.generate(images, [""] * len(images), settings=values.generation), strict=True):
-        print(f"{path}\t{text}" if len(images) > 1 else text)
+    for path in values.images:
+        decode_image(path)  # before the first is captioned: a wrong path is told at once
+    for start in range(0, len(values.images), CAPTIONED_AT_ONCE):
+        paths = values.images[start : start + CAPTIONED_AT_ONCE]
+        texts = model.generate([decode_image(path) for path in paths], [""] * len(paths), settings=values.generation)
+        for path, text in zip(paths, texts, strict=True):
+            print(f"{path}\t{text}" if len(values.images) > 1 else text)
 
 
 def _ask(values: Any, plain: Any) -> None:
@@ -82,7 +91,7 @@ def _add_train(parser: Any) -> None:
 
 def _add_evaluate(parser: Any) -> None:
     _add_run(parser)
-    parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder; results go to `out`, or beside it in `evaluation`")
+    parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder; results go to `out`, or to `evaluation` beside it")
 
 
 def _add_adapter(parser: Any) -> None:
@@ -145,4 +154,11 @@ COMMANDS: dict[str, Command | Mapping[str, Command]] = {
     "evaluate": Command("evaluate a saved adapter: results.json in the official format, metrics.json, report.html", _add_evaluate, _evaluate, has_config=True),
     "caption": Command("caption pictures with a saved adapter", _add_caption, _caption),
     "ask": Command("ask a question about a picture, with a saved adapter", _add_ask, _ask),
+    "shards": {
+        "coco": _function("write webdataset shards from COCO captions", shards_coco),
+        "vqa": _function("write webdataset shards from VQAv2 questions and annotations", shards_vqa),
+        "folder": _function("write webdataset shards from a folder of pictures with captions beside them", shards_folder),
+        "img2dataset": _function("write the manifest of shards that img2dataset made", shards_img2dataset),
+        "check": _function("verify shards against their manifest, and name what is wrong", shards_check),
+    },
 }
