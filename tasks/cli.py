@@ -70,8 +70,8 @@ def _add(parser: _Parser, commands: Mapping[str, Command | Mapping[str, Command]
     for name, command in commands.items():
         if isinstance(command, Mapping):
             group = _Parser(description=f"{name}: {', '.join(command)}")
-            _add(group, command)
             subcommands.add_subcommand(name, group, help=" | ".join(command))
+            _add(group, command)  # after its own level: jsonargparse adds them in order
             continue
         sub = _Parser(description=command.help)
         if command.has_config:
