@@ -9,9 +9,10 @@ from torch import Tensor
 
 from adalink.errors import ConfigError
 from multimodal.batch import Batch
+from multimodal.encode import TextTooLong
 from multimodal.language import Language
 
-__all__ = ["GenerationSettings", "generated_texts", "run_generation"]
+__all__ = ["GenerationSettings", "check_room", "generated_texts", "run_generation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,22 @@ class GenerationSettings:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens} and num_beams {self.num_beams}: give 1 or more of each")
 
 
+def check_room(language: Language, n_prompt: int, settings: GenerationSettings) -> None:
+    """Raise TextTooLong where a prompt of so many tokens and the text after it have more positions than a decoder-only model."""
+    config: Any = language.model.config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    needed = n_prompt + settings.max_new_tokens - 1  # the last token is only ever predicted, so it is not read
+    if limit is not None and not config.is_encoder_decoder and needed > limit:
+        raise TextTooLong(
+            f"a prompt of {n_prompt} tokens and {settings.max_new_tokens} new ones need {needed} positions, and the language model has {limit}: "
+            "shorten the prompt or lower generation.max_new_tokens"
+        )
+
+
 def run_generation(language: Language, batch: Batch, settings: GenerationSettings) -> Tensor:
-    """int64 [B, T']: transformers' own generation, without sampling. Call it with the token map bound."""
+    """int64 [B, T']: transformers' own generation, without sampling. Call it with the token map bound. Raises TextTooLong."""
     model: Any = language.model
+    check_room(language, int(batch.attention_mask.sum(1).max()), settings)
     ids: Tensor = model.generate(
         input_ids=batch.ids,
         attention_mask=batch.attention_mask,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from multimodal.images import BadImage, decode_image
 from multimodal.model import VisionLanguageModel
 from multimodal.progress import progress
 from multimodal.sample import SampleSource
+from multimodal.shards import DamagedSample
 
 __all__ = ["PatchTable", "encode_all"]
 
@@ -29,6 +31,14 @@ class PatchTable:
     def __getitem__(self, index: int) -> Tensor | BadSample:
         return self.bad[index] if index in self.bad else self.patches[index].float()
 
+    def usable(self) -> list[int]:
+        """The indices of the samples that have features."""
+        return [index for index in range(len(self)) if index not in self.bad]
+
+    def only(self, indices: Sequence[int]) -> PatchTable:
+        """The table of these samples alone: index i is the i-th of them."""
+        return PatchTable(self.patches[list(indices)], {i: self.bad[index] for i, index in enumerate(indices) if index in self.bad})
+
 
 class _Pictures(Dataset["Tensor | BadSample"]):
     def __init__(self, source: SampleSource, preprocess: Any) -> None:
@@ -38,7 +48,10 @@ class _Pictures(Dataset["Tensor | BadSample"]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor | BadSample:
-        sample = self.source[index]
+        try:
+            sample = self.source[index]
+        except DamagedSample as error:
+            return error.bad
         try:
             pixels: Tensor = self.preprocess(decode_image(sample.image))
             return pixels

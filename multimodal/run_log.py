@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from multimodal.atomic import write_whole
 from multimodal.bad_samples import BadSample, BadSamples
 
 __all__ = ["RunLog"]
@@ -20,7 +21,7 @@ class RunLog:
     def __init__(self, folder: Path, *, budget: int, is_main: bool) -> None:
         self.folder, self.is_main = folder, is_main
         self.bad = BadSamples(budget=budget)
-        self._seen: set[str] = set()
+        self._seen: set[tuple[str, str]] = set()  # (key, reason)
 
     def write(self, values: Mapping[str, float]) -> None:
         """Append one line of metrics."""
@@ -29,35 +30,37 @@ class RunLog:
     def skip(self, bad: Sequence[BadSample]) -> None:
         """Count bad samples; raises BudgetError over the budget."""
         for sample in bad:
-            if sample.key not in self._seen:
-                self._seen.add(sample.key)
-                self.bad.add(sample)
+            if (sample.key, sample.reason) not in self._seen:
+                self._count(sample)
                 self._append(BAD_FILE, asdict(sample))
         if bad:
             self.bad.check()
 
     def rewind(self, step: int) -> None:
         """Forget what was written after a step: the resumed run writes it again. Bad samples stay counted."""
-        metrics = self.folder / METRICS_FILE
-        if metrics.exists() and self.is_main:
-            lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
-            metrics.write_text("".join(line + "\n" for line in lines))
-        bad = self.folder / BAD_FILE
-        if bad.exists():
-            for line in bad.read_text().splitlines():
-                sample = BadSample(**json.loads(line))
-                self._seen.add(sample.key)
-                self.bad.add(sample)
+        metrics, bad = self.folder / METRICS_FILE, self.folder / BAD_FILE
+        lines = [line for line in _whole_lines(metrics) if json.loads(line)["step"] <= step]
+        found = _whole_lines(bad)
+        for line in found:
+            self._count(BadSample(**json.loads(line)))
+        if self.is_main:
+            for path, kept in ((metrics, lines), (bad, found)):
+                if path.exists():
+                    write_whole(path, "".join(line + "\n" for line in kept).encode())
+
+    def _count(self, sample: BadSample) -> None:
+        self._seen.add((sample.key, sample.reason))
+        self.bad.add(sample)
 
     def _append(self, file: str, values: Mapping[str, object]) -> None:
         if self.is_main:
-            with (self.folder / file).open("a") as stream:
+            with (self.folder / file).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(values) + "\n")
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; a line that a killed process cut off belongs to no step."""
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:
-        return float("inf")
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file, without one that a killed process did not finish; none where there is no file."""
+    if not path.exists():
+        return []
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    return whole

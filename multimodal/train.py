@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +12,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
-from adalink.errors import ConfigError
+from adalink.errors import CheckpointError, ConfigError
 from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.batch import Batch
 from multimodal.loader import Loaded, Texts, train_loader
@@ -57,40 +59,69 @@ def train(
     known_bad      samples that the source left out already; they count towards the budget
     also_trained   further parameters by name, for baselines that fine-tune a frozen part
     """
+    _check_trackers(settings)
+    with _accelerator(settings, model, folder) as accelerator:
+        torch.manual_seed(settings.seed)
+        model.to(accelerator.device)
+        if patches is None and settings.features == "memory":
+            patches = encode_all(model, source, workers=settings.workers, label="encoding each picture once")
+        n_steps = settings.n_steps(len(source), accelerator.num_processes)
+        run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), len(source))
+        first = run.restore(n_steps) if resume else 0
+        run.log.skip(known_bad)
+        arrange, told = arrangement(model.language.model)
+        accelerator.print(told)
+        loader = train_loader(
+            source, texts, model.row_encoder(), arrange, model.tower.preprocess, steps=range(first * settings.accumulation, n_steps * settings.accumulation),
+            batch_size=settings.batch_size, seed=settings.seed, workers=settings.workers, rank=accelerator.process_index, world=accelerator.num_processes,
+            patches=patches,
+        )  # fmt: skip
+        if settings.checkpointing:
+            model.adapted.attachment.checkpoint_layers()
+        started = time.perf_counter()
+        with contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=accelerator.is_main_process)) as shown:
+            for step, group in enumerate(_groups(iter(loader), settings.accumulation), start=first):
+                loss = run.step(group, settings.rate(step, n_steps))
+                shown.step()
+                run.after(step + 1, n_steps, loss, shown)
+        return Trained(n_steps, time.perf_counter() - started, run.log.bad)
+
+
+@contextlib.contextmanager
+def _accelerator(settings: TrainSettings, model: nn.Module, folder: Path) -> Iterator[Accelerator]:
+    """An accelerator that leaves nothing behind: accelerate keeps one precision for a whole process, and wraps the model's forward in it."""
+    is_first = not AcceleratorState._shared_state
     accelerator = Accelerator(mixed_precision=settings.precision, log_with=list(settings.trackers) or None, project_dir=str(folder))
-    torch.manual_seed(settings.seed)
-    model.to(accelerator.device)
-    if patches is None and settings.features == "memory":
-        patches = encode_all(model, source, workers=settings.workers, label="encoding each picture once")
-    run = _Run(accelerator, model, settings, folder, dict(also_trained or {}))
-    n_steps = settings.n_steps(len(source), accelerator.num_processes)
-    first = run.restore() if resume else 0
-    run.log.skip(known_bad)
-    arrange, told = arrangement(model.language.model)
-    accelerator.print(told)
-    loader = train_loader(
-        source, texts, model.row_encoder(), arrange, model.tower.preprocess, steps=range(first * settings.accumulation, n_steps * settings.accumulation),
-        batch_size=settings.batch_size, seed=settings.seed, workers=settings.workers, rank=accelerator.process_index, world=accelerator.num_processes,
-        patches=patches,
-    )  # fmt: skip
-    if settings.checkpointing:
-        model.adapted.attachment.checkpoint_layers()
-    started = time.perf_counter()
-    with contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=accelerator.is_main_process)) as shown:
-        for step, group in enumerate(_groups(iter(loader), settings.accumulation), start=first):
-            loss = run.step(group, settings.rate(step, n_steps))
-            shown.step()
-            run.after(step + 1, n_steps, loss, shown)
-    accelerator.end_training()
-    return Trained(n_steps, time.perf_counter() - started, run.log.bad)
+    try:
+        yield accelerator
+        accelerator.end_training()
+    finally:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if is_first:
+            AcceleratorState._reset_state()
+
+
+def _check_trackers(settings: TrainSettings) -> None:
+    """Accelerate leaves out a tracker that is not installed, and says nothing."""
+    if missing := [name for name in settings.trackers if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"train.trackers names {', '.join(missing)}, and no such package is here: pip install 'adalink[trackers]', or leave it out")
 
 
 class _Run:
     """One run's moving parts: the wrapped model, the optimizer, the log."""
 
     def __init__(
-        self, accelerator: Accelerator, model: VisionLanguageModel, settings: TrainSettings, folder: Path, also_trained: dict[str, nn.Parameter]
+        self,
+        accelerator: Accelerator,
+        model: VisionLanguageModel,
+        settings: TrainSettings,
+        folder: Path,
+        also_trained: dict[str, nn.Parameter],
+        n_samples: int,
     ) -> None:
+        # What decides which pictures a step reads; a resumed run must agree with it.
+        n_read = settings.batch_size * settings.accumulation * accelerator.num_processes
+        self.stream = {"train.seed": settings.seed, "pictures in a step": n_read, "pictures in the data set": n_samples}
         self.accelerator, self.settings, self.folder = accelerator, settings, folder
         self.parameters = {**dict(model.adapted.active_adapter().named_parameters()), **also_trained}
         groups = _parameter_groups(self.parameters, settings)
@@ -140,13 +171,17 @@ class _Run:
                 save_state(self.folder / "checkpoints", step, self.parameters, self.optimizer.optimizer, self._extra(), self.settings.keep)
             self.accelerator.wait_for_everyone()
 
-    def restore(self) -> int:
-        """The step that the newest checkpoint was written after; 0 where there is none."""
+    def restore(self, n_steps: int) -> int:
+        """The step that the newest checkpoint was written after; 0 where there is none. Raises CheckpointError for one of another run."""
         checkpoint = latest_checkpoint(self.folder / "checkpoints")
         if checkpoint is None:
             self.log.rewind(0)
             return 0
         content = load_state(checkpoint, self.parameters, self.optimizer.optimizer)
+        changed = [f"{name} was {content['stream'][name]} and is {value}" for name, value in self.stream.items() if content["stream"][name] != value]
+        if changed or content["step"] > n_steps:
+            found = ", ".join(changed) or f"it was written after step {content['step']}, and this config ends at {n_steps}"
+            raise CheckpointError(f"{checkpoint} cannot be continued exactly: {found}; resume with the config and the data of its run")
         if self.accelerator.scaler is not None and content["scaler"]:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.log.rewind(content["step"])
@@ -158,7 +193,7 @@ class _Run:
         return self.model(replace(batch.to(self.accelerator.device), n_targets=n_targets))  # type: ignore[no-any-return]
 
     def _extra(self) -> dict[str, Any]:
-        return {"scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None}
+        return {"stream": self.stream, "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None}
 
 
 def _groups(loader: Iterator[Loaded], size: int) -> Iterator[list[Loaded]]:

@@ -34,6 +34,8 @@ def save_state(
             tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     final = folder / f"{PREFIX}{step:08d}"
     partial = folder / f".{final.name}.{os.getpid()}"
+    if partial.exists():  # of a killed process that had the same id, as processes in containers do
+        shutil.rmtree(partial)
     partial.mkdir(parents=True)
     save_file(tensors, partial / "state.safetensors")
     (partial / "state.json").write_text(json.dumps({"step": step, **extra}))

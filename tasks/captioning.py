@@ -53,6 +53,8 @@ class Captioning:
         references = {sample.image_id: sample.captions for sample in (source[i] for i in range(len(source))) if sample.image_id in predictions}
         if not references:
             raise DataError("nothing was predicted for this data set: every picture of it was bad, or it is another one")
+        if lonely := [item for item, captions in references.items() if not captions]:
+            raise DataError(f"{len(lonely)} of {len(references)} pictures have no caption to score against, such as image {lonely[0]}: give their captions")
         scores = score_captions(dict(predictions), references)
         figures = {name: 100 * scores.corpus[name] for name in ("CIDEr", "Bleu_4", "Bleu_3", "Bleu_2", "Bleu_1", "ROUGE_L")}
         return Score(figures=figures, items={item: 100 * row["CIDEr"] for item, row in scores.per_image.items()}, scorer=scores.scorer)

@@ -6,8 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from adalink import AdaptedModel
-from adalink.errors import CheckpointError
+from adalink.errors import CheckpointError, ConfigError
 from multimodal.language import load_language
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
@@ -18,12 +20,19 @@ __all__ = ["compose", "load_adapted"]
 
 
 def compose(encoder: str, language_model: str, *, template: Template, layer: int = -1) -> VisionLanguageModel:
-    """The composed model; `scenes:encoder` and `scenes:language` are the parts that ship with the package."""
-    embedded = {"scenes:encoder": encoder_folder, "scenes:language": language_folder}
-    tower = load_tower(embedded[encoder]() if encoder in embedded else encoder, layer=layer)
-    language = load_language(embedded[language_model]() if language_model in embedded else language_model)
+    """The composed model, on this process's device; `scenes:encoder` and `scenes:language` are the parts that ship with the package."""
+    tower = load_tower(_found(encoder), layer=layer)
+    language = load_language(_found(language_model))
     tower.name = encoder  # an adapter remembers its parts by the names that were given, not by where they were found
-    return VisionLanguageModel(tower, dataclasses.replace(language, name=language_model), template)
+    return VisionLanguageModel(tower, dataclasses.replace(language, name=language_model), template).to(PartialState().device)
+
+
+def _found(name: str) -> str | Path:
+    """The folder of an embedded part, other names as they are. Raises ConfigError for an embedded part that there is not."""
+    embedded = {"scenes:encoder": encoder_folder, "scenes:language": language_folder}
+    if name.startswith("scenes:") and name not in embedded:
+        raise ConfigError(f"there is no embedded part {name!r}: there are {' and '.join(embedded)}")
+    return embedded[name]() if name in embedded else name
 
 
 def load_adapted(folder: Path, *, encoder: str | None, language_model: str | None) -> tuple[VisionLanguageModel, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tasks.coco_files import read_coco_captions
 from tasks.scenes.dataset import Scenes
 from tasks.vqa_files import read_vqa
 
-__all__ = ["DataConfig", "Opened"]
+__all__ = ["Chosen", "DataConfig", "Opened"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class DataConfig:
             raise ConfigError(f"a data set needs one of images, shards and scenes, got {', '.join(given) or 'none'}")
         if self.images is not None and self.annotations is None and self.questions is None:
             raise ConfigError(f"the pictures in {self.images} come without texts: give annotations (and, for vqa, questions)")
+        unused = [name for name in ("annotations", "questions", "image_name") if getattr(self, name) is not None and self.images is None]
+        if unused:
+            raise ConfigError(f"{', '.join(unused)} would not be read: {given[0]} holds its own texts, so give them with images only")
         if self.limit < 0:
             raise ConfigError(f"the data set's limit is {self.limit}: give 0 (all) or more")
 
@@ -58,7 +62,7 @@ class DataConfig:
         else:
             source, problems = self._files()
         if self.limit:
-            source = _First(source, self.limit)
+            source = Chosen(source, range(min(self.limit, len(source))))
         if not len(source):
             raise DataError(f"the data set has no usable sample: {problems[0].detail if problems else self}")
         return Opened(source, problems)
@@ -73,24 +77,23 @@ class DataConfig:
         return captioned, tuple(captioned.problems)
 
 
-class _First:
-    """The first samples of a source."""
+class Chosen:
+    """Some samples of a source: index i is the i-th of `indices`."""
 
-    def __init__(self, source: SampleSource, size: int) -> None:
-        self._source, self._size = source, min(size, len(source))
+    def __init__(self, source: SampleSource, indices: Sequence[int]) -> None:
+        self._source, self._indices = source, indices
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self._size:
-            raise IndexError(f"index {index} is outside of these {self._size} samples")
-        return self._source[index]
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of these {len(self)} samples")
+        return self._source[self._indices[index]]
 
 
 def _scenes(text: str) -> Scenes:
     split, _, size = text.partition("/")
-    if split not in ("train", "val") or not size.isdigit():
+    if split not in ("train", "val") or not (size.isascii() and size.isdigit()):
         raise ConfigError(f"scenes is {text!r}: give SPLIT/SIZE, for instance train/2000 or val/200")
     return Scenes(split=split, size=int(size))  # type: ignore[arg-type]
-

@@ -1,4 +1,4 @@
-"""Ask a model about every picture of a data set, and score what it says: with its picture, and with another one."""
+"""Ask a model about every picture of a data set: with its own picture, and with another one."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
 from multimodal.batch import collate
 from multimodal.encode import Row, TextTooLong
-from multimodal.generate import GenerationSettings
+from multimodal.generate import GenerationSettings, check_room
 from multimodal.model import VisionLanguageModel
-from multimodal.patch_table import PatchTable
+from multimodal.patch_table import PatchTable, encode_all
 from multimodal.progress import progress
 from multimodal.sample import SampleSource
+from tasks.data import Chosen, Opened
 from tasks.task import Task
 
-__all__ = ["Predictions", "predict"]
+__all__ = ["Pictures", "Predictions", "predict", "read_pictures"]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The samples of a data set that can be shown to a model, with their features; the others are in `bad`."""
+
+    source: SampleSource
+    patches: PatchTable
+    bad: tuple[BadSample, ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,18 @@ class _Question:
     item: int
     row: Row
     patches: Tensor
+
+
+def read_pictures(model: VisionLanguageModel, opened: Opened, *, workers: int, label: str) -> Pictures:
+    """Every picture of a data set, encoded once. Raises DataError where none can be."""
+    table = encode_all(model, opened.source, workers=workers, label=label)
+    indices = table.usable()
+    bad = (*opened.problems, *table.bad.values())
+    if not indices:
+        raise DataError(f"none of the {len(opened.source)} pictures can be used: {bad[0].detail}")
+    if len(indices) == len(opened.source):
+        return Pictures(opened.source, table, bad)
+    return Pictures(Chosen(opened.source, indices), table.only(indices), bad)
 
 
 def predict(
@@ -54,7 +77,7 @@ def predict(
     """
     questions: list[_Question] = []
     bad: list[BadSample] = []
-    for question in _questions(model, source, task, patches, shift):
+    for question in _questions(model, source, task, patches, shift, settings):
         (bad if isinstance(question, BadSample) else questions).append(question)  # type: ignore[arg-type]
     questions.sort(key=lambda q: len(q.row.ids))  # rows of like length share a batch: little padding
     texts: dict[int, str] = {}
@@ -64,7 +87,9 @@ def predict(
     return Predictions({item: texts[item] for item in order if item in texts}, tuple(bad))
 
 
-def _questions(model: VisionLanguageModel, source: SampleSource, task: Task, patches: PatchTable, shift: int) -> Iterator[_Question | BadSample]:
+def _questions(
+    model: VisionLanguageModel, source: SampleSource, task: Task, patches: PatchTable, shift: int, settings: GenerationSettings
+) -> Iterator[_Question | BadSample]:
     encoder = model.row_encoder()
     for index in range(len(source)):
         sample = source[index]
@@ -74,7 +99,9 @@ def _questions(model: VisionLanguageModel, source: SampleSource, task: Task, pat
             continue
         for asked in task.asked(sample):
             try:
-                yield _Question(asked.item, encoder.prompt(asked.question), shown)
+                row = encoder.prompt(asked.question)
+                check_room(model.language, len(row.ids), settings)
+                yield _Question(asked.item, row, shown)
             except TextTooLong as error:
                 yield BadSample(key=sample.key, reason="text too long", detail=str(error))
 

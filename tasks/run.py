@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,12 +16,10 @@ import torch
 from adalink.errors import AdalinkError, ConfigError
 from multimodal.bad_samples import BadSamples
 from multimodal.model import VisionLanguageModel
-from multimodal.patch_table import PatchTable, encode_all
 from multimodal.train import train
 from tasks.compose import compose, load_adapted
 from tasks.config import RunConfig, chosen_methods
-from tasks.data import Opened
-from tasks.evaluate import Predictions, predict
+from tasks.evaluate import Pictures, Predictions, predict, read_pictures
 from tasks.run_report import write_run_report
 from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
 
@@ -40,20 +39,24 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
     """Train, save, evaluate with and without the right pictures, and write the report into the run folder."""
     if config.out is None or config.data.train is None:
         raise ConfigError("training needs `out`, the run folder, and `data.train`: give both")
+    _refuse_taken(config.out, resume=resume)  # before the models are loaded, which takes a while
     task = config.chosen_task()
     torch.manual_seed(config.train.seed)
     model = compose(config.encoder, config.language_model, template=task.template, layer=config.layer)
     model.add_adapter("default", chosen_methods(config.methods))
     opened, val = config.data.train.open(), config.data.val.open()
     print(model.adapted.trainable_summary())
-    with _run_folder(config.out, resume=resume) as folder:
+    with _run_folder(config.out) as folder:
         (folder / "config.yaml").write_text(config_text)
-        val_patches = encode_all(model, val.source, workers=config.train.workers, label="encoding the validation pictures")
-        before = {UNTRAINED: task.score(_predict(model, val, task, val_patches, config).texts, val.source)}
-        train(model, opened.source, task.texts, config.train, folder, resume=resume, known_bad=opened.problems)
+        pictures = read_pictures(model, val, workers=config.train.workers, label="encoding the validation pictures")
+        untrained = _predict(model, pictures, task, config)
+        _check_bad(pictures, untrained, config)  # not first after the training
+        before = {UNTRAINED: task.score(untrained.texts, pictures.source)}
+        trained = train(model, opened.source, task.texts, config.train, folder, resume=resume, known_bad=opened.problems)
+        _say_skipped("training", trained.bad)
         model.save_pretrained(folder / "adapter", task={"task": task.name})
-        evaluation = _evaluate(model, val, task, val_patches, config, before)
-        _write(folder, model, task, config, config_text, evaluation, val)
+        evaluation = _evaluate(model, pictures, task, config, before)
+        _write(folder, model, task, config_text, evaluation, pictures)
     return evaluation
 
 
@@ -64,33 +67,45 @@ def evaluate_run(config: RunConfig, config_text: str, adapter: Path, out: Path) 
     if saved["task"] != task.name:
         raise ConfigError(f"the adapter in {adapter} was trained for {saved['task']}, and the config's task is {task.name}: give the config of its run")
     val = config.data.val.open()
-    with _run_folder(out, resume=True) as folder:
-        patches = encode_all(model, val.source, workers=config.train.workers, label="encoding the pictures")
-        evaluation = _evaluate(model, val, task, patches, config, {})
-        _write(folder, model, task, config, config_text, evaluation, val)
+    with _run_folder(out) as folder:
+        pictures = read_pictures(model, val, workers=config.train.workers, label="encoding the pictures")
+        evaluation = _evaluate(model, pictures, task, config, {})
+        _write(folder, model, task, config_text, evaluation, pictures)
     return evaluation
 
 
-def _evaluate(
-    model: VisionLanguageModel, val: Opened, task: Task, patches: PatchTable, config: RunConfig, before: Mapping[str, Score]
-) -> Evaluation:
+def _evaluate(model: VisionLanguageModel, pictures: Pictures, task: Task, config: RunConfig, before: Mapping[str, Score]) -> Evaluation:
     started = time.perf_counter()
-    own = _predict(model, val, task, patches, config)
+    own = _predict(model, pictures, task, config)
     seconds = time.perf_counter() - started
-    bad = BadSamples(budget=config.train.bad_samples, found=[*val.problems, *own.bad])
+    _say_skipped("evaluation", _check_bad(pictures, own, config))
+    other = _predict(model, pictures, task, config, shift=max(len(pictures.source) // 2, 1))
+    scores = {**before, TRAINED: task.score(own.texts, pictures.source), BLIND: task.score(other.texts, pictures.source)}
+    return Evaluation(scores, Predictions(own.texts, (*pictures.bad, *own.bad)), seconds)
+
+
+def _predict(model: VisionLanguageModel, pictures: Pictures, task: Task, config: RunConfig, shift: int = 0) -> Predictions:
+    return predict(model, pictures.source, task, pictures.patches, settings=config.generation, shift=shift)
+
+
+def _check_bad(pictures: Pictures, predictions: Predictions, config: RunConfig) -> BadSamples:
+    """What could not be asked about; raises BudgetError over the budget."""
+    bad = BadSamples(budget=config.train.bad_samples, found=[*pictures.bad, *predictions.bad])
     bad.check()
-    other = _predict(model, val, task, patches, config, shift=max(len(val.source) // 2, 1))
-    scores = {**before, TRAINED: task.score(own.texts, val.source), BLIND: task.score(other.texts, val.source)}
-    return Evaluation(scores, own, seconds)
+    return bad
 
 
-def _predict(model: VisionLanguageModel, val: Opened, task: Task, patches: PatchTable, config: RunConfig, shift: int = 0) -> Predictions:
-    return predict(model, val.source, task, patches, settings=config.generation, shift=shift)
+def _say_skipped(what: str, bad: BadSamples) -> None:
+    if bad.counts:
+        print(f"skipped in {what}: {bad.summary()}", file=sys.stderr)
 
 
-def _write(
-    folder: Path, model: VisionLanguageModel, task: Task, config: RunConfig, config_text: str, evaluation: Evaluation, val: Opened
-) -> None:
+def _refuse_taken(out: Path, *, resume: bool) -> None:
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not resume)):
+        raise ConfigError(f"the run folder {out} is there already: give another `out`, or --resume to go on with it")
+
+
+def _write(folder: Path, model: VisionLanguageModel, task: Task, config_text: str, evaluation: Evaluation, pictures: Pictures) -> None:
     task.write_results(folder / "results.json", evaluation.predictions.texts)
     metrics = {
         "task": task.name,
@@ -100,17 +115,15 @@ def _write(
         "rows": {name: dict(score.figures) for name, score in evaluation.scores.items()},
         "trained_parameters": model.adapted.active_adapter().n_parameters(),
         "seconds_to_generate": round(evaluation.seconds, 2),
-        "bad_samples": [vars(bad) for bad in (*val.problems, *evaluation.predictions.bad)],
+        "bad_samples": [vars(bad) for bad in evaluation.predictions.bad],
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    write_run_report(folder, model, task, config_text, evaluation.scores, evaluation.predictions, val.source)
+    write_run_report(folder, model, task, config_text, evaluation.scores, evaluation.predictions, pictures.source)
 
 
 @contextlib.contextmanager
-def _run_folder(out: Path, *, resume: bool) -> Iterator[Path]:
+def _run_folder(out: Path) -> Iterator[Path]:
     """The run folder, made if need be; one that was made here and holds no checkpoint is removed where the run fails."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not resume)):
-        raise ConfigError(f"the run folder {out} is there already: give another `out`, or --resume to go on with it")
     is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
