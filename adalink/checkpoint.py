@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +17,10 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
+from adalink.atomic import write_whole
 from adalink.edit import Adapter, Method
 from adalink.errors import CheckpointError, ConfigError
 from adalink.methods import METHODS
@@ -83,15 +83,15 @@ def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
     """Write the adapter folder; each file appears whole or not at all, the config last."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in adapter.named_parameters()}
-    _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(folder / CARD_FILE, lambda path: path.write_text(_card(adapter, config)))
+    write_whole(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    write_whole(folder / CARD_FILE, _card(adapter, config).encode())
     content = {
         "format": FORMAT,
         "methods": {name: method_to_json(method) for name, method in config.methods.items()},
         "base": {role: dataclasses.asdict(part) for role, part in config.base.items()},
         "task": dict(config.task),
     }
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    write_whole(folder / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -177,12 +177,3 @@ Trained with adalink on frozen parts, which are not in this folder: {", ".join(f
 |---|---|---|
 {rows}
 """
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

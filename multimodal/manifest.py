@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from adalink.atomic import write_whole
 from adalink.errors import DataError
-from multimodal.atomic import write_whole
 from multimodal.bad_samples import BadSample
 
 __all__ = ["MANIFEST", "Manifest", "Members", "Part", "Shard", "find_twice", "read_manifest", "write_manifest"]

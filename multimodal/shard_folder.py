@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from adalink.atomic import write_whole
 from adalink.errors import AdalinkError, ConfigError, DataError
-from multimodal.atomic import write_whole
 from multimodal.manifest import MANIFEST, Manifest, write_manifest
 
 __all__ = ["WRITING", "find_shards", "publish", "refuse_unfinished", "shard_part", "workplace"]

@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from adalink.atomic import write_whole
 from adalink.errors import AdalinkError, DataError
-from multimodal.atomic import write_whole
 from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.images import BadImage, ImageLimits, check_header, read_image_bytes
 from multimodal.manifest import ABSENT, Members, Shard, shard_as_json, shard_from_json

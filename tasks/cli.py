@@ -33,7 +33,7 @@ class _Parser(ArgumentParser):  # type: ignore[misc]  # untyped here
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 is success, 2 something that the user can mend, 130 an interrupt."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     command = ""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and worker processes do not mix
     try:
@@ -63,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The console script."""
     sys.exit(main())
+
+
+def _underscored(argument: str) -> str:
+    """--image-name=x_{a-b} -> --image_name=x_{a-b}: either spelling of a setting is understood."""
+    name, separator, value = argument.partition("=")
+    return (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + separator + value
 
 
 def _add(parser: _Parser, commands: Mapping[str, Command | Mapping[str, Command]]) -> None:

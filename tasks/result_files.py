@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from adalink.atomic import write_whole
 from adalink.errors import ConfigError, DataError
-from multimodal.atomic import write_whole
 
 __all__ = ["caption_results_name", "vqa_results_name", "write_caption_results", "write_vqa_results"]
 

@@ -88,7 +88,7 @@ def test_every_name_in_all_is_there_and_every_module_says_what_it_is(path: Path)
     assert not tree.body or ast.get_docstring(tree), "a module begins with a sentence that says what it holds"
     declared = [node for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"]
     for node in declared:
-        names = {name for name in ast.literal_eval(node.value)}
+        names = set(ast.literal_eval(node.value))
         defined = {getattr(n, "name", "") for n in tree.body} | {a.asname or a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
         defined |= {t.id for n in tree.body if isinstance(n, ast.Assign) for top in n.targets for t in ast.walk(top) if isinstance(t, ast.Name)}
         defined |= {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}

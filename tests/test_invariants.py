@@ -14,7 +14,25 @@ import torch
 from tiny import DECODERS, EXACT, FAMILIES, INPUTS, excite, features, positions, rows, run, tiny, token_map
 from torch import Tensor, nn
 
-from adalink import ANSWER, BASE_ROW, IMAGE, PAD, PROMPT, TEXT, AdaLink, AdaptedModel, Adapter, Anatomy, Bridge, Placement, Port, Prompt, Slots, TokenMap, attach
+from adalink import (
+    ANSWER,
+    BASE_ROW,
+    IMAGE,
+    PAD,
+    PROMPT,
+    TEXT,
+    AdaLink,
+    AdaptedModel,
+    Adapter,
+    Anatomy,
+    Bridge,
+    Placement,
+    Port,
+    Prompt,
+    Slots,
+    TokenMap,
+    attach,
+)
 
 
 class Shift(nn.Module):

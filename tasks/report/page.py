@@ -21,8 +21,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL.Image import Image
 
+from adalink.atomic import write_whole
 from adalink.errors import ConfigError
-from tasks.report.atomic import write_atomically
 from tasks.report.svg import Point, describe, draw
 from tasks.report.table import columns, metric_cells
 from tasks.report.thumbnail import thumbnail
@@ -131,9 +131,9 @@ class Report:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write the page to `path`, whole or not at all. Raises ConfigError where it cannot be written."""
+    """Write the page to `path`, whole or not at all. Raises DataError where it cannot be written."""
     # A lone surrogate (half an emoji, as a byte-level tokenizer may leave it) has no UTF-8; as a reference it shows as U+FFFD.
-    write_atomically(path, render(report).encode("utf-8", errors="xmlcharrefreplace"))
+    write_whole(path, render(report).encode("utf-8", errors="xmlcharrefreplace"))
 
 
 def render(report: Report) -> str:

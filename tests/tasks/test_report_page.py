@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from report_sample import EMPTY, HOSTILE, full
 
-from adalink.errors import ConfigError
+from adalink.errors import ConfigError, DataError
 from tasks.report import AnswerCard, CaptionCard, Curve, MetricRow, Trained, write_report
 from tasks.report.page import FOLDER, render
 
@@ -111,7 +111,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one_and_no_part_of_the_new
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder", tmp_path / "absent" / "report.html", tmp_path / "report.html" / "below.html"):
-        with pytest.raises(ConfigError, match=r"the report cannot be written to .*: .*; expected a file name in a folder that exists"):
+        with pytest.raises(DataError, match=r"cannot be written: .*; is its folder there, writable and not full"):
             write_report(EMPTY, path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "report.html"]
 

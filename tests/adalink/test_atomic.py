@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from adalink.atomic import write_whole
 from adalink.errors import DataError
-from multimodal.atomic import write_whole
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
