@@ -13,7 +13,7 @@ N_LISTED = 12  # settings in one message
 _UNKNOWN = (
     r"Option '(?P<option>[^']+)' is not accepted"
     r"|does not accept option '(?P<nested>[^']+)'"
-    r"|unrecognized arguments: (?:--)?(?P<argument>[^\s=]+)"
+    r"|unrecognized arguments: --(?P<argument>[^\s=]+)"
 )
 _NO_GROUP = (
     r"dot import path string: (?P<text>.+)"
@@ -37,6 +37,8 @@ def one_sentence(message: str, *, command: str = "", known: Sequence[str] = ()) 
     if found := re.search(_UNKNOWN, message):
         name = next(value for value in found.groups() if value)
         return _unknown(f"{path}.{name}".strip(".") if found["option"] else name, known)
+    if found := re.search(r"unrecognized arguments: (.+)", message):
+        return f"{found[1]} stands where nothing more is expected"
     if found := re.search(r"following arguments are required: (.+)", message):
         names = [f"{path}.{name}".strip(".").removeprefix(command.replace(" ", ".") + ".") for name in found[1].split(", ")]
         return f"{', '.join(names)} {'is not given, and has' if len(names) == 1 else 'are not given, and have'} no default"
