@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from multimodal.batch import Batch
 from multimodal.loader import Loaded, Texts, train_loader
 from multimodal.model import VisionLanguageModel
 from multimodal.packing import arrangement
+from multimodal.parameter_groups import parameter_groups
 from multimodal.patch_table import PatchTable, encode_all
 from multimodal.progress import StepProgress
 from multimodal.run_log import RunLog
@@ -50,6 +51,7 @@ def train(
     resume: bool = False,
     patches: PatchTable | None = None,
     known_bad: Sequence[BadSample] = (),
+    measure: Callable[[], Mapping[str, float]] | None = None,
     also_trained: Mapping[str, nn.Parameter] | None = None,
 ) -> Trained:
     """Train the model's active adapter; checkpoints and metrics.jsonl go to `folder`.
@@ -57,6 +59,7 @@ def train(
     resume         go on from the newest checkpoint in `folder`: the same weights, bit for bit, as if the run had never stopped
     patches        features that are kept already; encoded here where settings.features is `memory` and none are given
     known_bad      samples that the source left out already; they count towards the budget
+    measure        figures for metrics.jsonl, asked for every `settings.measure_every` steps
     also_trained   further parameters by name, for baselines that fine-tune a frozen part
     """
     _check_trackers(settings)
@@ -84,6 +87,8 @@ def train(
                 loss = run.step(group, settings.rate(step, n_steps))
                 shown.step()
                 run.after(step + 1, n_steps, loss, shown)
+                if measure is not None and settings.measure_every and (step + 1) % settings.measure_every == 0:
+                    run.log.write({"step": step + 1, **measure()})
         return Trained(n_steps, time.perf_counter() - started, run.log.bad)
 
 
@@ -124,7 +129,7 @@ class _Run:
         self.stream = {"train.seed": settings.seed, "pictures in a step": n_read, "pictures in the data set": n_samples}
         self.accelerator, self.settings, self.folder = accelerator, settings, folder
         self.parameters = {**dict(model.adapted.active_adapter().named_parameters()), **also_trained}
-        groups = _parameter_groups(self.parameters, settings)
+        groups = parameter_groups(self.parameters, settings)
         self.peaks = [group["lr"] for group in groups]
         optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
         self.model: nn.Module
@@ -199,17 +204,3 @@ class _Run:
 def _groups(loader: Iterator[Loaded], size: int) -> Iterator[list[Loaded]]:
     while group := [loaded for _, loaded in zip(range(size), loader, strict=False)]:
         yield group
-
-
-def _parameter_groups(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:
-    """One group per method with a rate of its own and per kind: matrices decay, vectors do not."""
-    methods = {name.split(".", 1)[0] for name in parameters}
-    if unknown := sorted(set(settings.learning_rates) - methods):
-        raise ConfigError(f"train.learning_rates names {', '.join(unknown)}, and this adapter's methods are {', '.join(sorted(methods))}")
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        rate = settings.learning_rates.get(name.split(".", 1)[0], settings.learning_rate)
-        groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
-    return [
-        {"params": group, "lr": rate, "weight_decay": settings.weight_decay if is_matrix else 0.0} for (rate, is_matrix), group in groups.items()
-    ]

@@ -34,6 +34,7 @@ class TrainSettings:
     checkpoint_every: int = 500  # optimizer steps; one is also written at the end
     keep: int = 2  # checkpoints kept
     log_every: int = 20  # optimizer steps
+    measure_every: int = 0  # optimizer steps between two measurements on the validation pictures, for the report's curve; 0: none
     bad_samples: int = 10  # how many may be skipped before the run stops
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # off by default
 
@@ -42,7 +43,7 @@ class TrainSettings:
         for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 1 or more")
-        for name in ("steps", "weight_decay", "clip", "workers", "bad_samples", "seed"):
+        for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "bad_samples", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 0 or more")
         if not self.steps and self.epochs <= 0:

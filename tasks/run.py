@@ -52,7 +52,11 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
         untrained = _predict(model, pictures, task, config)
         _check_bad(pictures, untrained, config)  # not first after the training
         before = {UNTRAINED: task.score(untrained.texts, pictures.source)}
-        trained = train(model, opened.source, task.texts, config.train, folder, resume=resume, known_bad=opened.problems)
+
+        def measure() -> dict[str, float]:
+            return {task.headline: task.score(_predict(model, pictures, task, config).texts, pictures.source).figures[task.headline]}
+
+        trained = train(model, opened.source, task.texts, config.train, folder, resume=resume, known_bad=opened.problems, measure=measure)
         _say_skipped("training", trained.bad)
         model.save_pretrained(folder / "adapter", task={"task": task.name})
         evaluation = _evaluate(model, pictures, task, config, before)

@@ -48,9 +48,10 @@ def _curves(file: Path) -> list[Curve]:
     if not file.exists():
         return []
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    names = {"loss": "loss", "rate": "learning rate"}
-    units = {"loss": "nats per token", "rate": ""}
-    return [Curve(name=title, points=[(line["step"], line[key]) for line in lines], unit=units[key]) for key, title in names.items()]
+    names = {"loss": "loss", "rate": "learning rate"}  # and the task's headline figure, where it was measured
+    keys = dict.fromkeys(key for line in lines for key in line if key != "step")
+    points = {key: [(line["step"], line[key]) for line in lines if key in line] for key in keys}
+    return [Curve(name=names.get(key, key), points=points[key], unit="nats per token" if key == "loss" else "") for key in keys]
 
 
 def _cards(source: SampleSource, predictions: Predictions, score: Score) -> Iterator[CaptionCard | AnswerCard]:

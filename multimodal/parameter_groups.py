@@ -1,0 +1,27 @@
+"""Which weights an optimizer trains, and how fast each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from adalink.errors import ConfigError
+from multimodal.train_settings import TrainSettings
+
+__all__ = ["parameter_groups"]
+
+
+def parameter_groups(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:
+    """One group per method with a rate of its own and per kind: matrices decay, vectors do not."""
+    methods = {name.split(".", 1)[0] for name in parameters}
+    if unknown := sorted(set(settings.learning_rates) - methods):
+        raise ConfigError(f"train.learning_rates names {', '.join(unknown)}, and this adapter's methods are {', '.join(sorted(methods))}")
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = settings.learning_rates.get(name.split(".", 1)[0], settings.learning_rate)
+        groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": group, "lr": rate, "weight_decay": settings.weight_decay if is_matrix else 0.0} for (rate, is_matrix), group in groups.items()
+    ]
