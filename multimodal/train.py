@@ -63,6 +63,7 @@ def train(
     also_trained   further parameters by name, for baselines that fine-tune a frozen part
     """
     _check_trackers(settings)
+    folder.mkdir(parents=True, exist_ok=True)
     with _accelerator(settings, model, folder) as accelerator:
         torch.manual_seed(settings.seed)
         model.to(accelerator.device)
