@@ -40,11 +40,11 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
     if config.out is None or config.data.train is None:
         raise ConfigError("training needs `out`, the run folder, and `data.train`: give both")
     _refuse_taken(config.out, resume=resume)  # before the models are loaded, which takes a while
-    task = config.chosen_task()
+    task, methods = config.chosen_task(), chosen_methods(config.methods)
+    opened, val = config.data.train.open(), config.data.val.open()
     torch.manual_seed(config.train.seed)
     model = compose(config.encoder, config.language_model, template=task.template, layer=config.layer)
-    model.add_adapter("default", chosen_methods(config.methods))
-    opened, val = config.data.train.open(), config.data.val.open()
+    model.add_adapter("default", methods)
     print(model.adapted.trainable_summary())
     with _run_folder(config.out) as folder:
         (folder / "config.yaml").write_text(config_text)
