@@ -1,0 +1,62 @@
+"""The command as a person starts it: a process, its two streams and its exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cli_run import RECIPES, SMALL
+
+ADALINK = [sys.executable, "-c", "from tasks.cli import entry; entry()"]  # what the console script of pyproject.toml does
+ROOT = Path(__file__).parents[2]
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*ADALINK, *(str(argument) for argument in arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+
+def test_the_console_script_is_what_these_tests_start() -> None:
+    assert 'adalink = "tasks.cli:entry"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_wrong_command_line_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path) -> None:
+    out, err = (process := start("train", "--config", RECIPES["vqa"], "--out", tmp_path / "run", "--train.learing_rate", "1")).communicate(timeout=120)
+    assert process.returncode == 2
+    assert out == ""
+    assert err == (
+        "adalink: there is no setting train.learing_rate: the nearest is train.learning_rate; `adalink train --help` lists what there is\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_after_the_models_are_loaded_is_one_line_too_and_leaves_no_folder(tmp_path: Path) -> None:
+    arguments = ("train", "--config", RECIPES["vqa"], "--out", tmp_path / "run", *SMALL, "--methods.prompt", "{length: 300, init_std: 0.1}")
+    out, err = (process := start(*arguments, "--train.bad_samples", "0")).communicate(timeout=120)
+    assert process.returncode == 2
+    assert out.startswith("trained: ")
+    assert err.count("\n") == 1
+    assert err.startswith("adalink: ")
+    assert "text too long" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_is_one_line_and_what_was_trained_can_be_resumed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("train", "--config", RECIPES["vqa"], "--out", run, *SMALL, "--train.steps", "100000", "--train.checkpoint_every", "1")
+    give_up = time.monotonic() + 120
+    while not list(run.glob("checkpoints/step_*")):
+        assert time.monotonic() < give_up
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "adalink: interrupted"
+    assert "Traceback" not in err
+    assert list(run.glob("checkpoints/step_*"))

@@ -1,0 +1,143 @@
+"""What a run leaves in its folder, and what evaluating its adapter again gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_run import Done, adalink, refused, train
+
+from tasks.task import BLIND, TRAINED, UNTRAINED
+
+OPTIONS = (
+    "--data.train.scenes", "train/12", "--data.val.scenes", "val/4", "--train.steps", "6", "--train.batch_size", "4", "--train.log_every", "2",
+    "--train.checkpoint_every", "4", "--generation.max_new_tokens", "4",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return out, train("captioning", out, small=OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def run(trained: tuple[Path, Done]) -> Path:
+    return trained[0]
+
+
+def test_a_run_folder_holds_what_was_promised(trained: tuple[Path, Done]) -> None:
+    out, done = trained
+    assert done.code == 0, done
+    assert {path.name for path in out.iterdir()} == {"adapter", "checkpoints", "config.yaml", "metrics.json", "metrics.jsonl", "report.html", "results.json"}
+    assert {path.name for path in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
+
+
+def test_the_screen_says_what_is_trained_how_it_goes_and_the_results(trained: tuple[Path, Done]) -> None:
+    out, done = trained
+    # The published count of AdaLink is 2 D R for each modality: 2 x 2 x 128 x 16 = 8,192.
+    assert done.out.startswith("trained: 41,472 || all: 918,656 || trained share: 4.5144 % (adalink 8,192, bridge 33,280)\n")
+    assert all(row in done.out for row in (UNTRAINED, TRAINED, BLIND, "CIDEr"))
+    assert done.out.endswith(f"report: {out / 'report.html'}\n")
+    assert [line.split("  ")[0] for line in done.err.splitlines()] == ["step 1/6", "step 2/6", "step 4/6", "step 6/6"]
+
+
+def test_metrics_hold_one_line_for_each_logged_step(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 4, 6]
+    assert all(set(line) == {"step", "loss", "rate"} for line in lines)
+    assert lines[-1]["rate"] < lines[0]["rate"] == pytest.approx(0.002)
+
+
+def test_metrics_hold_the_three_rows_and_the_results_are_official(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert list(metrics["rows"]) == [UNTRAINED, TRAINED, BLIND]
+    assert (metrics["task"], metrics["headline"], metrics["items"], metrics["bad_samples"]) == ("captioning", "CIDEr", 4, [])
+    assert metrics["trained_parameters"] == {"adalink": 8192, "bridge": 33280}
+    results = json.loads((run / "results.json").read_text())
+    assert [row["image_id"] for row in results] == [1_000_000 + i for i in range(4)]
+    assert all(set(row) == {"image_id", "caption"} for row in results)
+
+
+def test_the_config_as_used_makes_the_same_run_again(run: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["train"]["steps"] == 6
+    assert config["out"] == str(run)
+    done = adalink("train", "--config", run / "config.yaml", "--out", tmp_path / "again")
+    assert done.code == 0, done
+    name = Path("adapter", "adapter_model.safetensors")
+    assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes()
+    different = adalink("train", "--config", run / "config.yaml", "--out", tmp_path / "other", "--train.seed", "1")
+    assert different.code == 0
+    assert (tmp_path / "other" / name).read_bytes() != (run / name).read_bytes()
+
+
+def test_evaluating_with_the_config_of_the_run_gives_its_results_beside_it(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    done = adalink("evaluate", "--config", run / "config.yaml", "--adapter", run / "adapter")
+    assert done.code == 0, done
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    out = run / "evaluation"
+    assert {path.name for path in out.iterdir()} == {"metrics.json", "results.json", "report.html"}
+    assert json.loads((out / "results.json").read_text()) == json.loads((run / "results.json").read_text())
+    rows, again = (json.loads((folder / "metrics.json").read_text())["rows"] for folder in (run, out))
+    assert again == {name: rows[name] for name in (TRAINED, BLIND)}
+    shutil.rmtree(out)
+
+
+def test_an_evaluation_takes_another_folder_and_other_data(run: Path, tmp_path: Path) -> None:
+    options = ("--out", tmp_path / "out", "--data.val.scenes", "val/2", "--generation.num_beams", "2")
+    assert adalink("evaluate", "--config", run / "config.yaml", "--adapter", run / "adapter", *options).code == 0
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 2
+
+
+def test_a_finished_run_resumed_is_only_evaluated_again(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    shutil.rmtree(copy / "adapter")
+    done = adalink("train", "--config", run / "config.yaml", "--out", copy, "--resume")
+    assert done.code == 0, done
+    assert "step" not in done.err
+    for name in ("adapter/adapter_model.safetensors", "metrics.jsonl", "results.json"):
+        assert (copy / name).read_bytes() == (run / name).read_bytes()
+
+
+CHANGED = [
+    (("--train.seed", "1"), "train.seed was 0 and is 1"),
+    (("--train.batch_size", "2"), "pictures in a step was 4 and is 2"),
+    (("--data.train.scenes", "train/13"), "pictures in the data set was 12 and is 13"),
+    (("--train.steps", "5"), "it was written after step 6, and this config ends at 5"),
+    (("--methods.adalink.rank", "8"), r"is [16, 128], this config makes it [8, 128]"),
+    (("--methods.prompt", "{length: 2, init_std: 0.1}"), "holds other weights than this config trains"),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), CHANGED, ids=[options[0] for options, _ in CHANGED])
+def test_resuming_with_what_would_be_another_run_is_refused_and_harms_nothing(options: tuple[str, ...], expected: str, run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    sentence = refused(adalink("train", "--config", run / "config.yaml", "--out", copy, "--resume", *options))
+    assert expected in sentence
+    assert (copy / "adapter" / "adapter_model.safetensors").read_bytes() == (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert (copy / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_folder_that_is_taken_is_refused_and_left_alone(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert "is there already: give another `out`, or --resume" in refused(train("captioning", run, small=OPTIONS))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_an_empty_folder_may_become_a_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert train("vqa", tmp_path / "run", "--train.steps", "1", "--data.val.scenes", "val/1", small=OPTIONS).code == 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_run_that_fails_after_a_checkpoint_keeps_it(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = train("captioning", out, "--train.learning_rate", "1e30", "--train.clip", "0", "--train.checkpoint_every", "1", "--train.log_every", "1", small=OPTIONS)
+    assert "the loss is not a number at step" in refused(done)
+    assert list((out / "checkpoints").glob("step_*"))
