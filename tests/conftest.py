@@ -10,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+import multimodal  # noqa: F401  (first: it makes torchvision importable before a test imports transformers, timm or open_clip)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

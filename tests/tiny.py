@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
-import multimodal  # noqa: F401  (makes torchvision importable before transformers needs it)
-from adalink import ANSWER, IMAGE, PAD, PROMPT, TEXT, InputSpec, TokenMap
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,6 +17,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from adalink import ANSWER, IMAGE, PAD, PROMPT, TEXT, InputSpec, TokenMap
 
 VOCABULARY, WIDTH, N_PATCHES, FEATURE_WIDTH = 64, 32, 3, 20
 FAMILIES = ("llama", "qwen2", "opt", "gpt2", "t5")
