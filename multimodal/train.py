@@ -87,9 +87,10 @@ def train(
             for step, group in enumerate(_groups(iter(loader), settings.accumulation), start=first):
                 loss = run.step(group, settings.rate(step, n_steps))
                 shown.step()
-                run.after(step + 1, n_steps, loss, shown)
+                # Before the checkpoint: a run that is killed between the two measures again.
                 if measure is not None and settings.measure_every and (step + 1) % settings.measure_every == 0:
                     run.log.write({"step": step + 1, **measure()})
+                run.after(step + 1, n_steps, loss, shown)
         return Trained(n_steps, time.perf_counter() - started, run.log.bad)
 
 
