@@ -11,7 +11,7 @@ from multimodal.sample import Sample
 from tasks.scenes.captions import captions
 from tasks.scenes.draw import png
 from tasks.scenes.questions import questions
-from tasks.scenes.scene import make_scene
+from tasks.scenes.scene import Scene, make_scene
 
 __all__ = ["Scenes"]
 
@@ -28,7 +28,7 @@ class Scenes:
 
     split: Split
     size: int  # samples, 1..1,000,000
-    seed: int = 0  # another seed, other scenes; the frozen parts were trained on seeds that are not used here: see train_parts.py
+    seed: int = 0  # another seed, other scenes; the frozen parts learned from scenes of lots of their own, which no seed here draws
 
     def __post_init__(self) -> None:
         if self.split not in FIRST_ID:
@@ -41,16 +41,20 @@ class Scenes:
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at this index. Raises IndexError outside 0..size-1, as sequences do."""
-        if not 0 <= index < self.size:
-            raise IndexError(f"index {index} is outside of these {self.size} scenes")
-        origin = f"{self.seed}/{self.split}/{index}"
-        rng = Random(f"{origin}/scene")
-        scene = make_scene(rng)
-        image_id = FIRST_ID[self.split] + index
+        scene, image_id = self.scene(index), FIRST_ID[self.split] + index
         return Sample(
             key=f"{self.split}/{index:06d}",
             image_id=image_id,
-            image=png(scene, Random(f"{origin}/picture")),
-            captions=captions(scene, rng),
-            questions=questions(scene, rng, image_id=image_id),
+            image=png(scene, self._lot(index, "picture")),
+            captions=captions(scene, self._lot(index, "captions")),
+            questions=questions(scene, self._lot(index, "questions"), image_id=image_id),
         )
+
+    def scene(self, index: int) -> Scene:
+        """What is truly in the picture at this index."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} is outside of these {self.size} scenes")
+        return make_scene(self._lot(index, "scene"))
+
+    def _lot(self, index: int, what: str) -> Random:
+        return Random(f"{self.seed}/{self.split}/{index}/{what}")

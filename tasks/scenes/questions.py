@@ -76,7 +76,8 @@ def _are_there_so_many(scene: Scene, rng: Random) -> Asked:
     """Are there three shapes?"""
     n, truth = len(scene.things), rng.random() < 0.5
     said = n if truth else rng.choice([m for m in (1, 2, 3, 4) if m != n])
-    return _yes_no(f"{'is' if said == 1 else 'are'} there {NUMBERS[said]} shape{'s' * (said > 1)}?", "are there" if said > 1 else "is there", truth)
+    verb, noun = ("is", "shape") if said == 1 else ("are", "shapes")
+    return _yes_no(f"{verb} there {NUMBERS[said]} {noun}?", f"{verb} there", truth)
 
 
 def _is_it_coloured(scene: Scene, rng: Random) -> Asked | None:
@@ -92,7 +93,7 @@ def _is_it_coloured(scene: Scene, rng: Random) -> Asked | None:
 def _is_it_sized(scene: Scene, rng: Random) -> Asked | None:
     """Is the star small?"""
     thing, said = _lone(scene, rng), rng.choice(("small", "large"))
-    return thing and _yes_no(f"is the {thing.shape} {said}?", "is the", thing.size == said)
+    return None if thing is None else _yes_no(f"is the {thing.shape} {said}?", "is the", thing.size == said)
 
 
 def _is_it_beside(scene: Scene, rng: Random) -> Asked | None:
@@ -140,7 +141,7 @@ def _count(rng: Random, counts: dict[str, int]) -> Asked:
 def _what_colour(scene: Scene, rng: Random) -> Asked | None:
     """What color is the star?"""
     thing = _lone(scene, rng)
-    return thing and Asked(text=f"what color is the {thing.shape}?", type="what color is the", truth=thing.colour)
+    return None if thing is None else Asked(text=f"what color is the {thing.shape}?", type="what color is the", truth=thing.colour)
 
 
 def _what_shape(scene: Scene, rng: Random) -> Asked | None:
@@ -172,7 +173,7 @@ def _what_background(scene: Scene, rng: Random) -> Asked:
 def _where_is(scene: Scene, rng: Random) -> Asked | None:
     """Where is the star?"""
     thing = _lone(scene, rng)
-    return thing and Asked(text=f"where is the {thing.shape}?", type="where is the", truth=place(thing))
+    return None if thing is None else Asked(text=f"where is the {thing.shape}?", type="where is the", truth=place(thing))
 
 
 _ASKERS: dict[str, tuple[Asker, ...]] = {

@@ -21,8 +21,8 @@ def main() -> None:
     """Train both parts (or the one named), and record the hashes of all files."""
     parser = argparse.ArgumentParser(description="Train the frozen parts of scenes.")
     parser.add_argument("--out", type=Path, required=True, help="folder that gets encoder/, language/ and SHA256SUMS")
-    parser.add_argument("--encoder-steps", type=int, default=3000, help="batches of 128 pictures; 0 leaves the encoder as it is")
-    parser.add_argument("--language-steps", type=int, default=3000, help="batches of 192 texts; 0 leaves the language model as it is")
+    parser.add_argument("--encoder-steps", type=int, default=3000, help="batches of 64 pictures; 0 leaves the encoder as it is")
+    parser.add_argument("--language-steps", type=int, default=3000, help="batches of 16 documents; 0 leaves the language model as it is")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
