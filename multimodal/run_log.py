@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from multimodal.atomic import write_whole
+from adalink.atomic import write_whole
 from multimodal.bad_samples import BadSample, BadSamples
 
 __all__ = ["RunLog"]
