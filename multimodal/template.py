@@ -10,6 +10,7 @@ from adalink.errors import ConfigError
 __all__ = ["Template", "Text"]
 
 MARKERS = ("<image>", "<bos>", "<eos>")
+FIELD = re.compile(r"\{(\w*)\}")
 _SPLIT = re.compile("(" + "|".join(MARKERS) + ")")
 
 
@@ -41,6 +42,10 @@ class Template:
             raise ConfigError(f"the prompt template {self.prompt!r} has {self.prompt.count('<image>')} places for the picture: write <image> once")
         if "{text}" not in self.target or "<image>" in self.target:
             raise ConfigError(f"the target template {self.target!r} must hold {{text}}, and not <image>: for instance '{{text}}<eos>'")
+
+        for part, template, field in (("prompt", self.prompt, "question"), ("target", self.target, "text")):
+            if unknown := sorted(set(FIELD.findall(template)) - {field}):
+                raise ConfigError(f"the {part} template {template!r} has a place {{{unknown[0]}}} that nothing fills: it may have {{{field}}}")
 
     def prompt_parts(self, question: str) -> list[str]:
         """The prompt as text pieces and markers, in order."""
