@@ -12,7 +12,7 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(VENV)/bin/adalink demo --out runs/demo
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
