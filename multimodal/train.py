@@ -104,6 +104,7 @@ def _accelerator(settings: TrainSettings, model: nn.Module, folder: Path) -> Ite
         accelerator.end_training()
     finally:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        vars(model).pop("forward", None)  # the class's own again, not a copy of it on the instance
         if is_first:
             AcceleratorState._reset_state()
 

@@ -44,14 +44,16 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 1 or more")
         for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "bad_samples", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # also true of a NaN
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 0 or more")
-        if not self.steps and self.epochs <= 0:
+        if not self.steps and not self.epochs > 0:
             raise ConfigError(f"train.epochs is {self.epochs} and train.steps 0: give a positive number of one of them")
-        if min([self.learning_rate, *self.learning_rates.values()]) <= 0:
+        if not all(0 < rate < math.inf for rate in (self.learning_rate, *self.learning_rates.values())):
             raise ConfigError(f"train.learning_rate is {self.learning_rate} and train.learning_rates {self.learning_rates}: give positive rates")
         if not 0 <= self.warmup < 1 or not 0 <= self.final_rate <= 1:
             raise ConfigError(f"train.warmup is {self.warmup} and train.final_rate {self.final_rate}: both are shares between 0 and 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"train.betas is {self.betas}: both are from 0 to below 1")
 
     def n_steps(self, n_samples: int, world: int) -> int:
         """Optimizer steps of the whole run: every picture is read at least `epochs` times."""

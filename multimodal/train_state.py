@@ -59,21 +59,21 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_state(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put weights, optimizer state and random numbers back; what was given as `extra` comes back, with `step`."""
-    try:
-        tensors = load_file(checkpoint / "state.safetensors")
-        content: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint} is damaged ({error}): remove it to go on from the one before") from None
+    """Put weights, optimizer state and random numbers back; what was given as `extra` comes back, with `step`.
+
+    Raises CheckpointError, with nothing loaded, where the checkpoint is damaged or holds other weights.
+    """
+    tensors, content = _read(checkpoint)
     stored = {name.removeprefix("weight.") for name in tensors if name.startswith("weight.")}
     if stored != set(parameters):
         raise CheckpointError(
             f"{checkpoint} holds other weights than this config trains: {sorted(stored ^ set(parameters))[:4]} differ; resume with the config of the run"
         )
+    for name, parameter in parameters.items():
+        if tensors[f"weight.{name}"].shape != parameter.shape:
+            raise CheckpointError(f"{checkpoint}: {name} is {list(tensors[f'weight.{name}'].shape)}, this config makes it {list(parameter.shape)}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if tensors[f"weight.{name}"].shape != parameter.shape:
-                raise CheckpointError(f"{checkpoint}: {name} is {list(tensors[f'weight.{name}'].shape)}, this config makes it {list(parameter.shape)}")
             parameter.copy_(tensors[f"weight.{name}"])
             prefix = f"optimizer.{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -83,3 +83,14 @@ def load_state(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimiz
     if torch.cuda.is_available() and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     return content
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        tensors = load_file(checkpoint / "state.safetensors")
+        content: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+        if not isinstance(content, dict) or "step" not in content or "rng.cpu" not in tensors:
+            raise ValueError(f"it has no {'rng.cpu' if 'step' in content else 'step'}")
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint} is damaged ({error}): remove it to go on from the one before") from None
+    return tensors, content

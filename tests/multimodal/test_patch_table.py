@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from composed import Drawn, compose, tower
+from torch import Tensor
+
+from multimodal.bad_samples import BadSample
+from multimodal.images import decode_image
+from multimodal.model import VisionLanguageModel
+from multimodal.patch_table import PatchTable, encode_all
+from multimodal.sample import Sample
+from multimodal.shards import DamagedSample
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionLanguageModel:
+    return compose("opt")
+
+
+class Damaged(Drawn):
+    """Sample 4 is damaged in its shard."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 4:
+            raise DamagedSample(BadSample(key="fourth", reason="damaged bytes", detail="the image of 'fourth'"))
+        return super().__getitem__(index)
+
+
+def kept(table: PatchTable, index: int) -> Tensor:
+    found = table[index]
+    assert isinstance(found, Tensor)
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_picture_has_its_own_features_and_bad_ones_say_why(workers: int, model: VisionLanguageModel) -> None:
+    source = Damaged(7, bad=[1, 2])
+    table = encode_all(model, source, workers=workers, batch_size=3)
+    assert len(table) == 7
+    assert table.usable() == [0, 3, 5, 6]
+    assert {index: (bad.key, bad.reason) for index, bad in table.bad.items()} == {
+        1: (source[1].key, "not an image"), 2: (source[2].key, "not an image"), 4: ("fourth", "damaged bytes"),
+    }  # fmt: skip
+    assert table[1] is table.bad[1]
+    for index in table.usable():
+        pixels = tower().preprocess(decode_image(source[index].image))[None]
+        expected = tower()(pixels).patches[0]
+        torch.testing.assert_close(kept(table, index), expected, rtol=1e-3, atol=1e-3)
+        assert kept(table, index).dtype == torch.float32
+
+
+def test_features_are_kept_in_sixteen_bits(model: VisionLanguageModel) -> None:
+    table = encode_all(model, Drawn(2))
+    assert table.patches.dtype == torch.float16
+    assert table.patches.numel() * 2 == 2 * 36 * 128 * 2  # bytes: 2 pictures of 36 patches of 128
+
+
+def test_a_table_of_some_samples_counts_them_anew() -> None:
+    bad = BadSample(key="x", reason="corrupt")
+    table = PatchTable(torch.arange(5.0).reshape(5, 1, 1).half(), {3: bad})
+    some = table.only([4, 3, 0])
+    assert len(some) == 3
+    assert [kept(some, i).item() for i in (0, 2)] == [4.0, 0.0]
+    assert some[1] is bad
+    assert some.usable() == [0, 2]

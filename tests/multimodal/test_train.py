@@ -1,0 +1,278 @@
+"""Training touches the adapter alone, divides by the targets of a whole step, and leaves everything else as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composed import Drawn, compose, excite, two_texts
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from adalink import AdaLink, Bridge, Prompt
+from adalink.errors import BudgetError, CheckpointError, ConfigError
+from multimodal.bad_samples import BadSample
+from multimodal.model import VisionLanguageModel
+from multimodal.parameter_groups import parameter_groups
+from multimodal.sample import Sample
+from multimodal.template import Text
+from multimodal.train import Trained, train
+from multimodal.train_settings import TrainSettings
+
+METHODS = {
+    "bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"), bias=True), "prompt": Prompt(length=2, init_std=0.1),
+}  # fmt: skip
+SETTINGS = {"steps": 4, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "warmup": 0.0, "learning_rate": 1e-2}
+
+
+def model_of(family: str = "opt") -> VisionLanguageModel:
+    model = compose(family)
+    torch.manual_seed(5)
+    excite(model.add_adapter("one", METHODS).double())
+    return model
+
+
+def trained(
+    folder: Path, source: Any = None, texts: Callable[[Sample, random.Random], list[Text]] = two_texts, family: str = "opt", **fields: Any
+) -> tuple[VisionLanguageModel, Trained]:
+    folder.mkdir(exist_ok=True, parents=True)
+    model = model_of(family)
+    options = {name: fields.pop(name) for name in ("resume", "measure", "known_bad", "also_trained") if name in fields}
+    return model, train(model, source or Drawn(8), texts, TrainSettings(**{**SETTINGS, **fields}), folder, **options)
+
+
+def weights(model: VisionLanguageModel) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.adapted.active_adapter().named_parameters()}
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+def close(first: VisionLanguageModel, second: VisionLanguageModel, tolerance: float) -> bool:
+    return all(torch.allclose(value, weights(second)[name], rtol=tolerance, atol=tolerance) for name, value in weights(first).items())
+
+
+@contextmanager
+def looked_at_before_each_step(look: Callable[[torch.optim.Optimizer], None]) -> Iterator[None]:
+    handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: look(optimizer))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_frozen_parts_are_byte_identical_and_hold_no_gradient_and_no_optimizer_state(family: str, tmp_path: Path) -> None:
+    model = model_of(family)
+    adapter = model.adapted.active_adapter()
+    frozen = [*model.tower.parameters(), *model.language.model.parameters()]
+    before = copy.deepcopy([model.tower.state_dict(), model.language.model.state_dict()])
+    started = weights(model)
+    seen: list[int] = []
+
+    def look(optimizer: torch.optim.Optimizer) -> None:
+        in_optimizer = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        assert {id(p) for p in in_optimizer} == {id(p) for p in adapter.parameters()}
+        assert len(in_optimizer) == len(list(adapter.parameters()))
+        assert not [p for p in frozen if p.grad is not None or p.requires_grad]
+        assert all(p.grad is not None for p in adapter.parameters())
+        assert {id(p) for p in optimizer.state} <= {id(p) for p in in_optimizer}
+        # AdamW: two moments as large as the weight, and a step count.
+        seen.append(sum(value.numel() for state in optimizer.state.values() for value in state.values()))
+
+    with looked_at_before_each_step(look):
+        train(model, Drawn(8), two_texts, TrainSettings(**SETTINGS), tmp_path)
+    n, n_tensors = sum(adapter.n_parameters().values()), len(list(adapter.parameters()))
+    assert seen == [0] + [2 * n + n_tensors] * 3
+    after = [model.tower.state_dict(), model.language.model.state_dict()]
+    for old, new in zip(before, after, strict=True):
+        assert old.keys() == new.keys()
+        assert all(old[name].numpy().tobytes() == new[name].numpy().tobytes() for name in old)
+    assert all(p.grad is None for p in [*frozen, *adapter.parameters()])
+    assert all(not torch.equal(value, started[name]) for name, value in weights(model).items())
+    assert not any(module.training for part in (model.tower.encoder, model.language.model) for module in part.modules())
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    trained(tmp_path, steps=12)
+    found = losses(tmp_path)
+    assert len(found) == 12
+    assert sum(found[-3:]) < 0.8 * sum(found[:3])
+
+
+def test_accumulated_steps_equal_whole_ones_though_their_parts_have_other_numbers_of_targets(tmp_path: Path) -> None:
+    whole, _ = trained(tmp_path / "whole", batch_size=4)
+    parts, _ = trained(tmp_path / "parts", batch_size=1, accumulation=4)
+    assert close(whole, parts, 1e-6)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-5)
+    other, _ = trained(tmp_path / "other", batch_size=2)
+    assert not close(whole, other, 1e-6)  # the control
+
+
+def test_recomputed_activations_give_the_same_weights(tmp_path: Path) -> None:
+    assert close(trained(tmp_path / "plain")[0], trained(tmp_path / "again", checkpointing=True)[0], 1e-9)
+
+
+def test_kept_features_give_nearly_the_same_weights(tmp_path: Path) -> None:
+    plain, kept = trained(tmp_path / "plain")[0], trained(tmp_path / "kept", features="memory")[0]
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "plain"), rel=2e-3)
+    assert not close(plain, kept, 1e-12)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    first, again, other = (trained(tmp_path / name, seed=seed, workers=workers)[0] for name, seed, workers in (("a", 0, 0), ("b", 0, 1), ("c", 1, 0)))
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(first).items())
+    assert not close(first, other, 1e-6)
+
+
+def test_half_precision_leaves_the_model_as_it_was_and_the_next_run_as_exact_as_ever(tmp_path: Path) -> None:
+    exact, _ = trained(tmp_path / "exact")
+    half, _ = trained(tmp_path / "half", precision="bf16")
+    assert not close(exact, half, 1e-9)
+    assert "forward" not in vars(half)
+    assert half.adapted.active_adapter().get_parameter("adalink.text.up.weight").dtype == torch.float64
+    again, _ = trained(tmp_path / "again")
+    assert close(exact, again, 0)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int) -> Callable[[], dict[str, float]]:
+    calls = iter(range(1, 100))
+
+    def measure() -> dict[str, float]:
+        if next(calls) == step:
+            raise Stop
+        return {"figure": 1.0}
+
+    return measure
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_a_run_that_stops_anywhere_goes_on_bit_for_bit(step: int, tmp_path: Path) -> None:
+    whole, _ = trained(tmp_path / "whole", steps=7, accumulation=2, batch_size=2, measure_every=1, measure=lambda: {"figure": 1.0})
+    with pytest.raises(Stop):
+        trained(tmp_path / "stopped", steps=7, accumulation=2, batch_size=2, measure_every=1, measure=stop_at(step))
+    resumed, done = trained(
+        tmp_path / "stopped", steps=7, accumulation=2, batch_size=2, measure_every=1, measure=lambda: {"figure": 1.0}, resume=True
+    )
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert done.steps == 7
+
+
+def test_a_checkpoint_of_another_stream_is_not_continued(tmp_path: Path) -> None:
+    trained(tmp_path)
+    for fields, message in (
+        ({"seed": 1}, "train.seed was 0 and is 1"),
+        ({"batch_size": 2}, "pictures in a step was 4 and is 2"),
+        ({"source": Drawn(9)}, "pictures in the data set was 8 and is 9"),
+        ({"steps": 3}, "it was written after step 4, and this config ends at 3"),
+    ):
+        with pytest.raises(CheckpointError, match=f"cannot be continued exactly: {message}; resume with the config and the data of its run"):
+            trained(tmp_path, resume=True, **fields)
+    trained(tmp_path, resume=True, batch_size=2, accumulation=2, steps=5)  # the same pictures in a step, and further
+
+
+def test_bad_samples_are_counted_once_and_stop_the_run_over_the_budget(tmp_path: Path) -> None:
+    known = BadSample(key="known", reason="missing file")
+    _, done = trained(tmp_path / "a", Drawn(4, bad=[1, 2]), steps=6, batch_size=2, bad_samples=3, known_bad=[known])
+    assert done.bad.counts == {"missing file": 1, "not an image": 2}
+    with pytest.raises(BudgetError, match="3 bad samples, and at most 2 are allowed: 1 missing file"):
+        trained(tmp_path / "b", Drawn(4, bad=[1, 2]), steps=6, batch_size=2, bad_samples=2, known_bad=[known])
+
+
+def test_a_step_without_a_good_sample_is_survived(tmp_path: Path) -> None:
+    model, done = trained(tmp_path, Drawn(2, bad=[0, 1]), steps=2, batch_size=2)
+    assert done.bad.counts == {"not an image": 2}
+    assert losses(tmp_path) == [0.0, 0.0]
+    assert all(value.isfinite().all() for value in weights(model).values())
+
+
+def no_number(sample: Sample, rng: random.Random) -> list[Text]:
+    return [Text("is it ?", "yes")]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the loss is not a number at step \d: lower train.learning_rate, or set train.clip"):
+        trained(tmp_path, texts=no_number, learning_rate=1e200, clip=0.0)
+
+
+def test_trackers_that_are_not_installed_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.trackers names wandb, and no such package is here: pip install 'adalink\[trackers\]'"):
+        trained(tmp_path, trackers=("wandb",))
+
+
+def test_other_parameters_can_be_trained_with_the_adapter(tmp_path: Path) -> None:
+    extra = nn.Parameter(torch.ones(3))
+    trained(tmp_path, also_trained={"extra.bias": extra})
+    assert extra.tolist() == [1, 1, 1]  # nothing depends on it, and vectors do not decay
+    assert "weight.extra.bias" in load_file(tmp_path / "checkpoints" / "step_00000004" / "state.safetensors")
+    with pytest.raises(CheckpointError, match=r"\['extra.bias'\] differ"):
+        trained(tmp_path, resume=True)
+
+
+def test_each_method_may_have_a_rate_of_its_own_and_vectors_do_not_decay() -> None:
+    adapter = model_of().adapted.active_adapter()
+    parameters = dict(adapter.named_parameters())
+    groups = parameter_groups(parameters, TrainSettings(learning_rate=1e-3, learning_rates={"bridge": 5e-4}, weight_decay=0.1))
+    found = {id(parameter): (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
+    assert len(found) == len(parameters)
+    for name, parameter in parameters.items():
+        assert found[id(parameter)] == (5e-4 if name.startswith("bridge.") else 1e-3, 0.1 if parameter.ndim > 1 else 0.0)
+    with pytest.raises(ConfigError, match=r"train.learning_rates names lora, and this adapter's methods are adalink, bridge, prompt"):
+        parameter_groups(parameters, TrainSettings(learning_rates={"lora": 1.0}))
+
+
+def test_the_rate_of_each_step_reaches_the_optimizer(tmp_path: Path) -> None:
+    seen: list[list[float]] = []
+    with looked_at_before_each_step(lambda optimizer: seen.append([group["lr"] for group in optimizer.param_groups])):
+        trained(tmp_path, steps=5, warmup=0.4, learning_rate=1e-2, learning_rates={"bridge": 1e-3})
+    shares = [TrainSettings(steps=5, warmup=0.4).rate(step, 5) for step in range(5)]
+    assert [max(rates) for rates in seen] == pytest.approx([1e-2 * share for share in shares])
+    assert [min(rates) for rates in seen] == pytest.approx([1e-3 * share for share in shares])
+
+
+def test_warm_up_and_cosine_by_hand() -> None:
+    settings = TrainSettings(warmup=0.2, final_rate=0.1)
+    assert [round(settings.rate(step, 10), 4) for step in (0, 1, 2, 6)] == [0.3333, 0.6667, 1.0, 0.55]
+    assert 0.1 < settings.rate(9, 10) < 0.15
+    assert TrainSettings(warmup=0.0).rate(0, 10) == 1.0
+
+
+def test_the_number_of_steps_reads_every_picture_as_often_as_asked() -> None:
+    assert TrainSettings(epochs=2, batch_size=4).n_steps(10, world=1) == 5
+    assert TrainSettings(epochs=1, batch_size=4).n_steps(10, world=1) == 3
+    assert TrainSettings(epochs=2, batch_size=2, accumulation=2).n_steps(10, world=5) == 1
+    assert TrainSettings(epochs=0.5, batch_size=1).n_steps(10, world=1) == 5
+    assert TrainSettings(epochs=3, steps=7).n_steps(10, world=1) == 7
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    *(({name: 0}, f"train.{name} is 0: give 1 or more") for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every")),
+    *(({name: -1}, f"train.{name} is -1: give 0 or more") for name in ("steps", "weight_decay", "clip", "workers", "bad_samples", "seed")),
+    ({"epochs": 0}, "train.epochs is 0 and train.steps 0: give a positive number of one of them"),
+    ({"learning_rate": 0.0}, "train.learning_rate is 0.0"),
+    ({"learning_rates": {"bridge": -1.0}}, "give positive rates"),
+    ({"warmup": 1.0}, "train.warmup is 1.0 and train.final_rate 0.0: both are shares between 0 and 1"),
+    ({"final_rate": 1.5}, "train.final_rate 1.5"),
+    ({"betas": (0.9, 1.0)}, r"train.betas is \(0.9, 1.0\): both are from 0 to below 1"),
+    ({"learning_rate": float("nan")}, "train.learning_rate is nan"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG, ids=[next(iter(fields)) for fields, _ in WRONG])
+def test_settings_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainSettings(**fields)
