@@ -37,6 +37,8 @@ class Vqa:
             raise ConfigError(f"questions_per_image is {self.questions_per_image}: give 0 (all) or more")
         if self.learn not in ("common", "drawn"):
             raise ConfigError(f"of ten answers, {self.learn!r} cannot be learnt: give common or drawn")
+        if self.scorer not in ("official", "normalized"):
+            raise ConfigError(f"there is no scorer {self.scorer!r}: give official or normalized")
 
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
         """Each answered question with one of its answers."""

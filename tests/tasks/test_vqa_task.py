@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from adalink.errors import ConfigError, DataError
+from multimodal.sample import Question, Sample
+from multimodal.template import Text
+from tasks.task import Asked
+from tasks.vqa import Vqa, most_common
+
+RED = Question(question_id=1, text="is it red?", answers=("yes",) * 7 + ("no",) * 3, question_type="is it", answer_type="yes/no")
+MANY = Question(question_id=2, text="how many?", answers=("2",) * 5 + ("3",) * 5, question_type="how many", answer_type="number")
+BARE = Question(question_id=3, text="why?")
+SCENE = Sample(key="a", image_id=5, image=b"", questions=(RED, MANY, BARE))
+
+
+def test_the_most_common_answer_is_learnt_and_the_first_of_them_on_a_tie() -> None:
+    assert Vqa().texts(SCENE, random.Random(0)) == [Text("is it red?", "yes"), Text("how many?", "2")]
+    assert most_common(MANY) == "2"
+    assert most_common(Question(question_id=4, text="", answers=("b", "a", "b", "a"))) == "b"
+
+
+def test_drawn_answers_come_as_often_as_people_gave_them() -> None:
+    task = Vqa(learn="drawn")
+    answers = [task.texts(SCENE, random.Random(seed))[0].target for seed in range(500)]
+    assert set(answers) == {"yes", "no"}
+    assert 0.6 < answers.count("yes") / 500 < 0.8
+    assert task.texts(SCENE, random.Random(3)) == task.texts(SCENE, random.Random(3))
+
+
+def test_a_few_questions_are_drawn_and_unanswered_ones_never() -> None:
+    drawn = [Vqa(questions_per_image=1).texts(SCENE, random.Random(seed)) for seed in range(20)]
+    assert {texts[0].question for texts in drawn} == {"is it red?", "how many?"}
+    assert all(len(texts) == 1 for texts in drawn)
+
+
+def test_every_question_is_asked_with_its_id() -> None:
+    assert Vqa().asked(SCENE) == [Asked(1, "is it red?"), Asked(2, "how many?"), Asked(3, "why?")]
+
+
+def test_accuracy_is_the_official_one_overall_and_per_type() -> None:
+    score = Vqa().score({1: "no", 2: "3"}, [SCENE])
+    # 3 of 10 said no: each of the ten subsets of nine holds 2 or 3 of them: 3 x 2/3 + 7 x 1 of ten. 5 of 10 said 3.
+    assert score.items == {1: pytest.approx(90.0), 2: pytest.approx(100.0)}
+    assert score.figures == {"accuracy": pytest.approx(95.0), "accuracy (yes/no)": pytest.approx(90.0), "accuracy (number)": pytest.approx(100.0)}
+    assert Vqa().score({1: "green", 2: "3"}, [SCENE]).figures["accuracy"] == pytest.approx(50.0)
+    assert Vqa().score({1: "yes"}, [SCENE]).figures["accuracy"] == pytest.approx(100.0)
+    assert score.scorer != Vqa(scorer="normalized").score({1: "no"}, [SCENE]).scorer
+
+
+def test_what_cannot_be_scored_is_one_sentence() -> None:
+    for predictions in ({}, {99: "yes"}, {3: "because"}):
+        with pytest.raises(DataError, match="these questions cannot be scored: none was predicted, or the data set has no answers"):
+            Vqa().score(predictions, [SCENE])
+
+
+def test_the_official_result_file(tmp_path: Path) -> None:
+    Vqa().write_results(tmp_path / "results.json", {1: "yes", 2: "3"})
+    assert json.loads((tmp_path / "results.json").read_text()) == [{"question_id": 1, "answer": "yes"}, {"question_id": 2, "answer": "3"}]
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"questions_per_image is -1: give 0 \(all\) or more"):
+        Vqa(questions_per_image=-1)
+    with pytest.raises(ConfigError, match="of ten answers, 'all' cannot be learnt: give common or drawn"):
+        Vqa(learn="all")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="there is no scorer 'mine': give official or normalized"):
+        Vqa(scorer="mine")  # type: ignore[arg-type]
