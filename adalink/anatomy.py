@@ -87,7 +87,10 @@ class Anatomy:
 
 def _word_embedding(model: nn.Module) -> nn.Embedding:
     read = getattr(model, "get_input_embeddings", None)
-    found = read() if callable(read) else None
+    try:
+        found = read() if callable(read) else None
+    except NotImplementedError:  # two towers, none of which is the model's own
+        found = None
     if not isinstance(found, nn.Embedding):
         raise AttachError(
             f"{type(model).__name__} has no word embedding: expected a transformers model whose get_input_embeddings() gives an nn.Embedding"
@@ -137,9 +140,9 @@ def _linear(name: str, module: nn.Module) -> Linear | None:
 
 
 def _final_norm(stack: nn.Module, layers: str) -> str | None:
-    """The norm beside the layers: the last direct child of their parent that is a norm."""
+    """The norm beside the layers that is not the embedding's: the last direct child of their parent that is a norm."""
     parent = layers.rpartition(".")[0]
-    norms = [name for name, child in stack.get_submodule(parent).named_children() if "norm" in type(child).__name__.lower()]
+    norms = [name for name, child in stack.get_submodule(parent).named_children() if "norm" in type(child).__name__.lower() and "emb" not in name]
     return f"{parent}.{norms[-1]}".lstrip(".") if norms else None
 
 

@@ -68,7 +68,8 @@ class AdapterConfig:
 def fingerprint(model: nn.Module) -> str:
     """16 hex digits that stand for a model's weights: names, shapes, and 1,024 evenly spaced values of each tensor.
 
-    Values are compared in bfloat16, so a model loaded in float32 and in bfloat16 has one fingerprint. Unused buffers do not count.
+    Values are compared in bfloat16, so a model loaded in float32 and in bfloat16 has one fingerprint; loaded in float16, which rounds
+    otherwise, it has another. Buffers do not count.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
@@ -102,12 +103,12 @@ def read_config(folder: Path) -> AdapterConfig:
         if content["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {content['format']}, and this version of adalink reads {FORMAT}: update adalink")
         return AdapterConfig(
-            methods={name: method_from_json(method) for name, method in content["methods"].items()},
+            methods={name: method_from_json({"method": None, **method}) for name, method in content["methods"].items()},
             base={role: FrozenPart(**part) for role, part in content["base"].items()},
             task=content["task"],
         )
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no adapter folder: it has no {CONFIG_FILE}") from None
+    except OSError:
+        raise CheckpointError(f"{folder} is no adapter folder: it has no {CONFIG_FILE} that can be read") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not an adapter config ({error}): was it changed by hand, or cut off?") from None
 

@@ -60,6 +60,12 @@ class AdaptedModel(nn.Module):
         with self.attachment.bind(token_map or self.text_map(input_ids, kwargs.get("attention_mask"))):
             return self.base.generate(input_ids=input_ids, **kwargs)  # type: ignore[operator, no-any-return]
 
+    def train(self, mode: bool = True) -> AdaptedModel:
+        """The adapters' mode alone: the frozen part has no dropout, whatever is trained around it."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
     def add_adapter(self, name: str, methods: Mapping[str, Method]) -> Adapter:
         """Add a new adapter and make it the active one. Raises ConfigError where the name is taken."""
         if not name.isidentifier() or name in self.adapters:
@@ -115,11 +121,14 @@ class AdaptedModel(nn.Module):
         path = _local(folder)
         config = read_config(path)
         config.check_base(self.parts, str(folder))
+        before = self.active
         adapter = self.add_adapter(name, config.methods)
         try:
             load_weights(path, adapter)
         except BaseException:
-            self._remove(name)
+            del self.adapters[name]
+            self.active = before
+            self._attach(list(self.adapters.values()))
             raise
         self.task = dict(config.task)
         return adapter
@@ -163,11 +172,6 @@ class AdaptedModel(nn.Module):
         if name not in self.adapters:
             raise ConfigError(f"there is no adapter {name!r}: this model has {', '.join(self.adapters) or 'none'}")
         return list(self.adapters).index(name)
-
-    def _remove(self, name: str) -> None:
-        del self.adapters[name]
-        self.active = next(iter(self.adapters), None)
-        self._attach(list(self.adapters.values()))
 
     def _attach(self, adapters: Sequence[nn.Module]) -> None:
         """Attach all adapters anew: index i in a token map is the i-th name."""

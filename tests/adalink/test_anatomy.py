@@ -135,12 +135,10 @@ def test_the_first_stack_of_an_encoder_decoder_model_is_its_encoder() -> None:
     assert (anatomy.stack, anatomy.embedding, anatomy.layers) == ("model.encoder", "embed_tokens", ("layers.0", "layers.1"))
 
 
-@pytest.mark.xfail(strict=True, reason="the norm of the embedding stands beside the layers and is taken for a final one")
 def test_the_norm_of_the_embedding_is_no_final_norm() -> None:
     assert Anatomy.read(bart()).final_norm is None
 
 
-@pytest.mark.xfail(strict=True, reason="its get_input_embeddings raises NotImplementedError, which comes through")
 def test_a_model_of_two_towers_is_refused_in_a_sentence() -> None:
     text = {**SIZES, "bos_token_id": 1, "eos_token_id": 2}
     model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=VISION))

@@ -128,14 +128,12 @@ def test_a_config_of_bytes_that_are_no_text_is_refused(folder: Path) -> None:
         read_config(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="NotADirectoryError and other errors of the file system come through")
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is no adapter folder"):
         read_config(tmp_path / "file")
 
 
-@pytest.mark.xfail(strict=True, reason="a method without its name is kept as a dict, and fails where it is used")
 def test_a_method_without_its_name_is_refused(folder: Path) -> None:
     content = json.loads((folder / CONFIG_FILE).read_text())
     del content["methods"]["adalink"]["method"]
@@ -222,12 +220,6 @@ def test_a_fingerprint_is_the_same_for_single_and_bfloat16_loads() -> None:
     for family in ("opt", "t5"):
         model = tiny(family).float()
         assert fingerprint(copy.deepcopy(model).bfloat16()) == fingerprint(model) == fingerprint(copy.deepcopy(model).double())
-
-
-@pytest.mark.xfail(strict=True, reason="float16 has more digits than bfloat16 and fewer than float32: two roundings are not one")
-def test_a_fingerprint_is_the_same_for_half_precision_loads() -> None:
-    model = tiny("opt").float()
-    assert fingerprint(copy.deepcopy(model).half()) == fingerprint(model)
 
 
 def test_a_fingerprint_tells_other_weights_shapes_and_names_apart() -> None:

@@ -159,7 +159,6 @@ def test_a_damaged_adapter_is_not_added(model: AdaptedModel, tmp_path: Path) -> 
     assert torch.equal(logits(model, "second"), before[1])
 
 
-@pytest.mark.xfail(strict=True, reason="the first adapter becomes the active one, whichever was before")
 def test_a_damaged_adapter_leaves_the_active_one_active(model: AdaptedModel, tmp_path: Path) -> None:
     folder = damaged(model, tmp_path)
     with pytest.raises(CheckpointError, match="is damaged"):
@@ -167,7 +166,6 @@ def test_a_damaged_adapter_leaves_the_active_one_active(model: AdaptedModel, tmp
     assert model.active == "second"
 
 
-@pytest.mark.xfail(strict=True, reason="nn.Module.train reaches the frozen part")
 def test_the_frozen_part_stays_in_eval_mode_whatever_train_is_called(model: AdaptedModel) -> None:
     model.train()
     assert not any(module.training for module in model.base.modules())
