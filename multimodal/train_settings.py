@@ -10,6 +10,8 @@ from adalink.errors import ConfigError
 
 __all__ = ["TrainSettings"]
 
+MAX_SEED = 2**40  # an epoch's seed is a million times this, and a generator takes 63 bits
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -46,6 +48,8 @@ class TrainSettings:
         for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "bad_samples", "seed"):
             if not getattr(self, name) >= 0:  # also true of a NaN
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 0 or more")
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"train.seed is {self.seed}: give at most {MAX_SEED}, so that epochs have seeds of their own")
         if not self.steps and not self.epochs > 0:
             raise ConfigError(f"train.epochs is {self.epochs} and train.steps 0: give a positive number of one of them")
         if not all(0 < rate < math.inf for rate in (self.learning_rate, *self.learning_rates.values())):

@@ -21,7 +21,7 @@ from tasks.config import Data, RunConfig
 from tasks.data import DataConfig
 from tasks.demo import run_demo
 from tasks.help import comments_as_help
-from tasks.run import Evaluation, evaluate_run, train_run
+from tasks.run import Evaluation, evaluate_run, is_main, train_run
 from tasks.shards import shards_check, shards_coco, shards_folder, shards_img2dataset, shards_vqa
 from tasks.show import results_table
 from tasks.vqa import Vqa
@@ -54,6 +54,8 @@ def _evaluate(values: Any, plain: Any) -> None:
 
 
 def _show(evaluation: Evaluation, folder: Path) -> None:
+    if not is_main():
+        return
     print(results_table({name: score.figures for name, score in evaluation.scores.items()}))
     print(f"report: {folder / 'report.html'}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from adalink import AdaptedModel
 from adalink.errors import CheckpointError, ConfigError
@@ -24,7 +25,8 @@ def compose(encoder: str, language_model: str, *, template: Template, layer: int
     tower = load_tower(_found(encoder), layer=layer)
     language = load_language(_found(language_model))
     tower.name = encoder  # an adapter remembers its parts by the names that were given, not by where they were found
-    return VisionLanguageModel(tower, dataclasses.replace(language, name=language_model), template).to(PartialState().device)
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator reads it, so that training finds the same state
+    return VisionLanguageModel(tower, dataclasses.replace(language, name=language_model), template).to(device)
 
 
 def _found(name: str) -> str | Path:

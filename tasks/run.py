@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from adalink.errors import AdalinkError, ConfigError
 from multimodal.bad_samples import BadSamples
@@ -23,7 +24,7 @@ from tasks.evaluate import Pictures, Predictions, predict, read_pictures
 from tasks.run_report import write_run_report
 from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
 
-__all__ = ["Evaluation", "evaluate_run", "train_run"]
+__all__ = ["Evaluation", "evaluate_run", "is_main", "train_run"]
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,12 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
     torch.manual_seed(config.train.seed)
     model = compose(config.encoder, config.language_model, template=task.template, layer=config.layer)
     model.add_adapter("default", methods)
-    print(model.adapted.trainable_summary())
+    if is_main():
+        print(model.adapted.trainable_summary())
     with _run_folder(config.out) as folder:
-        (folder / "config.yaml").write_text(config_text)
+        config_file = folder / "config.yaml"
+        if not config_file.exists():
+            config_file.write_text(config_text)
         pictures = read_pictures(model, val, workers=config.train.workers, label="encoding the validation pictures")
         untrained = _predict(model, pictures, task, config)
         _check_bad(pictures, untrained, config)  # not first after the training
@@ -58,6 +62,7 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
 
         trained = train(model, opened.source, task.texts, config.train, folder, resume=resume, known_bad=opened.problems, measure=measure)
         _say_skipped("training", trained.bad)
+        config_file.write_text(config_text)  # of a resumed run first here: one that is refused leaves the old one
         model.save_pretrained(folder / "adapter", task={"task": task.name})
         evaluation = _evaluate(model, pictures, task, config, before)
         _write(folder, model, task, config_text, evaluation, pictures)
@@ -99,8 +104,13 @@ def _check_bad(pictures: Pictures, predictions: Predictions, config: RunConfig) 
     return bad
 
 
+def is_main() -> bool:
+    """Whether this process, of those that train together, is the one that writes and prints; every one evaluates, and all find the same."""
+    return bool(PartialState().is_main_process)
+
+
 def _say_skipped(what: str, bad: BadSamples) -> None:
-    if bad.counts:
+    if bad.counts and is_main():
         print(f"skipped in {what}: {bad.summary()}", file=sys.stderr)
 
 
@@ -110,6 +120,8 @@ def _refuse_taken(out: Path, *, resume: bool) -> None:
 
 
 def _write(folder: Path, model: VisionLanguageModel, task: Task, config_text: str, evaluation: Evaluation, pictures: Pictures) -> None:
+    if not is_main():
+        return
     task.write_results(folder / "results.json", evaluation.predictions.texts)
     metrics = {
         "task": task.name,
@@ -137,5 +149,5 @@ def _run_folder(out: Path) -> Iterator[Path]:
         yield out
     except AdalinkError:
         if is_new and not (out / "checkpoints").exists():
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)  # other processes of the run remove it too
         raise

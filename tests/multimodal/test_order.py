@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multimodal.order import SampleOrder
+from multimodal.train_settings import MAX_SEED
 
 
 @given(st.integers(1, 50), st.integers(0, 1000), st.integers(0, 5))
@@ -26,6 +27,10 @@ def test_epochs_and_seeds_differ() -> None:
     orders = [first(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == 6
     assert first(0, 0) != list(range(100))
+
+
+def test_the_largest_seed_gives_an_order() -> None:
+    assert sorted(SampleOrder(5, MAX_SEED).sample(10**6 * 5 + i) for i in range(5)) == list(range(5))
 
 
 def test_the_order_is_this_one_for_ever() -> None:

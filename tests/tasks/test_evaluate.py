@@ -92,7 +92,7 @@ def test_what_cannot_be_read_is_left_out_of_the_source(model: VisionLanguageMode
         pictures.source[2]
     for i in (0, 3):
         files.picture(i).write_bytes(b"no picture")
-    with pytest.raises(DataError, match="none of the 3 pictures can be used: .*1.png is missing"):
+    with pytest.raises(DataError, match=r"none of the 3 pictures can be used: .*1.png is missing"):
         read_pictures(model, Opened(source, source.problems), workers=0, label="")
 
 

@@ -39,7 +39,7 @@ def test_a_run_folder_holds_what_was_promised(trained: tuple[Path, Done]) -> Non
 
 def test_the_screen_says_what_is_trained_how_it_goes_and_the_results(trained: tuple[Path, Done]) -> None:
     out, done = trained
-    # The published count of AdaLink is 2 D R for each modality: 2 x 2 x 128 x 16 = 8,192.
+    # AdaLink: 2 D R for each modality, 2 x 2 x 128 x 16. The bridge: a norm of 2 x 128, and two linears of 128 x 128 + 128.
     assert done.out.startswith("trained: 41,472 || all: 918,656 || trained share: 4.5144 % (adalink 8,192, bridge 33,280)\n")
     assert all(row in done.out for row in (UNTRAINED, TRAINED, BLIND, "CIDEr"))
     assert done.out.endswith(f"report: {out / 'report.html'}\n")
@@ -120,8 +120,8 @@ def test_resuming_with_what_would_be_another_run_is_refused_and_harms_nothing(op
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     sentence = refused(adalink("train", "--config", run / "config.yaml", "--out", copy, "--resume", *options))
     assert expected in sentence
-    assert (copy / "adapter" / "adapter_model.safetensors").read_bytes() == (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert (copy / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    for name in ("adapter/adapter_model.safetensors", "metrics.jsonl", "metrics.json", "config.yaml", "results.json"):
+        assert (copy / name).read_bytes() == (run / name).read_bytes()
 
 
 def test_a_run_folder_that_is_taken_is_refused_and_left_alone(run: Path) -> None:

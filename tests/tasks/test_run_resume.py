@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from cli_run import RECIPES
+from cli_run import FIXED, RECIPES
 from safetensors.torch import load_file
 
 N_STEPS = 13
@@ -42,7 +42,7 @@ class Machine:
         self.context.set_forkserver_preload(["tasks.commands", "cli_run"])
 
     def start(self, out: Path, *options: str) -> BaseProcess:
-        arguments = ["train", "--config", str(RECIPES["captioning"]), "--out", str(out), *OPTIONS, *options]
+        arguments = ["train", "--config", str(RECIPES["captioning"]), "--out", str(out), *FIXED, *OPTIONS, *options]
         process = self.context.Process(target=_command, args=(arguments, str(self.folder / "errors.txt")))
         process.start()
         return process
