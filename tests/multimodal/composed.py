@@ -35,7 +35,6 @@ from tasks.scenes.parts import encoder_folder
 WORDS = ("<pad>", "<s>", "</s>", "<unk>", "question:", "answer:", "is", "it", "red", "?", "yes", "no", "a", "big", "cube", "ball")
 ID = {word: number for number, word in enumerate(WORDS)}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-N_POSITIONS = 96
 FAMILIES = ("opt", "gpt2", "llama", "t5")
 
 
@@ -66,8 +65,11 @@ def language(family: str, seed: int = 0) -> Language:
 
 @cache
 def tower() -> VisionTower:
-    """The embedded encoder: 36 patches of 128."""
+    """The embedded encoder."""
     return load_tower(encoder_folder())
+
+
+N_POSITIONS = tower().n_patches + 60  # room for a picture and a few words
 
 
 def compose(family: str, template: Template | None = None) -> VisionLanguageModel:
@@ -101,6 +103,6 @@ def two_texts(sample: Sample, rng: random.Random) -> list[Text]:
     return [Text("is it red ?", "yes"), Text("", rng.choice(["a red cube", "a big ball", "no"]))]
 
 
-def patches(n: int, width: int = 128, seed: int = 3) -> Tensor:
-    """float64 [n, 36, width]"""
-    return torch.randn(n, 36, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def patches(n: int, seed: int = 3) -> Tensor:
+    """float64 [n, N, Dv] of the tower's sizes"""
+    return torch.randn(n, tower().n_patches, tower().width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -22,7 +22,7 @@ from multimodal.sample import Sample
 from multimodal.shards import DamagedSample
 from multimodal.template import Template, Text
 
-ENCODER = RowEncoder(Template(prompt="<image><bos>question: {question} answer:"), language("opt"), [Slots(IMAGE, 36)])
+ENCODER = RowEncoder(Template(prompt="<image><bos>question: {question} answer:"), language("opt"), [Slots(IMAGE, tower().n_patches)])
 N = 7
 
 
@@ -148,7 +148,7 @@ def test_a_shard_that_is_gone_stops_the_stream() -> None:
 
 
 def test_kept_features_take_the_place_of_pixels() -> None:
-    table = PatchTable(torch.arange(N * 36 * 128, dtype=torch.float32).reshape(N, 36, 128).half(), {3: BadSample(key="x", reason="corrupt")})
+    table = PatchTable(torch.randn(N, tower().n_patches, 8).half(), {3: BadSample(key="x", reason="corrupt")})
     loaded = load(Drawn(N), range(4), patches=table)
     bad = [sample.key for one in loaded for sample in one.bad]
     assert bad

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tasks.cli import main
+from tasks.scenes import encoder_folder, language_folder
 from tasks.scenes.dataset import Scenes
 
 SCENES = Path(__file__).parents[2] / "tasks" / "scenes"
 RECIPES = {"captioning": SCENES / "captioning.yaml", "vqa": SCENES / "vqa.yaml"}
+WIDTH: int = json.loads((language_folder() / "config.json").read_text())["hidden_size"]
+FEATURE_WIDTH: int = json.loads((encoder_folder() / "config.json").read_text())["num_features"]
+
 # The recipes may change; what the tests count on is this.
 FIXED = (
     "--methods.bridge", "{kind: mlp, hidden: 128, init_scale: 1.0}", "--methods.adalink", "{rank: 16, modalities: [image, text]}", "--train.learning_rate", "0.002",

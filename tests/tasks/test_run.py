@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_run import Done, adalink, refused, train
+from cli_run import FEATURE_WIDTH, WIDTH, Done, adalink, refused, train
+from safetensors.torch import load_file
 
+from tasks.scenes import language_folder
 from tasks.task import BLIND, TRAINED, UNTRAINED
 
+ADALINK = 2 * 2 * WIDTH * 16  # 2 D R for each modality
+BRIDGE = 2 * FEATURE_WIDTH + FEATURE_WIDTH * 128 + 128 + 128 * WIDTH + WIDTH  # a norm and two linears, 128 between them
 OPTIONS = (
     "--data.train.scenes", "train/12", "--data.val.scenes", "val/4", "--train.steps", "6", "--train.batch_size", "4", "--train.log_every", "2",
     "--train.checkpoint_every", "4", "--generation.max_new_tokens", "4",
@@ -39,8 +43,10 @@ def test_a_run_folder_holds_what_was_promised(trained: tuple[Path, Done]) -> Non
 
 def test_the_screen_says_what_is_trained_how_it_goes_and_the_results(trained: tuple[Path, Done]) -> None:
     out, done = trained
-    # AdaLink: 2 D R for each modality, 2 x 2 x 128 x 16. The bridge: a norm of 2 x 128, and two linears of 128 x 128 + 128.
-    assert done.out.startswith("trained: 41,472 || all: 918,656 || trained share: 4.5144 % (adalink 8,192, bridge 33,280)\n")
+    frozen = sum(value.numel() for value in load_file(language_folder() / "model.safetensors").values())
+    trained, n = ADALINK + BRIDGE, ADALINK + BRIDGE + frozen
+    share = f"trained: {trained:,} || all: {n:,} || trained share: {100 * trained / n:.4f} % (adalink {ADALINK:,}, bridge {BRIDGE:,})\n"
+    assert done.out.startswith(share)
     assert all(row in done.out for row in (UNTRAINED, TRAINED, BLIND, "CIDEr"))
     assert done.out.endswith(f"report: {out / 'report.html'}\n")
     assert [line.split("  ")[0] for line in done.err.splitlines()] == ["step 1/6", "step 2/6", "step 4/6", "step 6/6"]
@@ -57,7 +63,7 @@ def test_metrics_hold_the_three_rows_and_the_results_are_official(run: Path) -> 
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics["rows"]) == [UNTRAINED, TRAINED, BLIND]
     assert (metrics["task"], metrics["headline"], metrics["items"], metrics["bad_samples"]) == ("captioning", "CIDEr", 4, [])
-    assert metrics["trained_parameters"] == {"adalink": 8192, "bridge": 33280}
+    assert metrics["trained_parameters"] == {"adalink": ADALINK, "bridge": BRIDGE}
     results = json.loads((run / "results.json").read_text())
     assert [row["image_id"] for row in results] == [1_000_000 + i for i in range(4)]
     assert all(set(row) == {"image_id", "caption"} for row in results)
@@ -110,7 +116,7 @@ CHANGED = [
     (("--train.batch_size", "2"), "pictures in a step was 4 and is 2"),
     (("--data.train.scenes", "train/13"), "pictures in the data set was 12 and is 13"),
     (("--train.steps", "5"), "it was written after step 6, and this config ends at 5"),
-    (("--methods.adalink.rank", "8"), r"is [16, 128], this config makes it [8, 128]"),
+    (("--methods.adalink.rank", "8"), f"is [16, {WIDTH}], this config makes it [8, {WIDTH}]"),
     (("--methods.prompt", "{length: 2, init_std: 0.1}"), "holds other weights than this config trains"),
 ]
 
