@@ -37,7 +37,7 @@ def write_run_report(
         trained=[Trained(name=name, parameters=count) for name, count in counts.items()],
         frozen_parameters=frozen,
         curves=_curves(folder / METRICS_FILE),
-        cards=list(_cards(source, predictions, trained)),
+        cards=list(_cards(source, task, predictions, trained)),
         bad_samples=_bad(folder / BAD_FILE, predictions),
         config=config_text,
     )
@@ -54,22 +54,25 @@ def _curves(file: Path) -> list[Curve]:
     return [Curve(name=names.get(key, key), points=points[key], unit="nats per token" if key == "loss" else "") for key in keys]
 
 
-def _cards(source: SampleSource, predictions: Predictions, score: Score) -> Iterator[CaptionCard | AnswerCard]:
-    """Pictures spread evenly over the data set, each with one item."""
+def _cards(source: SampleSource, task: Task, predictions: Predictions, score: Score) -> Iterator[CaptionCard | AnswerCard]:
+    """Pictures spread evenly over the data set, each with one of the things that the task asked about it."""
     step = max(len(source) // N_CARDS, 1)
-    for index in range(0, min(len(source), step * N_CARDS), step):
+    for number, index in enumerate(range(0, min(len(source), step * N_CARDS), step)):
         sample = source[index]
-        for question in sample.questions[(index // step) % max(len(sample.questions), 1) :][:1]:
-            if question.question_id in predictions.texts:
-                yield AnswerCard(
-                    key=sample.key, image=_picture(sample), question=question.text, generated=predictions.texts[question.question_id],
-                    answers=question.answers, score=score.items[question.question_id] / 100,
-                )  # fmt: skip
-        if not sample.questions and sample.image_id in predictions.texts:
-            yield CaptionCard(
-                key=sample.key, image=_picture(sample), generated=predictions.texts[sample.image_id], references=sample.captions,
-                score=score.items[sample.image_id],
+        asked = task.asked(sample)
+        items = [one.item for one in asked if one.item in predictions.texts]
+        if not items:
+            continue
+        item = items[number % len(items)]
+        generated, points = predictions.texts[item], score.items[item]
+        answers = {question.question_id: question for question in sample.questions}
+        if task.name == "vqa":
+            question = answers[item]
+            yield AnswerCard(
+                key=sample.key, image=_picture(sample), question=question.text, generated=generated, answers=question.answers, score=points / 100
             )  # fmt: skip
+        else:
+            yield CaptionCard(key=sample.key, image=_picture(sample), generated=generated, references=sample.captions, score=points)
 
 
 def _picture(sample: Sample) -> bytes | None:

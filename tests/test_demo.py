@@ -46,7 +46,9 @@ def test_the_tables_are_printed_and_every_file_is_there(demo: tuple[Path, str]) 
     assert printed.count(TRAINED) == 4  # after each run, and together at the end
     for task in ("captioning", "vqa"):
         assert {"adapter", "metrics.jsonl", "metrics.json", "config.yaml", "results.json", "report.html"} <= {p.name for p in (out / task).iterdir()}
-        assert "<svg" in (out / task / "report.html").read_text()
+        page = (out / task / "report.html").read_text()
+        assert page.count("<svg") >= 3  # loss, rate, and the task's own figure
+        assert page.count("data:image/") == 24
 
 
 def test_a_saved_adapter_captions_and_answers_from_the_command_line(demo: tuple[Path, str], tmp_path: Path) -> None:
