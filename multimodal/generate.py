@@ -30,11 +30,15 @@ class GenerationSettings:
 
 
 def check_room(language: Language, n_prompt: int, settings: GenerationSettings) -> None:
-    """Raise TextTooLong where a prompt of so many tokens and the text after it have more positions than a decoder-only model."""
+    """Raise TextTooLong where a prompt of so many tokens, or the text after it, has more positions than the model.
+
+    An encoder-decoder model counts them apart. T5 has no last position, though its old configs hold an `n_positions`.
+    """
     config: Any = language.model.config
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    needed = n_prompt + settings.max_new_tokens - 1  # the last token is only ever predicted, so it is not read
-    if limit is not None and not config.is_encoder_decoder and needed > limit:
+    limit = getattr(config, "max_position_embeddings", None) or (None if config.is_encoder_decoder else getattr(config, "n_positions", None))
+    # The last token is only ever predicted, so it is not read.
+    needed = max(n_prompt, settings.max_new_tokens) if config.is_encoder_decoder else n_prompt + settings.max_new_tokens - 1
+    if limit is not None and needed > limit:
         raise TextTooLong(
             f"a prompt of {n_prompt} tokens and {settings.max_new_tokens} new ones need {needed} positions, and the language model has {limit}: "
             "shorten the prompt or lower generation.max_new_tokens"

@@ -88,8 +88,19 @@ def test_a_prompt_and_its_text_beyond_the_positions_are_refused_before_anything_
     assert issubclass(TextTooLong, DataError)
 
 
-def test_an_encoder_decoder_model_and_one_without_a_limit_have_room() -> None:
-    check_room(model_of("t5").language, 10_000, GenerationSettings(max_new_tokens=10_000))
+def test_t5_has_no_last_position_whatever_an_old_config_says() -> None:
+    language = model_of("t5").language
+    language.model.config.n_positions = 512
+    check_room(language, 10_000, GenerationSettings(max_new_tokens=10_000))
+
+
+def test_an_encoder_decoder_model_counts_what_it_reads_and_what_it_writes_apart() -> None:
+    language = model_of("t5").language
+    language.model.config.max_position_embeddings = 50  # as BART has it
+    check_room(language, 50, GenerationSettings(max_new_tokens=50))
+    for n_prompt, new in ((51, 1), (1, 51)):
+        with pytest.raises(TextTooLong, match=f"a prompt of {n_prompt} tokens and {new} new ones need 51 positions, and the language model has 50"):
+            check_room(language, n_prompt, GenerationSettings(max_new_tokens=new))
 
 
 @pytest.mark.parametrize("fields", [{"max_new_tokens": 0}, {"num_beams": 0}])

@@ -244,6 +244,24 @@ def test_the_rate_of_each_step_reaches_the_optimizer(tmp_path: Path) -> None:
     assert [min(rates) for rates in seen] == pytest.approx([1e-3 * share for share in shares])
 
 
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for(tmp_path: Path) -> None:
+    def norms(clip: float) -> list[float]:
+        seen: list[float] = []
+
+        def look(optimizer: torch.optim.Optimizer) -> None:
+            grads = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+            seen.append(torch.stack([grad.square().sum() for grad in grads if grad is not None]).sum().sqrt().item())
+
+        with looked_at_before_each_step(look):
+            trained(tmp_path / f"clip{clip}", steps=2, clip=clip, batch_size=2, accumulation=2)
+        return seen
+
+    free = norms(0.0)
+    assert min(free) > 0.1
+    assert norms(0.1) == pytest.approx([0.1, 0.1], rel=1e-3)
+    assert norms(1e6)[0] == pytest.approx(free[0], rel=1e-6)
+
+
 def test_warm_up_and_cosine_by_hand() -> None:
     settings = TrainSettings(warmup=0.2, final_rate=0.1)
     assert [round(settings.rate(step, 10), 4) for step in (0, 1, 2, 6)] == [0.3333, 0.6667, 1.0, 0.55]
