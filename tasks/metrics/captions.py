@@ -14,7 +14,7 @@ from tasks.metrics.ngrams import MAX_N, Corpus, Floats, count_ngrams, cut_at_spa
 from tasks.metrics.ptb import tokenize
 from tasks.metrics.rouge import rouge_l
 
-__all__ = ["CAPTION_SCORER", "CaptionScores", "score_captions"]
+__all__ = ["CAPTION_SCORER", "CaptionScores", "same_images", "score_captions"]
 
 # Named beside every figure: what it equals, and the version it was checked against.
 CAPTION_SCORER = "COCO caption evaluation (equal to pycocoevalcap 1.2)"
@@ -40,7 +40,7 @@ def score_captions(hypotheses: Mapping[int, str], references: Mapping[int, Seque
 
     Raises DataError where the two do not hold the same images, or an image has no reference.
     """
-    images = _same_images(hypotheses, references)
+    images = same_images(hypotheses, references)
     corpus = Corpus(
         hypotheses=[tokenize(hypotheses[image]) for image in images],
         references=[[tokenize(text) for text in references[image]] for image in images],
@@ -65,7 +65,11 @@ def _score(images: Sequence[int], tokens: Corpus, corpus: Corpus) -> CaptionScor
     return CaptionScores(corpus=figures, per_image=per_image, bleu=sums)
 
 
-def _same_images(hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> list[int]:
+def same_images(hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> list[int]:
+    """The images of both, in the order of the references.
+
+    Raises DataError where they differ, where there are none, and where an image has no reference.
+    """
     if not references:
         raise DataError("there are no references to score against; expected at least one image")
     missing = [image for image in references if image not in hypotheses]

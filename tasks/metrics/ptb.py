@@ -117,7 +117,7 @@ def _has_line_break(text: str) -> bool:
 def _finish(tokens: Sequence[str]) -> list[str]:
     """Lower case, and cut at spaces once more, because that is how the official code reads the lexer's output."""
     line = " ".join(lower(_whole(token)) for token in tokens).rstrip()
-    return [word for word in line.split(" ") if word and word not in _PUNCTUATION]
+    return [word for word in line.split(" ") if word not in _PUNCTUATION] if line else []
 
 
 def _in_halves(text: str) -> str:

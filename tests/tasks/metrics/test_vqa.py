@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shared import fixtures
+
+from adalink.errors import ConfigError, DataError
+from tasks.metrics.vqa import GradedQuestion, score_answers
+from tasks.metrics.vqa_words import clean, normalize
+
+
+def question(answers: list[str], **fields: Any) -> GradedQuestion:
+    return GradedQuestion(**({"question_id": 1, "answers": tuple(answers)} | fields))
+
+
+def accuracy(prediction: str, answers: list[str], scorer: Any = "official") -> float:
+    return score_answers({1: prediction}, [question(answers)], scorer).overall
+
+
+def graded(case: dict[str, Any]) -> GradedQuestion:
+    marks = tuple(case["answer_confidences"]) if case.get("answers_have_no_answer_id") else ()
+    return GradedQuestion(
+        question_id=case["question_id"],
+        answers=tuple(case["answers"]),
+        question_type=case["question_type"],
+        answer_type=case["answer_type"],
+        marks=marks,
+    )
+
+
+@pytest.mark.parametrize("path", sorted(fixtures("vqa").glob("vqa_cases_*.json")), ids=lambda path: path.stem)
+def test_every_recorded_case_and_aggregate_equals_the_official_evaluator(path: Path) -> None:
+    document = json.loads(path.read_text())
+    scores = score_answers({case["question_id"]: case["prediction"] for case in document["cases"]}, [graded(case) for case in document["cases"]])
+    for digits in (2, 12):
+        wrong = [
+            (case["question_id"], scores.per_question[case["question_id"]], case[f"official_acc_pct_n{digits}"])
+            for case in document["cases"]
+            if round(scores.per_question[case["question_id"]], digits) != case[f"official_acc_pct_n{digits}"]
+        ]
+        assert wrong == []
+        official = document["aggregates"][f"n{digits}"]
+        assert round(scores.overall, digits) == official["overall"]
+        assert {name: round(value, digits) for name, value in scores.per_question_type.items()} == official["perQuestionType"]
+        assert {name: round(value, digits) for name, value in scores.per_answer_type.items()} == official["perAnswerType"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        ("The two dogs!", "2 dogs"),
+        ("none", "0"),
+        ("Dont", "don't"),
+        ("an apple, a day", "apple day"),
+        ("black/white", "black white"),  # no space beside the mark: it becomes one
+        ("black /white", "black white"),
+        ("1,000 (ten)", "1000 10"),  # a comma between digits: all marks go
+        ("5.", "5"),
+        ("5.5", "5.5"),
+        ("a.b", "ab"),
+        ("." * 40, "." * 8),  # the official count of 32
+        ("somebody'd", "somebodyd"),
+        ("y'alld've", "y'all'd've"),
+        ("im", "im"),
+        ("it\u2019s", "it\u2019s"),
+    ],
+)
+def test_normalisation_has_the_official_quirks(answer: str, normal: str) -> None:
+    assert normalize(answer) == normal
+
+
+def test_cleaning_puts_an_answer_on_one_line() -> None:
+    assert clean("\ta\nb ") == "a b"
+
+
+def test_three_other_people_make_an_answer_right() -> None:
+    assert accuracy("a dog", ["dog"] * 4 + ["cat"] * 6) == pytest.approx(100)
+    assert accuracy("dog", ["dog"] * 3 + ["cat"] * 7) == pytest.approx(90)
+    assert accuracy("dog", ["dog"] + ["cat"] * 9) == pytest.approx(30)
+    assert accuracy("bird", ["dog"] + ["cat"] * 9) == 0
+
+
+def test_only_the_normalized_scorer_mends_what_all_people_agree_on() -> None:
+    assert accuracy("Yes!", ["yes"] * 10) == 0
+    assert accuracy("Yes!", ["yes"] * 10, "normalized") == 100
+    assert accuracy("Yes!", ["yes"] * 9 + ["no"]) == 100
+
+
+def test_equal_records_without_an_id_drop_out_together() -> None:
+    answers = ["dog"] * 4 + ["cat"] * 6
+    marked = question(answers, marks=("yes",) * 10)
+    # Each "dog" leaves no other "dog" record; each "cat" leaves all four.
+    assert score_answers({1: "dog"}, [marked]).overall == pytest.approx(60)
+    assert score_answers({1: "dog"}, [question(answers)]).overall == pytest.approx(100)
+
+
+def test_figures_name_their_scorer() -> None:
+    assert "official (equal to GT-Vision-Lab/VQA a013f004)" in score_answers({1: "x"}, [question(["x"] * 10)]).scorer
+    assert "normalized" in score_answers({1: "x"}, [question(["x"] * 10)], "normalized").scorer
+
+
+def test_types_are_scored_apart() -> None:
+    questions = [
+        question(["x"] * 10, question_id=1, question_type="what", answer_type="other"),
+        question(["y"] * 10, question_id=2, question_type="is", answer_type="yes/no"),
+        question(["y"] * 10, question_id="3", question_type="is", answer_type="yes/no"),
+    ]
+    scores = score_answers({1: "x", 2: "y", "3": "n"}, questions)
+    assert scores.per_question_type == {"what": 100, "is": 50}
+    assert scores.per_answer_type == {"other": 100, "yes/no": 50}
+    assert scores.per_question == {1: 100, 2: 100, "3": 0}
+
+
+@pytest.mark.parametrize(
+    ("predictions", "questions", "message"),
+    [
+        ({1: "a"}, [], "there are no questions"),
+        ({1: "a"}, [question(["a"]), question(["a"])], "1 of 2 questions repeat"),
+        ({1: "a"}, [question(["a"]), question(["a"], question_id=2)], r"1 questions have no predicted answer \(first: \[2\]\)"),
+        ({1: "a", 5: "b"}, [question(["a"])], r"1 predicted answers belong to no question \(first: \[5\]\)"),
+        ({1: "a"}, [question([])], "1 questions have no human answers"),
+    ],
+)
+def test_predictions_that_do_not_fit_are_named(predictions: dict[int, str], questions: list[GradedQuestion], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        score_answers(predictions, questions)
+
+
+def test_an_unknown_scorer_and_missing_marks_are_named() -> None:
+    with pytest.raises(ConfigError, match="no VQA scorer 'best'; expected one of official, normalized"):
+        accuracy("a", ["a"], "best")
+    with pytest.raises(ConfigError, match="question 1 has 1 marks for 2 answers"):
+        question(["a", "b"], marks=("yes",))
+
+
+@given(st.text(), st.lists(st.text(), min_size=1, max_size=10), st.randoms())
+def test_the_order_of_answers_changes_no_figure_and_no_text_fails(prediction: str, answers: list[str], random: Any) -> None:
+    shuffled = random.sample(answers, len(answers))
+    for scorer in ("official", "normalized"):
+        assert accuracy(prediction, answers, scorer) == pytest.approx(accuracy(prediction, shuffled, scorer), abs=1e-9)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=20), st.randoms())
+def test_the_order_of_questions_changes_no_figure(predictions: list[str], random: Any) -> None:
+    questions = [question(["a"] * 4 + ["b"] * 6, question_id=i, answer_type="xy"[i % 2]) for i in range(len(predictions))]
+    given_answers = dict(enumerate(predictions))
+    first, second = score_answers(given_answers, questions), score_answers(given_answers, random.sample(questions, len(questions)))
+    assert first.overall == pytest.approx(second.overall, abs=1e-9)
+    assert first.per_answer_type == pytest.approx(second.per_answer_type, abs=1e-9)
