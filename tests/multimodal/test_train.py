@@ -260,38 +260,3 @@ def test_gradients_are_clipped_to_the_norm_that_was_asked_for(tmp_path: Path) ->
     assert min(free) > 0.1
     assert norms(0.1) == pytest.approx([0.1, 0.1], rel=1e-3)
     assert norms(1e6)[0] == pytest.approx(free[0], rel=1e-6)
-
-
-def test_warm_up_and_cosine_by_hand() -> None:
-    settings = TrainSettings(warmup=0.2, final_rate=0.1)
-    assert [round(settings.rate(step, 10), 4) for step in (0, 1, 2, 6)] == [0.3333, 0.6667, 1.0, 0.55]
-    assert 0.1 < settings.rate(9, 10) < 0.15
-    assert TrainSettings(warmup=0.0).rate(0, 10) == 1.0
-
-
-def test_the_number_of_steps_reads_every_picture_as_often_as_asked() -> None:
-    assert TrainSettings(epochs=2, batch_size=4).n_steps(10, world=1) == 5
-    assert TrainSettings(epochs=1, batch_size=4).n_steps(10, world=1) == 3
-    assert TrainSettings(epochs=2, batch_size=2, accumulation=2).n_steps(10, world=5) == 1
-    assert TrainSettings(epochs=0.5, batch_size=1).n_steps(10, world=1) == 5
-    assert TrainSettings(epochs=3, steps=7).n_steps(10, world=1) == 7
-
-
-WRONG: list[tuple[dict[str, Any], str]] = [
-    *(({name: 0}, f"train.{name} is 0: give 1 or more") for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every")),
-    *(({name: -1}, f"train.{name} is -1: give 0 or more") for name in ("steps", "weight_decay", "clip", "workers", "bad_samples", "seed")),
-    ({"seed": 10**13}, "train.seed is 10000000000000: give at most 1099511627776"),
-    ({"epochs": 0}, "train.epochs is 0 and train.steps 0: give a positive number of one of them"),
-    ({"learning_rate": 0.0}, "train.learning_rate is 0.0"),
-    ({"learning_rates": {"bridge": -1.0}}, "give positive rates"),
-    ({"warmup": 1.0}, "train.warmup is 1.0 and train.final_rate 0.0: both are shares between 0 and 1"),
-    ({"final_rate": 1.5}, "train.final_rate 1.5"),
-    ({"betas": (0.9, 1.0)}, r"train.betas is \(0.9, 1.0\): both are from 0 to below 1"),
-    ({"learning_rate": float("nan")}, "train.learning_rate is nan"),
-]
-
-
-@pytest.mark.parametrize(("fields", "message"), WRONG, ids=[next(iter(fields)) for fields, _ in WRONG])
-def test_settings_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        TrainSettings(**fields)
