@@ -11,6 +11,7 @@ from adalink.errors import DataError
 from tasks.metrics.bleu import BleuSums, bleu, bleu_sums
 from tasks.metrics.cider import cider
 from tasks.metrics.ngrams import MAX_N, Corpus, Floats, count_ngrams, cut_at_spaces
+from tasks.metrics.offenders import refuse
 from tasks.metrics.ptb import tokenize
 from tasks.metrics.rouge import rouge_l
 
@@ -75,8 +76,7 @@ def same_images(hypotheses: Mapping[int, str], references: Mapping[int, Sequence
     missing = [image for image in references if image not in hypotheses]
     unknown = [image for image in hypotheses if image not in references]
     bare = [image for image in references if not references[image]]
-    wrong = ((missing, "have no generated caption"), (unknown, "have no references"), (bare, "have an empty list of references"))
-    for images, what in wrong:
-        if images:
-            raise DataError(f"{len(images)} images {what} (first: {images[:5]}); expected both for the same images")
+    refuse(missing, "images have no generated caption", "expected one for every image with references")
+    refuse(unknown, "images have no references", "expected captions of the images with references alone")
+    refuse(bare, "images have an empty list of references", "expected at least one for each")
     return list(references)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
 
 from adalink.errors import ConfigError, DataError
+from tasks.metrics.offenders import refuse, refuse_repeated
 from tasks.metrics.vqa_words import clean, normalize
 
 __all__ = ["VQA_SCORERS", "AnswerScores", "GradedQuestion", "Predictions", "QuestionId", "VqaScorer", "score_answers"]
@@ -112,14 +113,9 @@ def _check(predictions: Mapping[QuestionId, str], questions: Sequence[GradedQues
         raise ConfigError(f"there is no VQA scorer {scorer!r}; expected one of {', '.join(VQA_SCORERS)}")
     if not questions:
         raise DataError("there are no questions to score; expected at least one")
-    known = {question.question_id for question in questions}
-    if len(known) < len(questions):
-        raise DataError(f"{len(questions) - len(known)} of {len(questions)} questions repeat a question id; expected each id once")
-    wrong = (
-        ([name for name in known if name not in predictions], "questions have no predicted answer"),
-        ([name for name in predictions if name not in known], "predicted answers belong to no question"),
-        ([question.question_id for question in questions if not question.answers], "questions have no human answers to score against"),
-    )
-    for names, what in wrong:
-        if names:
-            raise DataError(f"{len(names)} {what} (first: {names[:5]}); expected both for the same questions")
+    known = {question.question_id: None for question in questions}
+    refuse_repeated((question.question_id for question in questions), "question ids stand more than once")
+    refuse([name for name in known if name not in predictions], "questions have no predicted answer", "expected one for every question")
+    refuse([name for name in predictions if name not in known], "predicted answers belong to no question", "expected those of these questions alone")
+    bare = [question.question_id for question in questions if not question.answers]
+    refuse(bare, "questions have no human answers to score against", "is it a test split?")

@@ -120,9 +120,9 @@ def test_types_are_scored_apart() -> None:
     ("predictions", "questions", "message"),
     [
         ({1: "a"}, [], "there are no questions"),
-        ({1: "a"}, [question(["a"]), question(["a"])], "1 of 2 questions repeat"),
-        ({1: "a"}, [question(["a"]), question(["a"], question_id=2)], r"1 questions have no predicted answer \(first: \[2\]\)"),
-        ({1: "a", 5: "b"}, [question(["a"])], r"1 predicted answers belong to no question \(first: \[5\]\)"),
+        ({1: "a"}, [question(["a"]), question(["a"])], r"1 question ids stand more than once \(first: 1\)"),
+        ({1: "a"}, [question(["a"]), question(["a"], question_id=2)], r"1 questions have no predicted answer \(first: 2\)"),
+        ({1: "a", 5: "b"}, [question(["a"])], r"1 predicted answers belong to no question \(first: 5\)"),
         ({1: "a"}, [question([])], "1 questions have no human answers"),
     ],
 )
