@@ -58,7 +58,7 @@ def _clipped(table: NgramCounts, image: Ints, n_images: int) -> Ints:
     return np.bincount(keys // width, np.minimum(counts, most), n_images).astype(np.int64)
 
 
-def bleu(correct: Ints, guess: Ints, length: Ints, reference_length: Ints) -> Floats:
+def bleu(correct: Ints | Floats, guess: Ints | Floats, length: Ints | Floats, reference_length: Ints | Floats) -> Floats:
     """float64[..., 4]: BLEU-1 .. 4 from sums of any shape: [..., 4] for the first two, [...] for the lengths."""
     precision = (correct + _TINY) / (guess + _SMALL)
     score = np.cumprod(precision, axis=-1) ** (1 / np.arange(1, MAX_N + 1))

@@ -1,0 +1,180 @@
+"""Questions with people's answers, and predicted answers, in the formats of the common VQA data sets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from adalink.errors import DataError
+from tasks.annotation_files import Rows, integer, read_annotation_file, text
+from tasks.metrics.documents import Row, read_document, rows_of
+from tasks.metrics.offenders import refuse, refuse_repeated
+from tasks.metrics.vqa import GradedQuestion, QuestionId
+
+__all__ = ["check_questions", "read_answer_results", "read_graded_questions"]
+
+_RESULT = '{"question_id": 42, "answer": "yes"}'
+_KNOWN = (
+    "an object with the list 'annotations' (VQAv2, OK-VQA) or 'data' (TextVQA), a list with 'direct_answers' (A-OKVQA) or 'image' and "
+    "'answers' (VizWiz), an object of questions by id (GQA), or a text file of questions and answers in turn (DAQUAR)"
+)
+# One person's answer stands for ten: with them all equal, the official accuracy is 100 for the very same string and 0 for any other.
+_PEOPLE = 10
+
+
+def read_graded_questions(path: Path) -> list[GradedQuestion]:
+    """The questions of an annotation file with people's answers, raw and in the file's order.
+
+    VQAv2, OK-VQA   an object with the list `annotations`; types as they stand
+    TextVQA         an object with the list `data`
+    A-OKVQA         a list with `direct_answers`; ids are texts
+    VizWiz          a list with `image` and `answers`; the picture's name is the id, and answers have no id of their own
+    GQA             an object of questions by id with one `answer`; the types are the structural and the semantic one
+    DAQUAR          a text file (.txt), a question and its answer in turn; the id is the question's number, from 1
+
+    Raises DataError on a file that is missing or of another shape, on repeated ids, and on questions without an answer.
+    """
+    questions = _daquar(path) if path.suffix == ".txt" else _graded(path, read_document(path))
+    refuse_repeated((question.question_id for question in questions), f"question ids stand more than once in {path}")
+    bare = [question.question_id for question in questions if not question.answers]
+    refuse(bare, f"questions of {path} have no answers", "expected people's answers; is it a test split?")
+    return questions
+
+
+def read_answer_results(path: Path) -> dict[QuestionId, str]:
+    """Question id -> predicted answer.
+
+    The official result file is a list of question_id and answer; GQA's is one of questionId and prediction, VizWiz's of image and answer,
+    A-OKVQA's an object of direct_answer by id.
+
+    Raises DataError on a file that is missing or of another shape, and on questions with two answers.
+    """
+    document = read_document(path)
+    if isinstance(document, dict):
+        rows = ((f"{path}: {name!r}", name, row) for name, row in document.items())
+        pairs: list[tuple[QuestionId, str]] = [(name, text(_object(row, where), "direct_answer", where)) for where, name, row in rows]
+    else:
+        pairs = [_predicted(row, where) for where, row in rows_of(path, document, _RESULT)]
+    refuse_repeated((name for name, _ in pairs), f"questions have more than one answer in {path}")
+    return dict(pairs)
+
+
+def check_questions(ids: Iterable[QuestionId], others: Iterable[QuestionId], path: Path, other_path: Path) -> None:
+    """Raises DataError where two files are not about exactly the same questions."""
+    first, second = dict.fromkeys(ids), dict.fromkeys(others)
+    unknown = [name for name in first if name not in second]
+    missing = [name for name in second if name not in first]
+    advice = f"{len(unknown)} of {len(first)} questions there are unknown, {len(missing)} of {len(second)} are missing: are both files of one split?"
+    refuse(unknown, f"questions of {path} are not in {other_path}", advice)
+    refuse(missing, f"questions of {other_path} are not in {path}", advice)
+
+
+def _graded(path: Path, document: object) -> list[GradedQuestion]:
+    if isinstance(document, dict):
+        for key, read in (("annotations", _vqa), ("data", _textvqa)):
+            if key in document:
+                _, (rows,) = read_annotation_file(path, key)
+                return [read(row, where) for where, row in rows]
+        if document and all(isinstance(row, dict) and "answer" in row for row in document.values()):
+            return [_gqa(name, row, f"{path}: {name!r}") for name, row in document.items()]
+    if isinstance(document, list) and document and isinstance(document[0], dict):
+        read = _aokvqa if "direct_answers" in document[0] else _vizwiz
+        return [read(row, where) for where, row in Rows(str(path), document)]
+    raise DataError(f"{path} has none of the known formats of questions with answers; expected {_KNOWN}")
+
+
+def _vqa(row: Row, where: str) -> GradedQuestion:
+    records = _list(row, "answers", where)
+    return GradedQuestion(
+        question_id=integer(row, "question_id", where),
+        answers=_answers(records, where),
+        marks=_marks(records),
+        question_type=_optional(row, "question_type", where),
+        answer_type=_optional(row, "answer_type", where),
+    )
+
+
+def _textvqa(row: Row, where: str) -> GradedQuestion:
+    return GradedQuestion(question_id=integer(row, "question_id", where), answers=_texts(row, "answers", where))
+
+
+def _aokvqa(row: Row, where: str) -> GradedQuestion:
+    return GradedQuestion(question_id=text(row, "question_id", where), answers=_texts(row, "direct_answers", where))
+
+
+def _vizwiz(row: Row, where: str) -> GradedQuestion:
+    records = _list(row, "answers", where)
+    return GradedQuestion(
+        question_id=text(row, "image", where),
+        answers=_answers(records, where),
+        marks=_marks(records),
+        answer_type=_optional(row, "answer_type", where),
+    )
+
+
+def _gqa(name: str, row: Row, where: str) -> GradedQuestion:
+    types = _object(row.get("types", {}), f"{where}: 'types'")
+    return GradedQuestion(
+        question_id=name,
+        answers=(text(row, "answer", where),) * _PEOPLE,
+        question_type=_optional(types, "structural", where),
+        answer_type=_optional(types, "semantic", where),
+    )
+
+
+def _daquar(path: Path) -> list[GradedQuestion]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"the file {path} cannot be read: {error}; expected a text file of questions and answers in turn") from error
+    if not lines or len(lines) % 2:
+        raise DataError(f"{path} has {len(lines)} lines that are not empty; expected a question and its answer in turn")
+    return [GradedQuestion(question_id=number, answers=(answer,) * _PEOPLE) for number, answer in enumerate(lines[1::2], start=1)]
+
+
+def _answers(records: Sequence[object], where: str) -> tuple[str, ...]:
+    named = ((f"{where}.answers[{index}]", record) for index, record in enumerate(records))
+    return tuple(sys.intern(text(_object(record, name), "answer", name)) for name, record in named)
+
+
+def _marks(records: Sequence[object]) -> tuple[str, ...]:
+    """What else each record holds, where two records could be equal: the official script compares whole records."""
+    if all(isinstance(record, dict) and "answer_id" in record for record in records):
+        ids = [str(record["answer_id"]) for record in records if isinstance(record, dict)]
+        if len(set(ids)) == len(ids):
+            return ()
+    rest = [{key: value for key, value in _object(record, "").items() if key != "answer"} for record in records]
+    return tuple(json.dumps(fields, sort_keys=True) for fields in rest)
+
+
+def _predicted(row: Row, where: str) -> tuple[QuestionId, str]:
+    id_name = next((name for name in ("question_id", "questionId", "image") if name in row), "question_id")
+    name = row.get(id_name)
+    key: QuestionId = name if isinstance(name, str) else integer(row, id_name, where)
+    return key, text(row, "prediction" if "prediction" in row and "answer" not in row else "answer", where)
+
+
+def _texts(row: Row, key: str, where: str) -> tuple[str, ...]:
+    found = _list(row, key, where)
+    if wrong := [index for index, answer in enumerate(found) if not isinstance(answer, str)]:
+        raise DataError(f"{where}.{key}[{wrong[0]}] is {str(found[wrong[0]])[:60]!r}; expected a text")
+    return tuple(map(str, found))
+
+
+def _list(row: Row, key: str, where: str) -> Sequence[object]:
+    found = row.get(key)
+    if not isinstance(found, list):
+        raise DataError(f"{where} has no list {key!r}; expected people's answers there (a test split has none)")
+    return found
+
+
+def _object(value: object, where: str) -> Mapping[str, object]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is {str(value)[:60]!r}; expected an object with named fields")
+    return value
+
+
+def _optional(row: Row, key: str, where: str) -> str:
+    return sys.intern(text(row, key, where)) if isinstance(row.get(key), str) else ""

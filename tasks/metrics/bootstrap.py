@@ -1,0 +1,127 @@
+"""Bootstrap intervals of corpus figures: how far a figure would move with another draw of items from the same source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adalink.errors import ConfigError, DataError
+from tasks.metrics.bleu import bleu
+from tasks.metrics.captions import CaptionScores
+from tasks.metrics.ngrams import Floats
+from tasks.metrics.vqa import AnswerScores, GradedQuestion
+
+__all__ = ["Figures", "Interval", "Resampling", "answer_figures", "caption_figures", "intervals", "paired_intervals"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampling:
+    """How intervals are found."""
+
+    n_resamples: int = 1000  # 0: no intervals
+    level: float = 0.95  # share of resamples inside the interval
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.n_resamples < 0:
+            raise ConfigError(f"the number of resamples is {self.n_resamples}; give 0 (no intervals) or more")
+        if not 0 < self.level < 1:
+            raise ConfigError(f"the level of the intervals is {self.level}; give a share between 0 and 1, such as 0.95")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """The percentile interval of a figure, in the figure's unit."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Figures of a corpus as a function of how often each item counts.
+
+    names    of the figures
+    items    how many items the corpus has
+    of       float64[items] -> float64[names]: with all ones, the corpus figures; NaN where nothing of a kind is drawn
+    """
+
+    names: tuple[str, ...]
+    items: int
+    of: Callable[[Floats], Floats]
+
+
+def caption_figures(scores: CaptionScores) -> Figures:
+    """BLEU-1 .. 4, ROUGE-L and CIDEr of resampled images, from sums over images.
+
+    CIDEr's document frequencies stay those of the whole corpus: an image's score is what it is, and only the draw of images varies.
+    """
+    sums = scores.bleu
+    means = [[row["ROUGE_L"], row["CIDEr"]] for row in scores.per_image.values()]
+    table = np.hstack([sums.correct, sums.guess, sums.length[:, None], sums.reference_length[:, None], np.array(means)]).astype(np.float64)
+
+    def of(weights: Floats) -> Floats:
+        total = weights @ table
+        return np.concatenate([bleu(total[:4], total[4:8], total[8], total[9]), total[10:] / weights.sum()])
+
+    return Figures(names=("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"), items=len(table), of=of)
+
+
+def answer_figures(scores: AnswerScores, questions: Sequence[GradedQuestion]) -> Figures:
+    """Accuracy overall, by answer type and by question type, of resampled questions, in percent."""
+    accuracy = np.array([scores.per_question[question.question_id] for question in questions])
+    kinds = [question.answer_type for question in questions], [question.question_type for question in questions]
+    listed = list(scores.per_answer_type), list(scores.per_question_type)
+    places = [np.array(list(map({name: i for i, name in enumerate(names)}.__getitem__, kind))) for kind, names in zip(kinds, listed, strict=True)]
+
+    def of(weights: Floats) -> Floats:
+        weighted = weights * accuracy
+        found = [np.array([weighted.sum() / weights.sum()])]
+        for place, names in zip(places, listed, strict=True):
+            counts = np.bincount(place, weights, len(names))
+            sums = np.bincount(place, weighted, len(names))
+            found.append(np.divide(sums, counts, out=np.full(len(names), np.nan), where=counts > 0))
+        return np.concatenate(found)
+
+    names = ("overall", *(f"answer type: {name}" for name in listed[0]), *(f"question type: {name}" for name in listed[1]))
+    return Figures(names=names, items=len(questions), of=of)
+
+
+def intervals(figures: Figures, settings: Resampling) -> dict[str, Interval]:
+    """The interval of each figure; none with no resamples."""
+    return _percentiles(figures.names, [figures.of], figures.items, settings)
+
+
+def paired_intervals(before: Figures, after: Figures, settings: Resampling) -> dict[str, Interval]:
+    """The interval of each difference, after minus before, both of the same items in the same order, drawn together.
+
+    Pairing takes out what makes items easy or hard for both, so it finds differences that two separate intervals would hide.
+    Raises DataError where the two are not of the same figures and items.
+    """
+    if (before.names, before.items) != (after.names, after.items):
+        raise DataError(
+            f"the two runs cannot be paired: {len(before.names)} figures of {before.items} items, and {len(after.names)} of {after.items}; "
+            "expected the same of both"
+        )
+    return _percentiles(before.names, [before.of, after.of], before.items, settings)
+
+
+def _percentiles(
+    names: Sequence[str], of: Sequence[Callable[[Floats], Floats]], n_items: int, settings: Resampling
+) -> dict[str, Interval]:
+    """Of the last function's figures, less the first's where there are two."""
+    if settings.n_resamples == 0:
+        return {}
+    generator = np.random.default_rng(settings.seed)
+    drawn = np.empty((settings.n_resamples, len(names)))
+    for row in drawn:
+        weights = np.bincount(generator.integers(0, n_items, n_items), minlength=n_items).astype(np.float64)
+        row[:] = of[-1](weights)
+        if len(of) > 1:
+            row -= of[0](weights)
+    outside = 50 * (1 - settings.level)
+    low, high = np.nanpercentile(drawn, [outside, 100 - outside], axis=0)
+    return {name: Interval(low=float(a), high=float(b)) for name, a, b in zip(names, low, high, strict=True)}
