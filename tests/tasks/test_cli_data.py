@@ -215,9 +215,9 @@ def test_the_data_of_another_task_is_refused(whole: Files, tmp_path: Path) -> No
 
 def test_a_text_and_its_answer_beyond_the_positions_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    sentence = refused(train("captioning", out, "--generation.max_new_tokens", "250", "--data.val.scenes", "val/11", "--train.bad_samples", "9"))
+    sentence = refused(train("captioning", out, "--generation.max_new_tokens", "510", "--data.val.scenes", "val/11", "--train.bad_samples", "9"))
     assert sentence.startswith("11 bad samples, and at most 9 are allowed: 11 text too long")
-    sentence = refused(train("captioning", out, "--methods.prompt.length", "300", "--methods.prompt.init_std", "0.1", "--train.bad_samples", "0"))
+    sentence = refused(train("captioning", out, "--methods.prompt.length", "600", "--methods.prompt.init_std", "0.1", "--train.bad_samples", "0"))
     assert sentence.startswith("4 bad samples, and at most 0 are allowed: 4 text too long")
     assert not out.exists()
     assert SMALL

@@ -36,7 +36,7 @@ def test_a_wrong_command_line_is_one_line_on_stderr_and_exit_code_2(tmp_path: Pa
 
 
 def test_an_error_after_the_models_are_loaded_is_one_line_too_and_leaves_no_folder(tmp_path: Path) -> None:
-    arguments = ("train", "--config", RECIPES["vqa"], "--out", tmp_path / "run", *SMALL, "--methods.prompt", "{length: 300, init_std: 0.1}")
+    arguments = ("train", "--config", RECIPES["vqa"], "--out", tmp_path / "run", *SMALL, "--methods.prompt", "{length: 600, init_std: 0.1}")
     out, err = (process := start(*arguments, "--train.bad_samples", "0")).communicate(timeout=120)
     assert process.returncode == 2
     assert out.startswith("trained: ")
