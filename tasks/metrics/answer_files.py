@@ -13,7 +13,7 @@ from tasks.metrics.documents import Row, read_document, rows_of
 from tasks.metrics.offenders import refuse, refuse_repeated
 from tasks.metrics.vqa import GradedQuestion, QuestionId
 
-__all__ = ["check_questions", "read_answer_results", "read_graded_questions"]
+__all__ = ["check_questions", "read_answer_results", "read_graded_questions", "read_question_ids"]
 
 _RESULT = '{"question_id": 42, "answer": "yes"}'
 _KNOWN = (
@@ -59,6 +59,17 @@ def read_answer_results(path: Path) -> dict[QuestionId, str]:
         pairs = [_predicted(row, where) for where, row in rows_of(path, document, _RESULT)]
     refuse_repeated((name for name, _ in pairs), f"questions have more than one answer in {path}")
     return dict(pairs)
+
+
+def read_question_ids(path: Path) -> list[QuestionId]:
+    """The ids of a questions file of VQAv2's format, in the file's order.
+
+    Raises DataError on a file that is missing or of another shape, and on repeated ids.
+    """
+    _, (rows,) = read_annotation_file(path, "questions")
+    ids: list[QuestionId] = [integer(row, "question_id", where) for where, row in rows]
+    refuse_repeated(ids, f"question ids stand more than once in {path}")
+    return ids
 
 
 def check_questions(ids: Iterable[QuestionId], others: Iterable[QuestionId], path: Path, other_path: Path) -> None:

@@ -11,7 +11,7 @@ from adalink.errors import ConfigError, DataError
 from tasks.metrics.bleu import bleu
 from tasks.metrics.captions import CaptionScores
 from tasks.metrics.ngrams import Floats
-from tasks.metrics.vqa import AnswerScores, GradedQuestion
+from tasks.metrics.vqa import AnswerScores, GradedQuestion, named_accuracies
 
 __all__ = ["Figures", "Interval", "Resampling", "answer_figures", "caption_figures", "intervals", "paired_intervals"]
 
@@ -73,21 +73,19 @@ def caption_figures(scores: CaptionScores) -> Figures:
 def answer_figures(scores: AnswerScores, questions: Sequence[GradedQuestion]) -> Figures:
     """Accuracy overall, by answer type and by question type, of resampled questions, in percent."""
     accuracy = np.array([scores.per_question[question.question_id] for question in questions])
-    kinds = [question.answer_type for question in questions], [question.question_type for question in questions]
-    listed = list(scores.per_answer_type), list(scores.per_question_type)
-    places = [np.array(list(map({name: i for i, name in enumerate(names)}.__getitem__, kind))) for kind, names in zip(kinds, listed, strict=True)]
+    kinds = ([question.answer_type for question in questions], [question.question_type for question in questions])
+    named = [(list(by_type), kind) for by_type, kind in zip((scores.per_answer_type, scores.per_question_type), kinds, strict=True)]
+    places = [(len(names), np.array(list(map(names.index, kind)))) for names, kind in named if names != [""]]
 
     def of(weights: Floats) -> Floats:
         weighted = weights * accuracy
         found = [np.array([weighted.sum() / weights.sum()])]
-        for place, names in zip(places, listed, strict=True):
-            counts = np.bincount(place, weights, len(names))
-            sums = np.bincount(place, weighted, len(names))
-            found.append(np.divide(sums, counts, out=np.full(len(names), np.nan), where=counts > 0))
+        for n_names, place in places:
+            counts, sums = np.bincount(place, weights, n_names), np.bincount(place, weighted, n_names)
+            found.append(np.divide(sums, counts, out=np.full(n_names, np.nan), where=counts > 0))
         return np.concatenate(found)
 
-    names = ("overall", *(f"answer type: {name}" for name in listed[0]), *(f"question type: {name}" for name in listed[1]))
-    return Figures(names=names, items=len(questions), of=of)
+    return Figures(names=tuple(named_accuracies(scores)), items=len(questions), of=of)
 
 
 def intervals(figures: Figures, settings: Resampling) -> dict[str, Interval]:

@@ -10,7 +10,7 @@ from adalink.errors import ConfigError, DataError
 from tasks.metrics.offenders import refuse, refuse_repeated
 from tasks.metrics.vqa_words import clean, normalize
 
-__all__ = ["VQA_SCORERS", "AnswerScores", "GradedQuestion", "Predictions", "QuestionId", "VqaScorer", "score_answers"]
+__all__ = ["VQA_SCORERS", "AnswerScores", "GradedQuestion", "Predictions", "QuestionId", "VqaScorer", "named_accuracies", "score_answers"]
 
 VqaScorer: TypeAlias = Literal["official", "normalized"]
 QuestionId: TypeAlias = int | str  # numbers everywhere but in A-OKVQA (strings) and VizWiz (file names)
@@ -54,6 +54,18 @@ class AnswerScores:
     per_answer_type: dict[str, float]
     per_question: dict[QuestionId, float]
     scorer: str
+
+
+def named_accuracies(scores: AnswerScores) -> dict[str, float]:
+    """Every corpus figure by a name that says what it is of: "overall", "answer type: number", "question type: what is the".
+
+    A data set whose questions have no types has the overall figure alone.
+    """
+    figures = {"overall": scores.overall}
+    for kind, by_type in (("answer type", scores.per_answer_type), ("question type", scores.per_question_type)):
+        if set(by_type) != {""}:
+            figures |= {f"{kind}: {name or '(none)'}": value for name, value in by_type.items()}
+    return figures
 
 
 def score_answers(predictions: Predictions, questions: Sequence[GradedQuestion], scorer: VqaScorer = "official") -> AnswerScores:

@@ -1,0 +1,84 @@
+"""Figures with their intervals and scorers, as a table for people and as JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from tasks.metrics.bootstrap import Interval, Resampling
+
+__all__ = ["Figure", "Listing", "aligned", "as_json", "as_table", "software"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One number of a corpus.
+
+    value     in the unit of the official code: a fraction for captions (CIDEr of 10), percent for answers
+    scorer    what computed it, with its version
+    interval  None where none was asked for or none can be found
+    """
+
+    name: str
+    value: float
+    scorer: str
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What a file of results scored.
+
+    source   what was compared with what, for the heading: {"references": "captions_val2014.json", ...}
+    n_items  images or questions
+    """
+
+    source: Mapping[str, str]
+    n_items: int
+    figures: Sequence[Figure]
+    resampling: Resampling
+
+
+def software() -> str:
+    """This package with its version, which stands beside every figure."""
+    try:
+        return f"adalink {version('adalink')}"
+    except PackageNotFoundError:  # run from a folder that was never installed
+        return "adalink (not installed)"
+
+
+def as_table(listing: Listing, unit: str) -> str:
+    """Lines for the screen; the scorers stand above the figures that they made."""
+    lines = [f"{name}: {value}" for name, value in listing.source.items()]
+    lines.append(f"{listing.n_items} {unit}; computed by {software()}")
+    level = f"{100 * listing.resampling.level:g} % interval"
+    for scorer in dict.fromkeys(figure.scorer for figure in listing.figures):
+        rows = [("figure", "value", level)]
+        for figure in listing.figures:
+            if figure.scorer == scorer:
+                between = f"{figure.interval.low:.4f} .. {figure.interval.high:.4f}" if figure.interval else ""
+                rows.append((figure.name, f"{figure.value:.4f}", between))
+        lines += ["", f"scorer: {scorer}", *aligned(rows)]
+    return "\n".join(lines)
+
+
+def as_json(listing: Listing) -> str:
+    """One object: software, source, n_items, resampling, and figures by name, each with value, scorer, and interval (low, high) or null."""
+    figures = {
+        figure.name: {
+            "value": figure.value,
+            "interval": [figure.interval.low, figure.interval.high] if figure.interval else None,
+            "scorer": figure.scorer,
+        }
+        for figure in listing.figures
+    }
+    document = {"software": software(), **listing.source, "n_items": listing.n_items, "resampling": vars(listing.resampling), "figures": figures}
+    return json.dumps(document, indent=2)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines, the first column to the left and the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

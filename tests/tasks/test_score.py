@@ -1,0 +1,164 @@
+"""The commands that score a file: what they print and write, and what they say about files that do not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shared import fixtures
+
+from adalink.errors import ConfigError, DataError
+from tasks.metrics.captions import score_captions
+from tasks.score import score_coco, score_vqa
+
+REFERENCES: dict[str, Any] = {
+    "images": [{"id": 3}, {"id": 7}],
+    "annotations": [
+        {"image_id": 3, "caption": "A dog runs over green grass."},
+        {"image_id": 3, "caption": "a brown dog on grass"},
+        {"image_id": 7, "caption": "Two men look at a red ball."},
+    ],
+}
+RESULTS = [{"image_id": 7, "caption": "two men and a ball"}, {"image_id": 3, "caption": "a dog runs on grass"}]
+ANSWERS = {
+    "annotations": [
+        {"question_id": 1, "question_type": "is it", "answer_type": "yes/no", "answers": [{"answer": "yes", "answer_id": i} for i in range(10)]},
+        {"question_id": 2, "question_type": "what", "answer_type": "other", "answers": [{"answer": "abc"[i % 3], "answer_id": i} for i in range(10)]},
+    ]
+}
+ANSWERED = [{"question_id": 1, "answer": "Yes!"}, {"question_id": 2, "answer": "b"}]
+QUESTIONS = {"questions": [{"question_id": 1, "image_id": 1, "question": "Is it?"}, {"question_id": 2, "image_id": 1, "question": "What?"}]}
+
+Write = Callable[[str, object], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def to(name: str, document: object) -> Path:
+        path = tmp_path / name
+        path.write_text(json.dumps(document))
+        return path
+
+    return to
+
+
+def test_captions_are_scored_into_a_table_that_names_scorer_version_and_files(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    listing = score_coco(references=write("refs.json", REFERENCES), results=write("res.json", RESULTS), resamples=20)
+    printed = capsys.readouterr().out
+    expected = score_captions({row["image_id"]: row["caption"] for row in RESULTS}, {3: [r["caption"] for r in REFERENCES["annotations"][:2]], 7: ["Two men look at a red ball."]})
+    assert {figure.name: figure.value for figure in listing.figures} == expected.corpus
+    assert "scorer: COCO caption evaluation (equal to pycocoevalcap 1.2)" in printed
+    assert "2 images; computed by adalink " in printed
+    assert "res.json" in printed
+    for name, value in expected.corpus.items():
+        assert f"\n{name} " in printed
+        assert f" {value:.4f} " in printed
+    assert "95 % interval" in printed
+
+
+def test_json_holds_every_figure_with_its_scorer_and_interval(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"annotations": write("ann.json", ANSWERS), "results": write("res.json", ANSWERED), "questions": write("q.json", QUESTIONS)}
+    score_vqa(**arguments, json=True, resamples=20)
+    found = json.loads(capsys.readouterr().out)
+    assert found["n_items"] == 2
+    assert found["software"].startswith("adalink ")
+    assert {name: round(figure["value"], 2) for name, figure in found["figures"].items()} == {
+        "overall": 45.0,  # "Yes!" is not "yes" where all agree; "b" is right for three of ten
+        "answer type: yes/no": 0.0,
+        "answer type: other": 90.0,
+        "question type: is it": 0.0,
+        "question type: what": 90.0,
+    }
+    for figure in found["figures"].values():
+        assert figure["scorer"].startswith("VQA accuracy, official")
+        assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
+
+
+def test_the_normalized_scorer_is_named_and_mends_unanimous_answers(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    listing = score_vqa(annotations=write("ann.json", ANSWERS), results=write("res.json", ANSWERED), scorer="normalized", resamples=0)
+    assert listing.figures[0].value == pytest.approx(95)
+    assert "scorer: VQA accuracy, normalized" in capsys.readouterr().out
+
+
+def test_items_are_written_with_their_texts(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score_coco(references=write("refs.json", REFERENCES), results=write("res.json", RESULTS), items=tmp_path / "images.json", resamples=0)
+    images = json.loads((tmp_path / "images.json").read_text())
+    assert [row["image_id"] for row in images] == [3, 7]
+    assert set(images[0]) == {"image_id", "caption", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
+    score_vqa(annotations=write("ann.json", ANSWERS), results=write("a.json", ANSWERED), items=tmp_path / "questions.json", resamples=0)
+    assert json.loads((tmp_path / "questions.json").read_text())[1] == {
+        "question_id": 2,
+        "answer": "b",
+        "accuracy": pytest.approx(90),
+        "answer_type": "other",
+        "question_type": "what",
+    }
+
+
+def test_without_resamples_there_is_no_interval(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    score_coco(references=write("refs.json", REFERENCES), results=write("res.json", RESULTS), resamples=0, json=True)
+    assert {figure["interval"] for figure in json.loads(capsys.readouterr().out)["figures"].values()} == {None}
+    with pytest.raises(ConfigError, match="number of resamples is -1"):
+        score_coco(references=write("refs.json", REFERENCES), results=write("res.json", RESULTS), resamples=-1)
+
+
+def test_a_split_takes_its_references_from_karpathys_file(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    images = [
+        {"split": split, "cocoid": image, "filename": "a.jpg", "sentences": [{"raw": "a dog on grass"}, {"raw": "a cat"}]}
+        for split, image in (("train", 1), ("test", 3), ("test", 7))
+    ]
+    listing = score_coco(references=write("dataset_coco.json", {"images": images}), results=write("res.json", RESULTS), split="test", resamples=0)
+    assert listing.n_items == 2
+    assert "split: test" in capsys.readouterr().out
+
+
+def test_the_recorded_official_files_give_the_official_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = fixtures("vqa")
+    for results in sorted(folder.glob("official_format_*_results.json")):
+        stem = results.name.removesuffix("_results.json")
+        files = {name: folder / f"{stem}_{name}.json" for name in ("questions", "annotations")}
+        listing = score_vqa(**files, results=results, resamples=0)
+        cases = json.loads((folder / f"vqa_cases_{stem.removeprefix('official_format_')}.json").read_text())
+        assert round(listing.figures[0].value, 12) == cases["aggregates"]["n12"]["overall"]
+
+
+DOG = {"image_id": 3, "caption": "a dog"}
+
+
+@pytest.mark.parametrize(
+    ("references", "results", "message"),
+    [
+        (REFERENCES, [DOG], r"1 images of .*refs.json have no caption in .*res.json \(first: 7\); 0 of 1 results .*1 of 2 images have no result"),
+        (REFERENCES, [*RESULTS, {"image_id": 9, "caption": "x"}], r"1 images of .*res.json are not in .*refs.json \(first: 9\); 1 of 3 results"),
+        (REFERENCES, [{"image_id": i, "caption": "x"} for i in range(100, 107)], r"7 images .*\(first: 100, 101, 102, 103, 104, ...\); 7 of 7 .*one split"),
+        (REFERENCES, [*RESULTS, DOG], r"1 images have more than one caption in .*\(first: 3\)"),
+        (REFERENCES, [DOG, {"image_id": 7, "caption": " \n"}], r"1 captions in .* are empty \(first: 7\)"),
+        (REFERENCES, {"a": 1}, r"holds an object with 'a'; expected a list of \{\"image_id\""),
+        (REFERENCES, [{"image_id": "3", "caption": "x"}], r"\[0\]: 'image_id' is '3' \(str\); expected a whole number"),
+        (REFERENCES, [{"image_id": 3}], r"\[0\] has no 'caption'"),
+        ({"images": []}, RESULTS, "has no list 'annotations'; it has 'images'"),
+        ({**REFERENCES, "images": [{"id": 3}]}, RESULTS, r"1 images have captions in .* and are not in its list 'images' \(first: 7\)"),
+        ({**REFERENCES, "images": [{"id": 3}, {"id": 7}, {"id": 8}]}, RESULTS, r"1 images of .* have no caption \(first: 8\)"),
+        ({**REFERENCES, "images": [{"id": 3}, {"id": 3}, {"id": 7}]}, RESULTS, r"1 image ids stand more than once .*\(first: 3\)"),
+    ],
+)
+def test_caption_files_that_do_not_fit_are_named_with_offenders_and_counts(write: Write, references: object, results: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        score_coco(references=write("refs.json", references), results=write("res.json", results), resamples=0)
+
+
+@pytest.mark.parametrize(
+    ("questions", "results", "message"),
+    [
+        (QUESTIONS, ANSWERED[:1], r"1 questions of .*ann.json are not in .*res.json \(first: 2\)"),
+        (QUESTIONS, [*ANSWERED, {"question_id": 5, "answer": "x"}], r"1 questions of .*res.json are not in .*ann.json \(first: 5\)"),
+        ({"questions": QUESTIONS["questions"][:1]}, ANSWERED, r"1 questions of .*ann.json are not in .*q.json \(first: 2\); .*one split"),
+    ],
+)
+def test_answer_files_of_other_questions_are_named(write: Write, questions: object, results: object, message: str) -> None:
+    files = {"annotations": write("ann.json", ANSWERS), "questions": write("q.json", questions), "results": write("res.json", results)}
+    with pytest.raises(DataError, match=message):
+        score_vqa(**files, resamples=0)
