@@ -15,8 +15,7 @@ return the frozen model's output and say nothing.
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,6 +27,7 @@ from adalink.anatomy import Anatomy
 from adalink.edit import EMBEDDING, Adapter, Placement, Port
 from adalink.errors import AttachError
 from adalink.masks import hide_keys
+from adalink.ports import by_port
 from adalink.tokens import TokenMap, Tokens
 
 __all__ = ["Attachment", "attach"]
@@ -45,29 +45,43 @@ class Attachment:
     """Adapters attached to a frozen model. Made by `attach`."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, adapters: tuple[Adapter, ...]) -> None:
-        _refuse_compiled(model)
+        self.model = model
         self.anatomy = anatomy
         self.stack = model.get_submodule(anatomy.stack)
         self.map: TokenMap | None = None
         self.tokens: Tokens | None = None
-        self.at: dict[Port, list[tuple[int, Placement]]] = defaultdict(list)
-        for index, adapter in enumerate(adapters):
-            for placement in adapter.placements:
-                _check_port(self.stack, placement.port)
-                self.at[placement.port].append((index, placement))
+        self.at: Mapping[Port, list[tuple[int, Placement]]] = {}
+        self.served: frozenset[int] = frozenset()
+        self._ports: dict[Port, torch.utils.hooks.RemovableHandle] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._forwards: list[nn.Module] = []  # layers whose forward is wrapped by checkpoint_layers
+        at = by_port(model, self.stack, dict(enumerate(adapters)))
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._modes = [(module, module.training) for module in model.modules()]
         model.requires_grad_(False).eval()
-        self._forwards: list[nn.Module] = []  # layers whose forward is wrapped by checkpoint_layers
-        self._handles = [
+        self._handles += [
             self.stack.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.stack.register_forward_hook(self._leave, always_call=True),
-            *(self._hook(port) for port in self.at),
         ]
+        self._place(at, frozenset(range(len(adapters))))
+
+    def serve(self, adapters: Mapping[int, Adapter]) -> None:
+        """From now on these adapters, each by its row index, in place of those before. Modes, flags and checkpointing stay as they are.
+
+        Token maps made earlier stay right as long as an adapter keeps its index. Raises AttachError before anything has changed.
+        """
+        if not self._handles:
+            raise AttachError("this attachment was detached and serves nothing any more: attach the adapters to the model again")
+        self._place(by_port(self.model, self.stack, adapters), frozenset(adapters))
 
     @contextlib.contextmanager
     def bind(self, token_map: TokenMap) -> Iterator[None]:
-        """Say what the tokens are for every call of the model inside the block."""
+        """Say what the tokens are for every call of the model inside the block. Raises AttachError where a row's adapter is gone."""
+        if token_map.serving is not None and (gone := token_map.serving - self.served):
+            raise AttachError(
+                f"the token map names adapters by the row indices {sorted(gone)}, which are not attached (attached: {sorted(self.served)}): "
+                "an adapter was deleted after the map was made, so make the map again"
+            )
         previous, self.map = self.map, token_map
         try:
             yield
@@ -90,9 +104,9 @@ class Attachment:
 
     def detach(self) -> None:
         """Take everything back: hooks, checkpointing, requires_grad flags and modes are as they were."""
-        for handle in self._handles:
+        for handle in [*self._handles, *self._ports.values()]:
             handle.remove()
-        self._handles = []
+        self._handles, self._ports = [], {}
         for layer in self._forwards:
             del layer.forward
         self._forwards = []
@@ -108,6 +122,15 @@ class Attachment:
             yield
         finally:
             self.tokens = previous
+
+    def _place(self, at: Mapping[Port, list[tuple[int, Placement]]], served: frozenset[int]) -> None:
+        """Hooks at these ports and no others; a hook that stays keeps its place among the hooks of its module."""
+        for port in self._ports.keys() - at.keys():
+            self._ports.pop(port).remove()
+        self.at, self.served = at, served
+        for port in at:
+            if port not in self._ports:
+                self._ports[port] = self._hook(port)
 
     def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.map is None:
@@ -138,7 +161,7 @@ class Attachment:
                 "or non-reentrant checkpointing with context_fn=attachment.checkpoint_contexts"
             )
         for index, placement in self.at[port]:
-            if tokens.present.isdisjoint(placement.domains):
+            if tokens.present.isdisjoint(placement.domains) or (tokens.serving is not None and index not in tokens.serving):
                 continue
             mask = tokens.select(placement.domains, index)
             rows = h.reshape(*mask.shape[:2], -1)  # OPT flattens [B, T] before its feed-forward
@@ -190,19 +213,3 @@ def _in_its_dtype(edit: nn.Module, h: Tensor, tokens: Tokens, x: Tensor) -> Tens
     dtype = next((p.dtype for p in edit.parameters()), h.dtype)
     result: Tensor = edit(h.to(dtype), tokens, x.to(dtype))
     return result.to(h.dtype)
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
-        raise AttachError("the model is already compiled, and a compiled model never sees edits attached later: attach first, then compile")
-
-
-def _check_port(stack: nn.Module, port: Port) -> None:
-    if port.module in dict(stack.named_modules()):
-        return
-    last = port.module.rsplit(".", 1)[-1]
-    near = [name for name, _ in stack.named_modules() if name.endswith(last)]
-    raise AttachError(
-        f"port '{port.module}' is not in this model; names ending in {last}: {', '.join(near[:4]) or 'none'}"
-        + (f" and {len(near) - 4} more" if len(near) > 4 else "")
-    )

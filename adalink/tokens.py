@@ -51,6 +51,7 @@ class Tokens:
     present: frozenset[int]
     inputs: Mapping[str, Tensor]
     selected: dict[tuple[tuple[int, ...], int], Tensor] = field(default_factory=dict, repr=False)  # memo of select()
+    serving: frozenset[int] | None = None  # the adapters that serve a row, known without reading a tensor; None where it is not known
 
     def select(self, domains: tuple[int, ...], adapter: int) -> Tensor:
         """bool [B, T, 1]: the tokens in one of `domains`, on rows served by `adapter`."""
@@ -69,6 +70,7 @@ class TokenMap:
     inputs     name -> [B, ...], for instance `image`: the features [B, N, Dv] of the pictures
     generated  domain of every token after the prompt
     present    the domains that can occur in the prompt; an edit for any other is not run
+    serving    the adapters that occur in `row`; an edit of any other is not run. None: every attached one is
     """
 
     domain: Tensor
@@ -76,6 +78,7 @@ class TokenMap:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     generated: int = ANSWER
     present: frozenset[int] = frozenset(range(N_DOMAINS))
+    serving: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         """Check the shapes once, where the map is made."""
@@ -128,4 +131,5 @@ class TokenMap:
             keys=repeated(nn.functional.pad(domain, (0, visible - end), value=PAD)),
             present=(self.present if in_prompt else frozenset()) | (frozenset({self.generated}) if n_new else frozenset()),
             inputs={name: repeated(value) for name, value in self.inputs.items()} if in_prompt else {},
+            serving=self.serving,
         )

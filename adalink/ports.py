@@ -1,0 +1,40 @@
+"""The placements of attached adapters by their ports, checked against the model before anything is hooked."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from torch import nn
+
+from adalink.edit import Adapter, Placement, Port
+from adalink.errors import AttachError
+
+__all__ = ["by_port"]
+
+
+def by_port(model: nn.Module, stack: nn.Module, adapters: Mapping[int, Adapter]) -> dict[Port, list[tuple[int, Placement]]]:
+    """The placements at each port, with the row index of their adapter. Raises AttachError; changes nothing."""
+    _refuse_compiled(model)
+    at: dict[Port, list[tuple[int, Placement]]] = defaultdict(list)
+    for index, adapter in adapters.items():
+        for placement in adapter.placements:
+            _check_port(stack, placement.port)
+            at[placement.port].append((index, placement))
+    return dict(at)
+
+
+def _check_port(stack: nn.Module, port: Port) -> None:
+    if port.module in dict(stack.named_modules()):
+        return
+    last = port.module.rsplit(".", 1)[-1]
+    near = [name for name, _ in stack.named_modules() if name.endswith(last)]
+    raise AttachError(
+        f"port '{port.module}' is not in this model; names ending in {last}: {', '.join(near[:4]) or 'none'}"
+        + (f" and {len(near) - 4} more" if len(near) > 4 else "")
+    )
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
+        raise AttachError("the model is already compiled, and a compiled model never sees edits attached later: attach first, then compile")
