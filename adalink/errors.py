@@ -5,7 +5,8 @@
     |- DataError         a file, column or sample that cannot be read or does not fit
     |  `- BudgetError    more bad samples than the budget allows
     |- AttachError       a port, layer or linear that the frozen model does not have, or a model that cannot be edited
-    `- CheckpointError   an adapter file that is damaged, or made for another base
+    |- CheckpointError   an adapter file that is damaged, or made for another base
+    `- TerminatedError   the process was asked to end (SIGTERM), and has saved what it did; the command line exits with 143
 
 Every message is one sentence that says what is wrong, what was found, what was expected and what to do. The command line prints
 it and exits with code 2; nothing else is printed for these.
@@ -34,3 +35,7 @@ class AttachError(AdalinkError):
 
 class CheckpointError(AdalinkError):
     """An adapter file that is damaged, or made for another base."""
+
+
+class TerminatedError(AdalinkError):
+    """The process was asked to end (SIGTERM), and has saved what it did."""

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from adalink.errors import DataError
+from adalink.errors import CheckpointError, DataError
 from multimodal.bad_samples import BadSample
 from multimodal.batch import Batch, collate
 from multimodal.encode import Row, RowEncoder, TextTooLong
 from multimodal.images import BadImage, decode_image
-from multimodal.order import SampleOrder
+from multimodal.mixing import fingerprint_of, order_of
+from multimodal.order import Order
 from multimodal.packing import Arrange
 from multimodal.sample import Sample, SampleSource
 from multimodal.shards import DamagedSample
 from multimodal.template import Text
 
-__all__ = ["Loaded", "Texts", "train_loader"]
+__all__ = ["Loaded", "Texts", "TrainLoader", "dead_workers_told", "train_loader"]
 
 Texts = Callable[[Sample, random.Random], Sequence[Text]]
 """What a task learns from a sample; it may draw from the generator, which is a function of seed and position."""
@@ -33,6 +36,11 @@ Preprocess = Callable[[Image.Image], Tensor]
 
 class Kept(Protocol):
     """Features that are kept, by sample index."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one picture's features."""
+        ...
 
     def __getitem__(self, index: int) -> Tensor | BadSample: ...
 
@@ -58,14 +66,15 @@ class _Positions(Dataset["_Item | BadSample"]):
     def __init__(
         self,
         source: SampleSource,
-        order: SampleOrder,
+        order: Order,
+        seed: int,
         texts: Texts,
         encoder: RowEncoder,
         arrange: Arrange,
         preprocess: Preprocess,
         patches: Kept | None,
     ) -> None:
-        self.source, self.order, self.texts, self.encoder = source, order, texts, encoder
+        self.source, self.order, self.seed, self.texts, self.encoder = source, order, seed, texts, encoder
         self.arrange, self.preprocess, self.patches = arrange, preprocess, patches
 
     def __getitem__(self, position: int) -> _Item | BadSample:
@@ -74,11 +83,11 @@ class _Positions(Dataset["_Item | BadSample"]):
             sample = self.source[index]
         except DamagedSample as error:
             return error.bad
-        texts = self.texts(sample, random.Random(self.order.seed * 1_000_003 + position))
+        texts = self.texts(sample, random.Random(self.seed * 1_000_003 + position))
         if not texts:
             return BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from")
         try:
-            rows = tuple(self.arrange([self.encoder.row(text) for text in texts]))
+            rows = self.rows(texts)
             if self.patches is None:
                 return _Item(sample.key, self.preprocess(decode_image(sample.image)), rows)
             kept = self.patches[index]
@@ -90,20 +99,24 @@ class _Positions(Dataset["_Item | BadSample"]):
         except DataError as error:
             return BadSample(key=sample.key, reason="unreadable", detail=str(error))
 
+    def rows(self, texts: Sequence[Text]) -> tuple[Row, ...]:
+        """The rows of one picture; raises TextTooLong."""
+        return tuple(self.arrange([self.encoder.row(text) for text in texts]))
+
 
 class _StepSampler(Sampler[list[int]]):
-    """The positions of each step of one rank, from a step on: rank r of W reads every step's r-th part of the global batch."""
+    """The positions of each step of one rank, from a position on: rank r of W reads every step's r-th part of the global batch."""
 
-    def __init__(self, first: int, last: int, batch_size: int, rank: int, world: int) -> None:
-        self.first, self.last, self.batch_size, self.rank, self.world = first, last, batch_size, rank, world
+    def __init__(self, first: int, steps: int, batch_size: int, rank: int, world: int) -> None:
+        self.first, self.steps, self.batch_size, self.rank, self.world = first, steps, batch_size, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first, self.last):
-            start = (step * self.world + self.rank) * self.batch_size
+        for step in range(self.steps):
+            start = self.first + (step * self.world + self.rank) * self.batch_size
             yield list(range(start, start + self.batch_size))
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return self.steps
 
 
 class _Collate:
@@ -121,6 +134,61 @@ class _Collate:
         return Loaded(collate(rows, image, pictures, kind=self.kind, side="right", pad_id=self.pad_id, keys=[item.key for item in good]), bad)
 
 
+class TrainLoader:
+    """`Loaded` for each step of one rank, in an order that only seed and data decide.
+
+    `state_dict` says where the stream is: what was handed out counts, not what worker processes read ahead. A loader with another number
+    of workers, ranks or pictures in a step goes on from there at the next sample.
+    """
+
+    def __init__(self, positions: _Positions, collate: _Collate, *, steps: int, batch_size: int, workers: int, rank: int, world: int) -> None:
+        self.steps = steps
+        self._positions, self._collate = positions, collate
+        self._batch_size, self._workers, self._rank, self._world = batch_size, workers, rank, world
+        self._position = 0
+
+    def __iter__(self) -> Iterator[Loaded]:
+        """The next `steps` steps. Raises DataError where a worker process dies, or a shard is gone."""
+        loader = DataLoader(
+            self._positions,
+            batch_sampler=_StepSampler(self._position, self.steps, self._batch_size, self._rank, self._world),
+            collate_fn=self._collate,
+            num_workers=self._workers,
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),  # its seeds reach nobody; without one, the program's own random numbers would move
+            pin_memory=torch.cuda.is_available(),
+        )
+        batches = iter(loader)
+        for _ in range(self.steps):
+            with dead_workers_told():
+                loaded = next(batches)
+            self._position += self._batch_size * self._world
+            yield loaded
+
+    def blank(self) -> Batch:
+        """One row about a black picture: what a rank runs, and learns nothing from, where every sample of its part of a step is bad."""
+        rows = self._positions.rows([Text("", "a")])
+        patches = self._positions.patches
+        picture = self._positions.preprocess(Image.new("RGB", (8, 8))) if patches is None else torch.zeros(patches.shape)
+        batch = self._collate([_Item("", picture, rows)]).batch
+        assert batch is not None
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: how many pictures all ranks together were handed, and what the order is a function of."""
+        return {"position": self._position, **self._positions.order.state(), "data": fingerprint_of(self._positions.source)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a loader was. Raises CheckpointError where this one has another order or other data."""
+        own = self.state_dict()
+        told = {"seed": "train.seed", "samples": "pictures in the data set", "weights": "the sets' weights", "data": "the data's fingerprint"}
+        for name, words in told.items():
+            found, given = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in (state.get(name), own[name]))
+            if found != given:
+                raise CheckpointError(f"{words} was {found} and is {given}")
+        self._position = int(state["position"])
+
+
 def train_loader(
     source: SampleSource,
     texts: Texts,
@@ -128,21 +196,35 @@ def train_loader(
     arrange: Arrange,
     preprocess: Preprocess,
     *,
-    steps: range,
+    steps: int,
     batch_size: int,
     seed: int,
     workers: int,
     rank: int = 0,
     world: int = 1,
     patches: Kept | None = None,
-) -> DataLoader[_Item | BadSample]:
-    """Yields `Loaded` for each step of `steps`; resume by starting the range later. batch_size: pictures per step and rank."""
-    positions = _Positions(source, SampleOrder(len(source), seed), texts, encoder, arrange, preprocess, patches)
-    return DataLoader(
-        positions,
-        batch_sampler=_StepSampler(steps.start, steps.stop, batch_size, rank, world),
-        collate_fn=_Collate("pixels" if patches is None else "patches", encoder.placeholder),
-        num_workers=workers,
-        persistent_workers=False,
-        pin_memory=torch.cuda.is_available(),
-    )
+) -> TrainLoader:
+    """Reads `steps` steps from the stream's start, or from where `load_state_dict` puts it. batch_size: pictures per step and rank."""
+    positions = _Positions(source, order_of(source, seed), seed, texts, encoder, arrange, preprocess, patches)
+    kind: Literal["pixels", "patches"] = "pixels" if patches is None else "patches"
+    return TrainLoader(positions, _Collate(kind, encoder.placeholder), steps=steps, batch_size=batch_size, workers=workers, rank=rank, world=world)
+
+
+@contextlib.contextmanager
+def dead_workers_told() -> Iterator[None]:
+    """Raises DataError where a worker process dies inside the block, which torch notices in the middle of anything."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"a worker process that reads samples ended before its work ({str(error).splitlines()[0].rstrip('. ')}): most often the memory "
+            "is too small; give fewer train.workers or a smaller train.batch_size, and go on with --resume"
+        ) from error
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """SIGTERM and Ctrl-C reach a whole group of processes: the training process then finishes its step, and needs its workers for that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -54,7 +54,8 @@ class VisionLanguageModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """float []: cross entropy summed over the batch's targets, divided by `batch.n_targets`."""
         logits = self._logits(batch)
-        total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.target.flatten(), ignore_index=NO_TARGET, reduction="sum")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = nn.functional.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=NO_TARGET, reduction="sum")
         return total / batch.n_targets
 
     def encode(self, pixels: Tensor) -> Tensor:

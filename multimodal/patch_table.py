@@ -28,6 +28,11 @@ class PatchTable:
     def __len__(self) -> int:
         return len(self.patches)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, Dv"""
+        return self.patches.shape[1], self.patches.shape[2]
+
     def __getitem__(self, index: int) -> Tensor | BadSample:
         return self.bad[index] if index in self.bad else self.patches[index].float()
 

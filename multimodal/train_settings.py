@@ -61,7 +61,12 @@ class TrainSettings:
 
     def n_steps(self, n_samples: int, world: int) -> int:
         """Optimizer steps of the whole run: every picture is read at least `epochs` times."""
-        return self.steps or math.ceil(self.epochs * n_samples / (self.batch_size * self.accumulation * world))
+        return self.n_steps_from(0, 0, n_samples, world)
+
+    def n_steps_from(self, step: int, position: int, n_samples: int, world: int) -> int:
+        """The run's last step where `step` steps have read `position` pictures, perhaps with another number of processes."""
+        left = math.ceil(self.epochs * n_samples) - position
+        return self.steps or step + max(0, -(-left // (self.batch_size * self.accumulation * world)))
 
     def rate(self, step: int, n_steps: int) -> float:
         """The share of the peak rate at a step: linear warm-up, then a cosine. 0-based; warm-up's first step is not 0."""

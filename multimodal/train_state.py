@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly where it was: weights, optimizer, random numbers, step. safetensors and JSON, never pickle."""
+"""What a run needs to go on exactly where it was: weights, optimizer, random numbers, step, data. safetensors and JSON, never pickle."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from adalink.errors import CheckpointError
+from adalink.errors import CheckpointError, DataError
 
-__all__ = ["latest_checkpoint", "load_state", "save_state"]
+__all__ = ["latest_checkpoint", "load_state", "save_state", "state_tensors", "write_state"]
 
 PREFIX = "step_"
 
@@ -24,28 +25,48 @@ PREFIX = "step_"
 def save_state(
     folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, extra: Mapping[str, Any], keep: int
 ) -> None:
-    """Write `folder/step_N`, whole or not at all, and remove all but the newest `keep`."""
+    """Write `folder/step_N`, whole or not at all, and remove all but the newest `keep`; for a program of one process."""
+    write_state(folder, step, state_tensors(parameters, optimizer), extra, keep)
+
+
+def state_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, optimizer state and random numbers, on the CPU.
+
+    What FSDP2 splits over processes is put together, so that another number of them can go on: every process must call this.
+    """
     tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
-        tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
+        tensors[f"weight.{name}"] = _whole(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            tensors[f"optimizer.{name}.{key}"] = _whole(torch.as_tensor(value))
+    return tensors
+
+
+def write_state(folder: Path, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, Any], keep: int) -> None:
+    """Write `folder/step_N`, whole or not at all, and remove all but the newest `keep`; one process of several does it.
+
+    Raises DataError where it cannot be written, the disk being full for instance; the checkpoints that are there stay.
+    """
     final = folder / f"{PREFIX}{step:08d}"
     partial = folder / f".{final.name}.{os.getpid()}"
-    if partial.exists():  # of a killed process that had the same id, as processes in containers do
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "state.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
-    for file in partial.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)  # the folder's new name must not reach the disk before its files
-        os.close(descriptor)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.replace(final)
+    try:
+        if partial.exists():  # of a killed process that had the same id, as processes in containers do
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        save_file(dict(tensors), partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
+        for file in partial.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)  # the folder's new name must not reach the disk before its files
+            os.close(descriptor)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.replace(final)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DataError(f"the checkpoint {final} cannot be written ({error}); the one before stays: make room and go on with --resume") from error
     for old in sorted(folder.glob(PREFIX + "*"))[:-keep]:
         shutil.rmtree(old)
     for left in folder.glob(f".{PREFIX}*"):  # of a process that was killed while it wrote
@@ -74,15 +95,25 @@ def load_state(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimiz
             raise CheckpointError(f"{checkpoint}: {name} is {list(tensors[f'weight.{name}'].shape)}, this config makes it {list(parameter.shape)}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"weight.{name}"])
+            parameter.copy_(_like(tensors[f"weight.{name}"].to(parameter.device), parameter))
             prefix = f"optimizer.{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             # AdamW keeps its step count on the CPU and its moments beside the parameter.
-            optimizer.state[parameter] = {key: value if value.ndim == 0 else value.to(parameter.device) for key, value in state.items()}
+            optimizer.state[parameter] = {key: value if value.ndim == 0 else _like(value.to(parameter.device), parameter) for key, value in state.items()}
     torch.set_rng_state(tensors["rng.cpu"])
     if torch.cuda.is_available() and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     return content
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def _like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a whole tensor, where its parameter is split."""
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else whole
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

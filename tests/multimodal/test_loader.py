@@ -27,9 +27,11 @@ N = 7
 
 
 def load(source: Any, steps: range, *, texts: Any = two_texts, batch_size: int = 2, workers: int = 0, **more: Any) -> list[Loaded]:
-    return list(
-        train_loader(source, texts, ENCODER, separate_rows, tower().preprocess, steps=steps, batch_size=batch_size, seed=5, workers=workers, **more)
+    loader = train_loader(
+        source, texts, ENCODER, separate_rows, tower().preprocess, steps=len(steps), batch_size=batch_size, seed=5, workers=workers, **more
     )
+    loader.load_state_dict({**loader.state_dict(), "position": steps.start * batch_size * more.get("world", 1)})
+    return list(loader)
 
 
 def equal(first: Sequence[Loaded], second: Sequence[Loaded]) -> bool:

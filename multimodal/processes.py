@@ -1,0 +1,80 @@
+"""The processes that train together: one, or several under `torchrun` or `accelerate launch`, with DDP or FSDP2."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from torch import nn
+
+from adalink.errors import ConfigError
+from multimodal.bad_samples import BadSample
+from multimodal.loader import Loaded
+from multimodal.train_settings import TrainSettings
+
+__all__ = ["Agreed", "agree", "gathered", "opened_accelerator", "step_seed"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all processes know about a step before they take it.
+
+    n_targets   what the loss is divided by: the targets of all processes and micro-batches, at least 1
+    bad         the bad samples of all processes, in the order of their ranks: each counts and stops as one does
+    stop        whether any of them was asked to end
+    """
+
+    n_targets: float
+    bad: tuple[BadSample, ...]
+    stop: bool
+
+
+def agree(accelerator: Accelerator, group: Sequence[Loaded], stop: bool) -> Agreed:
+    """One exchange of three numbers, and of the bad samples themselves in the rare step that has some."""
+    bad = [sample for loaded in group for sample in loaded.bad]
+    n_targets = sum(loaded.batch.n_targets for loaded in group if loaded.batch)
+    own = torch.tensor([float(n_targets), float(len(bad)), float(stop)], device=accelerator.device)
+    targets, n_bad, stops = accelerator.reduce(own, "sum").tolist()
+    return Agreed(max(targets, 1.0), tuple(gathered(accelerator, bad)) if n_bad else (), stops > 0)
+
+
+def gathered(accelerator: Accelerator, items: list[T]) -> list[T]:
+    """The items of all processes, in the order of their ranks, on every one of them."""
+    return list(gather_object(items)) if accelerator.num_processes > 1 else items
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of one step's random numbers on one rank, so that they go on after a resume with any number of processes."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8]) >> 1
+
+
+@contextlib.contextmanager
+def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) -> Iterator[Accelerator]:
+    """An accelerator that leaves nothing behind: accelerate keeps one precision for a whole process, and wraps the model's forward in it.
+
+    Raises ConfigError where a tracker is not installed, which accelerate would leave out without a word.
+    """
+    if missing := [name for name in settings.trackers if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"train.trackers names {', '.join(missing)}, and no such package is here: pip install 'adalink[trackers]', or leave it out")
+    folder.mkdir(parents=True, exist_ok=True)
+    is_first = not AcceleratorState._shared_state
+    accelerator = Accelerator(mixed_precision=settings.precision, log_with=list(settings.trackers) or None, project_dir=str(folder))
+    try:
+        yield accelerator
+        accelerator.end_training()
+    finally:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        vars(model).pop("forward", None)  # the class's own again, not a copy of it on the instance
+        if is_first:
+            AcceleratorState._reset_state()
