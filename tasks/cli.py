@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from adalink.errors import AdalinkError, ConfigError
+from adalink.errors import AdalinkError, ConfigError, TerminatedError
 from tasks.config_file import ConfigFile
 from tasks.say import one_sentence, worker_sentence
 
@@ -32,7 +32,7 @@ class _Parser(ArgumentParser):  # type: ignore[misc]  # untyped here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 is success, 2 something that the user can mend, 130 an interrupt."""
+    """Run a command; 0 is success, 2 something that the user can mend, 130 an interrupt, 143 an end that SIGTERM asked for."""
     arguments = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     command = ""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and worker processes do not mix
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = one_sentence(str(error), command=command, known=setting_names() if command in ("train", "evaluate") else ())
         print(f"adalink: {sentence}; `adalink {command + ' ' if command else ''}--help` lists what there is", file=sys.stderr)
         return 2
+    except TerminatedError as error:
+        print(f"adalink: {error}", file=sys.stderr)
+        return 143
     except AdalinkError as error:
         print(f"adalink: {worker_sentence(str(error))}", file=sys.stderr)
         return 2
