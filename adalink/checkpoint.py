@@ -25,7 +25,7 @@ from adalink.edit import Adapter, Method
 from adalink.errors import CheckpointError, ConfigError
 from adalink.methods import METHODS
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "FrozenPart", "fingerprint", "load_weights", "read_config", "save_adapter"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "FrozenPart", "fingerprint", "load_weights", "part_of", "read_config", "save_adapter"]
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT = 1
@@ -63,6 +63,12 @@ class AdapterConfig:
                     + (f"{here.name} ({here.fingerprint})" if here else "missing")
                     + ": load the adapter with the parts it was trained on"
                 )
+
+
+def part_of(model: nn.Module) -> FrozenPart:
+    """A model as a frozen part: by the name it was loaded from, or its class where it has none."""
+    config: Any = getattr(model, "config", None)
+    return FrozenPart(getattr(config, "name_or_path", "") or type(model).__name__, fingerprint(model))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,8 +1,12 @@
 """A frozen language model with named adapters: the methods that users of this field know.
 
-    model = get_adalink_model(frozen, {"adalink": AdaLink(rank=16, modalities=("text",))})
+    model = get_adalink_model(frozen, AdaLink(rank=16, modalities=("text",)))
     model.print_trainable_parameters()
     model.save_pretrained("my-adapter")
+    model.load_adapter("another", "other")
+    model.generate(ids, attention_mask=mask, adapter_names=["default", "other", "__base__"])
+
+The frozen model may be a text-only one or an existing vision-language model, whose image tokens are found by their id.
 """
 
 from __future__ import annotations
@@ -10,21 +14,25 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy, InputSpec
 from adalink.attach import Attachment, attach
-from adalink.checkpoint import AdapterConfig, FrozenPart, fingerprint, load_weights, read_config, save_adapter
+from adalink.call import Call, Rows, given_ids
+from adalink.checkpoint import AdapterConfig, FrozenPart, load_weights, part_of, read_config, save_adapter
 from adalink.edit import Adapter, Method
 from adalink.errors import ConfigError
-from adalink.tokens import BASE_ROW, PAD, TEXT, TokenMap
+from adalink.existing import check_trains, image_token_ids
+from adalink.hub import local_folder, upload
+from adalink.tokens import BASE_ROW, TokenMap
 
-__all__ = ["AdaptedModel", "get_adalink_model"]
+__all__ = ["BASE_NAME", "AdaptedModel", "get_adalink_model"]
 
 DEFAULT = "default"
+BASE_NAME = "__base__"  # a row that no adapter serves, as the field writes it
 
 
 def get_adalink_model(model: nn.Module, methods: Mapping[str, Method] | Method) -> AdaptedModel:
@@ -35,30 +43,58 @@ def get_adalink_model(model: nn.Module, methods: Mapping[str, Method] | Method) 
 
 
 class AdaptedModel(nn.Module):
-    """A frozen model, and adapters on it by name. Called like the model itself.
-
-    These are more than five public methods, because they are the ones that users of this field look for.
-    """
+    """A frozen model, and adapters on it by name. Called like the model itself; its methods are those that users of this field look for."""
 
     def __init__(self, base: nn.Module, *, inputs: Mapping[str, InputSpec] | None = None, parts: Mapping[str, FrozenPart] | None = None) -> None:
         super().__init__()
         self.base = base
         self.anatomy = Anatomy.read(base, inputs)
-        self.parts = dict(parts or {"language_model": _part_of(base)})
+        self.parts = dict(parts or {"language_model": part_of(base)})
+        self.image_ids = image_token_ids(base)
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
-        self.task: dict[str, Any] = {}  # saved with every adapter, for whoever loads it
+        self.tasks: dict[str, dict[str, Any]] = {}  # by adapter: saved with it, for whoever loads it
+        self.indices: dict[str, int] = {}  # by adapter: the row index that means it, never given to another
+        self._n_ever = 0
         self.attachment: Attachment = attach(base, anatomy=self.anatomy)
 
-    def forward(self, input_ids: Tensor, *, token_map: TokenMap | None = None, **kwargs: Any) -> Any:
-        """The frozen model's output on edited activations. Without a token map every token is text; kwargs are the model's own."""
-        with self.attachment.bind(token_map or self.text_map(input_ids, kwargs.get("attention_mask"))):
-            return self.base(input_ids=input_ids, **kwargs)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        token_map: TokenMap | None = None,
+        adapter_names: Sequence[str | None] | None = None,
+        **kwargs: Any,  # the frozen model's own arguments
+    ) -> Any:
+        """The frozen model's output on edited activations; kwargs are the model's own.
 
-    def generate(self, input_ids: Tensor, *, token_map: TokenMap | None = None, **kwargs: Any) -> Tensor:
-        """int64 [B * returned, T']: transformers' own generation on edited activations; kwargs are its own."""
-        with self.attachment.bind(token_map or self.text_map(input_ids, kwargs.get("attention_mask"))):
-            return self.base.generate(input_ids=input_ids, **kwargs)  # type: ignore[operator, no-any-return]
+        Without a token map every token is text, image where its id says so, or answer where it has a label. An adapter's slots are put
+        in before its row's tokens; logits are those of the caller's tokens. `adapter_names`: one for each row, "__base__" for none.
+        """
+        if token_map is not None:
+            _check_no_names(adapter_names)
+            with self.attachment.bind(token_map):
+                return self.base(input_ids=input_ids, **kwargs)
+        call = self._call({"input_ids": input_ids, **kwargs}, adapter_names, "right")
+        with self.attachment.bind(call.token_map):
+            return call.own_output(self.base(**call.arguments))
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        token_map: TokenMap | None = None,
+        adapter_names: Sequence[str | None] | None = None,
+        **kwargs: Any,  # transformers' own arguments
+    ) -> Any:
+        """int64 [B * returned, T']: transformers' own generation on edited activations, prompt first; kwargs are its own."""
+        if token_map is not None:
+            _check_no_names(adapter_names)
+            with self.attachment.bind(token_map):
+                return self.base.generate(input_ids=input_ids, **kwargs)  # type: ignore[operator]
+        call = self._call({"input_ids": input_ids, **kwargs}, adapter_names, "left")
+        with self.attachment.bind(call.token_map):
+            return call.own_ids(self.base.generate(**call.arguments))  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """The adapters' mode alone: the frozen part has no dropout, whatever is trained around it."""
@@ -67,14 +103,40 @@ class AdaptedModel(nn.Module):
         return self
 
     def add_adapter(self, name: str, methods: Mapping[str, Method]) -> Adapter:
-        """Add a new adapter and make it the active one. Raises ConfigError where the name is taken."""
-        if not name.isidentifier() or name in self.adapters:
-            raise ConfigError(f"the adapter's name is {name!r}: give an identifier that is not one of {list(self.adapters)}")
-        adapter = Adapter(methods, self.anatomy)
-        self._attach([*self.adapters.values(), adapter])
-        self.adapters[name] = adapter.to(next(self.base.parameters()).device)
-        self.active = name
+        """Add a new adapter and make it the active one; the others stay as they are.
+
+        Raises ConfigError where the name is taken, or a method is for tokens that this model never sees.
+        """
+        return self._add(name, self._new(name, methods))
+
+    def load_adapter(self, folder: str | Path, name: str) -> Adapter:
+        """Add an adapter from its folder or hub name, and make it the active one. A failure leaves everything as it was.
+
+        Raises CheckpointError where it is damaged, or was trained on other frozen parts.
+        """
+        path = local_folder(folder)
+        config = read_config(path)
+        config.check_base(self.parts, str(folder))
+        adapter = self._new(name, config.methods)
+        load_weights(path, adapter)
+        self._add(name, adapter)
+        self.tasks[name] = dict(config.task)
         return adapter
+
+    def delete_adapter(self, name: str) -> None:
+        """Take an adapter away; the others stay as they are. Where it was the active one, none is."""
+        self._index(name)
+        self.attachment.serve({self.indices[other]: self._adapter(other) for other in self.adapters if other != name})
+        del self.adapters[name], self.indices[name]
+        self.tasks.pop(name, None)
+        self.active = None if self.active == name else self.active
+
+    def unload(self) -> nn.Module:
+        """Delete every adapter and give the frozen model back, bit for bit as it came. This object serves nothing any more."""
+        for name in list(self.adapters):
+            self.delete_adapter(name)
+        self.attachment.detach()
+        return self.base
 
     def set_adapter(self, name: str) -> None:
         """Make an adapter the active one: it serves every row that names no other."""
@@ -92,51 +154,39 @@ class AdaptedModel(nn.Module):
 
     def active_adapter(self) -> Adapter:
         """The adapter in use. Raises ConfigError where there is none."""
-        if self.active is None:
-            raise ConfigError("no adapter is active: call add_adapter or set_adapter first")
-        return self.adapters[self.active]  # type: ignore[return-value]
+        return self._adapter(self._active())
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What is saved with the active adapter for whoever loads it; empty where none is active."""
+        return self.tasks.get(self.active or "", {})
+
+    @task.setter
+    def task(self, task: Mapping[str, Any]) -> None:
+        self.tasks[self._active()] = dict(task)
 
     def rows(self, n_rows: int, names: Sequence[str | None] | None = None) -> Tensor:
-        """int64 [B]: which adapter serves each row; the active one where no names are given, none for None."""
+        """int64 [B]: which adapter serves each row; the active one where no names are given, none for "__base__" and None."""
+        return self.serving(n_rows, names).row
+
+    def serving(self, n_rows: int, names: Sequence[str | None] | None = None) -> Rows:
+        """What a token map says of a batch's adapters: `rows`, the slots that each row's adapter reserves, and which occur."""
         if names is not None and len(names) != n_rows:
             raise ConfigError(f"{len(names)} adapter names were given for {n_rows} rows: give one for each row")
-        chosen = [self.active] * n_rows if names is None else names
-        device = next(self.base.parameters()).device
-        return torch.tensor([BASE_ROW if name is None else self._index(name) for name in chosen], dtype=torch.int64, device=device)
-
-    def text_map(self, input_ids: Tensor, attention_mask: Tensor | None) -> TokenMap:
-        """The token map of plain text: every token is text, padding is nobody's."""
-        domain = torch.full_like(input_ids, TEXT)
-        if attention_mask is not None:
-            domain = domain.masked_fill(attention_mask == 0, PAD)
-        return TokenMap(domain, self.rows(len(input_ids)), present=frozenset({TEXT}))
+        chosen = [None if name == BASE_NAME else name for name in ([self.active] * n_rows if names is None else names)]
+        indices = [BASE_ROW if name is None else self._index(name) for name in chosen]
+        row = torch.tensor(indices, dtype=torch.int64, device=next(self.base.parameters()).device)
+        return Rows(row, tuple(() if name is None else self._adapter(name).slots for name in chosen), frozenset(indices) - {BASE_ROW})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the active adapter's folder: config, weights, model card."""
         adapter = self.active_adapter()
         save_adapter(Path(folder), adapter, AdapterConfig(adapter.methods, self.parts, self.task))
 
-    def load_adapter(self, folder: str | Path, name: str) -> Adapter:
-        """Add an adapter from its folder or hub name. Raises CheckpointError where it was trained on other frozen parts."""
-        path = _local(folder)
-        config = read_config(path)
-        config.check_base(self.parts, str(folder))
-        before = self.active
-        adapter = self.add_adapter(name, config.methods)
-        try:
-            load_weights(path, adapter)
-        except BaseException:
-            del self.adapters[name]
-            self.active = before
-            self._attach(list(self.adapters.values()))
-            raise
-        self.task = dict(config.task)
-        return adapter
-
     @staticmethod
     def read_config(folder: str | Path) -> AdapterConfig:
         """What an adapter folder or hub name says of itself, before anything is loaded."""
-        return read_config(_local(folder))
+        return read_config(local_folder(folder))
 
     @classmethod
     def from_pretrained(cls, base: nn.Module, folder: str | Path) -> AdaptedModel:
@@ -147,15 +197,8 @@ class AdaptedModel(nn.Module):
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload the active adapter's folder; the address of the commit comes back."""
-        import tempfile
-
-        from huggingface_hub import HfApi  # ships with transformers
-
-        api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload adapter"))
+        self.active_adapter()
+        return upload(repository, private, self.save_pretrained)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters the active adapter trains, and their share of all."""
@@ -168,29 +211,38 @@ class AdaptedModel(nn.Module):
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         return f"trained: {trained:,} || all: {trained + frozen:,} || trained share: {100 * trained / (trained + frozen):.4f} % ({parts})"
 
+    def _call(self, arguments: Mapping[str, Any], names: Sequence[str | None] | None, side: Literal["left", "right"]) -> Call:
+        ids = given_ids(arguments, self.image_ids)
+        return Call.make(self.base, ids, arguments, self.serving(len(ids), names), self.image_ids, side)
+
+    def _new(self, name: str, methods: Mapping[str, Method]) -> Adapter:
+        """An adapter that is not attached yet, so that nothing has to be undone where it cannot be used."""
+        if not name.isidentifier() or name in self.adapters or name == BASE_NAME:
+            raise ConfigError(f"the adapter's name is {name!r}: give an identifier that is not one of {list(self.adapters)}")
+        adapter = Adapter(methods, self.anatomy)
+        check_trains(adapter, self.image_ids)
+        return adapter.to(next(self.base.parameters()).device)
+
+    def _add(self, name: str, adapter: Adapter) -> Adapter:
+        self.attachment.serve({**{self.indices[other]: self._adapter(other) for other in self.adapters}, self._n_ever: adapter})
+        self.adapters[name], self.indices[name], self.active = adapter, self._n_ever, name
+        self._n_ever += 1
+        return adapter
+
+    def _active(self) -> str:
+        if self.active is None:
+            raise ConfigError("no adapter is active: call add_adapter or set_adapter first")
+        return self.active
+
+    def _adapter(self, name: str) -> Adapter:
+        return self.adapters[name]  # type: ignore[return-value]  # a ModuleDict holds modules
+
     def _index(self, name: str) -> int:
         if name not in self.adapters:
-            raise ConfigError(f"there is no adapter {name!r}: this model has {', '.join(self.adapters) or 'none'}")
-        return list(self.adapters).index(name)
-
-    def _attach(self, adapters: Sequence[nn.Module]) -> None:
-        """Attach all adapters anew: index i in a token map is the i-th name."""
-        self.attachment.detach()
-        self.attachment = attach(self.base, *(adapter for adapter in adapters if isinstance(adapter, Adapter)), anatomy=self.anatomy)
+            raise ConfigError(f"there is no adapter {name!r}: this model has {', '.join(self.adapters) or 'none'} (and {BASE_NAME} for none of them)")
+        return self.indices[name]
 
 
-def _part_of(model: nn.Module) -> FrozenPart:
-    config = getattr(model, "config", None)
-    return FrozenPart(getattr(config, "name_or_path", "") or type(model).__name__, fingerprint(model))
-
-
-def _local(folder: str | Path) -> Path:
-    if Path(folder).is_dir() or isinstance(folder, Path):
-        return Path(folder)
-    from huggingface_hub import snapshot_download  # ships with transformers
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(folder, allow_patterns=["*.json", "*.safetensors", "README.md"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"{folder} is neither a folder nor an adapter on the hub ({type(error).__name__}): check the name") from None
+def _check_no_names(adapter_names: Sequence[str | None] | None) -> None:
+    if adapter_names is not None:
+        raise ConfigError("adapter_names and a token_map were both given, and the map says already which adapter serves each row: give one of them")

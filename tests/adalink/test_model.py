@@ -108,8 +108,8 @@ def test_generation_equals_calling_the_model_again_and_again(model: AdaptedModel
 
 
 def test_saved_and_loaded_by_name(model: AdaptedModel, tmp_path: Path) -> None:
-    model.task = {"task": "x"}
     expected = logits(model, "first")
+    model.task = {"task": "x"}
     model.save_pretrained(str(tmp_path))
     again = AdaptedModel.from_pretrained(tiny("llama"), tmp_path)
     again.adapters["default"].double()
