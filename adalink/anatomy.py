@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
 from adalink.errors import AttachError
+from adalink.projections import Projections, closing_norms, read_projections, reader_of
 
-__all__ = ["Anatomy", "InputSpec", "Linear"]
+__all__ = ["Anatomy", "InputSpec", "Linear", "Positions"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """The module that turns position ids into vectors that are added (table) or into rotations. `module` is empty where it was not found."""
+
+    module: str
+    kind: Literal["table", "rotary"]
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The parts of a frozen model that edits are placed in.
 
@@ -42,6 +53,11 @@ class Anatomy:
     width        D, of the embedding's output (OPT-350M's embedding is narrower than its layers)
     vocabulary   V
     inputs       what a composed model feeds beside the ids, for instance `image`
+    attention    whether a token reads what is before it or everything
+    positions    None where the model reads distances alone (T5, Bloom)
+    projections  queries, keys and values of each layer; () where they were not found
+    closing      the norm that ends each layer of a post-LN model; () where layers end with the sum
+    reader       dotted name, in the model, of the decoder that reads what the stack gives; None where none does
     """
 
     stack: str
@@ -52,6 +68,16 @@ class Anatomy:
     width: int
     vocabulary: int
     inputs: Mapping[str, InputSpec] = field(default_factory=dict)
+    attention: Literal["causal", "bidirectional"] = "causal"
+    positions: Positions | None = None
+    projections: tuple[Projections, ...] = ()
+    closing: tuple[str, ...] = ()
+    reader: str | None = None
+
+    @property
+    def layer_width(self) -> int:
+        """D inside the layers: what their first linear reads."""
+        return self.linears[0].n_in
 
     @staticmethod
     def read(model: nn.Module, inputs: Mapping[str, InputSpec] | None = None) -> Anatomy:
@@ -63,15 +89,22 @@ class Anatomy:
         stack, embedding, layers = _stack(model, words.num_embeddings)
         module = model.get_submodule(stack)
         names = tuple(f"{layers}.{i}" for i in range(len(_layer_list(module, layers))))
+        linears = tuple(linear for name, child in module.named_modules() if name.startswith(layers + ".") and (linear := _linear(name, child)))
+        final_norm = _final_norm(module, layers)
         return Anatomy(
             stack=stack,
             embedding=embedding,
             layers=names,
-            final_norm=_final_norm(module, layers),
-            linears=tuple(linear for name, child in module.named_modules() if name.startswith(layers + ".") and (linear := _linear(name, child))),
+            final_norm=final_norm,
+            linears=linears,
             width=words.embedding_dim,
             vocabulary=words.num_embeddings,
             inputs=dict(inputs or {}),
+            attention=_attention(module.get_submodule(names[0])),
+            positions=_positions(module, embedding),
+            projections=read_projections(module, names, {linear.name: (linear.n_in, linear.n_out) for linear in linears}),
+            closing=closing_norms(module, names, final_norm),
+            reader=reader_of(model, stack),
         )
 
     def linears_named(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
@@ -144,6 +177,31 @@ def _final_norm(stack: nn.Module, layers: str) -> str | None:
     parent = layers.rpartition(".")[0]
     norms = [name for name, child in stack.get_submodule(parent).named_children() if "norm" in type(child).__name__.lower() and "emb" not in name]
     return f"{parent}.{norms[-1]}".lstrip(".") if norms else None
+
+
+def _attention(layer: nn.Module) -> Literal["causal", "bidirectional"]:
+    """What the attention inside a layer says of itself; a decoder that says nothing is causal."""
+    said = [module.is_causal for module in layer.modules() if hasattr(module, "is_causal")]
+    return "bidirectional" if said and not any(said) else "causal"
+
+
+def _positions(stack: nn.Module, embedding: str) -> Positions | None:
+    """A learned table beside the word embedding (the longest: BERT has one of segments too), or a module of rotations in the stack.
+
+    A table with a padding row counts from the ids (RoBERTa) and is not taken for one that counts from position ids.
+    """
+    beside = embedding.rpartition(".")[0]
+    tables = {
+        f"{beside}.{name}".lstrip("."): child.num_embeddings
+        for name, child in stack.get_submodule(beside).named_children()
+        if isinstance(child, nn.Embedding) and name != embedding.rpartition(".")[2] and child.padding_idx is None
+    }
+    if tables:
+        return Positions(max(tables, key=lambda name: tables[name]), "table")
+    rotary = [name for name, child in stack.named_children() if any("inv_freq" in buffer for buffer, _ in child.named_buffers(recurse=False))]
+    if rotary:
+        return Positions(rotary[0], "rotary")
+    return Positions("", "table") if "position_ids" in inspect.signature(type(stack).forward).parameters else None
 
 
 def _common(first: str, second: str) -> str:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from adalink.anatomy import Anatomy
 from adalink.edit import EMBEDDING, Adapter, Placement, Port
 from adalink.errors import AttachError
-from adalink.masks import hide_keys
+from adalink.hooks import hook_at
 from adalink.ports import by_port
 from adalink.tokens import TokenMap, Tokens
 
@@ -154,12 +154,7 @@ class Attachment:
 
     def _edited(self, port: Port, h: Tensor, x: Tensor) -> Tensor:
         """h after every edit placed at the port, each on its own tokens only."""
-        tokens = self.tokens
-        if tokens is None:
-            raise AttachError(
-                f"port {port.module}.{port.side} ran outside the stack's forward: with gradient checkpointing, use `checkpoint_layers()`, "
-                "or non-reentrant checkpointing with context_fn=attachment.checkpoint_contexts"
-            )
+        tokens = self._tokens_at(port)
         for index, placement in self.at[port]:
             if tokens.present.isdisjoint(placement.domains) or (tokens.serving is not None and index not in tokens.serving):
                 continue
@@ -168,38 +163,22 @@ class Attachment:
             h = torch.where(mask, _in_its_dtype(placement.edit, rows, tokens, x.reshape(*mask.shape[:2], -1)), rows).reshape(h.shape)
         return h
 
+    def _tokens_at(self, port: Port) -> Tokens:
+        if self.tokens is None:
+            raise AttachError(
+                f"port {port.module}.{port.side} ran outside the stack's forward: with gradient checkpointing, use `checkpoint_layers()`, "
+                "or non-reentrant checkpointing with context_fn=attachment.checkpoint_contexts"
+            )
+        return self.tokens
+
     def _hook(self, port: Port) -> torch.utils.hooks.RemovableHandle:
         if port.side == "embedding":
             return self.stack.get_submodule(self.anatomy.embedding).register_forward_hook(self._embedding)
-        module = self.stack.get_submodule(port.module)
-        if port.side == "output":
-            return module.register_forward_hook(partial(_output_hook, self, port), with_kwargs=True)
-        return module.register_forward_pre_hook(partial(_input_hook if port.side == "input" else _mask_hook, self, port), with_kwargs=True)
+        return hook_at(self, port)
 
     def _embedding(self, module: nn.Module, args: tuple[Any, ...], h: Tensor) -> Tensor:
         """Edit the embeddings of the stack's own call; a look-up from outside it is none of ours (existing VLMs merge theirs first)."""
         return h if self.tokens is None else self._edited(EMBEDDING, h, h)
-
-
-def _output_hook(attachment: Attachment, port: Port, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    x = args[0] if args else kwargs["hidden_states"]
-    if isinstance(output, tuple):
-        return (attachment._edited(port, output[0], x), *output[1:])
-    return attachment._edited(port, output, x)
-
-
-def _input_hook(attachment: Attachment, port: Port, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    h = args[0] if args else kwargs["hidden_states"]
-    h = attachment._edited(port, h, h)
-    return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
-
-
-def _mask_hook(attachment: Attachment, port: Port, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    assert attachment.tokens is not None
-    mask = kwargs.get("attention_mask")
-    for index, placement in attachment.at[port]:
-        mask = hide_keys(mask, attachment.tokens, placement.domains, index)
-    return args, {**kwargs, "attention_mask": mask}
 
 
 def _checkpointed(attachment: Attachment, forward: Any, *args: Any, **kwargs: Any) -> Any:

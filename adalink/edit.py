@@ -6,7 +6,7 @@ Every method answers three questions: where in depth (a port), where in the sequ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -24,11 +24,18 @@ class Port(NamedTuple):
     embedding   the word embeddings, before any position embedding; also where embeddings are passed in as `inputs_embeds`
     input       the first argument of the module
     output      what the module returns (the first element of a tuple)
-    mask        the attention mask that reaches the module
+    mask        the attention mask that reaches the module (adalink.masks)
+    position    the position ids that reach the module (adalink.positions)
+    vectors     the position vectors that the module gives
+    cache       what the module finds in the cache (adalink.recompute)
+    returned    as output, and x is what the module returns too
+    foreseen    as input, and x is what the module would return for it: a norm's input, changed by what reads the norm's output
+    distances   what attention adds to its scores for the distance between two tokens (adalink.outside)
+    reader      the mask of the decoder that reads the stack's output; the module's name is empty
     """
 
     module: str
-    side: Literal["embedding", "input", "output", "mask"]
+    side: Literal["embedding", "input", "output", "mask", "position", "vectors", "cache", "returned", "foreseen", "distances", "reader"]
 
 
 EMBEDDING = Port("", "embedding")
@@ -51,12 +58,18 @@ class Slots:
 
 @dataclass(frozen=True)
 class Placement:
-    """An edit at a port, for the tokens of some domains. `role` names its tensors in a checkpoint, whatever the host calls its modules."""
+    """An edit at a port, for the tokens of some domains. `role` names its tensors in a checkpoint, whatever the host calls its modules.
+
+    shared   role -> module that several edits of the method use and none of them owns
+    group    what a wrapper (a gate) gives one of to all edits of a group; empty: the edit is a group of its own
+    """
 
     role: str
     port: Port
     edit: nn.Module
     domains: tuple[int, ...]
+    shared: Mapping[str, nn.Module] = field(default_factory=dict)
+    group: str = ""
 
 
 class Method(Protocol):
@@ -86,10 +99,13 @@ class Adapter(nn.Module):
         _check_slots(self.slots)
         order = sorted(methods, key=lambda name: not reserved[name])
         self.placements = tuple(
-            Placement(f"{name}.{placed.role}", placed.port, placed.edit, placed.domains) for name in order for placed in methods[name].place(anatomy)
+            replace(placed, role=f"{name}.{placed.role}", shared={f"{name}.{role}": module for role, module in placed.shared.items()})
+            for name in order
+            for placed in methods[name].place(anatomy)
         )
         for placement in self.placements:
-            _register(self, placement.role.split("."), placement.edit)
+            for role, module in {**placement.shared, placement.role: placement.edit}.items():
+                _register(self, role.split("."), module)
 
     def n_parameters(self) -> dict[str, int]:
         """Trained parameters of each method, a shared one counted once."""

@@ -9,19 +9,25 @@ from torch import nn
 
 from adalink.edit import Adapter, Placement, Port
 from adalink.errors import AttachError
+from adalink.masks import HideKeys, check_attention
 
 __all__ = ["by_port"]
 
 
 def by_port(model: nn.Module, stack: nn.Module, adapters: Mapping[int, Adapter]) -> dict[Port, list[tuple[int, Placement]]]:
-    """The placements at each port, with the row index of their adapter. Raises AttachError; changes nothing."""
+    """The placements at each port, with the row index of their adapter. Raises AttachError; changes nothing.
+
+    What hides keys comes last, so that it stays hidden whatever another method opens.
+    """
     _refuse_compiled(model)
     at: dict[Port, list[tuple[int, Placement]]] = defaultdict(list)
     for index, adapter in adapters.items():
         for placement in adapter.placements:
             _check_port(stack, placement.port)
+            if placement.port.side == "mask":
+                check_attention(stack)
             at[placement.port].append((index, placement))
-    return dict(at)
+    return {port: sorted(placed, key=lambda item: isinstance(item[1].edit, HideKeys)) for port, placed in at.items()}
 
 
 def _check_port(stack: nn.Module, port: Port) -> None:

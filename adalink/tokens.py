@@ -37,7 +37,7 @@ class Tokens:
     domain     int64 [B, T]    what each token is
     ordinal    int64 [B, T]    how many tokens of the same domain precede it in its row
     row        int64 [B]       index of the adapter that serves the row, BASE_ROW for none
-    position   int64 [T]       index of each token in its sequence
+    position   int64 [T]       index of each token in its sequence; [B, T] where it differs from row to row
     keys       int64 [B, K]    domain of every key that attention may see, PAD where the cache is still empty
     present    the domains that can occur in this call, known without reading a tensor
     inputs     name -> [B, ...], what the edits read beside the hidden states; empty once the prompt is over
@@ -52,6 +52,8 @@ class Tokens:
     inputs: Mapping[str, Tensor]
     selected: dict[tuple[tuple[int, ...], int], Tensor] = field(default_factory=dict, repr=False)  # memo of select()
     serving: frozenset[int] | None = None  # the adapters that serve a row, known without reading a tensor; None where it is not known
+    n_before: int = 0  # tokens of earlier calls, which a cache holds
+    end: int = 0  # how long the sequence is with this call's tokens; keys after it are not written yet
 
     def select(self, domains: tuple[int, ...], adapter: int) -> Tensor:
         """bool [B, T, 1]: the tokens in one of `domains`, on rows served by `adapter`."""
@@ -132,4 +134,25 @@ class TokenMap:
             present=(self.present if in_prompt else frozenset()) | (frozenset({self.generated}) if n_new else frozenset()),
             inputs={name: repeated(value) for name, value in self.inputs.items()} if in_prompt else {},
             serving=self.serving,
+            n_before=start,
+            end=end,
+        )
+
+    def first_of(self, domain: int, batch: int, end: int, visible: int) -> Tokens:
+        """The first token of `domain` in each row, alone: what a second look at it sees when the sequence is `end` tokens long.
+
+        Its place differs from row to row. A row without such a token gets one of no domain, which nothing edits.
+        """
+        whole = self.window(batch, 0, end, visible)
+        is_it = (whole.domain == domain) & (whole.ordinal == 0)
+        return Tokens(
+            domain=torch.where(is_it.any(1, keepdim=True), domain, PAD),
+            ordinal=torch.zeros_like(whole.domain[:, :1]),
+            row=whole.row,
+            position=is_it.long().argmax(1, keepdim=True),
+            keys=whole.keys,
+            present=frozenset({domain}),
+            inputs=whole.inputs,
+            serving=self.serving,
+            end=end,
         )

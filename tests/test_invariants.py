@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from adalink import (
     ANSWER,
     BASE_ROW,
+    EPALM,
     IMAGE,
     PAD,
+    PERCEPT,
     PROMPT,
     TEXT,
     AdaLink,
@@ -66,8 +68,12 @@ METHODS_UNDER_TEST = {
     "bridge_mlp": {"bridge": Bridge(kind="mlp", hidden=8)},
     "prompt": {"prompt": Prompt(length=2, init_std=0.5)},
     "deep": {"deep": DeepShift()},
+    "epalm": {"epalm": EPALM(layers=(0, 2), n_taps=2, connector="per_tap"), "prompt": Prompt(length=2, init_std=0.5, form="mlp", positions="none")},
+    "epalm_late": {"epalm": EPALM(layers=(1, 2), n_taps=2, connector="shared", mask="published")},
+    "epalm_leaks": {"epalm": EPALM(layers=(0, 1), n_taps=2, connector="shared", mask="published")},
     "all_at_once": {
         "adalink": AdaLink(rank=4, modalities=("text", "image")), "bridge": Bridge(kind="mlp"), "prompt": Prompt(length=2, init_std=0.5), "deep": DeepShift(),
+        "epalm": EPALM(layers=(1, 2), n_taps=1, connector="shared"),
     },
 }  # fmt: skip
 IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep")
@@ -150,7 +156,8 @@ def test_tokens_of_other_domains_are_untouched_bit_for_bit(family: str, name: st
     touched = {d for placement in adapter.placements for d in placement.domains}
     attachment = attach(model, adapter, anatomy=Anatomy.read(model, INPUTS))
     seen: list[tuple[tuple[int, ...], Tensor, Tensor]] = []
-    for placement in adapter.placements:
+    placements = [placement for placement in adapter.placements if placement.port.side != "cache"]  # those act on cached calls alone
+    for placement in {placement.edit: placement for placement in placements}.values():  # one edit may be at several ports
         placement.edit.register_forward_hook(lambda m, args, out, p=placement: seen.append((p.domains, args[0], out)))
     stack = model.get_submodule(attachment.anatomy.stack)
     embedding = stack.get_submodule(attachment.anatomy.embedding)
@@ -161,7 +168,7 @@ def test_tokens_of_other_domains_are_untouched_bit_for_bit(family: str, name: st
     raw = nn.functional.embedding(ids, embedding.weight)
     other = ~torch.isin(domain, torch.tensor(sorted(touched)))
     assert torch.equal(captured[0][other], raw[other])
-    assert len(seen) == len(adapter.placements)
+    assert len(seen) == len(placements)
     changed = {name: not torch.equal(h, out) for name, (_, h, out) in enumerate(seen)}
     assert all(changed.values())
 
@@ -185,6 +192,8 @@ def test_cached_generation_equals_uncached(family: str, name: str, beams: int) -
 @EVERY
 @ON_DECODERS
 def test_training_and_decoding_see_the_same_edits(family: str, name: str) -> None:
+    if name == "epalm_leaks":
+        pytest.skip("as published: a slot reads the whole text in training, and in decoding what there is of it")
     model = tiny(family)
     ids, domain, mask = rows()
     attachment = attach(model, adapter_for(name, model), anatomy=Anatomy.read(model, INPUTS))
@@ -201,7 +210,7 @@ def test_training_and_decoding_see_the_same_edits(family: str, name: str) -> Non
             )  # fmt: skip
             steps.append(output.logits)
     stepped = torch.cat(steps, 1)
-    real = domain != PAD
+    real = (domain != PAD) & ((domain != PERCEPT) | (name != "epalm_late"))  # there the slot's own output, which nobody reads, saw the text
     torch.testing.assert_close(stepped[real], whole[real], rtol=0, atol=EXACT[family])
 
 
@@ -250,7 +259,7 @@ def test_checkpointed_gradients_equal_plain_ones(family: str, name: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
 
 
-@pytest.mark.parametrize("name", ["adalink", "all_at_once"])
+@pytest.mark.parametrize("name", ["adalink", "epalm", "epalm_leaks", "all_at_once"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_model_compiles_to_one_graph_after_attach(family: str, name: str) -> None:
     torch._dynamo.reset()
@@ -270,10 +279,15 @@ def test_saved_and_loaded_gives_the_same_logits(family: str, name: str, tmp_path
     if "deep" in METHODS_UNDER_TEST[name]:
         pytest.skip("the test's own method is not in METHODS, so it has no name to be saved under")
     ids, domain, mask = rows()
-    model = AdaptedModel(tiny(family), inputs=INPUTS)
+
+    def adapted() -> AdaptedModel:
+        base = tiny(family)
+        base.config.image_token_id = 63  # AdaLink on images alone needs a model that has image tokens of its own
+        return AdaptedModel(base, inputs=INPUTS)
+
+    model, again = adapted(), adapted()
     excite(model.add_adapter("first", METHODS_UNDER_TEST[name]).double())
     model.save_pretrained(str(tmp_path))
-    again = AdaptedModel(tiny(family), inputs=INPUTS)
     again.load_adapter(str(tmp_path), "other").double()
     again.adapters["other"].load_state_dict(model.adapters["first"].state_dict())  # strict: the same names
 

@@ -18,12 +18,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from adalink import ANSWER, IMAGE, PAD, PROMPT, TEXT, InputSpec, TokenMap
+from adalink import ANSWER, IMAGE, PAD, PERCEPT, PROMPT, TEXT, InputSpec, TokenMap
 
-VOCABULARY, WIDTH, N_PATCHES, FEATURE_WIDTH = 64, 32, 3, 20
+VOCABULARY, WIDTH, N_PATCHES, FEATURE_WIDTH, N_TAPS = 64, 32, 3, 20, 4
 FAMILIES = ("llama", "qwen2", "opt", "gpt2", "t5")
 DECODERS = ("llama", "qwen2", "opt", "gpt2")
-INPUTS = {"image": InputSpec(N_PATCHES, FEATURE_WIDTH)}
+INPUTS = {"image": InputSpec(N_PATCHES, FEATURE_WIDTH), "image_taps": InputSpec(N_TAPS, FEATURE_WIDTH)}
 EXACT = {"llama": 1e-6, "qwen2": 1e-6, "opt": 1e-10, "gpt2": 1e-10, "t5": 1e-6}  # RMSNorm computes in float32 whatever the model's dtype
 
 
@@ -64,14 +64,14 @@ def excite(module: nn.Module, seed: int = 1) -> None:
 
 
 def rows(n_rows: int = 3, n_prompt_slots: int = 2, seed: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, domain, attention mask: [prompt slots, image slots, text, answer], left-padded raggedly."""
+    """ids, domain, attention mask: [percept slot, prompt slots, image slots, text, answer], left-padded raggedly."""
     generator = torch.Generator().manual_seed(seed)
     texts = [4 + i % 3 for i in range(n_rows)]
-    length = n_prompt_slots + N_PATCHES + max(texts) + 2
+    length = 1 + n_prompt_slots + N_PATCHES + max(texts) + 2
     ids = torch.randint(3, VOCABULARY, (n_rows, length), generator=generator)
     domain = torch.full((n_rows, length), PAD)
     for i, n_text in enumerate(texts):
-        kinds = [PROMPT] * n_prompt_slots + [IMAGE] * N_PATCHES + [TEXT] * n_text + [ANSWER] * 2
+        kinds = [PERCEPT] + [PROMPT] * n_prompt_slots + [IMAGE] * N_PATCHES + [TEXT] * n_text + [ANSWER] * 2
         domain[i, length - len(kinds) :] = torch.tensor(kinds)
     ids[domain == PAD] = 0
     return ids, domain, (domain != PAD).long()
@@ -82,10 +82,15 @@ def features(n_rows: int = 3, seed: int = 3) -> Tensor:
     return torch.randn(n_rows, N_PATCHES, FEATURE_WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def taps(n_rows: int = 3, seed: int = 3) -> Tensor:
+    """[B, L, Dv], float64: pooled features of an encoder's blocks."""
+    return torch.randn(n_rows, N_TAPS, FEATURE_WIDTH, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64)
+
+
 def token_map(domain: Tensor, row: Tensor | None = None, seed: int = 3) -> TokenMap:
     """Every row served by adapter 0 unless told otherwise, with a picture each."""
     row = torch.zeros(len(domain), dtype=torch.int64) if row is None else row
-    return TokenMap(domain, row, {"image": features(len(domain), seed)})
+    return TokenMap(domain, row, {"image": features(len(domain), seed), "image_taps": taps(len(domain), seed)})
 
 
 def run(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

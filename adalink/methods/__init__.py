@@ -2,8 +2,9 @@
 
 from adalink.methods.adalink import AdaLink
 from adalink.methods.bridge import Bridge
+from adalink.methods.inject import EPALM
 from adalink.methods.prompt import Prompt
 
-__all__ = ["METHODS", "AdaLink", "Bridge", "Prompt"]
+__all__ = ["EPALM", "METHODS", "AdaLink", "Bridge", "Prompt"]
 
-METHODS = {"adalink": AdaLink, "bridge": Bridge, "prompt": Prompt}
+METHODS = {"adalink": AdaLink, "bridge": Bridge, "epalm": EPALM, "prompt": Prompt}
