@@ -72,7 +72,8 @@ def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) 
     accelerator = Accelerator(mixed_precision=settings.precision, log_with=list(settings.trackers) or None, project_dir=str(folder))
     try:
         yield accelerator
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # not end_training, which ends the processes' connection too: they evaluate together after this
+            tracker.finish()
     finally:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         vars(model).pop("forward", None)  # the class's own again, not a copy of it on the instance

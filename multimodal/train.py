@@ -128,18 +128,18 @@ class _Run:
         for peak, parameters in zip(self.peaks, self.optimizer.param_groups, strict=True):
             parameters["lr"] = peak * rate
         world = self.accelerator.num_processes
-        total = torch.zeros((), device=self.accelerator.device)
+        losses = []
         for i, loaded in enumerate(group):
             with self.accelerator.no_sync(self.model) if i < len(group) - 1 else contextlib.nullcontext():
                 # DDP averages gradients over ranks, so each rank divides by its share of the targets.
                 loss = self._loss(loaded.batch, agreed.n_targets / world)
                 self.accelerator.backward(loss)
-            total += loss.detach() / world
+            losses.append(loss.detach() / world)
         if self.settings.clip:
             self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self.accelerator.reduce(total, "sum")  # type: ignore[no-any-return]
+        return self.accelerator.reduce(torch.stack(losses).sum(), "sum")  # type: ignore[no-any-return]
 
     def after(self, step: int, n_steps: int, loss: torch.Tensor, shown: StepProgress) -> None:
         """Log, and write a checkpoint, where it is due. Raises TerminatedError where a process was asked to end."""

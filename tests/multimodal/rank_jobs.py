@@ -1,0 +1,73 @@
+"""What the processes of the tests on several ranks do; importable, because a process is sent its function by name."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from composed import Drawn, compose, excite
+
+from adalink import AdaLink, Bridge
+from adalink.errors import BudgetError, TerminatedError
+from multimodal.model import VisionLanguageModel
+from multimodal.patch_table import PatchTable
+from multimodal.sample import Sample
+from multimodal.template import Text
+from multimodal.train import train
+from multimodal.train_settings import TrainSettings
+
+N = 7  # pictures: no batch size and no number of ranks here divides it
+SETTINGS: dict[str, Any] = {"steps": 20, "batch_size": 2, "log_every": 1, "checkpoint_every": 5, "warmup": 0.0, "learning_rate": 1e-2}
+
+
+def ragged(sample: Sample, rng: random.Random) -> list[Text]:
+    """One to three texts of one to six words: the ranks' numbers of targets differ."""
+    number = int(sample.key[-6:])
+    words = ("yes", "a", "red", "cube", "is", "big")
+    return [Text("is it red ?", " ".join(rng.choice(words) for _ in range(1 + (number + k) % 6))) for k in range(1 + number % 3)]
+
+
+def model() -> VisionLanguageModel:
+    made = compose("opt")
+    torch.manual_seed(5)
+    excite(made.add_adapter("one", {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"))}).double())
+    return made
+
+
+def table(n: int = N) -> PatchTable:
+    """The pictures' features, made once: an encoder in float32 rounds differently in another batch."""
+    one = compose("opt").tower
+    return PatchTable(torch.randn(n, one.n_patches, one.width, generator=torch.Generator().manual_seed(3)).half(), {})
+
+
+def run(folder: Path, resume: bool = False, pause: float = 0.0, bad: tuple[int, ...] = (), patches: PatchTable | None = None, **fields: Any) -> int:
+    """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did."""
+    made = model()
+
+    def measure() -> dict[str, float]:
+        time.sleep(pause)
+        return {}
+
+    settings = TrainSettings(**{**SETTINGS, **fields, "measure_every": int(pause > 0)})
+    try:
+        train(made, Drawn(N, bad=bad), ragged, settings, folder, resume=resume, patches=patches, measure=measure)
+    except TerminatedError as error:
+        print(f"adalink: {error}")
+        return 143
+    except BudgetError as error:
+        print(f"adalink: {error}")
+        return 9
+    return 0
+
+
+def several(jobs: list[dict[str, Any]]) -> int:
+    """One run after the other in the same processes, whose start is what costs."""
+    for job in jobs:
+        if job.pop("kept", False):
+            job["patches"] = table()
+        wanted = job.pop("code", 0)
+        assert run(**job) == wanted
+    return 0
