@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from composed import Drawn, compose, excite
 
 from adalink import AdaLink, Bridge
-from adalink.errors import BudgetError, TerminatedError
+from adalink.errors import BudgetError, DataError, TerminatedError
 from multimodal.model import VisionLanguageModel
 from multimodal.patch_table import PatchTable
 from multimodal.sample import Sample
@@ -43,7 +45,7 @@ def table(n: int = N) -> PatchTable:
     return PatchTable(torch.randn(n, one.n_patches, one.width, generator=torch.Generator().manual_seed(3)).half(), {})
 
 
-def run(folder: Path, resume: bool = False, pause: float = 0.0, bad: tuple[int, ...] = (), patches: PatchTable | None = None, **fields: Any) -> int:
+def run(folder: Path, resume: bool = False, pause: float = 0.0, bad: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0, **fields: Any) -> int:
     """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did."""
     made = model()
 
@@ -51,7 +53,7 @@ def run(folder: Path, resume: bool = False, pause: float = 0.0, bad: tuple[int, 
         time.sleep(pause)
         return {}
 
-    settings = TrainSettings(**{**SETTINGS, **fields, "measure_every": int(pause > 0)})
+    settings = TrainSettings(**{**SETTINGS, **fields, "workers": workers, "measure_every": int(pause > 0)})
     try:
         train(made, Drawn(N, bad=bad), ragged, settings, folder, resume=resume, patches=patches, measure=measure)
     except TerminatedError as error:
@@ -70,4 +72,23 @@ def several(jobs: list[dict[str, Any]]) -> int:
             job["patches"] = table()
         wanted = job.pop("code", 0)
         assert run(**job) == wanted
+    return 0
+
+
+class Suicidal(Drawn):
+    """The process that reads picture 3 is killed, as the system kills one that takes too much memory."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 3 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def worker_killed(folder: Path) -> int:
+    """5 where the run says that a worker ended."""
+    try:
+        train(model(), Suicidal(N), ragged, TrainSettings(**{**SETTINGS, "workers": 1, "batch_size": 1}), folder)
+    except DataError as error:
+        print(f"adalink: {error}")
+        return 5
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,3 +77,68 @@ def test_ten_steps_a_kill_and_ten_more_are_twenty_bit_for_bit_with_any_number_of
         assert found.keys() == expected.keys()
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
         assert losses(tmp_path / f"killed{workers}") == losses(tmp_path / "whole")
+
+
+def test_sigterm_to_one_of_two_ends_both_after_a_saved_step_and_the_rest_equals_an_unbroken_run(machine: Machine, tmp_path: Path) -> None:
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    unbroken = machine.start(2, rank_jobs.several, [{"folder": whole}])
+    group = machine.start(2, rank_jobs.run, stopped, False, 0.05)
+    group.wait_until(lambda: step_of(stopped) >= 3)
+    group.send(signal.SIGTERM, slice(1, 2))
+    printed = group.ended(143)
+    last = sorted((stopped / "checkpoints").iterdir())[-1]
+    step = int(last.name[-8:])
+    assert 3 <= step < 20
+    assert printed.count(f"ended by SIGTERM after step {step} of 20, which is saved in {stopped / 'checkpoints'}: go on with --resume") == 2
+    unbroken.ended()
+    machine.start(2, rank_jobs.several, [{"folder": stopped, "resume": True}]).ended()
+    assert all(torch.equal(value, state(whole)[name]) for name, value in state(stopped).items())
+
+
+def test_sigterm_to_the_whole_group_spares_the_workers_until_the_step_is_saved(machine: Machine, tmp_path: Path) -> None:
+    group = machine.start(1, rank_jobs.run, tmp_path / "run", False, 0.05, (), None, 2)
+    group.wait_until(lambda: step_of(tmp_path / "run") >= 2)
+    pid = group.processes[0].pid
+    workers = [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert len(workers) == 2
+    for number in workers:
+        os.kill(number, signal.SIGTERM)
+    group.send(signal.SIGTERM)
+    assert "go on with --resume" in group.ended(143)
+
+
+def test_bad_samples_of_all_ranks_count_once_and_stop_all_of_them_at_the_same_step(machine: Machine, tmp_path: Path) -> None:
+    """Pictures 1 to 4 of 7 are bad: in some steps every picture of one rank is, and the other learns alone."""
+    bad = {"bad": (1, 2, 3, 4), "steps": 5, "batch_size": 1}
+    machine.start(
+        2, rank_jobs.several, [
+            {"folder": tmp_path / "allowed", "bad_samples": 4, **bad},
+            {"folder": tmp_path / "stopped", "bad_samples": 3, "code": 9, **bad},
+        ],
+    ).ended()  # fmt: skip
+    found = [json.loads(line)["key"] for line in (tmp_path / "allowed" / "bad_samples.jsonl").read_text().splitlines()]
+    assert len(found) == len(set(found)) == 4
+    machine.start(1, rank_jobs.several, [{"folder": tmp_path / "one", "bad_samples": 4, **bad, "batch_size": 2}]).ended()
+    assert [json.loads(line)["key"] for line in (tmp_path / "one" / "bad_samples.jsonl").read_text().splitlines()] == found
+    assert difference(state(tmp_path / "allowed", 5), state(tmp_path / "one", 5)) < 1e-4  # the encoder is in float32
+
+
+def test_a_killed_worker_is_one_sentence_and_its_run_goes_on_with_resume(machine: Machine, tmp_path: Path) -> None:
+    printed = machine.start(1, rank_jobs.worker_killed, tmp_path / "run").ended(5)
+    assert "a worker process that reads samples ended before its work (DataLoader worker (pid" in printed
+    assert "give fewer train.workers or a smaller train.batch_size, and go on with --resume" in printed
+
+
+def test_another_number_of_processes_goes_on_at_the_next_picture(machine: Machine, tmp_path: Path) -> None:
+    """Two processes read 2 x 2 pictures a step: after 3 steps 12 of 28. One process takes 8 steps more, four take 2."""
+    fields = {"batch_size": 2, "steps": 0, "epochs": 4.0, "checkpoint_every": 3}
+    machine.start(2, rank_jobs.several, [{"folder": tmp_path / "two", **fields, "steps": 3}]).ended()
+    for world in (1, 4):
+        shutil.copytree(tmp_path / "two", tmp_path / f"to{world}")
+    groups = [machine.start(world, rank_jobs.several, [{"folder": tmp_path / f"to{world}", "resume": True, **fields}]) for world in (1, 4)]
+    for group in groups:
+        group.ended()
+    for world, steps in ((1, 11), (4, 5)):
+        assert len(losses(tmp_path / f"to{world}")) == steps
+        content = json.loads((tmp_path / f"to{world}" / "checkpoints" / f"step_{steps:08d}" / "state.json").read_text())
+        assert content["data"]["position"] == 28
