@@ -63,12 +63,12 @@ def test_each_modality_is_edited_at_its_own_tokens_and_padding_at_none(family: s
 
 @ON_EVERY_FAMILY
 def test_a_new_adapter_leaves_the_model_as_it_was_and_unloading_leaves_no_trace(family: str) -> None:
-    base = existing(family).train().requires_grad_(True)
+    base = existing(family)
     weights = copy.deepcopy(base.state_dict())
     inputs = answers(family, batch(family))
     with torch.no_grad():
-        expected = base.eval()(**inputs).logits
-    base.train()
+        expected = base(**inputs).logits
+    base.train().requires_grad_(True)
     before = hooks(base)
     model = get_adalink_model(base, BOTH)
     model.active_adapter().double()
@@ -84,7 +84,7 @@ def test_a_new_adapter_leaves_the_model_as_it_was_and_unloading_leaves_no_trace(
     assert hooks(base) == before
     assert all(torch.equal(weights[name], value) for name, value in base.state_dict().items())
     with torch.no_grad():
-        assert torch.equal(base.eval()(**inputs).logits, expected)
+        assert torch.equal(base.eval().requires_grad_(False)(**inputs).logits, expected)  # CPU kernels differ where a weight may want a gradient
 
 
 @EVERY
