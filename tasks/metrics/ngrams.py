@@ -58,6 +58,9 @@ def cut_at_spaces(corpus: Corpus) -> Corpus:
     They cut a tokenised caption at any white space, ROUGE-L at plain spaces only, so "2 1/2" with an unbreakable space is two words for
     the former and one for the latter.
     """
+    # Nearly always nothing is to be cut, and the different words of a corpus are few.
+    if all(word.split() == [word] for word in set().union(*corpus.captions)):
+        return corpus
     return Corpus(
         hypotheses=[" ".join(tokens).split() for tokens in corpus.hypotheses],
         references=[[" ".join(tokens).split() for tokens in texts] for texts in corpus.references],
@@ -72,9 +75,8 @@ def count_ngrams(corpus: Corpus) -> tuple[NgramCounts, ...]:
     """
     captions = corpus.captions
     lengths = np.fromiter(map(len, captions), np.int64, len(captions))
-    numbers: dict[str, int] = {}
-    words = (numbers.setdefault(token, len(numbers)) for token in chain.from_iterable(captions))
-    word = np.fromiter(words, np.int64, int(lengths.sum()))
+    numbers = {token: number for number, token in enumerate(sorted(set().union(*captions)))}  # whatever the order of images
+    word = np.fromiter(map(numbers.__getitem__, chain.from_iterable(captions)), np.int64, int(lengths.sum()))
     caption = np.repeat(np.arange(len(captions)), lengths)
     gram, n_grams = word, len(numbers)
     counts = [_count(caption, gram, n_grams)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 
 from tasks.metrics.longest_match import Scanner
 from tasks.metrics.ptb_letters import stand_in
@@ -18,8 +19,8 @@ _PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "-
 # Officially all captions are one file, one per line, and in a few odd endings the next line matters ("... fig." before "7 dogs").
 # Here every caption has the same next line, so that no figure depends on the order of images.
 _NEXT_LINE = "\nx"
-_BLANKS = "\t\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u3000"
 _MOST_CHUNKS = 1 << 18
+_MOST_WAITING = 200  # letters; an open tag may want all that follows, and asking again at each space would take quadratic time
 
 _ASTRAL = re.compile("[\U00010000-\U0010ffff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -32,22 +33,33 @@ def tokenize(caption: str) -> list[str]:
     Equal to pycocoevalcap 1.2 for a caption that another one follows. A line break other than a newline ends the caption, as it does
     officially, where the rest would moreover be taken for the next caption. A word may hold an unbreakable space ("2 1/2").
     """
-    text = _in_halves(caption.replace("\n", " "))
-    *chunks, last = text.split(" ")
-    try:
-        return [word for chunk in chunks for word in _CHUNKS[chunk]] + _CHUNKS[last + _NEXT_LINE]
-    except _OpenEndedError:
-        return _finish(_lexer().tokens(text + _NEXT_LINE, len(text))[0])
+    text = _in_halves(caption.replace("\n", " ")) + _NEXT_LINE
+    found = [_CHUNKS[chunk] for chunk in text.split(" ")]
+    return _joined(text) if None in found else list(chain.from_iterable(found))  # type: ignore[arg-type]
+
+
+def _joined(text: str) -> list[str]:
+    """The words where some chunk cannot be cut without those after it."""
+    words: list[str] = []
+    waiting = ""
+    left = len(text)
+    for chunk in text.split(" "):
+        left -= len(chunk) + 1
+        piece = f"{waiting} {chunk}" if waiting else chunk
+        if (found := _CHUNKS[piece]) is not None:
+            words += found
+            waiting = ""
+        elif len(piece) <= _MOST_WAITING:
+            waiting = piece
+        else:
+            return words + _last_words(text[len(text) - left - len(piece) - 1 :])
+    return words
 
 
 def tokenize_last(caption: str) -> list[str]:
     """The words of the last caption of a file, which rules that want another letter treat differently: "you", "re" for "you're"."""
     text = _in_halves(caption.replace("\n", " "))
     return _finish(_lexer().tokens(text, len(text))[0])
-
-
-class _OpenEndedError(Exception):
-    """What stands between two spaces cannot be cut into words without what follows."""
 
 
 class _Lexer:
@@ -86,25 +98,30 @@ def _lexer() -> _Lexer:
     return _Lexer()
 
 
-class _Chunks(dict[str, list[str]]):
+class _Chunks(dict[str, "list[str] | None"]):
     """Words of what stands between two spaces, found once: captions repeat their words, and few of these depend on their neighbours.
 
-    Raises _OpenEndedError for those that do.
+    None for those that do: the caller asks again with the next chunk joined. What ends a caption never is None.
     """
 
-    def __missing__(self, chunk: str) -> list[str]:
-        # A run of blanks is one thing, so a chunk that goes on with another blank belongs to what stands before it.
-        if chunk[:1] in _BLANKS and chunk != "":
-            raise _OpenEndedError
+    def __missing__(self, chunk: str) -> list[str] | None:
         if len(self) >= _MOST_CHUNKS:
             self.clear()
-        is_last = chunk.endswith(_NEXT_LINE)
-        text = chunk if is_last else chunk + " "
-        tokens, reach = _lexer().tokens(text, len(text) - len(_NEXT_LINE) if is_last else len(chunk))
-        if not is_last and (reach > len(text) or _has_line_break(text) or any(token != token.rstrip() for token in tokens)):
-            raise _OpenEndedError
-        self[chunk] = _finish(tokens)
+        self[chunk] = _last_words(chunk) if chunk.endswith(_NEXT_LINE) else _inner_words(chunk)
         return self[chunk]
+
+
+def _last_words(chunk: str) -> list[str]:
+    return _finish(_lexer().tokens(chunk, len(chunk) - len(_NEXT_LINE))[0])
+
+
+def _inner_words(chunk: str) -> list[str] | None:
+    text = chunk + " "
+    tokens, reach = _lexer().tokens(text, len(chunk))
+    # The last token must not want more text, nor end in a space that only the end of a caption would take off.
+    if reach > len(text) or _has_line_break(text) or any(token != token.rstrip() for token in tokens):
+        return None
+    return _finish(tokens)
 
 
 _CHUNKS = _Chunks()

@@ -36,7 +36,7 @@ _QUOTATION_MARK = re.compile("&quot;")
 _AMPERSAND = re.compile("&amp;", re.IGNORECASE)
 
 
-# Java's text library cuts words so: letters, digits and marks, with a joint between two letters. Scripts written without spaces are apart.
+# Java's text library cuts words so: letters, digits, marks and what is not seen, with a joint between two letters. Scripts written without spaces are apart.
 _JAVA_WORD = re.compile("(?:[LDM]|(?<=[LM])J(?=L))+")
 _JOINTS = "'._-\u00ad\u2010\u2011"
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
@@ -61,8 +61,10 @@ def _kind(letter: str) -> str:
     if letter in _JOINTS:
         return "J"
     category = unicodedata.category(letter)
-    if category in ("Nd", "Mn", "Me"):
-        return "D" if category == "Nd" else "M"
+    if category in ("Nd", "No"):
+        return "D"
+    if category in ("Mn", "Me", "Cf"):
+        return "M"
     return "L" if category[0] == "L" and not _UNSPACED.match(letter) else "X"
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from shared import fixtures
 
 from tasks.metrics.ptb import tokenize, tokenize_last
+from tasks.metrics.ptb_written import lower
 
 
 def files() -> list[Path]:
@@ -92,3 +93,13 @@ def test_words_found_chunk_by_chunk_are_those_of_the_whole_caption(pieces: list[
 
 def test_a_long_caption_without_a_space_takes_no_more_than_linear_time() -> None:
     assert tokenize("x" * 100_000) == ["x" * 100_000]
+
+
+def test_a_tag_that_never_ends_takes_no_more_than_linear_time() -> None:
+    assert tokenize("<a" + " b" * 20_000) == ["<", "a", *["b"] * 20_000]
+    assert tokenize("<a " + "b " * 300 + "c='d e'>") == ["<a\u00a0" + "b\u00a0" * 300 + "c='d\u00a0e'>"]
+
+
+@pytest.mark.parametrize(("capital", "small"), [("B\u00bd\u03a3", "b\u00bd\u03c2"), ("K\u03a3\u2081s", "k\u03c3\u2081s"), ("b\ufeff\u03a3@1", "b\ufeff\u03c2@1")])
+def test_a_capital_sigma_is_final_or_not_as_java_has_it(capital: str, small: str) -> None:
+    assert lower(capital) == small

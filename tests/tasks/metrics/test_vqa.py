@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared import fixtures
 
 from adalink.errors import ConfigError, DataError
 from tasks.metrics.vqa import GradedQuestion, score_answers
 from tasks.metrics.vqa_words import clean, normalize
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import plain_vqa
 
 
 def question(answers: list[str], **fields: Any) -> GradedQuestion:
@@ -152,3 +156,27 @@ def test_the_order_of_questions_changes_no_figure(predictions: list[str], random
     first, second = score_answers(given_answers, questions), score_answers(given_answers, random.sample(questions, len(questions)))
     assert first.overall == pytest.approx(second.overall, abs=1e-9)
     assert first.per_answer_type == pytest.approx(second.per_answer_type, abs=1e-9)
+
+
+WORDS = st.sampled_from("a The two ten none Dont cant ow'sat o'clock im 1,000 5. .5 a.b yes/no one-two dog! it's \u2019 \u0661".split())
+TEXTS = st.lists(WORDS, max_size=4).map(" ".join) | st.text("abT12.,;/[]\"{}()=+\\_-><@`?!' \n\t\u0130\u00b2\u00a0", max_size=9) | st.text(max_size=9)
+
+
+@given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3), st.data())
+@settings(max_examples=400, deadline=None)
+def test_the_fast_scorer_equals_the_published_rules_written_plainly(other: str, said: list[str], data: Any) -> None:
+    answers = data.draw(st.lists(st.sampled_from(said), min_size=1, max_size=10))
+    prediction = data.draw(st.sampled_from([*said, other]))
+    plain = plain_vqa.accuracy(prediction, [{"answer": text, "answer_id": i} for i, text in enumerate(answers)])
+    assert accuracy(prediction, answers) == pytest.approx(100 * plain, abs=1e-9)
+    bare = plain_vqa.accuracy(prediction, [{"answer": text, "answer_confidence": "yes"} for text in answers])
+    marked = score_answers({1: prediction}, [question(answers, marks=("yes",) * len(answers))]).overall
+    assert marked == pytest.approx(100 * bare, abs=1e-9)
+
+
+@pytest.mark.parametrize("path", sorted(fixtures("vqa").glob("vqa_cases_*.json")), ids=lambda path: path.stem)
+def test_the_plain_rules_that_speed_is_measured_against_give_the_official_figures(path: Path) -> None:
+    for case in json.loads(path.read_text())["cases"][:500]:
+        if not case.get("answers_have_no_answer_id"):
+            records = [{"answer": text, "answer_id": i} for i, text in enumerate(case["answers"])]
+            assert round(100 * plain_vqa.accuracy(case["prediction"], records), 12) == case["official_acc_pct_n12"]
