@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from adalink import AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap, fingerprint
+from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap, fingerprint
 from adalink.errors import ConfigError
 from multimodal.batch import NO_TARGET, Batch, collate
 from multimodal.encode import RowEncoder
@@ -72,31 +72,45 @@ class VisionLanguageModel(nn.Module):
         settings: GenerationSettings | None = None,
         adapter_names: Sequence[str | None] | None = None,
     ) -> list[str]:
-        """One text for each picture and prompt; a prompt is the question that the template asks (empty in captioning)."""
+        """One text for each picture and prompt; a prompt is the question that the template asks (empty in captioning).
+
+        adapter_names: one for each row, "__base__" for none; without them the active adapter serves all. Each row is worded by its own
+        adapter's template and has its own adapter's slots.
+        """
         if len(images) != len(prompts):
             raise ConfigError(f"{len(images)} pictures and {len(prompts)} prompts were given: give one prompt for each picture")
+        serving = self.adapted.serving(len(images), adapter_names)  # refuses unknown names before anything runs
+        if not images:
+            return []
         pixels = torch.stack([self.tower.preprocess(image) for image in images])
-        encoder = self.row_encoder()
-        rows = [encoder.prompt(prompt) for prompt in prompts]
+        names = [self.adapted.active] * len(serving.slots) if adapter_names is None else adapter_names
+        encoders = {name: self.row_encoder(BASE_NAME if name is None else name) for name in set(names)}
+        rows = [encoders[name].prompt(prompt) for name, prompt in zip(names, prompts, strict=True)]
         batch = collate(rows, range(len(rows)), pixels, kind="pixels", side="left", pad_id=self.language.tokenizer.pad_token_id)
         return self.generate_batch(batch.to(self.device), settings or GenerationSettings(), adapter_names)
 
     @torch.no_grad()
     def generate_batch(self, batch: Batch, settings: GenerationSettings, adapter_names: Sequence[str | None] | None = None) -> list[str]:
-        """One text for each row of a left-padded batch."""
+        """One text for each row of a left-padded batch, whose rows were made by the row encoders of the adapters that serve them."""
         with self.adapted.attachment.bind(self.token_map(batch, adapter_names)):
             ids = run_generation(self.language, batch, settings)
         return generated_texts(self.language, batch, ids)
 
-    def row_encoder(self) -> RowEncoder:
-        """Makes the rows that the active adapter reads: its slots, this model's template and tokenizer."""
-        slots = self.adapted.active_adapter().slots if self.adapted.active else ()
-        return RowEncoder(self.template, self.language, slots)
+    def row_encoder(self, adapter: str | None = None) -> RowEncoder:
+        """Makes the rows that an adapter reads: its slots, its template, this model's tokenizer. The active one, where none is named."""
+        name = adapter or self.adapted.active or BASE_NAME
+        return RowEncoder(self.template_of(name), self.language, self.adapted.serving(1, [name]).slots[0])
+
+    def template_of(self, adapter: str) -> Template:
+        """The words that an adapter was saved with, where it was loaded from a folder that holds them; this model's own otherwise."""
+        task = self.adapted.tasks.get(adapter, {})
+        return Template(prompt=task["prompt"], target=task["target"]) if {"prompt", "target"} <= set(task) else self.template
 
     def token_map(self, batch: Batch, adapter_names: Sequence[str | None] | None = None) -> TokenMap:
         """What the batch's tokens are, with the features of each row's picture."""
         patches = batch.patches if batch.patches is not None else self.encode(_pixels(batch))
-        return TokenMap(batch.domain, self.adapted.rows(len(batch.ids), adapter_names), {"image": patches[batch.image]})
+        rows = self.adapted.serving(len(batch.ids), adapter_names)
+        return TokenMap(batch.domain, rows.row, {"image": patches[batch.image]}, serving=rows.serving)
 
     @property
     def device(self) -> torch.device:
@@ -108,8 +122,20 @@ class VisionLanguageModel(nn.Module):
         return self.adapted.add_adapter(name, methods)
 
     def load_adapter(self, folder: str | Path, name: str) -> Adapter:
-        """Add an adapter from its folder or hub name; refused where it was trained on other frozen parts."""
+        """Add an adapter from its folder or hub name; refused where it was trained on other frozen parts or another layer's features."""
+        config = AdaptedModel.read_config(folder)
+        config.check_base(self.adapted.parts, str(folder))
+        layer = config.task.get("layer", self.tower.layer)
+        if layer != self.tower.layer:
+            raise ConfigError(
+                f"the adapter in {folder} reads the features of layer {layer}, and this model's encoder gives those of layer {self.tower.layer}: "
+                f"compose the model with layer={layer}"
+            )
         return self.adapted.load_adapter(folder, name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Take an adapter away; the others stay as they are. Where it was the active one, none is."""
+        self.adapted.delete_adapter(name)
 
     def set_adapter(self, name: str) -> None:
         """Make an adapter the active one."""
@@ -123,7 +149,8 @@ class VisionLanguageModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, *, task: Mapping[str, Any] | None = None) -> None:
         """Write the active adapter's folder; `task` is kept in its config, with the template."""
-        self.adapted.task = {**(task or {}), "prompt": self.template.prompt, "target": self.template.target, "layer": self.tower.layer}
+        template = self.template_of(self.adapted.active or BASE_NAME)
+        self.adapted.task = {**self.adapted.task, **(task or {}), "prompt": template.prompt, "target": template.target, "layer": self.tower.layer}
         self.adapted.save_pretrained(folder)
 
     @classmethod
