@@ -40,7 +40,7 @@ def read_coco_captions(*, images: Path, annotations: Path, image_name: str | Non
             problems.append(BadSample(key=str(image_id), reason="no text", detail=f"image {image_id} ({file_name}) has no caption"))
         else:
             samples.append(Sample(key=str(image_id), image_id=image_id, image=path, captions=tuple(captions[image_id])))
-    return FileSource(samples, problems, read_from=annotations)
+    return FileSource(samples, problems, read_from=annotations, item_ids=files)
 
 
 def read_coco_images(*, images: Path, annotations: Path, image_name: str | None = None) -> FileSource:
@@ -52,13 +52,14 @@ def read_coco_images(*, images: Path, annotations: Path, image_name: str | None 
     folder = ImageFolder(images)
     _, (image_rows,) = read_annotation_file(annotations, "images")
     samples, problems = [], []
-    for image_id, (where, file_name) in _file_names(image_rows, name).items():
+    files = _file_names(image_rows, name)
+    for image_id, (where, file_name) in files.items():
         path = folder.find(file_name, where)
         if path is None:
             problems.append(_missing(image_id, images / file_name))
         else:
             samples.append(Sample(key=str(image_id), image_id=image_id, image=path))
-    return FileSource(samples, problems, read_from=annotations)
+    return FileSource(samples, problems, read_from=annotations, item_ids=files)
 
 
 def _file_names(rows: Rows, name: ImageName | None) -> dict[int, tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,28 +12,51 @@ from adalink.errors import ConfigError, DataError
 from multimodal.bad_samples import BadSample
 from multimodal.sample import Sample, SampleSource
 from multimodal.shards import ShardSource
-from tasks.coco_files import read_coco_captions
+from tasks.coco_files import read_coco_captions, read_coco_images
+from tasks.file_source import FileSource
+from tasks.karpathy import read_karpathy
 from tasks.scenes.dataset import Scenes
 from tasks.vqa_files import read_vqa
+from tasks.vqa_splits import VQA_SPLITS, read_vqa_split, split_parts
 
-__all__ = ["Chosen", "DataConfig", "Opened"]
+__all__ = ["Chosen", "DataConfig", "Opened", "saved_data"]
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A data set that was opened, and the samples that are known to be bad already."""
+    """A data set that was opened, and the samples that are known to be bad already.
+
+    item_ids   what an official result file for the whole split must hold; empty where only the samples themselves say it
+    left_out   pictures that `limit` leaves out
+    """
 
     source: SampleSource
     problems: tuple[BadSample, ...]
+    item_ids: tuple[int, ...] = ()
+    left_out: int = 0
+
+
+# What gives texts to a folder of pictures, with what may stand beside each.
+_TEXTS: Mapping[str, tuple[str, ...]] = {
+    "karpathy": ("split",),
+    "vqav2": ("split",),
+    "questions": ("annotations", "image_name"),
+    "image_info": ("image_name",),
+    "annotations": ("image_name",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One data set: pictures with annotations (and questions), or shards, or scenes."""
+    """One data set: pictures with a file of texts, or shards, or scenes."""
 
     images: Path | None = None  # the folder of pictures
     annotations: Path | None = None  # COCO captions, or VQAv2 annotations
-    questions: Path | None = None  # VQAv2 questions
+    questions: Path | None = None  # VQAv2 questions; a test split has these alone
+    image_info: Path | None = None  # COCO's list of pictures without captions, such as image_info_test2014.json: a test split of captioning
+    karpathy: Path | None = None  # Karpathy's dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json; needs split
+    vqav2: Path | None = None  # the folder of VQAv2's official questions and annotations; needs split
+    split: str | None = None  # karpathy: train, restval, val or test; vqav2: train, val, test or test-dev; several as in train+restval
     image_name: str | None = None  # file name of a picture where the annotations hold none: COCO_val2014_{image_id:012d}.jpg
     shards: Path | None = None  # a folder of webdataset shards
     scenes: str | None = None  # the embedded data set: SPLIT/SIZE, for instance train/2000
@@ -42,39 +67,74 @@ class DataConfig:
         given = [name for name in ("images", "shards", "scenes") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(f"a data set needs one of images, shards and scenes, got {', '.join(given) or 'none'}")
-        if self.images is not None and self.annotations is None and self.questions is None:
+        texts = next((name for name in _TEXTS if getattr(self, name) is not None), None)
+        if self.images is not None and texts is None:
             raise ConfigError(f"the pictures in {self.images} come without texts: give annotations (and, for vqa, questions)")
-        unused = [name for name in ("annotations", "questions", "image_name") if getattr(self, name) is not None and self.images is None]
-        if unused:
-            raise ConfigError(f"{', '.join(unused)} would not be read: {given[0]} holds its own texts, so give them with images only")
+        names = dict.fromkeys(["annotations", "questions", *_TEXTS, "split", "image_name"])
+        read = {texts, *_TEXTS[texts]} if texts is not None and self.images is not None else set()
+        if unused := [name for name in names if getattr(self, name) is not None and name not in read]:
+            by = f"{given[0]} holds its own texts, so give them with images only" if self.images is None else f"{texts} gives the texts, so leave them out"
+            raise ConfigError(f"{', '.join(unused)} would not be read: {by}")
+        if "split" in read and self.split is None:
+            raise ConfigError(f"{texts} holds several splits: give split, such as val or test")
         if self.limit < 0:
             raise ConfigError(f"the data set's limit is {self.limit}: give 0 (all) or more")
+
+    @property
+    def split_name(self) -> str:
+        """What official result files call the split: `val2014`, `test-dev2015`, `karpathy-test`; `val` where nothing says it."""
+        if self.split is not None:
+            parts = [VQA_SPLITS[part][0] for part in split_parts(self.split)] if self.vqav2 else ["karpathy", self.split]
+            return _in_a_name("-".join(parts))
+        file = self.questions or self.image_info or self.annotations
+        words = file.stem.removesuffix("_questions").split("_") if file is not None else []
+        return _in_a_name(words[-1]) if len(words) > 1 else "val"
 
     def open(self) -> Opened:
         """Read annotations or manifest; pictures are read later. Raises DataError where nothing is left to read."""
         source: SampleSource
         problems: tuple[BadSample, ...] = ()
+        item_ids: tuple[int, ...] = ()
         if self.scenes is not None:
             source = _scenes(self.scenes)
         elif self.shards is not None:
             shards = ShardSource(self.shards)
             source, problems = shards, tuple(shards.problems)
         else:
-            source, problems = self._files()
+            files = self._files()
+            source, problems, item_ids = files, files.problems, files.item_ids
+        whole = len(source)
         if self.limit:
-            source = Chosen(source, range(min(self.limit, len(source))))
+            source = Chosen(source, range(min(self.limit, whole)))
         if not len(source):
             raise DataError(f"the data set has no usable sample: {problems[0].detail if problems else self}")
-        return Opened(source, problems)
+        return Opened(source, problems, item_ids, whole - len(source))
 
-    def _files(self) -> tuple[SampleSource, tuple[BadSample, ...]]:
+    def _files(self) -> FileSource:
         assert self.images is not None
+        if self.karpathy is not None:
+            return read_karpathy(self.karpathy, self.images, self.split or "")
+        if self.vqav2 is not None:
+            return read_vqa_split(self.vqav2, self.images, self.split or "")
         if self.questions is not None:
-            answered = read_vqa(images=self.images, questions=self.questions, annotations=self.annotations, image_name=self.image_name)
-            return answered, tuple(answered.problems)
+            return read_vqa(images=self.images, questions=self.questions, annotations=self.annotations, image_name=self.image_name)
+        if self.image_info is not None:
+            return read_coco_images(images=self.images, annotations=self.image_info, image_name=self.image_name)
         assert self.annotations is not None
-        captioned = read_coco_captions(images=self.images, annotations=self.annotations, image_name=self.image_name)
-        return captioned, tuple(captioned.problems)
+        return read_coco_captions(images=self.images, annotations=self.annotations, image_name=self.image_name)
+
+
+def saved_data(settings: Mapping[str, object]) -> DataConfig:
+    """The data set that a run's config.yaml names, from the settings under `data.val`. Raises ConfigError on another setting."""
+    hints = typing.get_type_hints(DataConfig)
+    if unknown := [name for name in settings if name not in hints]:
+        raise ConfigError(f"a data set has no setting {unknown[0]!r}: was the config written by another version?")
+    is_path = {name for name, hint in hints.items() if Path in typing.get_args(hint)}
+    return DataConfig(**{name: Path(str(value)) if name in is_path and value is not None else value for name, value in settings.items()})  # type: ignore[arg-type]
+
+
+def _in_a_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text)
 
 
 class Chosen:

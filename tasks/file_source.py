@@ -16,12 +16,15 @@ class FileSource:
     """Samples whose images are paths, in the order of the annotations; nothing is decoded here.
 
     problems   what the annotations name and the data set cannot give: pictures that are not there, images without a text.
+    item_ids   every id that an official result file for this split must hold, in the file's order: of images, or of questions. Those
+               that `problems` keep from being asked about are among them.
     """
 
-    def __init__(self, samples: Iterable[Sample], problems: Iterable[BadSample], *, read_from: Path) -> None:
+    def __init__(self, samples: Iterable[Sample], problems: Iterable[BadSample], *, read_from: Path, item_ids: Iterable[int] = ()) -> None:
         """Raises DataError where no sample is left; `read_from` is the annotation file, for the message."""
         self._samples = tuple(samples)
         self.problems = tuple(problems)
+        self.item_ids = tuple(item_ids)
         if not self._samples:
             first = f"; {len(self.problems)} cannot be used, the first because {self.problems[0].detail}" if self.problems else ""
             raise DataError(f"{read_from} gives no sample{first}")

@@ -42,7 +42,8 @@ def read_karpathy(file: Path, images: Path, split: str) -> FileSource:
     """
     folder = ImageFolder(images)
     samples, problems = [], []
-    for image in read_karpathy_images(file, split):
+    described = read_karpathy_images(file, split)
+    for image in described:
         key = str(image.image_id)
         path = next((path for name in image.names if (path := folder.find(name, image.where)) is not None), None)
         if path is None:
@@ -51,7 +52,7 @@ def read_karpathy(file: Path, images: Path, split: str) -> FileSource:
             problems.append(BadSample(key=key, reason="no text", detail=f"image {key} ({image.names[-1]}) has no caption"))
         else:
             samples.append(Sample(key=key, image_id=image.image_id, image=path, captions=image.captions))
-    return FileSource(samples, problems, read_from=file)
+    return FileSource(samples, problems, read_from=file, item_ids=(image.image_id for image in described))
 
 
 def read_karpathy_images(file: Path, split: str) -> list[KarpathyImage]:

@@ -50,7 +50,7 @@ def read_vqa(*, images: Path, questions: Path, annotations: Path | None, image_n
             problems.append(BadSample(key=key, reason="no text", detail=f"image {image_id} has no question"))
         else:
             samples.append(Sample(key=key, image_id=image_id, image=path, questions=tuple(of_image)))
-    return FileSource(samples, problems, read_from=questions)
+    return FileSource(samples, problems, read_from=questions, item_ids=asked)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,9 @@ from tasks.metrics.vqa import AnswerScores, GradedQuestion, named_accuracies
 __all__ = ["Figures", "Interval", "Resampling", "answer_figures", "caption_figures", "intervals", "paired_intervals"]
 
 
+_AT_ONCE = 1 << 21  # weights drawn together, 16 MB of them
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resampling:
     """How intervals are found."""
@@ -46,7 +49,7 @@ class Figures:
 
     names    of the figures
     items    how many items the corpus has
-    of       float64[items] -> float64[names]: with all ones, the corpus figures; NaN where nothing of a kind is drawn
+    of       float64[draws, items] -> float64[draws, names]: with all ones, the corpus figures; NaN where nothing of a kind is drawn
     """
 
     names: tuple[str, ...]
@@ -65,7 +68,8 @@ def caption_figures(scores: CaptionScores) -> Figures:
 
     def of(weights: Floats) -> Floats:
         total = weights @ table
-        return np.concatenate([bleu(total[:4], total[4:8], total[8], total[9]), total[10:] / weights.sum()])
+        figures = bleu(total[:, :4], total[:, 4:8], total[:, 8], total[:, 9])
+        return np.hstack([figures, total[:, 10:] / weights.sum(1, keepdims=True)])
 
     return Figures(names=("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"), items=len(table), of=of)
 
@@ -74,16 +78,18 @@ def answer_figures(scores: AnswerScores, questions: Sequence[GradedQuestion]) ->
     """Accuracy overall, by answer type and by question type, of resampled questions, in percent."""
     accuracy = np.array([scores.per_question[question.question_id] for question in questions])
     kinds = ([question.answer_type for question in questions], [question.question_type for question in questions])
-    named = [(list(by_type), kind) for by_type, kind in zip((scores.per_answer_type, scores.per_question_type), kinds, strict=True)]
-    places = [(len(names), np.array(list(map(names.index, kind)))) for names, kind in named if names != [""]]
+    named = [({name: at for at, name in enumerate(by)}, kind) for by, kind in zip((scores.per_answer_type, scores.per_question_type), kinds, strict=True)]
+    places = [np.array(list(map(at.__getitem__, kind))) for at, kind in named if set(at) != {""}]
+    orders = [np.argsort(place, kind="stable") for place in places]
+    starts = [np.flatnonzero(np.diff(place[order], prepend=-1)) for place, order in zip(places, orders, strict=True)]
 
     def of(weights: Floats) -> Floats:
-        weighted = weights * accuracy
-        found = [np.array([weighted.sum() / weights.sum()])]
-        for n_names, place in places:
-            counts, sums = np.bincount(place, weights, n_names), np.bincount(place, weighted, n_names)
-            found.append(np.divide(sums, counts, out=np.full(n_names, np.nan), where=counts > 0))
-        return np.concatenate(found)
+        found = [(weights @ accuracy / weights.sum(1))[:, None]]
+        for order, start in zip(orders, starts, strict=True):
+            counts = np.add.reduceat(weights[:, order], start, axis=1)
+            sums = np.add.reduceat((weights * accuracy)[:, order], start, axis=1)
+            found.append(np.divide(sums, counts, out=np.full(counts.shape, np.nan), where=counts > 0))
+        return np.hstack(found)
 
     return Figures(names=tuple(named_accuracies(scores)), items=len(questions), of=of)
 
@@ -114,12 +120,12 @@ def _percentiles(
     if settings.n_resamples == 0:
         return {}
     generator = np.random.default_rng(settings.seed)
-    drawn = np.empty((settings.n_resamples, len(names)))
-    for row in drawn:
-        weights = np.bincount(generator.integers(0, n_items, n_items), minlength=n_items).astype(np.float64)
-        row[:] = of[-1](weights)
-        if len(of) > 1:
-            row -= of[0](weights)
+    drawn = []
+    for left in range(settings.n_resamples, 0, -(n_rows := max(1, _AT_ONCE // n_items))):
+        rows = min(left, n_rows)
+        chosen = generator.integers(0, n_items, (rows, n_items)) + np.arange(0, rows * n_items, n_items)[:, None]
+        weights = np.bincount(chosen.ravel(), minlength=rows * n_items).reshape(rows, n_items).astype(np.float64)
+        drawn.append(of[-1](weights) - (of[0](weights) if len(of) > 1 else 0))
     outside = 50 * (1 - settings.level)
-    low, high = np.nanpercentile(drawn, [outside, 100 - outside], axis=0)
+    low, high = np.nanpercentile(np.concatenate(drawn), [outside, 100 - outside], axis=0)
     return {name: Interval(low=float(a), high=float(b)) for name, a, b in zip(names, low, high, strict=True)}

@@ -40,14 +40,14 @@ def answers(n: int, seed: int) -> dict[int, str]:
 def test_with_every_item_once_the_figures_are_those_of_the_corpus() -> None:
     scores = score_captions(captions(40, 1), references(40))
     figures = caption_figures(scores)
-    assert dict(zip(figures.names, figures.of(np.ones(40)), strict=True)) == pytest.approx(scores.corpus, abs=1e-12)
+    assert dict(zip(figures.names, figures.of(np.ones((1, 40)))[0], strict=True)) == pytest.approx(scores.corpus, abs=1e-12)
     asked = questions(60)
     graded = score_answers(answers(60, 1), asked)
     found = answer_figures(graded, asked)
     expected = {"overall": graded.overall}
     expected |= {f"answer type: {name}": value for name, value in graded.per_answer_type.items()}
     expected |= {f"question type: {name}": value for name, value in graded.per_question_type.items()}
-    assert dict(zip(found.names, found.of(np.ones(60)), strict=True)) == pytest.approx(expected, abs=1e-10)
+    assert dict(zip(found.names, found.of(np.ones((1, 60)))[0], strict=True)) == pytest.approx(expected, abs=1e-10)
 
 
 def test_weights_are_the_same_as_repeated_images() -> None:
@@ -56,13 +56,13 @@ def test_weights_are_the_same_as_repeated_images() -> None:
     figures = caption_figures(score_captions(hypotheses, refs))
     repeated = [image for image in range(12) for _ in range(int(weights[image]))]
     again = score_captions({k: hypotheses[i] for k, i in enumerate(repeated)}, {k: refs[i] for k, i in enumerate(repeated)})
-    weighted = dict(zip(figures.names, figures.of(weights), strict=True))
+    weighted = dict(zip(figures.names, figures.of(weights[None])[0], strict=True))
     for name in ("Bleu_1", "Bleu_4", "ROUGE_L"):  # CIDEr's document frequencies are those of the whole corpus on purpose
         assert weighted[name] == pytest.approx(again.corpus[name], abs=1e-9)
 
 
 def mean_of(values: Any) -> Figures:
-    return Figures(names=("mean",), items=len(values), of=lambda weights: np.array([weights @ values / weights.sum()]))
+    return Figures(names=("mean",), items=len(values), of=lambda weights: (weights @ values / weights.sum(1))[:, None])
 
 
 def test_the_interval_of_a_mean_is_that_of_theory() -> None:
