@@ -1,0 +1,98 @@
+"""LoRA (arXiv 2106.09685), with a group of weights for each token domain as Context-PEFT has it (arXiv 2312.08900).
+
+    y = W x + b + sum over groups of m (s B (A x) + c)        s = multiplier * alpha / R, or multiplier * alpha / sqrt(R)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from adalink.anatomy import Anatomy
+from adalink.edit import Placement, Port, Slots
+from adalink.errors import ConfigError
+from adalink.groups import checked_groups, domains_of, for_group, per_group
+from adalink.targets import Target, find_targets
+from adalink.token_dropout import TokenDropout, dropouts
+from adalink.tokens import Tokens
+
+__all__ = ["LoRA", "LowRank"]
+
+
+class LowRank(nn.Module):
+    """h + scale * up(down(x)) + bias. It starts as the identity: up and bias are zero. down is A [R, D_in], up is B [D_out, R]."""
+
+    def __init__(self, target: Target, rank: int, scale: float, bias: bool, dropout: TokenDropout) -> None:
+        super().__init__()
+        self.target, self.scale, self.dropout = target, scale, dropout
+        self.down = nn.Linear(target.linear.n_in, rank, bias=False)
+        self.up = nn.Linear(rank, target.width, bias=False)
+        self.bias = nn.Parameter(torch.zeros(target.width)) if bias else None  # not scaled
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
+        change = self.up(self.down(x)) * self.scale
+        if self.bias is not None:
+            change = change + self.bias
+        return h + self.target.spread(self.dropout(change, tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank changes of the linears inside the layers; one set of weights for each group of token domains.
+
+    rank, alpha, multiplier and dropout are one number for all groups, or one for each: {image: 8, text: 4}.
+    """
+
+    groups: Mapping[str, tuple[str, ...]]  # name -> domains: text (prompt and answer), image, all, answer, prompt, prefix, percept; may overlap
+    rank: int | Mapping[str, int]  # R; 1, 8 and 64 were published
+    alpha: float | Mapping[str, float]  # the change is scaled by alpha / R
+    scaling: Literal["standard", "rank_stabilized"] = "standard"  # rank_stabilized: by alpha / sqrt(R) instead (rsLoRA, arXiv 2312.03732)
+    multiplier: float | Mapping[str, float] = 1.0  # of the scale
+    bias: Literal["none", "all", "auto"] = "none"  # a trained bias beside B A; auto: where the frozen linear has one
+    targets: tuple[str, ...] = ("all",)  # all, last path components (q_proj, mlp.c_proj), or query, key, value, down
+    exclude: tuple[str, ...] = ()  # linears that are left alone, named as targets are
+    exclude_layers: tuple[int, ...] = ()  # layers that are left alone, counted from 0
+    dropout: float | Mapping[str, float] = 0.0  # share of a group's tokens without its change, drawn once for all layers
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        object.__setattr__(self, "groups", checked_groups("LoRA", self.groups))
+        for group, rank in per_group("LoRA", "rank", self.rank, self.groups).items():
+            if rank < 1:
+                raise ConfigError(f"LoRA's rank is {rank} for the group {group}: give 1 or more (1, 8 and 64 were published)")
+        for setting, value in (("alpha", self.alpha), ("multiplier", self.multiplier)):
+            for group, number in per_group("LoRA", setting, value, self.groups).items():
+                if number <= 0:
+                    raise ConfigError(f"LoRA's {setting} is {number} for the group {group}: give a positive number")
+        dropouts("LoRA", self.dropout, self.groups)
+        if self.scaling not in ("standard", "rank_stabilized"):
+            raise ConfigError(f"LoRA's scaling is {self.scaling!r}: give standard or rank_stabilized")
+        if self.bias not in ("none", "all", "auto"):
+            raise ConfigError(f"LoRA's bias is {self.bias!r}: give none, all or auto")
+
+    def slots(self, anatomy: Anatomy) -> tuple[Slots, ...]:
+        """None: it edits tokens that are there."""
+        return ()
+
+    def place(self, anatomy: Anatomy) -> Sequence[Placement]:
+        """One edit for each group and target, at the linear's output."""
+        targets = find_targets(anatomy, self.targets, self.exclude, self.exclude_layers)
+        by_group = dropouts("LoRA", self.dropout, self.groups)
+        return [
+            Placement(f"{group}.{target.role}", Port(target.linear.name, "output"), self._edit(group, target, by_group[group]), domains_of(domains))
+            for group, domains in self.groups.items()
+            for target in targets
+        ]
+
+    def _edit(self, group: str, target: Target, dropout: TokenDropout) -> LowRank:
+        rank = for_group(self.rank, group)
+        divisor = rank if self.scaling == "standard" else math.sqrt(rank)
+        has_bias = self.bias == "all" or (self.bias == "auto" and target.linear.has_bias)
+        return LowRank(target, rank, for_group(self.multiplier, group) * for_group(self.alpha, group) / divisor, has_bias, dropout)
