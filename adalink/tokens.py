@@ -51,6 +51,7 @@ class Tokens:
     present: frozenset[int]
     inputs: Mapping[str, Tensor]
     selected: dict[tuple[tuple[int, ...], int], Tensor] = field(default_factory=dict, repr=False)  # memo of select()
+    drawn: dict[nn.Module, Tensor] = field(default_factory=dict, repr=False)  # by TokenDropout: which tokens keep their change in this call
     serving: frozenset[int] | None = None  # the adapters that serve a row, known without reading a tensor; None where it is not known
     n_before: int = 0  # tokens of earlier calls, which a cache holds
     end: int = 0  # how long the sequence is with this call's tokens; keys after it are not written yet

@@ -98,7 +98,7 @@ def test_every_name_in_all_is_there_and_every_module_says_what_it_is(path: Path)
 def test_the_public_surface_is_what_it_was_meant_to_be() -> None:
     import adalink
 
-    assert set(adalink.METHODS) == {"adalink", "bridge", "epalm", "prompt"}
+    assert set(adalink.METHODS) == {"adalink", "bitfit", "bridge", "epalm", "ia3", "lora", "prompt"}
     assert [name for name in adalink.__all__ if not hasattr(adalink, name)] == []
 
 
