@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
 from adalink.errors import ConfigError
-from adalink.tokens import Tokens
+from adalink.tokens import DOMAIN_NAMES, N_DOMAINS, PERCEPT, PREFIX, Tokens
 
 __all__ = ["EMBEDDING", "Adapter", "Edit", "Method", "Placement", "Port", "Slots"]
 
@@ -86,7 +86,7 @@ class Adapter(nn.Module):
     """The edits of one or more methods. Its state dict is the whole checkpoint.
 
     Methods that fill slots are placed first, whatever their order, so that others edit what they filled: AdaLink edits the
-    projected picture, not the placeholder. Tensors are named METHOD.ROLE.TENSOR, for instance `adalink.image.down.weight`.
+    projected picture, not the placeholder. Slots of a prefix come first in a row, since every token reads them. Tensors are named METHOD.ROLE.TENSOR, for instance `adalink.image.down.weight`.
     """
 
     def __init__(self, methods: Mapping[str, Method], anatomy: Anatomy) -> None:
@@ -95,8 +95,8 @@ class Adapter(nn.Module):
             raise ConfigError("an adapter needs at least one method, got none: give for instance AdaLink(rank=16, modalities=('text',))")
         self.methods = dict(methods)
         reserved = {name: method.slots(anatomy) for name, method in methods.items()}
-        self.slots = tuple(slot for slots in reserved.values() for slot in slots)
-        _check_slots(self.slots)
+        self.slots = tuple(sorted((slot for slots in reserved.values() for slot in slots), key=_place_in_row))
+        _check_slots(reserved)
         order = sorted(methods, key=lambda name: not reserved[name])
         self.placements = tuple(
             replace(placed, role=f"{name}.{placed.role}", shared={f"{name}.{role}": module for role, module in placed.shared.items()})
@@ -115,10 +115,25 @@ class Adapter(nn.Module):
         return counts
 
 
-def _check_slots(slots: tuple[Slots, ...]) -> None:
-    domains = [slot.domain for slot in slots]
-    if len(set(domains)) < len(domains):
-        raise ConfigError(f"two methods of one adapter reserve slots of the same domain ({sorted(domains)}): keep one of them")
+def _place_in_row(slot: Slots) -> int:
+    """Prefixes first, then percepts, then the rest in the order of the methods."""
+    if slot.domain == PREFIX:
+        return 0
+    return 1 if slot.domain >= PERCEPT else 2
+
+
+def _check_slots(reserved: Mapping[str, tuple[Slots, ...]]) -> None:
+    taken: dict[int, str] = {}
+    for name, slots in reserved.items():
+        for domain in (slot.domain for slot in slots):
+            if domain in taken:
+                known = {number: word for word, number in DOMAIN_NAMES.items()}
+                free = ", ".join(str(number) for number in range(PERCEPT, N_DOMAINS) if number not in taken)
+                raise ConfigError(
+                    f"{taken[domain]} and {name} reserve slots of the same domain, {domain} ({known.get(domain, 'free')}): keep one of them, "
+                    f"or give one a slot of its own where it has that setting; free are {free}"
+                )
+            taken[domain] = name
 
 
 def _register(parent: nn.Module, path: list[str], edit: nn.Module) -> None:

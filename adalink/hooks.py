@@ -110,6 +110,12 @@ def _mask_hook(attachment: Attachment, port: Port, place: int, module: nn.Module
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
         found = f"a tensor {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise AttachError(f"the mask at {port.module} is {found}, expected None or [B, 1, T, K]: use sdpa or eager attention")
+    n_keys = tokens.keys.shape[1]
+    if mask is not None and mask.shape[3] != n_keys:
+        raise AttachError(
+            f"the mask at {port.module} covers {mask.shape[3]} of {n_keys} keys, and this method hides or opens keys of the whole sequence "
+            "(a cache with a sliding window drops some): generate with use_cache=False"
+        )
     mask = whole_mask(tokens, attachment.anatomy.attention) if mask is None else mask
     for index, placement in placed:
         mask = placement.edit(mask, tokens, placement.domains, index)

@@ -84,7 +84,7 @@ def _recompute(
     place = attachment.anatomy.layers.index(placement.edit.before)
     before = attachment.stack.get_submodule(placement.edit.before)
     for module, end, number in ((before, tokens.end, place), (layer, tokens.n_before, place + 1)):
-        slot = token_map.first_of(placement.domains[0], len(h), end, _n_keys(cache, number, end))
+        slot = token_map.first_of(placement.domains[0], len(h), end, cache.layers[number].keys.shape[2])
         with attachment._rebound(slot):
             arguments = {**call, **_own_arguments(attachment, slot, call, h, like)}
             is_slot = _is_slot(slot, index) if module is layer else None
@@ -102,17 +102,6 @@ def _own_arguments(attachment: Attachment, slot: Tokens, call: Mapping[str, Any]
         rotary = attachment.stack.get_submodule(attachment.anatomy.positions.module)
         own["position_embeddings"] = rotary(h, position_ids=slot.position)
     return own
-
-
-def _n_keys(cache: Any, number: int, end: int) -> int:
-    """How many keys a layer's cache holds. Raises AttachError where it is fewer than the sequence has."""
-    n_keys = int(cache.layers[number].keys.shape[2])
-    if n_keys < end:
-        raise AttachError(
-            f"the cache of layer {number} holds {n_keys} of {end} keys (a sliding window?), and a slot that reads all of them needs them all: "
-            "generate with use_cache=False, or train with mask='causal'"
-        )
-    return n_keys
 
 
 class _SlotCache:

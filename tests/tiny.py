@@ -27,26 +27,26 @@ INPUTS = {"image": InputSpec(N_PATCHES, FEATURE_WIDTH), "image_taps": InputSpec(
 EXACT = {"llama": 1e-6, "qwen2": 1e-6, "opt": 1e-10, "gpt2": 1e-10, "t5": 1e-6}  # RMSNorm computes in float32 whatever the model's dtype
 
 
-def tiny(family: str, seed: int = 0) -> PreTrainedModel:
-    """A float64 model of the family: two layers, width 32, vocabulary 64; grouped-query where the family has it."""
+def tiny(family: str, seed: int = 0, n_layers: int = 2) -> PreTrainedModel:
+    """A float64 model of the family: two layers unless told otherwise, width 32, vocabulary 64; grouped-query where the family has it."""
     torch.manual_seed(seed)
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model: PreTrainedModel = {
         "llama": lambda: LlamaForCausalLM(
-            LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **ids)
+            LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=n_layers, num_attention_heads=4, num_key_value_heads=2, **ids)
         ),
         "qwen2": lambda: Qwen2ForCausalLM(
-            Qwen2Config(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **ids)
+            Qwen2Config(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=n_layers, num_attention_heads=4, num_key_value_heads=2, **ids)
         ),
         "opt": lambda: OPTForCausalLM(
             OPTConfig(
-                vocab_size=VOCABULARY, hidden_size=48, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=WIDTH,
+                vocab_size=VOCABULARY, hidden_size=48, ffn_dim=64, num_hidden_layers=n_layers, num_attention_heads=4, word_embed_proj_dim=WIDTH,
                 max_position_embeddings=64, dropout=0.1, **ids,
             )
         ),
-        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64, **ids)),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=n_layers, n_head=4, n_positions=64, **ids)),
         "t5": lambda: T5ForConditionalGeneration(
-            T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
+            T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=n_layers, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
         ),
     }[family]()  # fmt: skip
     with torch.no_grad():  # T5 and OPT start so small that edits would not show

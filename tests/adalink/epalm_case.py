@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from adalink import EPALM, PAD, PERCEPT, PROMPT, TEXT, Adapter, Anatomy, InputSpec, Method, Prompt, TokenMap
+from multimodal.vision import VisionTower, load_tower
 
 ROLES = {  # the official names of the soft prompt's tensors, and ours
     "prompt_module.prefix_embedding.0.weight": "prompt.soft.table",
@@ -118,6 +120,12 @@ class Case:
         """taps: float64 [B, L, Dv]."""
         return TokenMap(domain, torch.zeros(len(domain), dtype=torch.int64), {"image_taps": taps}, generated=TEXT)
 
+    def taps(self) -> Tensor:
+        """float64 [B, L, Dv]: the normed class token of every block, from the pictures where the case has them."""
+        if "in.images" in self.tensors:
+            return _tower(self.spec["vit"], self.under("vit."))(self.tensors["in.images"]).pooled.transpose(0, 1)
+        return self.tensors["mid.vit_cls_normed"].double().transpose(0, 1)
+
     def generations(self) -> list[tuple[str, list[int], int]]:
         """(key of the expected ids, the rows asked about, beams)."""
         found = []
@@ -126,3 +134,15 @@ class Case:
                 rows = [int(match[2])] if match[2] else list(range(len(self.tensors["gen.prompt_ids"])))
                 found.append((key, rows, int(match[4] or 1)))
         return found
+
+
+def _tower(sizes: Mapping[str, Any], weights: dict[str, Tensor]) -> VisionTower:
+    """The frozen encoder, loaded from files as a user's would be."""
+    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "in_chans")
+    arguments = {name: sizes[name] for name in names if name in sizes}
+    picture = {"input_size": [3, sizes["img_size"], sizes["img_size"]]}
+    config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "model_args": arguments, "pretrained_cfg": picture}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        save_file({name: value.contiguous() for name, value in weights.items()}, Path(folder) / "model.safetensors")
+        return load_tower(folder, dtype=torch.float64)

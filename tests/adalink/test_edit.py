@@ -68,7 +68,7 @@ def test_an_adapter_without_a_method_is_refused() -> None:
 
 
 def test_two_methods_that_reserve_the_same_domain_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"two methods of one adapter reserve slots of the same domain \(\[3, 3\]\): keep one of them"):
+    with pytest.raises(ConfigError, match=r"a and b reserve slots of the same domain, 3 \(prompt\): keep one of them"):
         Adapter({"a": Prompt(length=1, init_std=0.1), "b": Prompt(length=2, init_std=0.1)}, ANATOMY)
 
 
