@@ -21,7 +21,7 @@ from adalink.atomic import write_whole
 from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
 
-__all__ = ["MANIFEST", "Manifest", "Members", "Part", "Shard", "find_twice", "read_manifest", "write_manifest"]
+__all__ = ["MANIFEST", "Manifest", "Members", "Part", "Shard", "find_twice", "parse_manifest", "read_manifest", "write_manifest"]
 
 MANIFEST = "manifest.json"
 _FORMAT = "adalink shards 1"
@@ -125,14 +125,21 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder; raises DataError where it is missing, damaged or of another version."""
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(f"the manifest {path} cannot be read: {error.strerror}; write or index the shards with `adalink shards`") from error
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, name: str) -> Manifest:
+    """The manifest that a file holds; raises DataError where it is damaged or of another version."""
+    try:
+        found = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"the manifest {path} is not JSON: {error}; index the shards again") from error
+        raise DataError(f"the manifest {name} is not JSON: {error}; index the shards again") from error
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
-        shown = str(found.get("format") if isinstance(found, dict) else found)[:60]
-        raise DataError(f"{path} is not a manifest of this version: its format is {shown!r}, expected {_FORMAT!r}; index the shards again")
+        said = str(found.get("format") if isinstance(found, dict) else found)[:60]
+        raise DataError(f"{name} is not a manifest of this version: its format is {said!r}, expected {_FORMAT!r}; index the shards again")
     try:
         manifest = Manifest(
             shards=tuple(shard_from_json(shard) for shard in found["shards"]),
@@ -141,7 +148,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
         _check_all(manifest, found["samples"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise DataError(f"the manifest {path} is damaged: {type(error).__name__} {error}; index the shards again") from error
+        raise DataError(f"the manifest {name} is damaged: {type(error).__name__} {error}; index the shards again") from error
     return manifest
 
 

@@ -4,27 +4,49 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from tqdm import tqdm
 
 from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
-from multimodal.manifest import MANIFEST, Manifest, Members, Shard, find_twice, read_manifest
+from multimodal.manifest import MANIFEST, Manifest, Members, Shard, find_twice, parse_manifest, read_manifest
+from multimodal.remote import RemoteFiles, beside, shown
 from multimodal.shard_folder import find_shards, refuse_unfinished
 from multimodal.shard_index import IndexedShard, ShardLimits, index_shard
 
-__all__ = ["ShardSet", "index_shards", "open_shard_set"]
+__all__ = ["Place", "ShardSet", "index_shards", "open_remote_set", "open_shard_set"]
+
+Place = Path | str
+"""Where a shard is: a file, or the URL of one."""
+
+_ASKED_AT_ONCE = 16  # servers are asked for the sizes of so many shards at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardSet:
     """`paths[i]` is the tar file of `manifest.shards[i]`."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[Place, ...]
     manifest: Manifest
+
+
+def open_remote_set(folder: str, files: RemoteFiles, limits: ShardLimits) -> ShardSet:
+    """The shards that the manifest in the folder of a URL names; a shard that is missing or of another size is told now.
+
+    Raises DataError as `open_shard_set` does, and where there is no manifest.
+    """
+    name = beside(folder, MANIFEST)
+    shards = parse_manifest(files.whole(name), shown(name)).shards
+    urls = [beside(folder, quote(shard.file)) for shard in shards]
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        sizes = list(tqdm(pool.map(files.size, urls), total=len(urls), unit="shard", desc="opening shards", disable=None, leave=False))
+    found = [_whole(shown(url), size, shard, limits) for url, size, shard in zip(urls, sizes, shards, strict=True)]
+    return _set(urls, found)
 
 
 def open_shard_set(shards: Path | Sequence[Path], limits: ShardLimits) -> ShardSet:
@@ -54,7 +76,7 @@ def index_shards(folder: Path, limits: ShardLimits) -> ShardSet:
     return _set(paths, [index_shard(path, limits) for path in tqdm(paths, unit="shard", desc="indexing", disable=None, leave=False)])
 
 
-def _set(paths: Sequence[Path], found: Sequence[IndexedShard]) -> ShardSet:
+def _set(paths: Sequence[Place], found: Sequence[IndexedShard]) -> ShardSet:
     shards = tuple(each.shard for each in found)
     twice = find_twice(shards)
     if twice is not None:
@@ -88,13 +110,18 @@ def _listed(path: Path, shard: Shard, limits: ShardLimits) -> IndexedShard:
         size = path.stat().st_size
     except OSError as error:
         raise DataError(f"the shard {path}, which {MANIFEST} names, cannot be opened: {error.strerror}; write or fetch it again") from error
+    return _whole(str(path), size, shard, limits)
+
+
+def _whole(name: str, size: int, shard: Shard, limits: ShardLimits) -> IndexedShard:
+    """A shard that the manifest names, found with a size."""
     if size != shard.size:
-        raise DataError(f"the shard {path} has {size} bytes, and {MANIFEST} says {shard.size}; write or fetch it again")
-    members, skipped = _within(shard.members, path, limits)
+        raise DataError(f"the shard {name} has {size} bytes, and {MANIFEST} says {shard.size}; write or fetch it again")
+    members, skipped = _within(shard.members, name, limits)
     return IndexedShard(shard=replace(shard, members=members), skipped=skipped, ignored={})
 
 
-def _within(members: Members, path: Path, limits: ShardLimits) -> tuple[Members, tuple[BadSample, ...]]:
+def _within(members: Members, name: str, limits: ShardLimits) -> tuple[Members, tuple[BadSample, ...]]:
     """The samples whose members keep the limits, and the others."""
     sizes = members.table[..., 1]
     image, text = sizes[:, 0], sizes[:, 1:].max(axis=1, initial=0)
@@ -104,6 +131,6 @@ def _within(members: Members, path: Path, limits: ShardLimits) -> tuple[Members,
     bad = []
     for index in np.flatnonzero(over).tolist():
         reason = "too many bytes" if image[index] > limits.max_image_bytes else "too much text"
-        detail = f"{members.key(index)!r} of {path} has members of {image[index]} and {text[index]} bytes"
+        detail = f"{members.key(index)!r} of {name} has members of {image[index]} and {text[index]} bytes"
         bad.append(BadSample(key=members.key(index), reason=reason, detail=detail))
     return members.only(~over), tuple(bad)

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
 from multimodal.manifest import PARTS, UNKNOWN_CRC
+from multimodal.remote import RemoteSettings, is_url, shown
 from multimodal.sample import Sample
+from multimodal.shard_files import LocalShards, RemoteShards, remote_files
 from multimodal.shard_index import ShardLimits
 from multimodal.shard_record import Record, decode_caption, decode_record, shard_key
-from multimodal.shard_set import open_shard_set
+from multimodal.shard_set import Place, open_remote_set, open_shard_set
 
 __all__ = ["DamagedSample", "ShardSource"]
 
 LIMITS = ShardLimits()
-_OPEN_FILES = 64  # per process; a set may have more shards than a process may have open files
+REMOTE = RemoteSettings()
 _GAP = 2**16  # bytes between two members up to which one read is cheaper than two
 
 
@@ -40,7 +38,7 @@ class DamagedSample(DataError):
 
 
 class ShardSource:
-    """The samples of a folder of shards, or of a list of tar files, in the manifest's order.
+    """The samples of a folder of shards, of a list of tar files, or of a URL with a manifest beside its shards, in the manifest's order.
 
     With a manifest, opening compares each file's size with it, and each read is compared with its crc32. Tar files without one
     (img2dataset's, or any that webdataset reads) are indexed by one look at their headers; `adalink shards img2dataset` writes the
@@ -50,19 +48,25 @@ class ShardSource:
     ignored    members that no sample uses, counted by suffix: what is not jpg, jpeg, png, webp, txt or json is never opened
     """
 
-    def __init__(self, shards: Path | Sequence[Path], *, limits: ShardLimits = LIMITS) -> None:
+    def __init__(self, shards: Path | str | Sequence[Path], *, limits: ShardLimits = LIMITS, remote: RemoteSettings = REMOTE) -> None:
         """Raises DataError where a shard is missing, cut or damaged, where two have one key, and where no sample is left."""
-        found = open_shard_set(shards, limits)
+        self._files: Any  # reads at places: of files, or of URLs
+        if isinstance(shards, str) and is_url(shards):
+            files = remote_files(shards, remote)
+            found = open_remote_set(shards, files, limits)
+            self._files = RemoteShards(files, remote, {str(url): shard for url, shard in zip(found.paths, found.manifest.shards, strict=True)})
+        else:
+            found = open_shard_set(Path(shards) if isinstance(shards, str) else shards, limits)
+            self._files = LocalShards()
         self._paths = found.paths
         self._members = tuple(shard.members for shard in found.manifest.shards)
         self._ends = np.cumsum([len(members) for members in self._members])
         self.problems = found.manifest.skipped
         self.ignored = found.manifest.ignored
         self.fingerprint = found.manifest.fingerprint
-        self._files = _OpenFiles()
         if len(self) == 0:
             first = f"; {len(self.problems)} cannot be used, the first because {self.problems[0].detail}" if self.problems else ""
-            raise DataError(f"the shards in {self._paths[0].parent} hold no sample{first}")
+            raise DataError(f"the shards in {_folder(self._paths[0])} hold no sample{first}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -76,26 +80,44 @@ class ShardSource:
         members, path = self._members[number], self._paths[number]
         row = at - (int(self._ends[number - 1]) if number else 0)
         key = members.key(row)
-        parts = self._read(path, members.table[row], key)
+        wanted = [(part, *place) for part, place in zip(PARTS, members.table[row].tolist(), strict=True) if place[0] >= 0]
+        parts = self._read(path, wanted)
+        damaged = _damaged(parts, wanted)
+        if damaged and self._files.forget(path):
+            parts = self._read(path, wanted)
+            damaged = _damaged(parts, wanted)
+        if damaged:
+            part, start = damaged
+            detail = f"the {part} of {key!r} in {_name(path)}, from byte {start} on, is not what was written; fetch or write the shard again"
+            raise DamagedSample(BadSample(key=key, reason="damaged bytes", detail=detail))
         try:
             return _sample(key, at, parts)
         except DataError as error:
-            raise DamagedSample(BadSample(key=key, reason="damaged text", detail=f"{key!r} of {path}: {error}")) from error
+            raise DamagedSample(BadSample(key=key, reason="damaged text", detail=f"{key!r} of {_name(path)}: {error}")) from error
 
-    def _read(self, path: Path, places: NDArray[np.int64], key: str) -> dict[str, bytes]:
+    def _read(self, path: Place, wanted: Sequence[tuple[str, int, int, int]]) -> dict[str, bytes]:
         """The sample's parts; members that lie together in one read."""
-        wanted = [(part, *place) for part, place in zip(PARTS, places.tolist(), strict=True) if place[0] >= 0]
         start, end = min(at for _, at, _, _ in wanted), max(at + size for _, at, size, _ in wanted)
-        if end - start <= sum(size for _, _, size, _ in wanted) + _GAP:
-            block = self._files.read(path, start, end - start)
-            parts = {part: block[at - start : at - start + size] for part, at, size, _ in wanted}
-        else:
-            parts = {part: self._files.read(path, at, size) for part, at, size, _ in wanted}
-        for part, at, _, crc in wanted:
-            if crc != UNKNOWN_CRC and zlib.crc32(parts[part]) != crc:
-                detail = f"the {part} of {key!r} in {path}, from byte {at} on, is not what was written; fetch or write the shard again"
-                raise DamagedSample(BadSample(key=key, reason="damaged bytes", detail=detail))
-        return parts
+        if end - start > sum(size for _, _, size, _ in wanted) + _GAP:
+            return {part: self._files.read(path, at, size) for part, at, size, _ in wanted}
+        block = self._files.read(path, start, end - start)
+        return {part: block[at - start : at - start + size] for part, at, size, _ in wanted}
+
+
+def _damaged(parts: Mapping[str, bytes], wanted: Sequence[tuple[str, int, int, int]]) -> tuple[str, int] | None:
+    """The first part whose bytes are not those that were written, and where it lies."""
+    for part, at, _, crc in wanted:
+        if crc != UNKNOWN_CRC and zlib.crc32(parts[part]) != crc:
+            return part, at
+    return None
+
+
+def _name(place: Place) -> str:
+    return shown(place) if isinstance(place, str) else str(place)
+
+
+def _folder(place: Place) -> str:
+    return _name(place).rpartition("/")[0]
 
 
 def _sample(key: str, index: int, parts: Mapping[str, bytes]) -> Sample:
@@ -114,43 +136,3 @@ def _sample(key: str, index: int, parts: Mapping[str, bytes]) -> Sample:
         captions=captions,
         questions=record.questions,
     )
-
-
-class _OpenFiles:
-    """Files open for reading at an offset, the least recently used closed first; safe between threads and after a fork."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
-        self._lock = Lock()
-
-    def __reduce__(self) -> tuple[type[_OpenFiles], tuple[()]]:
-        return _OpenFiles, ()  # a worker process opens its own
-
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes; raises DataError where the file ends before."""
-        try:
-            with self._lock:
-                file = self._open.pop(path, None) or _OpenFile(path)
-                self._open[path] = file
-                while len(self._open) > _OPEN_FILES:
-                    self._open.popitem(last=False)
-            data = os.pread(file.number, size, offset)
-            while 0 < len(data) < size and (more := os.pread(file.number, size - len(data), offset + len(data))):
-                data += more
-        except OSError as error:
-            raise DataError(f"the shard {path} cannot be read: {error.strerror}; is it still there?") from error
-        if len(data) < size:
-            end = os.fstat(file.number).st_size
-            raise DataError(f"the shard {path} was cut at byte {end} since it was opened; write or fetch it again")
-        return data
-
-
-class _OpenFile:
-    """Closed when nobody reads from it any more, so that another thread may still be reading when it leaves the table."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        with suppress(AttributeError, OSError):  # AttributeError: it was never opened
-            os.close(self.number)

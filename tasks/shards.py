@@ -100,7 +100,7 @@ def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
     BadSamples(budget=bad_samples, found=found.manifest.skipped).check()
     if len(found.manifest) == 0:
         raise DataError(f"the shards in {shards} hold no sample: none has a picture and a text")
-    known = tuple(checksummed(path, shard) for path, shard in zip(found.paths, found.manifest.shards, strict=True))
+    known = tuple(checksummed(shards / shard.file, shard) for shard in found.manifest.shards)
     manifest = replace(found.manifest, shards=known)
     write_manifest(manifest, shards)
     _report("indexed", manifest, shards)

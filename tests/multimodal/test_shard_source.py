@@ -11,7 +11,7 @@ import pytest
 from made_shards import ListSource, everything, flip, made_sample, made_shards, made_source, picture, tar_of
 
 from adalink.errors import DataError
-from multimodal import shards as shards_module
+from multimodal import shard_files as shard_files_module
 from multimodal.manifest import read_manifest
 from multimodal.sample import Sample, SampleSource
 from multimodal.shard_index import ShardLimits
@@ -156,7 +156,7 @@ def test_a_source_pickles_small(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_open_files_are_read_from_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "_OPEN_FILES", 2)
+    monkeypatch.setattr(shard_files_module, "_OPEN_FILES", 2)
     written = write_and_give(tmp_path, 12)
     source = ShardSource(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
