@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,11 +12,14 @@ from typing import ClassVar, Literal
 from adalink.errors import ConfigError, DataError
 from multimodal.sample import Sample, SampleSource
 from multimodal.template import Template, Text
+from tasks.metrics.bootstrap import caption_figures
 from tasks.metrics.captions import score_captions
-from tasks.result_files import write_caption_results
+from tasks.result_files import caption_results_name, write_caption_results
 from tasks.task import Asked, Score
 
 __all__ = ["Captioning"]
+
+_FIGURES = ("CIDEr", "Bleu_4", "Bleu_3", "Bleu_2", "Bleu_1", "ROUGE_L")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,11 @@ class Captioning:
         if self.style not in ("raw", "plain"):
             raise ConfigError(f"the captions' style is {self.style!r}: give raw or plain")
 
+    @property
+    def results_name(self) -> Callable[[str, str], str]:
+        """Such as captions_val2014_adalink_results.json."""
+        return caption_results_name
+
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
         """Each caption, or as many as were asked for."""
         captions = list(sample.captions)
@@ -48,6 +56,10 @@ class Captioning:
         """One caption for each picture."""
         return [Asked(sample.image_id, "")]
 
+    def is_graded(self, sample: Sample) -> bool:
+        """Whether it has captions."""
+        return bool(sample.captions)
+
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
         """CIDEr-D, BLEU and ROUGE-L in percent, against every caption of the source's pictures that were predicted."""
         references = {sample.image_id: sample.captions for sample in (source[i] for i in range(len(source))) if sample.image_id in predictions}
@@ -56,8 +68,9 @@ class Captioning:
         if lonely := [item for item, captions in references.items() if not captions]:
             raise DataError(f"{len(lonely)} of {len(references)} pictures have no caption to score against, such as image {lonely[0]}: give their captions")
         scores = score_captions(dict(predictions), references)
-        figures = {name: 100 * scores.corpus[name] for name in ("CIDEr", "Bleu_4", "Bleu_3", "Bleu_2", "Bleu_1", "ROUGE_L")}
-        return Score(figures=figures, items={item: 100 * row["CIDEr"] for item, row in scores.per_image.items()}, scorer=scores.scorer)
+        figures = {name: 100 * scores.corpus[name] for name in _FIGURES}
+        items = {item: 100 * row["CIDEr"] for item, row in scores.per_image.items()}
+        return Score(figures=figures, items=items, scorer=scores.scorer, resampled=caption_figures(scores).chosen(_FIGURES, scale=100))
 
     def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
         """COCO's result file."""

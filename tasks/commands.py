@@ -22,8 +22,10 @@ from tasks.data import DataConfig
 from tasks.demo import run_demo
 from tasks.help import comments_as_help
 from tasks.run import Evaluation, evaluate_run, is_main, train_run
+from tasks.run_metrics import UNSCORED
 from tasks.shards import shards_check, shards_coco, shards_folder, shards_img2dataset, shards_vqa
 from tasks.show import results_table
+from tasks.submission import Submission
 from tasks.vqa import Vqa
 
 __all__ = ["COMMANDS", "Command"]
@@ -50,13 +52,13 @@ def _evaluate(values: Any, plain: Any) -> None:
     run = values.adapter.resolve().parent
     # The config of the run names the run's own folder, whose metrics and report stay what the training made them.
     out = values.out if values.out is not None and values.out.resolve() != run else values.adapter.parent / "evaluation"
-    _show(evaluate_run(_config(values), _config_text(plain), values.adapter, out), out)
+    _show(evaluate_run(_config(values), _config_text(plain), values.adapter, out, values.submission), out)
 
 
 def _show(evaluation: Evaluation, folder: Path) -> None:
     if not is_main():
         return
-    print(results_table({name: score.figures for name, score in evaluation.scores.items()}))
+    print(results_table({name: score.figures for name, score in evaluation.scores.items()}) if evaluation.scores else UNSCORED)
     print(f"report: {folder / 'report.html'}")
 
 
@@ -94,6 +96,8 @@ def _add_train(parser: Any) -> None:
 def _add_evaluate(parser: Any) -> None:
     _add_run(parser)
     parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder; results go to `out`, or to `evaluation` beside it")
+    comments_as_help(Submission)
+    parser.add_class_arguments(Submission, "submission")
 
 
 def _add_adapter(parser: Any) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from adalink.errors import DataError
@@ -20,7 +22,7 @@ from multimodal.sample import SampleSource
 from tasks.data import Chosen, Opened
 from tasks.task import Task
 
-__all__ = ["Pictures", "Predictions", "predict", "read_pictures"]
+__all__ = ["Pictures", "Predictions", "is_graded", "predict", "read_pictures"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ def read_pictures(model: VisionLanguageModel, opened: Opened, *, workers: int, l
     return Pictures(Chosen(opened.source, indices), table.only(indices), bad)
 
 
+def is_graded(task: Task, source: SampleSource) -> bool:
+    """Whether any sample has something to score against; a test split has none in all of it."""
+    return any(task.is_graded(source[i]) for i in range(len(source)))
+
+
 def predict(
     model: VisionLanguageModel,
     source: SampleSource,
@@ -70,7 +77,7 @@ def predict(
     shift: int = 0,
     label: str = "generating",
 ) -> Predictions:
-    """One text for everything that the task asks about the source.
+    """One text for everything that the task asks about the source: each of several processes generates its share, and all get the whole.
 
     patches   of the source's pictures
     shift     sample i is shown the picture of sample i + shift: the blind control, where a model that looks must do worse
@@ -80,9 +87,13 @@ def predict(
     for question in _questions(model, source, task, patches, shift, settings):
         (bad if isinstance(question, BadSample) else questions).append(question)  # type: ignore[arg-type]
     questions.sort(key=lambda q: len(q.row.ids))  # rows of like length share a batch: little padding
-    texts: dict[int, str] = {}
-    for start in progress(range(0, len(questions), batch_size), label):
-        texts.update(_answer(model, questions[start : start + batch_size], settings))
+    state = PartialState()
+    own = questions[state.process_index :: state.num_processes]
+    answered: dict[int, str] = {}
+    for start in progress(range(0, len(own), batch_size), label):
+        answered.update(_answer(model, own[start : start + batch_size], settings))
+    # Every process gets all texts, so that a corpus metric is computed on the whole corpus and never averaged over processes.
+    texts = {item: text for part in gather_object([answered]) for item, text in part.items()}
     order = {asked.item: None for i in range(len(source)) for asked in task.asked(source[i])}
     return Predictions({item: texts[item] for item in order if item in texts}, tuple(bad))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 import time
@@ -14,14 +13,17 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from adalink.atomic import write_whole
 from adalink.errors import AdalinkError, ConfigError
 from multimodal.bad_samples import BadSamples
 from multimodal.model import VisionLanguageModel
 from multimodal.train import train
 from tasks.compose import compose, load_adapted
 from tasks.config import RunConfig, chosen_methods
-from tasks.evaluate import Pictures, Predictions, predict, read_pictures
+from tasks.evaluate import Pictures, Predictions, is_graded, predict, read_pictures
+from tasks.run_metrics import write_card_figures, write_metrics
 from tasks.run_report import write_run_report
+from tasks.submission import Submission, refuse_gaps, write_submission
 from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
 
 __all__ = ["Evaluation", "evaluate_run", "is_main", "train_run"]
@@ -66,11 +68,17 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
         model.save_pretrained(folder / "adapter", task={"task": task.name})
         evaluation = _evaluate(model, pictures, task, config, before)
         _write(folder, model, task, config_text, evaluation, pictures)
+        if is_main():
+            n_items = len(evaluation.predictions.texts)
+            write_card_figures(folder / "adapter", evaluation.scores[TRAINED], split=config.data.val.split_name, items=n_items)
     return evaluation
 
 
-def evaluate_run(config: RunConfig, config_text: str, adapter: Path, out: Path) -> Evaluation:
-    """Evaluate a saved adapter on `data.val`: results.json, metrics.json and report.html in `out`."""
+def evaluate_run(config: RunConfig, config_text: str, adapter: Path, out: Path, submission: Submission) -> Evaluation:
+    """Evaluate a saved adapter on `data.val`: the official result file, results.json, metrics.json, config.yaml and report.html in `out`.
+
+    Raises DataError where the official result file would have gaps that the submission does not allow.
+    """
     task = config.chosen_task()
     model, saved = load_adapted(adapter, encoder=config.encoder, language_model=config.language_model)
     if saved["task"] != task.name:
@@ -78,8 +86,15 @@ def evaluate_run(config: RunConfig, config_text: str, adapter: Path, out: Path) 
     val = config.data.val.open()
     with _run_folder(out) as folder:
         pictures = read_pictures(model, val, workers=config.train.workers, label="encoding the pictures")
+        refuse_gaps(task, val, pictures.source, pictures.bad, submission)
         evaluation = _evaluate(model, pictures, task, config, {})
+        if is_main():
+            write_whole(folder / "config.yaml", config_text.encode())
         _write(folder, model, task, config_text, evaluation, pictures)
+    # Outside: what was generated stays where the official file is refused.
+    said = evaluation.predictions
+    if is_main():
+        print(write_submission(out, task, val, config.data.val.split_name, said.texts, said.bad, submission))
     return evaluation
 
 
@@ -88,9 +103,12 @@ def _evaluate(model: VisionLanguageModel, pictures: Pictures, task: Task, config
     own = _predict(model, pictures, task, config)
     seconds = time.perf_counter() - started
     _say_skipped("evaluation", _check_bad(pictures, own, config))
+    said = Predictions(own.texts, (*pictures.bad, *own.bad))
+    if not before and own.texts and not is_graded(task, pictures.source):
+        return Evaluation({}, said, seconds)
     other = _predict(model, pictures, task, config, shift=max(len(pictures.source) // 2, 1))
     scores = {**before, TRAINED: task.score(own.texts, pictures.source), BLIND: task.score(other.texts, pictures.source)}
-    return Evaluation(scores, Predictions(own.texts, (*pictures.bad, *own.bad)), seconds)
+    return Evaluation(scores, said, seconds)
 
 
 def _predict(model: VisionLanguageModel, pictures: Pictures, task: Task, config: RunConfig, shift: int = 0) -> Predictions:
@@ -123,17 +141,11 @@ def _write(folder: Path, model: VisionLanguageModel, task: Task, config_text: st
     if not is_main():
         return
     task.write_results(folder / "results.json", evaluation.predictions.texts)
-    metrics = {
-        "task": task.name,
-        "headline": task.headline,
-        "scorer": evaluation.scores[TRAINED].scorer,
-        "items": len(evaluation.predictions.texts),
-        "rows": {name: dict(score.figures) for name, score in evaluation.scores.items()},
-        "trained_parameters": model.adapted.active_adapter().n_parameters(),
-        "seconds_to_generate": round(evaluation.seconds, 2),
-        "bad_samples": [vars(bad) for bad in evaluation.predictions.bad],
-    }
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    trained = model.adapted.active_adapter().n_parameters()
+    said = evaluation.predictions
+    write_metrics(
+        folder / "metrics.json", task, evaluation.scores, items=len(said.texts), trained=trained, seconds=evaluation.seconds, bad=said.bad
+    )  # fmt: skip
     write_run_report(folder, model, task, config_text, evaluation.scores, evaluation.predictions, pictures.source)
 
 

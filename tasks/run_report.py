@@ -17,6 +17,7 @@ from tasks.task import TRAINED, Score, Task
 
 __all__ = ["write_run_report"]
 
+_UNSCORED = Score(figures={}, items={}, scorer="nothing")  # a test split
 N_CARDS = 24  # pictures on the page: enough to judge by, about half a megabyte
 
 
@@ -27,11 +28,12 @@ def write_run_report(
     adapter = model.adapted.active_adapter()
     counts = adapter.n_parameters()
     frozen = sum(parameter.numel() for part in (model.tower, model.adapted.base) for parameter in part.parameters())
-    trained = scores[TRAINED]
+    trained = scores.get(TRAINED, _UNSCORED)
+    headline = f"{task.headline} {trained.figures[task.headline]:.1f} on" if trained.figures else "not scored, for want of references:"
     report = Report(
         title=f"{task.name}: {' + '.join(type(method).__name__ for method in adapter.methods.values())}",
         summary=f"{model.tower.name} and {model.language.name}, both frozen; {sum(counts.values()):,} trained parameters; "
-        f"{task.headline} {trained.figures[task.headline]:.1f} on {len(predictions.texts):,} items",
+        f"{headline} {len(predictions.texts):,} items",
         scorer=trained.scorer,
         rows=[MetricRow(name=name, values=score.figures) for name, score in scores.items()],
         trained=[Trained(name=name, parameters=count) for name, count in counts.items()],
@@ -64,12 +66,13 @@ def _cards(source: SampleSource, task: Task, predictions: Predictions, score: Sc
         if not items:
             continue
         item = items[number % len(items)]
-        generated, points = predictions.texts[item], score.items[item]
+        generated, points = predictions.texts[item], score.items.get(item)
         answers = {question.question_id: question for question in sample.questions}
         if task.name == "vqa":
             question = answers[item]
+            share = None if points is None else points / 100
             yield AnswerCard(
-                key=sample.key, image=_picture(sample), question=question.text, generated=generated, answers=question.answers, score=points / 100
+                key=sample.key, image=_picture(sample), question=question.text, generated=generated, answers=question.answers, score=share
             )  # fmt: skip
         else:
             yield CaptionCard(key=sample.key, image=_picture(sample), generated=generated, references=sample.captions, score=points)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from multimodal.sample import Sample, SampleSource
 from multimodal.template import Template, Text
+from tasks.metrics.bootstrap import Figures, Interval, Resampling, intervals
 
 __all__ = ["BLIND", "TRAINED", "UNTRAINED", "Asked", "Score", "Task"]
 
@@ -32,11 +33,17 @@ class Score:
     figures   name -> figure, in the unit that papers print (CIDEr 25.5, accuracy 40.1)
     items     item -> the headline figure of one item
     scorer    what computed them, with its version
+    resampled the same figures of resampled items, for intervals; None where they cannot be resampled
     """
 
     figures: Mapping[str, float]
     items: Mapping[int, float]
     scorer: str
+    resampled: Figures | None = None
+
+    def intervals(self, resampling: Resampling) -> dict[str, Interval]:
+        """The bootstrap interval of every figure that has one."""
+        return {} if self.resampled is None else intervals(self.resampled, resampling)
 
 
 class Task(Protocol):
@@ -54,11 +61,18 @@ class Task(Protocol):
     def template(self) -> Template:
         """The words around the picture, the question and the answer."""
 
+    @property
+    def results_name(self) -> Callable[[str, str], str]:
+        """The name that the evaluation server wants the result file to have, from split and algorithm."""
+
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
         """What is learnt from a sample; may draw from the generator."""
 
     def asked(self, sample: Sample) -> Sequence[Asked]:
         """What is asked about a sample."""
+
+    def is_graded(self, sample: Sample) -> bool:
+        """Whether people said what a prediction for this sample is scored against; in a test split nobody did."""
 
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
         """The figures of predictions for every item of a source."""

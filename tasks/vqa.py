@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,8 +12,9 @@ from typing import ClassVar, Literal
 from adalink.errors import ConfigError, DataError
 from multimodal.sample import Question, Sample, SampleSource
 from multimodal.template import Template, Text
+from tasks.metrics.bootstrap import answer_figures
 from tasks.metrics.vqa import GradedQuestion, score_answers
-from tasks.result_files import write_vqa_results
+from tasks.result_files import vqa_results_name, write_vqa_results
 from tasks.task import Asked, Score
 
 __all__ = ["Vqa"]
@@ -40,6 +41,11 @@ class Vqa:
         if self.scorer not in ("official", "normalized"):
             raise ConfigError(f"there is no scorer {self.scorer!r}: give official or normalized")
 
+    @property
+    def results_name(self) -> Callable[[str, str], str]:
+        """Such as v2_OpenEnded_mscoco_val2014_adalink_results.json."""
+        return vqa_results_name
+
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
         """Each answered question with one of its answers."""
         answered = [question for question in sample.questions if question.answers]
@@ -51,6 +57,10 @@ class Vqa:
         """Every question of the picture."""
         return [Asked(question.question_id, question.text) for question in sample.questions]
 
+    def is_graded(self, sample: Sample) -> bool:
+        """Whether one of its questions has answers."""
+        return any(question.answers for question in sample.questions)
+
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
         """Accuracy in percent, overall and per answer type, over the questions that were predicted."""
         questions = [question for i in range(len(source)) for question in source[i].questions if question.question_id in predictions]
@@ -60,8 +70,10 @@ class Vqa:
             GradedQuestion(question_id=q.question_id, answers=q.answers, question_type=q.question_type, answer_type=q.answer_type) for q in questions
         ]
         scores = score_answers(dict(predictions), graded, self.scorer)
+        named = {"accuracy": "overall", **{f"accuracy ({kind})": f"answer type: {kind or '(none)'}" for kind in scores.per_answer_type}}
         figures = {"accuracy": scores.overall, **{f"accuracy ({kind})": value for kind, value in scores.per_answer_type.items()}}
-        return Score(figures=figures, items={int(k): v for k, v in scores.per_question.items()}, scorer=scores.scorer)
+        resampled = answer_figures(scores, graded).chosen(named)
+        return Score(figures=figures, items={int(k): v for k, v in scores.per_question.items()}, scorer=scores.scorer, resampled=resampled)
 
     def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
         """The VQA challenge's result file."""

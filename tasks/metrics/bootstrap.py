@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,16 @@ class Figures:
     names: tuple[str, ...]
     items: int
     of: Callable[[Floats], Floats]
+
+    def chosen(self, names: Iterable[str] | Mapping[str, str], scale: float = 1.0) -> Figures:
+        """Some of the figures in another order and unit; a mapping gives each a new name: {"accuracy": "overall"}.
+
+        Names that there are not are left out.
+        """
+        new = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+        places = {name: self.names.index(old) for name, old in new.items() if old in self.names}
+        columns = list(places.values())
+        return Figures(names=tuple(places), items=self.items, of=lambda weights: scale * self.of(weights)[:, columns])
 
 
 def caption_figures(scores: CaptionScores) -> Figures:

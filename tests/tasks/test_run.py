@@ -88,8 +88,10 @@ def test_evaluating_with_the_config_of_the_run_gives_its_results_beside_it(run: 
     assert done.code == 0, done
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     out = run / "evaluation"
-    assert {path.name for path in out.iterdir()} == {"metrics.json", "results.json", "report.html"}
-    assert json.loads((out / "results.json").read_text()) == json.loads((run / "results.json").read_text())
+    official = out / "captions_val_adalink_results.json"
+    assert {path.name for path in out.iterdir()} == {"metrics.json", "results.json", "report.html", "config.yaml", official.name}
+    assert f"official result file: {official}" in done.out
+    assert json.loads(official.read_text()) == json.loads((out / "results.json").read_text()) == json.loads((run / "results.json").read_text())
     rows, again = (json.loads((folder / "metrics.json").read_text())["rows"] for folder in (run, out))
     assert again == {name: rows[name] for name in (TRAINED, BLIND)}
     shutil.rmtree(out)
