@@ -28,7 +28,7 @@ class Batch:
     target       int64 [B, M]        ... this id; NO_TARGET for padding. Explicit pairs, so that one row may hold several texts
     image        int64 [B]           which picture the row is about
     pixels       float [I, 3, H, W]  the pictures, or
-    patches      float [I, N, Dv]    their features, where they are kept
+    patches      float [I, N + L, Dv]  their features, where they are kept: patches, then the pooled vector of each block (or none)
     decoder_ids  int64 [B, U]        encoder-decoder models only; sources are positions in it
     position     int64 [B, T]        each token's position in its own text, padding skipped
     segment      int64 [B, T]        which of several packed texts a token belongs to; None where no row is packed

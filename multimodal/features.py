@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from adalink.errors import ConfigError
@@ -28,3 +29,10 @@ class Features:
                 f"features need patches [B, N, Dv] and pooled [L, B, Dv] of the same B, "
                 f"got {list(self.patches.shape)} and {list(self.pooled.shape)}; pass what a vision tower returns"
             )
+
+    @property
+    def joined(self) -> Tensor:
+        """float[B, N + L, Dv]: all of it in one tensor, to be kept: patches first, then the pooled vectors. Patches alone where widths differ."""
+        if self.pooled.shape[2] != self.patches.shape[2]:
+            return self.patches
+        return torch.cat([self.patches, self.pooled.transpose(0, 1)], 1)

@@ -45,8 +45,11 @@ def check_room(language: Language, n_prompt: int, settings: GenerationSettings) 
         )
 
 
-def run_generation(language: Language, batch: Batch, settings: GenerationSettings) -> Tensor:
-    """int64 [B, T']: transformers' own generation, without sampling. Call it with the token map bound. Raises TextTooLong."""
+def run_generation(language: Language, batch: Batch, settings: GenerationSettings, *, use_cache: bool = True) -> Tensor:
+    """int64 [B, T']: transformers' own generation, without sampling. Call it with the token map bound. Raises TextTooLong.
+
+    use_cache: False where a method has no exact cache (`adalink.recompute.needs_whole_sequence`); each step then reads the whole sequence.
+    """
     model: Any = language.model
     check_room(language, int(batch.attention_mask.sum(1).max()), settings)
     ids: Tensor = model.generate(
@@ -56,7 +59,7 @@ def run_generation(language: Language, batch: Batch, settings: GenerationSetting
         num_beams=settings.num_beams,
         length_penalty=settings.length_penalty,
         do_sample=False,
-        use_cache=True,
+        use_cache=use_cache,
         pad_token_id=language.tokenizer.pad_token_id,
         eos_token_id=language.tokenizer.eos_token_id,
     )

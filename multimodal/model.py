@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap, fingerprint
 from adalink.errors import ConfigError
+from adalink.recompute import needs_whole_sequence, reads_later_tokens
 from multimodal.batch import NO_TARGET, Batch, collate
 from multimodal.encode import RowEncoder
 from multimodal.generate import GenerationSettings, generated_texts, run_generation
@@ -44,7 +45,10 @@ class VisionLanguageModel(nn.Module):
             "encoder": FrozenPart(tower.name, fingerprint(tower)),
             "language_model": FrozenPart(language.name, fingerprint(language.model)),
         }
-        self.adapted = AdaptedModel(language.model, inputs={"image": InputSpec(tower.n_patches, tower.width)}, parts=parts)
+        inputs = {"image": InputSpec(tower.n_patches, tower.width)}
+        if tower.n_kept > tower.n_patches:
+            inputs["image_taps"] = InputSpec(tower.n_kept - tower.n_patches, tower.width)
+        self.adapted = AdaptedModel(language.model, inputs=inputs, parts=parts)
 
     @classmethod
     def compose(cls, encoder: str | Path, language_model: str | Path, *, template: Template, layer: int = -1) -> VisionLanguageModel:
@@ -59,9 +63,9 @@ class VisionLanguageModel(nn.Module):
         return total / batch.n_targets
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """float [I, 3, H, W] -> [I, N, Dv]: the pictures' features, without gradient."""
+        """float [I, 3, H, W] -> [I, N + L, Dv]: the pictures' patches, then what each block says of the whole (see Features.joined)."""
         with torch.no_grad():
-            return self.tower(pixels).patches
+            return self.tower(pixels).joined
 
     @torch.no_grad()
     def generate(
@@ -92,8 +96,10 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def generate_batch(self, batch: Batch, settings: GenerationSettings, adapter_names: Sequence[str | None] | None = None) -> list[str]:
         """One text for each row of a left-padded batch, whose rows were made by the row encoders of the adapters that serve them."""
-        with self.adapted.attachment.bind(self.token_map(batch, adapter_names)):
-            ids = run_generation(self.language, batch, settings)
+        token_map = self.token_map(batch, adapter_names)
+        use_cache = not needs_whole_sequence(self.adapted.attachment, token_map)
+        with self.adapted.attachment.bind(token_map):
+            ids = run_generation(self.language, batch, settings, use_cache=use_cache)
         return generated_texts(self.language, batch, ids)
 
     def row_encoder(self, adapter: str | None = None) -> RowEncoder:
@@ -108,9 +114,12 @@ class VisionLanguageModel(nn.Module):
 
     def token_map(self, batch: Batch, adapter_names: Sequence[str | None] | None = None) -> TokenMap:
         """What the batch's tokens are, with the features of each row's picture."""
-        patches = batch.patches if batch.patches is not None else self.encode(_pixels(batch))
-        rows = self.adapted.serving(len(batch.ids), adapter_names)
-        return TokenMap(batch.domain, rows.row, {"image": patches[batch.image]}, serving=rows.serving)
+        kept = batch.patches if batch.patches is not None else self.encode(_pixels(batch))
+        rows, n_patches = self.adapted.serving(len(batch.ids), adapter_names), self.tower.n_patches
+        inputs = {"image": kept[batch.image, :n_patches]}
+        if kept.shape[1] > n_patches:
+            inputs["image_taps"] = kept[batch.image, n_patches:]
+        return TokenMap(batch.domain, rows.row, inputs, serving=rows.serving)
 
     @property
     def device(self) -> torch.device:
@@ -175,6 +184,11 @@ class VisionLanguageModel(nn.Module):
         """[B, M, V]: at the source positions alone where the model can; the head is the dearest part of a small model."""
         base: Any = self.adapted.base
         token_map = self.token_map(batch)
+        if batch.segment is not None and self.adapted.active and reads_later_tokens(self.adapted.active_adapter()):
+            raise ConfigError(
+                "the batch has several texts in a row, and a slot of the adapter reads later tokens, so it would read all of them: "
+                "collate one row for each text, or train with mask='causal'"
+            )
         with self.adapted.attachment.bind(token_map):
             if batch.decoder_ids is not None:
                 output = base(input_ids=batch.ids, attention_mask=batch.attention_mask, decoder_input_ids=batch.decoder_ids, use_cache=False)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adalink import Adapter
+from adalink.recompute import reads_later_tokens
 from multimodal.encode import Row
 
 __all__ = ["PACKING_FAMILIES", "Arrange", "arrangement", "pack_rows", "packed_mask", "separate_rows"]
@@ -24,8 +26,10 @@ Arrange = Callable[[Sequence[Row]], Sequence[Row]]
 PACKING_FAMILIES = frozenset({"opt", "gpt2", "llama", "qwen2"})
 
 
-def arrangement(model: Any) -> tuple[Arrange, str]:
-    """How this language model's rows are arranged, and a line for the log that says so."""
+def arrangement(model: Any, adapter: Adapter | None = None) -> tuple[Arrange, str]:
+    """How this language model's rows are arranged for an adapter, and a line for the log that says so."""
+    if adapter is not None and reads_later_tokens(adapter):
+        return separate_rows, "one row per text: a slot of the adapter reads later tokens, and would read every text of a packed row"
     config = model.config
     sliding = getattr(config, "use_sliding_window", False)
     if config.model_type in PACKING_FAMILIES and not sliding and config._attn_implementation in ("sdpa", "eager"):

@@ -20,7 +20,7 @@ __all__ = ["PatchTable", "encode_all"]
 
 
 class PatchTable:
-    """Features by sample index: float16 [N, Dv], or the bad sample that has none. float16 moves gradients by about 3e-4 of their size."""
+    """Features by sample index: float16 [N + L, Dv], as `Features.joined` has them, or the bad sample that has none. float16 moves gradients by about 3e-4 of their size."""
 
     def __init__(self, patches: Tensor, bad: dict[int, BadSample]) -> None:
         self.patches, self.bad = patches, bad
@@ -30,7 +30,7 @@ class PatchTable:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """N, Dv"""
+        """N + L, Dv"""
         return self.patches.shape[1], self.patches.shape[2]
 
     def __getitem__(self, index: int) -> Tensor | BadSample:
@@ -65,9 +65,9 @@ class _Pictures(Dataset["Tensor | BadSample"]):
 
 
 def encode_all(model: VisionLanguageModel, source: SampleSource, *, workers: int = 0, batch_size: int = 32, label: str = "encoding") -> PatchTable:
-    """The features of every picture, each encoded once, with a progress bar. Memory: 2 N Dv bytes a picture (125 KB for 7 x 7 x 1280)."""
+    """The features of every picture, each encoded once, with a progress bar. Memory: 2 (N + L) Dv bytes a picture (128 KB for 7 x 7 x 1280)."""
     tower = model.tower
-    table = torch.zeros(len(source), tower.n_patches, tower.width, dtype=torch.float16)
+    table = torch.zeros(len(source), tower.n_kept, tower.width, dtype=torch.float16)
     bad: dict[int, BadSample] = {}
     loader = DataLoader(_Pictures(source, tower.preprocess), batch_size=batch_size, num_workers=workers, collate_fn=list)
     first = 0

@@ -70,7 +70,7 @@ def train(
         model.to(accelerator.device)
         if patches is None and settings.features == "memory":
             patches = encode_all(model, source, workers=settings.workers, label="encoding each picture once")
-        arrange, told = arrangement(model.language.model)
+        arrange, told = arrangement(model.language.model, model.adapted.active_adapter())
         accelerator.print(told)
         loader = train_loader(
             source, texts, model.row_encoder(), arrange, model.tower.preprocess, steps=0, batch_size=settings.batch_size, seed=settings.seed,

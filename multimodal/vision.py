@@ -41,6 +41,7 @@ class VisionTower(nn.Module):
     width       Dv of the patches
     layer       the block that the patches come from, counted from the end
     n_layers    L of `Features.pooled`: the number of blocks, or 1 where the widths of the blocks differ
+    n_kept      how many vectors of width Dv a picture's features are, joined: N + L, or N where pooled ones have another width
     preprocess  PIL picture -> float32[3, H, W]; holds no weights, so it is cheap to send to worker processes
     """
 
@@ -62,6 +63,7 @@ class VisionTower(nn.Module):
         features = self(pixels)
         self.n_layers = features.pooled.shape[0]
         self.n_patches, self.width = features.patches.shape[1:]
+        self.n_kept = features.joined.shape[1]
 
     @property
     def _encoder(self) -> Encoder:

@@ -45,7 +45,7 @@ def test_every_picture_has_its_own_features_and_bad_ones_say_why(workers: int, m
     assert table[1] is table.bad[1]
     for index in table.usable():
         pixels = tower().preprocess(decode_image(source[index].image))[None]
-        expected = tower()(pixels).patches[0]
+        expected = tower()(pixels).joined[0]
         torch.testing.assert_close(kept(table, index), expected, rtol=1e-3, atol=1e-3)
         assert kept(table, index).dtype == torch.float32
 
@@ -53,7 +53,7 @@ def test_every_picture_has_its_own_features_and_bad_ones_say_why(workers: int, m
 def test_features_are_kept_in_sixteen_bits(model: VisionLanguageModel) -> None:
     table = encode_all(model, Drawn(2))
     assert table.patches.dtype == torch.float16
-    assert table.patches.nbytes == 2 * tower().n_patches * tower().width * 2  # two pictures, two bytes a value
+    assert table.patches.nbytes == 2 * tower().n_kept * tower().width * 2  # two pictures, two bytes a value
 
 
 def test_a_table_of_some_samples_counts_them_anew() -> None:
