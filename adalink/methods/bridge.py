@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,16 +18,26 @@ from adalink.tokens import IMAGE, Tokens
 __all__ = ["Bridge"]
 
 
-class Projection(nn.Module):
-    """Writes the projected feature of a slot's ordinal, whatever the slot held: the first image slot gets the first feature."""
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
-    def __init__(self, source: str, layers: nn.Sequential) -> None:
+
+class Projection(nn.Module):
+    """Writes the projected feature of a slot's ordinal, whatever the slot held: the first image slot gets the first feature.
+
+    boundary   float [2, D]: vectors before and after the features, or None
+    """
+
+    def __init__(self, source: str, layers: nn.Sequential, boundary: Tensor | None = None) -> None:
         super().__init__()
         self.source, self.layers = source, layers
+        self.boundary = None if boundary is None else nn.Parameter(boundary)
 
     def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
         features = tokens.inputs[self.source]
         value: Tensor = self.layers(features.to(h.dtype))  # [B, N, D]
+        if self.boundary is not None:
+            before, after = self.boundary.expand(len(value), -1, -1).split(1, dim=1)
+            value = torch.cat([before, value, after], dim=1)  # [B, N + 2, D]
         index = tokens.ordinal.clamp(max=value.shape[1] - 1)  # other domains' ordinals may be larger; they are not selected
         return torch.take_along_dim(value, index[..., None], dim=1)
 
@@ -35,15 +46,22 @@ class Projection(nn.Module):
 class Bridge:
     """A connector from the encoder's patch features to the embedding space.
 
-    linear   norm -> Linear(Dv, D)
-    mlp      norm -> Linear(Dv, hidden) -> GELU -> Linear(hidden, D), as LLaVA 1.5 and its successors have it
+    linear   norm -> dropout -> Linear(Dv, D)
+    mlp      norm -> Linear(Dv, hidden) -> activation -> dropout -> Linear(hidden, D), as LLaVA 1.5 and its successors have it
 
-    The norm (LayerNorm, trained) makes encoders of any scale start alike.
+    The norm (LayerNorm, trained) makes encoders of any scale start alike. Context-PEFT's released connector is an mlp with bias False and
+    a learned boundary; its paper's is linear with norm none and dropout 0.1.
     """
 
     kind: Literal["linear", "mlp"]
     hidden: int = 0  # width of the mlp's middle; 0: the language model's
     init_scale: float = 1.0  # the last linear starts at this times torch's default; near the word embeddings' norm trains best
+    norm: Literal["layer", "none"] = "layer"  # of the features, before everything else
+    norm_eps: float = 1e-5  # added to the norm's variance
+    activation: Literal["gelu", "relu", "silu"] = "gelu"  # of the mlp; gelu is the exact one
+    bias: bool = True  # of the linears
+    dropout: float = 0.0  # before the last linear
+    boundary: Literal["none", "learned"] = "none"  # learned: a trained vector before the features and one after, two more slots
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
@@ -53,22 +71,37 @@ class Bridge:
             raise ConfigError(f"the bridge's hidden width is {self.hidden} with kind {self.kind}: only an mlp has one, of 1 or more")
         if self.init_scale <= 0:
             raise ConfigError(f"the bridge's init_scale is {self.init_scale}: give a positive number")
+        if self.norm not in ("layer", "none") or self.norm_eps <= 0:
+            raise ConfigError(f"the bridge's norm is {self.norm!r} with eps {self.norm_eps}: give layer or none, and an eps above 0")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"the bridge's activation is {self.activation!r}: give one of {', '.join(ACTIVATIONS)}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"the bridge's dropout is {self.dropout}: give 0 or more and less than 1")
+        if self.boundary not in ("none", "learned"):
+            raise ConfigError(f"the bridge's boundary is {self.boundary!r}: give none or learned")
 
     def slots(self, anatomy: Anatomy) -> tuple[Slots, ...]:
-        """One slot for each patch."""
-        return (Slots(IMAGE, _image(anatomy).count),)
+        """One slot for each patch, and two for a boundary."""
+        return (Slots(IMAGE, _image(anatomy).count + (2 if self.boundary == "learned" else 0)),)
 
     def place(self, anatomy: Anatomy) -> Sequence[Placement]:
         """One projection, at the embedding."""
-        width_in, width = _image(anatomy).width, anatomy.width
-        hidden = self.hidden or width
-        layers = [nn.LayerNorm(width_in), nn.Linear(width_in, width)]
-        if self.kind == "mlp":
-            layers = [nn.LayerNorm(width_in), nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width)]
+        layers = self._layers(_image(anatomy).width, anatomy.width)
         with torch.no_grad():
             for parameter in layers[-1].parameters():
                 parameter.mul_(self.init_scale)
-        return [Placement("image", EMBEDDING, Projection("image", nn.Sequential(*layers)), (IMAGE,))]
+        boundary = torch.randn(2, anatomy.width) * 0.02 if self.boundary == "learned" else None
+        return [Placement("image", EMBEDDING, Projection("image", layers, boundary), (IMAGE,))]
+
+    def _layers(self, width_in: int, width: int) -> nn.Sequential:
+        """Named by their place in the whole chain, so that a tensor's name does not depend on what has no weights."""
+        hidden = self.hidden or width
+        chain: list[tuple[str, nn.Module]] = [("0", nn.LayerNorm(width_in, eps=self.norm_eps))] if self.norm == "layer" else []
+        if self.kind == "mlp":
+            chain += [("1", nn.Linear(width_in, hidden, bias=self.bias)), ("2", ACTIVATIONS[self.activation]())]
+        chain += [("dropout", nn.Dropout(self.dropout))] if self.dropout else []
+        name, n_in = ("3", hidden) if self.kind == "mlp" else ("1", width_in)
+        return nn.Sequential(OrderedDict([*chain, (name, nn.Linear(n_in, width, bias=self.bias))]))
 
 
 def _image(anatomy: Anatomy) -> InputSpec:
