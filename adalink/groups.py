@@ -46,7 +46,8 @@ def per_group(method: str, setting: str, value: T | Mapping[str, T], groups: Ite
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, value)
     if set(value) != set(names):
-        raise ConfigError(f"{method}'s {setting} is given for the groups {', '.join(value) or 'none'}, and its groups are {', '.join(names)}: give one for each")
+        given = ", ".join(value) or "none"
+        raise ConfigError(f"{method}'s {setting} is given for the groups {given}, and its groups are {', '.join(names)}: give one for each")
     return {name: value[name] for name in names}
 
 

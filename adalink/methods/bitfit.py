@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
-from adalink.errors import AttachError, ConfigError
+from adalink.errors import AttachError
 from adalink.groups import checked_groups, domains_of
 from adalink.targets import Target, find_targets
 from adalink.token_dropout import TokenDropout, dropouts
