@@ -10,12 +10,13 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 from multimodal.bad_samples import BadSample
+from multimodal.remote import RemoteSettings
 from multimodal.sample import Sample, SampleSource
-from multimodal.shards import ShardSource
 from tasks.coco_files import read_coco_captions, read_coco_images
 from tasks.file_source import FileSource
 from tasks.karpathy import read_karpathy
 from tasks.scenes.dataset import Scenes
+from tasks.shard_data import open_mix, open_shards
 from tasks.vqa_files import read_vqa
 from tasks.vqa_splits import VQA_SPLITS, read_vqa_split, split_parts
 
@@ -58,15 +59,18 @@ class DataConfig:
     vqav2: Path | None = None  # the folder of VQAv2's official questions and annotations; needs split
     split: str | None = None  # karpathy: train, restval, val or test; vqav2: train, val, test or test-dev; several as in train+restval
     image_name: str | None = None  # file name of a picture where the annotations hold none: COCO_val2014_{image_id:012d}.jpg
-    shards: Path | None = None  # a folder of webdataset shards
+    shards: str | Path | None = None  # webdataset shards: a folder, or the http, https, s3, gs or hf URL of one
+    mix: dict[str, int] | None = None  # several sets of shards, folder or URL: weight, for instance {coco: 3, vqa: 1}, three of each four pictures coco's
+    cache: Path | None = None  # a folder that keeps whole shards from a URL; none: each sample is read from the server each time
+    cache_gib: float = 50.0  # most that the cache may hold
     scenes: str | None = None  # the embedded data set: SPLIT/SIZE, for instance train/2000
     limit: int = 0  # take the first so many pictures; 0: all
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
-        given = [name for name in ("images", "shards", "scenes") if getattr(self, name) is not None]
+        given = [name for name in ("images", "shards", "mix", "scenes") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ConfigError(f"a data set needs one of images, shards and scenes, got {', '.join(given) or 'none'}")
+            raise ConfigError(f"a data set needs one of images, shards, mix and scenes, got {', '.join(given) or 'none'}")
         texts = next((name for name in _TEXTS if getattr(self, name) is not None), None)
         if self.images is not None and texts is None:
             raise ConfigError(f"the pictures in {self.images} come without texts: give annotations (and, for vqa, questions)")
@@ -77,8 +81,12 @@ class DataConfig:
             raise ConfigError(f"{', '.join(unused)} would not be read: {by}")
         if "split" in read and self.split is None:
             raise ConfigError(f"{texts} holds several splits: give split, such as val or test")
-        if self.limit < 0:
-            raise ConfigError(f"the data set's limit is {self.limit}: give 0 (all) or more")
+        if self.limit < 0 or not self.cache_gib >= 0:
+            raise ConfigError(f"the data set's limit is {self.limit} and its cache_gib {self.cache_gib}: give 0 or more")
+        if self.mix is not None and (self.limit or not self.mix or min(self.mix.values()) < 1):
+            raise ConfigError(f"mix is {self.mix} and limit {self.limit}: give sets of shards, each with a whole number from 1, and no limit")
+        if self.cache is not None and self.shards is None and self.mix is None:
+            raise ConfigError(f"the cache {self.cache} would not be used: it keeps shards from a URL, and the data set is {given[0]}")
 
     @property
     def split_name(self) -> str:
@@ -98,8 +106,9 @@ class DataConfig:
         if self.scenes is not None:
             source = _scenes(self.scenes)
         elif self.shards is not None:
-            shards = ShardSource(self.shards)
-            source, problems = shards, tuple(shards.problems)
+            source, problems = open_shards(str(self.shards), self._remote())
+        elif self.mix is not None:
+            source, problems = open_mix(self.mix, self._remote())
         else:
             files = self._files()
             source, problems, item_ids = files, files.problems, files.item_ids
@@ -109,6 +118,9 @@ class DataConfig:
         if not len(source):
             raise DataError(f"the data set has no usable sample: {problems[0].detail if problems else self}")
         return Opened(source, problems, item_ids, whole - len(source))
+
+    def _remote(self) -> RemoteSettings:
+        return RemoteSettings(cache=self.cache, cache_bytes=int(self.cache_gib * 2**30))
 
     def _files(self) -> FileSource:
         assert self.images is not None

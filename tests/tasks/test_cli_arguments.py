@@ -51,7 +51,7 @@ UNKNOWN = {
     "train.foo": "there is no setting train.foo: under train there are epochs, steps, batch_size,",
     "data.foo": "there is no setting data.foo: under data there are val, train",
     "data.train.scene": "there is no setting data.train.scene: the nearest is data.train.scenes",
-    "methods.lora": "there is no setting methods.lora: under methods there are adalink, bridge, prompt",
+    "methods.xyz": "there is no setting methods.xyz: under methods there are adalink,",
     "methods.adalink.rnak": "there is no setting methods.adalink.rnak: the nearest is methods.adalink.rank",
     "captioning.name": "there is no setting captioning.name: under captioning there are template, captions_per_image, style",
     "captioning.template.foo": "there is no setting captioning.template.foo: under captioning.template there are prompt, target",
@@ -63,7 +63,7 @@ UNKNOWN = {
 def test_an_unknown_setting_in_the_yaml_file_is_named_with_its_neighbours(name: str, tmp_path: Path) -> None:
     content = copy.deepcopy(RECIPE)
     content["captioning"]["template"] = {"prompt": "<image>"}
-    put(name, {"rank": 1} if name == "methods.lora" else 1)(content)
+    put(name, {"rank": 1} if name == "methods.xyz" else 1)(content)
     sentence = run_yaml(tmp_path, content)
     assert sentence.startswith(UNKNOWN[name])
     assert sentence.endswith(LISTS)
@@ -119,7 +119,7 @@ VALUES = [
     ("captioning.template", {"prompt": "<image>", "target": "x"}, "the target template 'x' must hold {text}"),
     ("captioning.captions_per_image", -1, "captions_per_image is -1"),
     ("generation.max_new_tokens", 0, "max_new_tokens is 0 and num_beams 1"),
-    ("data.train", {"scenes": "train/3", "shards": "x"}, "a data set needs one of images, shards and scenes, got shards, scenes"),
+    ("data.train", {"scenes": "train/3", "shards": "x"}, "a data set needs one of images, shards, mix and scenes, got shards, scenes"),
     ("data.train", {"scenes": "train/3", "annotations": "x"}, "annotations would not be read: scenes holds its own texts"),
     ("data.train", {"scenes": "train/3", "limit": -1}, "the data set's limit is -1"),
     ("data.train", {"images": "x"}, "the pictures in x come without texts: give annotations"),
