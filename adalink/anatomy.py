@@ -138,21 +138,36 @@ def _stack(model: nn.Module, vocabulary: int) -> tuple[str, str, str]:
     layers but no word embedding, so the smallest module around both is the language part.
     """
     embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary]
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and _is_layers(module)]
-    best: tuple[str, str, str] | None = None
-    for layers in lists:
-        for embedding in embeddings:
-            common = _common(layers, embedding)
-            if best is None or _depth(common) > _depth(best[0]):
-                best = (common, _relative(embedding, common), _relative(layers, common))
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and _is_layers(module)}
+    alike = [name for name, module in lists.items() if len(_kinds(module)) == 1]
+    best = _deepest(alike, embeddings)
+    mixed = _deepest([name for name in lists if name not in alike], embeddings)
+    if mixed is not None and (best is None or _depth(mixed[0]) > _depth(best[0])):
+        name = f"{mixed[0]}.{mixed[2]}".lstrip(".")
+        raise AttachError(
+            f"the layers {name} of {type(model).__name__} are of several kinds ({', '.join(_kinds(lists[name]))}), as where pictures are read by "
+            "cross-attention: expected a model whose layers are alike and which holds its pictures as tokens, such as LLaVA or Qwen2-VL"
+        )
     if best is None:
         raise AttachError(f"{type(model).__name__} has no list of transformer layers beside its word embedding: this structure is not supported")
     return best
 
 
+def _deepest(lists: list[str], embeddings: list[str]) -> tuple[str, str, str] | None:
+    """Of all pairs, the one whose common module is deepest in the model; the first of equals."""
+    pairs = [(_common(layers, embedding), embedding, layers) for layers in lists for embedding in embeddings]
+    if not pairs:
+        return None
+    common, embedding, layers = max(pairs, key=lambda pair: _depth(pair[0]))
+    return common, _relative(embedding, common), _relative(layers, common)
+
+
+def _kinds(module: nn.ModuleList) -> list[str]:
+    return sorted({type(layer).__name__ for layer in module})
+
+
 def _is_layers(module: nn.ModuleList) -> bool:
-    kinds = {type(layer) for layer in module}
-    return len(kinds) == 1 and any(_linear(name, child) for name, child in module[0].named_modules())
+    return len(module) > 0 and any(_linear(name, child) for name, child in module[0].named_modules())
 
 
 def _layer_list(stack: nn.Module, name: str) -> nn.ModuleList:
