@@ -20,7 +20,10 @@ __all__ = ["PatchTable", "encode_all"]
 
 
 class PatchTable:
-    """Features by sample index: float16 [N + L, Dv], as `Features.joined` has them, or the bad sample that has none. float16 moves gradients by about 3e-4 of their size."""
+    """Features by sample index: float16 [N + L, Dv], as `Features.joined` has them, or the bad sample that has none.
+
+    float16 moves gradients by about 3e-4 of their size.
+    """
 
     def __init__(self, patches: Tensor, bad: dict[int, BadSample]) -> None:
         self.patches, self.bad = patches, bad

@@ -51,6 +51,9 @@ def language(family: str, seed: int = 0) -> Language:
     ids: dict[str, Any] = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model: Any = {
         "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=16, max_position_embeddings=N_POSITIONS, dropout=0.1, **ids)),
+        "deep_opt": lambda: OPTForCausalLM(
+            OPTConfig(**{**SIZES, "num_hidden_layers": 3}, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=N_POSITIONS, **ids)
+        ),
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=N_POSITIONS, **ids)),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=48, max_position_embeddings=N_POSITIONS, **ids)),
         "t5": lambda: T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, **ids)),
