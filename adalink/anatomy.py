@@ -207,12 +207,13 @@ def _positions(stack: nn.Module, embedding: str) -> Positions | None:
     """
     beside = embedding.rpartition(".")[0]
     tables = {
-        f"{beside}.{name}".lstrip("."): child.num_embeddings
+        f"{beside}.{name}".lstrip("."): child
         for name, child in stack.get_submodule(beside).named_children()
-        if isinstance(child, nn.Embedding) and name != embedding.rpartition(".")[2] and child.padding_idx is None
+        if isinstance(child, nn.Embedding) and name != embedding.rpartition(".")[2]
     }
     if tables:
-        return Positions(max(tables, key=lambda name: tables[name]), "table")
+        longest = max(tables, key=lambda name: tables[name].num_embeddings)
+        return Positions(longest if tables[longest].padding_idx is None else "", "table")
     rotary = [name for name, child in stack.named_children() if any("inv_freq" in buffer for buffer, _ in child.named_buffers(recurse=False))]
     if rotary:
         return Positions(rotary[0], "rotary")

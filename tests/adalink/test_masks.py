@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adalink import ANSWER, BASE_ROW, PAD, PERCEPT, TEXT, TokenMap, Tokens
-from adalink.masks import hide_keys
+from adalink.masks import HideKeys, ReadAll, hide_keys, read_all, whole_mask
 
 DOMAIN = torch.tensor([[PERCEPT, TEXT, TEXT, PERCEPT], [PAD, PERCEPT, TEXT, TEXT], [PERCEPT, TEXT, TEXT, TEXT]])
 LOWEST = torch.finfo(torch.float64).min
@@ -63,3 +63,37 @@ def test_other_adapters_rows_are_left_alone() -> None:
     allowed = causal(0, 4, 4)
     assert torch.equal(hide_keys(allowed, tokens(), (PERCEPT,), 1), allowed)
     assert not torch.equal(hide_keys(allowed, tokens(), (PERCEPT,), 0), allowed)
+
+
+@pytest.mark.parametrize(("start", "length", "visible"), [(0, 4, 4), (0, 6, 6), (0, 4, 7), (0, 2, 4)])
+def test_a_slot_that_reads_all_reads_what_is_after_it_and_written_and_nothing_before(start: int, length: int, visible: int) -> None:
+    call, allowed = tokens(start, length, visible), causal(start, length, visible)
+    wanted = allowed.clone()
+    for b in range(2):  # the third row is served by no adapter
+        for t in range(length):
+            if call.domain[b, t] == PERCEPT:
+                wanted[b, 0, t, t : start + length] = True
+    assert torch.equal(read_all(allowed, call, (PERCEPT,), 0), wanted)
+    additive = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, LOWEST)
+    assert torch.equal(read_all(additive, call, (PERCEPT,), 0) == 0, wanted)
+    assert torch.equal(read_all(allowed, call, (PERCEPT,), 1), allowed)
+    assert not torch.equal(wanted, allowed)  # control
+
+
+def test_a_slot_looked_at_alone_reads_from_its_own_place_in_each_row() -> None:
+    slot = TokenMap(DOMAIN[1:2].repeat(2, 1), torch.tensor([0, 0])).first_of(PERCEPT, 2, 6, 7)
+    mask = read_all(torch.zeros(2, 1, 1, 7, dtype=torch.bool), slot, (PERCEPT,), 0)
+    assert mask[0, 0, 0].tolist() == [False, True, True, True, True, True, False]
+    assert hide_keys(torch.ones(2, 1, 1, 7, dtype=torch.bool), slot, (PERCEPT,), 0).all()  # it sees itself, and there is no other
+
+
+def test_no_mask_stands_for_causal_in_a_decoder_and_for_everything_in_an_encoder() -> None:
+    assert torch.equal(whole_mask(tokens(2, 2, 4), "causal").expand(3, 1, 2, 4), causal(2, 2, 4))
+    assert whole_mask(tokens(), "bidirectional").all()
+
+
+def test_the_edits_at_a_mask_port_hold_no_weights() -> None:
+    allowed = causal(0, 4, 4)
+    assert torch.equal(HideKeys()(allowed, tokens(), (PERCEPT,), 0), hide_keys(allowed, tokens(), (PERCEPT,), 0))
+    assert torch.equal(ReadAll()(allowed, tokens(), (PERCEPT,), 0), read_all(allowed, tokens(), (PERCEPT,), 0))
+    assert not [*HideKeys().parameters(), *ReadAll().parameters()]

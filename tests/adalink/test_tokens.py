@@ -114,3 +114,22 @@ def test_a_call_with_rows_that_are_not_a_multiple_is_refused() -> None:
     token_map = TokenMap(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ConfigError, match=r"the model was called with 3 rows but 2 are bound: bind a token map made for this batch"):
         token_map.window(3, 0, 3, 3)
+
+
+@given(maps(), st.integers(1, 3), st.integers(0, 4), st.integers(0, 3), st.sampled_from([TEXT, PROMPT]))
+def test_the_first_token_of_a_domain_alone_is_what_it_was_in_its_row(token_map: TokenMap, beams: int, n_new: int, empty: int, domain: int) -> None:
+    n, length = token_map.domain.shape
+    end = length + n_new
+    one = token_map.first_of(domain, n * beams, end, end + empty)
+    whole = token_map.window(n * beams, 0, end, end + empty)
+    assert torch.equal(one.keys, whole.keys)
+    assert (one.n_before, one.end, one.present) == (0, end, {domain})
+    for b, line in enumerate(whole.domain.tolist()):
+        assert one.domain[b].item() == (domain if domain in line else PAD)
+        if domain in line:
+            assert one.position[b].item() == line.index(domain)
+
+
+def test_a_call_knows_how_much_came_before() -> None:
+    tokens = TokenMap(torch.tensor([[TEXT, TEXT]]), torch.tensor([0])).window(1, 1, 3, 9)
+    assert (tokens.n_before, tokens.end) == (1, 4)
