@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from adalink.errors import ConfigError
 
@@ -61,7 +62,7 @@ class MixedOrder:
         shared = math.gcd(*weights)
         self.weights = tuple(weight // shared for weight in weights)
         self._starts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
-        self._pattern = torch.repeat_interleave(torch.arange(len(self.weights)), torch.tensor(self.weights))
+        self._pattern = np.repeat(np.arange(len(self.weights)), self.weights)
         self._blocks = _Shuffled(seed)
         self._block, self._sets, self._before = -1, self._pattern, self._pattern
         # Another seed for each set: sets of one size would else be read in step.
@@ -72,9 +73,9 @@ class MixedOrder:
         block, place = divmod(position, len(self._pattern))
         if block != self._block:
             self._block, self._sets = block, self._pattern[self._blocks.order(block, len(self._pattern))]
-            self._before = torch.empty_like(self._sets)
+            self._before = np.empty_like(self._sets)
             for chosen, weight in enumerate(self.weights):
-                self._before[self._sets == chosen] = torch.arange(weight)
+                self._before[self._sets == chosen] = np.arange(weight)
         chosen = int(self._sets[place])
         return self._starts[chosen] + self._own[chosen].sample(block * self.weights[chosen] + int(self._before[place]))
 
@@ -88,11 +89,11 @@ class _Shuffled:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
-    def order(self, epoch: int, size: int) -> Tensor:
+    def order(self, epoch: int, size: int) -> NDArray[np.int64]:
         """int64 [size]"""
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * _SEEDS + epoch)
-            self._epoch, self._order = epoch, torch.randperm(size, generator=generator)
+            self._epoch, self._order = epoch, torch.randperm(size, generator=generator).numpy()  # a tensor's single elements are slow
         return self._order

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
@@ -60,7 +60,7 @@ class ShardSource:
             self._files = LocalShards()
         self._paths = found.paths
         self._members = tuple(shard.members for shard in found.manifest.shards)
-        self._ends = np.cumsum([len(members) for members in self._members])
+        self._ends = list(accumulate(len(members) for members in self._members))
         self.problems = found.manifest.skipped
         self.ignored = found.manifest.ignored
         self.fingerprint = found.manifest.fingerprint
@@ -69,18 +69,18 @@ class ShardSource:
             raise DataError(f"the shards in {_folder(self._paths[0])} hold no sample{first}")
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Sample:
         """Raises DamagedSample, and DataError where the shard is missing or cut since it was opened."""
         at = index + len(self) if index < 0 else index
         if not 0 <= at < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        number = int(np.searchsorted(self._ends, at, side="right"))
+        number = bisect_right(self._ends, at)
         members, path = self._members[number], self._paths[number]
-        row = at - (int(self._ends[number - 1]) if number else 0)
+        row = at - self._ends[number] + len(members)
         key = members.key(row)
-        wanted = [(part, *place) for part, place in zip(PARTS, members.table[row].tolist(), strict=True) if place[0] >= 0]
+        wanted = [(part, at, size, crc) for part, (at, size, crc) in zip(PARTS, members.table[row].tolist(), strict=True) if at >= 0]
         parts = self._read(path, wanted)
         damaged = _damaged(parts, wanted)
         if damaged and self._files.forget(path):
@@ -97,8 +97,10 @@ class ShardSource:
 
     def _read(self, path: Place, wanted: Sequence[tuple[str, int, int, int]]) -> dict[str, bytes]:
         """The sample's parts; members that lie together in one read."""
-        start, end = min(at for _, at, _, _ in wanted), max(at + size for _, at, size, _ in wanted)
-        if end - start > sum(size for _, _, size, _ in wanted) + _GAP:
+        start, end, needed = wanted[0][1], 0, 0
+        for _, at, size, _ in wanted:  # in one loop: this is done for every sample
+            start, end, needed = min(start, at), max(end, at + size), needed + size
+        if end - start > needed + _GAP:
             return {part: self._files.read(path, at, size) for part, at, size, _ in wanted}
         block = self._files.read(path, start, end - start)
         return {part: block[at - start : at - start + size] for part, at, size, _ in wanted}
@@ -130,7 +132,7 @@ def _sample(key: str, index: int, parts: Mapping[str, bytes]) -> Sample:
     if not captions and "txt" in parts:
         captions = decode_caption(parts["txt"])
     return Sample(
-        key=record.key if record.key is not None and shard_key(record.key) == key else key,
+        key=record.key if record.key is not None and record.key != key and shard_key(record.key) == key else key,
         image_id=index if record.image_id is None else record.image_id,
         image=parts["image"],
         captions=captions,
