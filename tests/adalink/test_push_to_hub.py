@@ -12,8 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tiny import tiny
 
+from adalink import AdaLink, get_adalink_model
 from adalink.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from adalink.errors import ConfigError
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -79,3 +82,13 @@ def test_push_to_hub_sends_the_three_files_of_the_adapter(hub: str, tmp_path: Pa
     commit = next(body for path, body in Hub.sent.items() if "/commit/" in path)
     files = {line["value"]["path"] for line in map(json.loads, commit.decode().splitlines()) if line["key"] == "file"}
     assert files == {"README.md", CONFIG_FILE, WEIGHTS_FILE}
+
+
+def test_an_upload_that_cannot_be_made_is_one_sentence() -> None:
+    model = get_adalink_model(tiny("opt"), AdaLink(rank=4, modalities=("text",)))
+    with pytest.raises(ConfigError, match=r"the adapter was not uploaded to me/adapter \(OfflineModeIsEnabled: .*\): check the name, the connection, and that you"):
+        model.push_to_hub("me/adapter")
+    with pytest.raises(ConfigError, match=r"the adapter was not uploaded to no such name! \(HFValidationError: "):
+        model.push_to_hub("no such name!")
+    with pytest.raises(ConfigError, match="no adapter is active"), model.disable_adapter():
+        model.push_to_hub("me/adapter")
