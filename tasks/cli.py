@@ -37,18 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and worker processes do not mix
     try:
-        from tasks.commands import COMMANDS  # late: it imports torch and transformers, which take seconds that a user may interrupt
+        from tasks.commands import (  # late: it imports torch and transformers, which take seconds that a user may interrupt
+            COMMANDS,
+            UNNAMED,
+        )
 
         parser = _Parser(prog="adalink", description="Adapt frozen vision and language models to captioning and visual question answering.")
         parser.add_argument("--version", action="version", version=f"adalink {_version()}")
         _add(parser, COMMANDS)
+        arguments = _named(arguments, COMMANDS, UNNAMED)
         command = _words(arguments, COMMANDS)
         chosen = parser.parse_args(arguments or ["--help"])
-        _run(parser, chosen, COMMANDS)
+        _run(parser, chosen, commands)
     except _Refused as error:
         from tasks.config import setting_names
 
-        sentence = one_sentence(str(error), command=command, known=setting_names() if command in ("train", "evaluate") else ())
+        sentence = one_sentence(str(error), command=command, known=setting_names() if command in ("train", "evaluate", "compose") else ())
         print(f"adalink: {sentence}; `adalink {command + ' ' if command else ''}--help` lists what there is", file=sys.stderr)
         return 2
     except TerminatedError as error:
@@ -72,6 +76,14 @@ def _underscored(argument: str) -> str:
     """--image-name=x_{a-b} -> --image_name=x_{a-b}: either spelling of a setting is understood."""
     name, separator, value = argument.partition("=")
     return (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + separator + value
+
+
+def _named(arguments: list[str], commands: Mapping[str, Command | Mapping[str, Command]], unnamed: Mapping[str, str]) -> list[str]:
+    """`compare A B` -> `compare runs A B`: the command of a group that may be left out, put in where it was."""
+    group, rest = arguments[:1], arguments[1:]
+    if not group or group[0] not in unnamed or not rest or rest[0] in commands[group[0]] or rest[0] in ("-h", "--help"):  # type: ignore[operator]
+        return arguments
+    return [*group, unnamed[group[0]], *rest]
 
 
 def _add(parser: _Parser, commands: Mapping[str, Command | Mapping[str, Command]]) -> None:
@@ -110,6 +122,7 @@ def _run(parser: _Parser, chosen: Any, commands: Mapping[str, Command | Mapping[
     if command.has_config:
         from tasks.config import check_groups
 
+        command.prepare(text)
         check_groups(text)
     try:
         values = parser.instantiate(chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,31 +16,40 @@ from multimodal.images import decode_image
 from multimodal.template import Template
 from multimodal.train_settings import TrainSettings
 from tasks.captioning import Captioning
+from tasks.compare_files import compare_coco, compare_vqa
 from tasks.compose import load_adapted
 from tasks.config import Data, RunConfig
 from tasks.data import DataConfig
 from tasks.demo import run_demo
+from tasks.draft import Draft, only_named_data
+from tasks.figure_commands import add_compared_runs, add_scored, run_compared, run_compared_runs, run_scored
 from tasks.help import comments_as_help
+from tasks.plan_commands import add_plan_options, compose_command, dry_run_command
 from tasks.run import Evaluation, evaluate_run, is_main, train_run
 from tasks.run_metrics import UNSCORED
+from tasks.score import score_coco, score_vqa
 from tasks.shards import shards_check, shards_coco, shards_folder, shards_img2dataset, shards_vqa
 from tasks.show import results_table
 from tasks.submission import Submission
 from tasks.vqa import Vqa
 
-__all__ = ["COMMANDS", "Command"]
+__all__ = ["COMMANDS", "UNNAMED", "Command"]
 
 CAPTIONED_AT_ONCE = 16  # pictures; thousands may be given
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command. run gets the parsed values as objects, and as plain data for the run folder's config.yaml."""
+    """A command. run gets the parsed values as objects, and as plain data for the run folder's config.yaml.
+
+    prepare   may change the plain data before objects are made of them
+    """
 
     help: str
     add: Callable[[Any], Any]
     run: Callable[[Any, Any], None]
     has_config: bool = False
+    prepare: Callable[[Any], None] = lambda plain: None
 
 
 def _train(values: Any, plain: Any) -> None:
@@ -82,15 +91,32 @@ def _ask(values: Any, plain: Any) -> None:
     print(model.generate([decode_image(values.image)], [values.question], settings=values.generation)[0])
 
 
-def _add_run(parser: Any) -> None:
+def _add_run(parser: Any, settings: Any = RunConfig) -> None:
     for kind in (RunConfig, Data, DataConfig, Captioning, Vqa, Template, TrainSettings, GenerationSettings, *METHODS.values()):
         comments_as_help(kind)
-    parser.add_class_arguments(RunConfig, None)
+    settings.__doc__ = RunConfig.__doc__
+    parser.add_class_arguments(settings, None)
 
 
 def _add_train(parser: Any) -> None:
     _add_run(parser)
+    _add_train_options(parser)
+
+
+def _add_dry_train(parser: Any) -> None:
+    _add_run(parser, Draft)
+    _add_train_options(parser)
+    add_plan_options(parser)
+
+
+def _add_train_options(parser: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder, exactly")
+    parser.add_argument("--dry_run", action="store_true", help="check settings, parts and data that are given, print what `compose` prints, load nothing")
+
+
+def _add_compose(parser: Any) -> None:
+    _add_run(parser, Draft)
+    add_plan_options(parser)
 
 
 def _add_evaluate(parser: Any) -> None:
@@ -158,8 +184,21 @@ COMMANDS: dict[str, Command | Mapping[str, Command]] = {
     "demo": Command("train and evaluate both tasks on the embedded scenes, offline", _add_demo, lambda values, plain: run_demo(values.out)),
     "train": Command("train an adapter, evaluate it, write its report", _add_train, _train, has_config=True),
     "evaluate": Command("evaluate a saved adapter: results.json in the official format, metrics.json, report.html", _add_evaluate, _evaluate, has_config=True),
+    "compose": Command(
+        "what would be built of two frozen parts and methods: parameters, positions, memory; loads nothing",
+        _add_compose, compose_command, has_config=True, prepare=only_named_data,
+    ),
     "caption": Command("caption pictures with a saved adapter", _add_caption, _caption),
     "ask": Command("ask a question about a picture, with a saved adapter", _add_ask, _ask),
+    "score": {
+        "coco": Command("score a file of captions as the official COCO evaluation does", add_scored(score_coco), run_scored(score_coco)),
+        "vqa": Command("score a file of answers with the VQA accuracy", add_scored(score_vqa), run_scored(score_vqa)),
+    },
+    "compare": {
+        "runs": Command("compare two run folders (also without the word: `compare RUN_A RUN_B`), with a report", add_compared_runs, run_compared_runs),
+        "coco": Command("compare two files of captions", add_scored(compare_coco), run_compared(compare_coco)),
+        "vqa": Command("compare two files of answers", add_scored(compare_vqa), run_compared(compare_vqa)),
+    },
     "shards": {
         "coco": _function("write webdataset shards from COCO captions", shards_coco),
         "vqa": _function("write webdataset shards from VQAv2 questions and annotations", shards_vqa),
@@ -168,3 +207,13 @@ COMMANDS: dict[str, Command | Mapping[str, Command]] = {
         "check": _function("verify shards against their manifest, and name what is wrong", shards_check),
     },
 }
+
+# Group -> which of its commands is meant where none of them is named: `adalink compare RUN_A RUN_B`.
+UNNAMED = {"compare": "runs"}
+
+_DRY_TRAIN = Command("check a run without its weights", _add_dry_train, dry_run_command, has_config=True, prepare=only_named_data)
+
+
+def commands_for(arguments: Sequence[str]) -> Mapping[str, Command | Mapping[str, Command]]:
+    """The commands; `train` with looser settings where --dry_run is among the arguments, since data then need not be given."""
+    return {**COMMANDS, "train": _DRY_TRAIN} if "--dry_run" in arguments else COMMANDS

@@ -8,10 +8,9 @@ from typing import TypeVar, cast
 
 from tasks.metrics.bootstrap import Figures, Interval, Resampling, answer_figures, caption_figures, paired_intervals
 from tasks.metrics.captions import score_captions
-from tasks.metrics.listing import aligned, software
 from tasks.metrics.vqa import GradedQuestion, Predictions, QuestionId, VqaScorer, named_accuracies, score_answers
 
-__all__ = ["ANSWER_IS_RIGHT", "CAPTION_IS_RIGHT", "Comparison", "Difference", "Flip", "compare_answers", "compare_captions", "comparison_table"]
+__all__ = ["ANSWER_IS_RIGHT", "CAPTION_IS_RIGHT", "Comparison", "Difference", "Pair", "compare_answers", "compare_captions"]
 
 Item = TypeVar("Item", bound=QuestionId)
 
@@ -37,8 +36,8 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flip:
-    """One item that changed sides: what each run said, and its figure (CIDEr, or accuracy in percent)."""
+class Pair:
+    """One item in both runs: what each said, and its figure (CIDEr, or accuracy in percent)."""
 
     item: QuestionId
     said_before: str
@@ -51,28 +50,40 @@ class Flip:
 class Comparison:
     """Two runs on the same items.
 
-    differences     every corpus figure, those of types included
-    right_to_wrong  the greatest loss first
-    wrong_to_right  the greatest gain first
-    scorer          what computed the figures, with its version
+    unit         what an item is: "images" or "questions"
+    pairs        every item, in the order of the data set
+    differences  every corpus figure, those of types included
+    right_from   the figure from which on an item counts as right
+    scorer       what computed the figures, with its version
     """
 
-    n_items: int
-    right_from: float
+    unit: str
+    pairs: Sequence[Pair]
     differences: Sequence[Difference]
-    right_to_wrong: Sequence[Flip]
-    wrong_to_right: Sequence[Flip]
+    right_from: float
     scorer: str
+
+    @property
+    def right_to_wrong(self) -> list[Pair]:
+        """Items that only the first run has right, the greatest loss first."""
+        lost = [pair for pair in self.pairs if pair.after < self.right_from <= pair.before]
+        return sorted(lost, key=lambda pair: pair.after - pair.before)
+
+    @property
+    def wrong_to_right(self) -> list[Pair]:
+        """Items that only the second run has right, the greatest gain first."""
+        gained = [pair for pair in self.pairs if pair.before < self.right_from <= pair.after]
+        return sorted(gained, key=lambda pair: pair.before - pair.after)
 
     @property
     def negative_flip_rate(self) -> float:
         """Share of all items that were right before and are wrong now (MUSCLE: Echterhoff et al. 2024, arXiv 2407.09435)."""
-        return len(self.right_to_wrong) / self.n_items
+        return len(self.right_to_wrong) / len(self.pairs)
 
     @property
     def positive_flip_rate(self) -> float:
         """Share of all items that were wrong before and are right now."""
-        return len(self.wrong_to_right) / self.n_items
+        return len(self.wrong_to_right) / len(self.pairs)
 
 
 def compare_captions(
@@ -91,13 +102,11 @@ def compare_captions(
     """
     scores = score_captions(before, references), score_captions(after, references)
     items = [{image: row["CIDEr"] for image, row in run.per_image.items()} for run in scores]
-    flips = _flips(before, after, items[0], items[1], right_from)
     return Comparison(
-        n_items=len(references),
-        right_from=right_from,
+        unit="images",
+        pairs=_pairs(before, after, items[0], items[1]),
         differences=_differences([run.corpus for run in scores], [caption_figures(run) for run in scores], resampling or Resampling()),
-        right_to_wrong=flips[0],
-        wrong_to_right=flips[1],
+        right_from=right_from,
         scorer=scores[0].scorer,
     )
 
@@ -119,43 +128,14 @@ def compare_answers(
     """
     scores = score_answers(before, questions, scorer), score_answers(after, questions, scorer)
     said = cast("Mapping[QuestionId, str]", before), cast("Mapping[QuestionId, str]", after)
-    flips = _flips(said[0], said[1], scores[0].per_question, scores[1].per_question, right_from)
     figures = [answer_figures(run, questions) for run in scores]
     return Comparison(
-        n_items=len(questions),
-        right_from=right_from,
+        unit="questions",
+        pairs=_pairs(said[0], said[1], scores[0].per_question, scores[1].per_question),
         differences=_differences([named_accuracies(run) for run in scores], figures, resampling or Resampling()),
-        right_to_wrong=flips[0],
-        wrong_to_right=flips[1],
+        right_from=right_from,
         scorer=scores[0].scorer,
     )
-
-
-def comparison_table(comparison: Comparison, unit: str, *, most_types: int = 10) -> str:
-    """Lines for the screen: every figure with its difference, then the flips; unit is "images" or "questions".
-
-    most_types   question types shown, those with the greatest changes first
-    """
-    level = "paired interval"
-    by_question_type = [row for row in comparison.differences if row.name.startswith("question type")]
-    shown = [row for row in comparison.differences if row not in by_question_type]
-    shown += sorted(by_question_type, key=lambda row: -abs(row.after - row.before))[:most_types]
-    rows = [("figure", "before", "after", "difference", level, "")]
-    for row in shown:
-        between = f"{row.interval.low:+.4f} .. {row.interval.high:+.4f}" if row.interval else ""
-        numbers = (f"{row.before:.4f}", f"{row.after:.4f}", f"{row.after - row.before:+.4f}")
-        rows.append((row.name, *numbers, between, "*" if row.is_sure else ""))
-    lines = [f"scorer: {comparison.scorer}; computed by {software()}", f"{comparison.n_items} {unit}; * where the interval does not hold zero", ""]
-    lines += aligned(rows)
-    if hidden := len(by_question_type) - most_types:
-        lines += [f"and {hidden} question types that changed less"] if hidden > 0 else []
-    for name, flips, rate in (
-        ("right to wrong", comparison.right_to_wrong, comparison.negative_flip_rate),
-        ("wrong to right", comparison.wrong_to_right, comparison.positive_flip_rate),
-    ):
-        lines += ["", f"{name}: {len(flips)} {unit}, {100 * rate:.2f} % (right from {comparison.right_from:g} on)"]
-        lines += [f"  {flip.item}: {flip.said_before!r} ({flip.before:.2f}) -> {flip.said_after!r} ({flip.after:.2f})" for flip in flips[:5]]
-    return "\n".join(lines)
 
 
 def _differences(corpora: Sequence[Mapping[str, float]], figures: Sequence[Figures], resampling: Resampling) -> list[Difference]:
@@ -164,14 +144,10 @@ def _differences(corpora: Sequence[Mapping[str, float]], figures: Sequence[Figur
     return [Difference(name=name, before=value, after=after[name], interval=found.get(name)) for name, value in before.items()]
 
 
-def _flips(
-    said_before: Mapping[Item, str], said_after: Mapping[Item, str], before: Mapping[Item, float], after: Mapping[Item, float], right_from: float
-) -> tuple[list[Flip], list[Flip]]:
-    """Items that changed sides: (right to wrong, wrong to right)."""
-    changed = [
-        Flip(item=item, said_before=said_before[item], said_after=said_after[item], before=figure, after=after[item])
+def _pairs(
+    said_before: Mapping[Item, str], said_after: Mapping[Item, str], before: Mapping[Item, float], after: Mapping[Item, float]
+) -> list[Pair]:
+    return [
+        Pair(item=item, said_before=said_before[item], said_after=said_after[item], before=figure, after=after[item])
         for item, figure in before.items()
-        if (figure >= right_from) != (after[item] >= right_from)
     ]
-    changed.sort(key=lambda flip: flip.after - flip.before)
-    return [flip for flip in changed if flip.before >= right_from], [flip for flip in reversed(changed) if flip.after >= right_from]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.compare import ANSWER_IS_RIGHT, CAPTION_IS_RIGHT, Comparison, compare_answers, compare_captions, comparison_table
+from tasks.compare import ANSWER_IS_RIGHT, CAPTION_IS_RIGHT, Comparison, compare_answers, compare_captions
+from tasks.compare_listing import write_pairs
 from tasks.metrics.answer_files import check_questions, read_answer_results, read_graded_questions
 from tasks.metrics.bootstrap import Resampling
-from tasks.metrics.caption_files import check_split, read_caption_results, read_references
+from tasks.metrics.caption_files import check_split, read_caption_results, read_references, refuse_empty
 from tasks.metrics.vqa import VqaScorer
 
 __all__ = ["compare_coco", "compare_vqa"]
@@ -21,6 +22,7 @@ def compare_coco(
     split: str | None = None,
     resamples: int = 1000,
     right_from: float = CAPTION_IS_RIGHT,
+    items: Path | None = None,
 ) -> Comparison:
     """Compare the captions of two runs: every figure with a paired interval of its difference, and the images that changed sides.
 
@@ -31,15 +33,18 @@ def compare_coco(
         split: The part of Karpathy's file that was captioned, such as test.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         right_from: The CIDEr from which on an image counts as right.
+        items: A file to write both figures of each image to, as JSON.
     """
     expected = read_references(references, split)
     runs = {path: read_caption_results(path) for path in (before, after)}
     for path, given in runs.items():
+        refuse_empty(given, path)
         check_split(given, expected, path, references)
     comparison = compare_captions(
         runs[before], runs[after], expected, resampling=Resampling(n_resamples=resamples), right_from=right_from
     )
-    print(comparison_table(comparison, "images"))
+    if items is not None:
+        write_pairs(items, comparison)
     return comparison
 
 
@@ -51,6 +56,7 @@ def compare_vqa(
     scorer: VqaScorer = "official",
     resamples: int = 1000,
     right_from: float = ANSWER_IS_RIGHT,
+    items: Path | None = None,
 ) -> Comparison:
     """Compare the answers of two runs: every accuracy with a paired interval of its difference, and the questions that changed sides.
 
@@ -61,6 +67,7 @@ def compare_vqa(
         scorer: official normalises answers only where people disagree, as the official script does; normalized does so always.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         right_from: The accuracy in percent from which on a question counts as right.
+        items: A file to write both figures of each question to, as JSON.
     """
     graded = read_graded_questions(annotations)
     runs = {path: read_answer_results(path) for path in (before, after)}
@@ -69,5 +76,6 @@ def compare_vqa(
     comparison = compare_answers(
         runs[before], runs[after], graded, scorer=scorer, resampling=Resampling(n_resamples=resamples), right_from=right_from
     )
-    print(comparison_table(comparison, "questions"))
+    if items is not None:
+        write_pairs(items, comparison)
     return comparison

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_text
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,10 +10,10 @@ from typing import Literal
 from adalink.atomic import write_whole
 from tasks.metrics.answer_files import check_questions, read_answer_results, read_graded_questions, read_question_ids
 from tasks.metrics.bootstrap import Figures, Resampling, answer_figures, caption_figures, intervals
-from tasks.metrics.caption_files import check_split, read_caption_results, read_references
+from tasks.metrics.caption_files import check_split, read_caption_results, read_references, refuse_empty
 from tasks.metrics.captions import score_captions
 from tasks.metrics.java_captions import JavaScores, meteor, spice
-from tasks.metrics.listing import Figure, Listing, as_json, as_table
+from tasks.metrics.listing import Figure, Listing
 from tasks.metrics.vqa import GradedQuestion, QuestionId, VqaScorer, named_accuracies, score_answers
 
 __all__ = ["score_coco", "score_vqa"]
@@ -29,7 +29,6 @@ def score_coco(
     java: list[Literal["METEOR", "SPICE"]] | None = None,
     resamples: int = 1000,
     items: Path | None = None,
-    json: bool = False,
 ) -> Listing:
     """Score captions as the official COCO evaluation does: CIDEr, BLEU and ROUGE-L, equal to pycocoevalcap's.
 
@@ -40,21 +39,20 @@ def score_coco(
         java: Also METEOR and SPICE, through pycocoevalcap and Java, such as '[METEOR]'.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         items: A file to write each image's figures to, as JSON.
-        json: Print JSON in place of the table.
     """
     expected = read_references(references, split)
     given = read_caption_results(results)
+    refuse_empty(given, results)
     check_split(given, expected, results, references)
     scores = score_captions(given, expected)
     extra: dict[str, JavaScores] = {name: _JAVA[name](given, expected) for name in java or ()}
     values = {name: (value, scores.scorer) for name, value in scores.corpus.items()}
     values |= {name: (java_scores.corpus, java_scores.scorer) for name, java_scores in extra.items()}
     source = {"references": str(references), "results": str(results)} | ({"split": split} if split else {})
-    listing = _listing(source, values, caption_figures(scores), Resampling(n_resamples=resamples))
+    listing = _listing(source, values, caption_figures(scores), "images", Resampling(n_resamples=resamples))
     if items is not None:
         rows = [{"image_id": image, "caption": given[image], **row, **_of_image(extra, image)} for image, row in scores.per_image.items()]
         _write_items(items, rows)
-    print(as_json(listing) if json else as_table(listing, "images"))
     return listing
 
 
@@ -66,7 +64,6 @@ def score_vqa(
     scorer: VqaScorer = "official",
     resamples: int = 1000,
     items: Path | None = None,
-    json: bool = False,
 ) -> Listing:
     """Score answers with the VQA accuracy: overall, by answer type and by question type, in percent.
 
@@ -77,7 +74,6 @@ def score_vqa(
         scorer: official normalises answers only where people disagree, as the official script does; normalized does so always.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         items: A file to write each question's accuracy to, as JSON.
-        json: Print JSON in place of the table.
     """
     graded = read_graded_questions(annotations)
     ids = [question.question_id for question in graded]
@@ -88,17 +84,18 @@ def score_vqa(
     scores = score_answers(given, graded, scorer)
     values = {name: (value, scores.scorer) for name, value in named_accuracies(scores).items()}
     source = {"annotations": str(annotations), "results": str(results)} | ({"questions": str(questions)} if questions else {})
-    listing = _listing(source, values, answer_figures(scores, graded), Resampling(n_resamples=resamples))
+    listing = _listing(source, values, answer_figures(scores, graded), "questions", Resampling(n_resamples=resamples))
     if items is not None:
         _write_items(items, _question_rows(graded, given, scores.per_question))
-    print(as_json(listing) if json else as_table(listing, "questions"))
     return listing
 
 
-def _listing(source: Mapping[str, str], values: Mapping[str, tuple[float, str]], figures: Figures, resampling: Resampling) -> Listing:
+def _listing(
+    source: Mapping[str, str], values: Mapping[str, tuple[float, str]], figures: Figures, unit: str, resampling: Resampling
+) -> Listing:
     found = intervals(figures, resampling)
     rows = [Figure(name=name, value=value, scorer=scorer, interval=found.get(name)) for name, (value, scorer) in values.items()]
-    return Listing(source=source, n_items=figures.items, figures=rows, resampling=resampling)
+    return Listing(source=source, n_items=figures.items, unit=unit, figures=rows, resampling=resampling)
 
 
 def _of_image(extra: Mapping[str, JavaScores], image: int) -> dict[str, float]:
@@ -121,4 +118,4 @@ def _question_rows(
 
 
 def _write_items(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    write_whole(path, (json_text.dumps(rows, indent=1) + "\n").encode("ascii"))
+    write_whole(path, (json.dumps(rows, indent=1) + "\n").encode("ascii"))

@@ -10,7 +10,7 @@ from tasks.karpathy import read_karpathy_images
 from tasks.metrics.documents import read_document, rows_of
 from tasks.metrics.offenders import refuse, refuse_repeated
 
-__all__ = ["check_split", "read_caption_results", "read_references"]
+__all__ = ["check_split", "read_caption_results", "read_references", "refuse_empty"]
 
 _SHAPE = '{"image_id": 42, "caption": "a dog"}'
 
@@ -42,13 +42,17 @@ def read_references(path: Path, split: str | None = None) -> dict[int, list[str]
 def read_caption_results(path: Path) -> dict[int, str]:
     """Image id -> its generated caption, from the official result file: a list of image_id and caption.
 
-    Raises DataError on a file that is missing or of another shape, on images with two captions, and on empty captions.
+    Raises DataError on a file that is missing or of another shape, and on images with two captions.
     """
     pairs = [(integer(row, "image_id", where), text(row, "caption", where)) for where, row in rows_of(path, read_document(path), _SHAPE)]
     refuse_repeated((image for image, _ in pairs), f"images have more than one caption in {path}")
-    empty = [image for image, caption in pairs if not caption.strip()]
-    refuse(empty, f"captions in {path} are empty", "expected words for every image; did the model end at once?")
     return dict(pairs)
+
+
+def refuse_empty(results: Mapping[int, str], path: Path) -> None:
+    """Raises DataError where a caption has no letter: a file that someone hands in is rarely meant so."""
+    empty = [image for image, caption in results.items() if not caption.strip()]
+    refuse(empty, f"captions in {path} are empty", "expected words for every image; did the model end at once?")
 
 
 def check_split(results: Mapping[int, str], references: Mapping[int, Sequence[str]], results_path: Path, references_path: Path) -> None:

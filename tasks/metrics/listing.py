@@ -32,11 +32,12 @@ class Listing:
     """What a file of results scored.
 
     source   what was compared with what, for the heading: {"references": "captions_val2014.json", ...}
-    n_items  images or questions
+    unit     of what: "images" or "questions"
     """
 
     source: Mapping[str, str]
     n_items: int
+    unit: str
     figures: Sequence[Figure]
     resampling: Resampling
 
@@ -49,10 +50,10 @@ def software() -> str:
         return "adalink (not installed)"
 
 
-def as_table(listing: Listing, unit: str) -> str:
+def as_table(listing: Listing) -> str:
     """Lines for the screen; the scorers stand above the figures that they made."""
     lines = [f"{name}: {value}" for name, value in listing.source.items()]
-    lines.append(f"{listing.n_items} {unit}; computed by {software()}")
+    lines.append(f"{listing.n_items} {listing.unit}; computed by {software()}")
     level = f"{100 * listing.resampling.level:g} % interval"
     for scorer in dict.fromkeys(figure.scorer for figure in listing.figures):
         rows = [("figure", "value", level)]
@@ -74,8 +75,8 @@ def as_json(listing: Listing) -> str:
         }
         for figure in listing.figures
     }
-    document = {"software": software(), **listing.source, "n_items": listing.n_items, "resampling": vars(listing.resampling), "figures": figures}
-    return json.dumps(document, indent=2)
+    about = {"software": software(), **listing.source, "n_items": listing.n_items, "unit": listing.unit, "resampling": vars(listing.resampling)}
+    return json.dumps({**about, "figures": figures}, indent=2)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -8,8 +8,6 @@ policy forbids it to load or send anything, so a caption that gets past the esca
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,7 @@ from PIL.Image import Image
 
 from adalink.atomic import write_whole
 from adalink.errors import ConfigError
+from tasks.report.policy import policy
 from tasks.report.svg import Point, describe, draw
 from tasks.report.table import columns, metric_cells
 from tasks.report.thumbnail import thumbnail
@@ -148,8 +147,7 @@ def render(report: Report) -> str:
         report=report,
         style=style,
         script=script,
-        policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
-        f"style-src {_digest(style)}; script-src {_digest(script)}",
+        policy=policy(style, script),
         columns=columns(values),
         cells=metric_cells(values),
         n_trained=sum(part.parameters for part in report.trained),
@@ -175,11 +173,6 @@ def _share(parameters: int, report: Report) -> str:
     total = report.frozen_parameters + sum(part.parameters for part in report.trained)
     percent = 100 * parameters / total if total else 0.0
     return f"{percent:.2f} %" if percent >= 0.1 or percent == 0 else f"{percent:.2g} %"
-
-
-def _digest(text: str) -> str:
-    """The source expression that lets the browser use this inline text and no other."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _check_named(kind: str, name: str) -> None:

@@ -1,0 +1,92 @@
+"""A run folder read back: what was said about which data, for comparing it with another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from adalink.errors import DataError
+from multimodal.sample import Sample, SampleSource
+from tasks.data import saved_data
+from tasks.metrics.answer_files import read_answer_results
+from tasks.metrics.caption_files import read_caption_results
+from tasks.metrics.vqa import GradedQuestion
+
+__all__ = ["Asked", "SavedRun", "asked_items", "read_run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """What `adalink train` or `adalink evaluate` left in a folder.
+
+    task     captioning or vqa
+    texts    what was said, by image id or question id
+    data     the settings of the data set, as config.yaml has them
+    scorer   the VQA scorer that the run chose
+    """
+
+    folder: Path
+    task: str
+    texts: Mapping[int, str]
+    data: Mapping[str, object]
+    scorer: str
+
+    def open(self) -> SampleSource:
+        """The data set that the run was evaluated on. Raises DataError where its files are gone."""
+        try:
+            return saved_data(self.data).open().source
+        except DataError as error:
+            raise DataError(f"the data of the run {self.folder} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One item of a run with its picture: what people said about it, and the question where there was one."""
+
+    sample: Sample
+    people: tuple[str, ...]
+    question: str = ""
+    question_type: str = ""
+    answer_type: str = ""
+
+    def graded(self, item: int) -> GradedQuestion:
+        """As the VQA scorers take it."""
+        return GradedQuestion(question_id=item, answers=self.people, question_type=self.question_type, answer_type=self.answer_type)
+
+
+def read_run(folder: Path) -> SavedRun:
+    """Read a run folder. Raises DataError, saying which file, where it is none or something in it is of another shape."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_bytes())
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        task, data = metrics["task"], config["data"]["val"]
+        scorer = (config.get("vqa") or {}).get("scorer", "official")
+    except OSError as error:
+        raise DataError(f"{folder} is no run folder of `adalink train` or `adalink evaluate`: {error.filename} cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise DataError(f"the run folder {folder} is damaged: metrics.json or config.yaml has another shape ({error!r}); evaluate it again") from None
+    if task not in ("captioning", "vqa") or not isinstance(data, dict):
+        raise DataError(f"the run {folder} is of the task {task!r} on the data {data!r}; expected captioning or vqa, and the settings of a data set")
+    results = folder / "results.json"
+    texts = read_caption_results(results) if task == "captioning" else read_answer_results(results)
+    return SavedRun(folder=folder, task=task, texts={int(item): text for item, text in texts.items()}, data=data, scorer=scorer)
+
+
+def asked_items(run: SavedRun, source: SampleSource) -> dict[int, Asked]:
+    """What the run answered, in the order of its data set. Raises DataError where the data set lacks some of it."""
+    found: dict[int, Asked] = {}
+    for index in range(len(source)):
+        sample = source[index]
+        if run.task == "captioning" and sample.image_id in run.texts:
+            found[sample.image_id] = Asked(sample=sample, people=sample.captions)
+        for question in sample.questions if run.task == "vqa" else ():
+            if question.question_id in run.texts:
+                kinds = {"question_type": question.question_type, "answer_type": question.answer_type}
+                found[question.question_id] = Asked(sample=sample, people=question.answers, question=question.text, **kinds)
+    if lost := [item for item in run.texts if item not in found]:
+        raise DataError(f"{len(lost)} of {len(run.texts)} results of {run.folder} are not in its data set (first: {lost[0]}); was the data changed?")
+    return found
