@@ -27,6 +27,7 @@ from adalink.edit import Adapter, Method
 from adalink.errors import ConfigError
 from adalink.existing import check_trains, image_token_ids
 from adalink.hub import local_folder, upload
+from adalink.recompute import with_exact_cache
 from adalink.tokens import BASE_ROW, TokenMap
 
 __all__ = ["BASE_NAME", "AdaptedModel", "get_adalink_model"]
@@ -91,7 +92,7 @@ class AdaptedModel(nn.Module):
         if token_map is not None:
             _check_no_names(adapter_names)
             with self.attachment.bind(token_map):
-                return self.base.generate(input_ids=input_ids, **kwargs)  # type: ignore[operator]
+                return self.base.generate(input_ids=input_ids, **with_exact_cache(self.attachment, token_map, kwargs))  # type: ignore[operator]
         call = self._call({"input_ids": input_ids, **kwargs}, adapter_names, "left")
         with self.attachment.bind(call.token_map):
             return call.own_ids(self.base.generate(**call.arguments))  # type: ignore[operator]

@@ -20,7 +20,7 @@ from adalink.tokens import PAD, TokenMap, Tokens
 if TYPE_CHECKING:
     from adalink.attach import Attachment
 
-__all__ = ["Recomputed", "WholeSequence", "needs_whole_sequence", "reads_later_tokens", "recompute"]
+__all__ = ["Recomputed", "WholeSequence", "needs_whole_sequence", "reads_later_tokens", "recompute", "with_exact_cache"]
 
 
 class Recomputed(nn.Module):
@@ -46,6 +46,11 @@ def needs_whole_sequence(attachment: Attachment, token_map: TokenMap) -> bool:
         if port.side == "cache"
         for index, placement in placed
     )
+
+
+def with_exact_cache(attachment: Attachment, token_map: TokenMap, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `generate`, without a cache where none is exact; a `use_cache` that is given stays, and is refused when it is used."""
+    return {**({"use_cache": False} if needs_whole_sequence(attachment, token_map) else {}), **arguments}
 
 
 def reads_later_tokens(adapter: Adapter) -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from inject_models import LAYERS, attached, method
-from tiny import DECODERS, EXACT, INPUTS, positions, rows, run, taps, tiny, token_map
+from tiny import DECODERS, EXACT, INPUTS, excite, positions, rows, run, taps, tiny, token_map
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from adalink import BASE_ROW, PAD, PERCEPT, TEXT, AdaLink, Adapter, Anatomy, AttachError, Attachment, Prompt, TokenMap, attach
+from adalink import BASE_ROW, PAD, PERCEPT, TEXT, AdaLink, AdaptedModel, Adapter, Anatomy, AttachError, Attachment, Prompt, TokenMap, attach
 from adalink.recompute import needs_whole_sequence, reads_later_tokens
 
 ON_DECODERS = pytest.mark.parametrize("family", DECODERS)
@@ -133,6 +133,20 @@ def test_where_several_layers_read_the_slot_a_cache_is_refused_as_published_and_
         else:
             with pytest.raises(AttachError, match="no cache is exact: generate with use_cache=False, or train with mask='causal'"):
                 model.generate(ids, use_cache=True, **same)
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (1, 3)])
+def test_an_adapted_model_leaves_the_cache_away_by_itself(layers: tuple[int, int]) -> None:
+    adapted = AdaptedModel(tiny("opt", n_layers=LAYERS), inputs=INPUTS)
+    excite(adapted.add_adapter("a", {"epalm": method(layers)}).double())
+    ids, domain, padding = rows()
+    same: dict[str, Any] = {"attention_mask": padding, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    used: list[bool] = []
+    stack = adapted.attachment.stack
+    stack.register_forward_pre_hook(lambda module, args, kwargs: used.append(kwargs.get("past_key_values") is not None), with_kwargs=True)
+    found = adapted.generate(ids, token_map=token_map(domain), **same)
+    assert set(used) == {layers == (1, 3)}
+    assert torch.equal(found, adapted.generate(ids, token_map=token_map(domain), use_cache=False, **same))
 
 
 @pytest.mark.parametrize("mask", ["published", "causal"])
