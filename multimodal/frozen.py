@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from adalink.errors import AdalinkError, ConfigError, DataError
+from multimodal.hub_reach import hub_or_disk
 
 __all__ = ["existing_folder", "freeze", "loading", "nearest", "quiet", "split_revision"]
 
@@ -55,7 +56,8 @@ def loading(what: str, name: str | Path, advice: str) -> Iterator[None]:
     so everything is caught; the first line of the cause stays in the sentence, and the whole of it stays chained.
     """
     try:
-        yield
+        with nullcontext() if Path(name).is_dir() else hub_or_disk():
+            yield
     except AdalinkError:
         raise
     except SafetensorError as error:

@@ -1,0 +1,53 @@
+"""Names are looked up on disk at once where the hub's address leads nowhere."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from huggingface_hub import constants
+
+from adalink.errors import ConfigError
+from multimodal.hub_reach import hub_or_disk
+from multimodal.language import load_language
+from multimodal.vision import load_tower
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+@pytest.fixture(autouse=True)
+def _nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")  # a name that never resolves
+
+
+def test_an_unknown_name_is_told_within_a_second_or_two_where_the_hub_is_out_of_reach() -> None:
+    start = time.monotonic()
+    for load, name in ((load_language, "no-such/model"), (load_tower, "hf:no-such/encoder"), (load_tower, "timm:vit_tiny_patch16_224.augreg_in21k")):
+        with pytest.raises(ConfigError, match="cannot load the"):
+            load(name)
+    assert time.monotonic() - start < 15  # 23 s, 23 s and 46 s with the clients' own retries
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_a_hub_that_resolves_a_proxy_and_a_choice_of_the_users_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub_or_disk():
+        assert constants.HF_HUB_OFFLINE is True
+    monkeypatch.setenv("https_proxy", "http://proxy.invalid:1")
+    with hub_or_disk():
+        assert constants.HF_HUB_OFFLINE is False
+    monkeypatch.delenv("https_proxy")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with hub_or_disk():
+        assert constants.HF_HUB_OFFLINE is False
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with hub_or_disk():
+        assert constants.HF_HUB_OFFLINE is True
+
+
+def test_the_setting_comes_back_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), hub_or_disk():
+        _ = 1 / 0
+    assert constants.HF_HUB_OFFLINE is False
