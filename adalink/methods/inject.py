@@ -48,7 +48,7 @@ class EPALM:
     tap min((l - start) // step, n_taps - 1) of the last `n_taps` blocks, where step = max((end - start) // n_taps, 1): shallow tap
     to shallow layer. After the window it evolves freely. A connector is a linear with bias and torch's default start; no norm.
 
-    mask    causal      nothing reads a later token; the slot itself reads nothing but itself. The safe choice, and exact with any cache.
+    mask    causal      nothing reads a later token, the slot included. The safe choice, and exact with any cache.
             published   the released code: the slot reads everything after it, later text and padding too. A layer at or after `end` then
                         reads a slot that saw the future, so a small share of each next token leaks into its own prediction (up to 0.05 in
                         logits where only the last layer is left out), and a padded row differs from the same row alone. With the last
