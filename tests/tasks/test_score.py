@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_run import Done, adalink, refused
 from shared import fixtures
 
-from adalink.errors import ConfigError, DataError
 from tasks.metrics.captions import score_captions
-from tasks.score import score_coco, score_vqa
 
 REFERENCES: dict[str, Any] = {
     "images": [{"id": 3}, {"id": 7}],
@@ -45,25 +45,36 @@ def write(tmp_path: Path) -> Write:
     return to
 
 
-def test_captions_are_scored_into_a_table_that_names_scorer_version_and_files(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    listing = score_coco(references=write("refs.json", REFERENCES), results=write("res.json", RESULTS), resamples=20)
-    printed = capsys.readouterr().out
-    expected = score_captions({row["image_id"]: row["caption"] for row in RESULTS}, {3: [r["caption"] for r in REFERENCES["annotations"][:2]], 7: ["Two men look at a red ball."]})
-    assert {figure.name: figure.value for figure in listing.figures} == expected.corpus
-    assert "scorer: COCO caption evaluation (equal to pycocoevalcap 1.2)" in printed
-    assert "2 images; computed by adalink " in printed
-    assert "res.json" in printed
+def scored(task: str, *more: object, **files: Path) -> Done:
+    """`adalink score TASK --name FILE ...` with few resamples."""
+    return adalink("score", task, *(part for name, path in files.items() for part in (f"--{name}", path)), "--resamples", "20", *more)
+
+
+def figures(done: Done) -> dict[str, Any]:
+    assert done.code == 0, done
+    document: dict[str, Any] = json.loads(done.out)
+    return document
+
+
+def test_captions_are_scored_into_a_table_that_names_scorer_version_and_files(write: Write) -> None:
+    done = scored("coco", references=write("refs.json", REFERENCES), results=write("res.json", RESULTS))
+    expected = score_captions(
+        {row["image_id"]: row["caption"] for row in RESULTS},
+        {3: [row["caption"] for row in REFERENCES["annotations"][:2]], 7: ["Two men look at a red ball."]},
+    )
+    assert done.code == 0, done
+    assert "scorer: COCO caption evaluation (equal to pycocoevalcap 1.2)" in done.out
+    assert "2 images; computed by adalink " in done.out
+    assert "res.json" in done.out
     for name, value in expected.corpus.items():
-        assert f"\n{name} " in printed
-        assert f" {value:.4f} " in printed
-    assert "95 % interval" in printed
+        assert re.search(rf"^{name} +{value:.4f}  +[0-9.]+ \.\. [0-9.]+$", done.out, re.MULTILINE)
+    assert "95 % interval" in done.out
 
 
-def test_json_holds_every_figure_with_its_scorer_and_interval(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = {"annotations": write("ann.json", ANSWERS), "results": write("res.json", ANSWERED), "questions": write("q.json", QUESTIONS)}
-    score_vqa(**arguments, json=True, resamples=20)
-    found = json.loads(capsys.readouterr().out)
-    assert found["n_items"] == 2
+def test_json_holds_every_figure_with_its_scorer_and_interval(write: Write) -> None:
+    files = {"annotations": write("ann.json", ANSWERS), "results": write("res.json", ANSWERED), "questions": write("q.json", QUESTIONS)}
+    found = figures(scored("vqa", "--json", **files))
+    assert (found["n_items"], found["unit"]) == (2, "questions")
     assert found["software"].startswith("adalink ")
     assert {name: round(figure["value"], 2) for name, figure in found["figures"].items()} == {
         "overall": 45.0,  # "Yes!" is not "yes" where all agree; "b" is right for three of ten
@@ -77,18 +88,21 @@ def test_json_holds_every_figure_with_its_scorer_and_interval(write: Write, caps
         assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
 
 
-def test_the_normalized_scorer_is_named_and_mends_unanimous_answers(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    listing = score_vqa(annotations=write("ann.json", ANSWERS), results=write("res.json", ANSWERED), scorer="normalized", resamples=0)
-    assert listing.figures[0].value == pytest.approx(95)
-    assert "scorer: VQA accuracy, normalized" in capsys.readouterr().out
+def test_the_normalized_scorer_is_named_and_mends_unanimous_answers(write: Write) -> None:
+    files = {"annotations": write("ann.json", ANSWERS), "results": write("res.json", ANSWERED)}
+    assert figures(scored("vqa", "--scorer", "normalized", "--json", **files))["figures"]["overall"]["value"] == pytest.approx(95)
+    assert "scorer: VQA accuracy, normalized" in scored("vqa", "--scorer", "normalized", **files).out
+    assert "scorer is best: expected one of 'official', 'normalized'" in refused(scored("vqa", "--scorer", "best", **files))
 
 
-def test_items_are_written_with_their_texts(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    score_coco(references=write("refs.json", REFERENCES), results=write("res.json", RESULTS), items=tmp_path / "images.json", resamples=0)
+def test_items_are_written_with_their_texts(write: Write, tmp_path: Path) -> None:
+    captions = {"references": write("refs.json", REFERENCES), "results": write("res.json", RESULTS)}
+    assert scored("coco", "--items", tmp_path / "images.json", **captions).code == 0
     images = json.loads((tmp_path / "images.json").read_text())
     assert [row["image_id"] for row in images] == [3, 7]
     assert set(images[0]) == {"image_id", "caption", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
-    score_vqa(annotations=write("ann.json", ANSWERS), results=write("a.json", ANSWERED), items=tmp_path / "questions.json", resamples=0)
+    answers = {"annotations": write("ann.json", ANSWERS), "results": write("a.json", ANSWERED)}
+    assert scored("vqa", "--items", tmp_path / "questions.json", **answers).code == 0
     assert json.loads((tmp_path / "questions.json").read_text())[1] == {
         "question_id": 2,
         "answer": "b",
@@ -96,44 +110,53 @@ def test_items_are_written_with_their_texts(write: Write, tmp_path: Path, capsys
         "answer_type": "other",
         "question_type": "what",
     }
+    assert "cannot be written" in refused(scored("vqa", "--items", tmp_path / "absent" / "x.json", **answers))
 
 
-def test_without_resamples_there_is_no_interval(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    score_coco(references=write("refs.json", REFERENCES), results=write("res.json", RESULTS), resamples=0, json=True)
-    assert {figure["interval"] for figure in json.loads(capsys.readouterr().out)["figures"].values()} == {None}
-    with pytest.raises(ConfigError, match="number of resamples is -1"):
-        score_coco(references=write("refs.json", REFERENCES), results=write("res.json", RESULTS), resamples=-1)
+def test_without_resamples_there_is_no_interval(write: Write) -> None:
+    files = {"references": write("refs.json", REFERENCES), "results": write("res.json", RESULTS)}
+    found = figures(scored("coco", "--resamples", "0", "--json", **files))
+    assert {figure["interval"] for figure in found["figures"].values()} == {None}
+    assert refused(scored("coco", "--resamples", "-1", **files)).startswith("the number of resamples is -1; give 0")
 
 
-def test_a_split_takes_its_references_from_karpathys_file(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_split_takes_its_references_from_karpathys_file(write: Write) -> None:
     images = [
         {"split": split, "cocoid": image, "filename": "a.jpg", "sentences": [{"raw": "a dog on grass"}, {"raw": "a cat"}]}
         for split, image in (("train", 1), ("test", 3), ("test", 7))
     ]
-    listing = score_coco(references=write("dataset_coco.json", {"images": images}), results=write("res.json", RESULTS), split="test", resamples=0)
-    assert listing.n_items == 2
-    assert "split: test" in capsys.readouterr().out
+    files = {"references": write("dataset_coco.json", {"images": images}), "results": write("res.json", RESULTS)}
+    done = scored("coco", "--split", "test", **files)
+    assert "2 images; " in done.out
+    assert "split: test" in done.out
+    assert "has no split 'val'; it has test, train" in refused(scored("coco", "--split", "val", **files))
 
 
-def test_the_recorded_official_files_give_the_official_figures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recorded_official_files_give_the_official_figures() -> None:
     folder = fixtures("vqa")
     for results in sorted(folder.glob("official_format_*_results.json")):
         stem = results.name.removesuffix("_results.json")
         files = {name: folder / f"{stem}_{name}.json" for name in ("questions", "annotations")}
-        listing = score_vqa(**files, results=results, resamples=0)
+        found = figures(scored("vqa", "--resamples", "0", "--json", **files, results=results))
         cases = json.loads((folder / f"vqa_cases_{stem.removeprefix('official_format_')}.json").read_text())
-        assert round(listing.figures[0].value, 12) == cases["aggregates"]["n12"]["overall"]
+        assert round(found["figures"]["overall"]["value"], 12) == cases["aggregates"]["n12"]["overall"]
+
+
+def test_meteor_without_java_says_what_to_install(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    files = {"references": write("refs.json", REFERENCES), "results": write("res.json", RESULTS)}
+    assert re.search("Java|pip install 'adalink\\[coco\\]'", refused(scored("coco", "--java", "[METEOR]", **files)))
 
 
 DOG = {"image_id": 3, "caption": "a dog"}
-
+SEVEN = [{"image_id": i, "caption": "x"} for i in range(100, 107)]
 
 @pytest.mark.parametrize(
     ("references", "results", "message"),
     [
         (REFERENCES, [DOG], r"1 images of .*refs.json have no caption in .*res.json \(first: 7\); 0 of 1 results .*1 of 2 images have no result"),
         (REFERENCES, [*RESULTS, {"image_id": 9, "caption": "x"}], r"1 images of .*res.json are not in .*refs.json \(first: 9\); 1 of 3 results"),
-        (REFERENCES, [{"image_id": i, "caption": "x"} for i in range(100, 107)], r"7 images .*\(first: 100, 101, 102, 103, 104, ...\); 7 of 7 .*one split"),
+        (REFERENCES, SEVEN, r"7 images .*\(first: 100, 101, 102, 103, 104, ...\); 7 of 7 .*one split"),
         (REFERENCES, [*RESULTS, DOG], r"1 images have more than one caption in .*\(first: 3\)"),
         (REFERENCES, [DOG, {"image_id": 7, "caption": " \n"}], r"1 captions in .* are empty \(first: 7\)"),
         (REFERENCES, {"a": 1}, r"holds an object with 'a'; expected a list of \{\"image_id\""),
@@ -146,8 +169,8 @@ DOG = {"image_id": 3, "caption": "a dog"}
     ],
 )
 def test_caption_files_that_do_not_fit_are_named_with_offenders_and_counts(write: Write, references: object, results: object, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        score_coco(references=write("refs.json", references), results=write("res.json", results), resamples=0)
+    sentence = refused(scored("coco", references=write("refs.json", references), results=write("res.json", results)))
+    assert re.search(message, sentence), sentence
 
 
 @pytest.mark.parametrize(
@@ -156,9 +179,24 @@ def test_caption_files_that_do_not_fit_are_named_with_offenders_and_counts(write
         (QUESTIONS, ANSWERED[:1], r"1 questions of .*ann.json are not in .*res.json \(first: 2\)"),
         (QUESTIONS, [*ANSWERED, {"question_id": 5, "answer": "x"}], r"1 questions of .*res.json are not in .*ann.json \(first: 5\)"),
         ({"questions": QUESTIONS["questions"][:1]}, ANSWERED, r"1 questions of .*ann.json are not in .*q.json \(first: 2\); .*one split"),
+        ({"questions": [{**QUESTIONS["questions"][0], "question_id": 9}]}, ANSWERED, r"1 questions of .*q.json are not in .*ann.json \(first: 9\)"),
+        (QUESTIONS, [*ANSWERED, ANSWERED[0]], r"1 questions have more than one answer in .*\(first: 1\)"),
+        (QUESTIONS, [{"question_id": i, "answer": "x"} for i in range(50, 60)], r"10 questions .*first: 50, 51, 52, 53, 54, ...\); 10 of 10 .*unknown, 2 of 2 .*one split"),
+        (QUESTIONS, {"results": 3}, r"'results' is '3'; expected an object"),
+        (QUESTIONS, "oops", r"res.json holds 'oops'; expected a list of \{\"question_id\": 42, \"answer\": \"yes\"\}"),
+        (QUESTIONS, [{"question_id": 1, "answer": None}], r"\[0\]: 'answer' is None \(NoneType\); expected a text"),
+        ({"questions": 5}, ANSWERED, r"'questions' is 5 \(int\); expected a list"),
     ],
 )
 def test_answer_files_of_other_questions_are_named(write: Write, questions: object, results: object, message: str) -> None:
     files = {"annotations": write("ann.json", ANSWERS), "questions": write("q.json", questions), "results": write("res.json", results)}
-    with pytest.raises(DataError, match=message):
-        score_vqa(**files, resamples=0)
+    sentence = refused(scored("vqa", **files))
+    assert re.search(message, sentence), sentence
+
+
+def test_files_that_are_not_there_or_no_json_are_named(write: Write, tmp_path: Path) -> None:
+    references = write("refs.json", REFERENCES)
+    assert refused(scored("coco", references=references, results=tmp_path / "no.json")).endswith("no.json does not exist; check the path")
+    (tmp_path / "cut.json").write_text('[{"image_id": 3,')
+    assert "cut.json is not JSON" in refused(scored("coco", references=references, results=tmp_path / "cut.json"))
+    assert "references is not given, and has no default" in refused(adalink("score", "coco", "--results", references))
