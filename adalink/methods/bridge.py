@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,12 +43,24 @@ class Projection(nn.Module):
         return torch.take_along_dim(value, index[..., None], dim=1)
 
 
+class GridPool(nn.Module):
+    """[B, n * n, D] -> [B, m * m, D]: the mean of each of m x m regions of a square grid of patches."""
+
+    def __init__(self, n: int, m: int) -> None:
+        super().__init__()
+        self.n, self.m = n, m
+
+    def forward(self, patches: Tensor) -> Tensor:
+        grid = patches.unflatten(1, (self.n, self.n)).permute(0, 3, 1, 2)
+        return nn.functional.adaptive_avg_pool2d(grid, self.m).flatten(2).transpose(1, 2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bridge:
     """A connector from the encoder's patch features to the embedding space.
 
-    linear   norm -> dropout -> Linear(Dv, D)
-    mlp      norm -> Linear(Dv, hidden) -> activation -> dropout -> Linear(hidden, D), as LLaVA 1.5 and its successors have it
+    linear   [pool ->] norm -> dropout -> Linear(Dv, D)
+    mlp      [pool ->] norm -> Linear(Dv, hidden) -> activation -> dropout -> Linear(hidden, D), as LLaVA 1.5 and its successors have it
 
     The norm (LayerNorm, trained) makes encoders of any scale start alike. Context-PEFT's released connector is an mlp with bias False and
     a learned boundary; its paper's is linear with norm none and dropout 0.1.
@@ -61,6 +74,7 @@ class Bridge:
     activation: Literal["gelu", "relu", "silu"] = "gelu"  # of the mlp; gelu is the exact one
     bias: bool = True  # of the linears
     dropout: float = 0.0  # before the last linear
+    pool: int = 0  # average a square grid of patches down to this many rows and columns: fewer slots, faster steps; 0: every patch has a slot
     boundary: Literal["none", "learned"] = "none"  # learned: a trained vector before the features and one after, two more slots
 
     def __post_init__(self) -> None:
@@ -80,28 +94,41 @@ class Bridge:
         if self.boundary not in ("none", "learned"):
             raise ConfigError(f"the bridge's boundary is {self.boundary!r}: give none or learned")
 
+        if self.pool < 0:
+            raise ConfigError(f"the bridge's pool is {self.pool}: give the rows and columns to keep, or 0 to keep every patch")
+
     def slots(self, anatomy: Anatomy) -> tuple[Slots, ...]:
-        """One slot for each patch, and two for a boundary."""
-        return (Slots(IMAGE, _image(anatomy).count + (2 if self.boundary == "learned" else 0)),)
+        """One slot for each patch or pooled region, and two for a boundary."""
+        count = self.pool**2 if self.pool else _image(anatomy).count
+        return (Slots(IMAGE, count + (2 if self.boundary == "learned" else 0)),)
 
     def place(self, anatomy: Anatomy) -> Sequence[Placement]:
         """One projection, at the embedding."""
-        layers = self._layers(_image(anatomy).width, anatomy.width)
+        layers = self._layers(_image(anatomy), anatomy.width)
         with torch.no_grad():
             for parameter in layers[-1].parameters():
                 parameter.mul_(self.init_scale)
         boundary = torch.randn(2, anatomy.width) * 0.02 if self.boundary == "learned" else None
         return [Placement("image", EMBEDDING, Projection("image", layers, boundary), (IMAGE,))]
 
-    def _layers(self, width_in: int, width: int) -> nn.Sequential:
+    def _layers(self, image: InputSpec, width: int) -> nn.Sequential:
         """Named by their place in the whole chain, so that a tensor's name does not depend on what has no weights."""
-        hidden = self.hidden or width
-        chain: list[tuple[str, nn.Module]] = [("0", nn.LayerNorm(width_in, eps=self.norm_eps))] if self.norm == "layer" else []
+        width_in, hidden = image.width, self.hidden or width
+        chain: list[tuple[str, nn.Module]] = [("pool", GridPool(_side(image.count, self.pool), self.pool))] if self.pool else []
+        chain += [("0", nn.LayerNorm(width_in, eps=self.norm_eps))] if self.norm == "layer" else []
         if self.kind == "mlp":
             chain += [("1", nn.Linear(width_in, hidden, bias=self.bias)), ("2", ACTIVATIONS[self.activation]())]
         chain += [("dropout", nn.Dropout(self.dropout))] if self.dropout else []
         name, n_in = ("3", hidden) if self.kind == "mlp" else ("1", width_in)
         return nn.Sequential(OrderedDict([*chain, (name, nn.Linear(n_in, width, bias=self.bias))]))
+
+
+def _side(count: int, pool: int) -> int:
+    """Rows of a square grid of `count` patches, which can be pooled to `pool` rows."""
+    side = math.isqrt(count)
+    if side * side != count or pool > side:
+        raise ConfigError(f"the bridge's pool is {pool}, and this encoder gives {count} patches: only a square grid of more rows can be pooled")
+    return side
 
 
 def _image(anatomy: Anatomy) -> InputSpec:

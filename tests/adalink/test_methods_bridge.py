@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from tiny import FEATURE_WIDTH, INPUTS, N_PATCHES, WIDTH, features, tiny
 from torch import nn
 
-from adalink import EMBEDDING, IMAGE, TEXT, Anatomy, Bridge, Slots, TokenMap
+from adalink import EMBEDDING, IMAGE, TEXT, Anatomy, Bridge, InputSpec, Slots, TokenMap
 from adalink.errors import ConfigError
 
 ANATOMY = Anatomy.read(tiny("opt"), INPUTS)
@@ -64,6 +65,24 @@ def test_encoders_of_any_scale_start_alike() -> None:
     torch.testing.assert_close(edit.layers(1000 * features(2)), edit.layers(features(2)), rtol=1e-4, atol=1e-4)
 
 
+def test_a_pooled_slot_holds_the_projected_mean_of_its_region() -> None:
+    anatomy = dataclasses.replace(ANATOMY, inputs={"image": InputSpec(16, FEATURE_WIDTH)})
+    bridge = Bridge(kind="linear", norm="none", pool=2)
+    assert bridge.slots(anatomy) == (Slots(IMAGE, 4),)
+    edit = bridge.place(anatomy)[0].edit.double()
+    patches = torch.randn(2, 16, FEATURE_WIDTH, dtype=torch.float64)
+    tokens = TokenMap(torch.full((2, 4), IMAGE), torch.zeros(2, dtype=torch.int64), {"image": patches}).window(2, 0, 4, 4)
+    upper_right = edit.layers[-1](patches[:, [2, 3, 6, 7]].mean(1))  # rows of four patches
+    torch.testing.assert_close(edit(torch.zeros(2, 4, WIDTH, dtype=torch.float64), tokens, None)[:, 1], upper_right)
+
+
+@pytest.mark.parametrize(("count", "pool"), [(15, 2), (16, 5)])
+def test_a_grid_that_cannot_be_pooled_is_refused(count: int, pool: int) -> None:
+    anatomy = dataclasses.replace(ANATOMY, inputs={"image": InputSpec(count, FEATURE_WIDTH)})
+    with pytest.raises(ConfigError, match=f"pool is {pool}, and this encoder gives {count} patches: only a square grid of more rows"):
+        Bridge(kind="linear", pool=pool).place(anatomy)
+
+
 def test_one_slot_for_each_patch() -> None:
     assert Bridge(kind="linear").slots(ANATOMY) == (Slots(IMAGE, N_PATCHES),)
 
@@ -73,6 +92,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"kind": "mlp", "hidden": -1}, "the bridge's hidden width is -1 with kind mlp"),
     ({"kind": "linear", "hidden": 8}, "the bridge's hidden width is 8 with kind linear: only an mlp has one"),
     ({"kind": "mlp", "init_scale": 0.0}, "the bridge's init_scale is 0.0: give a positive number"),
+    ({"kind": "mlp", "pool": -1}, "the bridge's pool is -1: give the rows and columns to keep, or 0"),
 ]
 
 
