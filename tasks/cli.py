@@ -38,15 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and worker processes do not mix
     try:
         from tasks.commands import (  # late: it imports torch and transformers, which take seconds that a user may interrupt
-            COMMANDS,
             UNNAMED,
+            commands_for,
         )
 
         parser = _Parser(prog="adalink", description="Adapt frozen vision and language models to captioning and visual question answering.")
         parser.add_argument("--version", action="version", version=f"adalink {_version()}")
-        _add(parser, COMMANDS)
-        arguments = _named(arguments, COMMANDS, UNNAMED)
-        command = _words(arguments, COMMANDS)
+        commands = commands_for(arguments)
+        _add(parser, commands)
+        arguments = _named(arguments, commands, UNNAMED)
+        command = _words(arguments, commands)
         chosen = parser.parse_args(arguments or ["--help"])
         _run(parser, chosen, commands)
     except _Refused as error:

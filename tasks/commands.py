@@ -28,12 +28,13 @@ from tasks.plan_commands import add_plan_options, compose_command, dry_run_comma
 from tasks.run import Evaluation, evaluate_run, is_main, train_run
 from tasks.run_metrics import UNSCORED
 from tasks.score import score_coco, score_vqa
+from tasks.serve.command import add_serve, serve
 from tasks.shards import shards_check, shards_coco, shards_folder, shards_img2dataset, shards_vqa
 from tasks.show import results_table
 from tasks.submission import Submission
 from tasks.vqa import Vqa
 
-__all__ = ["COMMANDS", "UNNAMED", "Command"]
+__all__ = ["COMMANDS", "UNNAMED", "Command", "commands_for"]
 
 CAPTIONED_AT_ONCE = 16  # pictures; thousands may be given
 
@@ -190,6 +191,7 @@ COMMANDS: dict[str, Command | Mapping[str, Command]] = {
     ),
     "caption": Command("caption pictures with a saved adapter", _add_caption, _caption),
     "ask": Command("ask a question about a picture, with a saved adapter", _add_ask, _ask),
+    "serve": Command("serve adapters on one frozen model: OpenAI's chat API with pictures, and a page to try them", add_serve, serve),
     "score": {
         "coco": Command("score a file of captions as the official COCO evaluation does", add_scored(score_coco), run_scored(score_coco)),
         "vqa": Command("score a file of answers with the VQA accuracy", add_scored(score_vqa), run_scored(score_vqa)),

@@ -1,0 +1,60 @@
+"""What `adalink compose` and `adalink train --dry-run` do: say what would be built, and load nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adalink.errors import ConfigError
+from tasks.config import chosen_methods
+from tasks.draft import Draft, check_data, name_both_parts
+from tasks.plan import Plan, make_plan
+from tasks.plan_text import plan_as_json, plan_as_text
+
+__all__ = ["add_plan_options", "compose_command", "dry_run_command"]
+
+TEXT_TOKENS = 30
+
+
+def add_plan_options(parser: Any) -> None:
+    """What a plan needs beside a run's settings."""
+    parser.add_argument("--text_tokens", type=int, default=TEXT_TOKENS, help="words of a row, prompt and answer together, that the estimates of memory assume")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def compose_command(values: Any, plain: Any) -> None:
+    """Print the plan."""
+    plan = _plan(values)
+    print(plan_as_json(plan) if values.json else plan_as_text(plan))
+
+
+def dry_run_command(values: Any, plain: Any) -> None:
+    """Check the settings, the data where it is given, and print the plan."""
+    if values.resume:
+        raise ConfigError("--dry-run builds nothing and --resume goes on with what was built: give one of them")
+    plan = _plan(values)
+    if values.json:
+        print(plan_as_json(plan))
+        return
+    for line in check_data(values.data):
+        print(line)
+    out = "not given" if values.out is None else f"{values.out}{' (is there already)' if values.out.exists() else ''}"
+    print(f"run folder: {out}\n")
+    print(plan_as_text(plan))
+    print("\nnothing was loaded, trained or written")
+
+
+def _plan(values: Any) -> Plan:
+    draft = Draft(**{name: values[name] for name in Draft.__dataclass_fields__})
+    name_both_parts(draft)
+    if values.text_tokens < 1:
+        raise ConfigError(f"text_tokens is {values.text_tokens}: give 1 or more")
+    return make_plan(
+        draft.encoder,
+        draft.language_model,
+        chosen_methods(draft.methods),
+        layer=draft.layer,
+        template=draft.chosen_task().template,
+        train=draft.train,
+        generation=draft.generation,
+        text_tokens=values.text_tokens,
+    )
