@@ -1,0 +1,174 @@
+"""The body of a chat request: OpenAI's fields, of which those that an adapter cannot honour are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from tasks.serve.refusal import Refused
+
+__all__ = ["AssistantMessage", "ChatRequest", "FilePart", "ImagePart", "LoadRequest", "TextPart", "UserMessage", "read_json"]
+
+N_SHOWN = 60  # characters of a wrong value
+N_COMMAS = 50_000  # of a body; a wrong one gets an error object for each of its values, and a picture in base64 has none
+
+Body = TypeVar("Body", bound="_Body")
+
+
+class _Body(BaseModel):
+    """Unknown fields are refused, and nothing is converted: "5" is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TextPart(_Body):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class _ImageUrl(_Body):
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"  # the encoder has one size, so all are the same
+
+
+class ImagePart(_Body):
+    """A picture: `data:image/png;base64,...`, or an address where the operator allows its host."""
+
+    type: Literal["image_url"]
+    image_url: _ImageUrl
+
+
+class _FileId(_Body):
+    file_id: str
+
+
+class FilePart(_Body):
+    """A picture that was uploaded to /v1/files."""
+
+    type: Literal["file"]
+    file: _FileId
+
+
+_Part = Annotated[TextPart | ImagePart | FilePart, Field(discriminator="type")]
+
+
+def _form(content: object) -> str:
+    return "a list of parts" if isinstance(content, list) else "a text"
+
+
+_Content = Annotated[
+    Annotated[str, Tag("a text")] | Annotated[list[_Part], Field(max_length=64), Tag("a list of parts")],
+    Discriminator(_form),
+]
+_StopText = Annotated[str, Field(min_length=1, max_length=64)]
+_Stop = Annotated[
+    Annotated[_StopText, Tag("a text")] | Annotated[list[_StopText], Field(max_length=4), Tag("a list of texts")],
+    Discriminator(lambda stop: "a list of texts" if isinstance(stop, list) else "a text"),
+]
+
+
+class UserMessage(_Body):
+    """What is asked."""
+
+    role: Literal["user"]
+    content: _Content
+    name: str | None = None
+
+    @property
+    def parts(self) -> Sequence[TextPart | ImagePart | FilePart]:
+        """The content as parts."""
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+
+class AssistantMessage(_Body):
+    """What was answered before; an adapter does not read it."""
+
+    role: Literal["assistant"]
+    content: str | None = None
+    refusal: None = None
+    name: str | None = None
+
+
+class _StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class _Plain(_Body):
+    type: Literal["text"]
+
+
+class ChatRequest(_Body):
+    """A chat request. Fields that stand for something no adapter can do may be given with the value that asks nothing of them."""
+
+    model: str
+    messages: list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]] = Field(min_length=1, max_length=256)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)  # 0, and without it: greedy
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: _Stop | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    num_beams: int | None = Field(default=None, ge=1)  # beyond OpenAI's
+    length_penalty: float | None = Field(default=None, ge=-10, le=10, allow_inf_nan=False)  # beyond OpenAI's, of beams
+    user: str | None = None  # names the caller's own user, and changes nothing
+    n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
+    response_format: _Plain | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+
+
+class LoadRequest(_Body):
+    """An adapter to load: its name from now on, and its folder inside the operator's."""
+
+    id: str = Field(min_length=1, max_length=100)
+    folder: str = Field(min_length=1, max_length=1000)
+
+
+def read_json(body: bytes, kind: type[Body]) -> Body:
+    """The body as `kind`. Raises Refused, which names the first field that is wrong."""
+    if body.count(b",") > N_COMMAS:
+        raise Refused(413, f"the body holds {body.count(b',')} commas, and the limit is {N_COMMAS}: send fewer values", code="too_many_values")
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _refused(error) from None
+
+
+def _refused(error: ValidationError) -> Refused:
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return Refused(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
+    field, value = _path(first["loc"]), first["input"]
+    if first["type"] == "missing":
+        return Refused(400, f"{field} is missing: give it", field=field, code="missing")
+    if first["type"] == "extra_forbidden":
+        return Refused(400, f"there is no field {field}, or no adapter can honour it: leave it out", field=field, code="unknown_field")
+    if first["type"] == "union_tag_invalid" and isinstance(value, dict) and value.get("role") in ("system", "developer"):
+        field += ".role"
+        return Refused(400, f"{field} is {value['role']!r}, and an adapter's template has no place for instructions: leave the message out", field=field)
+    if first["type"].startswith("union_tag") and isinstance(value, dict):
+        name = str(first["ctx"]["discriminator"]).strip("'")
+        expected = first["ctx"].get("expected_tags", "'role' or 'type'")
+        return Refused(400, f"{field}.{name} is {value.get(name)!r:.60}: expected one of {expected}", field=f"{field}.{name}")
+    shown = repr(value)
+    shown = shown if len(shown) <= N_SHOWN else shown[:N_SHOWN] + "..."
+    return Refused(400, f"{field or 'the body'} is {shown}: {first['msg'][0].lower()}{first['msg'][1:]}", field=field or None)
+
+
+def _path(where: Sequence[int | str]) -> str:
+    """("messages", 0, "user", "content", "a text") -> "messages[0].content": without the names of the alternatives."""
+    path, previous = "", None
+    for step in where:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not isinstance(previous, int) and step.isidentifier() and step != "str":  # the name of an alternative follows its place in a list
+            path += f".{step}" if path else step
+        previous = step
+    return path

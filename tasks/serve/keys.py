@@ -1,0 +1,41 @@
+"""Keys that requests must carry, where the operator set any."""
+
+from __future__ import annotations
+
+import hmac
+from pathlib import Path
+
+from fastapi import Request
+
+from adalink.errors import ConfigError
+from tasks.serve.refusal import Refused
+
+__all__ = ["Keys"]
+
+
+class Keys:
+    """Checks `Authorization: Bearer KEY`. Give the object to FastAPI as a dependency. Without keys everyone may pass."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.keys = _read(path) if path is not None else ()
+
+    def __call__(self, request: Request) -> None:
+        """Raise Refused for a request without one of the keys."""
+        if not self.keys:
+            return
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not given.strip():
+            raise Refused(401, "a key is needed: send the header `Authorization: Bearer KEY`", field="authorization", code="missing_key")
+        # Every key is compared, each in the same time, so that the time tells nothing.
+        if not sum(hmac.compare_digest(given.strip().encode(), key) for key in self.keys):
+            raise Refused(401, "the key is not one of this server's: ask its operator for one", field="authorization", code="wrong_key")
+
+
+def _read(path: Path) -> tuple[bytes, ...]:
+    try:
+        keys = tuple(line.strip().encode() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the file of keys {path} cannot be read: {error}") from None
+    if not keys:
+        raise ConfigError(f"the file of keys {path} holds none: write one key a line, or leave the setting out")
+    return keys

@@ -1,0 +1,149 @@
+"""From a chat request to what is asked of the model: its one picture, its question, its settings, all within the limits."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from adalink import BASE_NAME
+from adalink.errors import ConfigError
+from multimodal.encode import Row, TextTooLong
+from multimodal.generate import GenerationSettings, check_room
+from multimodal.images import BadImage, ImageLimits, decode_image
+from multimodal.model import VisionLanguageModel
+from tasks.serve.chat import ChatRequest, FilePart, ImagePart, TextPart, UserMessage
+from tasks.serve.job import Ask, Picture
+from tasks.serve.refusal import Refused
+from tasks.serve.sampling import Sampling
+from tasks.serve.served import Card
+from tasks.serve.settings import RequestLimits
+
+__all__ = ["Reader", "Sources"]
+
+TOKENS = "max_completion_tokens"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the bytes of pictures come from, each called with an id or address and the field that names it."""
+
+    upload: Callable[[str, str], bytes]
+    remote: Callable[[str, str], bytes]
+
+
+class Reader:
+    """Makes asks of requests; called from several threads."""
+
+    def __init__(self, model: VisionLanguageModel, limits: RequestLimits, default: GenerationSettings, sources: Sources) -> None:
+        self.model = model
+        self.limits = limits
+        self.default = default
+        self.sources = sources
+        self._image_limits = ImageLimits(max_bytes=limits.image_bytes, max_pixels=limits.pixels)
+        self._blank = Picture("", model.tower.preprocess(Image.new("RGB", (64, 64), "white")))
+        self._tokenizing = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
+
+    def ask(self, request: ChatRequest, card: Card) -> tuple[Ask, str | None]:
+        """What is asked, and the question that is read: None where the adapter's template has no place for one. Raises Refused."""
+        settings = self._settings(request)
+        question = self._question(request, card)
+        row = self._row(card, question, settings)
+        picture = self._picture(request, card)
+        stop = () if request.stop is None else (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+        sampling = _sampling(request)
+        for field, is_given in (("temperature", sampling), ("stop", stop)):
+            if is_given and settings.num_beams > 1:
+                raise Refused(400, f"{field} and num_beams were both given, and beams know no {field}: leave one of them out", field=field)
+        ask = Ask(adapter=card.name, row=row, picture=picture, settings=settings, stop=stop, sampling=sampling)
+        return ask, question if card.asks else None
+
+    def _settings(self, request: ChatRequest) -> GenerationSettings:
+        field = TOKENS if request.max_completion_tokens is not None else "max_tokens"
+        n_new = request.max_completion_tokens or request.max_tokens or self.default.max_new_tokens
+        if n_new > self.limits.new_tokens:
+            raise Refused(400, f"{field} is {n_new}, and the limit is {self.limits.new_tokens}: ask for fewer", field=field, code="too_long")
+        # A request that draws its tokens has no use for the beams that the operator made the default.
+        beams = request.num_beams or (1 if request.temperature or request.stop else self.default.num_beams)
+        if beams > self.limits.beams:
+            raise Refused(400, f"num_beams is {beams}, and the limit is {self.limits.beams}: ask for fewer", field="num_beams")
+        penalty = self.default.length_penalty if request.length_penalty is None else request.length_penalty
+        return replace(self.default, max_new_tokens=n_new, num_beams=beams, length_penalty=penalty)
+
+    def _question(self, request: ChatRequest, card: Card) -> str:
+        """The texts of the last message, which must be the user's."""
+        texts = [part.text for message in request.messages if isinstance(message, UserMessage) for part in message.parts if isinstance(part, TextPart)]
+        if (n_bytes := sum(len(text.encode()) for text in texts)) > self.limits.text_bytes:
+            raise Refused(400, f"messages hold {n_bytes} bytes of text, and the limit is {self.limits.text_bytes}", field="messages", code="too_long")
+        at, last = len(request.messages) - 1, request.messages[-1]
+        if not isinstance(last, UserMessage):
+            raise Refused(400, f"messages[{at}].role is 'assistant', expected the last message to be the user's", field=f"messages[{at}].role")
+        question = " ".join(part.text for part in last.parts if isinstance(part, TextPart)).strip()
+        if card.asks and not question and card.name != BASE_NAME:
+            raise Refused(400, f"the model {card.name} answers questions, and the last message has none: add a text part", field=f"messages[{at}].content")
+        return question
+
+    def _row(self, card: Card, question: str, settings: GenerationSettings) -> Row:
+        try:
+            with self._tokenizing:
+                row = card.encoder.prompt(question)
+            check_room(self.model.language, len(row.ids), settings)
+        except (TextTooLong, ConfigError) as error:
+            raise Refused(400, str(error).replace("generation.max_new_tokens", "max_tokens"), field="messages", code="too_long") from None
+        return row
+
+    def _picture(self, request: ChatRequest, card: Card) -> Picture:
+        """The one picture of the conversation, decoded."""
+        found = [
+            (part, f"messages[{i}].content[{j}]")
+            for i, message in enumerate(request.messages)
+            if isinstance(message, UserMessage)
+            for j, part in enumerate(message.parts)
+            if isinstance(part, ImagePart | FilePart)
+        ]
+        if len(found) > 1:
+            raise Refused(400, f"{found[1][1]} is a second picture, and an adapter reads one: start a new conversation for it", field=found[1][1])
+        if not found:
+            if card.name == BASE_NAME:
+                return self._blank
+            raise Refused(400, "the messages hold no picture: add a content part of type image_url (a data URL) or file", field="messages", code="missing")
+        part, field = found[0]
+        field += ".image_url.url" if isinstance(part, ImagePart) else ".file.file_id"
+        data = self._linked(part.image_url.url, field) if isinstance(part, ImagePart) else self.sources.upload(part.file.file_id, field)
+        return self.decoded(data, field)
+
+    def decoded(self, data: bytes, field: str) -> Picture:
+        """A picture of its bytes. Raises Refused."""
+        try:
+            image = decode_image(data, limits=self._image_limits)
+        except BadImage as error:
+            status = 413 if error.reason in ("too many bytes", "too many pixels") else 400
+            raise Refused(status, f"{field}: {error.detail}", field=field, code=error.reason.replace(" ", "_")) from None
+        return Picture(hashlib.sha256(data).hexdigest(), self.model.tower.preprocess(image))
+
+    def _linked(self, url: str, field: str) -> bytes:
+        """The bytes behind a data URL or an address."""
+        if url[:8].lower().startswith(("http://", "https://")):
+            return self.sources.remote(url, field)
+        head, comma, payload = url.partition(",")
+        if not (head.lower().startswith("data:") and head.lower().endswith(";base64") and comma):
+            raise Refused(400, f"{field} is {url[:30]!r}...: expected data:image/...;base64,... (jpg, png or webp)", field=field)
+        if len(payload) > self.limits.image_bytes // 3 * 4 + 4:
+            raise Refused(413, f"{field}: the picture has more than {self.limits.image_bytes} bytes, the limit", field=field, code="too_many_bytes")
+        try:
+            return base64.b64decode(payload, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise Refused(400, f"{field} is no base64: {error}", field=field, code="not_base64") from None
+
+
+def _sampling(request: ChatRequest) -> Sampling | None:
+    if not request.temperature:
+        return None  # greedy; top_p changes nothing about the most probable token
+    seed = secrets.randbits(63) if request.seed is None else request.seed % 2**63
+    return Sampling(temperature=request.temperature, top_p=request.top_p or 1.0, seed=seed)

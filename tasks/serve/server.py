@@ -1,0 +1,98 @@
+"""A server from its settings: the model with its adapters, a socket, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import yaml
+
+from adalink import AdaptedModel
+from adalink.errors import CheckpointError, ConfigError
+from multimodal.model import VisionLanguageModel
+from multimodal.template import Template
+from tasks.captioning import Captioning
+from tasks.compose import compose
+from tasks.serve.app import make_app
+from tasks.serve.patience import patient_protocol
+from tasks.serve.service import Service
+from tasks.serve.settings import ServeSettings
+from tasks.vqa import Vqa
+
+__all__ = ["run_server", "served_model"]
+
+
+def run_server(settings: ServeSettings, adapters: Mapping[str, Path]) -> None:
+    """Serve until SIGTERM or an interrupt; what was accepted by then is answered first. Raises ConfigError before anything is served."""
+    listening = _listening(settings.host, settings.port)
+    with listening:
+        service = Service.of(served_model(settings, adapters), settings)
+        config = uvicorn.Config(
+            make_app(service),
+            http=patient_protocol(settings.limits.seconds),
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=15,
+        )
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"adalink serves {', '.join(service.served.cards)}: page at http://{shown}:{port}/, API at http://{shown}:{port}/v1", flush=True)
+        # uvicorn ends in good order on SIGTERM, and then raises the signal again: this handler gets it, so that the exit code is 0.
+        before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        print(f"adalink has ended: {service.metrics.n_answered} of {service.metrics.n_accepted} accepted requests were answered", flush=True)
+
+
+def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> VisionLanguageModel:
+    """The frozen parts of the base, or of the first adapter, with all adapters on them, each under its name."""
+    parts = _base(settings.base) if settings.base is not None else _parts_of(next(iter(adapters.values()), None))
+    model = compose(settings.encoder or parts["encoder"], settings.language_model or parts["language_model"], template=parts["template"], layer=parts["layer"])
+    for name, folder in adapters.items():
+        model.load_adapter(folder, name)
+    return model
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket with its address, so that one that is taken is told before any weights are read."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        raise ConfigError(f"nothing can listen at host {host}, port {port}: {error.strerror}; give another --port (0: any free one)") from None
+    return found
+
+
+def _base(path: Path) -> dict[str, Any]:
+    """The frozen parts that a run's config names, and the words of its task."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the base config {path} cannot be read: {error}") from None
+    if not isinstance(config, dict) or not {"encoder", "language_model"} <= set(config):
+        raise ConfigError(f"the base config {path} names no encoder and language_model: give a run's config.yaml, or a recipe")
+    task = config.get("task", "captioning")
+    words = (config.get(task) or {}).get("template")
+    template = Template(**words) if words else {"captioning": Captioning, "vqa": Vqa}[task]().template
+    return {"encoder": config["encoder"], "language_model": config["language_model"], "template": template, "layer": config.get("layer", -1)}
+
+
+def _parts_of(folder: Path | None) -> dict[str, Any]:
+    """The frozen parts that an adapter was trained on, and its words."""
+    if folder is None:
+        raise ConfigError("nothing is to be served: give --adapter NAME=DIR, or --base with a run's config.yaml for the frozen parts alone")
+    config = AdaptedModel.read_config(folder)
+    if not {"encoder", "language_model"} <= set(config.base) or not {"prompt", "target", "layer"} <= set(config.task):
+        raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no encoder, language model and template; give --base")
+    template = Template(prompt=config.task["prompt"], target=config.task["target"])
+    return {"encoder": config.base["encoder"].name, "language_model": config.base["language_model"].name, "template": template, "layer": config.task["layer"]}

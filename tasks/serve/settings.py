@@ -1,0 +1,88 @@
+"""What an operator decides about a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from adalink.errors import ConfigError
+from multimodal.generate import GenerationSettings
+from multimodal.images import PILLOW_PIXELS
+
+__all__ = ["Access", "Batching", "RequestLimits", "ServeSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How waiting requests become batches."""
+
+    size: int = 32  # most requests in one batch
+    wait_ms: int = 20  # the longest that a request waits for company while the model is free; one that nobody follows does not wait
+    mixing: Literal["mixed", "one_adapter"] = "mixed"  # one_adapter: rows of a batch share their adapter, as without mixing; to compare
+
+    def __post_init__(self) -> None:
+        """Check what a command line can get wrong."""
+        if self.size < 1 or self.wait_ms < 0:
+            raise ConfigError(f"batching.size is {self.size} and batching.wait_ms {self.wait_ms}: give at least 1 request and 0 milliseconds")
+        if self.mixing not in ("mixed", "one_adapter"):
+            raise ConfigError(f"batching.mixing is {self.mixing!r}: give mixed or one_adapter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestLimits:
+    """What one request, and all requests together, may cost. Whatever is above is refused with 400, 408, 413 or 429 before it costs more."""
+
+    body_bytes: int = 16 * 2**20  # of a request's body; a picture in base64 is a third larger than its file
+    image_bytes: int = 10 * 2**20  # of a picture's file
+    pixels: int = 2**24  # width x height of a picture, checked before it is decoded
+    text_bytes: int = 32_768  # of all texts of a conversation; the model's positions limit the question that is read besides
+    new_tokens: int = 512  # most tokens that a request may ask for
+    beams: int = 8  # most beams that a request may ask for
+    in_flight: int = 256  # requests that are read, wait or are answered; one more is refused with 429
+    buffered_bytes: int = 512 * 2**20  # of all bodies in memory at once; more is refused with 429
+    upload_bytes: int = 256 * 2**20  # of all uploaded pictures; the oldest make room
+    seconds: float = 30.0  # for a client to send its request, header and body
+    cached_pictures: int = 256  # pictures whose features are kept, so that a second question about one costs no encoder
+
+    def __post_init__(self) -> None:
+        """Check what a command line can get wrong."""
+        for name, value in vars(self).items():
+            if value < (0 if name == "cached_pictures" else 1):
+                raise ConfigError(f"limits.{name} is {value}: give {0 if name == 'cached_pictures' else 1} or more")
+        if self.pixels > PILLOW_PIXELS:
+            raise ConfigError(f"limits.pixels is {self.pixels}: give at most {PILLOW_PIXELS}, Pillow's own limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Who may do what."""
+
+    api_keys: Path | None = None  # a file with one key a line; requests then need `Authorization: Bearer KEY`
+    admin_keys: Path | None = None  # a file with one key a line, for loading and unloading adapters; without it, the api keys do
+    adapters_folder: Path | None = None  # adapters may be loaded at run time from folders in this one; without it, none can be
+    image_hosts: tuple[str, ...] = ()  # hosts that pictures may be fetched from; "*" for every public one. Private addresses never
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """A server."""
+
+    host: str = "127.0.0.1"  # the address to listen at; 0.0.0.0 for every network, which wants access.api_keys
+    port: int = 8000  # 0: any free one, which is printed
+    base: Path | None = None  # a run's config.yaml, for the frozen parts; without it they are those that the first adapter names
+    encoder: str | None = None  # where the encoder is, if not where the config or the adapter says
+    language_model: str | None = None  # where the language model is, if not where the config or the adapter says
+    generation: GenerationSettings = field(default_factory=GenerationSettings)  # what a request gets that does not say
+    batching: Batching = field(default_factory=Batching)
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    access: Access = field(default_factory=Access)
+
+    def __post_init__(self) -> None:
+        """Check what a command line can get wrong."""
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}: give 0 (any free one) to 65535")
+        if self.generation.max_new_tokens > self.limits.new_tokens:
+            raise ConfigError(
+                f"generation.max_new_tokens is {self.generation.max_new_tokens}, above limits.new_tokens, {self.limits.new_tokens}: raise the limit too"
+            )

@@ -1,0 +1,104 @@
+"""Requests that wait for the model, and which of them make the next batch."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from tasks.serve.job import Job
+from tasks.serve.settings import Batching
+
+__all__ = ["Waiting", "chosen"]
+
+
+def chosen(jobs: Sequence[Job], batching: Batching, fits: Callable[[int, int], bool]) -> list[Job]:
+    """The next batch: the oldest job, and those after it that may go with it, in order.
+
+    fits   whether a model has positions for (the longest prompt, the most new tokens): a row that has ended goes on with padding
+           until the batch ends, so all rows must have room for the longest text of any
+    """
+    batch: list[Job] = []
+    n_prompt = n_new = 0
+    for job in jobs:
+        ask, first = job.ask, jobs[0].ask
+        longest, most = max(n_prompt, len(ask.row.ids)), max(n_new, ask.settings.max_new_tokens)
+        is_alone = batching.mixing == "one_adapter" and ask.adapter != first.adapter
+        if ask.kind != first.kind or is_alone or (batch and not fits(longest, most)):
+            continue
+        batch.append(job)
+        n_prompt, n_new = longest, most
+        if len(batch) == batching.size:
+            break
+    return batch
+
+
+class Waiting:
+    """Jobs between the threads that prepare them and the one that generates.
+
+    A batch starts when it is full, when nothing else is on its way in, or when its oldest job has waited `wait_ms`.
+    """
+
+    def __init__(self, batching: Batching, fits: Callable[[int, int], bool]) -> None:
+        self.batching = batching
+        self.fits = fits
+        self.jobs: list[Job] = []
+        self.errands: list[tuple[str, Callable[[], None]]] = []
+        self.n_arriving = 0
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, job: Job) -> None:
+        """Queue a job."""
+        with self._changed:
+            self.jobs.append(job)
+            self._changed.notify()
+
+    def put_errand(self, errand: Callable[[], None], after: str = "") -> None:
+        """Have something done between two batches, before the next one; where `after` names an adapter, once none of its jobs waits."""
+        with self._changed:
+            self.errands.append((after, errand))
+            self._changed.notify()
+
+    @contextlib.contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A request is being prepared inside the block, and may be worth waiting for."""
+        with self._changed:
+            self.n_arriving += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.n_arriving -= 1
+                self._changed.notify()
+
+    def take(self) -> list[Job] | Callable[[], None] | None:
+        """The next batch, or errand; waits for one. None once it is closed and all jobs are taken."""
+        with self._changed:
+            while True:
+                self.jobs = [job for job in self.jobs if not job.cancelled]
+                waited_for = {job.ask.adapter for job in self.jobs}
+                if ready := next((entry for entry in self.errands if entry[0] not in waited_for), None):
+                    self.errands.remove(ready)
+                    return ready[1]
+                if not self.jobs and self._closed:
+                    return None
+                left = self._patience() if self.jobs else None
+                if left is not None and left <= 0:
+                    batch = chosen(self.jobs, self.batching, self.fits)
+                    self.jobs = [job for job in self.jobs if job not in batch]
+                    return batch
+                self._changed.wait(left)
+
+    def close(self) -> None:
+        """Let `take` end once nothing waits any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _patience(self) -> float:
+        """Seconds until the next batch starts with what there is."""
+        if self.n_arriving == 0 or self._closed or len(chosen(self.jobs, self.batching, self.fits)) == self.batching.size:
+            return 0.0
+        return self.jobs[0].queued + self.batching.wait_ms / 1000 - time.perf_counter()

@@ -1,0 +1,85 @@
+"""The one thread that runs the model."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+from adalink.errors import ConfigError
+from multimodal.encode import TextTooLong
+from multimodal.generate import GenerationSettings, check_room
+from multimodal.model import VisionLanguageModel
+from tasks.serve.generation import run_jobs
+from tasks.serve.job import Job
+from tasks.serve.kept_features import KeptFeatures
+from tasks.serve.settings import Batching
+from tasks.serve.waiting import Waiting
+
+__all__ = ["Worker"]
+
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Takes batches from `waiting` and generates for them; what changes the model is run between two batches, on the same thread.
+
+    So nothing is locked around the model, and no batch ever sees an adapter come or go.
+    """
+
+    def __init__(self, model: VisionLanguageModel, batching: Batching, n_kept: int, seen: Callable[[Sequence[Job]], None]) -> None:
+        self.model = model
+        self.waiting = Waiting(batching, self._fits)
+        self.seen = seen  # called with each batch before it is run
+        self._features = KeptFeatures(model, n_kept)
+        self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether batches are run."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish what waits, and end."""
+        self.waiting.close()
+        self._thread.join()
+
+    def between_batches(self, errand: Callable[[], Result], after: str = "") -> Future[Result]:
+        """The result of a function that is run on the generation thread, after the jobs of an adapter where one is named."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(errand())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.waiting.put_errand(run, after)
+        return future
+
+    def _work(self) -> None:
+        while (taken := self.waiting.take()) is not None:
+            if callable(taken):
+                taken()
+                continue
+            self.seen(taken)
+            try:
+                run_jobs(self.model, self._features, taken)
+            except Exception as error:
+                logger.exception("a batch of %d failed", len(taken))
+                for job in taken:
+                    job.tell(error)
+
+    def _fits(self, n_prompt: int, n_new: int) -> bool:
+        try:
+            check_room(self.model.language, n_prompt, GenerationSettings(max_new_tokens=n_new))
+        except (TextTooLong, ConfigError):
+            return False
+        return True
