@@ -12,8 +12,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def fixtures(folder: str) -> Path:
     """The folder of fixtures of one kind: under ADALINK_FIXTURES, by default ../shared/fixtures beside the repository."""
-    root = Path(os.environ.get("ADALINK_FIXTURES", SHARED / "fixtures"))
-    return _present(root / folder)
+    return _present(fixtures_root() / folder)
+
+
+def fixtures_root() -> Path:
+    """Where fixtures would be, whether they are there or not: for tests that have cases of their own beside them."""
+    return Path(os.environ.get("ADALINK_FIXTURES", SHARED / "fixtures"))
 
 
 def shared(path: str) -> Path:

@@ -68,17 +68,19 @@ class Case:
         names = ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "word_embed_proj_dim",
                  "do_layer_norm_before")  # fmt: skip
         tokens = self.spec["tokens"]
+        is_tied = "opt.lm_head.weight" not in self.tensors
+        is_normed = "opt.model.decoder.final_layer_norm.weight" in self.tensors
         config = OPTConfig(
-            **{name: sizes[name] for name in names}, activation_function=sizes["activation"], _remove_final_layer_norm=not sizes["final_layer_norm"],
-            tie_word_embeddings=sizes["tied_lm_head"], pad_token_id=tokens["pad"], bos_token_id=tokens["bos_eos"], eos_token_id=tokens["bos_eos"], dropout=0.1,
+            **{name: sizes[name] for name in names}, activation_function=sizes.get("activation", "relu"), _remove_final_layer_norm=not is_normed,
+            tie_word_embeddings=is_tied, pad_token_id=tokens["pad"], bos_token_id=tokens["bos_eos"], eos_token_id=tokens["bos_eos"], dropout=0.1,
         )  # fmt: skip
         model = OPTForCausalLM(config).double().eval()
         missing, unexpected = model.load_state_dict(self.under("opt."), strict=False)
         assert not unexpected
-        assert set(missing) <= ({"lm_head.weight"} if sizes["tied_lm_head"] else set())
+        assert set(missing) <= ({"lm_head.weight"} if is_tied else set())
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
-                module.eps = sizes["layer_norm_eps"]
+                module.eps = sizes.get("layer_norm_eps", 1e-5)
         return model
 
     def methods(self, mask: str = "published") -> dict[str, Method]:
