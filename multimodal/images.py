@@ -102,7 +102,9 @@ def read_image_bytes(image: bytes | Path, *, limits: ImageLimits = ImageLimits()
                 raise BadImage("not an image", f"{name} is not a regular file; expected a jpg, png or webp picture")
             _check_bytes(status.st_size, limits, name)
             with image.open("rb") as file:
-                image = file.read(limits.max_bytes + 1)  # a file may have grown since
+                image = file.read(status.st_size + 1)  # not the limit: memory for it would be made and given back
+                if len(image) > status.st_size:  # it has grown since
+                    image += file.read(limits.max_bytes)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadImage("missing file", f"{name} is missing") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name

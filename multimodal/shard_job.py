@@ -7,6 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
@@ -14,7 +15,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from adalink.atomic import write_whole
 from adalink.errors import AdalinkError, DataError
 from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.images import BadImage, ImageLimits, check_header, read_image_bytes
@@ -24,6 +24,8 @@ from multimodal.shard_folder import shard_part
 from multimodal.shard_index import ShardLimits
 from multimodal.shard_record import encode_record, shard_key
 from multimodal.tar_write import TarFile
+
+_BUFFER = 2**20  # bytes
 
 __all__ = ["ShardJob", "Stopped", "WrittenShard"]
 
@@ -55,19 +57,26 @@ class ShardJob:
         """
         path = shard_part(self.work, number)
         found = _read_entry(path)
-        if found is not None and found[0] == _digest(self.source, indices):
+        if found is not None and found[0] == self._digest(indices):
             self._advance(len(indices), found[1].skipped)
             return found[1]
+        made_of = _MadeOf()
         try:
-            with path.open("wb") as file:
-                written = self._write(path.name, file, indices)
+            with path.open("wb", buffering=_BUFFER) as file:
+                written = self._write(path.name, file, indices, made_of)
                 os.fsync(file.fileno())
+            _write_entry(path, made_of.digest(), written)
         except OSError as error:
             raise DataError(f"the shard {path} cannot be written: {error.strerror or error}; is the disk full?") from error
-        _write_entry(path, _digest(self.source, indices), written)
         return written
 
-    def _write(self, name: str, file: BinaryIO, indices: range) -> WrittenShard:
+    def _digest(self, indices: range) -> str:
+        made_of = _MadeOf()
+        for index in indices:
+            made_of.add(self.source[index])
+        return made_of.digest()
+
+    def _write(self, name: str, file: BinaryIO, indices: range, made_of: _MadeOf) -> WrittenShard:
         tar = TarFile(file)
         keys: dict[str, None] = {}
         places, skipped = [], []
@@ -75,6 +84,7 @@ class ShardJob:
             if self.stopped.is_set():
                 raise Stopped
             sample = self.source[index]
+            made_of.add(sample)
             key = shard_key(sample.key)
             if key in keys:
                 raise DataError(f"two samples have the key {sample.key!r}; a data set's keys must be unique")
@@ -107,17 +117,22 @@ class ShardJob:
             self.bad.check()
 
 
-def _digest(source: SampleSource, indices: range) -> str:
+class _MadeOf:
     """What a shard is made of, without reading the pictures: texts, and each file's name, size and time."""
-    digest = hashlib.sha256()
-    for index in indices:
-        sample = source[index]
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def add(self, sample: Sample) -> None:
         stamp: object = None
-        if isinstance(sample.image, Path) and sample.image.exists():
-            status = sample.image.stat()
-            stamp = status.st_size, status.st_mtime_ns
-        digest.update(repr((sample, stamp)).encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()
+        if isinstance(sample.image, Path):
+            with suppress(OSError, ValueError):
+                status = os.stat(sample.image)
+                stamp = status.st_size, status.st_mtime_ns
+        self._sha256.update(repr((sample, stamp)).encode("utf-8", "backslashreplace"))
+
+    def digest(self) -> str:
+        return self._sha256.hexdigest()
 
 
 def _entry(path: Path) -> Path:
@@ -128,7 +143,10 @@ def _write_entry(path: Path, digest: str, written: WrittenShard) -> None:
     """Beside a shard that is whole; a shard without it is written again."""
     skipped = [[bad.key, bad.reason, bad.detail] for bad in written.skipped]
     content = {"digest": digest, "shard": shard_as_json(written.shard), "skipped": skipped}
-    write_whole(_entry(path), json.dumps(content).encode("ascii"))
+    # No fsync, unlike the shard's: an entry that a power cut spoils is not read, and its shard is written again.
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content), encoding="ascii")
+    part.replace(_entry(path))
 
 
 def _read_entry(path: Path) -> tuple[str, WrittenShard] | None:

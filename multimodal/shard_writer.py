@@ -30,7 +30,7 @@ def write_shards(
     prefix: str = "shard",
     budget: int = 0,
     skipped: Sequence[BadSample] = (),
-    workers: int = 1,
+    workers: int = 4,
 ) -> Manifest:
     """Writes `out/PREFIX-000000.tar` and so on, and `out/manifest.json`; the same source gives the same bytes.
 
@@ -38,7 +38,7 @@ def write_shards(
     budget              how many pictures may be unusable (missing, no picture by content, over the limits) before the writing stops.
                         Pictures are not decoded here: damage inside one shows when it is read
     skipped             what the source itself left out; it counts against the budget and stands in the manifest with the rest
-    workers             threads that write shards side by side; pays where the pictures come over a network
+    workers             threads that write shards side by side: check sums and disk are waited for together
 
     Raises ConfigError on an argument, and where `out` holds anything but a writing of ours that was killed, which goes on where it ended;
     BudgetError, and DataError where two samples have one key or the disk is full: nothing is then left in `out`.

@@ -30,7 +30,7 @@ def shards_coco(
     image_name: str | None = None,
     samples_per_shard: int = 1000,
     bad_samples: int = 0,
-    workers: int = 1,
+    workers: int = 4,
 ) -> Manifest:
     """Write COCO captions as shards.
 
@@ -56,7 +56,7 @@ def shards_vqa(
     image_name: str | None = None,
     samples_per_shard: int = 1000,
     bad_samples: int = 0,
-    workers: int = 1,
+    workers: int = 4,
 ) -> Manifest:
     """Write VQAv2 questions and answers as shards, one picture with all its questions.
 
@@ -74,7 +74,7 @@ def shards_vqa(
     return _write(source, out, samples_per_shard, bad_samples, workers)
 
 
-def shards_folder(*, images: Path, out: Path, samples_per_shard: int = 1000, bad_samples: int = 0, workers: int = 1) -> Manifest:
+def shards_folder(*, images: Path, out: Path, samples_per_shard: int = 1000, bad_samples: int = 0, workers: int = 4) -> Manifest:
     """Write a folder of pictures, each with a text file of captions beside it, as shards.
 
     Args:

@@ -1,0 +1,295 @@
+"""Samples per second from shards: this package, plain webdataset, a plain tarfile loop, and a folder of files; and what writing costs.
+
+    python tests/benchmarks/bench_shards.py [--pictures 300] [--records 20000] [--repetitions 5]
+
+Every reader gives the same batches of the same tensors through the same DataLoader. Only ratios within one run mean anything: readers take
+turns, and the median of the turns is what is printed. `wall` leaves the start of the worker processes out; `CPU` is seconds of all
+processes together, which other work on the machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import resource
+import shutil
+import statistics
+import tarfile
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from multimodal.images import decode_image
+from multimodal.manifest import read_manifest
+from multimodal.order import SampleOrder
+from multimodal.sample import Sample
+from multimodal.shard_writer import write_shards
+from multimodal.shards import ShardSource
+
+BATCH, SIDE = 64, 64
+Decode = Callable[[bytes], NDArray[Any]]
+Json = json.loads
+
+
+def as_picture(data: bytes) -> NDArray[Any]:
+    """uint8 [64, 64, 3] of a JPEG, decoded whole."""
+    return np.asarray(decode_image(data).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+
+
+def as_record(data: bytes) -> NDArray[Any]:
+    """float16 [4608]: six pooled features of 768, 9,216 bytes behind a header of 64."""
+    return np.frombuffer(data, dtype=np.float16, offset=HEADER)
+
+
+class Pictures:
+    """JPEGs of 640 x 480 with about the bytes of a photograph."""
+
+    def __init__(self, n: int, folder: Path) -> None:
+        self.n, self.folder = n, folder
+        folder.mkdir(parents=True)
+        for i in range(n):
+            noise = np.random.default_rng(i).integers(0, 256, size=(240, 320, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=80)
+            (folder / f"{i}.json").write_text(json.dumps({"key": str(i), "image_id": i, "captions": captions(i), "questions": []}))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(key=str(index), image_id=index, image=self.folder / f"{index}.jpg", captions=captions(index))
+
+
+HEADER = 64
+
+
+class Records(Pictures):
+    """9 KB of features a sample. They stand where a picture would, behind the first bytes of a JPEG, and are never decoded as one."""
+
+    def __init__(self, n: int, folder: Path) -> None:
+        self.n, self.folder = n, folder
+        folder.mkdir(parents=True)
+        out = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(out, format="JPEG")
+        start = out.getvalue()
+        at = start.index(b"\xff\xc0")
+        head = (b"\xff\xd8" + start[at : at + 19]).ljust(HEADER, b"\0")
+        for i in range(n):
+            (folder / f"{i}.jpg").write_bytes(head + np.random.default_rng(i).normal(size=(6, 768)).astype(np.float16).tobytes())
+            (folder / f"{i}.json").write_text(json.dumps({"key": str(i), "image_id": i, "captions": captions(i), "questions": []}))
+
+
+def captions(index: int) -> tuple[str, ...]:
+    """Five, of usual length."""
+    return tuple(f"a photograph number {index} of a street with some people and a {word}" for word in ("car", "dog", "bus", "tree", "kite"))
+
+
+@dataclass
+class Ours(Dataset[tuple[NDArray[Any], int]]):
+    """Shuffled over the whole set, every sample compared with its check sum."""
+
+    source: ShardSource
+    order: SampleOrder
+    decode: Decode
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, position: int) -> tuple[NDArray[Any], int]:
+        sample = self.source[self.order.sample(position)]
+        assert isinstance(sample.image, bytes)
+        return self.decode(sample.image), len(sample.captions)
+
+
+@dataclass
+class Folder(Dataset[tuple[NDArray[Any], int]]):
+    """A map-style folder: each picture and its texts in files of their own."""
+
+    folder: Path
+    n: int
+    decode: Decode
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[NDArray[Any], int]:
+        return self.decode((self.folder / f"{index}.jpg").read_bytes()), len(Json((self.folder / f"{index}.json").read_bytes())["captions"])
+
+
+@dataclass
+class TarLoop(IterableDataset[tuple[NDArray[Any], int]]):
+    """Python's tarfile over the shards, which are split over the workers; in the order of the file."""
+
+    shards: list[Path]
+    decode: Decode
+
+    def __iter__(self) -> Iterator[tuple[NDArray[Any], int]]:
+        worker = get_worker_info()
+        for path in self.shards[worker.id :: worker.num_workers] if worker else self.shards:
+            parts: dict[str, bytes] = {}
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    parts[member.name.rpartition(".")[2]] = file.read()
+                    if len(parts) == 2:
+                        yield self.decode(parts["jpg"]), len(Json(parts["json"])["captions"])
+                        parts = {}
+
+
+def plain_webdataset(shards: list[Path], decode: Decode) -> Any:
+    """As its documentation has it, with a buffer of 1,000 to shuffle in, and the same decoding."""
+
+    def handler(key: str, data: bytes) -> Any:
+        return decode(data) if key.endswith("jpg") else Json(data)
+
+    dataset = wds.WebDataset([str(path) for path in shards], shardshuffle=len(shards), empty_check=False, seed=0)
+    return dataset.shuffle(1000).decode(handler, only=None).to_tuple("jpg", "json").map(lambda pair: (pair[0], len(pair[1]["captions"])))
+
+
+def collate(items: list[tuple[NDArray[Any], int]]) -> tuple[Tensor, int]:
+    """A batch."""
+    return torch.from_numpy(np.stack([item for item, _ in items])), sum(count for _, count in items)
+
+
+def cpu() -> float:
+    """Seconds of this process and of its children that ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def one_pass(dataset: Any, workers: int, n: int) -> tuple[float, float]:
+    """Seconds per sample, by the clock and of CPU."""
+    started = cpu()
+    options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
+    batches = iter(DataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=collate, **options))
+    seen = len(next(batches)[0])
+    clock, counted = time.perf_counter(), 0
+    for batch, _ in batches:
+        counted += len(batch)
+    wall = (time.perf_counter() - clock) / counted
+    assert seen + counted == n, (seen, counted, n)
+    del batches
+    return wall, (cpu() - started) / n
+
+
+def read(name: str, folder: Path, source: Pictures, decode: Decode, repetitions: int) -> None:
+    """Print one table of readers."""
+    write_shards(source, folder / "shards", samples_per_shard=len(source) // 8)
+    shards = sorted((folder / "shards").glob("*.tar"))
+    for workers in (0, 1, 2):
+        readers: dict[str, Callable[[], Any]] = {
+            "adalink": lambda: Ours(ShardSource(folder / "shards"), SampleOrder(len(source), 0), decode),
+            "webdataset": lambda: plain_webdataset(shards, decode),
+            "tarfile loop": lambda: TarLoop(shards, decode),
+            "folder of files": lambda: Folder(source.folder, len(source), decode),
+        }
+        times: dict[str, list[tuple[float, float]]] = {reader: [] for reader in readers}
+        for repetition in range(repetitions + 1):
+            for reader, make in readers.items():
+                found = one_pass(make(), workers, len(source))
+                if repetition:  # the first warms the page cache
+                    times[reader].append(found)
+        print(f"\n{name}, {workers} worker{'s' * (workers != 1)}\n\n| reader | samples/s | adalink is faster, wall | adalink is faster, CPU |\n|---|---|---|---|")
+        for reader, taken in times.items():
+            ratios = [statistics.median(other[k] / own[k] for other, own in zip(taken, times["adalink"], strict=True)) for k in (0, 1)]
+            print(f"| {reader} | {1 / statistics.median(wall for wall, _ in taken):.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |", flush=True)
+
+
+def share_of_state(folder: Path, decode: Decode, repetitions: int) -> None:
+    """Print what manifest, order and state cost, as a share of reading and decoding an epoch in one process."""
+    shares = []
+    for _ in range(repetitions):
+        started = time.process_time()
+        manifest = read_manifest(folder / "shards")
+        source = ShardSource(folder / "shards")
+        order = SampleOrder(len(source), 0)
+        indices = [order.sample(position) for position in range(len(source))]
+        for _ in range(len(source) // BATCH):
+            json.dumps({"position": 0, **order.state(), "data": source.fingerprint})
+        cost = time.process_time() - started
+        started = time.process_time()
+        for index in indices:
+            image = source[index].image
+            assert isinstance(image, bytes)
+            decode(image)
+        shares.append(cost / (time.process_time() - started))
+        assert len(manifest) == len(source)
+    print(f"\nmanifest, order and state: {100 * statistics.median(shares):.2f} % of an epoch of reading and decoding {len(indices)} pictures in one process")
+
+
+def copy(source: Pictures, out: Path, per_shard: int, hashed: Callable[[bytes], Any]) -> None:
+    """Each picture's bytes and its texts, into tar files by Python's tarfile, each of which reaches the disk."""
+    out.mkdir()
+    for start in range(0, len(source), per_shard):
+        with (out / f"{start}.tar").open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for index in range(start, min(start + per_shard, len(source))):
+                    for suffix in ("jpg", "json"):
+                        data = (source.folder / f"{index}.{suffix}").read_bytes()
+                        hashed(data)
+                        info = tarfile.TarInfo(f"{index}.{suffix}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write(folder: Path, source: Pictures, repetitions: int) -> None:
+    """Print what writing costs against plain copy loops."""
+    loops: dict[str, Callable[[Path], Any]] = {
+        "a plain copy loop": lambda out: copy(source, out, 50, len),
+        "a copy loop with the manifest's check sums": lambda out: copy(source, out, 50, lambda data: (hashlib.sha256(data), zlib.crc32(data))),
+    }
+    writers: dict[str, Callable[[Path], Any]] = {f"{n} thread{'s' * (n > 1)}": lambda out, n=n: write_shards(source, out, samples_per_shard=50, workers=n) for n in (1, 2)}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (*loops, *writers)}
+    for repetition in range(repetitions + 1):
+        for name, make in (*loops.items(), *writers.items()):
+            clock, started = time.perf_counter(), cpu()
+            make(folder / "written")
+            if repetition:
+                taken[name].append((time.perf_counter() - clock, cpu() - started))
+            shutil.rmtree(folder / "written")
+    print("\nWriting\n\n| writer | pictures/s | of the time of | wall | CPU |\n|---|---|---|---|---|")
+    for name, loop in ((writer, loop) for writer in writers for loop in loops):
+        wall, seconds = (statistics.median(own[k] / other[k] for own, other in zip(taken[name], taken[loop], strict=True)) for k in (0, 1))
+        print(f"| {name} | {len(source) / statistics.median(own[0] for own in taken[name]):.0f} | {loop} | {wall:.2f} | {seconds:.2f} |", flush=True)
+
+
+def main() -> None:
+    """Run all of it in a temporary folder."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--pictures", type=int, default=300)
+    parser.add_argument("--records", type=int, default=20000)
+    parser.add_argument("--repetitions", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pictures = Pictures(given.pictures, folder / "pictures")
+        size = sum(path.stat().st_size for path in (folder / "pictures").glob("*.jpg")) / given.pictures
+        print(f"{given.pictures} JPEGs of {size / 1024:.0f} KiB, {given.records} records of 9 KiB, {given.repetitions} repetitions, {os.cpu_count()} cores")
+        (folder / "p").mkdir()
+        (folder / "r").mkdir()
+        read("JPEG decode", folder / "p", pictures, as_picture, given.repetitions)
+        share_of_state(folder / "p", as_picture, given.repetitions)
+        write(folder, pictures, given.repetitions)
+        read("Small records", folder / "r", Records(given.records, folder / "records"), as_record, given.repetitions)
+
+
+if __name__ == "__main__":
+    main()
