@@ -151,7 +151,7 @@ def test_an_empty_source_and_too_much_text_say_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples_per_shard": 0}, "samples_per_shard is 0 and workers 1; both must be at least 1"),
+        ({"samples_per_shard": 0}, "samples_per_shard is 0 and workers 4; both must be at least 1"),
         ({"workers": 0}, "samples_per_shard is 1000 and workers 0; both must be at least 1"),
         ({"prefix": "a/b"}, "the prefix 'a/b' cannot begin the shards' file names"),
         ({"prefix": ""}, "the prefix '' cannot begin"),
