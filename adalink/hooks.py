@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adalink.edit import Port
 from adalink.errors import AttachError
-from adalink.masks import whole_mask
+from adalink.masks import check_attention, whole_mask
 from adalink.recompute import recompute
 from adalink.tokens import PAD
 
@@ -110,6 +110,8 @@ def _mask_hook(attachment: Attachment, port: Port, place: int, module: nn.Module
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
         found = f"a tensor {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise AttachError(f"the mask at {port.module} is {found}, expected None or [B, 1, T, K]: use sdpa or eager attention")
+    if mask is None:
+        check_attention(attachment.stack)  # it may have been changed since
     n_keys = tokens.keys.shape[1]
     if mask is not None and mask.shape[3] != n_keys:
         raise AttachError(

@@ -125,8 +125,12 @@ class Case:
     def taps(self) -> Tensor:
         """float64 [B, L, Dv]: the normed class token of every block, from the pictures where the case has them."""
         if "in.images" in self.tensors:
-            return _tower(self.spec["vit"], self.under("vit."))(self.tensors["in.images"]).pooled.transpose(0, 1)
+            return self.tower()(self.tensors["in.images"]).pooled.transpose(0, 1)
         return self.tensors["mid.vit_cls_normed"].double().transpose(0, 1)
+
+    def tower(self) -> VisionTower:
+        """The case's encoder, float64."""
+        return _tower(self.spec["vit"], self.under("vit."))
 
     def generations(self) -> list[tuple[str, list[int], int]]:
         """(key of the expected ids, the rows asked about, beams)."""

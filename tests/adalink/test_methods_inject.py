@@ -152,6 +152,17 @@ def test_a_mask_of_another_kind_is_refused_when_it_comes() -> None:
         layer(torch.zeros(3, ids.shape[1], WIDTH, dtype=torch.float64), attention_mask=mask)
 
 
+def test_an_attention_that_is_changed_afterwards_is_refused_when_it_runs() -> None:
+    model = tiny("llama", n_layers=4)
+    attachment = attach(model, Adapter({"epalm": EPALM(**SETTINGS)}, Anatomy.read(model, INPUTS)).double())
+    ids, domain, mask = rows()
+    model.config._attn_implementation = "flash_attention_2"
+    with attachment.bind(token_map(domain)), pytest.raises(AttachError, match=r"the mask at layers.0 is a tensor|the model's attention is flash_attention_2"):
+        run(model, ids, mask)
+    with attachment.bind(token_map(domain)), pytest.raises(AttachError, match="the model's attention is flash_attention_2"):
+        run(model, ids, torch.ones_like(mask))
+
+
 def test_a_batch_without_the_input_is_one_sentence() -> None:
     model = tiny("opt", n_layers=4)
     attachment = attach(model, Adapter({"epalm": EPALM(**SETTINGS)}, Anatomy.read(model, INPUTS)).double())

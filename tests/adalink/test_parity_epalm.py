@@ -16,6 +16,10 @@ from shared import fixtures, fixtures_root
 from torch import Tensor
 
 from adalink import Attachment, attach
+from multimodal.batch import Batch
+from multimodal.language import Language
+from multimodal.model import VisionLanguageModel
+from multimodal.template import Template
 
 EXACT = 1e-10
 FILES = {path.stem: path for path in sorted((fixtures_root() / "epalm").glob("*.json"))}
@@ -171,6 +175,28 @@ def test_the_causal_mask_differs_only_where_the_slot_is_read_after_the_window(na
     difference = (logits - r.case.tensors["out.logits"])[:, r.case.n_slots :][text].abs().max()
     is_last_injected = r.case.window[1] == r.case.spec["opt"]["num_hidden_layers"]
     assert (difference < EXACT) == is_last_injected
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_composed_model_has_the_authors_loss_on_their_pictures(name: str) -> None:
+    """From pixels to the loss as training computes it, with explicit positions and pairs of source and target."""
+    c = case(name)
+    language = Language(model=c.model(), tokenizer=None, name=name)
+    model = VisionLanguageModel(c.tower(), language, Template(prompt="<image>"))
+    adapter = model.add_adapter("a", c.methods()).double()
+    adapter.load_state_dict(c.adapter(language.model).state_dict())
+    ids, mask, domain = c.with_slots(c.tensors["in.input_ids"], c.tensors["in.attention_mask"])
+    labels = c.tensors["in.labels"]
+    source = torch.arange(labels.shape[1] - 1).expand(len(ids), -1) + c.n_slots
+    batch = Batch(
+        ids=ids, domain=domain, source=source, target=labels[:, 1:], image=torch.arange(len(ids)), pixels=c.tensors["in.images"],
+        position=torch.where(mask == 1, mask.cumsum(1) - 1, 0), n_targets=len(ids) / c.spec["lm_loss_weight"],
+    )  # fmt: skip
+    loss = model(batch)
+    torch.testing.assert_close(loss.double(), c.tensors["out.loss_total"].squeeze(), rtol=1e-6, atol=0)  # the loss is float32
+    loss.backward()
+    for official, ours in c.roles().items():
+        torch.testing.assert_close(adapter.get_parameter(ours).grad, c.tensors[f"grad.{official}"], rtol=0, atol=1e-5)
 
 
 def visible(mask: Tensor) -> Tensor:
