@@ -45,8 +45,9 @@ class DrawnTower:
 
     @property
     def inputs(self) -> dict[str, InputSpec]:
-        """What the edits can read of a picture."""
-        return {"image": InputSpec(self.n_patches, self.width), "image_taps": InputSpec(self.n_layers, self.pooled_width)}
+        """What the edits can read of a picture; pooled features of another width than the patches are not kept (as in VisionTower)."""
+        image = {"image": InputSpec(self.n_patches, self.width)}
+        return {**image, "image_taps": InputSpec(self.n_layers, self.pooled_width)} if self.pooled_width == self.width else image
 
 
 @dataclass(frozen=True, kw_only=True)

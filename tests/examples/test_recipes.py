@@ -1,0 +1,101 @@
+"""The recipes under examples/: each is read, checked and dry-run in its true size, and trains as many parameters as was published."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from published_shapes import SHAPES, shape_folder
+
+from multimodal.blueprint import draw_tower
+from tasks.cli import main
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+RECIPES = sorted(EXAMPLES.glob("*.yaml"))
+OWN_PARTS = {"flickr8k.yaml", "daquar.yaml"}  # the user names both parts on the command line
+
+# Trained parameters by method. eP-ALM's are the paper's own (ePALM_pt-L); the others follow from the methods' formulas, here written out.
+LAYER_OF_QWEN = 2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864)  # in + out of q, o; k, v; gate, up, down
+TRAINED = {
+    "coco_epalm.yaml": {"epalm": 4_198_400, "prompt": 40_960},
+    "coco_context_peft.yaml": {
+        "bridge": 2 * 1024 + 1024 * 896 + 896 * 896 + 2 * 896,
+        "lora": 2 * 24 * 8 * LAYER_OF_QWEN,
+    },
+    "vqav2_adalink.yaml": {"bridge": 2 * 1024 + (1024 + 1) * 2048 + (2048 + 1) * 2048, "adalink": 2 * 2 * 2048 * 64},
+    "kept_features.yaml": {"bridge": 2 * 768 + (768 + 1) * 768 + (768 + 1) * 768, "adalink": 2 * 2 * 768 * 64},
+}
+
+
+def dry_run(recipe: Path, root: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    """The plan of a recipe whose hub names are replaced by folders of the same shape."""
+    content = yaml.safe_load(recipe.read_text())
+    parts = [part for role in ("encoder", "language_model") for part in (f"--{role}", shape_folder(root, content.get(role, f"scenes:{role.split('_')[0]}")))]
+    assert main(["train", "--dry-run", "--config", str(recipe), *parts, "--json", *more]) == 0
+    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return plan
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_dry_runs_in_its_true_size(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = dry_run(recipe, tmp_path, capsys)
+    assert plan["trained"] == sum(method["trained"] for method in plan["methods"])
+    assert recipe.name in OWN_PARTS or {method["name"]: method["trained"] for method in plan["methods"]} == TRAINED[recipe.name]
+
+
+def test_the_recipe_of_epalm_trains_what_was_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = dry_run(EXAMPLES / "coco_epalm.yaml", tmp_path, capsys)
+    assert plan["trained"] == 4_239_360
+    assert plan["language_model"]["parameters"] == 6_658_473_984
+    assert f"{100 * plan['trained'] / (plan['trained'] + plan['frozen']):.2f}" == "0.06"
+    (epalm, _) = plan["methods"]
+    assert epalm["edits"][0] == "input of layers.19..30, for percept"
+    assert plan["slots"] == {"percept": 1, "prompt": 10}
+    assert plan["tokens_per_image"] == 1
+    wrong = dry_run(EXAMPLES / "coco_epalm.yaml", tmp_path, capsys, "--methods.epalm.connector", "per_tap")  # the count can differ
+    assert wrong["trained"] != 4_239_360
+
+
+def test_the_base_model_of_epalm_trains_what_was_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ePALM: OPT-2.7B + ViT-B, six linears, a prompt with an MLP."""
+    more = ["--methods.epalm.connector", "per_tap", "--methods.prompt.form", "mlp", "--encoder", "timm:vit_base_patch16_224.augreg_in21k"]
+    plan = dry_run(EXAMPLES / "coco_epalm.yaml", tmp_path, capsys, *more, "--language_model", shape_folder(tmp_path, "facebook/opt-2.7b"))
+    assert {method["name"]: method["trained"] for method in plan["methods"]} == {"epalm": 11_811_840, "prompt": 13_137_920}
+
+
+def test_adalink_of_rank_64_on_a_width_of_4096_is_the_published_million(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shape_folder(tmp_path, "facebook/opt-6.7b")
+    adalink = ["--methods.adalink", "{rank: 64, modalities: [image, text]}", "--methods.bridge.kind", "linear"]
+    assert main(["compose", "--encoder", "scenes:encoder", "--language_model", folder, "--json", *adalink]) == 0
+    trained = {method["name"]: method["trained"] for method in json.loads(capsys.readouterr().out)["methods"]}
+    assert trained["adalink"] == 2 * 2 * 4096 * 64 == 1_048_576
+
+
+def test_what_a_recipe_says_of_kept_features_is_so() -> None:
+    text = (EXAMPLES / "kept_features.yaml").read_text()
+    tower = draw_tower(yaml.safe_load(text)["encoder"])
+    kept = 2 * (tower.n_patches + tower.n_layers) * tower.width
+    assert f"{kept:,} bytes" in text
+    assert f"{8000 * kept / 2**30:.1f} GiB" in text
+    assert f"{113_287 * kept / 2**30:.1f} GiB" in text
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_says_how_it_is_run(recipe: Path) -> None:
+    head = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    assert any(f"adalink train --config examples/{recipe.name} --out runs/" in line for line in head)
+    options = {option for line in head for option in re.findall(r"--(data\.[a-z0-9_.]+)", line)}
+    assert {option.split(".")[1] for option in options} == {"train", "val"} or "..." in " ".join(head)
+
+
+@pytest.mark.parametrize("name", ["coco_epalm.yaml", "coco_context_peft.yaml", "vqav2_adalink.yaml"])
+def test_a_hub_name_that_cannot_be_reached_is_one_sentence(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry-run", "--config", str(EXAMPLES / name)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("adalink: cannot load the ")
+    assert "\n" not in said
+    assert any(f"'{part}'" in said for part in SHAPES)
