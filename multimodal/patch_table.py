@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from multimodal.bad_samples import BadSample
 from multimodal.images import BadImage, decode_image
@@ -17,6 +19,8 @@ from multimodal.sample import SampleSource
 from multimodal.shards import DamagedSample
 
 __all__ = ["PatchTable", "encode_all"]
+
+_SHARED_AT_ONCE = 1024  # pictures; their features pass through the memory of the device
 
 
 class PatchTable:
@@ -68,17 +72,27 @@ class _Pictures(Dataset["Tensor | BadSample"]):
 
 
 def encode_all(model: VisionLanguageModel, source: SampleSource, *, workers: int = 0, batch_size: int = 32, label: str = "encoding") -> PatchTable:
-    """The features of every picture, each encoded once, with a progress bar. Memory: 2 (N + L) Dv bytes a picture (128 KB for 7 x 7 x 1280)."""
-    tower = model.tower
+    """The features of every picture, each encoded once, with a progress bar. Memory: 2 (N + L) Dv bytes a picture (128 KB for 7 x 7 x 1280).
+
+    Each of several processes encodes its share, and all get the whole.
+    """
+    tower, state = model.tower, PartialState()
     table = torch.zeros(len(source), tower.n_kept, tower.width, dtype=torch.float16)
     bad: dict[int, BadSample] = {}
-    loader = DataLoader(_Pictures(source, tower.preprocess), batch_size=batch_size, num_workers=workers, collate_fn=list)
+    own = range(state.process_index, len(source), state.num_processes)
+    loader = DataLoader(Subset(_Pictures(source, tower.preprocess), own), batch_size=batch_size, num_workers=workers, collate_fn=list)
     first = 0
     for items in progress(loader, label):
         good = [i for i, item in enumerate(items) if isinstance(item, Tensor)]
-        bad.update({first + i: item for i, item in enumerate(items) if isinstance(item, BadSample)})
+        bad.update({own[first + i]: item for i, item in enumerate(items) if isinstance(item, BadSample)})
         if good:
             pixels = torch.stack([items[i] for i in good]).to(model.device)
-            table[[first + i for i in good]] = model.encode(pixels).to("cpu", torch.float16)
+            table[[own[first + i] for i in good]] = model.encode(pixels).to("cpu", torch.float16)
         first += len(items)
+    if state.num_processes > 1:
+        bad = dict(sorted(((index, sample) for part in gather_object([bad]) for index, sample in part.items()), key=lambda pair: pair[0]))
+        for chunk in table.split(_SHARED_AT_ONCE):  # what others encoded is zero here, so that a sum puts all together
+            shared = chunk.to(state.device)
+            torch.distributed.all_reduce(shared)
+            chunk.copy_(shared)
     return PatchTable(table, bad)

@@ -28,6 +28,8 @@ def remote_files(url: str, settings: RemoteSettings) -> RemoteFiles:
 class RemoteShards:
     """Shards by URL: from the cache where they are in it, else by ranges."""
 
+    at_once = 2**62  # bytes up to which a sample's members are read together: a request costs more than any copy
+
     def __init__(self, files: RemoteFiles, settings: RemoteSettings, shards: Mapping[str, Shard]) -> None:
         self._files, self._local = files, LocalShards()
         self._cache = ShardCache(settings.cache, settings.cache_bytes, files, dict(shards)) if settings.cache is not None else None
@@ -50,6 +52,8 @@ class LocalShards:
 
     Order of opening and not of use: a run reads all shards evenly, and a lock around every read would cost a tenth of it.
     """
+
+    at_once = 2**15  # bytes up to which cutting one block in parts costs less than reading each
 
     def __init__(self) -> None:
         self._open: dict[Path, _OpenFile] = {}

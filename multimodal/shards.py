@@ -100,7 +100,7 @@ class ShardSource:
         start, end, needed = wanted[0][1], 0, 0
         for _, at, size, _ in wanted:  # in one loop: this is done for every sample
             start, end, needed = min(start, at), max(end, at + size), needed + size
-        if end - start > needed + _GAP:
+        if end - start > needed + _GAP or needed > self._files.at_once:
             return {part: self._files.read(path, at, size) for part, at, size, _ in wanted}
         block = self._files.read(path, start, end - start)
         return {part: block[at - start : at - start + size] for part, at, size, _ in wanted}

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from composed import Drawn, compose, excite
+from safetensors.torch import save_file
 
 from adalink import AdaLink, Bridge
 from adalink.errors import BudgetError, DataError, TerminatedError
 from multimodal.model import VisionLanguageModel
-from multimodal.patch_table import PatchTable
+from multimodal.patch_table import PatchTable, encode_all
 from multimodal.sample import Sample
 from multimodal.template import Text
 from multimodal.train import train
@@ -91,4 +93,12 @@ def worker_killed(folder: Path) -> int:
     except DataError as error:
         print(f"adalink: {error}")
         return 5
+    return 0
+
+
+def encoded(folder: Path) -> int:
+    """Every process writes the table that it has."""
+    PartialState(cpu=True)
+    found = encode_all(compose("opt"), Drawn(N, bad=(2, 5)), batch_size=1)
+    save_file({"patches": found.patches, "bad": torch.tensor(list(found.bad))}, folder / f"{os.environ.get('RANK', 'alone')}.safetensors")
     return 0

@@ -142,3 +142,12 @@ def test_another_number_of_processes_goes_on_at_the_next_picture(machine: Machin
         assert len(losses(tmp_path / f"to{world}")) == steps
         content = json.loads((tmp_path / f"to{world}" / "checkpoints" / f"step_{steps:08d}" / "state.json").read_text())
         assert content["data"]["position"] == 28
+
+
+def test_each_process_encodes_its_share_and_has_every_picture(machine: Machine, tmp_path: Path) -> None:
+    for world in (1, 2):
+        machine.start(world, rank_jobs.encoded, tmp_path).ended()
+    alone, *both = [load_file(tmp_path / f"{name}.safetensors") for name in ("alone", "0", "1")]
+    assert alone["bad"].tolist() == [2, 5]
+    for found in both:
+        assert all(torch.equal(value, alone[name]) for name, value in found.items())
