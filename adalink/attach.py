@@ -5,7 +5,8 @@
         model(input_ids=...)            # or model.generate(...)
     attachment.detach()
 
-Hooks carry no state of their own: where a call starts is read from its cache, what its tokens are from the bound map. Only the
+Hooks carry no state of their own: where a call starts is read from its cache, what its tokens are from the bound map. What an edit
+keeps of a prompt for the steps after it (a frozen gate) is kept beside the cache of that prompt, and goes with it. Only the
 attachment applies `h = where(select, edit(h), h)`, so an edit cannot touch a token that is not its own.
 
 Order: attach, checkpointing, compile, FSDP / DDP. A model compiled before is refused: Dynamo does not guard on hooks, so it would
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +56,7 @@ class Attachment:
         self.at: Mapping[Port, list[tuple[int, Placement]]] = {}
         self.served: frozenset[int] = frozenset()
         self._ports: dict[Port, torch.utils.hooks.RemovableHandle] = {}
+        self._kept: WeakKeyDictionary[Any, dict[nn.Module, Tensor]] = WeakKeyDictionary()  # by cache: what edits keep of its prompt
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._forwards: list[nn.Module] = []  # layers whose forward is wrapped by checkpoint_layers
         at = by_port(model, self.stack, dict(enumerate(adapters)))
@@ -142,15 +146,23 @@ class Attachment:
         cache, length = kwargs.get("past_key_values"), ids.shape[1]
         start = int(cache.get_seq_length()) if cache is not None else 0
         visible = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
-        self.tokens = self.map.window(ids.shape[0], start, length, max(visible, start + length))
         if self._forwards and torch.is_grad_enabled() and "use_cache" in kwargs:
             kwargs = {**kwargs, "use_cache": False}  # a recompute would write the cache a second time
+        tokens = self.map.window(ids.shape[0], start, length, max(visible, start + length))
+        self.tokens = replace(tokens, kept=self._kept.get(cache, {}) if start else None if kwargs.get("use_cache") is False else {})
         if embeds is not None and EMBEDDING in self.at:
             kwargs = {**kwargs, "inputs_embeds": self._edited(EMBEDDING, embeds, embeds)}
         return args, kwargs
 
     def _leave(self, stack: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self.tokens = None
+        tokens, self.tokens = self.tokens, None
+        if tokens is not None and tokens.kept and tokens.has_prompt:
+            values = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+            cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
+            if cache is None:
+                tokens.kept.clear()
+            else:
+                self._kept[cache] = tokens.kept
 
     def _edited(self, port: Port, h: Tensor, x: Tensor) -> Tensor:
         """h after every edit placed at the port, each on its own tokens only."""

@@ -53,6 +53,9 @@ class Tokens:
     selected: dict[tuple[tuple[int, ...], int], Tensor] = field(default_factory=dict, repr=False)  # memo of select()
     drawn: dict[nn.Module, Tensor] = field(default_factory=dict, repr=False)  # by TokenDropout: which tokens keep their change in this call
     serving: frozenset[int] | None = None  # the adapters that serve a row, known without reading a tensor; None where it is not known
+    has_prompt: bool = False  # whether the call holds the whole prompt
+    # What an edit keeps of the prompt for the calls after it; lives as long as their cache. None where no such call follows.
+    kept: dict[nn.Module, Tensor] | None = None
     n_before: int = 0  # tokens of earlier calls, which a cache holds
     end: int = 0  # how long the sequence is with this call's tokens; keys after it are not written yet
 
@@ -135,6 +138,7 @@ class TokenMap:
             present=(self.present if in_prompt else frozenset()) | (frozenset({self.generated}) if n_new else frozenset()),
             inputs={name: repeated(value) for name, value in self.inputs.items()} if in_prompt else {},
             serving=self.serving,
+            has_prompt=start == 0 and end >= prompt,
             n_before=start,
             end=end,
         )

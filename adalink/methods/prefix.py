@@ -1,0 +1,148 @@
+"""Prefix tuning (Li and Liang, arXiv 2101.00190): trained keys and values before those of the tokens, in every layer.
+
+    attention(Q, [P_K ; K], [P_V ; V])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from adalink.anatomy import Anatomy
+from adalink.edit import Placement, Port, Slots
+from adalink.errors import AttachError, ConfigError
+from adalink.outside import outside_sequence
+from adalink.projections import Part, Projections
+from adalink.tokens import PREFIX, Tokens
+
+__all__ = ["Prefix"]
+
+
+class Direct(nn.Module):
+    """[P, features]: the keys and values of all layers, side by side."""
+
+    def __init__(self, length: int, n_features: int, std: float) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(length, n_features) * std)
+
+    def forward(self, start: int, stop: int) -> Tensor:
+        return self.table[:, start:stop]
+
+
+class Reparametrised(nn.Module):
+    """The same from one small network for all layers: embed [P, D] -> Linear(D, hidden) -> tanh -> Linear(hidden, features)."""
+
+    def __init__(self, length: int, width: int, hidden: int, n_features: int, std: float) -> None:
+        super().__init__()
+        self.embed = nn.Parameter(torch.randn(length, width) * std)
+        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, n_features)
+
+    def forward(self, start: int, stop: int) -> Tensor:
+        middle = torch.tanh(self.down(self.embed))
+        return nn.functional.linear(middle, self.up.weight[start:stop], self.up.bias[start:stop])
+
+
+class WriteRows(nn.Module):
+    """Writes some features of a slot: those of its ordinal in a table. Other features of h stay.
+
+    spans   (first feature of h, first feature of the table, how many)
+    """
+
+    def __init__(self, table: Direct | Reparametrised, length: int, spans: tuple[tuple[int, int, int], ...]) -> None:
+        super().__init__()
+        self.tables = (table,)  # not a child: all layers share it
+        self.length, self.spans = length, spans
+
+    def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
+        ordinal = tokens.ordinal.clamp(max=self.length - 1)  # other domains' ordinals may be larger; they are not selected
+        rows = [self.tables[0](source, source + n)[ordinal] for _, source, n in self.spans]
+        return self._written(h.to(rows[0].dtype), rows)
+
+    def off(self, h: Tensor) -> Tensor:
+        """Zeros: a closed gate leaves keys and values of nothing, as published, and not those of a placeholder."""
+        return self._written(h, [torch.zeros_like(h[..., start : start + n]) for start, _, n in self.spans])
+
+    def _written(self, h: Tensor, rows: list[Tensor]) -> Tensor:
+        parts, done = [], 0
+        for (start, _, n), row in zip(self.spans, rows, strict=True):
+            parts += [h[..., done:start], row]
+            done = start + n
+        return torch.cat([*parts, h[..., done:]], -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """`length` slots at the start of a row whose keys and values are trained, layer by layer. Every token of the row reads them.
+
+    The result equals the published concatenation exactly: the slots have no position (text starts at 0; a key at position 0 is not
+    rotated, so it can be written before the rotation), no distance to any token (T5), and no decoder reads what an encoder makes of them.
+    Grouped-query models have narrower keys, and so a narrower prefix. A rotary embedding that also scales (YaRN) scales the prefix with it.
+    A prefix is not seen from beyond a sliding window: choose a model without one, or texts shorter than it.
+
+    form    mlp     embed [P, D] -> Linear(D, hidden) -> tanh -> Linear(hidden, 2 layers D_kv), shared by all layers: how it is trained
+            table   the keys and values themselves: what is left of the network once it is trained, and all that serving needs
+
+    The features of layer i are chunk 2i, its keys, and chunk 2i + 1, its values.
+    """
+
+    length: int  # P; 10 in UniPELT
+    form: Literal["mlp", "table"]
+    init_std: float  # of the embeddings, or of the table
+    hidden: int = 512  # of the mlp; 512 in UniPELT
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        if self.length < 1:
+            raise ConfigError(f"the prefix's length is {self.length}: give 1 or more (10 was published)")
+        if self.form not in ("mlp", "table"):
+            raise ConfigError(f"the prefix's form is {self.form!r}: give mlp or table")
+        if self.init_std < 0:
+            raise ConfigError(f"the prefix's init_std is {self.init_std}: give 0 or more")
+        if self.hidden < 1:
+            raise ConfigError(f"the prefix's hidden width is {self.hidden}: give 1 or more (512 was published)")
+
+    def slots(self, anatomy: Anatomy) -> tuple[Slots, ...]:
+        """One slot for each vector."""
+        return (Slots(PREFIX, self.length),)
+
+    def place(self, anatomy: Anatomy) -> Sequence[Placement]:
+        """Keys and values of each layer, and nothing that counts the slots. Raises AttachError where keys cannot be written."""
+        _check(anatomy)
+        parts = [part for one in anatomy.projections for part in (one.key, one.value)]
+        starts = [sum(part.stop - part.start for part in parts[:i]) for i in range(len(parts) + 1)]
+        table = (
+            Direct(self.length, starts[-1], self.init_std)
+            if self.form == "table"
+            else Reparametrised(self.length, anatomy.layer_width, self.hidden, starts[-1], self.init_std)
+        )
+        layers = [_layer(i, one, starts[2 * i], table, self.length) for i, one in enumerate(anatomy.projections)]
+        return [*(placement for layer in layers for placement in layer), *outside_sequence(anatomy, (PREFIX,))]
+
+
+def _layer(i: int, one: Projections, start: int, table: Direct | Reparametrised, length: int) -> list[Placement]:
+    """One edit where one linear makes keys and values, else two; they are of one group."""
+
+    def written(role: str, part: Part, spans: tuple[tuple[int, int, int], ...]) -> Placement:
+        edit = WriteRows(table, length, spans)
+        return Placement(f"{i}.{role}", Port(part.linear, "output"), edit, (PREFIX,), shared={"shared": table}, group=str(i))
+
+    n_key, n_value = one.key.stop - one.key.start, one.value.stop - one.value.start
+    key, value = (one.key.start, start, n_key), (one.value.start, start + n_key, n_value)
+    if one.key.linear == one.value.linear:
+        return [written("key_value", one.key, tuple(sorted((key, value))))]
+    return [written("key", one.key, (key,)), written("value", one.value, (value,))]
+
+
+def _check(anatomy: Anatomy) -> None:
+    names = sorted({linear.name.rsplit(".", 1)[-1] for linear in anatomy.linears})
+    if not anatomy.projections:
+        raise AttachError(
+            f"a prefix writes keys and values, and this model's linears ({', '.join(names)}) do not say which make them: "
+            "expected q_proj, k_proj, v_proj, or query, key, value, or q, k, v, or one c_attn"
+        )
+    if any(one.key_norm for one in anatomy.projections):
+        raise AttachError("this model normalises its keys after their linear, so a prefix written there would be changed: use Prompt, or another model")
