@@ -11,13 +11,18 @@ __all__ = ["Question", "Sample", "SampleSource"]
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question about a picture, with what people answered (ten answers in VQAv2, none in a test split)."""
+    """A question about a picture, with what people answered (ten answers in VQAv2, none in a test split).
+
+    marks   one per answer where the file gives answers no id of their own, else empty: the official score takes answers that are equal in
+            this too as one (`tasks.metrics.vqa.GradedQuestion`)
+    """
 
     question_id: int
     text: str
     answers: tuple[str, ...] = ()
     question_type: str = ""
     answer_type: str = ""
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def encode_record(sample: Sample) -> bytes:
         "key": sample.key,
         "image_id": sample.image_id,
         "captions": sample.captions,
-        "questions": [asdict(question) for question in sample.questions],
+        "questions": [{name: value for name, value in asdict(question).items() if name != "marks" or value} for question in sample.questions],
     }
     return json.dumps(record).encode("ascii")
 
@@ -111,10 +111,12 @@ def _list(found: Mapping[str, object], key: str) -> list[object]:
 def _question(row: object) -> Question:
     if not isinstance(row, dict):
         raise DataError(f"a question of its json member is a {type(row).__name__}; expected an object")
-    question_id, text, answers = row.get("question_id"), row.get("text"), row.get("answers", [])
-    if type(question_id) is not int or not isinstance(text, str) or not isinstance(answers, list):
+    question_id, text, answers, marks = row.get("question_id"), row.get("text"), row.get("answers", []), row.get("marks", [])
+    if type(question_id) is not int or not isinstance(text, str) or not isinstance(answers, list) or not isinstance(marks, list):
         raise DataError(f"a question of its json member has the fields {sorted(map(str, row))}; expected question_id, text and answers")
     types = row.get("question_type", ""), row.get("answer_type", "")
-    if not all(isinstance(each, str) for each in (*answers, *types)):
+    if not all(isinstance(each, str) for each in (*answers, *types, *marks)):
         raise DataError(f"question {question_id} of its json member has answers or types that are no text")
-    return Question(question_id=question_id, text=text, answers=tuple(answers), question_type=types[0], answer_type=types[1])
+    return Question(
+        question_id=question_id, text=text, answers=tuple(answers), question_type=types[0], answer_type=types[1], marks=tuple(marks)
+    )

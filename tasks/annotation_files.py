@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from adalink.errors import DataError
 
-__all__ = ["Rows", "integer", "read_annotation_file", "text"]
+__all__ = ["Rows", "answer_marks", "integer", "read_annotation_file", "text"]
 
 
 class Rows:
@@ -68,6 +68,18 @@ def text(row: Mapping[str, object], key: str, name: str) -> str:
     if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise DataError(f"{name}: {key!r} is {_shown(value)}, which holds half of a surrogate pair; expected Unicode text")
     return value
+
+
+def answer_marks(records: Sequence[object]) -> tuple[str, ...]:
+    """What each of the people's answers to a question holds beside the answer itself, where two whole records could be equal; else nothing.
+
+    The official VQA script compares whole records, so it takes equal ones as one.
+    """
+    found = [record for record in records if isinstance(record, dict)]
+    if len({str(record.get("answer_id")) for record in found if "answer_id" in record}) == len(found):
+        return ()
+    rest = [{key: value for key, value in record.items() if key != "answer"} for record in found]
+    return tuple(json.dumps(fields, sort_keys=True) for fields in rest)
 
 
 def _value(row: Mapping[str, object], key: str, name: str) -> object:

@@ -16,6 +16,7 @@ from tasks.metrics.offenders import refuse
 from tasks.metrics.vqa import VqaScorer
 from tasks.report.flips import DifferenceRow, FlipCard, FlipPage, FlipSection, write_flip_page
 from tasks.saved_run import Asked, SavedRun, asked_items, read_run
+from tasks.vqa import graded_question
 
 __all__ = ["compare_runs"]
 
@@ -51,7 +52,7 @@ def compare_runs(
         limit = CAPTION_IS_RIGHT if right_from is None else right_from
         comparison = compare_captions(runs[0].texts, runs[1].texts, references, resampling=resampling, right_from=limit)
     else:
-        graded = [one.graded(item) for item, one in asked.items()]
+        graded = [graded_question(one.question) for one in asked.values() if one.question is not None]
         limit = ANSWER_IS_RIGHT if right_from is None else right_from
         chosen = _scorer(runs, scorer)
         comparison = compare_answers(runs[0].texts, runs[1].texts, graded, scorer=chosen, resampling=resampling, right_from=limit)
@@ -125,7 +126,7 @@ def _cards(flips: Sequence[Pair], asked: Mapping[int, Asked]) -> Iterator[FlipCa
         yield FlipCard(
             key=f"{flip.item}",
             image=picture,
-            question=one.question,
+            question=one.question.text if one.question else "",
             said_before=flip.said_before,
             said_after=flip.said_after,
             before=flip.before,

@@ -10,11 +10,10 @@ from pathlib import Path
 import yaml
 
 from adalink.errors import DataError
-from multimodal.sample import Sample, SampleSource
+from multimodal.sample import Question, Sample, SampleSource
 from tasks.data import saved_data
 from tasks.metrics.answer_files import read_answer_results
 from tasks.metrics.caption_files import read_caption_results
-from tasks.metrics.vqa import GradedQuestion
 
 __all__ = ["Asked", "SavedRun", "asked_items", "read_run"]
 
@@ -45,17 +44,15 @@ class SavedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One item of a run with its picture: what people said about it, and the question where there was one."""
+    """One item of a run with its picture, and the question where there was one."""
 
     sample: Sample
-    people: tuple[str, ...]
-    question: str = ""
-    question_type: str = ""
-    answer_type: str = ""
+    question: Question | None = None
 
-    def graded(self, item: int) -> GradedQuestion:
-        """As the VQA scorers take it."""
-        return GradedQuestion(question_id=item, answers=self.people, question_type=self.question_type, answer_type=self.answer_type)
+    @property
+    def people(self) -> tuple[str, ...]:
+        """What people said about it: captions or answers."""
+        return self.sample.captions if self.question is None else self.question.answers
 
 
 def read_run(folder: Path) -> SavedRun:
@@ -82,11 +79,10 @@ def asked_items(run: SavedRun, source: SampleSource) -> dict[int, Asked]:
     for index in range(len(source)):
         sample = source[index]
         if run.task == "captioning" and sample.image_id in run.texts:
-            found[sample.image_id] = Asked(sample=sample, people=sample.captions)
+            found[sample.image_id] = Asked(sample=sample)
         for question in sample.questions if run.task == "vqa" else ():
             if question.question_id in run.texts:
-                kinds = {"question_type": question.question_type, "answer_type": question.answer_type}
-                found[question.question_id] = Asked(sample=sample, people=question.answers, question=question.text, **kinds)
+                found[question.question_id] = Asked(sample=sample, question=question)
     if lost := [item for item in run.texts if item not in found]:
         raise DataError(f"{len(lost)} of {len(run.texts)} results of {run.folder} are not in its data set (first: {lost[0]}); was the data changed?")
     return found

@@ -17,7 +17,7 @@ from tasks.metrics.vqa import GradedQuestion, score_answers
 from tasks.result_files import vqa_results_name, write_vqa_results
 from tasks.task import Asked, Score
 
-__all__ = ["Vqa"]
+__all__ = ["Vqa", "graded_question"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,7 @@ class Vqa:
         questions = [question for i in range(len(source)) for question in source[i].questions if question.question_id in predictions]
         if not questions or not questions[0].answers:
             raise DataError("these questions cannot be scored: none was predicted, or the data set has no answers (a test split?)")
-        graded = [
-            GradedQuestion(question_id=q.question_id, answers=q.answers, question_type=q.question_type, answer_type=q.answer_type) for q in questions
-        ]
+        graded = [graded_question(question) for question in questions]
         scores = score_answers(dict(predictions), graded, self.scorer)
         named = {"accuracy": "overall", **{f"accuracy ({kind})": f"answer type: {kind or '(none)'}" for kind in scores.per_answer_type}}
         figures = {"accuracy": scores.overall, **{f"accuracy ({kind})": value for kind, value in scores.per_answer_type.items()}}
@@ -83,3 +81,14 @@ class Vqa:
 def most_common(question: Question) -> str:
     """The answer that most people gave; the first of them on a tie."""
     return Counter(question.answers).most_common(1)[0][0]
+
+
+def graded_question(question: Question) -> GradedQuestion:
+    """A question as the scorers take it."""
+    return GradedQuestion(
+        question_id=question.question_id,
+        answers=question.answers,
+        question_type=question.question_type,
+        answer_type=question.answer_type,
+        marks=question.marks,
+    )

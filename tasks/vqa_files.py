@@ -10,7 +10,7 @@ from pathlib import Path
 from adalink.errors import ConfigError, DataError
 from multimodal.bad_samples import BadSample
 from multimodal.sample import Question, Sample
-from tasks.annotation_files import Rows, integer, read_annotation_file, text
+from tasks.annotation_files import Rows, answer_marks, integer, read_annotation_file, text
 from tasks.file_source import FileSource
 from tasks.image_folder import ImageFolder, ImageName
 
@@ -65,6 +65,7 @@ class _Answered:
     where: str
     image_id: int
     answers: tuple[str, ...]
+    marks: tuple[str, ...]
     question_type: str
     answer_type: str
 
@@ -101,6 +102,7 @@ def _annotations(path: Path) -> dict[int, _Answered]:
             where=where,
             image_id=integer(row, "image_id", where),
             answers=_answers(row, where),
+            marks=tuple(map(sys.intern, answer_marks(row["answers"]))),  # type: ignore[arg-type]  # a list, or the line above has raised
             question_type=_optional(row, "question_type", where),
             answer_type=_optional(row, "answer_type", where),
         )
@@ -171,4 +173,5 @@ def _question(question_id: int, question: str, answered: _Answered | None) -> Qu
         answers=answered.answers,
         question_type=answered.question_type,
         answer_type=answered.answer_type,
+        marks=answered.marks,
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from adalink.errors import DataError
-from tasks.annotation_files import Rows, integer, read_annotation_file, text
+from tasks.annotation_files import Rows, answer_marks, integer, read_annotation_file, text
 from tasks.metrics.documents import Row, read_document, rows_of
 from tasks.metrics.offenders import refuse, refuse_repeated
 from tasks.metrics.vqa import GradedQuestion, QuestionId
@@ -101,7 +100,7 @@ def _vqa(row: Row, where: str) -> GradedQuestion:
     return GradedQuestion(
         question_id=integer(row, "question_id", where),
         answers=_answers(records, where),
-        marks=_marks(records),
+        marks=answer_marks(records),
         question_type=_optional(row, "question_type", where),
         answer_type=_optional(row, "answer_type", where),
     )
@@ -120,7 +119,7 @@ def _vizwiz(row: Row, where: str) -> GradedQuestion:
     return GradedQuestion(
         question_id=text(row, "image", where),
         answers=_answers(records, where),
-        marks=_marks(records),
+        marks=answer_marks(records),
         answer_type=_optional(row, "answer_type", where),
     )
 
@@ -148,16 +147,6 @@ def _daquar(path: Path) -> list[GradedQuestion]:
 def _answers(records: Sequence[object], where: str) -> tuple[str, ...]:
     named = ((f"{where}.answers[{index}]", record) for index, record in enumerate(records))
     return tuple(sys.intern(text(_object(record, name), "answer", name)) for name, record in named)
-
-
-def _marks(records: Sequence[object]) -> tuple[str, ...]:
-    """What else each record holds, where two records could be equal: the official script compares whole records."""
-    if all(isinstance(record, dict) and "answer_id" in record for record in records):
-        ids = [str(record["answer_id"]) for record in records if isinstance(record, dict)]
-        if len(set(ids)) == len(ids):
-            return ()
-    rest = [{key: value for key, value in _object(record, "").items() if key != "answer"} for record in records]
-    return tuple(json.dumps(fields, sort_keys=True) for fields in rest)
 
 
 def _predicted(row: Row, where: str) -> tuple[QuestionId, str]:

@@ -27,6 +27,13 @@ def test_questions_and_answers_come_back_letter_by_letter(text: str, answer: str
     assert decode_record(encode_record(sample)).questions == sample.questions
 
 
+def test_marks_of_answers_come_back_and_cost_nothing_where_there_are_none() -> None:
+    questions = (Question(question_id=5, text="?", answers=("a",), marks=("no",)), Question(question_id=6, text="?", answers=("a",)))
+    encoded = encode_record(Sample(key="k", image_id=1, image=b"", questions=questions))
+    assert decode_record(encoded).questions == questions
+    assert encoded.count(b"marks") == 1
+
+
 @given(key=st.text())
 def test_a_shard_key_is_a_plain_name_that_webdataset_keeps_whole(key: str) -> None:
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", shard_key(key))

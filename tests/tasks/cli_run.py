@@ -86,7 +86,7 @@ class Files:
             for question in sample.questions:
                 ids = {"question_id": question.question_id, "image_id": i}
                 self.questions["questions"].append({**ids, "question": question.text})
-                answers = [{"answer": text} for text in question.answers]
+                answers = [{"answer": text, "answer_id": j} for j, text in enumerate(question.answers, start=1)]
                 self.answers["annotations"].append({**ids, "answers": answers, "question_type": "", "answer_type": question.answer_type})
         self.save()
 

@@ -21,9 +21,9 @@ QUESTIONS: dict[str, Any] = {
 }
 ANNOTATIONS: dict[str, Any] = {
     "annotations": [
-        {"question_id": 30, "image_id": 3, "answers": [{"answer": "2"}, {"answer": " two\n"}], "answer_type": "number"},
-        {"question_id": 71, "image_id": 7, "answers": [{"answer": "dog"}], "question_type": "what is", "answer_type": "other"},
-        {"question_id": 70, "image_id": 7, "answers": [{"answer": "yes"}] * 10, "question_type": "is it", "answer_type": "yes/no"},
+        {"question_id": 30, "image_id": 3, "answers": [{"answer": "2", "answer_id": 1}, {"answer": " two\n", "answer_id": 2}], "answer_type": "number"},
+        {"question_id": 71, "image_id": 7, "answers": [{"answer": "dog", "answer_id": 1}], "question_type": "what is", "answer_type": "other"},
+        {"question_id": 70, "image_id": 7, "answers": [{"answer": "yes", "answer_id": i} for i in range(10)], "question_type": "is it", "answer_type": "yes/no"},
     ]
 }
 
@@ -64,6 +64,13 @@ def test_one_sample_per_image_has_all_its_questions_with_their_own_answers(root:
         Question(question_id=71, text="What is it?", answers=("dog",), question_type="what is", answer_type="other"),
     )
     assert source.problems == ()
+
+
+def test_answers_without_an_id_keep_what_tells_them_apart(root: Path) -> None:
+    people = [{"answer": "yes", "answer_confidence": "yes"}, {"answer": "yes", "answer_confidence": "no"}]
+    source = read_vqa(**arguments(root, annotations=changed(ANNOTATIONS, 1, answers=people)))
+    assert source[0].questions[1].marks == ('{"answer_confidence": "yes"}', '{"answer_confidence": "no"}')
+    assert source[0].questions[0].marks == ()
 
 
 def test_answers_stay_as_they_stand_in_the_file(root: Path) -> None:
