@@ -3,6 +3,9 @@
 A slot that reads everything (eP-ALM as released) changes with each new token, while a cache assumes that nothing does. Where only
 the last layer reads what changed, the rest of the cache is right: the layer before the last is run on the slot alone, over all
 cached keys, and the slot's keys and values in the last layer are replaced. Elsewhere there is no exact cache, and none is used.
+
+Both layers are called as modules, so that edits inside them act on the slot; who records what layers give (`output_hidden_states`)
+finds two entries more at each of these steps.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ class Hypotheses:
 
     n_beams: int
     penalty: float
+    stops_early: bool
     held: list[tuple[float, Tensor]] = field(default_factory=list)
     is_done: bool = False
 
@@ -39,16 +40,18 @@ class Hypotheses:
         return self.held[0][0] if self.held else 1e9
 
     def settle(self, best_log_probability: float, length: int) -> None:
-        """Done once no beam that goes on can become better than the worst that is held."""
+        """Done once enough are held (where it stops early), or no beam that goes on can become better than the worst of them."""
         full = len(self.held) == self.n_beams
-        self.is_done = self.is_done or (full and self.worst >= best_log_probability / length**self.penalty)
+        self.is_done = self.is_done or (full and self.stops_early) or (full and self.worst >= best_log_probability / length**self.penalty)
 
 
-def search(step: Step, ids: Tensor, mask: Tensor, *, beams: int, max_length: int, end: int, pad: int, penalty: float) -> tuple[Tensor, Tensor]:
+def search(
+    step: Step, ids: Tensor, mask: Tensor, *, beams: int, max_length: int, end: int, pad: int, penalty: float, stops_early: bool = False
+) -> tuple[Tensor, Tensor]:
     """ids [B, T'], prompt first and padded; score [B] of each. One beam is greedy search: its score is 0."""
     if beams == 1:
         return _greedy(step, ids, mask, max_length, end, pad), torch.zeros(len(ids))
-    rows = [Hypotheses(beams, penalty) for _ in ids]
+    rows = [Hypotheses(beams, penalty, stops_early) for _ in ids]
     ids, mask = ids.repeat_interleave(beams, 0), mask.repeat_interleave(beams, 0)
     scores = torch.tensor([0.0] + [-1e9] * (beams - 1), dtype=torch.float64).repeat(len(rows))
     while ids.shape[1] < max_length and not all(row.is_done for row in rows):

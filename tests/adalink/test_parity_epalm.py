@@ -119,7 +119,7 @@ def test_generated_ids_equal_the_authors(name: str, key: str, rows: list[int], b
 
     found, scores = search(
         step, ids, mask, beams=beams, max_length=settings["max_length"], end=r.case.spec["tokens"]["bos_eos"], pad=r.case.spec["tokens"]["pad"],
-        penalty=settings["length_penalty"],
+        penalty=settings["length_penalty"], stops_early=settings.get("early_stopping", False),
     )  # fmt: skip
     assert torch.equal(found, r.case.tensors[key])
     if beams > 1 and f"{key}.scores" in r.case.tensors:
