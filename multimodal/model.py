@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap, fingerprint
 from adalink.errors import ConfigError
+from adalink.hub import local_folder, upload
 from adalink.recompute import needs_whole_sequence, reads_later_tokens
 from multimodal.batch import NO_TARGET, Batch, collate
 from multimodal.encode import RowEncoder
@@ -26,6 +27,7 @@ from multimodal.generate import GenerationSettings, generated_texts, run_generat
 from multimodal.language import Language, load_language
 from multimodal.template import Template
 from multimodal.vision import VisionTower, load_tower
+from multimodal.vision_adapter import load_vision_adapter, new_vision_adapter, save_vision_adapter
 
 __all__ = ["VisionLanguageModel"]
 
@@ -63,7 +65,15 @@ class VisionLanguageModel(nn.Module):
         return total / batch.n_targets
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """float [I, 3, H, W] -> [I, N + L, Dv]: the pictures' patches, then what each block says of the whole (see Features.joined)."""
+        """float [I, 3, H, W] -> [I, N + L, Dv]: the pictures' patches, then what each block says of the whole (see Features.joined).
+
+        For whoever keeps them. Raises ConfigError where the encoder is adapted: then they change with every step.
+        """
+        if self.tower.adapter is not None:
+            raise ConfigError(
+                f"the encoder '{self.tower.name}' has trained weights, so its features change with every step and cannot be kept: "
+                "encode pictures as they come (train.features: encode)"
+            )
         with torch.no_grad():
             return self.tower(pixels).joined
 
@@ -114,7 +124,9 @@ class VisionLanguageModel(nn.Module):
 
     def token_map(self, batch: Batch, adapter_names: Sequence[str | None] | None = None) -> TokenMap:
         """What the batch's tokens are, with the features of each row's picture."""
-        kept = batch.patches if batch.patches is not None else self.encode(_pixels(batch))
+        if batch.patches is not None and self.tower.adapter is not None:
+            raise ConfigError("the batch holds kept features, and this model's encoder has trained weights: collate it with pixels")
+        kept = batch.patches if batch.patches is not None else self.tower(_pixels(batch)).joined
         rows, n_patches = self.adapted.serving(len(batch.ids), adapter_names), self.tower.n_patches
         inputs = {"image": kept[batch.image, :n_patches]}
         if kept.shape[1] > n_patches:
@@ -130,6 +142,10 @@ class VisionLanguageModel(nn.Module):
         """Add a new adapter and make it the active one."""
         return self.adapted.add_adapter(name, methods)
 
+    def add_vision_adapter(self, methods: Mapping[str, Method]) -> Adapter:
+        """Put methods into the encoder too, once for all adapters: its features are then trained through, and never kept."""
+        return new_vision_adapter(self.tower, methods)
+
     def load_adapter(self, folder: str | Path, name: str) -> Adapter:
         """Add an adapter from its folder or hub name; refused where it was trained on other frozen parts or another layer's features."""
         config = AdaptedModel.read_config(folder)
@@ -140,7 +156,12 @@ class VisionLanguageModel(nn.Module):
                 f"the adapter in {folder} reads the features of layer {layer}, and this model's encoder gives those of layer {self.tower.layer}: "
                 f"compose the model with layer={layer}"
             )
-        return self.adapted.load_adapter(folder, name)
+        local, encoder = local_folder(folder), self.adapted.parts["encoder"]
+        vision = load_vision_adapter(local, self.tower, encoder, len(self.adapted.adapters))
+        adapter = self.adapted.load_adapter(local, name)
+        if vision is not None:
+            self.tower.adapt(vision)
+        return adapter
 
     def delete_adapter(self, name: str) -> None:
         """Take an adapter away; the others stay as they are. Where it was the active one, none is."""
@@ -161,6 +182,7 @@ class VisionLanguageModel(nn.Module):
         template = self.template_of(self.adapted.active or BASE_NAME)
         self.adapted.task = {**self.adapted.task, **(task or {}), "prompt": template.prompt, "target": template.target, "layer": self.tower.layer}
         self.adapted.save_pretrained(folder)
+        save_vision_adapter(Path(folder), self.tower, self.adapted.parts["encoder"])
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, encoder: str | Path | None = None, language_model: str | Path | None = None) -> VisionLanguageModel:
@@ -174,7 +196,8 @@ class VisionLanguageModel(nn.Module):
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload the active adapter's folder."""
-        return self.adapted.push_to_hub(repository, private=private)
+        self.adapted.active_adapter()
+        return upload(repository, private, self.save_pretrained)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters the active adapter trains, and their share of all."""

@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from adalink import Adapter, Anatomy
 from adalink.errors import ConfigError
+from adalink.vision import attach_vision
+from adalink.vision_anatomy import read_vision
 from multimodal.encoders.layout import read_layout
 from multimodal.encoders.load import load_encoder
 from multimodal.encoders.stage import Encoder, Loaded, Preprocess, Stage
@@ -50,6 +53,7 @@ class VisionTower(nn.Module):
         self.encoder = loaded.encoder
         self.preprocess: Preprocess = loaded.preprocess
         self.name = name
+        self.adapter: Adapter | None = None  # of `adapt`; where there is one, features are trained through
         freeze(self.encoder, None)
         pixels = _example(self.preprocess, self.name)
         with torch.no_grad(), loading("vision encoder", name, "choose an encoder that turns a batch of pictures alone into patches"):
@@ -70,13 +74,29 @@ class VisionTower(nn.Module):
         return self.encoder  # type: ignore[return-value]  # nn.Module attributes are typed as modules
 
     def train(self, mode: bool = True) -> VisionTower:
-        """Stays in eval mode: frozen parts have no dropout and their batch statistics do not move."""
-        del mode
-        return super().train(False)
+        """Stays in eval mode, but for an adapter: frozen parts have no dropout and their batch statistics do not move."""
+        super().train(False)
+        if self.adapter is not None:
+            self.adapter.train(mode)
+        return self
 
-    @torch.no_grad()
+    def adapt(self, adapter: Adapter) -> Adapter:
+        """Attach an adapter to the encoder, for good: from now on its features are trained through, and nothing may keep them.
+
+        adapter: made with `vision_anatomy()`. Raises ConfigError where the encoder has one already.
+        """
+        if self.adapter is not None:
+            raise ConfigError(f"the encoder '{self.name}' has an adapter already: put all its methods into one")
+        attach_vision(self.encoder.get_submodule("model"), adapter)
+        self.adapter = adapter.to(next(self.encoder.parameters()).device)
+        return adapter
+
+    def vision_anatomy(self) -> Anatomy:
+        """Where methods can be placed in the encoder. Raises AttachError where it is no plain vision transformer."""
+        return read_vision(self.encoder.get_submodule("model"))
+
     def forward(self, pixels: Tensor) -> Features:
-        """Features of `pixels` float[B, 3, H, W] as `preprocess` makes them, in the dtype of the tower, without gradient.
+        """Features of `pixels` float[B, 3, H, W] as `preprocess` makes them, in the dtype of the tower; without gradient unless it is adapted.
 
         patches, layer = -1: the final features after the encoder's final norm, also where the encoder norms its CLS token only (CLIP);
             not normed where the encoder averages its patches before that norm. layer < -1: the block's output without the norm.
@@ -85,7 +105,10 @@ class VisionTower(nn.Module):
             the norm of the mean where the encoder averages first. Where the widths of the blocks differ (most CNNs, Swin), only
             the layer that the patches come from: L = 1.
         """
-        pixels = self._placed(pixels)
+        with torch.set_grad_enabled(self.adapter is not None and torch.is_grad_enabled()):
+            return self._features(self._placed(pixels))
+
+    def _features(self, pixels: Tensor) -> Features:
         if self._layout.is_column:
             blocks = self._encoder.blocks(pixels)
             patches = self._normed(blocks[-1].patches) if self.layer == -1 else blocks[self.layer].patches
