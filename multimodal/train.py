@@ -109,7 +109,8 @@ class _Run:
     ) -> None:
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
         self.is_stopping = False
-        self.parameters = {**dict(model.adapted.active_adapter().named_parameters()), **also_trained}
+        seen = model.tower.adapter.named_parameters("vision") if model.tower.adapter is not None else ()
+        self.parameters = {**dict(model.adapted.active_adapter().named_parameters()), **dict(seen), **also_trained}
         groups = parameter_groups(self.parameters, settings)
         self.peaks = [group["lr"] for group in groups]
         optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
