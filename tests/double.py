@@ -1,0 +1,23 @@
+"""Models that compute in float64 throughout: their norms, rotary positions and generated logits are otherwise cast to float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["InDouble"]
+
+
+class InDouble(TorchFunctionMode):
+    """Inside the block a cast to float32 is one to float64. Make the model in it too, so that its rotary frequencies are exact."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
