@@ -59,10 +59,10 @@ class GridPool(nn.Module):
 class Bridge:
     """A connector from the encoder's patch features to the embedding space.
 
-    linear   [pool ->] norm -> dropout -> Linear(Dv, D)
-    mlp      [pool ->] norm -> Linear(Dv, hidden) -> activation -> dropout -> Linear(hidden, D), as LLaVA 1.5 and its successors have it
+    linear   [pool ->] norm -> dropouts -> Linear(Dv, D)
+    mlp      [pool ->] norm -> feature dropout -> Linear(Dv, hidden) -> activation -> dropout -> Linear(hidden, D)
 
-    The norm (LayerNorm, trained) makes encoders of any scale start alike. Context-PEFT's released connector is an mlp with bias False and
+    The mlp is the connector of LLaVA 1.5 and its successors. The norm (LayerNorm, trained) makes encoders of any scale start alike. Context-PEFT's released connector is an mlp with bias False and
     a learned boundary; its paper's is linear with norm none and dropout 0.1.
     """
 
@@ -74,6 +74,7 @@ class Bridge:
     activation: Literal["gelu", "relu", "silu"] = "gelu"  # of the mlp; gelu is the exact one
     bias: bool = True  # of the linears
     dropout: float = 0.0  # before the last linear
+    feature_dropout: float = 0.0  # of the normed features; what few pictures need most
     pool: int = 0  # average a square grid of patches down to this many rows and columns: fewer slots, faster steps; 0: every patch has a slot
     boundary: Literal["none", "learned"] = "none"  # learned: a trained vector before the features and one after, two more slots
 
@@ -89,8 +90,9 @@ class Bridge:
             raise ConfigError(f"the bridge's norm is {self.norm!r} with eps {self.norm_eps}: give layer or none, and an eps above 0")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"the bridge's activation is {self.activation!r}: give one of {', '.join(ACTIVATIONS)}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"the bridge's dropout is {self.dropout}: give 0 or more and less than 1")
+        for name in ("dropout", "feature_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"the bridge's {name} is {getattr(self, name)}: give 0 or more and less than 1")
         if self.boundary not in ("none", "learned"):
             raise ConfigError(f"the bridge's boundary is {self.boundary!r}: give none or learned")
 
@@ -116,6 +118,7 @@ class Bridge:
         width_in, hidden = image.width, self.hidden or width
         chain: list[tuple[str, nn.Module]] = [("pool", GridPool(_side(image.count, self.pool), self.pool))] if self.pool else []
         chain += [("0", nn.LayerNorm(width_in, eps=self.norm_eps))] if self.norm == "layer" else []
+        chain += [("feature_dropout", nn.Dropout(self.feature_dropout))] if self.feature_dropout else []
         if self.kind == "mlp":
             chain += [("1", nn.Linear(width_in, hidden, bias=self.bias)), ("2", ACTIVATIONS[self.activation]())]
         chain += [("dropout", nn.Dropout(self.dropout))] if self.dropout else []

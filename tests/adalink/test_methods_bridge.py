@@ -76,6 +76,14 @@ def test_a_pooled_slot_holds_the_projected_mean_of_its_region() -> None:
     torch.testing.assert_close(edit(torch.zeros(2, 4, WIDTH, dtype=torch.float64), tokens, None)[:, 1], upper_right)
 
 
+def test_features_are_dropped_in_training_alone() -> None:
+    edit = placed(kind="mlp", norm="none", feature_dropout=0.5)
+    first = edit.layers[:1]
+    ones = torch.ones(1000, FEATURE_WIDTH, dtype=torch.float64)
+    assert set(first(ones).unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(first.eval()(ones), ones)
+
+
 @pytest.mark.parametrize(("count", "pool"), [(15, 2), (16, 5)])
 def test_a_grid_that_cannot_be_pooled_is_refused(count: int, pool: int) -> None:
     anatomy = dataclasses.replace(ANATOMY, inputs={"image": InputSpec(count, FEATURE_WIDTH)})
@@ -92,6 +100,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"kind": "mlp", "hidden": -1}, "the bridge's hidden width is -1 with kind mlp"),
     ({"kind": "linear", "hidden": 8}, "the bridge's hidden width is 8 with kind linear: only an mlp has one"),
     ({"kind": "mlp", "init_scale": 0.0}, "the bridge's init_scale is 0.0: give a positive number"),
+    ({"kind": "mlp", "feature_dropout": 1.0}, "the bridge's feature_dropout is 1.0: give 0 or more and less than 1"),
     ({"kind": "mlp", "pool": -1}, "the bridge's pool is -1: give the rows and columns to keep, or 0"),
 ]
 
