@@ -62,8 +62,8 @@ class Bridge:
     linear   [pool ->] norm -> dropouts -> Linear(Dv, D)
     mlp      [pool ->] norm -> feature dropout -> Linear(Dv, hidden) -> activation -> dropout -> Linear(hidden, D)
 
-    The mlp is the connector of LLaVA 1.5 and its successors. The norm (LayerNorm, trained) makes encoders of any scale start alike. Context-PEFT's released connector is an mlp with bias False and
-    a learned boundary; its paper's is linear with norm none and dropout 0.1.
+    The mlp is the connector of LLaVA 1.5 and its successors. The norm (LayerNorm, trained) makes encoders of any scale start alike.
+    Context-PEFT's released connector is an mlp with bias False and a learned boundary; its paper's is linear with norm none and dropout 0.1.
     """
 
     kind: Literal["linear", "mlp"]
