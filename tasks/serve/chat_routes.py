@@ -18,6 +18,7 @@ from tasks.serve.service import Service
 __all__ = ["chat_routes"]
 
 CLIENT_LEFT = 499
+SMALL = 65_536  # bytes: read at once; a larger body would hold up the event loop
 FAILED = Refused(500, "the model failed on the batch of this request; the server's log says why", code="internal_error")
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def chat_routes(service: Service) -> APIRouter:
 async def _chat(service: Service, request: Request) -> Response:
     body = await request.body()
     with service.worker.waiting.arriving():
-        asked = await service.in_thread(lambda: read_json(body, ChatRequest))
+        asked = read_json(body, ChatRequest) if len(body) < SMALL else await service.in_thread(lambda: read_json(body, ChatRequest))
         with service.served.using(asked.model) as card:
             ask, question = await service.in_thread(lambda: service.reader.ask(asked, card))
             job = Job(ask, streams=bool(asked.stream))

@@ -18,10 +18,11 @@ __all__ = ["Answer", "Ask", "Job", "Picture"]
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture: what tells it from others, and float32 [3, H, W] as the encoder takes it."""
+    """A picture: what tells it from others, and either float32 [3, H, W] as the encoder takes it, or what the encoder gave before."""
 
     key: str
-    pixels: Tensor
+    pixels: Tensor | None
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from PIL import Image
+from torch import Tensor
 
 from adalink import BASE_NAME
 from adalink.errors import ConfigError
@@ -32,10 +33,11 @@ TOKENS = "max_completion_tokens"
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the bytes of pictures come from, each called with an id or address and the field that names it."""
+    """Where pictures come from: bytes, by an id or address and the field that names it; and features of those that were seen before."""
 
     upload: Callable[[str, str], bytes]
     remote: Callable[[str, str], bytes]
+    features: Callable[[str], Tensor | None]
 
 
 class Reader:
@@ -119,13 +121,16 @@ class Reader:
         return self.decoded(data, field)
 
     def decoded(self, data: bytes, field: str) -> Picture:
-        """A picture of its bytes. Raises Refused."""
+        """A picture of its bytes; one whose features are known is not decoded again. Raises Refused."""
+        key = hashlib.sha256(data).hexdigest()
+        if (features := self.sources.features(key)) is not None:
+            return Picture(key, None, features)
         try:
             image = decode_image(data, limits=self._image_limits)
         except BadImage as error:
             status = 413 if error.reason in ("too many bytes", "too many pixels") else 400
             raise Refused(status, f"{field}: {error.detail}", field=field, code=error.reason.replace(" ", "_")) from None
-        return Picture(hashlib.sha256(data).hexdigest(), self.model.tower.preprocess(image))
+        return Picture(key, self.model.tower.preprocess(image))
 
     def _linked(self, url: str, field: str) -> bytes:
         """The bytes behind a data URL or an address."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from tasks.vqa import Vqa
 
 __all__ = ["run_server", "served_model"]
 
+# The generation thread gives up the interpreter at each of its many small operations, and would wait for it again as long as this: with
+# Python's default of 5 ms, whatever else the process does is dear.
+SWITCH_SECONDS = 0.0002
+
 
 def run_server(settings: ServeSettings, adapters: Mapping[str, Path]) -> None:
     """Serve until SIGTERM or an interrupt; what was accepted by then is answered first. Raises ConfigError before anything is served."""
@@ -44,6 +49,7 @@ def run_server(settings: ServeSettings, adapters: Mapping[str, Path]) -> None:
         shown = f"[{host}]" if ":" in host else host
         print(f"adalink serves {', '.join(service.served.cards)}: page at http://{shown}:{port}/, API at http://{shown}:{port}/v1", flush=True)
         # uvicorn ends in good order on SIGTERM, and then raises the signal again: this handler gets it, so that the exit code is 0.
+        sys.setswitchinterval(SWITCH_SECONDS)
         before = signal.signal(signal.SIGTERM, lambda number, frame: None)
         try:
             uvicorn.Server(config).run(sockets=[listening])

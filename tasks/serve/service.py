@@ -45,7 +45,7 @@ class Service:
         metrics, limits, access = Metrics(), settings.limits, settings.access
         worker = Worker(model, settings.batching, limits.cached_pictures, metrics.batch)
         uploads, remote = Uploads(limits.upload_bytes), RemotePictures(access.image_hosts, limits.image_bytes)
-        sources = Sources(lambda file_id, field: uploads.get(file_id, field).data, remote.fetch)
+        sources = Sources(lambda file_id, field: uploads.get(file_id, field).data, remote.fetch, worker.features.get)
         served = Served(model, worker)
         metrics.waiting.set_function(lambda: len(worker.waiting.jobs))
         metrics.models.set_function(lambda: len(served.cards) - 1)

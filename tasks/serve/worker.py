@@ -34,7 +34,7 @@ class Worker:
         self.model = model
         self.waiting = Waiting(batching, self._fits)
         self.seen = seen  # called with each batch before it is run
-        self._features = KeptFeatures(model, n_kept)
+        self.features = KeptFeatures(model, n_kept)
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
 
     @property
@@ -71,7 +71,7 @@ class Worker:
                 continue
             self.seen(taken)
             try:
-                run_jobs(self.model, self._features, taken)
+                run_jobs(self.model, self.features, taken)
             except Exception as error:
                 logger.exception("a batch of %d failed", len(taken))
                 for job in taken:

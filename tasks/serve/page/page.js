@@ -1,1 +1,220 @@
+// The page of `adalink serve`: a picture, the adapters that are asked about it, and what each of them says, with the time it took.
+// It uses the same API that programs use. Each question is asked of the picture alone: adapters do not read earlier answers.
 
+const at = (id) => document.getElementById(id);
+const made = (id) => at(id).content.firstElementChild.cloneNode(true);
+const state = { models: [], picture: null, fileId: null, asked: 0 };
+
+class Told extends Error {
+  constructor(error, status) {
+    super(error?.message ?? `the server answered ${status}`);
+    this.code = error?.code;
+    this.status = status;
+  }
+}
+
+async function api(path, options = {}) {
+  const headers = { ...options.headers };
+  const key = sessionStorage.getItem("key");
+  if (key) headers.Authorization = `Bearer ${key}`;
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers });
+  } catch {
+    throw new Told({ message: "the server cannot be reached" }, 0);
+  }
+  if (!response.ok) {
+    const body = await response.json().catch(() => ({}));
+    at("access").hidden = response.status !== 401;
+    throw new Told(body.error, response.status);
+  }
+  return response;
+}
+
+// The models
+
+async function showModels() {
+  let listed;
+  try {
+    listed = await (await api("v1/models")).json();
+  } catch (error) {
+    at("summary").textContent = error.status === 401 ? "This server wants a key." : error.message;
+    return;
+  }
+  state.models = listed.data.map((model) => ({ id: model.id, ...model.adalink }));
+  const adapters = state.models.filter((model) => !model.is_base);
+  at("summary").textContent = `${adapters.length} ${adapters.length === 1 ? "adapter" : "adapters"} on one frozen model, side by side.`;
+  at("models").replaceChildren(
+    ...state.models.map((model) => {
+      const label = made("model");
+      const box = label.querySelector("input");
+      box.value = model.id;
+      box.checked = !model.is_base;
+      label.querySelector(".name").textContent = model.is_base ? "no adapter" : model.id;
+      label.querySelector(".task").textContent = model.is_base ? "the frozen model, blind" : model.asks ? "answers" : "captions";
+      return label;
+    }),
+  );
+  update();
+}
+
+const chosen = () => {
+  const names = new Set([...at("models").querySelectorAll(":checked")].map((box) => box.value));
+  return state.models.filter((model) => names.has(model.id));
+};
+
+function update() {
+  const answers = chosen().filter((model) => model.asks);
+  const ready = Boolean(state.picture) && answers.length > 0;
+  at("question").disabled = at("send").disabled = !ready;
+  at("hint").textContent = !state.picture
+    ? "Give a picture first."
+    : answers.length === 0
+      ? "None of the chosen adapters answers questions."
+      : `Asked of ${answers.map((model) => (model.is_base ? "the frozen model" : model.id)).join(", ")}. Each question is read alone, without the earlier ones.`;
+}
+
+// The picture
+
+async function take(file) {
+  if (!file) return;
+  URL.revokeObjectURL(at("picture").src);
+  state.picture = file;
+  state.fileId = null;
+  const asked = ++state.asked;
+  at("picture").src = URL.createObjectURL(file);
+  at("picture").alt = `The picture ${file.name}`;
+  at("picture").hidden = false;
+  at("invitation").hidden = true;
+  at("drop").classList.add("full");
+  at("turns").replaceChildren();
+  try {
+    await upload();
+  } catch (error) {
+    if (asked !== state.asked) return;
+    state.picture = null;
+    update();
+    at("hint").textContent = error.message;
+    return;
+  }
+  update();
+  const captioning = chosen().filter((model) => !model.asks);
+  if (captioning.length) await turn("What it shows", "", captioning);
+}
+
+async function upload() {
+  const form = new FormData();
+  form.append("purpose", "vision");
+  form.append("file", state.picture);
+  const picture = state.picture;
+  const { id } = await (await api("v1/files", { method: "POST", body: form })).json();
+  if (picture === state.picture) state.fileId = id;
+}
+
+// Questions and answers
+
+async function turn(title, question, models) {
+  const article = made("turn");
+  article.querySelector("h2").textContent = title;
+  at("turns").prepend(article);
+  const cards = models.map((model) => {
+    const card = made("answer");
+    card.querySelector("h3").textContent = model.is_base ? "no adapter" : model.id;
+    card.querySelector(".said").textContent = "…";
+    card.querySelector(".said").classList.add("waits");
+    article.querySelector(".answers").append(card);
+    return card;
+  });
+  await Promise.all(models.map((model, i) => answer(cards[i], model, question)));
+}
+
+async function answer(card, model, question) {
+  const said = card.querySelector(".said");
+  const started = performance.now();
+  const passed = () => `${((performance.now() - started) / 1000).toFixed(2)} s`;
+  let text = "";
+  try {
+    for await (const chunk of chunks(model, question)) {
+      if (chunk.error) throw new Told(chunk.error, 500);
+      const piece = chunk.choices[0]?.delta?.content;
+      if (piece) {
+        text += piece;
+        said.textContent = text;
+        said.classList.remove("waits");
+      }
+      if (chunk.adalink) {
+        const others = chunk.adalink.batch_rows - 1;
+        card.querySelector(".time").textContent = `${passed()}${others ? `, with ${others} ${others === 1 ? "other" : "others"} in its batch` : ""}`;
+      }
+    }
+    if (!text) {
+      said.textContent = "it wrote nothing";
+      said.classList.add("nothing");
+    }
+  } catch (error) {
+    said.textContent = error.message;
+    said.classList.add("wrong");
+    card.querySelector(".time").textContent = passed();
+  }
+  said.classList.remove("waits");
+  card.dataset.done = "true";
+}
+
+async function* chunks(model, question) {
+  const response = await chat(model, question).catch(async (error) => {
+    if (error.code !== "file_not_found") throw error;
+    await upload(); // newer uploads took its room
+    return chat(model, question);
+  });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const data = event.replace(/^data: /, "");
+      if (data !== "[DONE]") yield JSON.parse(data);
+    }
+  }
+}
+
+function chat(model, question) {
+  const content = [{ type: "file", file: { file_id: state.fileId } }];
+  if (question) content.push({ type: "text", text: question });
+  const body = JSON.stringify({ model: model.id, stream: true, messages: [{ role: "user", content }] });
+  return api("v1/chat/completions", { method: "POST", body, headers: { "Content-Type": "application/json" } });
+}
+
+// What a person does
+
+at("file").addEventListener("change", (event) => take(event.target.files[0]));
+for (const name of ["dragenter", "dragover"]) {
+  document.addEventListener(name, (event) => {
+    event.preventDefault();
+    at("drop").classList.add("over");
+  });
+}
+document.addEventListener("dragleave", (event) => event.relatedTarget ?? at("drop").classList.remove("over"));
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  at("drop").classList.remove("over");
+  take(event.dataTransfer.files[0]);
+});
+document.addEventListener("paste", (event) => take([...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/"))));
+at("models").addEventListener("change", update);
+at("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const question = at("question").value.trim();
+  if (!question) return;
+  at("question").value = "";
+  turn(question, question, chosen().filter((model) => model.asks));
+});
+at("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("key", at("key").value);
+  at("access").hidden = true;
+  showModels();
+});
+showModels();

@@ -1,0 +1,175 @@
+"""Load tests of `adalink serve` on loopback, each a row of RESULTS.md.
+
+    PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py mixing      # mixed batches against one adapter at a time
+    PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py reload      # adapters come and go under load
+    PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py end         # SIGTERM under load
+    PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py bad         # 10,000 bad requests
+
+The frozen parts are those that ship with the package; adapters have random weights, which cost what trained ones do.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import torch
+from served import Server, data_url, messages, picture, serving
+
+from adalink import AdaLink, Bridge
+from tasks.captioning import Captioning
+from tasks.compose import compose
+
+N_CLIENTS, N_ADAPTERS, N_PICTURES = 32, 4, 64
+NAMES = tuple(f"caption{i}" for i in range(N_ADAPTERS))
+SECONDS = 20.0
+
+
+@dataclass
+class Load:
+    """Clients that ask again as soon as they are answered, and what became of each request."""
+
+    server: Server
+    bodies: Sequence[bytes]
+    n_clients: int = N_CLIENTS
+    seconds: list[float] = field(default_factory=list)  # of the requests that were answered
+    statuses: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def start(self) -> None:
+        self._threads = [threading.Thread(target=self._client, args=(i,)) for i in range(self.n_clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _client(self, seed: int) -> None:
+        draw, address = random.Random(seed), self.server.url.removeprefix("http://")
+        connection = http.client.HTTPConnection(address, timeout=60)
+        while not self._stop.is_set():
+            started, sent = time.perf_counter(), False
+            try:
+                connection.request("POST", "/v1/chat/completions", draw.choice(self.bodies), {"Content-Type": "application/json"})
+                sent = True
+                response = connection.getresponse()
+                reply = json.loads(response.read())
+            except (OSError, http.client.HTTPException) as error:
+                self.statuses["refused connection" if not sent else f"lost: {type(error).__name__}"] += 1
+                return
+            self.statuses[str(response.status)] += 1
+            if response.status == 200:
+                self.seconds.append(time.perf_counter() - started)
+                self.tokens += reply["usage"]["completion_tokens"]
+
+
+def save(folder: Path) -> None:
+    """The adapters, from random weights."""
+    model = compose("scenes:encoder", "scenes:language", template=Captioning().template)
+    for seed, name in enumerate(NAMES):
+        torch.manual_seed(seed)
+        adapter = model.add_adapter(name, {"bridge": Bridge(kind="mlp", hidden=256, init_scale=8.0), "adalink": AdaLink(rank=16, modalities=("image", "text"))})
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+        model.save_pretrained(folder / name, task={"task": "captioning"})
+
+
+def uploaded(server: Server) -> list[bytes]:
+    """A request for each adapter and picture. Each picture was asked about once, so that its features are kept."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        ids = [client.post("/v1/files", files={"file": ("p.png", picture(i))}).json()["id"] for i in range(N_PICTURES)]
+        contents = [[{"role": "user", "content": [{"type": "file", "file": {"file_id": file_id}}]}] for file_id in ids]
+        for content in contents:
+            client.post("/v1/chat/completions", json={"model": NAMES[0], "messages": content}).raise_for_status()
+    return [json.dumps({"model": name, "messages": content, "max_tokens": 30}).encode() for name in NAMES for content in contents]
+
+
+def percentile(seconds: Sequence[float], share: float) -> float:
+    return sorted(seconds)[min(int(share * len(seconds)), len(seconds) - 1)]
+
+
+def mixing(folder: Path) -> None:
+    """Throughput and latency of both ways to batch, on two servers that differ in nothing else, in turns."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for turn in range(2):
+        for way in ("mixed", "one_adapter")[:: 1 if turn == 0 else -1]:
+            with serving(folder, "--batching.mixing", way, names=NAMES) as server:
+                load = Load(server, uploaded(server))
+                rows, batches = server.metric("adalink_batch_rows_sum"), server.metric("adalink_batch_rows_count")
+                cpu = server.cpu_seconds()
+                load.start()
+                time.sleep(SECONDS)
+                load.stop()
+                cpu = server.cpu_seconds() - cpu
+                rows, batches = server.metric("adalink_batch_rows_sum") - rows, server.metric("adalink_batch_rows_count") - batches
+            rate, p50, p95 = len(load.seconds) / SECONDS, percentile(load.seconds, 0.5), percentile(load.seconds, 0.95)
+            found.setdefault(way, []).append((rate, p50, p95))
+            print(f"{way}: {rate:.1f} requests/s, {load.tokens / SECONDS:.0f} tokens/s, {1000 * cpu / len(load.seconds):.1f} ms of the server's processor a request, p50 {p50:.3f} s, p95 {p95:.3f} s, "
+                  f"{rows / batches:.1f} rows a batch, {dict(load.statuses)}", flush=True)  # fmt: skip
+    mean = {way: [sum(values) / len(values) for values in zip(*runs, strict=True)] for way, runs in found.items()}
+    print(f"mixed / one adapter: throughput {mean['mixed'][0] / mean['one_adapter'][0]:.2f}, p95 {mean['mixed'][2] / mean['one_adapter'][2]:.2f}")
+
+
+def reload(folder: Path) -> None:
+    """An adapter is loaded, asked and unloaded over and over, while others are asked."""
+    with serving(folder, "--access.adapters_folder", folder, names=NAMES[:3]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        load = Load(server, [body for body in uploaded(server) if NAMES[3].encode() not in body])
+        one = {"model": "guest", "messages": messages("", picture(0))}
+        load.start()
+        give_up, n_times, texts = time.monotonic() + SECONDS, 0, set()
+        while time.monotonic() < give_up:
+            client.post("/v1/models", json={"id": "guest", "folder": NAMES[3]}).raise_for_status()
+            texts.add(client.post("/v1/chat/completions", json=one).raise_for_status().json()["choices"][0]["message"]["content"])
+            client.delete("/v1/models/guest").raise_for_status()
+            n_times += 1
+        load.stop()
+        print(f"{n_times} times loaded, asked and unloaded ({len(texts)} different answers); the others: {dict(load.statuses)}")
+
+
+def end(folder: Path) -> None:
+    """SIGTERM, five times, at a random moment under load."""
+    for turn in range(5):
+        with serving(folder, names=NAMES) as server:
+            load = Load(server, uploaded(server))
+            before = server.metric("adalink_requests_total")
+            load.start()
+            time.sleep(random.Random(turn).uniform(1, 3))
+            last = server.end().splitlines()[-1]
+            load.stop()
+            print(f"exit code {server.process.returncode}; clients: {dict(load.statuses)}, and {before:.0f} before; server: {last}")
+
+
+def bad(folder: Path) -> None:
+    """10,000 requests of every bad kind, and the memory before and after."""
+    from test_serve_bad_requests import BAD
+
+    with serving(folder, "--limits.pixels", "4000000", names=NAMES) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        good = {"model": NAMES[0], "messages": messages("", picture(0))}
+        statuses: Counter[int] = Counter()
+        for n in range(10_000):
+            case = BAD[n % len(BAD)]
+            statuses[case.sent(client, NAMES[0]).status_code] += 1
+            if n in (500, 9_999):
+                print(f"after {n + 1}: {server.rss() / 2**20:.0f} MiB, {dict(statuses)}", flush=True)
+        print("and then", client.post("/v1/chat/completions", json=good).raise_for_status().status_code, data_url(b"")[:5])
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        save(Path(name))
+        {"mixing": mixing, "reload": reload, "end": end, "bad": bad}[sys.argv[1]](Path(name))
