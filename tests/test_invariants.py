@@ -18,6 +18,7 @@ from adalink import (
     ANSWER,
     BASE_ROW,
     EPALM,
+    IA3,
     IMAGE,
     PAD,
     PERCEPT,
@@ -27,7 +28,9 @@ from adalink import (
     AdaptedModel,
     Adapter,
     Anatomy,
+    BitFit,
     Bridge,
+    LoRA,
     Placement,
     Port,
     Prompt,
@@ -71,12 +74,17 @@ METHODS_UNDER_TEST = {
     "epalm": {"epalm": EPALM(layers=(0, 2), n_taps=2, connector="per_tap"), "prompt": Prompt(length=2, init_std=0.5, form="mlp", positions="none")},
     "epalm_late": {"epalm": EPALM(layers=(1, 2), n_taps=2, connector="shared", mask="published")},
     "epalm_leaks": {"epalm": EPALM(layers=(0, 1), n_taps=2, connector="shared", mask="published")},
+    "bridge_boundary": {"bridge": Bridge(kind="mlp", bias=False, boundary="learned")},
+    "lora": {"lora": LoRA(groups={"image": ("image",), "text": ("text",), "shared": ("image", "text")}, rank={"image": 4, "text": 2, "shared": 1}, alpha=4, bias="all")},
+    "lora_query_value": {"lora": LoRA(groups={"all": ("all",)}, rank=2, alpha=2, scaling="rank_stabilized", targets=("query", "value"))},
+    "bitfit": {"bitfit": BitFit(groups={"image": ("image",), "text": ("text",)}, force_bias=True)},
+    "ia3": {"ia3": IA3(groups={"image": ("image",), "shared": ("image", "text")})},
     "all_at_once": {
         "adalink": AdaLink(rank=4, modalities=("text", "image")), "bridge": Bridge(kind="mlp"), "prompt": Prompt(length=2, init_std=0.5), "deep": DeepShift(),
         "epalm": EPALM(layers=(1, 2), n_taps=1, connector="shared"),
     },
 }  # fmt: skip
-IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep")
+IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep", "lora", "lora_query_value", "bitfit", "ia3")
 EVERY = pytest.mark.parametrize("name", METHODS_UNDER_TEST)
 ON_EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 ON_DECODERS = pytest.mark.parametrize("family", DECODERS)
@@ -259,7 +267,7 @@ def test_checkpointed_gradients_equal_plain_ones(family: str, name: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
 
 
-@pytest.mark.parametrize("name", ["adalink", "epalm", "epalm_leaks", "all_at_once"])
+@pytest.mark.parametrize("name", ["adalink", "epalm", "epalm_leaks", "lora", "bitfit", "ia3", "all_at_once"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_model_compiles_to_one_graph_after_attach(family: str, name: str) -> None:
     torch._dynamo.reset()
@@ -271,6 +279,23 @@ def test_the_model_compiles_to_one_graph_after_attach(family: str, name: str) ->
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         actual = compiled(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
     torch.testing.assert_close(actual, expected, rtol=0, atol=EXACT[family])
+
+
+@EVERY
+@ON_EVERY_FAMILY
+def test_a_model_in_bfloat16_is_edited_and_trained_in_the_adapters_own_dtype(family: str, name: str) -> None:
+    model = tiny(family).bfloat16()
+    ids, domain, mask = rows()
+    adapter = adapter_for(name, model).float()
+    attachment = attach(model, adapter, anatomy=Anatomy.read(model, INPUTS))
+    with attachment.bind(token_map(domain)):
+        logits = run(model, ids, mask)
+        logits.float().square().mean().backward()
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
+    assert gradients
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
 
 
 @EVERY
