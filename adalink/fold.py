@@ -150,7 +150,9 @@ def _table(model: nn.Module) -> nn.Embedding:
     anatomy = Anatomy.read(model)
     found = model.get_submodule(anatomy.stack).get_submodule(anatomy.embedding)
     if type(found) is not nn.Embedding or found.max_norm is not None:
-        raise AttachError(f"the word embedding is a {type(found).__name__} that does more than to look up rows, expected a plain table: keep the adapter beside it")
+        raise AttachError(
+            f"the word embedding is a {type(found).__name__} that does more than to look up rows, expected a plain table: keep the adapter beside it"
+        )
     return found
 
 

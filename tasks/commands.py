@@ -22,6 +22,7 @@ from tasks.config import Data, RunConfig
 from tasks.data import DataConfig
 from tasks.demo import run_demo
 from tasks.draft import Draft, only_named_data
+from tasks.export import export_embeds, export_folded, export_merged
 from tasks.figure_commands import add_compared_runs, add_scored, run_compared, run_compared_runs, run_scored
 from tasks.help import comments_as_help
 from tasks.plan_commands import add_plan_options, compose_command, dry_run_command
@@ -200,6 +201,11 @@ COMMANDS: dict[str, Command | Mapping[str, Command]] = {
         "runs": Command("compare two run folders (also without the word: `compare RUN_A RUN_B`), with a report", add_compared_runs, run_compared_runs),
         "coco": Command("compare two files of captions", add_scored(compare_coco), run_compared(compare_coco)),
         "vqa": Command("compare two files of answers", add_scored(compare_vqa), run_compared(compare_vqa)),
+    },
+    "export": {
+        "folded": _function("write the language model with a text-only AdaLink in its embedding table", export_folded),
+        "merged": _function("write the language model with a LoRA for all tokens in its weights", export_merged),
+        "embeds": _function("write prompts as embeddings, for an engine that serves the frozen model", export_embeds),
     },
     "shards": {
         "coco": _function("write webdataset shards from COCO captions", shards_coco),

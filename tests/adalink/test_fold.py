@@ -153,5 +153,5 @@ def test_only_a_lora_alone_and_only_plain_linears_are_merged() -> None:
         """Stands for a linear whose weight is no matrix."""
 
     base.model.layers[0].mlp.down_proj = Quantized(48, 32, bias=False)  # type: ignore[union-attr,index]
-    with pytest.raises(AttachError, match="mlp.down_proj is a Quantized, expected a linear with a plain weight matrix"):
+    with pytest.raises(AttachError, match=r"mlp.down_proj is a Quantized, expected a linear with a plain weight matrix"):
         merge_linears(base, adapter)

@@ -1,0 +1,45 @@
+"""Prompts with pictures, or of words alone, as embeddings for an engine that serves the frozen language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adalink import AdaptedModel
+from adalink.call import Call
+from adalink.prompt_embeds import prompt_embeds
+from multimodal.batch import collate
+from multimodal.images import decode_image
+from multimodal.language import Language
+from multimodal.model import VisionLanguageModel
+
+__all__ = ["image_prompt_embeds", "text_prompt_embeds"]
+
+
+@torch.no_grad()
+def image_prompt_embeds(model: VisionLanguageModel, images: Sequence[Path | bytes], prompts: Sequence[str]) -> list[Tensor]:
+    """float [T, D] for each picture and prompt, worded by the active adapter's template, with its slots; no padding.
+
+    Raises ConfigError where the adapter does more than to edit the prompt's embeddings, DataError for a picture that cannot be read.
+    """
+    encoder, found = model.row_encoder(), []
+    for image, prompt in zip(images, prompts, strict=True):
+        pixels = model.tower.preprocess(decode_image(image))[None]
+        batch = collate([encoder.prompt(prompt)], [0], pixels, kind="pixels", side="left", pad_id=model.language.tokenizer.pad_token_id)
+        batch = batch.to(model.device)
+        found.append(prompt_embeds(model.adapted, batch.ids, model.token_map(batch))[0])
+    return found
+
+
+@torch.no_grad()
+def text_prompt_embeds(model: AdaptedModel, language: Language, prompts: Sequence[str]) -> list[Tensor]:
+    """The same of prompts that are words alone, as the tokenizer makes them (with its own special tokens), after the adapter's slots."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([language.tokenizer(prompt)["input_ids"]], device=next(model.base.parameters()).device)
+        call = Call.make(model.base, ids, {"input_ids": ids}, model.serving(1), model.image_ids, "left")
+        found.append(prompt_embeds(model, call.arguments["input_ids"], call.token_map)[0])
+    return found

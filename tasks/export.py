@@ -1,0 +1,159 @@
+"""What `adalink export ...` does: adapters for programs that know nothing of adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adalink import AdaptedModel, Adapter, Anatomy, FrozenPart, Method, fingerprint
+from adalink.checkpoint import AdapterConfig, load_weights
+from adalink.errors import ConfigError
+from adalink.fold import check_foldable, check_mergeable, fold_embedding, merge_linears, untie
+from multimodal.frozen import quiet
+from multimodal.language import Language, load_language
+from multimodal.prompt_embeds import image_prompt_embeds, text_prompt_embeds
+from tasks.compose import _found, load_adapted
+
+__all__ = ["export_embeds", "export_folded", "export_merged"]
+
+EMBEDS_FILE, PROMPTS_FILE = "inputs_embeds.safetensors", "prompts.json"
+
+
+def export_folded(*, adapter: Path, out: Path, language_model: str | None = None, untied: bool = False) -> None:
+    """Write the language model with a text-only AdaLink in its embedding table.
+
+    Args:
+        adapter: The adapter folder; AdaLink on text with scope all, and no other method.
+        out: A new or empty folder, in the format of transformers.
+        language_model: Where the language model is, if not where the adapter says.
+        untied: Give an output head that is the embedding table a table of its own first. The file grows by that table.
+    """
+    config = AdaptedModel.read_config(adapter)
+    check_foldable(config.methods)
+    with _new_folder(out) as folder:
+        language, loaded = _loaded(adapter, config, language_model)
+        if untied:
+            untie(language.model)
+        fold_embedding(language.model, loaded)
+        _save(language, folder)
+    print(f"wrote {out}: {language.name} with the adapter {adapter} in its embedding table")
+
+
+def export_merged(*, adapter: Path, out: Path, language_model: str | None = None) -> None:
+    """Write the language model with a LoRA for all tokens added to its weights.
+
+    Args:
+        adapter: The adapter folder; LoRA alone, with groups for every token.
+        out: A new or empty folder, in the format of transformers.
+        language_model: Where the language model is, if not where the adapter says.
+    """
+    config = AdaptedModel.read_config(adapter)
+    check_mergeable(config.methods)
+    with _new_folder(out) as folder:
+        language, loaded = _loaded(adapter, config, language_model)
+        merge_linears(language.model, loaded)
+        _save(language, folder)
+    print(f"wrote {out}: {language.name} with the adapter {adapter} in its weights")
+
+
+def export_embeds(
+    *,
+    adapter: Path,
+    out: Path,
+    images: list[Path] | None = None,
+    prompts: Path | None = None,
+    encoder: str | None = None,
+    language_model: str | None = None,
+) -> None:
+    """Write the embeddings of prompts as the frozen language model reads them, for an engine that accepts them.
+
+    Args:
+        adapter: The adapter folder; methods that edit prompts at the embedding only, such as AdaLink with scope prompt.
+        out: A new or empty folder, for inputs_embeds.safetensors (float [T, D] for each prompt, by its number) and prompts.json.
+        images: One picture for each prompt, where the adapter reads pictures.
+        prompts: A text file, one prompt a line; none for captions.
+        encoder: Where the encoder is, if not where the adapter says.
+        language_model: Where the language model is, if not where the adapter says.
+    """
+    config, pictures = AdaptedModel.read_config(adapter), images or []
+    texts = _lines(prompts) if prompts is not None else [""] * len(pictures)
+    has_pictures = {"encoder", "language_model"} <= set(config.base)
+    if not texts:
+        raise ConfigError("there is nothing to export: give --images, --prompts, or both")
+    if (len(pictures) != len(texts)) if has_pictures else bool(pictures):
+        wanted = f"{len(texts)}, one for each prompt" if has_pictures else "none, since this adapter reads no pictures"
+        raise ConfigError(f"{len(pictures)} images were given and {len(texts)} prompts: give {wanted}")
+    with _new_folder(out) as folder:
+        if has_pictures:
+            model, _ = load_adapted(adapter, encoder=encoder, language_model=language_model)
+            embeds = image_prompt_embeds(model, pictures, texts)
+            parts: Mapping[str, FrozenPart] = model.adapted.parts
+        else:
+            language = load_language(_found(language_model or config.base["language_model"].name))
+            adapted = AdaptedModel.from_pretrained(language.model, adapter)
+            embeds, parts = text_prompt_embeds(adapted, language, texts), adapted.parts
+        _write_embeds(folder, embeds, texts, pictures, parts)
+    print(f"wrote {out}: {len(embeds)} prompts of {min(map(len, embeds))} to {max(map(len, embeds))} embeddings each")
+
+
+def _write_embeds(folder: Path, embeds: Sequence[Tensor], texts: Sequence[str], pictures: Sequence[Path], parts: Mapping[str, FrozenPart]) -> None:
+    save_file({str(i): value.contiguous().cpu() for i, value in enumerate(embeds)}, folder / EMBEDS_FILE)
+    rows = [
+        {"tensor": str(i), "prompt": text, "image": str(pictures[i]) if pictures else None, "tokens": len(value)}
+        for i, (text, value) in enumerate(zip(texts, embeds, strict=True))
+    ]
+    content = {"language_model": vars(parts["language_model"]), "prompts": rows}
+    (folder / PROMPTS_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _loaded(folder: Path, config: AdapterConfig, language_model: str | None) -> tuple[Language, Adapter]:
+    """The frozen model, and the adapter beside it; refused where it was trained on another. An encoder that no method reads does not count."""
+    name = language_model or config.base["language_model"].name
+    language = load_language(_found(name))
+    here = FrozenPart(name, fingerprint(language.model))
+    config.check_base({**config.base, "language_model": here}, str(folder))
+    methods: Mapping[str, Method] = config.methods
+    adapter = Adapter(methods, Anatomy.read(language.model))
+    load_weights(folder, adapter)
+    return Language(model=language.model, tokenizer=language.tokenizer, name=name), adapter.eval()
+
+
+def _save(language: Language, folder: Path) -> None:
+    model: Any = language.model
+    with quiet(), torch.no_grad():
+        model.save_pretrained(folder)
+        language.tokenizer.save_pretrained(folder)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the prompts {path} cannot be read ({error}): give a text file in UTF-8, one prompt a line") from None
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes it once everything is written; nothing is left where that fails."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already: give another --out, or remove it")
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=False)
+    except OSError as error:
+        raise ConfigError(f"the folder {out} cannot be made: {error.strerror}") from None
+    try:
+        yield part
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
