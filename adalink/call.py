@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adalink.edit import Slots
 from adalink.errors import ConfigError
-from adalink.existing import NO_LABEL, domains, is_encoder_decoder, padding_mask, placeholder_id
+from adalink.existing import NO_LABEL, domains, is_encoder_decoder, padding_mask, placeholder_id, positions
 from adalink.reserve import Reserved
 from adalink.tokens import ANSWER, IMAGE, TEXT, TokenMap
 
@@ -75,6 +75,8 @@ class Call:
                 changed[name] = reserved.widened(arguments[name], slot, padding)
         if arguments.get("position_ids") is not None:
             changed["position_ids"] = reserved.widened_positions(arguments["position_ids"])
+        elif side == "right" and not writes_apart and (found := positions(model, changed["input_ids"], changed["attention_mask"])) is not None:
+            changed["position_ids"] = found
         for name in ("max_length", "min_length"):  # of transformers' generation, which counts the prompt
             if arguments.get(name) is not None and not writes_apart:
                 changed[name] = arguments[name] + reserved.n_slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from adalink.edit import Adapter
 from adalink.errors import ConfigError
 from adalink.tokens import ANSWER, DOMAIN_NAMES, IMAGE, PAD, TEXT
 
-__all__ = ["NO_LABEL", "check_trains", "domains", "image_token_ids", "is_encoder_decoder", "padding_mask", "placeholder_id"]
+__all__ = ["NO_LABEL", "check_trains", "domains", "image_token_ids", "is_encoder_decoder", "padding_mask", "placeholder_id", "positions"]
 
 NO_LABEL = -100  # transformers' and torch's own: not to be predicted
 # The field's two spellings, for pictures and for the frames of videos.
@@ -49,6 +50,22 @@ def padding_mask(model: nn.Module, input_ids: Tensor, pad_id: int | None) -> Ten
     end = getattr(settings, "eos_token_id", None)
     ends = end if isinstance(end, list) else [end]
     return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
+
+
+def positions(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+    """int64 [B, T]: positions that skip padding on the left, as the model itself counts them in generation; None where it needs no telling.
+
+    A key that has no position (a prefix) is at a distance that depends on where a row starts, so training must count as generation does.
+    """
+    host: Any = model
+    knows = any(hasattr(module, "get_rope_index") for module in model.modules())  # it reads the mask, and a picture has two dimensions
+    if knows or "position_ids" not in inspect.signature(host.forward).parameters or bool(attention_mask[:, 0].all()):
+        return None
+    position = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    # PaliGemma counts from 1 there.
+    prepared = host.prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, position_ids=position, use_cache=False)
+    found: Tensor = prepared.get("position_ids", position)
+    return found
 
 
 def domains(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, image_ids: Sequence[int]) -> Tensor:

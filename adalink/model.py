@@ -95,7 +95,7 @@ class AdaptedModel(nn.Module):
                 return self.base.generate(input_ids=input_ids, **with_exact_cache(self.attachment, token_map, kwargs))  # type: ignore[operator]
         call = self._call({"input_ids": input_ids, **kwargs}, adapter_names, "left")
         with self.attachment.bind(call.token_map):
-            return call.own_ids(self.base.generate(**call.arguments))  # type: ignore[operator]
+            return call.own_ids(self.base.generate(**with_exact_cache(self.attachment, call.token_map, call.arguments)))  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """The adapters' mode alone: the frozen part has no dropout, whatever is trained around it."""

@@ -56,11 +56,14 @@ def closing_norms(stack: nn.Module, layers: Sequence[str], final_norm: str | Non
 
 
 def reader_of(model: nn.Module, stack: str) -> str | None:
-    """Dotted name, in the model, of the decoder that reads what the stack gives; None where none does."""
+    """Dotted name, in the model, of the decoder that reads what the stack gives; None where none does.
+
+    It is beside the stack: a query transformer of an existing vision-language model (BLIP-2) reads an encoder too, but not this one.
+    """
     for name, module in model.named_modules():
-        is_outside = stack and name and name != stack and not name.startswith(stack + ".") and not stack.startswith(name + ".")
+        is_beside = stack and name != stack and name.rpartition(".")[0] == stack.rpartition(".")[0]
         has_layers = any(isinstance(child, nn.ModuleList) for child in module.children())
-        if is_outside and has_layers and "encoder_attention_mask" in inspect.signature(type(module).forward).parameters:
+        if is_beside and has_layers and "encoder_attention_mask" in inspect.signature(type(module).forward).parameters:
             return name
     return None
 

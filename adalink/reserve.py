@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adalink.edit import Slots
 from adalink.errors import ConfigError
-from adalink.tokens import IMAGE, PAD
+from adalink.tokens import IMAGE, PAD, PERCEPT
 
 __all__ = ["Reserved"]
 
@@ -28,9 +28,10 @@ class Reserved:
     def __init__(self, mask: Tensor, slots: Sequence[Sequence[Slots]], side: Literal["left", "right"]) -> None:
         """`mask`: int64 [B, T], 1 where a token is real; `slots`: what the adapter of each row reserves."""
         kinds = [[slot.domain for slot in row for _ in range(slot.count)] for row in slots]
-        if any(IMAGE in row for row in kinds):
+        if any(domain in row for row in kinds for domain in (IMAGE, PERCEPT)):
             raise ConfigError(
-                "an adapter with a bridge needs pictures, and plain ids bring none: use a model composed with a vision tower, or pass a token_map"
+                "an adapter with a bridge or with percepts needs pictures, and plain ids bring none: use a model composed with a vision tower, "
+                "or pass a token_map"
             )
         n_slots = max((len(row) for row in kinds), default=0)
         device = mask.device

@@ -11,9 +11,11 @@ import torch
 from tiny import DECODERS, FAMILIES, excite, tiny
 from torch import Tensor
 
-from adalink import BASE_NAME, AdaLink, AdaptedModel, Bridge, Method, Prompt, TokenMap
+from adalink import BASE_NAME, IA3, AdaLink, AdaptedModel, BitFit, Bridge, LoRA, Method, Prompt, TokenMap
 from adalink.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from adalink.errors import AttachError, CheckpointError, ConfigError
+from adalink.methods.gated import Gated
+from adalink.methods.prefix import Prefix
 
 TEXT_ONLY = {"adalink": AdaLink(rank=4, modalities=("text",))}
 FIVE: dict[str, dict[str, Method]] = {  # three methods, and slots of three counts
@@ -23,16 +25,28 @@ FIVE: dict[str, dict[str, Method]] = {  # three methods, and slots of three coun
     "long": {"prompt": Prompt(length=5, init_std=0.5)},
     "both": {"prompt": Prompt(length=1, init_std=0.5), **TEXT_ONLY},
 }
+TEXT = {"text": ("text",)}
+DEEP: dict[str, dict[str, Method]] = {  # inside the layers too, and slots without positions
+    "lora": {"lora": LoRA(groups=TEXT, rank=2, alpha=4)},
+    "scaled": {"ia3": IA3(groups=TEXT), "bitfit": BitFit(groups=TEXT, force_bias=True)},
+    "prefix": {"prefix": Prefix(length=2, form="table", init_std=0.5)},
+    "long": {"prompt": Prompt(length=5, init_std=0.5)},
+    "unipelt": {
+        "lora": Gated(method=LoRA(groups=TEXT, rank=2, alpha=4, targets=("query", "value"))),
+        "prefix": Gated(method=Prefix(length=3, form="mlp", init_std=0.5, hidden=8)),
+    },
+}
+DEEP_NAMES = ["prefix", BASE_NAME, "lora", "unipelt", "long", "scaled", BASE_NAME]
 NAMES = ["soft", "link", BASE_NAME, "long", "both", BASE_NAME, "link_gelu"]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
-def served(family: str, names: Sequence[str] = tuple(FIVE)) -> AdaptedModel:
+def served(family: str, names: Sequence[str] = (), methods: dict[str, dict[str, Method]] = FIVE) -> AdaptedModel:
     """The same weights for an adapter whatever others are there, and large enough for every row to say something else."""
     model = AdaptedModel(tiny(family))
-    for name in names:
-        torch.manual_seed(list(FIVE).index(name))
-        adapter = model.add_adapter(name, FIVE[name]).double()
+    for name in names or methods:
+        torch.manual_seed(list(methods).index(name))
+        adapter = model.add_adapter(name, methods[name]).double()
         for seed in range(3):
             excite(adapter, seed)
     return model
@@ -54,16 +68,17 @@ def row(inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     return {name: value[i : i + 1, real] for name, value in inputs.items()}
 
 
+@pytest.mark.parametrize("names, methods", [(NAMES, FIVE), (DEEP_NAMES, DEEP)], ids=["input_side", "deep"])
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_mixed_batch_generates_what_its_rows_generate_alone(family: str, beams: int) -> None:
-    model, inputs = served(family), prompts()
+def test_a_mixed_batch_generates_what_its_rows_generate_alone(family: str, beams: int, names: list[str], methods: dict[str, dict[str, Method]]) -> None:
+    model, inputs = served(family, methods=methods), prompts()
     settings = {**SETTINGS, "num_beams": beams, "no_repeat_ngram_size": 1, "suppress_tokens": [0]}  # tied heads would say one word again and again
-    mixed = model.generate(**inputs, **settings, adapter_names=NAMES)
-    for i, name in enumerate(NAMES):
+    mixed = model.generate(**inputs, **settings, adapter_names=names)
+    for i, name in enumerate(names):
         alone = model.generate(**row(inputs, i), **settings, adapter_names=[name])
         assert torch.equal(mixed[i, -6:], alone[0, -6:])
-    others = model.generate(**inputs, **settings, adapter_names=NAMES[1:] + NAMES[:1])
+    others = model.generate(**inputs, **settings, adapter_names=names[1:] + names[:1])
     assert sum(not torch.equal(a, b) for a, b in zip(mixed, others, strict=True)) > 4  # control: the adapter matters
     if family in DECODERS:
         assert torch.equal(mixed[:, :6], inputs["input_ids"])  # the prompt comes back as it was given, without slots
@@ -293,7 +308,7 @@ def test_pictures_are_not_invented_for_a_bridge() -> None:
 
     model = AdaptedModel(tiny("llama"), inputs=INPUTS)
     model.add_adapter("one", {"bridge": Bridge(kind="linear")})
-    with pytest.raises(ConfigError, match="an adapter with a bridge needs pictures, and plain ids bring none"):
+    with pytest.raises(ConfigError, match="an adapter with a bridge or with percepts needs pictures, and plain ids bring none"):
         model(**prompts(1))
 
 

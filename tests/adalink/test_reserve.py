@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adalink import IMAGE, PROMPT, Slots
+from adalink import IMAGE, PERCEPT, PROMPT, Slots
 from adalink.errors import ConfigError
 from adalink.reserve import Reserved
 from adalink.tokens import PREFIX
@@ -41,8 +41,10 @@ def test_without_slots_nothing_moves() -> None:
 
 
 def test_a_bridges_slots_have_no_place_among_plain_ids() -> None:
-    with pytest.raises(ConfigError, match="an adapter with a bridge needs pictures, and plain ids bring none"):
+    with pytest.raises(ConfigError, match="an adapter with a bridge or with percepts needs pictures, and plain ids bring none"):
         Reserved(MASK, ((Slots(IMAGE, 4),), (), ()), "left")
+    with pytest.raises(ConfigError, match="with percepts needs pictures"):
+        Reserved(MASK, ((), (Slots(PERCEPT, 1),), ()), "right")
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=4), st.sampled_from(["left", "right"]), st.integers(1, 3))

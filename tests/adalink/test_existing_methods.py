@@ -1,0 +1,68 @@
+"""Every method on every existing vision-language model: cached as uncached, greedy and beams, and trained as it generates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from existing_models import DECODERS, FAMILIES, IMAGE_ID, answers, batch, excite, existing
+
+from adalink import IA3, AdaptedModel, BitFit, LoRA, Method, Prompt, get_adalink_model
+from adalink.errors import AttachError
+from adalink.methods.gated import Gated
+from adalink.methods.prefix import Prefix
+
+TEXT, BOTH = {"text": ("text",)}, {"image": ("image",), "all": ("text", "image")}
+METHODS: dict[str, dict[str, Method]] = {
+    "scales_and_biases": {"ia3": IA3(groups=BOTH), "bitfit": BitFit(groups=BOTH, force_bias=True)},
+    "prefix": {"prefix": Prefix(length=2, form="table", init_std=0.5)},
+    "prompt_without_positions": {"soft": Prompt(length=2, init_std=0.5, positions="none")},
+    "unipelt": {
+        "lora": Gated(method=LoRA(groups=TEXT, rank=2, alpha=4, targets=("query", "value"))),
+        "prefix": Gated(method=Prefix(length=3, form="mlp", init_std=0.5, hidden=8)),
+    },
+}
+NEVER = [2, 60, IMAGE_ID]
+SETTINGS = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": NEVER}
+NORMED_KEYS = ("gemma3",)
+CASES = [(family, name) for family in FAMILIES for name in METHODS if not (family in NORMED_KEYS and name in ("prefix", "unipelt"))]
+
+
+def adapted(family: str, name: str) -> AdaptedModel:
+    model = get_adalink_model(existing(family), METHODS[name])
+    excite(model.active_adapter().double())
+    return model
+
+
+@pytest.mark.parametrize("family, name", CASES)
+def test_cached_generation_equals_uncached(family: str, name: str) -> None:
+    model, inputs = adapted(family, name), batch(family)
+    for beams in (1, 3):
+        cached, uncached = (model.generate(**inputs, **SETTINGS, num_beams=beams, use_cache=use) for use in (True, False))
+        assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("family, name", [case for case in CASES if case[0] in DECODERS])
+def test_training_sees_the_edits_that_generation_saw(family: str, name: str) -> None:
+    """Prompts are padded on the left: what a prefix is far from must not depend on the padding."""
+    model, inputs = adapted(family, name), batch(family)
+    ids = model.generate(**inputs, **SETTINGS)
+    n_prompt = inputs["input_ids"].shape[1]
+    learnt = answers(family, inputs, n=4)
+    learnt["input_ids"], learnt["labels"][:, n_prompt:] = ids, ids[:, n_prompt:]
+    output = model(**learnt)
+    output.loss.backward()
+    assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.active_adapter().parameters())
+    logits = output.logits.detach()
+    logits[..., NEVER] = -torch.inf
+    assert torch.equal(logits[:, n_prompt - 1 : -1].argmax(-1), ids[:, n_prompt:])
+
+
+def test_a_query_transformer_is_not_taken_for_the_decoder_that_reads_the_encoder() -> None:
+    assert AdaptedModel(existing("blip2_opt")).anatomy.reader is None  # BLIP-2's query transformer reads its vision encoder
+    assert AdaptedModel(existing("blip2_t5")).anatomy.reader == "language_model.decoder"
+
+
+def test_a_prefix_is_refused_where_keys_are_normed() -> None:
+    for family in NORMED_KEYS:
+        with pytest.raises(AttachError, match="this model normalises its keys after their linear, so a prefix written there would be changed: use Prompt"):
+            adapted(family, "prefix")
