@@ -10,6 +10,7 @@ from torch import nn
 from adalink.edit import Adapter, Placement, Port
 from adalink.errors import AttachError
 from adalink.masks import HideKeys, check_attention
+from adalink.tokens import PREFIX
 
 __all__ = ["by_port"]
 
@@ -17,7 +18,7 @@ __all__ = ["by_port"]
 def by_port(model: nn.Module, stack: nn.Module, adapters: Mapping[int, Adapter]) -> dict[Port, list[tuple[int, Placement]]]:
     """The placements at each port, with the row index of their adapter. Raises AttachError; changes nothing.
 
-    What hides keys comes last, so that it stays hidden whatever another method opens.
+    What hides keys comes last, so that it stays hidden whatever another method opens; and what writes a prefix, which others would edit.
     """
     _refuse_compiled(model)
     at: dict[Port, list[tuple[int, Placement]]] = defaultdict(list)
@@ -27,7 +28,7 @@ def by_port(model: nn.Module, stack: nn.Module, adapters: Mapping[int, Adapter])
             if placement.port.side == "mask":
                 check_attention(stack)
             at[placement.port].append((index, placement))
-    return {port: sorted(placed, key=lambda item: isinstance(item[1].edit, HideKeys)) for port, placed in at.items()}
+    return {port: sorted(placed, key=lambda item: isinstance(item[1].edit, HideKeys) or item[1].domains == (PREFIX,)) for port, placed in at.items()}
 
 
 def _check_port(stack: nn.Module, port: Port) -> None:
