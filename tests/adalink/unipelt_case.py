@@ -145,10 +145,10 @@ def host(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
     else:
         n_kv, eps = value("kv_heads", "n_kv", "num_key_value_heads", default=heads), value("eps", "rms_norm_eps", default=1e-6)
         model = LlamaModel(LlamaConfig(**sizes, intermediate_size=middle, num_key_value_heads=n_kv, rms_norm_eps=eps, **eager))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing, unexpected = model.double().load_state_dict(weights, strict=False)
     assert not missing, missing
     assert not unexpected, unexpected
-    return model.double().eval()
+    return model.eval()
 
 
 def _fill(parameter: Tensor, value: Tensor) -> bool:
