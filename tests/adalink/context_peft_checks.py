@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from context_peft_case import Case, close
+from context_peft_case import LEAVES, Case, close
 from double import InDouble
 from torch import Tensor, nn
 
@@ -60,7 +60,8 @@ def check_routing(case: Case) -> None:
     for name, modules in edited.items():
         listed = {module for module, inside in case.spec["wrapped_modules"].items() if name in inside["adaptors"]}
         assert modules <= listed if name in biased else modules == listed
-    counts = {name: sum(v.numel() for key, v in case.named(adapter, anatomy) if f".{name}" in key.split("connector")[0]) for name in case.adaptors}
+    leaves = [(found[2], value) for key, value in case.named(adapter, anatomy) if (found := LEAVES.search(key))]
+    counts = {name: sum(value.numel() for group, value in leaves if group == name) for name in case.adaptors}
     assert counts == case.spec["n_adaptor_params"]
 
 
