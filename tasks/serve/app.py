@@ -10,7 +10,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Route
+from starlette.routing import compile_path
 
 from tasks.serve.chat_routes import chat_routes
 from tasks.serve.file_routes import file_routes
@@ -87,8 +87,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 405:
-        routes = [route for route in request.app.routes if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE]
-        allowed = ", ".join(sorted({method for route in routes for method in route.methods or ()} - {"HEAD"}))
+        known = request.app.openapi()["paths"].items()
+        methods = {method.upper() for template, by_method in known if compile_path(template)[0].match(path) for method in by_method}
+        allowed = ", ".join(sorted(methods)) or (error.headers or {}).get("Allow", "")
         refused = Refused(405, f"{request.method} is not for {path}: use {allowed}", field="method", code="wrong_method")
         return JSONResponse(refused.content, 405, {"Allow": allowed})
     refused = Refused(error.status_code, f"there is nothing at {path[:100]}: the API is at /v1", field="path", code="unknown_path")

@@ -1,0 +1,86 @@
+"""The end of a server: what was accepted is answered, whatever asks it to end; and what keeps one from beginning."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+from served import messages, picture, serving
+
+from multimodal.model import VisionLanguageModel
+from tasks.cli import main
+
+
+def test_a_server_that_is_asked_to_end_answers_what_it_accepted(model: VisionLanguageModel, adapters: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# of the test\nsecret-1\nsecret-2\n")
+    found: Counter[str] = Counter()
+    body = json.dumps({"model": "cap_b", "messages": messages("", picture(0)), "max_tokens": 30})
+
+    def client(address: str) -> None:
+        while True:
+            connection = http.client.HTTPConnection(address, timeout=60)
+            try:
+                connection.request("POST", "/v1/chat/completions", body, {"Authorization": "Bearer secret-2"})
+                response = connection.getresponse()
+                found[str(response.status)] += bool(json.loads(response.read())["choices"][0]["message"]["content"])
+            except ConnectionError:  # nobody listens any more
+                found["not accepted"] += 1
+                return
+
+    with serving(adapters, "--access.api_keys", keys, names=("cap_b",)) as server:
+        assert httpx.get(f"{server.url}/v1/models").json()["error"]["code"] == "missing_key"
+        wrong = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer secret-3"})
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "wrong_key")
+        loaded = httpx.post(f"{server.url}/v1/models", json={"id": "x", "folder": "cap"}, headers={"Authorization": "Bearer secret-1"})
+        assert (loaded.status_code, loaded.json()["error"]["code"]) == (403, "not_allowed")
+        assert httpx.get(f"{server.url}/health").json()["status"] == "ok"  # needs no key
+        threads = [threading.Thread(target=client, args=(server.url.removeprefix("http://"),)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.5)
+        last = server.end().splitlines()[-1]
+        for thread in threads:
+            thread.join()
+        assert server.process.returncode == 0
+        assert "Traceback" not in server.log.read_text()
+    assert found["200"] > 8
+    assert set(found) == {"200", "not accepted"}
+    assert last == f"adalink has ended: {found['200']} of {found['200']} accepted requests were answered"
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    ((), "nothing is to be served: give --adapter NAME=DIR, or --base"),
+    (("--adapter", "cap"), "--adapter is 'cap': expected NAME=DIR"),
+    (("--adapter", "a=x", "a=y"), "two adapters are called a"),
+    (("--base", "nothing.yaml"), "the base config nothing.yaml cannot be read"),
+    (("--port", "70000"), "port is 70000"),
+    (("--host", "256.0.0.1"), "nothing can listen at host 256.0.0.1"),
+    (("--batching.size", "0"), "batching.size is 0"),
+    (("--batching.mixing", "some"), "batching.mixing"),
+    (("--limits.pixels", "0"), "limits.pixels is 0"),
+    (("--limits.pixels", "999999999"), "Pillow's own limit"),
+    (("--generation.max_new_tokens", "600"), "above limits.new_tokens, 512"),
+])  # fmt: skip
+def test_what_keeps_a_server_from_beginning_is_one_sentence(arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *(() if "--port" in arguments else ("--port", "0")), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_keys_that_cannot_be_used_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").write_text("# none yet\n")
+    base = Path(__file__).parents[3] / "tasks" / "scenes" / "vqa.yaml"
+    for name, told in (("empty", "holds none"), ("absent", "cannot be read")):
+        assert main(["serve", "--base", str(base), "--port", "0", "--access.api_keys", str(tmp_path / name)]) == 2
+        assert told in capsys.readouterr().err
+    (tmp_path / "other.yaml").write_text("task: vqa\n")
+    assert main(["serve", "--base", str(tmp_path / "other.yaml"), "--port", "0"]) == 2
+    assert "names no encoder and language_model" in capsys.readouterr().err

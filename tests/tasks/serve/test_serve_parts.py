@@ -1,0 +1,242 @@
+"""The parts of the server that need no model: waiting, written text, draws, uploads, remote pictures, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from adalink.errors import ConfigError
+from multimodal.encode import Row
+from multimodal.generate import GenerationSettings
+from tasks.scenes import language_folder
+from tasks.serve.guard import BodyGuard
+from tasks.serve.job import Ask, Job, Picture
+from tasks.serve.refusal import Refused
+from tasks.serve.remote import RemotePictures, is_public
+from tasks.serve.sampling import DrawnRows, Sampling
+from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
+from tasks.serve.uploads import Upload, Uploads
+from tasks.serve.waiting import Waiting, chosen
+from tasks.serve.written import Written
+
+
+def job(adapter: str = "a", n_prompt: int = 5, n_new: int = 10, beams: int = 1) -> Job:
+    settings = GenerationSettings(max_new_tokens=n_new, num_beams=beams)
+    ask = Ask(adapter=adapter, row=Row((0,) * n_prompt, (0,) * n_prompt), picture=Picture("p", None), settings=settings)
+    return Job(ask, streams=False, loop=None, events=asyncio.Queue())  # type: ignore[arg-type]
+
+
+def fits(n_prompt: int, n_new: int) -> bool:
+    return n_prompt + n_new <= 100
+
+
+def test_a_batch_mixes_adapters_and_keeps_the_order() -> None:
+    jobs = [job("a"), job("b"), job("a"), job("c")]
+    assert chosen(jobs, Batching(size=3), fits) == jobs[:3]
+    assert chosen(jobs, Batching(mixing="one_adapter"), fits) == [jobs[0], jobs[2]]
+
+
+def test_beams_go_with_the_same_beams_only() -> None:
+    jobs = [job(), job(beams=2), job(), job(beams=2), job(beams=2, n_new=11)]
+    assert chosen(jobs, Batching(), fits) == [jobs[0], jobs[2]]
+    assert chosen(jobs[1:], Batching(), fits) == [jobs[1], jobs[3]]
+
+
+def test_every_row_has_room_for_the_longest_text_of_its_batch() -> None:
+    jobs = [job(n_prompt=80, n_new=10), job(n_prompt=5, n_new=60), job(n_prompt=5, n_new=20)]
+    assert chosen(jobs, Batching(), fits) == [jobs[0], jobs[2]]
+    assert chosen(jobs[1:], Batching(), fits) == jobs[1:]
+
+
+def test_a_lone_request_does_not_wait_and_company_is_waited_for_within_the_bound() -> None:
+    waiting = Waiting(Batching(wait_ms=200), fits)
+    waiting.put(job())
+    started = time.perf_counter()
+    assert len(waiting.take() or ()) == 1  # type: ignore[arg-type]
+    assert time.perf_counter() - started < 0.1
+    with waiting.arriving():
+        waiting.put(job())
+        started = time.perf_counter()
+        assert waiting.take()
+        assert 0.15 < time.perf_counter() - started < 1
+        threading.Timer(0.02, waiting.put, (job(),)).start()
+        waiting.put(job())
+        assert len(waiting.take() or ()) == 2  # type: ignore[arg-type]
+
+
+def test_what_changes_the_model_runs_first_but_after_the_jobs_that_it_waits_for() -> None:
+    waiting = Waiting(Batching(mixing="one_adapter"), fits)
+    done: list[str] = []
+    waiting.put(job("a"))
+    waiting.put(job("b"))
+    waiting.put_errand(lambda: done.append("b is gone"), after="b")
+    waiting.put_errand(lambda: done.append("c is here"))
+    taken = [waiting.take() for _ in range(4)]
+    assert [one() if callable(one) else [j.ask.adapter for j in one or ()] for one in taken] == [None, ["a"], ["b"], None]
+    assert done == ["c is here", "b is gone"]
+
+
+def test_a_closed_queue_gives_what_it_has_and_then_ends() -> None:
+    waiting = Waiting(Batching(wait_ms=10_000), fits)
+    gone = job()
+    gone.cancelled = True
+    waiting.put(gone)
+    waiting.put(job())
+    with waiting.arriving():
+        waiting.close()
+        assert len(waiting.take() or ()) == 1  # type: ignore[arg-type]
+        assert waiting.take() is None
+
+
+def test_pieces_join_to_the_text_and_never_take_back() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(language_folder())
+    ids = tokenizer("a large red ball is in the middle , and a small blue star .", add_special_tokens=False)["input_ids"]
+    for stop in ((), (" star",), ("middle , and a",), (" b",)):
+        written = Written(tokenizer, 100, stop)
+        pieces = []
+        for token in [*ids, tokenizer.eos_token_id]:
+            written.add(token)
+            pieces.append(written.fresh())
+            if written.reason:
+                break
+        assert written.reason == "stop"
+        assert "".join(pieces) == written.text
+        assert len([piece for piece in pieces if piece]) > (1 if stop == (" b",) else 2)
+        whole = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert written.text == (whole.partition(stop[0])[0].strip() if stop else whole)
+    written = Written(tokenizer, 3)
+    for token in ids[:3]:
+        written.add(token)
+    assert written.reason == "length"
+
+
+def test_draws_follow_the_probabilities_and_leave_other_rows_alone() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(2, 1)
+    counts = torch.zeros(4)
+    draws = DrawnRows([None, Sampling(temperature=0.7, top_p=1.0, seed=1)])
+    for _ in range(4000):
+        scores = draws(torch.zeros(2, 1), logits)
+        assert torch.equal(scores[0], logits[0])
+        counts[scores[1].argmax()] += 1
+    assert torch.allclose(counts / 4000, torch.softmax(logits[0] / 0.7, 0), atol=0.03)
+    nucleus = DrawnRows([Sampling(temperature=0.7, top_p=0.8, seed=1)])
+    found = {int(nucleus(torch.zeros(1, 1), logits[:1]).argmax()) for _ in range(500)}
+    assert found == {1, 2}  # p is 0.04, 0.18, 0.77, 0.01: two tokens reach 0.8
+
+
+def test_the_oldest_uploads_make_room() -> None:
+    uploads = Uploads(most_bytes=10)
+    first, second, third = Upload("a", b"1234"), Upload("b", b"1234"), Upload("c", b"1234")
+    for upload in (first, second):
+        uploads.add(upload)
+    uploads.get(first.id, "f")  # the second is now the one that was used least lately
+    uploads.add(third)
+    assert uploads.get(first.id, "f") is first
+    with pytest.raises(Refused, match=r"f is 'file-.*' *, which is not kept"):
+        uploads.get(second.id, "f")
+    with pytest.raises(Refused, match="the picture has 11 bytes, and 10 are kept"):
+        uploads.add(Upload("d", b"x" * 11))
+
+
+class _Pictures(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/slow":
+            time.sleep(1.5)
+        self.send_response(302 if self.path == "/moved" else 200)
+        self.send_header("Location", "/here")
+        self.end_headers()
+        self.wfile.write(b"x" * (2000 if self.path == "/large" else 10))
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def origin() -> Any:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Pictures) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://localhost:{found.server_address[1]}"
+        found.shutdown()
+
+
+def test_pictures_are_fetched_from_allowed_hosts_within_limits(origin: str) -> None:
+    pictures = RemotePictures(["localhost"], 1000, seconds=0.7, reachable=lambda address: True)
+    assert pictures.fetch(f"{origin}/a.png?size=1", "url") == b"x" * 10
+    for url, told in (
+        (f"{origin}/large", "more than 1000 bytes"), (f"{origin}/moved", "localhost answered 302, expected 200"), (f"{origin}/slow", "did not send the picture within 0.7 s"),
+        ("http://other.example/a", "fetches no pictures from other.example"), ("http://user@localhost/a", "without a user name"), ("http://localhost/a b", "in ASCII"),
+        ("http://localhost:1/", "could not be fetched from localhost"), ("http://localhost:99999/", "is no address"), ("http://[::1/", "is no address"),
+    ):  # fmt: skip
+        with pytest.raises(Refused, match=told):
+            pictures.fetch(url, "url")
+    with pytest.raises(Refused, match="this server fetches no pictures: send a data URL"):
+        RemotePictures([], 1000).fetch(f"{origin}/a.png", "url")
+
+
+def test_private_addresses_are_never_connected_to(origin: str) -> None:
+    for url in (origin, "http://127.0.0.1/", "http://[::ffff:127.0.0.1]/", "http://0.0.0.0/", "http://169.254.169.254/latest", "http://10.1.2.3/", "http://2130706433/"):
+        with pytest.raises(Refused, match="is not on the public internet|could not be fetched"):
+            RemotePictures(["*"], 1000, seconds=2).fetch(url, "url")
+    assert [is_public(address) for address in ("8.8.8.8", "2606:4700::1111", "192.168.1.1", "::1", "::ffff:10.0.0.1", "224.0.0.1", "100.64.0.1", "2002:7f00:1::")] == [
+        True, True, False, False, False, False, False, False]  # fmt: skip
+
+
+async def _echo(request: Request) -> PlainTextResponse:
+    body = await request.body()
+    await asyncio.sleep(0.3)
+    return PlainTextResponse(str(len(body)))
+
+
+async def _sent(limits: RequestLimits, sizes: list[int]) -> list[tuple[int, str]]:
+    app = Starlette(routes=[Route("/", _echo, methods=["POST", "GET"])])
+
+    async def refused(request: Request, error: Exception) -> PlainTextResponse:
+        assert isinstance(error, Refused)
+        return PlainTextResponse(str(error), error.status)
+
+    app.add_exception_handler(Refused, refused)
+    guard = BodyGuard(app, limits)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://x") as client:
+        replies = await asyncio.gather(*(client.post("/", content=b"x" * size) for size in sizes), client.get("/"))
+        again = await client.post("/", content=b"x")
+    assert replies[-1].status_code == again.status_code == 200  # a request without a body is not counted, and all counts go back
+    assert (guard.n_requests, guard.n_bytes) == (0, 0)
+    return [(reply.status_code, reply.text) for reply in replies[:-1]]
+
+
+def test_more_requests_than_the_limit_are_told_to_come_again() -> None:
+    found = asyncio.run(_sent(RequestLimits(in_flight=2), [5, 5, 5]))
+    assert sorted(status for status, _ in found) == [200, 200, 429]
+    assert "2 requests are in work, the limit: try again" in next(text for status, text in found if status == 429)
+
+
+def test_more_bytes_than_the_limits_are_refused() -> None:
+    assert asyncio.run(_sent(RequestLimits(body_bytes=10), [10, 11])) == [(200, "10"), (413, "the body has more than 10 bytes, the limit: send a smaller picture")]
+    found = asyncio.run(_sent(RequestLimits(buffered_bytes=25), [10, 10, 10]))
+    assert sorted(status for status, _ in found) == [200, 200, 429]
+    assert "25 bytes of requests are held" in next(text for status, text in found if status == 429)
+
+
+def test_settings_that_cannot_be_are_told() -> None:
+    with pytest.raises(ConfigError, match="give mixed or one_adapter"):
+        Batching(mixing="none")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="at least 1 request and 0 milliseconds"):
+        Batching(wait_ms=-1)
+    with pytest.raises(ConfigError, match="limits.in_flight is 0: give 1 or more"):
+        RequestLimits(in_flight=0)
+    with pytest.raises(ConfigError, match="port is -1"):
+        ServeSettings(port=-1)
+    assert ServeSettings().access == Access()

@@ -1,0 +1,94 @@
+"""Rows of every family of language models through the batch code of the server, in float64: the texts of `generate`, in any company."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+from composed_path import FAMILIES, compose, excite
+from served import picture
+
+from adalink import BASE_NAME, AdaLink, Bridge, Prompt
+from multimodal.generate import GenerationSettings
+from multimodal.images import decode_image
+from multimodal.model import VisionLanguageModel
+from tasks.serve.generation import run_jobs
+from tasks.serve.job import Answer, Ask, Job, Picture
+from tasks.serve.kept_features import KeptFeatures
+from tasks.serve.sampling import Sampling
+
+QUESTIONS = ("is it red ?", "is it a big red ball ?", "is it ?", "a cube ?")
+METHODS: dict[str, dict[str, Any]] = {
+    "one": {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"))},
+    "two": {"bridge": Bridge(kind="linear"), "prompt": Prompt(length=3, init_std=0.5)},
+}
+
+
+class Here:
+    """A loop that calls at once: the generation thread and the request are the same here."""
+
+    def call_soon_threadsafe(self, function: Any, *arguments: Any) -> None:
+        function(*arguments)
+
+
+def model_of(family: str) -> VisionLanguageModel:
+    model = compose(family)
+    for seed, (name, methods) in enumerate(METHODS.items()):
+        excite(model.add_adapter(name, methods).double(), seed + 1)
+    return model
+
+
+def job(model: VisionLanguageModel, name: str, index: int, n_new: int, **more: Any) -> Job:
+    image = Picture(str(index), model.tower.preprocess(decode_image(picture(index))))
+    row = model.row_encoder(name).prompt(QUESTIONS[index % 4])
+    ask = Ask(adapter=name, row=row, picture=image, settings=GenerationSettings(max_new_tokens=n_new), **more)
+    return Job(ask, streams=False, loop=Here(), events=asyncio.Queue())  # type: ignore[arg-type]
+
+
+def answers(model: VisionLanguageModel, jobs: list[Job], kept: KeptFeatures | None = None) -> list[str]:
+    run_jobs(model, kept or KeptFeatures(model, 8), jobs)
+    found = [one.events.get_nowait() for one in jobs]
+    assert all(isinstance(answer, Answer) for answer in found)
+    return [answer.text for answer in found if isinstance(answer, Answer)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_is_what_generate_gives_in_any_company(family: str) -> None:
+    model = model_of(family)
+    cases = [(name, index, n_new) for index, (name, n_new) in enumerate((("one", 7), ("two", 3), (BASE_NAME, 9), ("two", 8), ("one", 2), ("one", 9)))]
+    alone = [
+        model.generate([decode_image(picture(i))], [QUESTIONS[i % 4]], adapter_names=[name], settings=GenerationSettings(max_new_tokens=n))[0]
+        for name, i, n in cases
+    ]
+    assert answers(model, [job(model, *case) for case in cases]) == alone
+    drawn = job(model, "one", 5, 12, sampling=Sampling(temperature=1.5, top_p=1.0, seed=3))
+    kept = KeptFeatures(model, 8)
+    assert answers(model, [drawn, *(job(model, *case) for case in reversed(cases))], kept)[1:] == alone[::-1]
+    assert answers(model, [job(model, *case) for case in cases], kept) == alone  # from kept features
+    assert len(set(alone)) > 3  # the control
+
+
+def test_a_drawn_row_is_the_same_in_any_company() -> None:
+    model = model_of("llama")
+
+    def drawn(seed: int) -> Job:
+        return job(model, "one", 1, 12, sampling=Sampling(temperature=1.2, top_p=0.95, seed=seed))
+
+    (alone,) = answers(model, [drawn(5)])
+    assert answers(model, [job(model, "two", 0, 6), drawn(5), drawn(6)])[1] == alone
+    assert answers(model, [drawn(6)]) != [alone]
+
+
+def test_a_row_that_nobody_waits_for_ends_the_batch_early() -> None:
+    model = model_of("llama")
+    gone = job(model, "one", 0, 40)
+    calls: list[int] = []
+    handle = model.language.model.register_forward_hook(lambda *_: calls.append(1))
+    gone.cancelled = True
+    with torch.no_grad():
+        run_jobs(model, KeptFeatures(model, 8), [gone])
+    handle.remove()
+    assert len(calls) == 1
+    assert gone.events.empty()
