@@ -62,6 +62,7 @@ def run_generation(language: Language, batch: Batch, settings: GenerationSetting
         use_cache=use_cache,
         pad_token_id=language.tokenizer.pad_token_id,
         eos_token_id=language.tokenizer.eos_token_id,
+        synced_gpus=False,  # where weights are split, transformers would else wait at each token for processes that generate other rows
     )
     return ids
 

@@ -25,7 +25,9 @@ from multimodal.processes import agree, opened_accelerator, step_seed
 from multimodal.progress import StepProgress
 from multimodal.run_log import RunLog
 from multimodal.sample import SampleSource
+from multimodal.sharding import take_off, together
 from multimodal.stop_signal import StopSignal, sigterm_noted
+from multimodal.trackers import Shown, track
 from multimodal.train_settings import TrainSettings
 from multimodal.train_state import latest_checkpoint, load_state, state_tensors, write_state
 
@@ -52,6 +54,7 @@ def train(
     patches: PatchTable | None = None,
     known_bad: Sequence[BadSample] = (),
     measure: Callable[[], Mapping[str, float]] | None = None,
+    samples: Callable[[], Sequence[Shown]] | None = None,
     also_trained: Mapping[str, nn.Parameter] | None = None,
 ) -> Trained:
     """Train the model's active adapter; checkpoints and metrics.jsonl go to `folder`.
@@ -61,6 +64,7 @@ def train(
     patches        features that are kept already; encoded here where settings.features is `memory` and none are given
     known_bad      samples that the source left out already; they count towards the budget
     measure        figures for metrics.jsonl, asked for every `settings.measure_every` steps
+    samples        pictures with what was said about them, for the trackers; asked for after each measurement, where there are trackers
     also_trained   further parameters by name, for baselines that fine-tune a frozen part
 
     Raises TerminatedError, with a checkpoint written, where SIGTERM asked to end; DataError where a worker process died.
@@ -89,8 +93,10 @@ def train(
                 shown.step()
                 # Before the checkpoint: a run that is killed between the two measures again.
                 if measure is not None and settings.measure_every and (step + 1) % settings.measure_every == 0:
-                    run.log.write({"step": step + 1, **measure()})
+                    with together(model):
+                        run.measured(step + 1, measure(), samples)
                 run.after(step + 1, n_steps, loss, shown)
+        take_off(model)
         return Trained(n_steps, time.perf_counter() - started, run.log.bad)
 
 
@@ -107,6 +113,8 @@ class _Run:
         loader: TrainLoader,
         stop: StopSignal,
     ) -> None:
+        if also_trained and accelerator.is_fsdp2:
+            raise ConfigError("FSDP2 trains adapters alone, and also_trained names other weights: train those with DDP")
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
         self.is_stopping = False
         seen = model.tower.adapter.named_parameters("vision") if model.tower.adapter is not None else ()
@@ -116,6 +124,8 @@ class _Run:
         optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # FSDP2 puts parameters of its own in their places.
+        self.parameters |= dict(model.adapted.active_adapter().named_parameters())
         self.log = RunLog(folder, budget=settings.bad_samples, is_main=accelerator.is_main_process)
         if settings.trackers:
             accelerator.init_trackers("adalink")
@@ -141,6 +151,12 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.accelerator.reduce(torch.stack(losses).sum(), "sum")  # type: ignore[no-any-return]
+
+    def measured(self, step: int, figures: Mapping[str, float], samples: Callable[[], Sequence[Shown]] | None) -> None:
+        """Log figures of the validation pictures, and show some of them to the trackers."""
+        self.log.write({"step": step, **figures})
+        if self.settings.trackers:
+            track(self.accelerator, step, figures, samples() if samples is not None else ())
 
     def after(self, step: int, n_steps: int, loss: torch.Tensor, shown: StepProgress) -> None:
         """Log, and write a checkpoint, where it is due. Raises TerminatedError where a process was asked to end."""

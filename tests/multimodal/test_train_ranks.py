@@ -151,3 +151,46 @@ def test_each_process_encodes_its_share_and_has_every_picture(machine: Machine, 
     assert alone["bad"].tolist() == [2, 5]
     for found in both:
         assert all(torch.equal(value, alone[name]) for name, value in found.items())
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+WRAPS = {
+    "whole": {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"},
+    "layers": {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "OPTDecoderLayer"},
+}
+
+
+def test_fsdp2_trains_what_ddp_trains_and_its_checkpoint_is_gone_on_with_by_any(machine: Machine, tmp_path: Path) -> None:
+    job = {"kept": True, "steps": 10}
+    groups = [machine.start(2, rank_jobs.several, [{"folder": tmp_path / "ddp", **job}])]
+    for name, wrap in WRAPS.items():
+        groups.append(machine.start(2, rank_jobs.sharded, [{"folder": tmp_path / name, **job}], **FSDP, **wrap))
+    for group in groups:
+        group.ended()
+    for name in WRAPS:
+        assert difference(state(tmp_path / name, 10), state(tmp_path / "ddp", 10)) < 1e-10
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "ddp"), rel=1e-12)
+    for name in ("to_one", "to_two"):  # the last checkpoint of layers that were split, by one process and by two that split again
+        shutil.copytree(tmp_path / "layers", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step_00000010")
+    again = {**job, "resume": True}
+    groups = [
+        machine.start(1, rank_jobs.several, [{"folder": tmp_path / "to_one", **again, "batch_size": 4}]),
+        machine.start(2, rank_jobs.sharded, [{"folder": tmp_path / "to_two", **again}], **FSDP, **WRAPS["layers"]),
+    ]
+    for group in groups:
+        group.ended()
+    assert all(torch.equal(value, state(tmp_path / "layers", 10)[name]) for name, value in state(tmp_path / "to_two", 10).items())
+    assert difference(state(tmp_path / "to_one", 10), state(tmp_path / "layers", 10)) < 1e-10
+
+
+def test_after_fsdp2_a_model_is_as_if_it_had_never_been_split(machine: Machine, tmp_path: Path) -> None:
+    """It also generates on the way, in one process while the other goes on, which must not wait for it."""
+    groups = [machine.start(2, rank_jobs.generated, tmp_path / "ddp"), machine.start(2, rank_jobs.generated_sharded, tmp_path / "fsdp", **FSDP, **WRAPS["layers"])]
+    for group in groups:
+        group.ended()
+    assert json.loads((tmp_path / "fsdp" / "said.json").read_text()) == json.loads((tmp_path / "ddp" / "said.json").read_text())
+    for file in ("adapter/adapter_model.safetensors", "frozen.safetensors"):
+        found, expected = (load_file(tmp_path / name / file) for name in ("fsdp", "ddp"))
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(value, expected[name], rtol=0, atol=1e-10) for name, value in found.items())
