@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
+_WHAT = """Adapt frozen vision and language models to captioning and visual question answering. On several GPUs or nodes:
+adalink launch [OPTIONS OF accelerate launch] -- COMMAND ..."""
+
+
 class _Refused(ConfigError):
     """What the parser says about the arguments, in its own words."""
 
@@ -33,16 +37,21 @@ class _Parser(ArgumentParser):  # type: ignore[misc]  # untyped here
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 is success, 2 something that the user can mend, 130 an interrupt, 143 an end that SIGTERM asked for."""
-    arguments = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = [_underscored(argument) for argument in given]
     command = ""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and worker processes do not mix
     try:
+        if given[:1] == ["launch"]:  # its options are accelerate's
+            from tasks.launch import launch
+
+            return launch(given[1:])
         from tasks.commands import (  # late: it imports torch and transformers, which take seconds that a user may interrupt
             UNNAMED,
             commands_for,
         )
 
-        parser = _Parser(prog="adalink", description="Adapt frozen vision and language models to captioning and visual question answering.")
+        parser = _Parser(prog="adalink", description=_WHAT)
         parser.add_argument("--version", action="version", version=f"adalink {_version()}")
         commands = commands_for(arguments)
         _add(parser, commands)
@@ -53,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Refused as error:
         from tasks.config import setting_names
 
-        sentence = one_sentence(str(error), command=command, known=setting_names() if command in ("train", "evaluate", "compose") else ())
+        sentence = one_sentence(str(error), command=command, known=setting_names() if command in ("train", "evaluate", "compose", "methods") else ())
         print(f"adalink: {sentence}; `adalink {command + ' ' if command else ''}--help` lists what there is", file=sys.stderr)
         return 2
     except TerminatedError as error:

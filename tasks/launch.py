@@ -1,0 +1,40 @@
+"""`adalink launch`: any command on several GPUs or nodes, through accelerate's own launcher."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+import multimodal  # noqa: F401  (first: it makes torchvision importable, which accelerate's launcher imports by way of transformers)
+from adalink.errors import ConfigError
+
+__all__ = ["launch"]
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """Runs `[options of accelerate launch] -- COMMAND ...`; the exit code is that of the first process that failed.
+
+    `accelerate launch` itself cannot start where torchvision was built for another torch than the one that is here. Raises ConfigError
+    where no command is given.
+    """
+    options, command = _divided(arguments)
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    try:
+        launch_command(launch_command_parser().parse_args([*options, "-m", "tasks.cli", *command]))
+    except subprocess.CalledProcessError as error:  # one process
+        return error.returncode
+    except ChildFailedError as error:  # several
+        return int(error.get_first_failure()[1].exitcode)
+    return 0
+
+
+def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    if "--help" in arguments[:1] or "-h" in arguments[:1]:
+        return ["--help"], []
+    if "--" not in arguments or not arguments[arguments.index("--") + 1 :]:
+        raise ConfigError("`adalink launch` got no command: write one after --, as in `adalink launch --num_processes 2 -- train --config run.yaml`")
+    at = arguments.index("--")
+    return list(arguments[:at]), list(arguments[at + 1 :])
