@@ -73,8 +73,8 @@ def browsing(profile: Path) -> Iterator[Page]:
     """A browser with one tab, until the block ends."""
     to_browser, from_us = os.pipe()
     to_us, from_browser = os.pipe()
-    # The protocol wants the descriptors 3 and 4.
-    command = ["sh", "-c", f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}', str(CHROMIUM), *OPTIONS, f"--user-data-dir={profile}"]
+    # The protocol wants the descriptors 3 and 4; sh knows no numbers above 9 here.
+    command = ["bash", "-c", f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}', str(CHROMIUM), *OPTIONS, f"--user-data-dir={profile}"]
     process = subprocess.Popen(command, pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.close(to_browser)
     os.close(from_browser)
