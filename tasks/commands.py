@@ -25,7 +25,7 @@ from tasks.draft import Draft, only_named_data
 from tasks.export import export_embeds, export_folded, export_merged
 from tasks.figure_commands import add_compared_runs, add_scored, run_compared, run_compared_runs, run_scored
 from tasks.help import comments_as_help
-from tasks.plan_commands import add_plan_options, compose_command, dry_run_command
+from tasks.plan_commands import add_methods_options, add_plan_options, compose_command, dry_run_command, methods_command
 from tasks.run import Evaluation, evaluate_run, is_main, train_run
 from tasks.run_metrics import UNSCORED
 from tasks.score import score_coco, score_vqa
@@ -121,6 +121,11 @@ def _add_compose(parser: Any) -> None:
     add_plan_options(parser)
 
 
+def _add_methods(parser: Any) -> None:
+    _add_run(parser, Draft)
+    add_methods_options(parser)
+
+
 def _add_evaluate(parser: Any) -> None:
     _add_run(parser)
     parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder; results go to `out`, or to `evaluation` beside it")
@@ -189,6 +194,10 @@ COMMANDS: dict[str, Command | Mapping[str, Command]] = {
     "compose": Command(
         "what would be built of two frozen parts and methods: parameters, positions, memory; loads nothing",
         _add_compose, compose_command, has_config=True, prepare=only_named_data,
+    ),
+    "methods": Command(
+        "every method: what it computes, where it edits, its settings, what it trains",
+        _add_methods, methods_command, has_config=True, prepare=only_named_data,
     ),
     "caption": Command("caption pictures with a saved adapter", _add_caption, _caption),
     "ask": Command("ask a question about a picture, with a saved adapter", _add_ask, _ask),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from adalink import Adapter, Placement, Slots
-from adalink.tokens import DOMAIN_NAMES
+from adalink.tokens import DOMAIN_NAMES, N_DOMAINS
 
 __all__ = ["domain_names", "places_of", "slots_of"]
 
@@ -29,7 +29,9 @@ def slots_of(slots: Sequence[Slots]) -> dict[str, int]:
 
 
 def domain_names(domains: Sequence[int]) -> str:
-    """`text, answer`; a domain without a name is its number."""
+    """`text, answer`; a domain without a name is its number, and all of them are every token."""
+    if set(domains) == set(range(N_DOMAINS)):
+        return "every token"
     names = {number: name for name, number in DOMAIN_NAMES.items()}
     return ", ".join(names.get(domain, str(domain)) for domain in domains)
 

@@ -1,16 +1,22 @@
-"""What `adalink compose` and `adalink train --dry-run` do: say what would be built, and load nothing."""
+"""What `adalink compose`, `adalink methods` and `adalink train --dry-run` do: say what would be built, and load nothing."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from adalink.errors import ConfigError
+from multimodal.blueprint import draw_language, draw_tower
+from tasks.compose import _found as found_part
 from tasks.config import chosen_methods
 from tasks.draft import Draft, check_data, name_both_parts
+from tasks.methods_list import listed_methods
+from tasks.methods_text import methods_as_json, methods_as_text
 from tasks.plan import Plan, make_plan
 from tasks.plan_text import plan_as_json, plan_as_text
 
-__all__ = ["add_plan_options", "compose_command", "dry_run_command"]
+__all__ = ["add_methods_options", "add_plan_options", "compose_command", "dry_run_command", "methods_command"]
+
+SHAPE = ("scenes:encoder", "scenes:language")  # what methods are counted on, where no parts are given
 
 TEXT_TOKENS = 30
 
@@ -18,7 +24,20 @@ TEXT_TOKENS = 30
 def add_plan_options(parser: Any) -> None:
     """What a plan needs beside a run's settings."""
     parser.add_argument("--text_tokens", type=int, default=TEXT_TOKENS, help="words of a row, prompt and answer together, that the estimates of memory assume")
+    add_methods_options(parser)
+
+
+def add_methods_options(parser: Any) -> None:
+    """What the list of methods needs beside a run's settings."""
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def methods_command(values: Any, plain: Any) -> None:
+    """Print every method, counted on the parts that are given."""
+    encoder, language_model = (given or default for given, default in zip((values.encoder, values.language_model), SHAPE, strict=True))
+    given = {name: method for name, method in vars(values.methods).items() if method is not None}
+    methods = listed_methods(draw_tower(found_part(encoder), layer=values.layer), draw_language(found_part(language_model)), given)
+    print(methods_as_json(methods) if values.json else methods_as_text(methods, encoder, language_model))
 
 
 def compose_command(values: Any, plain: Any) -> None:

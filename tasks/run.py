@@ -23,6 +23,7 @@ from tasks.config import RunConfig, chosen_methods
 from tasks.evaluate import Pictures, Predictions, is_graded, predict, read_pictures
 from tasks.run_metrics import write_card_figures, write_metrics
 from tasks.run_report import write_run_report
+from tasks.shown import shown_samples
 from tasks.submission import Submission, refuse_gaps, write_submission
 from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
 
@@ -59,10 +60,16 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
         _check_bad(pictures, untrained, config)  # not first after the training
         before = {UNTRAINED: task.score(untrained.texts, pictures.source)}
 
-        def measure() -> dict[str, float]:
-            return {task.headline: task.score(_predict(model, pictures, task, config).texts, pictures.source).figures[task.headline]}
+        said: dict[int, str] = {}  # by the last measurement
 
-        trained = train(model, opened.source, task.texts, config.train, folder, resume=resume, known_bad=opened.problems, measure=measure)
+        def measure() -> dict[str, float]:
+            said.update(_predict(model, pictures, task, config).texts)
+            return {task.headline: task.score(said, pictures.source).figures[task.headline]}
+
+        trained = train(
+            model, opened.source, task.texts, config.train, folder, resume=resume, known_bad=opened.problems, measure=measure,
+            samples=lambda: shown_samples(pictures.source, task, said),
+        )  # fmt: skip
         _say_skipped("training", trained.bad)
         config_file.write_text(config_text)  # of a resumed run first here: one that is refused leaves the old one
         model.save_pretrained(folder / "adapter", task={"task": task.name})
