@@ -98,7 +98,9 @@ def test_every_name_in_all_is_there_and_every_module_says_what_it_is(path: Path)
 def test_the_public_surface_is_what_it_was_meant_to_be() -> None:
     import adalink
 
-    assert set(adalink.METHODS) == {"adalink", "bitfit", "bridge", "epalm", "ia3", "lora", "prompt"}
+    assert set(adalink.METHODS) == {
+        "adalink", "bitfit", "bottleneck", "bridge", "epalm", "gated", "ia3", "lora", "prefix", "prompt", "unipelt",
+    }  # fmt: skip
     assert [name for name in adalink.__all__ if not hasattr(adalink, name)] == []
 
 

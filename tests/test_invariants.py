@@ -29,13 +29,17 @@ from adalink import (
     Adapter,
     Anatomy,
     BitFit,
+    Bottleneck,
     Bridge,
+    Gated,
     LoRA,
     Placement,
     Port,
+    Prefix,
     Prompt,
     Slots,
     TokenMap,
+    UniPELT,
     attach,
 )
 
@@ -78,13 +82,19 @@ METHODS_UNDER_TEST = {
     "lora": {"lora": LoRA(groups={"image": ("image",), "text": ("text",), "shared": ("image", "text")}, rank={"image": 4, "text": 2, "shared": 1}, alpha=4, bias="all")},
     "lora_query_value": {"lora": LoRA(groups={"all": ("all",)}, rank=2, alpha=2, scaling="rank_stabilized", targets=("query", "value"))},
     "bitfit": {"bitfit": BitFit(groups={"image": ("image",), "text": ("text",)}, force_bias=True)},
+    "bottleneck": {"bottleneck": Bottleneck(width=4)},
+    "prefix": {"prefix": Prefix(length=2, form="table", init_std=0.5)},
+    "prefix_mlp": {"prefix": Prefix(length=2, form="mlp", init_std=0.5, hidden=6)},
+    "gated_adalink": {"gated": Gated(inner=AdaLink(rank=4, modalities=("text", "image")))},
+    "unipelt_ap": {"unipelt": UniPELT(variant="AP", bottleneck=4, prefix_length=2, prefix_form="table", prefix_init_std=0.5)},
+    "unipelt_apl": {"unipelt": UniPELT(variant="APL", bottleneck=4, prefix_length=2, prefix_hidden=6, lora_rank=2)},
     "ia3": {"ia3": IA3(groups={"image": ("image",), "shared": ("image", "text")})},
     "all_at_once": {
         "adalink": AdaLink(rank=4, modalities=("text", "image")), "bridge": Bridge(kind="mlp"), "prompt": Prompt(length=2, init_std=0.5), "deep": DeepShift(),
         "epalm": EPALM(layers=(1, 2), n_taps=1, connector="shared"),
     },
 }  # fmt: skip
-IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep", "lora", "lora_query_value", "bitfit", "ia3")
+IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep", "lora", "lora_query_value", "bitfit", "ia3", "gated_adalink")
 EVERY = pytest.mark.parametrize("name", METHODS_UNDER_TEST)
 ON_EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 ON_DECODERS = pytest.mark.parametrize("family", DECODERS)

@@ -18,9 +18,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from adalink import ANSWER, IMAGE, PAD, PERCEPT, PROMPT, TEXT, InputSpec, TokenMap
+from adalink import ANSWER, IMAGE, PAD, PERCEPT, PREFIX, PROMPT, TEXT, InputSpec, TokenMap
 
-VOCABULARY, WIDTH, N_PATCHES, FEATURE_WIDTH, N_TAPS = 64, 32, 3, 20, 4
+VOCABULARY, WIDTH, N_PATCHES, FEATURE_WIDTH, N_TAPS, N_PREFIX = 64, 32, 3, 20, 4, 2
 FAMILIES = ("llama", "qwen2", "opt", "gpt2", "t5")
 DECODERS = ("llama", "qwen2", "opt", "gpt2")
 INPUTS = {"image": InputSpec(N_PATCHES, FEATURE_WIDTH), "image_taps": InputSpec(N_TAPS, FEATURE_WIDTH)}
@@ -64,14 +64,14 @@ def excite(module: nn.Module, seed: int = 1) -> None:
 
 
 def rows(n_rows: int = 3, n_prompt_slots: int = 2, seed: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, domain, attention mask: [percept slot, prompt slots, image slots, text, answer], left-padded raggedly."""
+    """ids, domain, attention mask: [prefix slots, percept slot, prompt slots, image slots, text, answer], left-padded raggedly."""
     generator = torch.Generator().manual_seed(seed)
     texts = [4 + i % 3 for i in range(n_rows)]
-    length = 1 + n_prompt_slots + N_PATCHES + max(texts) + 2
+    length = N_PREFIX + 1 + n_prompt_slots + N_PATCHES + max(texts) + 2
     ids = torch.randint(3, VOCABULARY, (n_rows, length), generator=generator)
     domain = torch.full((n_rows, length), PAD)
     for i, n_text in enumerate(texts):
-        kinds = [PERCEPT] + [PROMPT] * n_prompt_slots + [IMAGE] * N_PATCHES + [TEXT] * n_text + [ANSWER] * 2
+        kinds = [PREFIX] * N_PREFIX + [PERCEPT] + [PROMPT] * n_prompt_slots + [IMAGE] * N_PATCHES + [TEXT] * n_text + [ANSWER] * 2
         domain[i, length - len(kinds) :] = torch.tensor(kinds)
     ids[domain == PAD] = 0
     return ids, domain, (domain != PAD).long()

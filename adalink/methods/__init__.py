@@ -2,12 +2,19 @@
 
 from adalink.methods.adalink import AdaLink
 from adalink.methods.bitfit import BitFit
+from adalink.methods.bottleneck import Bottleneck
 from adalink.methods.bridge import Bridge
+from adalink.methods.gated import Gated
 from adalink.methods.ia3 import IA3
 from adalink.methods.inject import EPALM
 from adalink.methods.lora import LoRA
+from adalink.methods.prefix import Prefix
 from adalink.methods.prompt import Prompt
+from adalink.methods.unipelt import UniPELT
 
-__all__ = ["EPALM", "IA3", "METHODS", "AdaLink", "BitFit", "Bridge", "LoRA", "Prompt"]
+__all__ = ["EPALM", "IA3", "METHODS", "AdaLink", "BitFit", "Bottleneck", "Bridge", "Gated", "LoRA", "Prefix", "Prompt", "UniPELT"]
 
-METHODS = {"adalink": AdaLink, "bitfit": BitFit, "bridge": Bridge, "epalm": EPALM, "ia3": IA3, "lora": LoRA, "prompt": Prompt}
+METHODS = {
+    "adalink": AdaLink, "bitfit": BitFit, "bottleneck": Bottleneck, "bridge": Bridge, "epalm": EPALM, "gated": Gated, "ia3": IA3, "lora": LoRA,
+    "prefix": Prefix, "prompt": Prompt, "unipelt": UniPELT,
+}  # fmt: skip

@@ -76,7 +76,7 @@ class GatedEdit(nn.Module):
     def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
         base = self.edit.off(h) if isinstance(self.edit, Writes) else h
         value = self.edit(h, tokens, x)
-        return torch.lerp(base, value, self.gates[0](x, tokens).to(value.dtype))
+        return torch.lerp(base.to(value.dtype), value, self.gates[0](x, tokens).to(value.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,28 +93,28 @@ class Gated:
                        tokens reach earlier ones, and a cached step, which sees one token, differs from the whole sequence.
     """
 
-    method: Method
+    inner: Method
     mean: Literal["prompt", "sequence"] = "prompt"
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
-        if not dataclasses.is_dataclass(self.method) or not hasattr(self.method, "place"):
-            raise ConfigError(f"Gated wraps a method, got {self.method!r}: give for instance Bottleneck(width=48)")
-        if isinstance(self.method, Gated):
+        if not dataclasses.is_dataclass(self.inner) or not hasattr(self.inner, "place"):
+            raise ConfigError(f"Gated wraps a method, got {self.inner!r}: give for instance Bottleneck(width=48)")
+        if isinstance(self.inner, Gated):
             raise ConfigError("Gated wraps a method that is already gated: gate it once")
         if self.mean not in ("prompt", "sequence"):
             raise ConfigError(f"the gate's mean is over {self.mean!r}: give prompt or sequence")
 
     def slots(self, anatomy: Anatomy) -> tuple[Slots, ...]:
         """The wrapped method's."""
-        return self.method.slots(anatomy)
+        return self.inner.slots(anatomy)
 
     def place(self, anatomy: Anatomy) -> Sequence[Placement]:
         """The wrapped method's, each edit with its group's gate. Raises AttachError where there is nothing to gate."""
         gates: dict[str, Gate] = {}
-        placed = [self._gated(placement, gates, anatomy) for placement in self.method.place(anatomy)]
+        placed = [self._gated(placement, gates, anatomy) for placement in self.inner.place(anatomy)]
         if not gates:
-            raise AttachError(f"{type(self.method).__name__} edits no hidden state of this model, so there is nothing to gate: attach it without Gated")
+            raise AttachError(f"{type(self.inner).__name__} edits no hidden state of this model, so there is nothing to gate: attach it without Gated")
         return placed
 
     def _gated(self, placement: Placement, gates: dict[str, Gate], anatomy: Anatomy) -> Placement:

@@ -25,7 +25,7 @@ class UniPELT:
 
     Each part is one of this package's methods, so that any other mixture is a dict of them:
 
-        {"adapter": Gated(method=Bottleneck(width=48)), "prefix": Gated(method=Prefix(length=10, form="mlp", init_std=0.02))}
+        {"adapter": Gated(inner=Bottleneck(width=48)), "prefix": Gated(inner=Prefix(length=10, form="mlp", init_std=0.02))}
 
     LoRA is on queries and values, with separate gates that take the place of alpha / R.
     """
@@ -48,10 +48,10 @@ class UniPELT:
     def parts(self) -> dict[str, Gated]:
         """The methods that it is made of, by the names of their tensors."""
         prefix = Prefix(length=self.prefix_length, form=self.prefix_form, init_std=self.prefix_init_std, hidden=self.prefix_hidden)
-        parts = {"adapter": Gated(method=Bottleneck(width=self.bottleneck), mean=self.mean), "prefix": Gated(method=prefix, mean=self.mean)}
+        parts = {"adapter": Gated(inner=Bottleneck(width=self.bottleneck), mean=self.mean), "prefix": Gated(inner=prefix, mean=self.mean)}
         if self.variant == "APL":
             lora = LoRA(groups={"all": SEQUENCE}, rank=self.lora_rank, alpha=float(self.lora_rank), targets=("query", "value"))
-            parts["lora"] = Gated(method=lora, mean=self.mean)
+            parts["lora"] = Gated(inner=lora, mean=self.mean)
         return parts
 
     def slots(self, anatomy: Anatomy) -> tuple[Slots, ...]:

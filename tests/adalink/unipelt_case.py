@@ -113,7 +113,7 @@ class Case:
             (rank,) = ranks
             alpha = float(rank) if "lora" in self.gated else float(self.spec["config"]["lora_alpha"])
             parts["lora"] = LoRA(groups={"all": SEQUENCE}, rank=rank, alpha=alpha, targets=("query", "value"))
-        return {name: Gated(method=method, mean="sequence") if name in self.gated else method for name, method in parts.items()}
+        return {name: Gated(inner=method, mean="sequence") if name in self.gated else method for name, method in parts.items()}
 
 
 def host(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
