@@ -73,7 +73,7 @@ class DataConfig:
             raise ConfigError(f"a data set needs one of images, shards, mix and scenes, got {', '.join(given) or 'none'}")
         texts = next((name for name in _TEXTS if getattr(self, name) is not None), None)
         if self.images is not None and texts is None:
-            raise ConfigError(f"the pictures in {self.images} come without texts: give annotations (and, for vqa, questions)")
+            raise ConfigError(f"the pictures in {self.images} come without texts: give annotations (and, for vqa, questions), or image_info for a test split")
         names = dict.fromkeys(["annotations", "questions", *_TEXTS, "split", "image_name"])
         read = {texts, *_TEXTS[texts]} if texts is not None and self.images is not None else set()
         if unused := [name for name in names if getattr(self, name) is not None and name not in read]:
