@@ -22,8 +22,10 @@ def launch(arguments: Sequence[str]) -> int:
     options, command = _divided(arguments)
     from accelerate.commands.launch import launch_command, launch_command_parser
 
+    parser = launch_command_parser()
+    parser.prog, parser.usage = "adalink launch", "adalink launch [OPTIONS] -- COMMAND ..."
     try:
-        launch_command(launch_command_parser().parse_args([*options, "-m", "tasks.cli", *command]))
+        launch_command(parser.parse_args([*options, "-m", "tasks.cli", *command]))
     except subprocess.CalledProcessError as error:  # one process
         return error.returncode
     except ChildFailedError as error:  # several
