@@ -16,6 +16,7 @@ return the frozen model's output and say nothing.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -59,6 +60,7 @@ class Attachment:
         self._kept: WeakKeyDictionary[Any, dict[nn.Module, Tensor]] = WeakKeyDictionary()  # by cache: what edits keep of its prompt
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._forwards: list[nn.Module] = []  # layers whose forward is wrapped by checkpoint_layers
+        self._may_cache = "use_cache" in inspect.signature(type(self.stack).forward).parameters
         at = by_port(model, self.stack, dict(enumerate(adapters)))
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._modes = [(module, module.training) for module in model.modules()]
@@ -146,7 +148,7 @@ class Attachment:
         cache, length = kwargs.get("past_key_values"), ids.shape[1]
         start = int(cache.get_seq_length()) if cache is not None else 0
         visible = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
-        if self._forwards and torch.is_grad_enabled() and "use_cache" in kwargs:
+        if self._forwards and torch.is_grad_enabled() and self._may_cache:  # unasked too, inside an existing vision-language model
             kwargs = {**kwargs, "use_cache": False}  # a recompute would write the cache a second time
         tokens = self.map.window(ids.shape[0], start, length, max(visible, start + length))
         self.tokens = replace(tokens, kept=self._kept.get(cache, {}) if start else None if kwargs.get("use_cache") is False else {})

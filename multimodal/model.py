@@ -202,6 +202,9 @@ class VisionLanguageModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print how many parameters the active adapter trains, and their share of all."""
         self.adapted.print_trainable_parameters()
+        if self.tower.adapter is not None:
+            counts = self.tower.adapter.n_parameters()
+            print(f"in the encoder: {sum(counts.values()):,} ({', '.join(f'{name} {count:,}' for name, count in counts.items())})")
 
     def _logits(self, batch: Batch) -> Tensor:
         """[B, M, V]: at the source positions alone where the model can; the head is the dearest part of a small model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from existing_models import DECODERS, FAMILIES, IMAGE_ID, answers, batch, excite
 from torch import Tensor
 
 from adalink import AdaLink, AdaptedModel, LoRA, Prompt, get_adalink_model
+from adalink.errors import CheckpointError
 
 BOTH = AdaLink(rank=4, modalities=("text", "image"), activation="gelu", bias=True)
 PROMPT_SCOPE = AdaLink(rank=4, modalities=("text", "image"), scope="prompt")
@@ -159,3 +161,27 @@ def test_rows_are_served_by_the_adapters_they_name(family: str) -> None:
     assert not torch.equal(apart["default"], apart["second"])
     plain = existing(family).generate(**inputs, **SETTINGS, num_beams=2)
     assert torch.equal(apart["__base__"], plain)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "paligemma", "blip2_opt", "blip2_t5"])
+def test_checkpointed_gradients_equal_plain_ones(family: str) -> None:
+    model, inputs = adapted(family, "lora"), answers(family, batch(family))
+    weights = list(model.active_adapter().parameters())
+    plain = torch.autograd.grad(model(**inputs).loss, weights, allow_unused=True)
+    model.attachment.checkpoint_layers()
+    again = torch.autograd.grad(model(**inputs).loss, weights, allow_unused=True)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert any(a is not None and a.abs().max() > 0 for a in plain)
+
+
+@pytest.mark.parametrize("family", ["llava", "blip2_t5"])
+def test_an_adapter_is_saved_and_loaded_onto_the_same_model_alone(family: str, tmp_path: Path) -> None:
+    model, inputs = adapted(family, "soft"), answers(family, batch(family))
+    model.active_adapter().float().double()  # what a file of float32 holds
+    model.save_pretrained(tmp_path)
+    again = AdaptedModel.from_pretrained(existing(family), tmp_path)
+    again.active_adapter().double()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-12)
+    with pytest.raises(CheckpointError, match=r"was trained on the language model .*ForConditionalGeneration \(.*\), but this one is"):
+        AdaptedModel.from_pretrained(existing(family, seed=1), tmp_path)

@@ -17,8 +17,8 @@ METHODS: dict[str, dict[str, Method]] = {
     "prefix": {"prefix": Prefix(length=2, form="table", init_std=0.5)},
     "prompt_without_positions": {"soft": Prompt(length=2, init_std=0.5, positions="none")},
     "unipelt": {
-        "lora": Gated(method=LoRA(groups=TEXT, rank=2, alpha=4, targets=("query", "value"))),
-        "prefix": Gated(method=Prefix(length=3, form="mlp", init_std=0.5, hidden=8)),
+        "lora": Gated(inner=LoRA(groups=TEXT, rank=2, alpha=4, targets=("query", "value"))),
+        "prefix": Gated(inner=Prefix(length=3, form="mlp", init_std=0.5, hidden=8)),
     },
 }
 NEVER = [2, 60, IMAGE_ID]

@@ -32,8 +32,8 @@ DEEP: dict[str, dict[str, Method]] = {  # inside the layers too, and slots witho
     "prefix": {"prefix": Prefix(length=2, form="table", init_std=0.5)},
     "long": {"prompt": Prompt(length=5, init_std=0.5)},
     "unipelt": {
-        "lora": Gated(method=LoRA(groups=TEXT, rank=2, alpha=4, targets=("query", "value"))),
-        "prefix": Gated(method=Prefix(length=3, form="mlp", init_std=0.5, hidden=8)),
+        "lora": Gated(inner=LoRA(groups=TEXT, rank=2, alpha=4, targets=("query", "value"))),
+        "prefix": Gated(inner=Prefix(length=3, form="mlp", init_std=0.5, hidden=8)),
     },
 }
 DEEP_NAMES = ["prefix", BASE_NAME, "lora", "unipelt", "long", "scaled", BASE_NAME]

@@ -145,3 +145,10 @@ def test_one_adapter_an_encoder() -> None:
         adapted().add_vision_adapter({"bitfit": VISION["bitfit"]})
     with pytest.raises(ConfigError, match=r"the edit adalink\.text is for text, answer tokens, and a vision encoder has image tokens"):
         model_of().add_vision_adapter({"adalink": AdaLink(rank=4, modalities=("text",))})
+
+
+def test_what_is_trained_in_the_encoder_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapted({"adalink": VISION["adalink"], "prompt": VISION["prompt"]})
+    model.print_trainable_parameters()
+    width = model.tower.vision_anatomy().width
+    assert capsys.readouterr().out.splitlines()[1] == f"in the encoder: {8 * width + 3 * width:,} (adalink {8 * width:,}, prompt {3 * width:,})"
