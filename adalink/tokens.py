@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +84,13 @@ class TokenMap:
     generated: int = ANSWER
     present: frozenset[int] = frozenset(range(N_DOMAINS))
     serving: frozenset[int] | None = None
+    # int64 [B, T]: how many tokens of the same domain precede each token in its row. [5, 5, 0, 5] -> [0, 1, 0, 2]
+    ordinal: Tensor = field(init=False, repr=False)
+    # int64 [B, 1]: tokens of the generated domain inside the prompt; the first generated token's ordinal
+    n_generated_before: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the shapes once, where the map is made."""
+        """Check the shapes and count the ordinals once, where the map is made: a compiled model only reads them."""
         if self.domain.ndim != 2 or self.row.shape != self.domain.shape[:1]:
             raise ConfigError(
                 f"a token map needs domain [B, T] and row [B], got {tuple(self.domain.shape)} and {tuple(self.row.shape)}: "
@@ -96,18 +99,10 @@ class TokenMap:
         wrong = {name: tuple(value.shape) for name, value in self.inputs.items() if value.shape[:1] != self.row.shape}
         if wrong:
             raise ConfigError(f"inputs {wrong} do not have the token map's {self.row.shape[0]} rows: give one entry for each row")
-
-    @cached_property
-    def ordinal(self) -> Tensor:
-        """int64 [B, T]: how many tokens of the same domain precede each token in its row. [5, 5, 0, 5] -> [0, 1, 0, 2]."""
         slot = self.domain + 1
         counts = nn.functional.one_hot(slot, N_DOMAINS + 1).cumsum(1)
-        return counts.gather(2, slot[..., None])[..., 0] - 1
-
-    @cached_property
-    def n_generated_before(self) -> Tensor:
-        """int64 [B, 1]: tokens of the generated domain inside the prompt; the first generated token's ordinal."""
-        return (self.domain == self.generated).sum(1, keepdim=True)
+        object.__setattr__(self, "ordinal", counts.gather(2, slot[..., None])[..., 0] - 1)
+        object.__setattr__(self, "n_generated_before", (self.domain == self.generated).sum(1, keepdim=True))
 
     def window(self, batch: int, start: int, length: int, visible: int) -> Tokens:
         """Tokens [start, start + length) of `batch` rows, with `visible` keys; rows are repeated for beams.
