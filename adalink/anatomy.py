@@ -39,6 +39,7 @@ class Positions:
 
     module: str
     kind: Literal["table", "rotary"]
+    padding_row: int | None = None  # what tokens with the padding id have, where the model counts from the ids
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _attention(layer: nn.Module) -> Literal["causal", "bidirectional"]:
 def _positions(stack: nn.Module, embedding: str) -> Positions | None:
     """A learned table beside the word embedding (the longest: BERT has one of segments too), or a module of rotations in the stack.
 
-    A table with a padding row counts from the ids (RoBERTa) and is not taken for one that counts from position ids.
+    A table with a padding row counts from the ids (RoBERTa): tokens with the padding id are not counted, and have that row.
     """
     beside = embedding.rpartition(".")[0]
     tables = {
@@ -213,7 +214,7 @@ def _positions(stack: nn.Module, embedding: str) -> Positions | None:
     }
     if tables:
         longest = max(tables, key=lambda name: tables[name].num_embeddings)
-        return Positions(longest if tables[longest].padding_idx is None else "", "table")
+        return Positions(longest, "table", tables[longest].padding_idx)
     rotary = [name for name, child in stack.named_children() if any("inv_freq" in buffer for buffer, _ in child.named_buffers(recurse=False))]
     if rotary:
         return Positions(rotary[0], "rotary")

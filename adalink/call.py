@@ -85,9 +85,24 @@ class Call:
         return Call(token_map, {**arguments, **changed}, reserved, writes_apart)
 
     def own_output(self, output: Any) -> Any:
-        """The model's output with the logits of the caller's own tokens, [B, T, V]. What else it holds is for all positions."""
-        if self.reserved is not None and not self.writes_apart:
-            output.logits = self.reserved.own(output.logits)
+        """The model's output with the logits (of a bare model: the last hidden states) of the caller's own tokens, [B, T, ...].
+
+        What else it holds is for all positions. What a model pools from its first token is taken from a slot, and is left out.
+        """
+        if self.reserved is None or self.writes_apart:
+            return output
+        logits = getattr(output, "logits", None)
+        if isinstance(logits, Tensor) and logits.ndim == 2:
+            raise ConfigError(
+                f"this model gives one result for each row, {tuple(logits.shape)}, from its first token, which is now a slot of an adapter: "
+                "use an adapter without slots, or the bare model and its last hidden states"
+            )
+        for name in ("logits", "last_hidden_state"):
+            value = getattr(output, name, None)
+            if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == self.reserved.n_tokens + self.reserved.n_slots:
+                setattr(output, name, self.reserved.own(value))
+        if getattr(output, "pooler_output", None) is not None:
+            output.pooler_output = None
         return output
 
     def own_ids(self, generated: Any) -> Any:

@@ -17,10 +17,18 @@ class Uncounted(nn.Module):
     """Position ids that do not count the tokens of some domains, on the rows of one adapter; those tokens themselves get 0.
 
     [slot, slot, text, text] at 0, 1, 2, 3 -> 0, 0, 0, 1. Padding keeps its id.
+
+    padding_row  where the model counts from the ids (RoBERTa), slots that hold the padding id were not counted in the first place
     """
+
+    def __init__(self, padding_row: int | None = None) -> None:
+        super().__init__()
+        self.padding_row = padding_row
 
     def forward(self, position: Tensor, tokens: Tokens, domains: tuple[int, ...], adapter: int) -> Tensor:
         is_slot = torch.stack([tokens.keys == domain for domain in domains]).any(0)  # [B, K]
+        if self.padding_row is not None and position.shape[1] == is_slot.shape[1]:
+            is_slot = is_slot & (position != self.padding_row)
         place = tokens.position.expand(len(tokens.row), -1)
         before = is_slot.long().cumsum(1).gather(1, place)  # [B, T], the token itself with them
         moved = torch.where(tokens.select(domains, adapter)[..., 0], 0, (position - before).clamp(min=0))
@@ -49,7 +57,7 @@ def without_positions(anatomy: Anatomy, domains: tuple[int, ...]) -> list[Placem
             "this model takes position ids, and neither a table nor a rotary module for them was found beside its layers: "
             "choose a prompt with positions='counted', or a model like OPT, GPT-2, Llama or Qwen2"
         )
-    placed = [Placement("positions", Port(anatomy.positions.module, "position"), Uncounted(), domains)]
+    placed = [Placement("positions", Port(anatomy.positions.module, "position"), Uncounted(anatomy.positions.padding_row), domains)]
     if anatomy.positions.kind == "table":
         placed.append(Placement("no_vector", Port(anatomy.positions.module, "vectors"), ZeroVector(), domains))
     return placed

@@ -37,6 +37,8 @@ def test_where_each_family_makes_positions_and_what_its_tokens_read(family: str,
 def test_other_families() -> None:
     bert = Anatomy.read(hf.BertModel(hf.BertConfig(**SIZES)))
     assert (bert.positions, bert.attention) == (Positions("embeddings.position_embeddings", "table"), "bidirectional")
+    roberta = Anatomy.read(hf.RobertaModel(hf.RobertaConfig(**SIZES)))  # counts from the ids, where padding is row 1
+    assert roberta.positions == Positions("embeddings.position_embeddings", "table", 1)
     gemma = hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8))
     assert Anatomy.read(gemma).positions == Positions("rotary_emb", "rotary")
     bloom = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
@@ -46,7 +48,6 @@ def test_other_families() -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        lambda: hf.RobertaModel(hf.RobertaConfig(**SIZES)),  # counts from the ids
         lambda: hf.XGLMForCausalLM(hf.XGLMConfig(vocab_size=64, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4)),  # sinusoids
     ],
 )
