@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from adalink import ANSWER, IA3, IMAGE, PAD, TEXT, Adapter, Anatomy, BitFit, Bridge, InputSpec, LoRA, Method, TokenMap
 
@@ -53,7 +53,7 @@ class Case:
         """As published: each adaptor on its own modalities."""
         routes = self.config.get("adaptor_map") or self.adaptors
         assert not any(route.get("messages") for route in routes.values()), "adaptors for some messages only are not in the spec"
-        return {name: tuple(routes[name]["modalities"]) for name in self.adaptors}
+        return {name: tuple(routes[name].get("modalities") or ("image", "text")) for name in self.adaptors}
 
     def variant(self, name: str) -> Routing:
         own, everything = self.routing, tuple(dict.fromkeys(modality for modalities in self.routing.values() for modality in modalities))
@@ -81,13 +81,13 @@ class Case:
 
     def features(self) -> Tensor:
         """[B, N, Dv]: the penultimate states of the patches."""
-        config = CLIPVisionConfig(**{name: value for name, value in self.config["vision_config"].items() if name != "model_type"})
-        tower = CLIPVisionModel(config).double().eval()
+        settings = dict(self.config["vision_config"])
+        tower = AutoModel.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings)).double().eval()
         wanted = set(tower.state_dict())
         stored = self.under("w.vision_model.")
         tower.load_state_dict({name if name in wanted else name.removeprefix("vision_model."): value for name, value in stored.items()})
         with torch.no_grad():
-            return tower(self.tensors["in.pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+            return tower(self.tensors["in.pixel_values"], output_hidden_states=True).hidden_states[-2][:, -self.config["image_seq_len"] :]  # a CLS token, where there is one, is the first
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         return replace(Anatomy.read(model), inputs={"image": InputSpec(*self.tensors["tap.vision_features"].shape[1:])})
@@ -181,7 +181,10 @@ class Case:
     def special_ids(self) -> dict[str, int]:
         """End and padding, as the .json's words on `gen.output_ids` have them."""
         words = " ".join(self.spec["keys"].values())
-        return {f"{name}_token_id": int(re.search(rf"\b{name}=(\d+)", words)[1]) for name in ("eos", "pad")}  # type: ignore[index]
+        told = {name: re.search(rf"\b{name}=(\d+)", words) for name in ("eos", "pad")}
+        padding = self.tensors["gen.input_ids"][self.tensors["gen.attention_mask"] == 0]
+        read = {"eos": self.spec.get("assistant_suffix_ids", [2])[-1], "pad": int(padding[0]) if len(padding) else 0}
+        return {f"{name}_token_id": int(found[1]) if found else read[name] for name, found in told.items()}
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
