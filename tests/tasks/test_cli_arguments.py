@@ -114,7 +114,7 @@ VALUES = [
     ("methods.adalink.modalities", ["text", "text"], "AdaLink's modalities are ['text', 'text']"),
     ("methods.bridge.hidden", -1, "the bridge's hidden width is -1"),
     ("methods.prompt", {"length": 0, "init_std": 0.1}, "the prompt's length is 0"),
-    ("methods", {}, "the config names no method: under `methods:`, give one or more of adalink, bitfit, bridge, "),
+    ("methods", {}, "the config names no method: under `methods:`, give one or more of adalink, bitfit, "),
     ("captioning.template", {"prompt": "a picture of"}, "the prompt template 'a picture of' has 0 places for the picture"),
     ("captioning.template", {"prompt": "<image>", "target": "x"}, "the target template 'x' must hold {text}"),
     ("captioning.captions_per_image", -1, "captions_per_image is -1"),
