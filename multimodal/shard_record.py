@@ -56,7 +56,7 @@ def decode_record(data: bytes) -> Record:
     """
     try:
         found = _loaded(data)
-        if b"\\ud" in data or b"\\uD" in data:
+        if b"\\u" in data and (b"\\ud" in data or b"\\uD" in data):
             json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair would stop a tokenizer later
     except (ValueError, RecursionError) as error:
         raise DataError(f"its json member is not JSON of Unicode texts: {error}") from error
@@ -67,7 +67,7 @@ def decode_record(data: bytes) -> Record:
         key=key if isinstance(key, str) else None,
         image_id=image_id if type(image_id) is int else None,
         captions=_captions(found),
-        questions=tuple([_question(row) for row in _list(found, "questions")]),
+        questions=tuple([_question(row) for row in _list(found, "questions")]) if found.get("questions") else (),
     )
 
 

@@ -267,22 +267,24 @@ def write(folder: Path, source: Pictures, repetitions: int) -> None:
 def main() -> None:
     """Run all of it in a temporary folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--pictures", type=int, default=240)
-    parser.add_argument("--records", type=int, default=20000)
+    parser.add_argument("--pictures", type=int, default=240, help="0: none")
+    parser.add_argument("--records", type=int, default=20000, help="0: none")
     parser.add_argument("--repetitions", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures = Pictures(given.pictures, folder / "pictures")
-        size = sum(path.stat().st_size for path in (folder / "pictures").glob("*.jpg")) / given.pictures
-        print(f"{given.pictures} JPEGs of {size / 1024:.0f} KiB, {given.records} records of 9 KiB, {given.repetitions} repetitions, {os.cpu_count()} cores")
-        (folder / "p").mkdir()
-        (folder / "r").mkdir()
-        read("JPEG decode", folder / "p", pictures, as_picture, 16, given.repetitions)
-        share_of_state(folder / "p", as_picture, given.repetitions)
-        write(folder, pictures, given.repetitions)
-        read("Small records", folder / "r", Records(given.records, folder / "records"), as_record, 64, given.repetitions)
+        print(f"{given.pictures} JPEGs, {given.records} records of 9 KiB, {given.repetitions} repetitions, {os.cpu_count()} cores")
+        for part in ("p", "r"):
+            (folder / part).mkdir()
+        if given.pictures:
+            pictures = Pictures(given.pictures, folder / "pictures")
+            size = sum(path.stat().st_size for path in (folder / "pictures").glob("*.jpg")) / given.pictures
+            read(f"JPEG decode ({size / 1024:.0f} KiB each)", folder / "p", pictures, as_picture, 16, given.repetitions)
+            share_of_state(folder / "p", as_picture, given.repetitions)
+            write(folder, pictures, given.repetitions)
+        if given.records:
+            read("Small records", folder / "r", Records(given.records, folder / "records"), as_record, 64, given.repetitions)
 
 
 if __name__ == "__main__":

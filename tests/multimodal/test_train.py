@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from composed import Drawn, compose, excite, two_texts
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from adalink.errors import BudgetError, CheckpointError, ConfigError
 from multimodal.bad_samples import BadSample
 from multimodal.model import VisionLanguageModel
 from multimodal.parameter_groups import parameter_groups
+from multimodal.processes import step_seed
 from multimodal.sample import Sample
 from multimodal.template import Text
 from multimodal.train import Trained, train
@@ -221,6 +223,30 @@ def test_other_parameters_can_be_trained_with_the_adapter(tmp_path: Path) -> Non
     assert "weight.extra.bias" in load_file(tmp_path / "checkpoints" / "step_00000004" / "state.safetensors")
     with pytest.raises(CheckpointError, match=r"\['extra.bias'\] differ"):
         trained(tmp_path, resume=True)
+
+
+def test_other_parameters_are_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "is_fsdp2", property(lambda self: True))
+    with pytest.raises(ConfigError, match="FSDP2 trains adapters alone, and also_trained names other weights: train those with DDP"):
+        trained(tmp_path, also_trained={"extra.bias": nn.Parameter(torch.ones(3))})
+
+
+def test_a_steps_random_numbers_are_a_function_of_seed_step_and_rank(tmp_path: Path) -> None:
+    """A module that draws numbers, as dropout does, draws the same after a resume, and others in each step and on each rank."""
+    assert len({step_seed(seed, step, rank) for seed in (0, 1, 2**40) for step in (0, 1, 11) for rank in (0, 1, 11)}) == 27
+    drawn: list[float] = []
+
+    def draw(sample: Sample, rng: random.Random) -> list[Text]:
+        return two_texts(sample, rng)
+
+    with looked_at_before_each_step(lambda optimizer: drawn.append(float(torch.rand(())))):
+        trained(tmp_path / "a", texts=draw, steps=4)
+        with pytest.raises(Stop):
+            trained(tmp_path / "b", texts=draw, steps=4, measure_every=1, measure=stop_at(3))
+        torch.rand(100)
+        trained(tmp_path / "b", texts=draw, steps=4, resume=True)
+    assert drawn[:4] == drawn[4:6] + drawn[7:9]
+    assert len(set(drawn[:4])) == 4
 
 
 def test_each_method_may_have_a_rate_of_its_own_and_vectors_do_not_decay() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adalink.errors import CheckpointError
+from adalink.errors import CheckpointError, DataError
 from multimodal.train_state import latest_checkpoint, load_state, save_state
 
 
@@ -87,6 +89,26 @@ def test_what_a_killed_process_left_does_not_matter_and_goes_away(tmp_path: Path
     run.save(tmp_path, 6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000006"]
     assert run.load(tmp_path / "step_00000006")["step"] == 6
+
+
+def test_a_checkpoint_that_cannot_be_written_says_so_and_the_one_before_stays(tmp_path: Path) -> None:
+    """A limit on file sizes stands for the disk: writing beyond it fails in the same place, with another errno."""
+    Run(1).save(tmp_path, 3)
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            Run(1).save(tmp_path, 6)
+        except DataError as error:
+            said = "step_00000006 cannot be written" in str(error) and "make room and go on with --resume" in str(error)
+            os._exit(5 if said else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"the checkpoint .*file/run/step_00000006 cannot be written \(.*Not a directory.*; the one before stays: make room"):
+        Run(1).save(tmp_path / "file" / "run", 6)
 
 
 def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path: Path) -> None:
