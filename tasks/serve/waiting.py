@@ -37,7 +37,8 @@ def chosen(jobs: Sequence[Job], batching: Batching, fits: Callable[[int, int], b
 class Waiting:
     """Jobs between the threads that prepare them and the one that generates.
 
-    A batch starts when it is full, when nothing else is on its way in, or when its oldest job has waited `wait_ms`.
+    A batch starts when it is full, when some job has to wait for the next one anyway, or when the model has been free and the oldest job
+    there for `wait_ms`. It does not wait at all where no other request is being read and the batch before was of one row: nobody would come.
     """
 
     def __init__(self, batching: Batching, fits: Callable[[int, int], bool]) -> None:
@@ -46,6 +47,7 @@ class Waiting:
         self.jobs: list[Job] = []
         self.errands: list[tuple[str, Callable[[], None]]] = []
         self.n_arriving = 0
+        self._free_since, self._n_last = 0.0, 0  # when the batch before ended, and its rows, whose clients may ask again at once
         self._changed = threading.Condition()
         self._closed = False
 
@@ -76,6 +78,7 @@ class Waiting:
     def take(self) -> list[Job] | Callable[[], None] | None:
         """The next batch, or errand; waits for one. None once it is closed and all jobs are taken."""
         with self._changed:
+            self._free_since = time.perf_counter()
             while True:
                 self.jobs = [job for job in self.jobs if not job.cancelled]
                 waited_for = {job.ask.adapter for job in self.jobs}
@@ -88,6 +91,7 @@ class Waiting:
                 if left is not None and left <= 0:
                     batch = chosen(self.jobs, self.batching, self.fits)
                     self.jobs = [job for job in self.jobs if job not in batch]
+                    self._n_last = len(batch)
                     return batch
                 self._changed.wait(left)
 
@@ -99,6 +103,7 @@ class Waiting:
 
     def _patience(self) -> float:
         """Seconds until the next batch starts with what there is."""
-        if self.n_arriving == 0 or self._closed or len(chosen(self.jobs, self.batching, self.fits)) == self.batching.size:
-            return 0.0
-        return self.jobs[0].queued + self.batching.wait_ms / 1000 - time.perf_counter()
+        batch = chosen(self.jobs, self.batching, self.fits)
+        left = max(self.jobs[0].queued, self._free_since) + self.batching.wait_ms / 1000 - time.perf_counter()
+        is_settled = self.n_arriving == 0 and (self._n_last < 2 or time.perf_counter() > self._free_since + self.batching.wait_ms / 1000)
+        return 0.0 if self._closed or is_settled or len(batch) == self.batching.size or len(batch) < len(self.jobs) else left

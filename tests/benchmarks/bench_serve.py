@@ -33,6 +33,8 @@ from tasks.compose import compose
 N_CLIENTS, N_ADAPTERS, N_PICTURES = 32, 4, 64
 NAMES = tuple(f"caption{i}" for i in range(N_ADAPTERS))
 SECONDS = 20.0
+N_NEW = 64  # tokens a text
+NOISE = 0.4  # so strong that hardly a text ends by itself: each request then costs the same, whoever answers it
 
 
 @dataclass
@@ -85,7 +87,7 @@ def save(folder: Path) -> None:
         adapter = model.add_adapter(name, {"bridge": Bridge(kind="mlp", hidden=256, init_scale=8.0), "adalink": AdaLink(rank=16, modalities=("image", "text"))})
         with torch.no_grad():
             for parameter in adapter.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.02)
+                parameter.add_(torch.randn_like(parameter) * NOISE)
         model.save_pretrained(folder / name, task={"task": "captioning"})
 
 
@@ -96,7 +98,7 @@ def uploaded(server: Server) -> list[bytes]:
         contents = [[{"role": "user", "content": [{"type": "file", "file": {"file_id": file_id}}]}] for file_id in ids]
         for content in contents:
             client.post("/v1/chat/completions", json={"model": NAMES[0], "messages": content}).raise_for_status()
-    return [json.dumps({"model": name, "messages": content, "max_tokens": 30}).encode() for name in NAMES for content in contents]
+    return [json.dumps({"model": name, "messages": content, "max_tokens": N_NEW}).encode() for name in NAMES for content in contents]
 
 
 def percentile(seconds: Sequence[float], share: float) -> float:

@@ -75,6 +75,23 @@ def test_a_lone_request_does_not_wait_and_company_is_waited_for_within_the_bound
         assert len(waiting.take() or ()) == 2  # type: ignore[arg-type]
 
 
+def test_clients_that_were_just_answered_are_waited_for() -> None:
+    waiting = Waiting(Batching(wait_ms=200), fits)
+    for _ in range(2):
+        waiting.put(job())
+    assert len(waiting.take() or ()) == 2  # type: ignore[arg-type]
+    waiting.put(job())  # came while the two were answered
+    threading.Timer(0.02, waiting.put, (job(),)).start()
+    started = time.perf_counter()
+    assert len(waiting.take() or ()) == 2  # type: ignore[arg-type]
+    assert 0.15 < time.perf_counter() - started < 1
+    waiting.put(job())
+    waiting.put(job(beams=2))
+    started = time.perf_counter()
+    assert len(waiting.take() or ()) == 1  # type: ignore[arg-type]
+    assert time.perf_counter() - started < 0.1  # there is something else to do than to wait
+
+
 def test_what_changes_the_model_runs_first_but_after_the_jobs_that_it_waits_for() -> None:
     waiting = Waiting(Batching(mixing="one_adapter"), fits)
     done: list[str] = []
