@@ -115,6 +115,8 @@ class _Run:
     ) -> None:
         if also_trained and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 trains adapters alone, and also_trained names other weights: train those with DDP")
+        if model.tower.adapter is not None and accelerator.is_fsdp2:
+            raise ConfigError("FSDP2 trains the language model's adapter alone, and this model's encoder has one too: train it with DDP")
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
         self.is_stopping = False
         seen = model.tower.adapter.named_parameters("vision") if model.tower.adapter is not None else ()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from composed import Drawn, excite, language, patches, two_texts
 from PIL import Image
 from torch import Tensor
@@ -152,3 +153,10 @@ def test_what_is_trained_in_the_encoder_is_told(capsys: pytest.CaptureFixture[st
     model.print_trainable_parameters()
     width = model.tower.vision_anatomy().width
     assert capsys.readouterr().out.splitlines()[1] == f"in the encoder: {8 * width + 3 * width:,} (adalink {8 * width:,}, prompt {3 * width:,})"
+
+
+def test_fsdp2_does_not_train_an_adapted_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "is_fsdp2", property(lambda self: True))
+    settings = TrainSettings(steps=1, batch_size=2, learning_rate=1e-2)
+    with pytest.raises(ConfigError, match="FSDP2 trains the language model's adapter alone, and this model's encoder has one too: train it with DDP"):
+        train(adapted({"lora": VISION["lora"]}), Drawn(4), two_texts, settings, folder=tmp_path)
