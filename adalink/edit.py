@@ -62,6 +62,7 @@ class Placement:
 
     shared   role -> module that several edits of the method use and none of them owns
     group    what a wrapper (a gate) gives one of to all edits of a group; empty: the edit is a group of its own
+    reads_row  whether what the edit does to a token depends on the other tokens of its row (a gate): then each text needs a row of its own
     """
 
     role: str
@@ -70,6 +71,7 @@ class Placement:
     domains: tuple[int, ...]
     shared: Mapping[str, nn.Module] = field(default_factory=dict)
     group: str = ""
+    reads_row: bool = False
 
 
 class Method(Protocol):

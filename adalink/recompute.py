@@ -57,8 +57,8 @@ def with_exact_cache(attachment: Attachment, token_map: TokenMap, arguments: Map
 
 
 def reads_later_tokens(adapter: Adapter) -> bool:
-    """Whether a slot of the adapter depends on tokens after it: then each text needs a row of its own, and a padded one differs."""
-    return any(placement.port.side == "cache" for placement in adapter.placements)
+    """Whether a slot of the adapter depends on tokens after it, or a gate on its whole row: then each text needs a row of its own."""
+    return any(placement.port.side == "cache" or placement.reads_row for placement in adapter.placements)
 
 
 def recompute(

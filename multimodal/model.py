@@ -212,7 +212,7 @@ class VisionLanguageModel(nn.Module):
         token_map = self.token_map(batch)
         if batch.segment is not None and self.adapted.active and reads_later_tokens(self.adapted.active_adapter()):
             raise ConfigError(
-                "the batch has several texts in a row, and a slot of the adapter reads later tokens, so it would read all of them: "
+                "the batch has several texts in a row, and a slot of the adapter reads later tokens, or a gate the row, so it would read all of them: "
                 "collate one row for each text, or train with mask='causal'"
             )
         with self.adapted.attachment.bind(token_map):

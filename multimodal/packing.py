@@ -29,7 +29,7 @@ PACKING_FAMILIES = frozenset({"opt", "gpt2", "llama", "qwen2"})
 def arrangement(model: Any, adapter: Adapter | None = None) -> tuple[Arrange, str]:
     """How this language model's rows are arranged for an adapter, and a line for the log that says so."""
     if adapter is not None and reads_later_tokens(adapter):
-        return separate_rows, "one row per text: a slot of the adapter reads later tokens, and would read every text of a packed row"
+        return separate_rows, "one row per text: a slot of the adapter reads later tokens, or a gate the row, and would read every text of a packed row"
     config = model.config
     sliding = getattr(config, "use_sliding_window", False)
     if config.model_type in PACKING_FAMILIES and not sliding and config._attn_implementation in ("sdpa", "eager"):

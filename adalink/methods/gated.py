@@ -123,7 +123,7 @@ class Gated:
         role = f"gates.{placement.group or placement.role}"
         gate = gates.setdefault(role, Gate(_width_read(anatomy, placement.port), self.mean))
         edit: Any = placement.edit
-        return dataclasses.replace(placement, edit=GatedEdit(edit, gate), shared={**placement.shared, role: gate})
+        return dataclasses.replace(placement, edit=GatedEdit(edit, gate), reads_row=True, shared={**placement.shared, role: gate})
 
 
 def _width_read(anatomy: Anatomy, port: Port) -> int:

@@ -32,6 +32,7 @@ from adalink import (
 )  # fmt: skip
 from adalink.edit import Placement
 from adalink.positions import ZeroVector
+from adalink.recompute import reads_later_tokens
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 HOSTS = {
@@ -69,7 +70,7 @@ def test_adapters_are_where_layers_end_before_a_closing_norm_or_after_the_sum() 
     method = Bottleneck(width=2)
     post = hf.OPTForCausalLM(hf.OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, do_layer_norm_before=False))
     assert [p.port for p in method.place(Anatomy.read(post))] == [Port("layers.0.final_layer_norm", "foreseen")]
-    assert [p.port for p in method.place(Anatomy.read(HOSTS["bert"]()))][0] == Port("encoder.layer.0.output.LayerNorm", "foreseen")
+    assert method.place(Anatomy.read(HOSTS["bert"]()))[0].port == Port("encoder.layer.0.output.LayerNorm", "foreseen")
     assert [p.port for p in method.place(Anatomy.read(tiny("opt")))] == [Port("layers.0", "returned"), Port("layers.1", "returned")]
 
 
@@ -119,6 +120,11 @@ def test_two_generations_at_once_keep_their_own_gates() -> None:
         stepped = [model(input_ids=ids[:, 5:], past_key_values=cache).logits[:, -1] for ids, cache in zip((first, second), caches, strict=True)]
     for a, b in zip(whole, stepped, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "alone"), [(APL, True), (Gated(inner=Bottleneck(width=4)), True), (Bottleneck(width=4), False), (ON_ENCODERS["prefix"], False)])
+def test_a_gate_needs_a_row_for_each_text(method: Any, alone: bool) -> None:
+    assert reads_later_tokens(Adapter({"method": method}, Anatomy.read(tiny("gpt2")))) is alone
 
 
 def test_a_prompt_in_parts_has_no_gate() -> None:
