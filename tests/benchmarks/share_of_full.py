@@ -73,7 +73,9 @@ def kept_patches(config: RunConfig, data: tuple[Opened, Opened], file: Path | No
 
 def run(config: RunConfig, methods: Mapping[str, Method], data: tuple[Opened, Opened], patches: tuple[PatchTable, PatchTable], full_rate: float) -> dict[str, float]:
     """Train one variant, and score it with its pictures and with others. full_rate: of the language model's weights; 0 keeps them frozen."""
-    task, settings = config.chosen_task(), config.train
+    task = config.chosen_task()
+    rates = {name: rate for name, rate in config.train.learning_rates.items() if name in methods}
+    settings = replace(config.train, learning_rates=rates)
     torch.manual_seed(settings.seed)
     model = compose(config.encoder, config.language_model, template=task.template, layer=config.layer)
     adapter = model.add_adapter("default", methods)
