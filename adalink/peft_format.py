@@ -81,7 +81,7 @@ def to_peft(adapter: Adapter, model: nn.Module, folder: str | Path) -> None:
     first = next(iter(edits.values()))
     r, alpha, has_bias = len(first.down.weight), first.scale * len(first.down.weight), any(edit.bias is not None for edit in edits.values())
     alphas = {name: edit.scale * len(edit.down.weight) for name, edit in edits.items()}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, edit in edits.items():
         key = f"base_model.model.{name}.lora_"
         tensors |= {f"{key}A.weight": edit.down.weight, f"{key}B.weight": edit.up.weight}

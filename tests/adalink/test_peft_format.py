@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny import excite, rows, run, tiny
 from torch import Tensor, nn
 
-from adalink import PAD, TEXT, Adapter, Anatomy, BitFit, LoRA, TokenMap, attach
+from adalink import TEXT, AdaptedModel, Adapter, Anatomy, BitFit, LoRA, TokenMap, attach
 from adalink.errors import CheckpointError, ConfigError
 from adalink.peft_format import from_peft, to_peft
 
-IDS, DOMAIN, MASK = rows()
-REAL = DOMAIN != PAD
+IDS, _, MASK = rows()
 
 
 def theirs(family: str, folder: Path, **settings: Any) -> Tensor:
@@ -67,6 +66,18 @@ def test_a_lora_of_peft_gives_pefts_logits(name: str, tmp_path: Path) -> None:
     logits = ours(model, from_peft(tmp_path, model))
     close(logits, expected)
     assert not torch.allclose(logits, plain)  # control
+
+
+def test_it_is_one_adapter_of_many_and_is_saved_as_such(tmp_path: Path) -> None:
+    expected = theirs("llama", tmp_path / "theirs")
+    model = AdaptedModel(tiny("llama"))
+    read = from_peft(tmp_path / "theirs", model.base)
+    model.add_adapter("theirs", read.methods).double().load_state_dict(read.state_dict())
+    model.save_pretrained(tmp_path / "ours")
+    close(ours(tiny("llama"), model.adapters["theirs"]), expected)
+    again = AdaptedModel(tiny("llama")).load_adapter(tmp_path / "ours", "theirs")
+    assert again.methods == read.methods
+    assert all(torch.equal(value, read.state_dict()[name].float()) for name, value in again.state_dict().items())
 
 
 EXPORTS: dict[str, tuple[str, list[LoRA]]] = {
