@@ -1,0 +1,39 @@
+"""What a person sees of a training that SIGTERM ends: one sentence, exit code 143, and a run folder to go on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from cli_run import train
+
+from multimodal.run_log import RunLog
+
+FEW = (
+    "--data.train.scenes", "train/4", "--data.val.scenes", "val/2", "--train.steps", "3", "--train.batch_size", "2", "--train.log_every", "1",
+    "--generation.max_new_tokens", "2",
+)  # fmt: skip
+
+
+def test_sigterm_ends_a_run_with_a_sentence_and_it_goes_on_with_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    write = RunLog.write
+
+    def write_and_be_asked_to_end(self: RunLog, values: Mapping[str, float]) -> None:
+        write(self, values)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "write", write_and_be_asked_to_end)
+        done = train("captioning", tmp_path / "run", small=FEW)
+    assert done.code == 143, done
+    said = f"adalink: ended by SIGTERM after step 2 of 3, which is saved in {tmp_path / 'run' / 'checkpoints'}: go on with --resume"
+    assert done.err.splitlines()[-1] == said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert signal.getsignal(signal.SIGTERM) == before
+    resumed = train("captioning", tmp_path / "run", "--resume", small=FEW)
+    assert resumed.code == 0, resumed.err
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
