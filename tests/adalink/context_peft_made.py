@@ -147,4 +147,24 @@ def _generated(model: Composite, ids: Tensor, features: Tensor, own: dict[str, t
         new = steps[-1].argmax(-1).masked_fill(ended, 0)
         ended |= new == 2
         whole, mask = torch.cat([whole, new[:, None]], 1), torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
-    return {"gen.input_ids": prompts, "gen.attention_mask": mask[:, :15], "gen.output_ids": whole, "gen.step_logits": torch.stack(steps, 1)}
+    found = _beams(model, prompts, mask[:, :15], features, own, 3)
+    return {"gen.beams3.output_ids": found, "gen.input_ids": prompts, "gen.attention_mask": mask[:, :15], "gen.output_ids": whole, "gen.step_logits": torch.stack(steps, 1)}
+
+
+def _beams(model: Composite, prompts: Tensor, mask: Tensor, features: Tensor, own: dict[str, tuple[str, ...]], beams: int) -> Tensor:
+    """transformers' own search on the wrapped linears, whose masks are set before each call: of the prompt, then text alone."""
+    is_image = prompts == PAD_IMAGE
+
+    def route(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("inputs_embeds")
+        here = is_image.repeat_interleave(beams, 0) if given is not None else torch.zeros(len(prompts) * beams, 1, dtype=torch.bool)
+        assert given is None or given.shape[:2] == here.shape
+        for name, modalities in own.items():
+            model.masks[name] = torch.stack([here if modality == "image" else ~here for modality in modalities]).any(0)[..., None].double()
+
+    hook = model.text_model.register_forward_pre_hook(route, with_kwargs=True)
+    embedded = model.text_model.get_input_embeddings()(prompts).masked_scatter(is_image[..., None], model.connected(features))
+    with torch.no_grad():
+        new = model.text_model.generate(inputs_embeds=embedded, attention_mask=mask, num_beams=beams, max_new_tokens=6, do_sample=False)
+    hook.remove()
+    return torch.cat([prompts, nn.functional.pad(new, (0, 6 - new.shape[1]))], 1)
