@@ -171,7 +171,7 @@ class AdaptedModel(nn.Module):
         return self.serving(n_rows, names).row
 
     def serving(self, n_rows: int, names: Sequence[str | None] | None = None) -> Rows:
-        """What a token map says of a batch's adapters: `rows`, the slots that each row's adapter reserves, and which occur."""
+        """What a token map says of a batch's adapters: rows, slots of each row, which occur. Raises ConfigError for names that do not fit."""
         if names is not None and len(names) != n_rows:
             raise ConfigError(f"{len(names)} adapter names were given for {n_rows} rows: give one for each row")
         chosen = [None if name == BASE_NAME else name for name in ([self.active] * n_rows if names is None else names)]
@@ -205,10 +205,10 @@ class AdaptedModel(nn.Module):
         """Print how many parameters the active adapter trains, and their share of all."""
         print(self.trainable_summary())
 
-    def trainable_summary(self) -> str:
-        """One line: trained parameters, all parameters, share, and how they divide over the methods."""
+    def trainable_summary(self, also_frozen: int = 0) -> str:
+        """One line: trained parameters, all parameters, share, and how they divide over the methods. also_frozen: an encoder's parameters."""
         counts = self.active_adapter().n_parameters()
-        trained, frozen = sum(counts.values()), sum(parameter.numel() for parameter in self.base.parameters())
+        trained, frozen = sum(counts.values()), also_frozen + sum(parameter.numel() for parameter in self.base.parameters())
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         return f"trained: {trained:,} || all: {trained + frozen:,} || trained share: {100 * trained / (trained + frozen):.4f} % ({parts})"
 

@@ -89,7 +89,7 @@ class VisionLanguageModel(nn.Module):
         """One text for each picture and prompt; a prompt is the question that the template asks (empty in captioning).
 
         adapter_names: one for each row, "__base__" for none; without them the active adapter serves all. Each row is worded by its own
-        adapter's template and has its own adapter's slots.
+        adapter's template and has its own adapter's slots. Raises ConfigError for an unknown name and for lists of unequal length.
         """
         if len(images) != len(prompts):
             raise ConfigError(f"{len(images)} pictures and {len(prompts)} prompts were given: give one prompt for each picture")
@@ -123,7 +123,7 @@ class VisionLanguageModel(nn.Module):
         return Template(prompt=task["prompt"], target=task["target"]) if {"prompt", "target"} <= set(task) else self.template
 
     def token_map(self, batch: Batch, adapter_names: Sequence[str | None] | None = None) -> TokenMap:
-        """What the batch's tokens are, with the features of each row's picture."""
+        """What the batch's tokens are, with the features of each row's picture. Raises ConfigError for kept features of a trained encoder."""
         if batch.patches is not None and self.tower.adapter is not None:
             raise ConfigError("the batch holds kept features, and this model's encoder has trained weights: collate it with pixels")
         kept = batch.patches if batch.patches is not None else self.tower(_pixels(batch)).joined
@@ -200,8 +200,8 @@ class VisionLanguageModel(nn.Module):
         return upload(repository, private, self.save_pretrained)
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters the active adapter trains, and their share of all."""
-        self.adapted.print_trainable_parameters()
+        """Print how many parameters the active adapter trains, and their share of all, the encoder's included."""
+        print(self.adapted.trainable_summary(also_frozen=sum(parameter.numel() for parameter in self.tower.encoder.parameters())))
         if self.tower.adapter is not None:
             counts = self.tower.adapter.n_parameters()
             print(f"in the encoder: {sum(counts.values()):,} ({', '.join(f'{name} {count:,}' for name, count in counts.items())})")

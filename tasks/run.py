@@ -40,7 +40,10 @@ class Evaluation:
 
 
 def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> Evaluation:
-    """Train, save, evaluate with and without the right pictures, and write the report into the run folder."""
+    """Train, save, evaluate with and without the right pictures, and write the report into the run folder.
+
+    Raises ConfigError where the config names no run folder or no training data, or the folder is taken.
+    """
     if config.out is None or config.data.train is None:
         raise ConfigError("training needs `out`, the run folder, and `data.train`: give both")
     _refuse_taken(config.out, resume=resume)  # before the models are loaded, which takes a while
@@ -50,7 +53,7 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
     model = compose(config.encoder, config.language_model, template=task.template, layer=config.layer)
     model.add_adapter("default", methods)
     if is_main():
-        print(model.adapted.trainable_summary())
+        model.print_trainable_parameters()
     with _run_folder(config.out) as folder:
         config_file = folder / "config.yaml"
         if not config_file.exists():
