@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port
+from adalink.errors import AttachError
 from adalink.positions import without_positions
 from adalink.tokens import Tokens
 
-__all__ = ["HiddenFromReader", "NoDistance", "outside_sequence"]
+__all__ = ["HiddenFromReader", "NoDistance", "check_reach", "outside_sequence"]
 
 
 class NoDistance(nn.Module):
@@ -41,6 +42,17 @@ def outside_sequence(anatomy: Anatomy, domains: tuple[int, ...]) -> list[Placeme
         *(Placement(f"no_distance{i}", Port(module, "distances"), NoDistance(), domains) for i, module in enumerate(distances)),
         *([Placement("hidden_from_reader", Port("", "reader"), HiddenFromReader(), domains)] if anatomy.reader else []),
     ]
+
+
+def check_reach(stack: nn.Module) -> None:
+    """Raise AttachError where attention has a window: tokens beyond it would not read slots at the start of their row, and nobody would know."""
+    config = getattr(stack, "config", None)
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True):
+        raise AttachError(
+            f"this model's attention sees {window} tokens back, and every token must read a prefix, which is at the start of the row: "
+            "use Prompt, or a model without a sliding window"
+        )
 
 
 def _is_slot(tokens: Tokens, domains: tuple[int, ...], adapter: int) -> Tensor:

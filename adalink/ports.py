@@ -10,6 +10,7 @@ from torch import nn
 from adalink.edit import Adapter, Placement, Port
 from adalink.errors import AttachError
 from adalink.masks import HideKeys, check_attention
+from adalink.outside import check_reach
 from adalink.tokens import PREFIX
 
 __all__ = ["by_port"]
@@ -25,6 +26,8 @@ def by_port(model: nn.Module, stack: nn.Module, adapters: Mapping[int, Adapter])
     for index, adapter in adapters.items():
         for placement in adapter.placements:
             _check_port(stack, placement.port)
+            if placement.domains == (PREFIX,) and placement.port.side == "output":
+                check_reach(stack)
             if placement.port.side == "mask":
                 check_attention(stack)
             at[placement.port].append((index, placement))

@@ -81,7 +81,7 @@ class Prefix:
     The result equals the published concatenation exactly: the slots have no position (text starts at 0; a key at position 0 is not
     rotated, so it can be written before the rotation), no distance to any token (T5), and no decoder reads what an encoder makes of them.
     Grouped-query models have narrower keys, and so a narrower prefix. A rotary embedding that also scales (YaRN) scales the prefix with it.
-    A prefix is not seen from beyond a sliding window: choose a model without one, or texts shorter than it.
+    A model with a sliding window is refused: beyond it a prefix would not be seen.
 
     form    mlp     embed [P, D] -> Linear(D, hidden) -> tanh -> Linear(hidden, 2 layers D_kv), shared by all layers: how it is trained
             table   the keys and values themselves: what is left of the network once it is trained, and all that serving needs

@@ -160,9 +160,9 @@ def test_a_cache_with_a_sliding_window_is_refused(mask: str) -> None:
     ids, domain, padding = rows()
     same: dict[str, Any] = {"attention_mask": padding, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     with attachment.bind(token_map(domain)):
-        with pytest.raises(AttachError, match=r"the mask at layers.0 covers 8 of 15 keys.*\(a cache with a sliding window drops some\): generate with use_cache=False"):
+        with pytest.raises(AttachError, match=r"the mask at layers.0 covers 8 of 17 keys.*\(a cache with a sliding window drops some\): generate with use_cache=False"):
             model.generate(ids, **same)
-        assert model.generate(ids, use_cache=False, **same).shape == (3, 18)
+        assert model.generate(ids, use_cache=False, **same).shape == (3, 20)
 
 
 @pytest.mark.parametrize("mask", ["published", "causal"])

@@ -148,7 +148,7 @@ def test_a_mask_of_another_kind_is_refused_when_it_comes() -> None:
     layer = attachment.stack.get_submodule("layers.0")
     ids, domain, mask = rows()
     attachment.tokens = token_map(domain).window(3, 0, ids.shape[1], ids.shape[1])
-    with pytest.raises(AttachError, match=r"the mask at layers.0 is a tensor \(3, 14\), expected None or \[B, 1, T, K\]"):
+    with pytest.raises(AttachError, match=r"the mask at layers.0 is a tensor \(3, 16\), expected None or \[B, 1, T, K\]"):
         layer(torch.zeros(3, ids.shape[1], WIDTH, dtype=torch.float64), attention_mask=mask)
 
 

@@ -173,3 +173,13 @@ def test_models_whose_keys_cannot_be_written_are_refused() -> None:
     qwen3 = hf.Qwen3ForCausalLM(hf.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, intermediate_size=48))
     with pytest.raises(AttachError, match="normalises its keys after their linear"):
         Adapter({"prefix": Prefix(length=2, form="table", init_std=0.1)}, Anatomy.read(qwen3))
+
+
+def test_a_model_with_a_sliding_window_is_refused() -> None:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = hf.MistralForCausalLM(hf.MistralConfig(**sizes, intermediate_size=48, sliding_window=8))
+    adapter = Adapter({"prefix": Prefix(length=2, form="table", init_std=0.1)}, Anatomy.read(model))
+    with pytest.raises(AttachError, match="this model's attention sees 8 tokens back, and every token must read a prefix"):
+        attach(model, adapter)
+    model.config.sliding_window = None
+    attach(model, adapter)  # control
