@@ -88,6 +88,7 @@ class Call:
         """The model's output with the logits (of a bare model: the last hidden states) of the caller's own tokens, [B, T, ...].
 
         What else it holds is for all positions. What a model pools from its first token is taken from a slot, and is left out.
+        Raises ConfigError where that is all it gives.
         """
         if self.reserved is None or self.writes_apart:
             return output

@@ -64,7 +64,10 @@ def reads_later_tokens(adapter: Adapter) -> bool:
 def recompute(
     attachment: Attachment, port: Port, names: tuple[str, ...], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """The hook at a cache port. It acts on new tokens after cached ones alone; a whole sequence needs no help."""
+    """The hook at a cache port. It acts on new tokens after cached ones alone; a whole sequence needs no help.
+
+    Raises AttachError where no cache is exact.
+    """
     tokens, token_map = attachment.tokens, attachment.map
     if tokens is None or token_map is None or not tokens.n_before:
         return

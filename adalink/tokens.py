@@ -108,6 +108,7 @@ class TokenMap:
         """Tokens [start, start + length) of `batch` rows, with `visible` keys; rows are repeated for beams.
 
         Pure: the same arguments give the same tokens, so cached decoding, beams and chunked prefill need no bookkeeping.
+        Raises ConfigError where the rows of the call are no multiple of the map's.
         """
         n_rows, prompt = self.domain.shape
         if batch % n_rows:

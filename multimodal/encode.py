@@ -57,7 +57,7 @@ class RowEncoder:
         self.leading = [slot.domain for slot in slots if slot.domain != IMAGE for _ in range(slot.count)]
 
     def prompt(self, question: str) -> Row:
-        """The row that a text is generated from."""
+        """The row that a text is generated from. Raises ConfigError where it has no token, TextTooLong where it has too many."""
         ids, domain = [self.placeholder] * len(self.leading), list(self.leading)
         for part in self.template.prompt_parts(question):
             if part == "<image>":

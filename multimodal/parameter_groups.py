@@ -14,7 +14,10 @@ __all__ = ["parameter_groups"]
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:
-    """One group per method with a rate of its own and per kind: matrices decay, vectors do not."""
+    """One group per method with a rate of its own and per kind: matrices decay, vectors do not.
+
+    Raises ConfigError for a rate of a method that is not among the parameters.
+    """
     methods = {name.split(".", 1)[0] for name in parameters}
     if unknown := sorted(set(settings.learning_rates) - methods):
         raise ConfigError(f"train.learning_rates names {', '.join(unknown)}, and this adapter's methods are {', '.join(sorted(methods))}")

@@ -50,7 +50,10 @@ def workplace(out: Path) -> Iterator[Path]:
 
 
 def publish(out: Path, manifest: Manifest, prefix: str) -> Manifest:
-    """Moves the manifest's shards from `out/.writing` to `out/PREFIX-000000.tar` and so on, then writes the manifest."""
+    """Moves the manifest's shards from `out/.writing` to `out/PREFIX-000000.tar` and so on, then writes the manifest.
+
+    Raises DataError where the disk refuses it.
+    """
     names = [(shard.file, f"{prefix}-{number:06d}.tar") for number, shard in enumerate(manifest.shards)]
     named = replace(manifest, shards=tuple(replace(shard, file=name) for shard, (_, name) in zip(manifest.shards, names, strict=True)))
     write_whole(out / WRITING / _PLAN, json.dumps(names).encode())

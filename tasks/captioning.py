@@ -61,7 +61,10 @@ class Captioning:
         return bool(sample.captions)
 
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
-        """CIDEr-D, BLEU and ROUGE-L in percent, against every caption of the source's pictures that were predicted."""
+        """CIDEr-D, BLEU and ROUGE-L in percent, against every caption of the source's pictures that were predicted.
+
+        Raises DataError where nothing was predicted, or a picture has no caption to score against.
+        """
         references = {sample.image_id: sample.captions for sample in (source[i] for i in range(len(source))) if sample.image_id in predictions}
         if not references:
             raise DataError("nothing was predicted for this data set: every picture of it was bad, or it is another one")

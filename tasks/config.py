@@ -30,7 +30,7 @@ Methods: Any = dataclasses.make_dataclass(
 
 
 def chosen_methods(methods: Any) -> dict[str, Method]:
-    """The methods that a config gives."""
+    """The methods that a config gives. Raises ConfigError where there is none."""
     chosen = {f.name: value for f in dataclasses.fields(methods) if (value := getattr(methods, f.name)) is not None}
     if not chosen:
         raise ConfigError(f"the config names no method: under `methods:`, give one or more of {', '.join(METHODS)}")

@@ -15,7 +15,10 @@ RECIPES = {task: Path(__file__).parent / "scenes" / f"{task}.yaml" for task in (
 
 
 def run_demo(out: Path) -> None:
-    """Train and evaluate captioning and VQA into `out/captioning` and `out/vqa`, and print both tables."""
+    """Train and evaluate captioning and VQA into `out/captioning` and `out/vqa`, and print both tables.
+
+    Raises ConfigError where one of the folders is there already, or a command failed.
+    """
     from tasks.cli import main  # late: the command line imports this module
 
     started = time.perf_counter()

@@ -75,6 +75,8 @@ def export_embeds(
 ) -> None:
     """Write the embeddings of prompts as the frozen language model reads them, for an engine that accepts them.
 
+    Raises ConfigError where the adapter does more than that, and where pictures and prompts do not match.
+
     Args:
         adapter: The adapter folder; methods that edit prompts at the embedding only, such as AdaLink with scope prompt.
         out: A new or empty folder, for inputs_embeds.safetensors (float [T, D] for each prompt, by its number) and prompts.json.

@@ -82,11 +82,11 @@ class LmmsEvalModel(lmms):  # type: ignore[misc]  # the suite takes subclasses o
         return [texts[number] for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered: an adapter answers one question about one picture."""
+        """Not offered: an adapter answers one question about one picture. Raises ConfigError."""
         raise ConfigError("adalink models answer one question about one picture: choose tasks of one round")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not offered."""
+        """Not offered. Raises ConfigError."""
         raise ConfigError("adalink models generate, and give no likelihoods to the suite: choose tasks whose output type is generate_until")
 
     def _picture(self, request: Any) -> Image:

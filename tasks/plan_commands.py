@@ -47,7 +47,7 @@ def compose_command(values: Any, plain: Any) -> None:
 
 
 def dry_run_command(values: Any, plain: Any) -> None:
-    """Check the settings, the data where it is given, and print the plan."""
+    """Check the settings, the data where it is given, and print the plan. Raises what a run would, and ConfigError with --resume."""
     if values.resume:
         raise ConfigError("--dry-run builds nothing and --resume goes on with what was built: give one of them")
     plan = _plan(values)

@@ -90,6 +90,8 @@ def shards_folder(*, images: Path, out: Path, samples_per_shard: int = 1000, bad
 def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
     """Index webdataset shards that exist, such as img2dataset's, by writing a manifest beside them.
 
+    Raises ConfigError where there is a manifest already, DataError where the shards hold no sample.
+
     Args:
         shards: The folder of tar files.
         bad_samples: How many samples may lack a picture or a text, or be too large, before the command stops.
@@ -109,6 +111,8 @@ def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
 
 def shards_check(*, shards: Path) -> None:
     """Check every byte of a set of shards against its manifest.
+
+    Raises DataError with what is wrong.
 
     Args:
         shards: The folder of tar files with its manifest.json.

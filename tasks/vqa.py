@@ -62,7 +62,10 @@ class Vqa:
         return any(question.answers for question in sample.questions)
 
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
-        """Accuracy in percent, overall and per answer type, over the questions that were predicted."""
+        """Accuracy in percent, overall and per answer type, over the questions that were predicted.
+
+        Raises DataError where none was, or they have no answers.
+        """
         questions = [question for i in range(len(source)) for question in source[i].questions if question.question_id in predictions]
         if not questions or not questions[0].answers:
             raise DataError("these questions cannot be scored: none was predicted, or the data set has no answers (a test split?)")

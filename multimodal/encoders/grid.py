@@ -41,7 +41,10 @@ class Grid:
         self._side = (output.shape[-2], output.shape[-1])
 
     def stage(self, state: Tensor) -> Stage:
-        """The stage of a feature map [B, C, h, w] or of tokens [B, P + N, D], of which the first is the CLS token where P > 0."""
+        """The stage of a feature map [B, C, h, w] or of tokens [B, P + N, D], of which the first is the CLS token where P > 0.
+
+        Raises ConfigError where no grid of patches fits the number of tokens.
+        """
         if state.dim() == 4:
             return from_map(state)
         n_tokens, (high, wide) = state.shape[1], self._side

@@ -51,7 +51,7 @@ class Scenes:
         )
 
     def scene(self, index: int) -> Scene:
-        """What is truly in the picture at this index."""
+        """What is truly in the picture at this index. Raises IndexError outside of the size."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is outside of these {self.size} scenes")
         return make_scene(self._lot(index, "scene"))

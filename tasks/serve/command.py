@@ -22,7 +22,7 @@ def add_serve(parser: Any) -> None:
 
 
 def serve(values: Any, plain: Any) -> None:
-    """Serve until the process is asked to end."""
+    """Serve until the process is asked to end. Raises ConfigError where the extra `serve` is not installed."""
     try:
         from tasks.serve.server import run_server  # late: an extra
     except ModuleNotFoundError as error:
