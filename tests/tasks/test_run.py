@@ -11,7 +11,8 @@ import yaml
 from cli_run import FEATURE_WIDTH, WIDTH, Done, adalink, refused, train
 from safetensors.torch import load_file
 
-from tasks.scenes import language_folder
+from multimodal.vision import load_tower
+from tasks.scenes import encoder_folder, language_folder
 from tasks.task import BLIND, TRAINED, UNTRAINED
 
 ADALINK = 2 * 2 * WIDTH * 16  # 2 D R for each modality
@@ -44,6 +45,7 @@ def test_a_run_folder_holds_what_was_promised(trained: tuple[Path, Done]) -> Non
 def test_the_screen_says_what_is_trained_how_it_goes_and_the_results(trained: tuple[Path, Done]) -> None:
     out, done = trained
     frozen = sum(value.numel() for value in load_file(language_folder() / "model.safetensors").values())
+    frozen += sum(parameter.numel() for parameter in load_tower(encoder_folder()).parameters())
     trained, n = ADALINK + BRIDGE, ADALINK + BRIDGE + frozen
     share = f"trained: {trained:,} || all: {n:,} || trained share: {100 * trained / n:.4f} % (adalink {ADALINK:,}, bridge {BRIDGE:,})\n"
     assert done.out.startswith(share)
