@@ -78,8 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """The console script."""
-    sys.exit(main())
+    """The console script. A reader that has seen enough (`adalink methods | head`) ends it without a word, as 128 + SIGPIPE."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        code = 141
+    sys.exit(code)
 
 
 def _underscored(argument: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,10 @@ def test_a_bad_plan_is_one_sentence(arguments: tuple[str, ...], expected: str) -
 
 def test_training_still_needs_its_data() -> None:
     assert "data" in refused(adalink("train", "--task", "captioning", *PARTS, *ADALINK))
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word() -> None:
+    command = f"{sys.executable} -c 'from tasks.cli import entry; entry()' methods | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    assert done.stderr == ""
+    assert done.stdout == "141\n"
