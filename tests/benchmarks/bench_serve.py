@@ -33,6 +33,7 @@ from tasks.compose import compose
 N_CLIENTS, N_ADAPTERS, N_PICTURES = 32, 4, 64
 NAMES = tuple(f"caption{i}" for i in range(N_ADAPTERS))
 SECONDS = 20.0
+ROUNDS, WINDOW = 12, 5.0
 N_NEW = 64  # tokens a text
 NOISE = 0.4  # so strong that hardly a text ends by itself: each request then costs the same, whoever answers it
 
@@ -106,25 +107,48 @@ def percentile(seconds: Sequence[float], share: float) -> float:
 
 
 def mixing(folder: Path) -> None:
-    """Throughput and latency of both ways to batch, on two servers that differ in nothing else, in turns."""
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for turn in range(2):
-        for way in ("mixed", "one_adapter")[:: 1 if turn == 0 else -1]:
-            with serving(folder, "--batching.mixing", way, names=NAMES) as server:
-                load = Load(server, uploaded(server))
-                rows, batches = server.metric("adalink_batch_rows_sum"), server.metric("adalink_batch_rows_count")
-                cpu = server.cpu_seconds()
-                load.start()
-                time.sleep(SECONDS)
-                load.stop()
-                cpu = server.cpu_seconds() - cpu
-                rows, batches = server.metric("adalink_batch_rows_sum") - rows, server.metric("adalink_batch_rows_count") - batches
-            rate, p50, p95 = len(load.seconds) / SECONDS, percentile(load.seconds, 0.5), percentile(load.seconds, 0.95)
-            found.setdefault(way, []).append((rate, p50, p95))
-            print(f"{way}: {rate:.1f} requests/s, {load.tokens / SECONDS:.0f} tokens/s, {1000 * cpu / len(load.seconds):.1f} ms of the server's processor a request, p50 {p50:.3f} s, p95 {p95:.3f} s, "
-                  f"{rows / batches:.1f} rows a batch, {dict(load.statuses)}", flush=True)  # fmt: skip
-    mean = {way: [sum(values) / len(values) for values in zip(*runs, strict=True)] for way, runs in found.items()}
-    print(f"mixed / one adapter: throughput {mean['mixed'][0] / mean['one_adapter'][0]:.2f}, p95 {mean['mixed'][2] / mean['one_adapter'][2]:.2f}")
+    """Throughput and latency of both ways to batch, on two servers that differ in nothing else, in short turns: other work hits both."""
+    with serving(folder, names=NAMES) as mixed, serving(folder, "--batching.mixing", "one_adapter", names=NAMES) as one:
+        servers = {"mixed": mixed, "one_adapter": one}
+        bodies = {way: uploaded(server) for way, server in servers.items()}
+        turns: dict[str, list[Turn]] = {way: [] for way in servers}
+        for n in range(ROUNDS):
+            for way in list(servers)[:: 1 if n % 2 else -1]:
+                turns[way].append(turn(servers[way], bodies[way]))
+        for way, found in turns.items():
+            seconds = [second for one_turn in found for second in one_turn.seconds]
+            n_failed = sum(one_turn.n_failed for one_turn in found)
+            print(f"{way}: {len(seconds) / (ROUNDS * WINDOW):.1f} requests/s, {1000 * sum(t.cpu for t in found) / len(seconds):.1f} ms of the server's processor a request, "
+                  f"p50 {percentile(seconds, 0.5):.3f} s, p95 {percentile(seconds, 0.95):.3f} s, {sum(t.rows for t in found) / sum(t.batches for t in found):.1f} rows a batch, "
+                  f"{len(seconds)} answered, {n_failed} failed", flush=True)  # fmt: skip
+        pairs = list(zip(turns["mixed"], turns["one_adapter"], strict=True))
+        rates = sorted(len(a.seconds) / len(b.seconds) for a, b in pairs)
+        p95 = sorted(percentile(a.seconds, 0.95) / percentile(b.seconds, 0.95) for a, b in pairs)
+        print(f"mixed / one adapter, {ROUNDS} pairs of turns: throughput median {rates[len(rates) // 2]:.2f} ({rates[0]:.2f} to {rates[-1]:.2f}), "
+              f"p95 median {p95[len(p95) // 2]:.2f} ({p95[0]:.2f} to {p95[-1]:.2f})")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one server did in one window."""
+
+    seconds: list[float]
+    n_failed: int
+    cpu: float
+    rows: float
+    batches: float
+
+
+def turn(server: Server, bodies: Sequence[bytes]) -> Turn:
+    def counts() -> tuple[float, float, float]:
+        return server.cpu_seconds(), server.metric("adalink_batch_rows_sum"), server.metric("adalink_batch_rows_count")
+
+    before, load = counts(), Load(server, bodies)
+    load.start()
+    time.sleep(WINDOW)
+    load.stop()
+    cpu, rows, batches = (after - start for after, start in zip(counts(), before, strict=True))
+    return Turn(load.seconds, sum(load.statuses.values()) - load.statuses["200"], cpu, rows, batches)
 
 
 def reload(folder: Path) -> None:
