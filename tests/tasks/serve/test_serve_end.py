@@ -63,7 +63,7 @@ def test_a_server_that_is_asked_to_end_answers_what_it_accepted(model: VisionLan
     (("--adapter", "a=x", "a=y"), "two adapters are called a"),
     (("--base", "nothing.yaml"), "the base config nothing.yaml cannot be read"),
     (("--port", "70000"), "port is 70000"),
-    (("--host", "256.0.0.1"), "nothing can listen at host 256.0.0.1"),
+    (("--host", "192.0.2.1"), "nothing can listen at host 192.0.2.1"),
     (("--batching.size", "0"), "batching.size is 0"),
     (("--batching.mixing", "some"), "batching.mixing"),
     (("--limits.pixels", "0"), "limits.pixels is 0"),
