@@ -9,6 +9,7 @@ Rows: the bridge alone; the config's methods; the bridge and every weight of the
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -87,11 +88,23 @@ def run(config: RunConfig, methods: Mapping[str, Method], data: tuple[Opened, Op
         also = {f"language_model.{name}": parameter for name, parameter in model.adapted.base.named_parameters()}
         settings = replace(settings, learning_rates={**settings.learning_rates, "language_model": full_rate})
     with tempfile.TemporaryDirectory() as folder:
+        before = peak_megabytes(fresh=True)
         trained = train(model, train_data.source, task.texts, settings, Path(folder), patches=patches[0], also_trained=also)
+        growth = peak_megabytes() - before
     n_trained = sum(p.numel() for p in [*adapter.parameters(), *also.values()])
     half = max(len(val.source) // 2, 1)
     own, blind = score(model, task, val, patches[1], config), score(model, task, val, patches[1], config, shift=half)
-    return {"trained": n_trained, "frozen": frozen, task.headline: own, "blind": blind, "steps": trained.steps, "seconds": trained.seconds}
+    return {"trained": n_trained, "frozen": frozen, task.headline: own, "blind": blind, "steps": trained.steps, "seconds": trained.seconds, "MB": growth}
+
+
+def peak_megabytes(*, fresh: bool = False) -> float:
+    """The most memory that this process has held, as Linux counts it; fresh: counting begins now. NaN on other systems."""
+    status, switch = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not switch.exists():
+        return math.nan
+    if fresh:
+        switch.write_text("5")
+    return float(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))) / 1024
 
 
 def score(model, task, val, patches, config, shift=0):  # type: ignore[no-untyped-def]
