@@ -9,11 +9,13 @@ from adalink.methods import EPALM, IA3, METHODS, AdaLink, BitFit, Bottleneck, Br
 from adalink.model import BASE_NAME, AdaptedModel, get_adalink_model
 from adalink.peft_format import from_peft, to_peft
 from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT, TEXT, TokenMap, Tokens
+from adalink.vision import attach_vision
+from adalink.vision_anatomy import read_vision
 
 __all__ = [
     "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT",
     "AdaLink", "AdalinkError", "AdaptedModel", "Adapter", "Anatomy", "AttachError", "Attachment", "BitFit", "Bottleneck", "Bridge",
     "BudgetError", "CheckpointError", "ConfigError", "DataError", "Edit", "FrozenPart", "Gated", "InputSpec", "LoRA", "Method", "Placement", "Port",
-    "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "fingerprint", "from_peft", "get_adalink_model",
-    "to_peft",
+    "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint", "from_peft",
+    "get_adalink_model", "read_vision", "to_peft",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from adalink import AdaptedModel, Adapter, FrozenPart, InputSpec, Method
 from adalink.errors import ConfigError
 from multimodal.encoders.blueprint import draw_encoder
 from multimodal.frozen import existing_folder, loading, quiet, split_revision
-from multimodal.language import _ADVICE, Language, _family, _settle_tokens
+from multimodal.language import LANGUAGE_ADVICE, Language, family_of, settle_tokens
 
 __all__ = ["DrawnLanguage", "DrawnTower", "draw_adapter", "draw_language", "draw_tower"]
 
@@ -94,11 +94,11 @@ def draw_language(name_or_folder: str | Path) -> DrawnLanguage:
     """
     folder = existing_folder(name_or_folder)
     name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
-    with loading("language model", name_or_folder, _ADVICE):
+    with loading("language model", name_or_folder, LANGUAGE_ADVICE):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    family, writes = _family(config)
+    family, writes = family_of(config)
     if not writes:
-        raise ConfigError(f"'{name_or_folder}' is of model type '{config.model_type}', expected one that writes text; {_ADVICE}")
+        raise ConfigError(f"'{name_or_folder}' is of model type '{config.model_type}', expected one that writes text; {LANGUAGE_ADVICE}")
     with loading("language model", name_or_folder, "see that its config.json is whole"), quiet(), torch.device("meta"):
         model = family.from_config(config, dtype=config.dtype or torch.float32)
     model.eval().requires_grad_(False)
@@ -106,7 +106,7 @@ def draw_language(name_or_folder: str | Path) -> DrawnLanguage:
     if folder is None or any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file():
         with loading("tokenizer of", name_or_folder, "put the model's tokenizer files (tokenizer.json) beside its config.json"):
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        _settle_tokens(tokenizer, model, str(name_or_folder))
+        settle_tokens(tokenizer, model, str(name_or_folder))
     return DrawnLanguage(model=model, tokenizer=tokenizer, name=str(name_or_folder))
 
 

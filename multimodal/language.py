@@ -17,9 +17,9 @@ from transformers.models.auto.modeling_auto import (
 from adalink.errors import ConfigError, DataError
 from multimodal.frozen import existing_folder, freeze, loading, quiet, split_revision
 
-__all__ = ["Language", "load_language"]
+__all__ = ["LANGUAGE_ADVICE", "Language", "family_of", "load_language", "settle_tokens"]
 
-_ADVICE = "give a local folder in transformers format or a hub id such as 'facebook/opt-125m'"
+LANGUAGE_ADVICE = "give a local folder in transformers format or a hub id such as 'facebook/opt-125m'"
 
 _TOKENIZER_ADVICE = "put the model's tokenizer files (tokenizer.json) beside its config.json"
 
@@ -46,11 +46,11 @@ def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = Non
     """
     folder = existing_folder(name_or_folder)
     name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
-    with loading("language model", name_or_folder, _ADVICE):
+    with loading("language model", name_or_folder, LANGUAGE_ADVICE):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    family, writes = _family(config)
+    family, writes = family_of(config)
     if not writes:
-        raise ConfigError(f"'{name_or_folder}' is of model type '{config.model_type}', expected one that writes text; {_ADVICE}")
+        raise ConfigError(f"'{name_or_folder}' is of model type '{config.model_type}', expected one that writes text; {LANGUAGE_ADVICE}")
     with loading("language model", name_or_folder, "see that the folder holds model.safetensors"), quiet():
         model, info = family.from_pretrained(name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True)
     if info["missing_keys"]:
@@ -61,11 +61,11 @@ def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = Non
     freeze(model, dtype)
     with loading("tokenizer of", name_or_folder, _TOKENIZER_ADVICE):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    _settle_tokens(tokenizer, model, str(name_or_folder))
+    settle_tokens(tokenizer, model, str(name_or_folder))
     return Language(model=model, tokenizer=tokenizer, name=str(name_or_folder))
 
 
-def _family(config: Any) -> tuple[Any, bool]:
+def family_of(config: Any) -> tuple[Any, bool]:
     """The class that loads a model of this configuration, and whether such a model writes text.
 
     transformers also lists masked language models (BERT) as causal ones, but they write only if they were trained as decoders.
@@ -76,10 +76,11 @@ def _family(config: Any) -> tuple[Any, bool]:
     return AutoModelForCausalLM, type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_masked
 
 
-def _settle_tokens(tokenizer: Any, model: Any, name: str) -> None:
+def settle_tokens(tokenizer: Any, model: Any, name: str) -> None:
     """Gives the tokenizer its start, end and pad token, and the model the same ids. No token is added: the embedding is frozen.
 
     A special token that the tokenizer has beyond the rows of the embedding (a pad token added for some other training) is not used.
+    Raises ConfigError for a tokenizer without words, with more tokens than the model has rows, or without an end token.
     """
     n_rows = model.get_input_embeddings().weight.shape[0]
     n_words = len(tokenizer) - len(tokenizer.added_tokens_decoder)

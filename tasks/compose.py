@@ -17,19 +17,19 @@ from multimodal.template import Template
 from multimodal.vision import load_tower
 from tasks.scenes.parts import encoder_folder, language_folder
 
-__all__ = ["compose", "load_adapted"]
+__all__ = ["compose", "found_part", "load_adapted"]
 
 
 def compose(encoder: str, language_model: str, *, template: Template, layer: int = -1) -> VisionLanguageModel:
     """The composed model, on this process's device; `scenes:encoder` and `scenes:language` are the parts that ship with the package."""
-    tower = load_tower(_found(encoder), layer=layer)
-    language = load_language(_found(language_model))
+    tower = load_tower(found_part(encoder), layer=layer)
+    language = load_language(found_part(language_model))
     tower.name = encoder  # an adapter remembers its parts by the names that were given, not by where they were found
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator reads it, so that training finds the same state
     return VisionLanguageModel(tower, dataclasses.replace(language, name=language_model), template).to(device)
 
 
-def _found(name: str) -> str | Path:
+def found_part(name: str) -> str | Path:
     """The folder of an embedded part, other names as they are. Raises ConfigError for an embedded part that there is not."""
     embedded = {"scenes:encoder": encoder_folder, "scenes:language": language_folder}
     if name.startswith("scenes:") and name not in embedded:

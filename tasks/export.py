@@ -20,7 +20,7 @@ from adalink.fold import check_foldable, check_mergeable, fold_embedding, merge_
 from multimodal.frozen import quiet
 from multimodal.language import Language, load_language
 from multimodal.prompt_embeds import image_prompt_embeds, text_prompt_embeds
-from tasks.compose import _found, load_adapted
+from tasks.compose import found_part, load_adapted
 
 __all__ = ["export_embeds", "export_folded", "export_merged"]
 
@@ -99,7 +99,7 @@ def export_embeds(
             embeds = image_prompt_embeds(model, pictures, texts)
             parts: Mapping[str, FrozenPart] = model.adapted.parts
         else:
-            language = load_language(_found(language_model or config.base["language_model"].name))
+            language = load_language(found_part(language_model or config.base["language_model"].name))
             adapted = AdaptedModel.from_pretrained(language.model, adapter)
             embeds, parts = text_prompt_embeds(adapted, language, texts), adapted.parts
         _write_embeds(folder, embeds, texts, pictures, parts)
@@ -119,7 +119,7 @@ def _write_embeds(folder: Path, embeds: Sequence[Tensor], texts: Sequence[str], 
 def _loaded(folder: Path, config: AdapterConfig, language_model: str | None) -> tuple[Language, Adapter]:
     """The frozen model, and the adapter beside it; refused where it was trained on another. An encoder that no method reads does not count."""
     name = language_model or config.base["language_model"].name
-    language = load_language(_found(name))
+    language = load_language(found_part(name))
     here = FrozenPart(name, fingerprint(language.model))
     config.check_base({**config.base, "language_model": here}, str(folder))
     methods: Mapping[str, Method] = config.methods

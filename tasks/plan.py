@@ -17,7 +17,7 @@ from multimodal.parameter_groups import parameter_groups
 from multimodal.stored import language_fingerprint, tower_fingerprint
 from multimodal.template import Template
 from multimodal.train_settings import TrainSettings
-from tasks.compose import _found
+from tasks.compose import found_part
 from tasks.places import places_of, slots_of
 
 __all__ = ["Assumed", "MethodPlan", "PartPlan", "Plan", "make_plan"]
@@ -110,7 +110,7 @@ def make_plan(
 
     Raises ConfigError, AttachError and DataError as `compose` and `add_adapter` do.
     """
-    tower, language = draw_tower(_found(encoder), layer=layer), draw_language(_found(language_model))
+    tower, language = draw_tower(found_part(encoder), layer=layer), draw_language(found_part(language_model))
     adapter = draw_adapter(tower, language, methods)
     parameter_groups(dict(adapter.named_parameters()), train)  # refuses a rate for a method that is not there
     assumed = Assumed(
@@ -174,13 +174,13 @@ def _prompt_tokens(template: Template, language: DrawnLanguage, adapter: Adapter
 def _encoder(name: str, tower: DrawnTower) -> PartPlan:
     high, wide = tower.pixels
     shape = f"{tower.n_patches} patches of width {tower.width} from {high} x {wide} pixels; {tower.n_layers} of {tower.n_blocks} blocks can be pooled"
-    return _part(name, tower.module.get_submodule("model"), shape, tower_fingerprint(_found(name)))
+    return _part(name, tower.module.get_submodule("model"), shape, tower_fingerprint(found_part(name)))
 
 
 def _language(name: str, language: DrawnLanguage) -> PartPlan:
     anatomy = Anatomy.read(language.model)
     shape = f"{len(anatomy.layers)} layers of width {anatomy.layer_width}; {anatomy.vocabulary} embeddings of width {anatomy.width}"
-    return _part(name, language.model, shape, language_fingerprint(_found(name)))
+    return _part(name, language.model, shape, language_fingerprint(found_part(name)))
 
 
 def _part(name: str, module: nn.Module, shape: str, fingerprint: str) -> PartPlan:

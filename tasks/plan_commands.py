@@ -6,7 +6,7 @@ from typing import Any
 
 from adalink.errors import ConfigError
 from multimodal.blueprint import draw_language, draw_tower
-from tasks.compose import _found as found_part
+from tasks.compose import found_part
 from tasks.config import chosen_methods
 from tasks.draft import Draft, check_data, name_both_parts
 from tasks.methods_list import listed_methods

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from adalink.errors import ConfigError
-from multimodal.encoders.open_clip import OpenClipEncoder, _refuse_unknown
+from multimodal.encoders.open_clip import OpenClipEncoder, refuse_unknown
 from multimodal.encoders.stage import Encoder
 from multimodal.encoders.timm import TimmEncoder
 from multimodal.encoders.transformers import TransformersEncoder
@@ -85,7 +85,7 @@ def _open_clip(name: str, is_folder: bool) -> DrawnEncoder:
         source = name
     else:
         source, _, tag = name.partition("/")
-        _refuse_unknown(source, tag)
+        refuse_unknown(source, tag)
     with torch.device("meta"):
         visual: Any = open_clip.create_model(source, load_weights=False, device="meta").visual
         trunk = getattr(visual, "trunk", None)

@@ -13,7 +13,7 @@ from multimodal.encoders.stage import Loaded, Preprocess, Stage, from_map
 from multimodal.encoders.timm import TimmEncoder
 from multimodal.frozen import loading, nearest, quiet
 
-__all__ = ["OpenClipEncoder", "load_open_clip"]
+__all__ = ["OpenClipEncoder", "load_open_clip", "refuse_unknown"]
 
 _ADVICE = "see that its weights are there (open_clip_model.safetensors in a folder; the hub reachable for a name)"
 
@@ -25,7 +25,7 @@ def load_open_clip(spec: str | Path) -> Loaded:
         name = f"local-dir:{spec}"
     elif not name.startswith("hf-hub:"):
         name, _, tag = name.partition("/")
-        _refuse_unknown(name, tag)
+        refuse_unknown(name, tag)
     with loading("open_clip encoder", spec, _ADVICE), quiet():
         model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag, require_pretrained=True)
         trunk = getattr(model.visual, "trunk", None)
@@ -33,7 +33,8 @@ def load_open_clip(spec: str | Path) -> Loaded:
     return Loaded(encoder=encoder, preprocess=Preprocess(transform=transform))
 
 
-def _refuse_unknown(name: str, tag: str) -> None:
+def refuse_unknown(name: str, tag: str) -> None:
+    """Raises ConfigError, with the nearest names, for a model or weights that open_clip does not know."""
     models = open_clip.list_models()
     if name not in models:
         raise ConfigError(f"open_clip has no model '{name}'; the nearest names are {nearest(name, models)}")
