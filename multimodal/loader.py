@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_sharer
 from typing import Any, Literal, Protocol
 
 import torch
@@ -212,16 +214,27 @@ def train_loader(
 
 @contextlib.contextmanager
 def dead_workers_told() -> Iterator[None]:
-    """Raises DataError where a worker process dies inside the block, which torch notices in the middle of anything."""
+    """Raises DataError where a worker process dies inside the block.
+
+    torch notices it in the middle of anything, as a RuntimeError of its own; or, where the worker died with tensors on their way, as the
+    end of the connection that was to bring them.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+        ours = str(error).startswith("DataLoader worker")
+        if not ours and (isinstance(error, RuntimeError) or not _between_processes(error)):
             raise
+        said = str(error).splitlines()[0].rstrip(". ") if ours else "with its samples on their way"
         raise DataError(
-            f"a worker process that reads samples ended before its work ({str(error).splitlines()[0].rstrip('. ')}): most often the memory "
+            f"a worker process that reads samples ended before its work ({said}): most often the memory "
             "is too small; give fewer train.workers or a smaller train.batch_size, and go on with --resume"
         ) from error
+
+
+def _between_processes(error: BaseException) -> bool:
+    """Whether the error arose where one process takes over another's tensors."""
+    return any(frame.filename == resource_sharer.__file__ for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -3,7 +3,8 @@
     python tests/benchmarks/methods_table.py --config tasks/scenes/captioning.yaml --rows rows.jsonl --seeds 3
 
 Each run has a process of its own, so that its peak memory is its own, and is a line of the file --rows as soon as it is done; runs that
-stand there already are not repeated, so a table can be made in pieces. Every method but eP-ALM has the config's bridge beside it. Seconds and peak memory of a step are relative to full fine-tuning.
+stand there already are not repeated, so a table can be made in pieces. Every method but eP-ALM has the config's bridge beside it.
+Processor seconds and peak memory of a step are relative to full fine-tuning; `--train.workers 0` keeps them in one process.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def table(rows: Sequence[Mapping[str, Any]], headline: str) -> str:
     lines = [f"| variant | trained | {headline} (range) | blind | time / full | memory / full | seeds |", "|---|---|---|---|---|---|---|"]
     for name, runs in sorted(by_name.items(), key=lambda item: median(item[0], headline)):
         figures = [run[headline] for run in runs]
-        cost = [f"{median(name, column) / median(FULL, column):.2f}" if FULL in by_name else "" for column in ("seconds", "MB")]
+        cost = [f"{median(name, column) / median(FULL, column):.2f}" if FULL in by_name else "" for column in ("cpu", "MB")]
         lines.append(
             f"| {name} | {median(name, 'trained'):,.0f} | {statistics.median(figures):.1f} ({min(figures):.1f} to {max(figures):.1f}) "
             f"| {median(name, 'blind'):.1f} | {cost[0]} | {cost[1]} | {len(runs)} |"

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -88,13 +89,13 @@ def run(config: RunConfig, methods: Mapping[str, Method], data: tuple[Opened, Op
         also = {f"language_model.{name}": parameter for name, parameter in model.adapted.base.named_parameters()}
         settings = replace(settings, learning_rates={**settings.learning_rates, "language_model": full_rate})
     with tempfile.TemporaryDirectory() as folder:
-        before = peak_megabytes(fresh=True)
+        before, started = peak_megabytes(fresh=True), time.process_time()
         trained = train(model, train_data.source, task.texts, settings, Path(folder), patches=patches[0], also_trained=also)
-        growth = peak_megabytes() - before
+        growth, spent = peak_megabytes() - before, time.process_time() - started
     n_trained = sum(p.numel() for p in [*adapter.parameters(), *also.values()])
     half = max(len(val.source) // 2, 1)
     own, blind = score(model, task, val, patches[1], config), score(model, task, val, patches[1], config, shift=half)
-    return {"trained": n_trained, "frozen": frozen, task.headline: own, "blind": blind, "steps": trained.steps, "seconds": trained.seconds, "MB": growth}
+    return {"trained": n_trained, "frozen": frozen, task.headline: own, "blind": blind, "steps": trained.steps, "seconds": trained.seconds, "cpu": spent, "MB": growth}
 
 
 def peak_megabytes(*, fresh: bool = False) -> float:
