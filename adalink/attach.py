@@ -57,7 +57,7 @@ class Attachment:
         self.at: Mapping[Port, list[tuple[int, Placement]]] = {}
         self.served: frozenset[int] = frozenset()
         self._ports: dict[Port, torch.utils.hooks.RemovableHandle] = {}
-        self._kept: WeakKeyDictionary[Any, dict[nn.Module, Tensor]] = WeakKeyDictionary()  # by cache: what edits keep of its prompt
+        self.kept: WeakKeyDictionary[Any, dict[nn.Module, Tensor]] = WeakKeyDictionary()  # by cache: what edits keep of its prompt, for each row
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._forwards: list[nn.Module] = []  # layers whose forward is wrapped by checkpoint_layers
         self._may_cache = "use_cache" in inspect.signature(type(self.stack).forward).parameters
@@ -151,7 +151,7 @@ class Attachment:
         if self._forwards and torch.is_grad_enabled() and self._may_cache:  # unasked too, inside an existing vision-language model
             kwargs = {**kwargs, "use_cache": False}  # a recompute would write the cache a second time
         tokens = self.map.window(ids.shape[0], start, length, max(visible, start + length))
-        self.tokens = replace(tokens, kept=self._kept.get(cache, {}) if start else None if kwargs.get("use_cache") is False else {})
+        self.tokens = replace(tokens, kept=self.kept.get(cache, {}) if start else None if kwargs.get("use_cache") is False else {})
         if embeds is not None and EMBEDDING in self.at:
             kwargs = {**kwargs, "inputs_embeds": self._edited(EMBEDDING, embeds, embeds)}
         return args, kwargs
@@ -164,7 +164,7 @@ class Attachment:
             if cache is None:
                 tokens.kept.clear()
             else:
-                self._kept[cache] = tokens.kept
+                self.kept[cache] = tokens.kept
 
     def _edited(self, port: Port, h: Tensor, x: Tensor) -> Tensor:
         """h after every edit placed at the port, each on its own tokens only."""

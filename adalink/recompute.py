@@ -23,7 +23,7 @@ from adalink.tokens import PAD, TokenMap, Tokens
 if TYPE_CHECKING:
     from adalink.attach import Attachment
 
-__all__ = ["Recomputed", "WholeSequence", "needs_whole_sequence", "reads_later_tokens", "recompute", "with_exact_cache"]
+__all__ = ["Recomputed", "WholeSequence", "may_share_prompts", "needs_whole_sequence", "reads_later_tokens", "recompute", "with_exact_cache"]
 
 
 class Recomputed(nn.Module):
@@ -48,6 +48,13 @@ def needs_whole_sequence(attachment: Attachment, token_map: TokenMap) -> bool:
         for port, placed in attachment.at.items()
         if port.side == "cache"
         for index, placement in placed
+    )
+
+
+def may_share_prompts(attachment: Attachment, token_map: TokenMap) -> bool:
+    """Whether rows that begin alike are alike there, whatever follows: no served adapter has a slot that reads on, or a gate over the row."""
+    return not any(
+        (port.side == "cache" or placement.reads_row) and _serves(token_map, index) for port, placed in attachment.at.items() for index, placement in placed
     )
 
 

@@ -1,18 +1,25 @@
-"""Generation: greedy or beams, cached, from left-padded prompts."""
+"""Generation: greedy or beams, cached, from left-padded prompts; rows about one picture read it once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from adalink import TokenMap
+from adalink.attach import Attachment
 from adalink.errors import ConfigError
+from adalink.recompute import may_share_prompts, needs_whole_sequence
 from multimodal.batch import Batch
+from multimodal.decoding import Decoding, may_decode
 from multimodal.encode import TextTooLong
 from multimodal.language import Language
+from multimodal.prefill import prefill
 
-__all__ = ["GenerationSettings", "check_room", "generated_texts", "run_generation"]
+__all__ = ["GenerationSettings", "check_room", "generated_texts", "run_generation", "written_texts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +52,42 @@ def check_room(language: Language, n_prompt: int, settings: GenerationSettings) 
         )
 
 
-def run_generation(language: Language, batch: Batch, settings: GenerationSettings, *, use_cache: bool = True) -> Tensor:
+def written_texts(language: Language, attachment: Attachment, batch: Batch, token_map: TokenMap, settings: GenerationSettings) -> list[str]:
+    """One text for each row, the fastest way that is exact for this model and these adapters. Raises TextTooLong.
+
+    Rows about one picture with one adapter read what they begin with once; a prompt is read once for all its beams; a row that has ended
+    leaves the batch. An encoder reads each whole row, a slot or gate may read what follows it, some models keep no keys and values: there
+    transformers' own generation runs, on rows that share nothing.
+    """
+    check_room(language, int(batch.attention_mask.sum(1).max()), settings)
+    may_share = may_share_prompts(attachment, token_map)
+    if settings.num_beams == 1 and may_decode(language.model, attachment, token_map):
+        return _texts(language, _greedy(language, attachment, batch, token_map, settings.max_new_tokens, may_share=may_share))
+    cache: Any = None
+    if may_share and batch.ids.shape[1] > 1 and may_decode(language.model, attachment, token_map):
+        cache, _ = prefill(language, attachment, batch, token_map, n_left=1, may_share=True)
+        cache.batch_repeat_interleave(settings.num_beams)
+    with attachment.bind(token_map):
+        ids = run_generation(language, batch, settings, use_cache=not needs_whole_sequence(attachment, token_map), cache=cache)
+    return generated_texts(language, batch, ids)
+
+
+def run_generation(
+    language: Language,
+    batch: Batch,
+    settings: GenerationSettings,
+    *,
+    use_cache: bool = True,
+    cache: Any = None,
+    stopping: StoppingCriteriaList | None = None,
+    processors: LogitsProcessorList | None = None,
+) -> Tensor:
     """int64 [B, T']: transformers' own generation, without sampling. Call it with the token map bound. Raises TextTooLong.
 
-    use_cache: False where a method has no exact cache (`adalink.recompute.needs_whole_sequence`); each step then reads the whole sequence.
+    use_cache   False where a method has no exact cache (`adalink.recompute.needs_whole_sequence`); each step then reads the whole sequence
+    cache       of the prompts without their last token, each row repeated for its beams
+    stopping    what else ends a row
+    processors  what changes the scores of the next token
     """
     model: Any = language.model
     check_room(language, int(batch.attention_mask.sum(1).max()), settings)
@@ -60,6 +99,9 @@ def run_generation(language: Language, batch: Batch, settings: GenerationSetting
         length_penalty=settings.length_penalty,
         do_sample=False,
         use_cache=use_cache,
+        past_key_values=cache,
+        stopping_criteria=stopping,
+        logits_processor=processors,
         pad_token_id=language.tokenizer.pad_token_id,
         eos_token_id=language.tokenizer.eos_token_id,
         synced_gpus=False,  # where weights are split, transformers would else wait at each token for processes that generate other rows
@@ -71,5 +113,27 @@ def generated_texts(language: Language, batch: Batch, ids: Tensor) -> list[str]:
     """What was generated after the prompt (after the decoder's start, in an encoder-decoder model), without special tokens."""
     config: Any = language.model.config
     start = 1 if config.is_encoder_decoder else batch.ids.shape[1]
-    texts: list[str] = language.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+    return _texts(language, ids[:, start:].tolist())
+
+
+def _texts(language: Language, ids: Sequence[Sequence[int]]) -> list[str]:
+    texts: list[str] = language.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _greedy(language: Language, attachment: Attachment, batch: Batch, token_map: TokenMap, n_new: int, *, may_share: bool) -> list[list[int]]:
+    """The tokens of each row, its end token among them."""
+    decoding, end = Decoding(language, attachment), language.tokenizer.eos_token_id
+    texts: list[list[int]] = [[] for _ in batch.ids]
+    going = list(texts)
+    chosen = decoding.join(batch, token_map, may_share=may_share).argmax(-1)
+    while True:
+        for text, token in zip(going, chosen.tolist(), strict=True):
+            text.append(token)
+        left = [i for i, text in enumerate(going) if text[-1] != end and len(text) < n_new]
+        if not left:
+            return texts
+        if len(left) < len(going):
+            decoding.keep(left)
+            going, chosen = [going[i] for i in left], chosen[left]
+        chosen = decoding.step(chosen).argmax(-1)

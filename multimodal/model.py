@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap, fingerprint
 from adalink.errors import ConfigError
 from adalink.hub import local_folder, upload
-from adalink.recompute import needs_whole_sequence, reads_later_tokens
+from adalink.recompute import reads_later_tokens
 from multimodal.batch import NO_TARGET, Batch, collate
 from multimodal.encode import RowEncoder
-from multimodal.generate import GenerationSettings, generated_texts, run_generation
+from multimodal.generate import GenerationSettings, written_texts
 from multimodal.language import Language, load_language
 from multimodal.template import Template
 from multimodal.vision import VisionTower, load_tower
@@ -96,21 +96,20 @@ class VisionLanguageModel(nn.Module):
         serving = self.adapted.serving(len(images), adapter_names)  # refuses unknown names before anything runs
         if not images:
             return []
-        pixels = torch.stack([self.tower.preprocess(image) for image in images])
+        pictures = {id(image): image for image in images}  # one that several questions are about is encoded once, and read once
+        pixels = torch.stack([self.tower.preprocess(image) for image in pictures.values()])
+        place = {key: i for i, key in enumerate(pictures)}
         names = [self.adapted.active] * len(serving.slots) if adapter_names is None else adapter_names
         encoders = {name: self.row_encoder(BASE_NAME if name is None else name) for name in set(names)}
         rows = [encoders[name].prompt(prompt) for name, prompt in zip(names, prompts, strict=True)]
-        batch = collate(rows, range(len(rows)), pixels, kind="pixels", side="left", pad_id=self.language.tokenizer.pad_token_id)
+        batch = collate(rows, [place[id(image)] for image in images], pixels, kind="pixels", side="left", pad_id=self.language.tokenizer.pad_token_id)
         return self.generate_batch(batch.to(self.device), settings or GenerationSettings(), adapter_names)
 
     @torch.no_grad()
     def generate_batch(self, batch: Batch, settings: GenerationSettings, adapter_names: Sequence[str | None] | None = None) -> list[str]:
         """One text for each row of a left-padded batch, whose rows were made by the row encoders of the adapters that serve them."""
         token_map = self.token_map(batch, adapter_names)
-        use_cache = not needs_whole_sequence(self.adapted.attachment, token_map)
-        with self.adapted.attachment.bind(token_map):
-            ids = run_generation(self.language, batch, settings, use_cache=use_cache)
-        return generated_texts(self.language, batch, ids)
+        return written_texts(self.language, self.adapted.attachment, batch, token_map, settings)
 
     def row_encoder(self, adapter: str | None = None) -> RowEncoder:
         """Makes the rows that an adapter reads: its slots, its template, this model's tokenizer. The active one, where none is named."""
