@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from adalink import PAD
+from multimodal.beginning import Beginning, beginning_of
 from multimodal.encode import Row
-from multimodal.packing import packed_mask
+from multimodal.packed_mask import additive
 
 __all__ = ["NO_TARGET", "Batch", "collate"]
 
@@ -32,6 +33,7 @@ class Batch:
     decoder_ids  int64 [B, U]        encoder-decoder models only; sources are positions in it
     position     int64 [B, T]        each token's position in its own text, padding skipped
     segment      int64 [B, T]        which of several packed texts a token belongs to; None where no row is packed
+    beginning    what the rows begin with, where that can be read in a call of its own
     n_targets    what the loss is divided by; the batch's own number of targets unless a training loop knows better
     keys         of the I pictures
     """
@@ -44,6 +46,7 @@ class Batch:
     n_targets: float
     position: Tensor
     segment: Tensor | None = None
+    beginning: Beginning | None = None
     pixels: Tensor | None = None
     patches: Tensor | None = None
     decoder_ids: Tensor | None = None
@@ -51,7 +54,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        tensors: dict[str, Any] = {f.name: value.to(device, non_blocking=True) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        tensors: dict[str, Any] = {f.name: value.to(device, non_blocking=True) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor | Beginning)}
         return replace(self, **tensors)
 
     @property
@@ -60,8 +63,8 @@ class Batch:
         return (self.domain != PAD).long()
 
     def attention(self, dtype: torch.dtype) -> Tensor:
-        """The mask that the model takes: int64 [B, T], or additive [B, 1, T, T] where rows are packed."""
-        return self.attention_mask if self.segment is None else packed_mask(self.segment, self.domain == PAD, dtype)
+        """The mask that a model without windows takes: int64 [B, T], or additive [B, 1, T, T] where rows are packed."""
+        return self.attention_mask if self.segment is None else additive(self.segment, self.domain == PAD, dtype)
 
 
 def collate(
@@ -90,6 +93,7 @@ def collate(
         patches=pictures if kind == "patches" else None,
         position=_padded([row.position or tuple(range(len(row.ids))) for row in rows], 0, left),
         segment=_padded([row.segment or (0,) * len(row.ids) for row in rows], 0, left) if any(row.segment for row in rows) else None,
+        beginning=beginning_of(rows, image) if side == "right" else None,
         decoder_ids=_padded([row.decoder_ids for row in rows], pad_id) if rows[0].decoder_ids else None,
         keys=tuple(keys),
     )

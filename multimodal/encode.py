@@ -28,6 +28,7 @@ class Row:
     decoder_ids  [U]        what the decoder reads; empty in a decoder-only model, where sources are positions in ids
     segment      [T]        which of several packed texts a token belongs to, 0 for what they share; empty where nothing is packed
     position     [T]        each token's position in its own text; empty where that is its index
+    beginning    how many of its first tokens may be read in a call of their own: all rows about its picture have the same
     """
 
     ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class Row:
     decoder_ids: tuple[int, ...] = ()
     segment: tuple[int, ...] = ()
     position: tuple[int, ...] = ()
+    beginning: int = 0
 
 
 class RowEncoder:

@@ -1,40 +1,64 @@
-"""Several texts about one picture in one row: the picture is read once, and each text sees it and itself alone.
+"""How the texts about one picture share it: in one row, by a cache that each comes after, or not at all.
 
-A picture of 256 tokens with five captions of twelve costs 316 tokens instead of 1,340. Loss and gradients equal those of separate
-rows: attention is told by a 4D mask which tokens a text may see, and positions restart after what the texts share.
+A picture of 256 tokens with five captions of twelve costs 316 tokens instead of 1,340. Loss and gradients equal those of separate rows.
+
+    packed     one row: a 4D mask tells which tokens a text may see, and positions restart after what the texts share
+    forked     what the texts share is read once, and each text is a short row after its keys and values (multimodal.fork)
+    separate   one whole row for each text
+
+Where nothing that is trained reads or writes what comes first (adapters on text only), that is read without gradient, and what follows is
+packed or forked after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from adalink import Adapter
-from adalink.recompute import reads_later_tokens
+from adalink import ANSWER, Adapter
+from adalink.methods.gated import Gate
 from multimodal.encode import Row
+from multimodal.families import may_fork, may_pack
+from multimodal.fork import trained_domains
 
-__all__ = ["PACKING_FAMILIES", "Arrange", "arrangement", "pack_rows", "packed_mask", "separate_rows"]
+__all__ = ["Arrange", "arrangement", "fork_rows", "mixes_texts", "pack_rows", "separate_rows"]
 
 Arrange = Callable[[Sequence[Row]], Sequence[Row]]
 """From the rows of one sample to the rows that are trained on."""
 
-# Families that take a 4D mask with position_ids, each proven equal in tests/multimodal/test_packing.py. In others a 4D mask may be
-# refused (Bloom) or be silently wrong (MPT), so nothing is packed there.
-PACKING_FAMILIES = frozenset({"opt", "gpt2", "llama", "qwen2"})
+NOTHING: frozenset[int] = frozenset()
 
 
-def arrangement(model: Any, adapter: Adapter | None = None) -> tuple[Arrange, str]:
-    """How this language model's rows are arranged for an adapter, and a line for the log that says so."""
-    if adapter is not None and reads_later_tokens(adapter):
+def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None = None) -> tuple[Arrange, str]:
+    """How this language model's rows are arranged for an adapter, and a line for the log that says so.
+
+    prompt: a row as it begins; it tells whether anything comes before what is trained
+    """
+    if adapter is not None and mixes_texts(adapter):
         return separate_rows, "one row per text: a slot of the adapter reads later tokens, or a gate the row, and would read every text of a packed row"
-    config = model.config
-    sliding = getattr(config, "use_sliding_window", False)
-    if config.model_type in PACKING_FAMILIES and not sliding and config._attn_implementation in ("sdpa", "eager"):
+    is_gated = adapter is not None and bool(_gates(adapter))
+    kind = model.config.model_type
+    packs, forks = may_pack(model), may_fork(model) and not is_gated
+    trained = NOTHING if adapter is None else trained_domains(adapter)
+    frozen = _untouched(prompt.domain, trained) if prompt is not None and adapter is not None and forks else 0
+    if prompt is not None and 2 * frozen >= len(prompt.ids):
+        how = "the texts of a picture packed" if packs else "each text"
+        told = f"nothing trained reads or writes the first {frozen} of a prompt's {len(prompt.ids)} tokens: read without gradient, and {how} after them"
+        return partial(pack_rows, trained=trained) if packs else partial(fork_rows, trained=trained), told
+    if packs and is_gated:
+        return pack_answers, "one row per picture whose texts differ in their answers alone: the adapter's gates read the prompt"
+    if packs:
         return pack_rows, "one row per picture: its texts share it"
-    return separate_rows, f"one row per text: packing is not proven for {config.model_type} with {config._attn_implementation} attention"
+    if forks:
+        return fork_rows, f"one row per text, after what the texts of a picture share, which is read once: {kind} is not known to take a packed row"
+    return separate_rows, f"one row per text: {'a gate of the adapter reads the prompt, and ' if is_gated else ''}{kind} can share neither row nor cache"
+
+
+def mixes_texts(adapter: Adapter) -> bool:
+    """Whether tokens of the adapter depend on later ones, or on all of their row: several texts in a row would be mixed."""
+    return "sequence" in _gates(adapter) or any(placement.port.side == "cache" for placement in adapter.placements)
 
 
 def separate_rows(rows: Sequence[Row]) -> Sequence[Row]:
@@ -42,13 +66,25 @@ def separate_rows(rows: Sequence[Row]) -> Sequence[Row]:
     return rows
 
 
-def pack_rows(rows: Sequence[Row]) -> Sequence[Row]:
+def fork_rows(rows: Sequence[Row], trained: frozenset[int] = NOTHING) -> Sequence[Row]:
+    """The rows, each with what they have in common as its beginning, up to the first token of a domain in `trained`.
+
+    [a b c], [a b d] -> the same with beginnings of 2.
+    """
+    n = min(_shared(rows), min(len(row.ids) for row in rows) - 1, _untouched(rows[0].domain, trained))
+    return [replace(row, beginning=n) for row in rows]
+
+
+def pack_rows(rows: Sequence[Row], trained: frozenset[int] = NOTHING) -> Sequence[Row]:
     """One row that holds the common beginning of the rows once, and then what is left of each.
 
     [a b c], [a b d] with sources on b -> [a b c d], segments [0 0 1 2], positions [0 1 2 2].
+
+    trained: what comes before a token of these domains can be read alone, and is the row's beginning; without any, the row has none
     """
+    beginning = fork_rows(rows, trained)[0].beginning if trained else 0
     if len(rows) == 1:
-        return rows
+        return [replace(rows[0], beginning=beginning)]
     shared = _shared(rows)
     ids, domain, segment, position = list(rows[0].ids[:shared]), list(rows[0].domain[:shared]), [0] * shared, list(range(shared))
     source: list[int] = []
@@ -60,20 +96,23 @@ def pack_rows(rows: Sequence[Row]) -> Sequence[Row]:
         segment += [number] * (len(row.ids) - shared)
         position += range(shared, len(row.ids))
     target = tuple(t for row in rows for t in row.target)
-    return [Row(tuple(ids), tuple(domain), tuple(source), target, segment=tuple(segment), position=tuple(position))]
+    return [Row(tuple(ids), tuple(domain), tuple(source), target, segment=tuple(segment), position=tuple(position), beginning=beginning)]
 
 
-def packed_mask(segment: Tensor, is_padding: Tensor, dtype: torch.dtype) -> Tensor:
-    """float [B, 1, T, T]: 0 where a token may be read, the dtype's minimum elsewhere. Additive, which every attention here takes.
+def pack_answers(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows packed where nothing but answers is left of each; else the rows."""
+    shared = _shared(rows)
+    return pack_rows(rows) if all(domain == ANSWER for row in rows for domain in row.domain[shared:]) else rows
 
-    segment: int64 [B, T], 0 for what all texts share. Every token sees itself, padding too: a softmax over nothing is NaN.
-    """
-    length = segment.shape[1]
-    order = torch.arange(length, device=segment.device)
-    is_earlier = order[:, None] >= order
-    is_own = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-    may_read = is_earlier & is_own & ~is_padding[:, None, :] | (order[:, None] == order)
-    return torch.zeros_like(may_read, dtype=dtype).masked_fill(~may_read, torch.finfo(dtype).min)[:, None]
+
+def _gates(adapter: Adapter) -> set[str]:
+    """What the adapter's gates take the mean of."""
+    return {module.mean for module in adapter.modules() if isinstance(module, Gate)}
+
+
+def _untouched(domain: Sequence[int], trained: frozenset[int]) -> int:
+    """How many tokens come before the first of a domain in `trained`."""
+    return next((i for i, one in enumerate(domain) if one in trained), len(domain))
 
 
 def _shared(rows: Sequence[Row]) -> int:
