@@ -18,7 +18,7 @@ class Uncounted(nn.Module):
 
     [slot, slot, text, text] at 0, 1, 2, 3 -> 0, 0, 0, 1. Padding keeps its id.
 
-    padding_row  where the model counts from the ids (RoBERTa), slots that hold the padding id were not counted in the first place
+    padding_row  where the model counts from the ids (RoBERTa), tokens that hold the padding id were not counted in the first place: slots and text alike
     """
 
     def __init__(self, padding_row: int | None = None) -> None:
@@ -33,6 +33,8 @@ class Uncounted(nn.Module):
         before = is_slot.long().cumsum(1).gather(1, place)  # [B, T], the token itself with them
         moved = torch.where(tokens.select(domains, adapter)[..., 0], 0, (position - before).clamp(min=0))
         is_moved = (tokens.row == adapter)[:, None] & (tokens.domain != PAD)
+        if self.padding_row is not None:
+            is_moved = is_moved & (position != self.padding_row)
         return torch.where(is_moved, moved, position)
 
 

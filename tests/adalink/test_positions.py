@@ -68,6 +68,13 @@ def test_ids_do_not_count_slots_of_served_rows() -> None:
     assert torch.equal(three, Uncounted()(given_ids, tokens, (PERCEPT,), 0).expand(3, 3, 5))
 
 
+def test_text_that_holds_the_padding_id_keeps_the_padding_row() -> None:
+    """RoBERTa counts from the ids: what holds the padding id is at row 1, a slot as well as padding that is edited as text."""
+    tokens = TokenMap(torch.tensor([[PERCEPT, PERCEPT, TEXT, TEXT, TEXT]]), torch.tensor([0])).window(1, 0, 5, 5)
+    assert Uncounted(padding_row=1)(torch.tensor([[2, 1, 3, 4, 1]]), tokens, (PERCEPT,), 0).tolist() == [[0, 1, 2, 3, 1]]
+    assert Uncounted()(torch.tensor([[2, 1, 3, 4, 1]]), tokens, (PERCEPT,), 0).tolist() == [[0, 0, 1, 2, 0]]  # the control
+
+
 @given(st.lists(st.sampled_from([TEXT, ANSWER, PERCEPT, PROMPT]), min_size=1, max_size=8), st.integers(0, 4), st.integers(1, 3))
 def test_a_later_call_counts_on(domains: list[int], start: int, length: int) -> None:
     token_map = TokenMap(torch.tensor([domains]), torch.tensor([0]))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from hosts import host
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, OPTConfig, OPTModel
 
 from adalink import PREFIX, TEXT, Adapter, Anatomy, TokenMap
 from adalink.methods.bottleneck import Bottleneck
@@ -24,13 +25,14 @@ from adalink.methods.prefix import Prefix
 from adalink.methods.unipelt import SEQUENCE
 from adalink.targets import find_targets
 
-TRAINED = re.compile(r"lora|prefix|adapter_|adapters\.")
+TRAINED = re.compile(r"lora|prefix|adapter_|adapters\.|central_gate")
 RULES = (  # the end of a name -> part, what it is
     (r"(?:prefix_enc_embed|self_prefix\.wte)\.weight$", "prefix", "shared.embed"),
     (r"self_prefix\.control_trans$", "prefix", "shared.table"),
     (r"(?:prefix_embed_MLP|control_trans)\.0\.(weight|bias)$", "prefix", r"shared.down.{0}"),
     (r"(?:prefix_embed_MLP|control_trans)\.2\.(weight|bias)$", "prefix", r"shared.up.{0}"),
     (r"prefix_gates?(?:\.t)?\.(weight|bias)$", "prefix", r"gates.{layer}.{0}"),
+    (r"central_gate\.(weight|bias)$", "central", r"gates.{layer}.{0}"),
     (r"adapters\.t\.gate\.(weight|bias)$", "adapter", r"gates.{layer}.{0}"),
     (r"adapter_down\.0\.(weight|bias)$", "adapter", r"{layer}.down.{0}"),
     (r"adapter_up\.(weight|bias)$", "adapter", r"{layer}.up.{0}"),
@@ -49,10 +51,16 @@ def role(name: str) -> tuple[str, str]:
     raise AssertionError(f"{name} is a trained tensor that this test cannot place")
 
 
+def read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """(the .json, the .safetensors)."""
+    return json.loads(path.with_suffix(".json").read_text()), load_file(path.with_suffix(".safetensors"))
+
+
 class Case:
-    def __init__(self, path: Path) -> None:
-        self.spec = json.loads(path.with_suffix(".json").read_text())
-        self.tensors = load_file(path)
+    """spec: the .json; tensors: the .safetensors."""
+
+    def __init__(self, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.spec, self.tensors = spec, tensors
         weights = self.under("w.")
         self.model = host(self.spec["config"], {k: v for k, v in weights.items() if not TRAINED.search(k)})
         self.trained = {k: v for k, v in weights.items() if TRAINED.search(k)}
@@ -73,9 +81,14 @@ class Case:
         return TokenMap(domain, torch.zeros(len(ids), dtype=torch.int64))
 
     def inputs(self) -> dict[str, Tensor]:
+        """Position ids, where the file has any, count every token here, the slots too: the prefix takes them out of the count."""
         padding = {"input_ids": 0, "attention_mask": 1, "token_type_ids": 0}
         given = {name: self.tensors[f"in.{name}"] for name in padding if f"in.{name}" in self.tensors}
-        return {name: nn.functional.pad(value, (self.n_slots, 0), value=padding[name]) for name, value in given.items()}
+        found = {name: nn.functional.pad(value, (self.n_slots, 0), value=padding[name]) for name, value in given.items()}
+        if "in.position_ids" in self.tensors:
+            before = torch.arange(self.n_slots).expand(len(found["input_ids"]), -1)
+            found["position_ids"] = torch.cat([before, self.tensors["in.position_ids"] + self.n_slots], 1)
+        return found
 
     def own(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """Our names -> tensors, for one of the file's. Three linears in one (GPT-2) hold queries' rows, then values'."""
@@ -85,6 +98,8 @@ class Case:
         if part == "adapter":
             is_edit = "adapter" in self.gated and not place.startswith("gates")
             return {f"adapter.{place.replace('.', '.edit.', 1) if is_edit else place}": value}
+        if part == "central":
+            return self._central(place, value)
         *before, layer, linear, kind, leaf = ("", *place.split("."))[-4:] if not place.startswith("gates") else ("gates", *place.split(".")[1:3], "", place.split(".")[3])
         targets = [target for target in find_targets(self.anatomy, ("query", "value")) if target.role.split(".")[:2] == [layer, linear]]
         values = value.chunk(len(targets)) if len(targets) > 1 else [value]
@@ -92,6 +107,21 @@ class Case:
             return {f"lora.gates.all.{target.role}.{leaf}": one for target, one in zip(targets, values, strict=True)}
         edit = ".edit" if "lora" in self.gated else ""
         return {f"lora.all.{target.role}{edit}.{kind}.{leaf}": one for target, one in zip(targets, values, strict=True)}
+
+    def _central(self, place: str, value: Tensor) -> dict[str, Tensor]:
+        """One linear of two rows, for LoRA and the prefix of a layer; queries and values read the same, so each has the first row."""
+        _, layer, leaf = place.split(".")
+        targets = [target for target in find_targets(self.anatomy, ("query", "value")) if target.role.split(".")[0] == layer]
+        return {f"lora.gates.all.{target.role}.{leaf}": value[:1] for target in targets} | {f"prefix.gates.{layer}.{leaf}": value[1:]}
+
+    def gradient(self, name: str, stored: Tensor) -> Tensor:
+        """Of one of the file's tensors, made of the gradients of ours."""
+        found = {own: self.adapter.get_parameter(own).grad for own in self.own(name, stored)}
+        assert all(value is not None for value in found.values()), f"{name} has no gradient"
+        if role(name)[0] != "central":
+            return torch.cat([value for value in found.values() if value is not None]).reshape(stored.shape)
+        lora = torch.stack([value for own, value in found.items() if value is not None and own.startswith("lora.")]).sum(0)
+        return torch.cat([lora, *(value for own, value in found.items() if value is not None and own.startswith("prefix."))])
 
     def _length(self) -> int:
         config = self.spec["config"]
@@ -101,6 +131,7 @@ class Case:
     def _methods(self) -> dict[str, Any]:
         shapes = {role(k): v.shape for k, v in self.trained.items()}
         self.gated = {part for part, place in shapes if place.startswith("gates")}
+        self.gated |= {"lora", "prefix"} if "central" in self.gated else set()
         parts: dict[str, Any] = {}
         first = {(part, place.split(".", 1)[-1]): shape for (part, place), shape in shapes.items()}
         if ("adapter", "down.weight") in first:
@@ -114,41 +145,6 @@ class Case:
             alpha = float(rank) if "lora" in self.gated else float(self.spec["config"]["lora_alpha"])
             parts["lora"] = LoRA(groups={"all": SEQUENCE}, rank=rank, alpha=alpha, targets=("query", "value"))
         return {name: Gated(inner=method, mean="sequence") if name in self.gated else method for name, method in parts.items()}
-
-
-def host(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
-    """The frozen model in float64 with eager attention, by what its weights are called."""
-
-    def value(*names: str, default: Any = None) -> Any:
-        return next((config[name] for name in names if name in config), default)
-
-    vocabulary, width, layers, heads = value("vocab", "vocab_size"), value("hidden", "n_embd", "d"), value("layers", "n_layer"), value("heads", "n_head")
-    act = value("act", default="relu").split(" ")[0]
-    positions, middle = value("max_position", "n_positions", default=64), value("intermediate", "ffn", "ffn_dim")
-    sizes: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    eager = {"attn_implementation": "eager", "max_position_embeddings": positions}
-    if any("c_attn" in name for name in weights):
-        model: Any = GPT2Model(
-            GPT2Config(
-                vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, n_positions=positions, activation_function=act,
-                layer_norm_epsilon=value("eps", "ln_eps", "layer_norm_eps", default=1e-5), attn_implementation="eager",
-            )
-        )  # fmt: skip
-    elif any("attention.self" in name for name in weights):
-        eps = value("layer_norm_eps", "eps", default=1e-12)
-        model = BertModel(
-            BertConfig(**sizes, intermediate_size=middle, hidden_act=act, layer_norm_eps=eps, type_vocab_size=value("type_vocab", default=2), **eager),
-            add_pooling_layer=False,
-        )
-    elif any("fc1" in name for name in weights):
-        model = OPTModel(OPTConfig(**sizes, ffn_dim=middle, activation_function=act, word_embed_proj_dim=width, **eager))
-    else:
-        n_kv, eps = value("kv_heads", "n_kv", "num_key_value_heads", default=heads), value("eps", "rms_norm_eps", default=1e-6)
-        model = LlamaModel(LlamaConfig(**sizes, intermediate_size=middle, num_key_value_heads=n_kv, rms_norm_eps=eps, **eager))
-    missing, unexpected = model.double().load_state_dict(weights, strict=False)
-    assert not missing, missing
-    assert not unexpected, unexpected
-    return model.eval()
 
 
 def _fill(parameter: Tensor, value: Tensor) -> bool:
