@@ -19,7 +19,7 @@ from adalink import AdaptedModel, Adapter, FrozenPart, InputSpec, Method
 from adalink.errors import ConfigError
 from multimodal.encoders.blueprint import draw_encoder
 from multimodal.frozen import existing_folder, loading, quiet, split_revision
-from multimodal.language import LANGUAGE_ADVICE, Language, family_of, settle_tokens
+from multimodal.language import LANGUAGE_ADVICE, Language, LanguageUse, family_of, settle_tokens
 
 __all__ = ["DrawnLanguage", "DrawnTower", "draw_adapter", "draw_language", "draw_tower"]
 
@@ -87,7 +87,7 @@ def draw_tower(spec: str | Path, *, layer: int = -1) -> DrawnTower:
     )
 
 
-def draw_language(name_or_folder: str | Path) -> DrawnLanguage:
+def draw_language(name_or_folder: str | Path, *, use: LanguageUse = "write") -> DrawnLanguage:
     """The language model of a config without its weights, in the dtype that the config names (float32 where it names none).
 
     Raises ConfigError as `load_language` does, and where the hub cannot be reached.
@@ -96,11 +96,9 @@ def draw_language(name_or_folder: str | Path) -> DrawnLanguage:
     name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
     with loading("language model", name_or_folder, LANGUAGE_ADVICE):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    family, writes = family_of(config)
-    if not writes:
-        raise ConfigError(f"'{name_or_folder}' is of model type '{config.model_type}', expected one that writes text; {LANGUAGE_ADVICE}")
+    family, options = family_of(config, use, str(name_or_folder))
     with loading("language model", name_or_folder, "see that its config.json is whole"), quiet(), torch.device("meta"):
-        model = family.from_config(config, dtype=config.dtype or torch.float32)
+        model = family.from_config(config, dtype=config.dtype or torch.float32, **options)
     model.eval().requires_grad_(False)
     tokenizer = None
     if folder is None or any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adalink import ANSWER, IMAGE, TEXT, Slots
@@ -29,6 +29,7 @@ class Row:
     segment      [T]        which of several packed texts a token belongs to, 0 for what they share; empty where nothing is packed
     position     [T]        each token's position in its own text; empty where that is its index
     beginning    how many of its first tokens may be read in a call of their own: all rows about its picture have the same
+    score        [M]        where a head chooses the answer: what each target, the number of an answer, would score; there are no sources then
     """
 
     ids: tuple[int, ...]
@@ -39,19 +40,23 @@ class Row:
     segment: tuple[int, ...] = ()
     position: tuple[int, ...] = ()
     beginning: int = 0
+    score: tuple[float, ...] | None = None
 
 
 class RowEncoder:
     """Makes rows with one template, one tokenizer, and the slots that one adapter reserves.
 
+    n_answers: how many a head chooses among; 0 where the answer is written.
     Pickles with the tokenizer but without any weights: worker processes get a copy.
     """
 
-    def __init__(self, template: Template, language: Language, slots: Sequence[Slots]) -> None:
+    def __init__(self, template: Template, language: Language, slots: Sequence[Slots], n_answers: int = 0) -> None:
         self.template = template
         self.tokenizer = language.tokenizer
         config: Any = language.model.config
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.max_positions = limit and limit - language.first_position
+        self.n_answers = n_answers
         self.decoder_start: int | None = _decoder_start(config) if config.is_encoder_decoder else None
         self.special = {"<bos>": self.tokenizer.bos_token_id, "<eos>": self.tokenizer.eos_token_id}
         self.placeholder: int = self.tokenizer.pad_token_id
@@ -75,8 +80,12 @@ class RowEncoder:
         return Row(tuple(ids), tuple(domain))
 
     def row(self, text: Text) -> Row:
-        """The row that a text is learnt from; a text without a target is a prompt."""
+        """The row that a text is learnt from; a text without a target is a prompt. Raises ConfigError where a head chooses and nothing is scored."""
         prompt = self.prompt(text.question)
+        if self.n_answers:
+            if text.scores is None:
+                raise ConfigError("a head chooses this model's answers, and the text says only what to write: give it scores (tasks.answer_vocabulary)")
+            return replace(prompt, target=tuple(number for number, _ in text.scores), score=tuple(score for _, score in text.scores))
         if text.target is None:
             return prompt
         target = tuple(piece for part in self.template.target_parts(text.target) for piece in self._ids(part))

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
 )
 
+from adalink import Anatomy
 from adalink.errors import ConfigError, DataError
 from multimodal.frozen import existing_folder, freeze, loading, quiet, split_revision
 
-__all__ = ["LANGUAGE_ADVICE", "Language", "family_of", "load_language", "settle_tokens"]
+__all__ = ["LANGUAGE_ADVICE", "Language", "LanguageUse", "family_of", "load_language", "settle_tokens"]
+
+LanguageUse = Literal["write", "read"]
+"""What a language model is for: to write text, or to be read by a head that chooses an answer. Encoder-only models (BERT) can only be read."""
 
 LANGUAGE_ADVICE = "give a local folder in transformers format or a hub id such as 'facebook/opt-125m'"
 
+READER_ADVICE = "an encoder-only model such as 'google-bert/bert-base-uncased', or a decoder-only one such as 'facebook/opt-125m'"
+
+_ENCODER_ROLES = {"bos": "cls", "eos": "sep"}
 _TOKENIZER_ADVICE = "put the model's tokenizer files (tokenizer.json) beside its config.json"
 
 
@@ -28,7 +38,7 @@ _TOKENIZER_ADVICE = "put the model's tokenizer files (tokenizer.json) beside its
 class Language:
     """A frozen language model with its tokenizer.
 
-    model      decoder-only or encoder-decoder (`model.config.is_encoder_decoder` tells); eval mode, no gradients
+    model      decoder-only, encoder-decoder (`model.config.is_encoder_decoder` tells), or an encoder-only one to be read; eval mode, no gradients
     tokenizer  has an end and a pad token, and a start token where the model has one; ids of all three are rows of the embedding
     name       what it was loaded from
     """
@@ -37,22 +47,26 @@ class Language:
     tokenizer: Any  # likewise
     name: str
 
+    @cached_property
+    def first_position(self) -> int:
+        """What an encoder-only model counts positions from: RoBERTa, from after its padding id. 0 elsewhere."""
+        positions = Anatomy.read(self.model).positions if _is_encoder_only(self.model.config) else None
+        return 0 if positions is None or positions.padding_row is None else positions.padding_row + 1
 
-def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = None) -> Language:
+
+def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = None, use: LanguageUse = "write") -> Language:
     """The frozen language model of a local folder or of a hub id, `org/name` or `org/name@revision`.
 
     dtype: of the weights; None keeps what the files hold.
-    Raises ConfigError for a name or folder that leads to no language model, DataError for damaged or missing weights.
+    Raises ConfigError for a name or folder that leads to no language model for this use, DataError for damaged or missing weights.
     """
     folder = existing_folder(name_or_folder)
     name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
     with loading("language model", name_or_folder, LANGUAGE_ADVICE):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    family, writes = family_of(config)
-    if not writes:
-        raise ConfigError(f"'{name_or_folder}' is of model type '{config.model_type}', expected one that writes text; {LANGUAGE_ADVICE}")
+    family, options = family_of(config, use, str(name_or_folder))
     with loading("language model", name_or_folder, "see that the folder holds model.safetensors"), quiet():
-        model, info = family.from_pretrained(name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True)
+        model, info = family.from_pretrained(name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True, **options)
     if info["missing_keys"]:
         raise DataError(
             f"the weights of the language model '{name_or_folder}' are incomplete: {len(info['missing_keys'])} tensors are missing, "
@@ -65,20 +79,37 @@ def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = Non
     return Language(model=model, tokenizer=tokenizer, name=str(name_or_folder))
 
 
-def family_of(config: Any) -> tuple[Any, bool]:
-    """The class that loads a model of this configuration, and whether such a model writes text.
+def family_of(config: Any, use: LanguageUse, name: str) -> tuple[Any, dict[str, bool]]:
+    """The class that loads a model of this configuration, and what its constructor is told.
 
     transformers also lists masked language models (BERT) as causal ones, but they write only if they were trained as decoders.
+    Raises ConfigError where no such model is fit for the use.
     """
-    if config.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM, type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    is_masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
-    return AutoModelForCausalLM, type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_masked
+    found = f"'{name}' is of model type '{config.model_type}'"
+    if _is_encoder_only(config):
+        if use == "read":  # without a pooler: files of a masked language model hold none
+            return AutoModel, {"add_pooling_layer": False} if _takes_pooler(config) else {}
+        raise ConfigError(f"{found}, expected one that writes text; it can choose an answer: set task: vqa and vqa.answers, or {LANGUAGE_ADVICE}")
+    if use == "read" and config.is_encoder_decoder:
+        raise ConfigError(f"{found}, which is an encoder-decoder, and a head chooses an answer from one stack: give {READER_ADVICE}")
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mapping:
+        raise ConfigError(f"{found}, expected one that writes text; {LANGUAGE_ADVICE}")
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM, {}
+
+
+def _is_encoder_only(config: Any) -> bool:
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder and not getattr(config, "is_decoder", False)
+
+
+def _takes_pooler(config: Any) -> bool:
+    return "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
 
 
 def settle_tokens(tokenizer: Any, model: Any, name: str) -> None:
     """Gives the tokenizer its start, end and pad token, and the model the same ids. No token is added: the embedding is frozen.
 
+    An encoder-only model starts with its CLS token and ends with its SEP token.
     A special token that the tokenizer has beyond the rows of the embedding (a pad token added for some other training) is not used.
     Raises ConfigError for a tokenizer without words, with more tokens than the model has rows, or without an end token.
     """
@@ -93,6 +124,9 @@ def settle_tokens(tokenizer: Any, model: Any, name: str) -> None:
         )
     for role in ("bos", "eos", "pad"):
         token = getattr(tokenizer, f"{role}_token_id")
+        if token is None and role in _ENCODER_ROLES and _is_encoder_only(model.config):
+            token = getattr(tokenizer, f"{_ENCODER_ROLES[role]}_token_id")
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token) if token is not None else None)
         if token is None or token >= n_rows:
             token = _configured(model, f"{role}_token_id", n_rows)
             setattr(tokenizer, f"{role}_token", None if token is None else tokenizer.convert_ids_to_tokens(token))
@@ -101,13 +135,13 @@ def settle_tokens(tokenizer: Any, model: Any, name: str) -> None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def _configured(model: Any, key: str, n_rows: int) -> int | None:
     """An id of generation_config.json or config.json; the first where there are several (Llama 3 has three end tokens)."""
-    for config in (model.generation_config, model.config):
+    for config in (getattr(model, "generation_config", None), model.config):
         value = getattr(config, key, None)
         token = value[0] if isinstance(value, list) and value else value
         if isinstance(token, int) and 0 <= token < n_rows:

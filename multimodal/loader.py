@@ -169,7 +169,7 @@ class TrainLoader:
 
     def blank(self) -> Batch:
         """One row about a black picture: what a rank runs, and learns nothing from, where every sample of its part of a step is bad."""
-        rows = self._positions.rows([Text("", "a")])
+        rows = self._positions.rows([Text("", "a", scores=())])
         patches = self._positions.patches
         picture = self._positions.preprocess(Image.new("RGB", (8, 8))) if patches is None else torch.zeros(patches.shape)
         batch = self._collate([_Item("", picture, rows)]).batch

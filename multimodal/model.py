@@ -19,15 +19,17 @@ from torch import Tensor, nn
 
 from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap, fingerprint
 from adalink.errors import ConfigError
-from adalink.hub import local_folder, upload
-from adalink.recompute import reads_later_tokens
-from multimodal.batch import NO_TARGET, Batch, collate
+from adalink.hub import upload
+from multimodal.adapter_folder import load_composed, save_composed
+from multimodal.batch import Batch, collate
+from multimodal.classify import AnswerHead, answer_loss, chosen_answers, new_head, pooled_state, use_for
 from multimodal.encode import RowEncoder
 from multimodal.generate import GenerationSettings, written_texts
-from multimodal.language import Language, load_language
+from multimodal.language import Language, LanguageUse, load_language
+from multimodal.language_loss import LanguageLoss
 from multimodal.template import Template
 from multimodal.vision import VisionTower, load_tower
-from multimodal.vision_adapter import load_vision_adapter, new_vision_adapter, save_vision_adapter
+from multimodal.vision_adapter import new_vision_adapter
 
 __all__ = ["VisionLanguageModel"]
 
@@ -51,18 +53,21 @@ class VisionLanguageModel(nn.Module):
         if tower.n_kept > tower.n_patches:
             inputs["image_taps"] = InputSpec(tower.n_kept - tower.n_patches, tower.width)
         self.adapted = AdaptedModel(language.model, inputs=inputs, parts=parts)
+        self.language_loss = LanguageLoss(self.adapted)
+        self.heads = nn.ModuleDict()  # by adapter, where it chooses its answers
 
     @classmethod
-    def compose(cls, encoder: str | Path, language_model: str | Path, *, template: Template, layer: int = -1) -> VisionLanguageModel:
+    def compose(
+        cls, encoder: str | Path, language_model: str | Path, *, template: Template, layer: int = -1, use: LanguageUse = "write"
+    ) -> VisionLanguageModel:
         """The model made of an encoder and a language model, each a local folder or a name. `layer`: which features; see VisionTower."""
-        return cls(load_tower(encoder, layer=layer), load_language(language_model), template)
+        return cls(load_tower(encoder, layer=layer), load_language(language_model, use=use), template)
 
     def forward(self, batch: Batch) -> Tensor:
-        """float []: cross entropy summed over the batch's targets, divided by `batch.n_targets`."""
-        logits = self._logits(batch)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = nn.functional.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=NO_TARGET, reduction="sum")
-        return total / batch.n_targets
+        """float []: cross entropy summed over the batch's targets (binary, over answers, with a head), divided by `batch.n_targets`."""
+        if self.head is not None:
+            return answer_loss(self.head, pooled_state(self.adapted, self.language, batch, self.token_map(batch)), batch)
+        return self.language_loss(batch, self.token_map(batch)) / batch.n_targets
 
     def encode(self, pixels: Tensor) -> Tensor:
         """float [I, 3, H, W] -> [I, N + L, Dv]: the pictures' patches, then what each block says of the whole (see Features.joined).
@@ -106,15 +111,22 @@ class VisionLanguageModel(nn.Module):
         return self.generate_batch(batch.to(self.device), settings or GenerationSettings(), adapter_names)
 
     @torch.no_grad()
+        names = [self.adapted.active] * len(batch.ids) if adapter_names is None else adapter_names
+        if any(heads := [self._head(name) for name in names]):
+            return chosen_answers(heads, pooled_state(self.adapted, self.language, batch, token_map))
     def generate_batch(self, batch: Batch, settings: GenerationSettings, adapter_names: Sequence[str | None] | None = None) -> list[str]:
-        """One text for each row of a left-padded batch, whose rows were made by the row encoders of the adapters that serve them."""
+        """One text for each row of a left-padded batch, whose rows were made by the row encoders of the adapters that serve them.
+
+        Written, or chosen where the adapters have heads; `settings` are then not used. Raises ConfigError for rows of both kinds.
+        """
         token_map = self.token_map(batch, adapter_names)
         return written_texts(self.language, self.adapted.attachment, batch, token_map, settings)
 
     def row_encoder(self, adapter: str | None = None) -> RowEncoder:
         """Makes the rows that an adapter reads: its slots, its template, this model's tokenizer. The active one, where none is named."""
         name = adapter or self.adapted.active or BASE_NAME
-        return RowEncoder(self.template_of(name), self.language, self.adapted.serving(1, [name]).slots[0])
+        head = self._head(name)
+        return RowEncoder(self.template_of(name), self.language, self.adapted.serving(1, [name]).slots[0], 0 if head is None else len(head.answers))
 
     def template_of(self, adapter: str) -> Template:
         """The words that an adapter was saved with, where it was loaded from a folder that holds them; this model's own otherwise."""
@@ -136,6 +148,17 @@ class VisionLanguageModel(nn.Module):
     def device(self) -> torch.device:
         """Where the language model is."""
         return next(self.adapted.base.parameters()).device
+    def add_answer_head(self, answers: Sequence[str]) -> AnswerHead:
+        """Let the active adapter choose among these answers, by a new head that is trained with it, instead of writing."""
+        self.adapted.active_adapter()
+        self.heads[self.adapted.active or ""] = head = new_head(self.adapted, answers)
+        return head
+
+    @property
+    def head(self) -> AnswerHead | None:
+        """The active adapter's head; None where it writes."""
+        return self._head(self.adapted.active)
+
 
     def add_adapter(self, name: str, methods: Mapping[str, Method]) -> Adapter:
         """Add a new adapter and make it the active one."""
@@ -147,20 +170,9 @@ class VisionLanguageModel(nn.Module):
 
     def load_adapter(self, folder: str | Path, name: str) -> Adapter:
         """Add an adapter from its folder or hub name; refused where it was trained on other frozen parts or another layer's features."""
-        config = AdaptedModel.read_config(folder)
-        config.check_base(self.adapted.parts, str(folder))
-        layer = config.task.get("layer", self.tower.layer)
-        if layer != self.tower.layer:
-            raise ConfigError(
-                f"the adapter in {folder} reads the features of layer {layer}, and this model's encoder gives those of layer {self.tower.layer}: "
-                f"compose the model with layer={layer}"
-            )
-        local, encoder = local_folder(folder), self.adapted.parts["encoder"]
-        vision = load_vision_adapter(local, self.tower, encoder, len(self.adapted.adapters))
-        adapter = self.adapted.load_adapter(local, name)
-        if vision is not None:
-            self.tower.adapt(vision)
-        return adapter
+        if name in self.heads:
+            del self.heads[name]
+        return load_composed(self, folder, name)
 
     def delete_adapter(self, name: str) -> None:
         """Take an adapter away; the others stay as they are. Where it was the active one, none is."""
@@ -178,10 +190,7 @@ class VisionLanguageModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, *, task: Mapping[str, Any] | None = None) -> None:
         """Write the active adapter's folder; `task` is kept in its config, with the template."""
-        template = self.template_of(self.adapted.active or BASE_NAME)
-        self.adapted.task = {**self.adapted.task, **(task or {}), "prompt": template.prompt, "target": template.target, "layer": self.tower.layer}
-        self.adapted.save_pretrained(folder)
-        save_vision_adapter(Path(folder), self.tower, self.adapted.parts["encoder"])
+        save_composed(self, Path(folder), task or {})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, encoder: str | Path | None = None, language_model: str | Path | None = None) -> VisionLanguageModel:
@@ -189,7 +198,8 @@ class VisionLanguageModel(nn.Module):
         config = AdaptedModel.read_config(folder)
         template = Template(prompt=config.task["prompt"], target=config.task["target"])
         parts = {role: part.name for role, part in config.base.items()}
-        model = cls.compose(encoder or parts["encoder"], language_model or parts["language_model"], template=template, layer=config.task["layer"])
+        layer, use = config.task["layer"], use_for(config.task)
+        model = cls.compose(encoder or parts["encoder"], language_model or parts["language_model"], template=template, layer=layer, use=use)
         model.load_adapter(folder, "default")
         return model
 
@@ -199,28 +209,16 @@ class VisionLanguageModel(nn.Module):
         return upload(repository, private, self.save_pretrained)
 
     def print_trainable_parameters(self) -> None:
+        if self.head is not None:
+            print(f"in the head: {sum(parameter.numel() for parameter in self.head.parameters()):,} ({len(self.head.answers):,} answers)")
         """Print how many parameters the active adapter trains, and their share of all, the encoder's included."""
         print(self.adapted.trainable_summary(also_frozen=sum(parameter.numel() for parameter in self.tower.encoder.parameters())))
         if self.tower.adapter is not None:
             counts = self.tower.adapter.n_parameters()
             print(f"in the encoder: {sum(counts.values()):,} ({', '.join(f'{name} {count:,}' for name, count in counts.items())})")
 
-    def _logits(self, batch: Batch) -> Tensor:
-        """[B, M, V]: at the source positions alone where the model can; the head is the dearest part of a small model."""
-        base: Any = self.adapted.base
-        token_map = self.token_map(batch)
-        if batch.segment is not None and self.adapted.active and reads_later_tokens(self.adapted.active_adapter()):
-            raise ConfigError(
-                "the batch has several texts in a row, and a slot of the adapter reads later tokens, or a gate the row, so it would read all of them: "
-                "collate one row for each text, or train with mask='causal'"
-            )
-        with self.adapted.attachment.bind(token_map):
-            if batch.decoder_ids is not None:
-                output = base(input_ids=batch.ids, attention_mask=batch.attention_mask, decoder_input_ids=batch.decoder_ids, use_cache=False)
-                return torch.take_along_dim(output.logits, batch.source[..., None], dim=1)
-            return base(  # type: ignore[no-any-return]
-                input_ids=batch.ids, attention_mask=batch.attention(base.dtype), position_ids=batch.position, logits_to_keep=batch.source, use_cache=False
-            ).logits
+    def _head(self, name: str | None) -> AnswerHead | None:
+        return self.heads[name] if name in self.heads else None  # type: ignore[return-value]  # a ModuleDict holds modules
 
 
 def _pixels(batch: Batch) -> Tensor:

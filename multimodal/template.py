@@ -16,10 +16,14 @@ _SPLIT = re.compile("(" + "|".join(MARKERS) + ")")
 
 @dataclass(frozen=True)
 class Text:
-    """One thing to learn or to ask about a picture: a question (empty in captioning) and what should be said; None when it is asked."""
+    """One thing to learn or to ask about a picture: a question (empty in captioning) and what should be said; None when it is asked.
+
+    scores   where an answer is chosen by a head: (number of an answer, what it would score, above 0 to 1); answers not named score nothing
+    """
 
     question: str
     target: str | None
+    scores: tuple[tuple[int, float], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,27 +6,38 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from adalink import AdaptedModel
 from adalink.errors import CheckpointError, ConfigError
-from multimodal.language import load_language
+from multimodal.classify import use_for
+from multimodal.language import LanguageUse, load_language
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
-from multimodal.vision import load_tower
+from multimodal.vision import VisionTower, load_tower
 from tasks.scenes.parts import encoder_folder, language_folder
 
-__all__ = ["compose", "found_part", "load_adapted"]
+__all__ = ["compose", "composed_tower", "found_part", "load_adapted"]
 
 
-def compose(encoder: str, language_model: str, *, template: Template, layer: int = -1) -> VisionLanguageModel:
+def compose(encoder: str, language_model: str, *, template: Template, layer: int = -1, use: LanguageUse = "write") -> VisionLanguageModel:
     """The composed model, on this process's device; `scenes:encoder` and `scenes:language` are the parts that ship with the package."""
+    tower = composed_tower(encoder, layer)
+    language = load_language(found_part(language_model), use=use)
+    return VisionLanguageModel(tower, dataclasses.replace(language, name=language_model), template).to(_device())
+
+
+def composed_tower(encoder: str, layer: int = -1) -> VisionTower:
+    """The encoder of a composed model, on this process's device."""
     tower = load_tower(found_part(encoder), layer=layer)
-    language = load_language(found_part(language_model))
     tower.name = encoder  # an adapter remembers its parts by the names that were given, not by where they were found
-    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator reads it, so that training finds the same state
-    return VisionLanguageModel(tower, dataclasses.replace(language, name=language_model), template).to(device)
+    return tower.to(_device())
+
+
+def _device() -> torch.device:
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator reads it, so that training finds the same state
 
 
 def found_part(name: str) -> str | Path:
@@ -50,6 +61,7 @@ def load_adapted(folder: Path, *, encoder: str | None, language_model: str | Non
         language_model or config.base["language_model"].name,
         template=Template(prompt=config.task["prompt"], target=config.task["target"]),
         layer=config.task["layer"],
+        use=use_for(config.task),
     )
     model.load_adapter(folder, "default")
     return model, dict(config.task)

@@ -111,7 +111,8 @@ def _questions(
         for asked in task.asked(sample):
             try:
                 row = encoder.prompt(asked.question)
-                check_room(model.language, len(row.ids), settings)
+                if model.head is None:  # nothing is written after the prompt of one that chooses
+                    check_room(model.language, len(row.ids), settings)
                 yield _Question(asked.item, row, shown)
             except TextTooLong as error:
                 yield BadSample(key=sample.key, reason="text too long", detail=str(error))

@@ -17,12 +17,12 @@ from tasks.metrics.vqa import GradedQuestion, score_answers
 from tasks.result_files import vqa_results_name, write_vqa_results
 from tasks.task import Asked, Score
 
-__all__ = ["Vqa", "graded_question"]
+__all__ = ["Vqa", "graded_question", "learnt_questions", "most_common"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vqa:
-    """VQA by generation, with the official accuracy."""
+    """VQA, the answer written or chosen, with the official accuracy."""
 
     name: ClassVar[str] = "vqa"
     headline: ClassVar[str] = "accuracy"
@@ -30,14 +30,19 @@ class Vqa:
     template: Template = Template(prompt="<image><bos>question: {question} answer:", target=" {text}<eos>")  # words around question and answer
     learn: Literal["common", "drawn"] = "common"  # of ten answers: the most common one, or one drawn anew each epoch
     questions_per_image: int = 0  # how many of a picture's questions each step learns; 0: all of them
+    answers: int = 0  # a trained head chooses among so many most frequent answers of the training data (3129 for VQAv2); 0: the answer is written
     scorer: Literal["official", "normalized"] = "official"  # see `adalink score vqa --help`
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
         if self.questions_per_image < 0:
             raise ConfigError(f"questions_per_image is {self.questions_per_image}: give 0 (all) or more")
+        if self.answers < 0 or self.answers == 1:
+            raise ConfigError(f"vqa.answers is {self.answers}: give 0 (the answer is written), or 2 or more to choose among")
         if self.learn not in ("common", "drawn"):
             raise ConfigError(f"of ten answers, {self.learn!r} cannot be learnt: give common or drawn")
+        if self.answers and self.learn == "drawn":
+            raise ConfigError(f"learn is drawn, and a head of {self.answers} answers learns the scores of all ten: leave one of learn and answers out")
         if self.scorer not in ("official", "normalized"):
             raise ConfigError(f"there is no scorer {self.scorer!r}: give official or normalized")
 
@@ -48,10 +53,8 @@ class Vqa:
 
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
         """Each answered question with one of its answers."""
-        answered = [question for question in sample.questions if question.answers]
-        if self.questions_per_image and len(answered) > self.questions_per_image:
-            answered = rng.sample(answered, self.questions_per_image)
-        return [Text(question.text, most_common(question) if self.learn == "common" else rng.choice(question.answers)) for question in answered]
+        learnt = learnt_questions(self, sample, rng)
+        return [Text(question.text, most_common(question) if self.learn == "common" else rng.choice(question.answers)) for question in learnt]
 
     def asked(self, sample: Sample) -> Sequence[Asked]:
         """Every question of the picture."""
@@ -79,6 +82,14 @@ class Vqa:
     def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
         """The VQA challenge's result file."""
         write_vqa_results(path, predictions)
+
+
+def learnt_questions(task: Vqa, sample: Sample, rng: random.Random) -> list[Question]:
+    """The answered questions that a step learns, or as many as were asked for."""
+    answered = [question for question in sample.questions if question.answers]
+    if task.questions_per_image and len(answered) > task.questions_per_image:
+        answered = rng.sample(answered, task.questions_per_image)
+    return answered
 
 
 def most_common(question: Question) -> str:
