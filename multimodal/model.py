@@ -111,15 +111,15 @@ class VisionLanguageModel(nn.Module):
         return self.generate_batch(batch.to(self.device), settings or GenerationSettings(), adapter_names)
 
     @torch.no_grad()
-        names = [self.adapted.active] * len(batch.ids) if adapter_names is None else adapter_names
-        if any(heads := [self._head(name) for name in names]):
-            return chosen_answers(heads, pooled_state(self.adapted, self.language, batch, token_map))
     def generate_batch(self, batch: Batch, settings: GenerationSettings, adapter_names: Sequence[str | None] | None = None) -> list[str]:
         """One text for each row of a left-padded batch, whose rows were made by the row encoders of the adapters that serve them.
 
         Written, or chosen where the adapters have heads; `settings` are then not used. Raises ConfigError for rows of both kinds.
         """
         token_map = self.token_map(batch, adapter_names)
+        names = [self.adapted.active] * len(batch.ids) if adapter_names is None else adapter_names
+        if any(heads := [self._head(name) for name in names]):
+            return chosen_answers(heads, pooled_state(self.adapted, self.language, batch, token_map))
         return written_texts(self.language, self.adapted.attachment, batch, token_map, settings)
 
     def row_encoder(self, adapter: str | None = None) -> RowEncoder:
@@ -148,6 +148,11 @@ class VisionLanguageModel(nn.Module):
     def device(self) -> torch.device:
         """Where the language model is."""
         return next(self.adapted.base.parameters()).device
+
+    def add_adapter(self, name: str, methods: Mapping[str, Method]) -> Adapter:
+        """Add a new adapter and make it the active one."""
+        return self.adapted.add_adapter(name, methods)
+
     def add_answer_head(self, answers: Sequence[str]) -> AnswerHead:
         """Let the active adapter choose among these answers, by a new head that is trained with it, instead of writing."""
         self.adapted.active_adapter()
@@ -159,24 +164,19 @@ class VisionLanguageModel(nn.Module):
         """The active adapter's head; None where it writes."""
         return self._head(self.adapted.active)
 
-
-    def add_adapter(self, name: str, methods: Mapping[str, Method]) -> Adapter:
-        """Add a new adapter and make it the active one."""
-        return self.adapted.add_adapter(name, methods)
-
     def add_vision_adapter(self, methods: Mapping[str, Method]) -> Adapter:
         """Put methods into the encoder too, once for all adapters: its features are then trained through, and never kept."""
         return new_vision_adapter(self.tower, methods)
 
     def load_adapter(self, folder: str | Path, name: str) -> Adapter:
         """Add an adapter from its folder or hub name; refused where it was trained on other frozen parts or another layer's features."""
-        if name in self.heads:
-            del self.heads[name]
         return load_composed(self, folder, name)
 
     def delete_adapter(self, name: str) -> None:
         """Take an adapter away; the others stay as they are. Where it was the active one, none is."""
         self.adapted.delete_adapter(name)
+        if name in self.heads:
+            del self.heads[name]
 
     def set_adapter(self, name: str) -> None:
         """Make an adapter the active one."""
@@ -209,13 +209,13 @@ class VisionLanguageModel(nn.Module):
         return upload(repository, private, self.save_pretrained)
 
     def print_trainable_parameters(self) -> None:
-        if self.head is not None:
-            print(f"in the head: {sum(parameter.numel() for parameter in self.head.parameters()):,} ({len(self.head.answers):,} answers)")
         """Print how many parameters the active adapter trains, and their share of all, the encoder's included."""
         print(self.adapted.trainable_summary(also_frozen=sum(parameter.numel() for parameter in self.tower.encoder.parameters())))
         if self.tower.adapter is not None:
             counts = self.tower.adapter.n_parameters()
             print(f"in the encoder: {sum(counts.values()):,} ({', '.join(f'{name} {count:,}' for name, count in counts.items())})")
+        if self.head is not None:
+            print(f"in the head: {sum(parameter.numel() for parameter in self.head.parameters()):,} ({len(self.head.answers):,} answers)")
 
     def _head(self, name: str | None) -> AnswerHead | None:
         return self.heads[name] if name in self.heads else None  # type: ignore[return-value]  # a ModuleDict holds modules
