@@ -46,8 +46,9 @@ class Beginning:
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Beginning:
         """The same on a device."""
-        tensors: dict[str, Any] = {f.name: value.to(device, non_blocking=non_blocking) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **tensors)
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in own.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def beginning_of(rows: Sequence[Row], image: Sequence[int]) -> Beginning | None:

@@ -40,7 +40,8 @@ def may_fork(model: Any) -> bool:
     where rotations change with a row's length.
     """
     config = model.config
-    if config.get_text_config() is not config or not has_row_cache(model):  # composite models mark pictures that are read both ways
+    # Composite models mark pictures that are read both ways.
+    if config.get_text_config() is not config or not model.can_generate() or not has_row_cache(model):
         return False
     looks_ahead = not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False)
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")

@@ -13,7 +13,6 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -116,9 +115,5 @@ def _attention(base: Any, batch: Batch, start: int) -> Any:
 
 def _accepted(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments without position ids, where the model takes none: it counts distances."""
-    return {name: value for name, value in arguments.items() if name != "position_ids" or name in _parameters(type(base))}
-
-
-@cache
-def _parameters(model: type) -> frozenset[str]:
-    return frozenset(inspect.signature(model.forward).parameters)  # type: ignore[attr-defined]
+    takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+    return {name: value for name, value in arguments.items() if name != "position_ids" or takes_positions}

@@ -11,12 +11,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 __all__ = ["caches"]
 
 
-class Read(DynamicLayer):
+class Read(DynamicLayer):  # a layer of transformers' Cache, which asks for its class
     """A layer's keys and values of the beginnings, kept as they are first made: checkpointing makes them again in the backward pass."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What attention reads, [I, H, T, D] each: these keys and values."""
-        if not self.is_initialized:
+        if self.get_seq_length() == 0:
             self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
 

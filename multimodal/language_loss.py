@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from adalink import AdaptedModel, TokenMap
-from adalink.errors import ConfigError
 from multimodal.batch import Batch
 from multimodal.fork import calls_of
-from multimodal.packing import mixes_texts
+from multimodal.packing import check_packed
 from multimodal.word_head import WordHead, read_word_head
 
 __all__ = ["LanguageLoss"]
@@ -37,11 +36,8 @@ class LanguageLoss:
     def __call__(self, batch: Batch, token_map: TokenMap) -> Tensor:
         """float []: cross entropy summed over the batch's targets. Raises ConfigError for packed rows that an adapter would mix."""
         adapted = self.adapted
-        if batch.segment is not None and adapted.active and mixes_texts(adapted.active_adapter()):
-            raise ConfigError(
-                "the batch has several texts in a row, and a slot of the adapter reads later tokens, or a gate the row, so it would read all of them: "
-                "collate one row for each text, or train with mask='causal'"
-            )
+        if batch.segment is not None and adapted.active:
+            check_packed(adapted.active_adapter(), batch.domain, batch.segment)
         head = self.head  # before the map is bound: it binds one of its own
         total = torch.zeros((), device=batch.ids.device)
         for one in calls_of(adapted, batch, token_map):

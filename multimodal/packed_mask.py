@@ -55,10 +55,10 @@ def packed_attention(
 
     windows: kind of layer -> how far it reads back; {"": None} where all layers are alike
     """
-    masks = {
+    masks: dict[str, Any] = {
         kind: block_mask(segment, is_padding, position=position, window=window, start=start)
         if implementation == "flex_attention"
         else additive(segment, is_padding, dtype, position=position, window=window, start=start)
         for kind, window in windows.items()
     }
-    return masks if "" not in masks else masks[""]
+    return masks.get("", masks)

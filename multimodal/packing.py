@@ -15,15 +15,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from adalink import ANSWER, Adapter
+from adalink.errors import ConfigError
 from adalink.methods.gated import Gate
 from multimodal.encode import Row
 from multimodal.families import may_fork, may_pack
 from multimodal.fork import trained_domains
 
-__all__ = ["Arrange", "arrangement", "fork_rows", "mixes_texts", "pack_rows", "separate_rows"]
+if TYPE_CHECKING:
+    from multimodal.model import VisionLanguageModel
+
+__all__ = ["Arrange", "arrangement", "arrangement_of", "check_packed", "fork_rows", "pack_rows", "separate_rows"]
 
 Arrange = Callable[[Sequence[Row]], Sequence[Row]]
 """From the rows of one sample to the rows that are trained on."""
@@ -36,7 +42,7 @@ def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None =
 
     prompt: a row as it begins; it tells whether anything comes before what is trained
     """
-    if adapter is not None and mixes_texts(adapter):
+    if adapter is not None and _mixes_texts(adapter):
         return separate_rows, "one row per text: a slot of the adapter reads later tokens, or a gate the row, and would read every text of a packed row"
     is_gated = adapter is not None and bool(_gates(adapter))
     kind = model.config.model_type
@@ -56,9 +62,23 @@ def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None =
     return separate_rows, f"one row per text: {'a gate of the adapter reads the prompt, and ' if is_gated else ''}{kind} can share neither row nor cache"
 
 
-def mixes_texts(adapter: Adapter) -> bool:
-    """Whether tokens of the adapter depend on later ones, or on all of their row: several texts in a row would be mixed."""
-    return "sequence" in _gates(adapter) or any(placement.port.side == "cache" for placement in adapter.placements)
+def arrangement_of(model: VisionLanguageModel) -> tuple[Arrange, str]:
+    """The same for a composed model and its active adapter."""
+    return arrangement(model.language.model, model.adapted.active_adapter(), model.row_encoder().prompt("?"))
+
+
+def check_packed(adapter: Adapter, domain: Tensor, segment: Tensor) -> None:
+    """Raise ConfigError where the adapter would mix the texts of a row; int64 [B, T] each, as in Batch."""
+    if _mixes_texts(adapter):
+        raise ConfigError(
+            "the batch has several texts in a row, and a slot of the adapter reads later tokens, or a gate the row, so it would read all of them: "
+            "collate one row for each text, or train with mask='causal'"
+        )
+    if _gates(adapter) and bool(((segment > 0) & (domain != ANSWER)).any()):
+        raise ConfigError(
+            "the batch has several texts with questions of their own in a row, and a gate of the adapter reads the whole prompt, so it would read "
+            "all of them: collate one row for each text"
+        )
 
 
 def separate_rows(rows: Sequence[Row]) -> Sequence[Row]:
@@ -103,6 +123,11 @@ def pack_answers(rows: Sequence[Row]) -> Sequence[Row]:
     """The rows packed where nothing but answers is left of each; else the rows."""
     shared = _shared(rows)
     return pack_rows(rows) if all(domain == ANSWER for row in rows for domain in row.domain[shared:]) else rows
+
+
+def _mixes_texts(adapter: Adapter) -> bool:
+    """Whether tokens depend on later ones, or on all of their row."""
+    return "sequence" in _gates(adapter) or any(placement.port.side == "cache" for placement in adapter.placements)
 
 
 def _gates(adapter: Adapter) -> set[str]:

@@ -31,9 +31,9 @@ def test_packed_texts_read_the_prefix_as_texts_of_their_own_do(family: str) -> N
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=EXACT[family])
 
 
-def test_a_gate_reads_its_row_so_texts_are_not_packed() -> None:
+def test_a_gate_over_the_sequence_reads_its_row_so_texts_are_not_packed() -> None:
     model: Any = tiny("gpt2")
-    adapter = Adapter({"gated": Gated(inner=Bottleneck(width=4))}, Anatomy.read(model))
+    adapter = Adapter({"gated": Gated(inner=Bottleneck(width=4), mean="sequence")}, Anatomy.read(model))
     arrange, told = arrangement(model, adapter)
     assert arrange is separate_rows
     assert "a gate the row" in told
