@@ -1,106 +1,141 @@
-"""AdaLink against reference computations: every file of fixtures/adalink, in float64, to 1e-10.
-
-Text-only files hold an LM, adapters for one or two modalities and tasks, and results per variant and scope.
-"""
+"""AdaLink against reference computations: every file of fixtures/adalink, and cases of pictures and text made here, in float64, to 1e-10."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from functools import cache
+from typing import Any
 
+import adalink_made
 import pytest
 import torch
-from safetensors.torch import load_file
-from shared import fixtures
-from tiny import GPT2Config, GPT2LMHeadModel
+from adalink_case import Case
+from double import arithmetic
+from shared import fixtures, fixtures_root
 from torch import Tensor
 
-from adalink import ANSWER, PAD, TEXT, AdaLink, Adapter, Anatomy, TokenMap, attach
+from adalink import Adapter, attach
 
-FILES = sorted(fixtures("adalink").glob("adalink_text*.safetensors"))
 EXACT = 1e-10
-CASES = [
-    (path, variant, scope) for path in FILES for variant in json.loads(path.with_suffix(".json").read_text())["variants"] for scope in ("all", "prompt")
-]
+FILES = {path.stem: path for path in sorted((fixtures_root() / "adalink").glob("*.safetensors"))}
+NAMES = [*FILES, *adalink_made.SETTINGS]
+ON_ALL = pytest.mark.parametrize("name", NAMES)
 
 
-class Fixture:
-    def __init__(self, path: Path) -> None:
-        self.spec = json.loads(path.with_suffix(".json").read_text())
-        self.tensors = load_file(path)
-        c = self.spec["config"]
-        config = GPT2Config(
-            vocab_size=c["vocab"], n_embd=c["n_embd"], n_layer=c["n_layer"], n_head=c["n_head"], n_positions=c["n_positions"],
-            activation_function=c["act"], layer_norm_epsilon=c["ln_eps"], attn_implementation=c["attn"],
-        )  # fmt: skip
-        self.model = GPT2LMHeadModel(config).double().eval()
-        weights = {name.removeprefix("w."): value for name, value in self.tensors.items() if name.startswith("w.")}
-        missing, unexpected = self.model.load_state_dict(weights, strict=False)
-        assert missing == ["lm_head.weight"]
-        assert not unexpected
-        self.ids, self.mask = self.tensors["in.input_ids"], self.tensors["in.attention_mask"]
-        self.domain = torch.where(self.tensors["in.prompt_mask"].bool(), TEXT, ANSWER).masked_fill(self.mask == 0, PAD)
-
-    def adapter(self, name: str, variant: str, scope: str) -> Adapter:
-        settings = self.spec["variants"][variant]
-        method = AdaLink(rank=self.spec["config"]["rank"], modalities=("text",), activation=settings["activation"], bias=settings["bias"], scope=scope)
-        adapter = Adapter({"adalink": method}, Anatomy.read(self.model)).double()
-        stored = {key.removeprefix(f"adalink.{name}."): value for key, value in self.tensors.items() if key.startswith(f"adalink.{name}.")}
-        adapter.load_state_dict({f"adalink.text.{key}": value for key, value in stored.items() if settings["bias"] or not key.endswith("bias")})
-        return adapter
-
-    def loss(self, logits: Tensor) -> Tensor:
-        labels = self.tensors["in.labels"][:, 1:]
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
+@cache
+def case(name: str) -> Case:
+    return Case.read(FILES[name]) if name in FILES else adalink_made.made(**adalink_made.SETTINGS[name])
 
 
-@pytest.fixture(params=FILES, ids=lambda path: path.stem)
-def fixture(request: pytest.FixtureRequest) -> Fixture:
-    return Fixture(request.param)
+def run(c: Case, model: Any, row: Tensor, *adapters: Adapter) -> tuple[Tensor, Tensor]:
+    """(edited embeddings, logits): by ids where a bridge projects the pictures, else by embeddings in which they are."""
+    given = {"input_ids": c.whole("input_ids", 0)} if c.pictures is None or (c.is_bridged and bool((row >= 0).all())) else {"inputs_embeds": c.embeddings(model)}
+    attachment = attach(model, *adapters)
+    seen: list[Tensor | None] = []
+    stack = attachment.stack
+    handles = [
+        stack.get_submodule(attachment.anatomy.embedding).register_forward_hook(lambda module, args, out: seen.append(out)),
+        stack.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs.get("inputs_embeds")), with_kwargs=True),
+    ]
+    with attachment.bind(c.token_map(row)):
+        logits = model(**given, **c.inputs(model)).logits
+    for handle in handles:
+        handle.remove()
+    attachment.detach()
+    return next(value for value in seen if value is not None), logits
 
 
-@pytest.mark.parametrize(("path", "variant", "scope"), CASES, ids=lambda value: value.stem if isinstance(value, Path) else value)
-def test_embeddings_logits_loss_and_gradients_equal_the_reference(path: Path, variant: str, scope: str) -> None:
-    f = Fixture(path)
-    adapter = f.adapter("text", variant, scope)
-    attachment = attach(f.model, adapter)
-    embedded: list[Tensor] = []
-    f.model.transformer.wte.register_forward_hook(lambda module, args, out: embedded.append(out))
-    with attachment.bind(TokenMap(f.domain, torch.zeros(len(f.ids), dtype=torch.int64))):
-        logits = f.model(input_ids=f.ids, attention_mask=f.mask).logits
-        loss = f.loss(logits)
+def computed_in(c: Case) -> Any:
+    variant, scope = c.runs()[0]
+
+    def difference() -> Tensor:
+        model = c.model()
+        adapter = c.adapter(model, c.tasks()[0], variant, scope, c.trained(variant, scope))
+        return real(c, run(c, model, zeros(c), adapter)[1] - c.tensors[f"{variant}.{scope}.logits"])
+
+    return arithmetic(difference)
+
+
+@pytest.mark.parametrize(("name", "variant", "scope"), [(name, *what) for name in NAMES for what in case(name).runs()])
+def test_embeddings_logits_loss_and_gradients_equal_the_reference(name: str, variant: str, scope: str) -> None:
+    c = case(name)
+    with computed_in(c)():
+        model = c.model()
+        adapter = c.adapter(model, c.tasks()[0], variant, scope, c.trained(variant, scope))
+        embedded, logits = run(c, model, zeros(c), adapter)
+        loss = c.loss(logits)
         loss.backward()
-    expected = {key.removeprefix(f"{variant}.{scope}."): value for key, value in f.tensors.items() if key.startswith(f"{variant}.{scope}.")}
-    real = f.mask.bool()
-    close(embedded[0][real], expected["inputs_embeds"][real])
-    close(logits[real], expected["logits"][real])
+    expected = c.under(f"{variant}.{scope}.")
+    is_real = c.whole("attention_mask", 1).bool()
+    close(embedded[is_real], expected["inputs_embeds"][is_real])
+    close(real(c, logits), real(c, expected["logits"]))
     close(loss, expected["loss"].squeeze())
-    gradients = {name.removeprefix("adalink.text."): parameter.grad for name, parameter in adapter.named_parameters()}
-    assert {f"grad.{name}" for name in gradients} == {key for key in expected if key.startswith("grad.")}
-    for name, gradient in gradients.items():
-        close(gradient, expected[f"grad.{name}"])
+    gradients = {own: value for key, value in expected.items() if key.startswith("grad.") and (own := c.own(key.removeprefix("grad.")))}
+    parameters = dict(adapter.named_parameters())
+    assert {own for own in parameters if own.startswith("adalink")} <= set(gradients)
+    for own, gradient in gradients.items():
+        if own in parameters:
+            close(parameters[own].grad, gradient)
+        else:
+            assert own.startswith("bridge")
+            assert not c.is_bridged
 
 
-def test_the_lookup_table_equals_the_module(fixture: Fixture) -> None:
-    adapter = fixture.adapter("text", "linear", "all")
-    table = adapter.get_submodule("adalink.text").lookup_table(fixture.model.transformer.wte.weight)
-    close(table, fixture.tensors["linear.lookup_table"])
+@pytest.mark.parametrize(("name", "variant"), [(name, key.split(".")[0]) for name in NAMES for key in case(name).tensors if key.endswith(".lookup_table")])
+def test_the_lookup_table_equals_the_module(name: str, variant: str) -> None:
+    c = case(name)
+    model = c.model()
+    adapter = c.adapter(model, c.tasks()[0], variant, "all", ("text",))
+    close(adapter.get_submodule("adalink_text.text").lookup_table(model.get_input_embeddings().weight), c.tensors[f"{variant}.lookup_table"])
 
 
-def test_mixed_tasks_in_one_batch_equal_the_reference(fixture: Fixture) -> None:
-    attachment = attach(fixture.model, fixture.adapter("text", "linear", "all"), fixture.adapter("text_task2", "linear", "all"))
-    with attachment.bind(TokenMap(fixture.domain, fixture.tensors["in.task_ids"])), torch.no_grad():
-        logits = fixture.model(input_ids=fixture.ids, attention_mask=fixture.mask).logits
-    real = fixture.mask.bool()
-    close(logits[real], fixture.tensors["linear.mixed_tasks.logits"][real])
+@pytest.mark.parametrize(("name", "variant"), [(name, key.split(".")[0]) for name in NAMES for key in case(name).tensors if key.endswith("mixed_tasks.logits")])
+def test_mixed_tasks_in_one_batch_equal_the_reference(name: str, variant: str) -> None:
+    c = case(name)
+    modalities = c.trained(variant, "all")
+    with computed_in(c)(), torch.no_grad():
+        model = c.model()
+        adapters = [c.adapter(model, task, variant, "all", modalities) for task in c.tasks()]
+        logits = run(c, model, c.tensors["in.task_ids"], *adapters)[1]
+    close(real(c, logits), real(c, c.tensors[f"{variant}.mixed_tasks.logits"]))
 
 
-def test_without_a_row_of_its_own_the_model_is_the_frozen_one(fixture: Fixture) -> None:
-    attachment = attach(fixture.model, fixture.adapter("text", "linear", "all"))
-    with attachment.bind(TokenMap(fixture.domain, torch.full((len(fixture.ids),), -1))), torch.no_grad():
-        logits = fixture.model(input_ids=fixture.ids, attention_mask=fixture.mask).logits
-    close(logits, fixture.tensors["out.base.logits"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "out.base.logits" in case(name).tensors])
+def test_without_a_row_of_its_own_the_model_is_the_frozen_one(name: str) -> None:
+    c = case(name)
+    with computed_in(c)(), torch.no_grad():
+        model = c.model()
+        adapter = c.adapter(model, c.tasks()[0], *c.runs()[0], c.trained(*c.runs()[0]))
+        close(run(c, model, zeros(c) - 1, adapter)[1], c.tensors["out.base.logits"])
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
+def test_a_picture_edited_as_text_is_seen() -> None:
+    """The control: what is compared can differ."""
+    c = case("made_gpt2_pictures_before")
+    model = c.model()
+    adapter = c.adapter(model, "", "linear", "all", ("image", "text"))
+    expected = c.tensors["linear.all.logits"]
+    close(run(c, model, zeros(c), adapter)[1], expected)
+    with torch.no_grad():
+        adapter.get_parameter("adalink_image.image.up.weight").copy_(adapter.get_parameter("adalink_text.text.up.weight"))
+    assert (run(c, model, zeros(c), adapter)[1] - expected).abs().max() > 1e-3
+
+
+def test_the_files_are_found() -> None:
+    """Skips, saying so, where they are absent; the cases that are made here run everywhere."""
+    assert sorted(fixtures("adalink").glob("*.safetensors")) == list(FILES.values()) != []
+
+
+def zeros(c: Case) -> Tensor:
+    return torch.zeros(len(c.tensors["in.input_ids"]), dtype=torch.int64)
+
+
+def real(c: Case, logits: Tensor) -> Tensor:
+    """Without padding; a decoder that reads an encoder has none."""
+    mask = c.whole("attention_mask", 1).bool()
+    return logits[mask] if logits.shape[:2] == mask.shape else logits
+
+
+def close(actual: Tensor | None, expected: Tensor) -> None:
+    assert actual is not None
     torch.testing.assert_close(actual.detach(), expected, rtol=0, atol=EXACT)
+
