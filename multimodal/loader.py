@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_sharer
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -21,6 +21,7 @@ from multimodal.bad_samples import BadSample
 from multimodal.batch import Batch, collate
 from multimodal.encode import Row, RowEncoder, TextTooLong
 from multimodal.images import BadImage, decode_image
+from multimodal.kept import Kept
 from multimodal.mixing import fingerprint_of, order_of
 from multimodal.order import Order
 from multimodal.packing import Arrange
@@ -36,28 +37,19 @@ Texts = Callable[[Sample, random.Random], Sequence[Text]]
 Preprocess = Callable[[Image.Image], Tensor]
 
 
-class Kept(Protocol):
-    """Features that are kept, by sample index."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of one picture's features."""
-        ...
-
-    def __getitem__(self, index: int) -> Tensor | BadSample: ...
-
-
 @dataclass(frozen=True)
 class Loaded:
-    """What one step reads: a batch (None where every sample of it was bad) and the bad samples that it would have held."""
+    """What one step reads: a batch (None where every sample of it was bad), its pictures by index, and the bad samples that it would have held."""
 
     batch: Batch | None
     bad: tuple[BadSample, ...]
+    pictures: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Item:
     key: str
+    index: int
     picture: Tensor
     rows: tuple[Row, ...]
 
@@ -91,15 +83,15 @@ class _Positions(Dataset["_Item | BadSample"]):
         try:
             rows = self.rows(texts)
             if self.patches is None:
-                return _Item(sample.key, self.preprocess(decode_image(sample.image)), rows)
-            kept = self.patches[index]
-            return kept if isinstance(kept, BadSample) else _Item(sample.key, kept, rows)
+                return _Item(sample.key, index, self.preprocess(decode_image(sample.image)), rows)
         except BadImage as error:
             return BadSample(key=sample.key, reason=error.reason, detail=str(error))
         except TextTooLong as error:
             return BadSample(key=sample.key, reason="text too long", detail=str(error))
         except DataError as error:
             return BadSample(key=sample.key, reason="unreadable", detail=str(error))
+        kept = self.patches[index]  # damage in features that can be made again ends the run: no picture is left out for it
+        return kept if isinstance(kept, BadSample) else _Item(sample.key, index, kept, rows)
 
     def rows(self, texts: Sequence[Text]) -> tuple[Row, ...]:
         """The rows of one picture; raises TextTooLong."""
@@ -122,7 +114,7 @@ class _StepSampler(Sampler[list[int]]):
 
 
 class _Collate:
-    def __init__(self, kind: Literal["pixels", "patches"], pad_id: int) -> None:
+    def __init__(self, kind: Literal["pixels", "patches", "taps"], pad_id: int) -> None:
         self.kind, self.pad_id = kind, pad_id
 
     def __call__(self, items: list[_Item | BadSample]) -> Loaded:
@@ -133,7 +125,8 @@ class _Collate:
         rows = [row for item in good for row in item.rows]
         image = [i for i, item in enumerate(good) for _ in item.rows]
         pictures = torch.stack([item.picture for item in good])
-        return Loaded(collate(rows, image, pictures, kind=self.kind, side="right", pad_id=self.pad_id, keys=[item.key for item in good]), bad)
+        batch = collate(rows, image, pictures, kind=self.kind, side="right", pad_id=self.pad_id, keys=[item.key for item in good])
+        return Loaded(batch, bad, tuple(item.index for item in good))
 
 
 class TrainLoader:
@@ -172,9 +165,17 @@ class TrainLoader:
         rows = self._positions.rows([Text("", "a", scores=())])
         patches = self._positions.patches
         picture = self._positions.preprocess(Image.new("RGB", (8, 8))) if patches is None else torch.zeros(patches.shape)
-        batch = self._collate([_Item("", picture, rows)]).batch
+        batch = self._collate([_Item("", 0, picture, rows)]).batch
         assert batch is not None
         return batch
+
+    def steps_to(self, position: int) -> int:
+        """Steps until the pictures before this position of the stream are read."""
+        return max(0, -(-(position - self._position) // (self._batch_size * self._world)))
+
+    def read_kept(self, kept: Kept) -> None:
+        """From here on, features that are kept take the place of pictures."""
+        self._positions.patches, self._collate = kept, _Collate(kept.kind, self._collate.pad_id)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON: how many pictures all ranks together were handed, and what the order is a function of."""
@@ -208,7 +209,7 @@ def train_loader(
 ) -> TrainLoader:
     """Reads `steps` steps from the stream's start, or from where `load_state_dict` puts it. batch_size: pictures per step and rank."""
     positions = _Positions(source, order_of(source, seed), seed, texts, encoder, arrange, preprocess, patches)
-    kind: Literal["pixels", "patches"] = "pixels" if patches is None else "patches"
+    kind = patches.kind if patches is not None else "pixels"
     return TrainLoader(positions, _Collate(kind, encoder.placeholder), steps=steps, batch_size=batch_size, workers=workers, rank=rank, world=world)
 
 

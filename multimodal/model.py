@@ -74,13 +74,7 @@ class VisionLanguageModel(nn.Module):
 
         For whoever keeps them. Raises ConfigError where the encoder is adapted: then they change with every step.
         """
-        if self.tower.adapter is not None:
-            raise ConfigError(
-                f"the encoder '{self.tower.name}' has trained weights, so its features change with every step and cannot be kept: "
-                "encode pictures as they come (train.features: encode)"
-            )
-        with torch.no_grad():
-            return self.tower(pixels).joined
+        return self.tower.encode(pixels).joined
 
     @torch.no_grad()
     def generate(
@@ -135,13 +129,14 @@ class VisionLanguageModel(nn.Module):
 
     def token_map(self, batch: Batch, adapter_names: Sequence[str | None] | None = None) -> TokenMap:
         """What the batch's tokens are, with the features of each row's picture. Raises ConfigError for kept features of a trained encoder."""
-        if batch.patches is not None and self.tower.adapter is not None:
+        kept = batch.taps if batch.patches is None else batch.patches
+        if kept is not None and self.tower.adapter is not None:
             raise ConfigError("the batch holds kept features, and this model's encoder has trained weights: collate it with pixels")
-        kept = batch.patches if batch.patches is not None else self.tower(_pixels(batch)).joined
-        rows, n_patches = self.adapted.serving(len(batch.ids), adapter_names), self.tower.n_patches
-        inputs = {"image": kept[batch.image, :n_patches]}
-        if kept.shape[1] > n_patches:
-            inputs["image_taps"] = kept[batch.image, n_patches:]
+        features = self.tower(_pixels(batch)).joined if kept is None else kept
+        rows, n_patches = self.adapted.serving(len(batch.ids), adapter_names), 0 if batch.taps is not None else self.tower.n_patches
+        inputs = {"image": features[batch.image, :n_patches]} if n_patches else {}
+        if features.shape[1] > n_patches:
+            inputs["image_taps"] = features[batch.image, n_patches:]
         return TokenMap(batch.domain, rows.row, inputs, serving=rows.serving)
 
     @property

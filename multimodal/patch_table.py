@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
 
 from multimodal.bad_samples import BadSample
-from multimodal.images import BadImage, decode_image
+from multimodal.feature_cache.encoding import GROUP, encoded_groups
 from multimodal.model import VisionLanguageModel
 from multimodal.progress import progress
 from multimodal.sample import SampleSource
-from multimodal.shards import DamagedSample
 
 __all__ = ["PatchTable", "encode_all"]
 
@@ -31,6 +29,7 @@ class PatchTable:
 
     def __init__(self, patches: Tensor, bad: dict[int, BadSample]) -> None:
         self.patches, self.bad = patches, bad
+        self.kind: Literal["patches", "taps"] = "patches"
 
     def __len__(self) -> int:
         return len(self.patches)
@@ -52,26 +51,7 @@ class PatchTable:
         return PatchTable(self.patches[list(indices)], {i: self.bad[index] for i, index in enumerate(indices) if index in self.bad})
 
 
-class _Pictures(Dataset["Tensor | BadSample"]):
-    def __init__(self, source: SampleSource, preprocess: Any) -> None:
-        self.source, self.preprocess = source, preprocess
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Tensor | BadSample:
-        try:
-            sample = self.source[index]
-        except DamagedSample as error:
-            return error.bad
-        try:
-            pixels: Tensor = self.preprocess(decode_image(sample.image))
-            return pixels
-        except BadImage as error:
-            return BadSample(key=sample.key, reason=error.reason, detail=str(error))
-
-
-def encode_all(model: VisionLanguageModel, source: SampleSource, *, workers: int = 0, batch_size: int = 32, label: str = "encoding") -> PatchTable:
+def encode_all(model: VisionLanguageModel, source: SampleSource, *, workers: int = 0, label: str = "encoding") -> PatchTable:
     """The features of every picture, each encoded once, with a progress bar. Memory: 2 (N + L) Dv bytes a picture (128 KB for 7 x 7 x 1280).
 
     Each of several processes encodes its share, and all get the whole.
@@ -79,16 +59,11 @@ def encode_all(model: VisionLanguageModel, source: SampleSource, *, workers: int
     tower, state = model.tower, PartialState()
     table = torch.zeros(len(source), tower.n_kept, tower.width, dtype=torch.float16)
     bad: dict[int, BadSample] = {}
-    own = range(state.process_index, len(source), state.num_processes)
-    loader = DataLoader(Subset(_Pictures(source, tower.preprocess), own), batch_size=batch_size, num_workers=workers, collate_fn=list)
-    first = 0
-    for items in progress(loader, label):
-        good = [i for i, item in enumerate(items) if isinstance(item, Tensor)]
-        bad.update({own[first + i]: item for i, item in enumerate(items) if isinstance(item, BadSample)})
-        if good:
-            pixels = torch.stack([items[i] for i in good]).to(model.device)
-            table[[own[first + i] for i in good]] = model.encode(pixels).to("cpu", torch.float16)
-        first += len(items)
+    own = range(state.process_index, -(-len(source) // GROUP), state.num_processes)
+    for pictures, features, found in progress(encoded_groups(tower, source, own, workers=workers), label, len(own)):
+        if features is not None:
+            table[pictures] = features.joined.to("cpu", torch.float16)
+        bad.update(found)
     if state.num_processes > 1:
         bad = dict(sorted(((index, sample) for part in gather_object([bad]) for index, sample in part.items()), key=lambda pair: pair[0]))
         for chunk in table.split(_SHARED_AT_ONCE):  # what others encoded is zero here, so that a sum puts all together

@@ -5,23 +5,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from adalink.errors import ConfigError
+from adalink.errors import AdalinkError, ConfigError
 from multimodal.bad_samples import BadSample
 from multimodal.loader import Loaded
 from multimodal.train_settings import TrainSettings
 
-__all__ = ["Agreed", "agree", "gathered", "opened_accelerator", "step_seed"]
+__all__ = ["Agreed", "agree", "done_by_main", "gathered", "opened_accelerator", "step_seed"]
 
 T = TypeVar("T")
 
@@ -52,6 +52,23 @@ def agree(accelerator: Accelerator, group: Sequence[Loaded], stop: bool) -> Agre
 def gathered(accelerator: Accelerator, items: list[T]) -> list[T]:
     """The items of all processes, in the order of their ranks, on every one of them."""
     return list(gather_object(items)) if accelerator.num_processes > 1 else items
+
+
+def done_by_main(function: Callable[[], T]) -> T:
+    """What the function gives in the main process, in every process; what the caller can mend is raised in every one of them too."""
+    state = PartialState()
+    done: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            done = [function(), None]
+        except AdalinkError as error:
+            done = [None, error]
+    if state.num_processes > 1:
+        broadcast_object_list(done)
+    value, raised = done
+    if raised is not None:
+        raise raised
+    return value  # type: ignore[no-any-return]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -14,9 +14,9 @@ __all__ = ["StepProgress", "progress"]
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], label: str) -> Iterator[T]:
-    """The items, with a bar on a terminal and nothing in a log file."""
-    yield from tqdm(items, desc=label, unit="batch", leave=False, disable=None, dynamic_ncols=True)
+def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a bar on a terminal and nothing in a log file. total: how many, where the items do not say it."""
+    yield from tqdm(items, desc=label, total=total, unit="batch", leave=False, disable=None, dynamic_ncols=True)
 
 
 class StepProgress:

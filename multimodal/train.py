@@ -16,11 +16,14 @@ from torch import nn
 from adalink.errors import CheckpointError, ConfigError, TerminatedError
 from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.batch import Batch
+from multimodal.feature_cache.fill import FillingLoader
+from multimodal.feature_cache.writer import FeatureWriter
+from multimodal.kept import Kept
 from multimodal.loader import Loaded, Texts, TrainLoader, dead_workers_told, train_loader
 from multimodal.model import VisionLanguageModel
 from multimodal.packing import arrangement
 from multimodal.parameter_groups import parameter_groups
-from multimodal.patch_table import PatchTable, encode_all
+from multimodal.patch_table import encode_all
 from multimodal.processes import agree, opened_accelerator, step_seed
 from multimodal.progress import StepProgress
 from multimodal.run_log import RunLog
@@ -51,7 +54,7 @@ def train(
     folder: Path,
     *,
     resume: bool = False,
-    patches: PatchTable | None = None,
+    patches: Kept | FeatureWriter | None = None,
     known_bad: Sequence[BadSample] = (),
     measure: Callable[[], Mapping[str, float]] | None = None,
     samples: Callable[[], Sequence[Shown]] | None = None,
@@ -61,7 +64,8 @@ def train(
 
     resume         go on from the newest checkpoint in `folder`: the same weights, bit for bit, as if the run had never stopped; with
                    another number of processes, at the very next picture
-    patches        features that are kept already; encoded here where settings.features is `memory` and none are given
+    patches        features that are kept already, or the folder that the first epoch fills with them; encoded here where settings.features is
+                   `memory` and none are given
     known_bad      samples that the source left out already; they count towards the budget
     measure        figures for metrics.jsonl, asked for every `settings.measure_every` steps
     samples        pictures with what was said about them, for the trackers; asked for after each measurement, where there are trackers
@@ -72,14 +76,18 @@ def train(
     with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_told():
         torch.manual_seed(settings.seed)
         model.to(accelerator.device)
+        if patches is None and settings.features == "fill":
+            raise ConfigError("train.features is fill, and no folder is given to fill: give patches, a FeatureWriter")
         if patches is None and settings.features == "memory":
             patches = encode_all(model, source, workers=settings.workers, label="encoding each picture once")
         arrange, told = arrangement(model.language.model, model.adapted.active_adapter())
         accelerator.print(told)
-        loader = train_loader(
+        stream = train_loader(
             source, texts, model.row_encoder(), arrange, model.tower.preprocess, steps=0, batch_size=settings.batch_size, seed=settings.seed,
-            workers=settings.workers, rank=accelerator.process_index, world=accelerator.num_processes, patches=patches,
+            workers=settings.workers, rank=accelerator.process_index, world=accelerator.num_processes,
+            patches=None if isinstance(patches, FeatureWriter) else patches,
         )  # fmt: skip
+        loader = FillingLoader(stream, patches, model.tower, source, workers=settings.workers) if isinstance(patches, FeatureWriter) else stream
         run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), loader, stop)
         first, n_steps = run.restore(len(source)) if resume else (0, settings.n_steps(len(source), accelerator.num_processes))
         run.log.skip(known_bad)
@@ -110,13 +118,15 @@ class _Run:
         settings: TrainSettings,
         folder: Path,
         also_trained: dict[str, nn.Parameter],
-        loader: TrainLoader,
+        loader: TrainLoader | FillingLoader,
         stop: StopSignal,
     ) -> None:
         if also_trained and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 trains adapters alone, and also_trained names other weights: train those with DDP")
         if model.tower.adapter is not None and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 trains the language model's adapter alone, and this model's encoder has one too: train it with DDP")
+        if isinstance(loader, FillingLoader) and accelerator.is_fsdp2:
+            raise ConfigError("FSDP2 splits the encoder over processes, so its features cannot be filled in while training: run `adalink features` first")
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
         self.is_stopping = False
         seen = model.tower.adapter.named_parameters("vision") if model.tower.adapter is not None else ()

@@ -29,7 +29,7 @@ class TrainSettings:
     final_rate: float = 0.0  # share of the peak that the cosine ends at
     clip: float = 1.0  # of the gradient's norm; 0: none
     precision: Literal["no", "bf16", "fp16"] = "no"  # autocast of the forward pass
-    features: Literal["encode", "memory"] = "encode"  # memory: each picture is encoded once and kept in float16
+    features: Literal["encode", "memory", "fill"] = "encode"  # memory: encoded once, kept in float16; fill: the first epoch fills the folder `features`
     checkpointing: bool = False  # recompute each layer's activations in the backward pass: memory for time
     seed: int = 0  # of weights, order and drawn answers
     workers: int = 0  # processes that decode pictures

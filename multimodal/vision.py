@@ -95,6 +95,16 @@ class VisionTower(nn.Module):
         """Where methods can be placed in the encoder. Raises AttachError where it is no plain vision transformer."""
         return read_vision(self.encoder.get_submodule("model"))
 
+    def encode(self, pixels: Tensor) -> Features:
+        """As `forward`, without gradient, for whoever keeps the features. Raises ConfigError where the encoder is adapted: then they change."""
+        if self.adapter is not None:
+            raise ConfigError(
+                f"the encoder '{self.name}' has trained weights, so its features change with every step and cannot be kept: "
+                "encode pictures as they come (train.features: encode)"
+            )
+        with torch.no_grad():
+            return self(pixels)  # type: ignore[no-any-return]
+
     def forward(self, pixels: Tensor) -> Features:
         """Features of `pixels` float[B, 3, H, W] as `preprocess` makes them, in the dtype of the tower; without gradient unless it is adapted.
 

@@ -23,6 +23,7 @@ from tasks.data import DataConfig
 from tasks.demo import run_demo
 from tasks.draft import Draft, only_named_data
 from tasks.export import export_embeds, export_folded, export_merged
+from tasks.feature_command import FEATURES_HELP, add_features_options, features_command
 from tasks.figure_commands import add_compared_runs, add_scored, run_compared, run_compared_runs, run_scored
 from tasks.help import comments_as_help
 from tasks.plan_commands import add_methods_options, add_plan_options, compose_command, dry_run_command, methods_command
@@ -121,6 +122,11 @@ def _add_compose(parser: Any) -> None:
     add_plan_options(parser)
 
 
+def _add_features(parser: Any) -> None:
+    _add_run(parser, Draft)
+    add_features_options(parser)
+
+
 def _add_methods(parser: Any) -> None:
     _add_run(parser, Draft)
     add_methods_options(parser)
@@ -191,6 +197,7 @@ COMMANDS: dict[str, Command | Mapping[str, Command]] = {
     "demo": Command("train and evaluate both tasks on the embedded scenes, offline", _add_demo, lambda values, plain: run_demo(values.out)),
     "train": Command("train an adapter, evaluate it, write its report", _add_train, _train, has_config=True),
     "evaluate": Command("evaluate a saved adapter: results.json in the official format, metrics.json, report.html", _add_evaluate, _evaluate, has_config=True),
+    "features": Command(FEATURES_HELP, _add_features, features_command, has_config=True, prepare=only_named_data),
     "compose": Command(
         "what would be built of two frozen parts and methods: parameters, positions, memory; loads nothing",
         _add_compose, compose_command, has_config=True, prepare=only_named_data,

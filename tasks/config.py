@@ -11,6 +11,7 @@ from typing import Any, Literal, Optional
 
 from adalink import METHODS, Method
 from adalink.errors import ConfigError
+from multimodal.feature_cache.contents import StoredDtype
 from multimodal.generate import GenerationSettings
 from multimodal.train_settings import TrainSettings
 from tasks.captioning import Captioning
@@ -59,7 +60,14 @@ class RunConfig:
     vqa: Vqa = field(default_factory=Vqa)  # settings of the task, where it is vqa
     train: TrainSettings = field(default_factory=TrainSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
+    features: Path | None = None  # kept features, in FOLDER/train and FOLDER/val, which `adalink features` or train.features: fill writes; none: encode
+    features_dtype: StoredDtype = "float16"  # of features that are written; moves gradients by 3e-4 of their size, bfloat16 by 2e-3, float32 not at all
     out: Path | None = None  # the run folder
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong between its groups."""
+        if self.train.features == "fill" and self.features is None:
+            raise ConfigError("train.features is fill, and no folder is given to fill: give `features`, such as --features runs/features")
 
     def chosen_task(self) -> Task:
         """The task with its settings."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 from multimodal.bad_samples import BadSample
+from multimodal.mixing import fingerprint_of
 from multimodal.remote import RemoteSettings
 from multimodal.sample import Sample, SampleSource
 from tasks.coco_files import read_coco_captions, read_coco_images
@@ -154,6 +156,12 @@ class Chosen:
 
     def __init__(self, source: SampleSource, indices: Sequence[int]) -> None:
         self._source, self._indices = source, indices
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the source's fingerprint and the indices; empty where the source has none."""
+        whole = fingerprint_of(self._source)
+        return whole and hashlib.sha256(f"{whole} {list(self._indices)}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._indices)

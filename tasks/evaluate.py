@@ -15,8 +15,8 @@ from multimodal.bad_samples import BadSample
 from multimodal.batch import collate
 from multimodal.encode import Row, TextTooLong
 from multimodal.generate import GenerationSettings, check_room
+from multimodal.kept import Kept
 from multimodal.model import VisionLanguageModel
-from multimodal.patch_table import PatchTable, encode_all
 from multimodal.progress import progress
 from multimodal.sample import SampleSource
 from tasks.data import Chosen, Opened
@@ -30,7 +30,7 @@ class Pictures:
     """The samples of a data set that can be shown to a model, with their features; the others are in `bad`."""
 
     source: SampleSource
-    patches: PatchTable
+    patches: Kept
     bad: tuple[BadSample, ...]
 
 
@@ -46,12 +46,11 @@ class Predictions:
 class _Question:
     item: int
     row: Row
-    patches: Tensor
+    picture: int
 
 
-def read_pictures(model: VisionLanguageModel, opened: Opened, *, workers: int, label: str) -> Pictures:
-    """Every picture of a data set, encoded once. Raises DataError where none can be."""
-    table = encode_all(model, opened.source, workers=workers, label=label)
+def read_pictures(opened: Opened, table: Kept) -> Pictures:
+    """Every picture of a data set with its features. Raises DataError where none has any."""
     indices = table.usable()
     bad = (*opened.problems, *table.bad.values())
     if not indices:
@@ -70,7 +69,7 @@ def predict(
     model: VisionLanguageModel,
     source: SampleSource,
     task: Task,
-    patches: PatchTable,
+    patches: Kept,
     *,
     settings: GenerationSettings,
     batch_size: int = 64,
@@ -91,7 +90,7 @@ def predict(
     own = questions[state.process_index :: state.num_processes]
     answered: dict[int, str] = {}
     for start in progress(range(0, len(own), batch_size), label):
-        answered.update(_answer(model, own[start : start + batch_size], settings))
+        answered.update(_answer(model, own[start : start + batch_size], patches, settings))
     # Every process gets all texts, so that a corpus metric is computed on the whole corpus and never averaged over processes.
     texts = {item: text for part in gather_object([answered]) for item, text in part.items()}
     order = {asked.item: None for i in range(len(source)) for asked in task.asked(source[i])}
@@ -99,14 +98,14 @@ def predict(
 
 
 def _questions(
-    model: VisionLanguageModel, source: SampleSource, task: Task, patches: PatchTable, shift: int, settings: GenerationSettings
+    model: VisionLanguageModel, source: SampleSource, task: Task, patches: Kept, shift: int, settings: GenerationSettings
 ) -> Iterator[_Question | BadSample]:
     encoder = model.row_encoder()
     for index in range(len(source)):
         sample = source[index]
-        shown = patches[(index + shift) % len(source)]
-        if isinstance(shown, BadSample):
-            yield shown
+        shown = (index + shift) % len(source)
+        if shown in patches.bad:
+            yield patches.bad[shown]
             continue
         for asked in task.asked(sample):
             try:
@@ -118,9 +117,9 @@ def _questions(
                 yield BadSample(key=sample.key, reason="text too long", detail=str(error))
 
 
-def _answer(model: VisionLanguageModel, questions: Sequence[_Question], settings: GenerationSettings) -> dict[int, str]:
-    patches = torch.stack([question.patches for question in questions])
+def _answer(model: VisionLanguageModel, questions: Sequence[_Question], patches: Kept, settings: GenerationSettings) -> dict[int, str]:
+    shown = [found for question in questions if isinstance(found := patches[question.picture], Tensor)]
     pad_id = model.language.tokenizer.pad_token_id
-    batch = collate([q.row for q in questions], range(len(questions)), patches, kind="patches", side="left", pad_id=pad_id)
+    batch = collate([q.row for q in questions], range(len(questions)), torch.stack(shown), kind=patches.kind, side="left", pad_id=pad_id)
     texts = model.generate_batch(batch.to(model.device), settings)
     return {question.item: text for question, text in zip(questions, texts, strict=True)}

@@ -21,6 +21,7 @@ from multimodal.train import train
 from tasks.compose import compose, load_adapted
 from tasks.config import RunConfig, chosen_methods
 from tasks.evaluate import Pictures, Predictions, is_graded, predict, read_pictures
+from tasks.features import features_to_learn, features_to_show
 from tasks.run_metrics import write_card_figures, write_metrics
 from tasks.run_report import write_run_report
 from tasks.shown import shown_samples
@@ -54,11 +55,11 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
     model.add_adapter("default", methods)
     if is_main():
         model.print_trainable_parameters()
-    with _run_folder(config.out) as folder:
+    with _run_folder(config.out) as folder, features_to_learn(model, opened.source, config) as learnt:
         config_file = folder / "config.yaml"
         if not config_file.exists():
             config_file.write_text(config_text)
-        pictures = read_pictures(model, val, workers=config.train.workers, label="encoding the validation pictures")
+        pictures = read_pictures(val, features_to_show(model, val.source, config, "encoding the validation pictures"))
         untrained = _predict(model, pictures, task, config)
         _check_bad(pictures, untrained, config)  # not first after the training
         before = {UNTRAINED: task.score(untrained.texts, pictures.source)}
@@ -70,7 +71,7 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
             return {task.headline: task.score(said, pictures.source).figures[task.headline]}
 
         trained = train(
-            model, opened.source, task.texts, config.train, folder, resume=resume, known_bad=opened.problems, measure=measure,
+            model, opened.source, task.texts, config.train, folder, resume=resume, patches=learnt, known_bad=opened.problems, measure=measure,
             samples=lambda: shown_samples(pictures.source, task, said),
         )  # fmt: skip
         _say_skipped("training", trained.bad)
@@ -95,7 +96,7 @@ def evaluate_run(config: RunConfig, config_text: str, adapter: Path, out: Path, 
         raise ConfigError(f"the adapter in {adapter} was trained for {saved['task']}, and the config's task is {task.name}: give the config of its run")
     val = config.data.val.open()
     with _run_folder(out) as folder:
-        pictures = read_pictures(model, val, workers=config.train.workers, label="encoding the pictures")
+        pictures = read_pictures(val, features_to_show(model, val.source, config, "encoding the pictures"))
         refuse_gaps(task, val, pictures.source, pictures.bad, submission)
         evaluation = _evaluate(model, pictures, task, config, {})
         if is_main():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -35,6 +36,11 @@ class Scenes:
             raise ConfigError(f"Scenes has no split {self.split!r}: the splits are 'train' and 'val'")
         if not 1 <= self.size <= 1_000_000:
             raise ConfigError(f"the size of Scenes is {self.size}: give a number of pictures from 1 to 1,000,000")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what decides the samples, and of the first picture, which another version of this package may draw otherwise."""
+        return hashlib.sha256(f"{self.split} {self.size} {self.seed} ".encode() + png(self.scene(0), self._lot(0, "picture"))).hexdigest()
 
     def __len__(self) -> int:
         return self.size

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from adalink import AdaLink, Bridge
 from adalink.errors import BudgetError, ConfigError, DataError, TerminatedError
+from multimodal.feature_cache.encoding import GROUP
 from multimodal.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from multimodal.patch_table import PatchTable, encode_all
@@ -105,7 +106,7 @@ def worker_killed(folder: Path) -> int:
 def encoded(folder: Path) -> int:
     """Every process writes the table that it has."""
     PartialState(cpu=True)
-    found = encode_all(compose("opt"), Drawn(N, bad=(2, 5)), batch_size=1)
+    found = encode_all(compose("opt"), Drawn(GROUP + N, bad=(2, GROUP + 1)))  # a group for each of two processes
     save_file({"patches": found.patches, "bad": torch.tensor(list(found.bad))}, folder / f"{os.environ.get('RANK', 'alone')}.safetensors")
     return 0
 

@@ -36,7 +36,7 @@ def kept(table: PatchTable, index: int) -> Tensor:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_picture_has_its_own_features_and_bad_ones_say_why(workers: int, model: VisionLanguageModel) -> None:
     source = Damaged(7, bad=[1, 2])
-    table = encode_all(model, source, workers=workers, batch_size=3)
+    table = encode_all(model, source, workers=workers)
     assert len(table) == 7
     assert table.usable() == [0, 3, 5, 6]
     assert {index: (bad.key, bad.reason) for index, bad in table.bad.items()} == {

@@ -84,7 +84,7 @@ def test_what_cannot_be_read_is_left_out_of_the_source(model: VisionLanguageMode
     files.picture(1).unlink()
     files.picture(2).write_bytes(b"no picture")
     source = read_coco_captions(images=files.folder / "pictures", annotations=files.folder / "captions.json")
-    pictures = read_pictures(model, Opened(source, source.problems), workers=0, label="")
+    pictures = read_pictures(Opened(source, source.problems), encode_all(model, source))
     assert [pictures.source[i].image_id for i in range(len(pictures.source))] == [0, 3]
     assert len(pictures.patches) == 2
     assert {bad.key: bad.reason for bad in pictures.bad} == {"1": "missing file", "2": "not an image"}
@@ -93,10 +93,10 @@ def test_what_cannot_be_read_is_left_out_of_the_source(model: VisionLanguageMode
     for i in (0, 3):
         files.picture(i).write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"none of the 3 pictures can be used: .*1.png is missing"):
-        read_pictures(model, Opened(source, source.problems), workers=0, label="")
+        read_pictures(Opened(source, source.problems), encode_all(model, source))
 
 
 def test_a_whole_data_set_is_left_as_it_is(model: VisionLanguageModel) -> None:
-    pictures = read_pictures(model, Opened(SOURCE, ()), workers=0, label="")
+    pictures = read_pictures(Opened(SOURCE, ()), encode_all(model, SOURCE))
     assert pictures.source is SOURCE
     assert pictures.bad == ()

@@ -1,0 +1,162 @@
+"""What kept features are features of: an encoder, its preprocessing, a layer, and a data set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from adalink import fingerprint
+from adalink.errors import ConfigError
+from multimodal.mixing import fingerprint_of
+from multimodal.sample import Sample, SampleSource
+from multimodal.shards import DamagedSample
+from multimodal.vision import VisionTower
+
+__all__ = ["Binding", "Sketch", "bind", "refuse_other"]
+
+N_SKETCHED = 256  # values of a tensor
+N_READ = 64  # pictures of a folder whose bytes are compared; of the others names and sizes
+SAME_PIXELS = 0.05  # of the range of values; one step in 255 of a normalised picture is 0.004 of it
+SAME_FEATURES = 0.03  # of the largest value; bfloat16 and TF32 stay under 0.01
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A tensor in a few evenly spaced values: enough to tell it from another, with a tolerance that a hash has not."""
+
+    shape: tuple[int, ...]
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Sketch:
+        """Of any tensor."""
+        flat = tensor.detach().float().flatten().cpu()
+        picked = flat[:: max(len(flat) // N_SKETCHED, 1)][:N_SKETCHED]
+        return cls(tuple(tensor.shape), tuple(float(f"{value:.5g}") for value in picked.tolist()))
+
+    def __str__(self) -> str:
+        return f"{' x '.join(map(str, self.shape))}, from {min(self.values):.3g} to {max(self.values):.3g}"
+
+    def difference(self, other: Sketch) -> float:
+        """The largest, as a share of the larger range; 1 where the shapes differ."""
+        if self.shape != other.shape or len(self.values) != len(other.values):
+            return 1.0
+        own, others = np.asarray(self.values), np.asarray(other.values)
+        return float(np.abs(own - others).max() / max(np.ptp(own), np.ptp(others), 1e-9))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """What features are of; two that agree give the same features.
+
+    encoder      the name it was loaded by, for messages
+    fingerprint  of its weights
+    precision    the dtype that it computes in
+    layer        the block that the patches come from
+    pixels       of a test picture, prepared
+    features     of the test picture: what no fingerprint of weights tells, such as another activation
+    pictures     how many the data set has
+    data         a fingerprint of them and their order; texts do not count, so captions and questions of one list of pictures share features
+    """
+
+    encoder: str
+    fingerprint: str
+    precision: str
+    layer: int
+    pixels: Sketch
+    features: Sketch
+    pictures: int
+    data: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Binding:
+        """The reverse. Raises KeyError, TypeError or ValueError where something does not fit."""
+        sketches: dict[str, Any] = {name: Sketch(tuple(content[name]["shape"]), tuple(map(float, content[name]["values"]))) for name in ("pixels", "features")}
+        words: dict[str, Any] = {name: str(content[name]) for name in ("encoder", "fingerprint", "precision", "data")}
+        return cls(**words, **sketches, layer=int(content["layer"]), pictures=int(content["pictures"]))
+
+
+def bind(tower: VisionTower, source: SampleSource) -> Binding:
+    """What this encoder's features of these pictures are bound to; one picture is encoded for it.
+
+    Raises ConfigError where the encoder has trained weights: its features change with every step.
+    """
+    pixels = tower.preprocess(_test_picture())
+    return Binding(
+        encoder=tower.name,
+        fingerprint=fingerprint(tower),
+        precision=str(next(tower.encoder.parameters()).dtype).removeprefix("torch."),
+        layer=tower.layer,
+        pixels=Sketch.of(pixels),
+        features=Sketch.of(tower.encode(pixels[None]).joined),
+        pictures=len(source),
+        data=_fingerprint_of_pictures(source),
+    )
+
+
+def refuse_other(written: Binding, here: Binding, folder: Path) -> None:
+    """Raise ConfigError, naming both sides, where features that were written are not those that would be made here."""
+    differing = next(_differences(written, here), None)
+    if differing is not None:
+        what, was, now = differing
+        raise ConfigError(f"the features in {folder} are of {what} {was}, and here it is {now}: give another folder, or none (features: null)")
+
+
+def _differences(was: Binding, now: Binding) -> Iterator[tuple[str, object, object]]:
+    if was.fingerprint != now.fingerprint:
+        yield "the encoder", f"{was.encoder} ({was.fingerprint})", f"{now.encoder} ({now.fingerprint})"
+    for name, words in (("layer", "the encoder's layer"), ("precision", "an encoder that computes in")):
+        if getattr(was, name) != getattr(now, name):
+            yield words, getattr(was, name), getattr(now, name)
+    if (gap := was.pixels.difference(now.pixels)) > SAME_PIXELS:
+        yield "pictures prepared as", f"{was.pixels}", f"{now.pixels} (a test picture differs by {100 * gap:.0f} % of the range)"
+    if (gap := was.features.difference(now.features)) > SAME_FEATURES:
+        yield "an encoder that makes of a test picture", f"{was.features}", f"{now.features} (they differ by {100 * gap:.0f} % of the range)"
+    if was.pictures != now.pictures:
+        yield "a data set of", f"{was.pictures:,} pictures", f"{now.pictures:,}"
+    if was.data != now.data:
+        yield "the data set", was.data, f"{now.data} (other pictures, or in another order)"
+
+
+def _test_picture() -> Image.Image:
+    """RGB, 640 x 400, of sharp blocks in no symmetry: another size, crop, filter, scale or turn shows."""
+    y, x, channel = np.ogrid[:400, :640, :3]
+    blocks = (x // 16 * 37 + y // 16 * 101 + channel * 53) % 256
+    return Image.fromarray(blocks.astype(np.uint8))
+
+
+def _fingerprint_of_pictures(source: SampleSource) -> str:
+    """16 digits: the set's own, where it has one; else of each picture's key, name and size (or bytes), and the bytes of some."""
+    digest = hashlib.sha256()
+    if known := fingerprint_of(source):
+        digest.update(known.encode())
+        return digest.hexdigest()[:16]
+    step = max(len(source) // N_READ, 1)
+    for index in range(len(source)):
+        try:
+            digest.update(_told(source[index], is_read=index % step == 0))
+        except DamagedSample as error:
+            digest.update(f"{error.bad.key}\0damaged\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _told(sample: Sample, *, is_read: bool) -> bytes:
+    if isinstance(sample.image, bytes):
+        return f"{sample.key}\0{hashlib.sha256(sample.image).hexdigest()}\0".encode()
+    size, read = -1, b""
+    with suppress(OSError, ValueError):  # a missing picture is told where it is encoded
+        size = sample.image.stat().st_size
+        read = hashlib.sha256(sample.image.read_bytes()).digest() if is_read else b""
+    return f"{sample.key}\0{sample.image.name}\0{size}\0".encode() + read

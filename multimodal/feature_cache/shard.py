@@ -1,0 +1,157 @@
+"""A file of features: a safetensors file of three tensors, which is written record by record, in any order of the pictures.
+
+    picture   int64 [C]          which picture each record is of; -1 where there is none (yet)
+    check     int64 [C]          the sum over the record's words and the picture's number, modulo 2^64: any changed bit changes it
+    features  [M, N + L, Dv]     the first M of C records are written
+
+A record becomes part of the file when its picture is written, which is last. While a file is being written its header says M = C;
+`seal` puts the true M there, and other programs can then read the file too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adalink.errors import DataError
+from multimodal.feature_cache.contents import Contents
+
+__all__ = ["ABSENT", "MEND", "ShardFile", "check_of", "seal"]
+
+ABSENT = -1
+MEND = "run `adalink features` again, which writes anew what is damaged"
+HEADER = 1024  # bytes, of which 8 say how many follow
+_STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, as int64: two pictures of equal features have other checks
+_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
+
+def check_of(record: Tensor, picture: int) -> int:
+    """int64, of uint8 [bytes of a record]."""
+    words = record.view(torch.int64 if len(record) % 8 == 0 else torch.int16)
+    return _wrapped(int(words.sum()) + picture * _STRIDE)
+
+
+def _wrapped(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _header(contents: Contents, capacity: int, records: int) -> bytes:
+    """The head of a file; safetensors allows the spaces after the JSON."""
+    ends = [8 * capacity, 16 * capacity, 16 * capacity + records * contents.n_bytes]
+    tensors = {
+        "__metadata__": {"format": "adalink features 1"},
+        "picture": {"dtype": "I64", "shape": [capacity], "data_offsets": [0, ends[0]]},
+        "check": {"dtype": "I64", "shape": [capacity], "data_offsets": ends[:2]},
+        "features": {"dtype": _NAMES[contents.dtype], "shape": [records, *contents.shape], "data_offsets": ends[1:]},
+    }
+    return struct.pack("<Q", HEADER - 8) + json.dumps(tensors).encode("ascii").ljust(HEADER - 8)
+
+
+class ShardFile:
+    """An open file of features, for reading at any record, and for writing after the last.
+
+    Reads are of a place, not mapped: a file that was cut is told as such, where a memory map would end the process with SIGBUS.
+    """
+
+    def __init__(self, path: Path, contents: Contents, *, is_written: bool = False) -> None:
+        """Raises DataError where the file cannot be opened, or begins as none of these contents."""
+        self.path, self.contents = path, contents
+        try:
+            self._number = os.open(path, (os.O_RDWR if is_written else os.O_RDONLY) | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"the features in {path} cannot be read: {error.strerror}; {MEND}") from error
+        self.capacity = _capacity(os.pread(self._number, HEADER, 0), contents, path)
+        # Asked for at every read.
+        self._size, self._dtype, self._shape, self._start = contents.n_bytes, contents.torch_dtype, contents.shape, HEADER + 16 * self.capacity
+
+    def __reduce__(self) -> tuple[type[ShardFile], tuple[Path, Contents]]:
+        return ShardFile, (self.path, self.contents)  # a worker process that is not forked opens its own
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            os.close(self._number)
+
+    @classmethod
+    def create(cls, path: Path, contents: Contents, capacity: int) -> ShardFile:
+        """A new file without a record. Raises OSError."""
+        with path.open("xb") as file:
+            file.write(_header(contents, capacity, capacity))
+            file.write(np.full(capacity, ABSENT, dtype=np.int64).tobytes())
+            file.truncate(HEADER + 16 * capacity)
+        return cls(path, contents, is_written=True)
+
+    def index(self) -> NDArray[np.int64]:
+        """int64 [2, C]: the picture and the check of each record. Raises DataError where the file ends before."""
+        data = bytearray(16 * self.capacity)
+        if os.preadv(self._number, [data], HEADER) != len(data):
+            raise DataError(f"{self.path} is cut: it has {os.fstat(self._number).st_size} bytes; {MEND}")
+        return np.frombuffer(data, dtype=np.int64).reshape(2, self.capacity)
+
+    def read(self, slot: int, picture: int, check: int) -> Tensor:
+        """One record, [N + L, Dv], in memory of its own. Raises DataError where it is not what was written."""
+        record = torch.empty(self._size, dtype=torch.uint8)
+        found = os.preadv(self._number, [record.numpy()], self._start + slot * self._size)  # type: ignore[list-item]  # a buffer, whatever its type says
+        if found != self._size or check != check_of(record, picture):
+            raise DataError(
+                f"the features of picture {picture} in {self.path} are not what was written: the file was cut or changed; {MEND}"
+            )
+        return record.view(self._dtype).view(self._shape)
+
+    def write(self, slot: int, pictures: Sequence[int], records: Tensor) -> None:
+        """Put records [B, N + L, Dv] at a slot and those after it; their pictures last. Raises OSError, the disk being full for instance."""
+        raw = records.contiguous().view(len(records), -1).view(torch.uint8)
+        checks = [check_of(record, picture) for record, picture in zip(raw, pictures, strict=True)]
+        self._put(raw.numpy(), self._start + slot * self._size)
+        self._put(np.asarray(checks, dtype=np.int64), HEADER + 8 * (self.capacity + slot))
+        self._put(np.asarray(pictures, dtype=np.int64), HEADER + 8 * slot)
+
+    def erase(self, slot: int) -> None:
+        """Take a damaged record away. Raises OSError."""
+        self._put(np.asarray([ABSENT], dtype=np.int64), HEADER + 8 * slot)
+
+    def _put(self, data: NDArray[Any], offset: int) -> None:
+        view = memoryview(data.reshape(-1)).cast("B")  # type: ignore[arg-type]  # likewise
+        while view:
+            written = os.pwrite(self._number, view, offset)
+            view, offset = view[written:], offset + written
+
+
+def seal(path: Path, contents: Contents) -> tuple[int, int]:
+    """End a file after its last record, and put it on the disk; its records and bytes. A file without records is removed: (0, 0).
+
+    Raises DataError where it is none of these contents, OSError where the disk refuses it.
+    """
+    file = ShardFile(path, contents)
+    used = np.flatnonzero(file.index()[0] != ABSENT)
+    n_records = int(used[-1]) + 1 if len(used) else 0
+    if not n_records:
+        path.unlink()
+        return 0, 0
+    size = HEADER + 16 * file.capacity + n_records * contents.n_bytes
+    with path.open("r+b") as stream:
+        stream.truncate(size)
+        stream.write(_header(contents, file.capacity, n_records))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return n_records, size
+
+
+def _capacity(head: bytes, contents: Contents, path: Path) -> int:
+    """The records that a file has room for; DataError where its header is not, to the byte, one that we write."""
+    try:
+        said = json.loads(head[8:])
+        capacity, records = int(said["picture"]["shape"][0]), int(said["features"]["shape"][0])
+        if _header(contents, capacity, records) != head:
+            raise ValueError("another header than it should have")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path} is no file of {contents}: {error}; {MEND}") from None
+    return capacity

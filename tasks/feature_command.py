@@ -1,0 +1,63 @@
+"""What `adalink features` does: write the encoder's features of a run's pictures once, for every run that reads the same."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from adalink.errors import ConfigError
+from multimodal.bad_samples import BadSamples
+from multimodal.blueprint import draw_adapter, draw_language, draw_tower
+from multimodal.feature_cache.contents import Contents, all_contents, needed_contents
+from multimodal.feature_cache.write import write_features
+from multimodal.vision import VisionTower
+from tasks.compose import composed_tower, found_part
+from tasks.config import chosen_methods
+from tasks.data import Opened
+from tasks.draft import SPLITS, name_both_parts
+from tasks.features import say, size_of
+
+__all__ = ["FEATURES_HELP", "add_features_options", "features_command"]
+
+FEATURES_HELP = "write the encoder's features of a run's pictures to `features`, once: training and evaluation then read them"
+
+
+def add_features_options(parser: Any) -> None:
+    """What the command needs beside a run's settings."""
+    parser.add_argument(
+        "--contents", type=Literal["needed", "all"], default="needed",
+        help="needed: what the methods of the config read, patches or the few pooled vectors that eP-ALM taps; all: patches and every pooled vector",
+    )  # fmt: skip
+
+
+def features_command(values: Any, plain: Any) -> None:
+    """Write FOLDER/train and FOLDER/val, for each of the two data sets that is given. Goes on where it was interrupted; checks what is whole."""
+    if values.features is None:
+        raise ConfigError("no folder is given to write the features to: give --features FOLDER")
+    name_both_parts(values)
+    opened = {split: data.open() for split in SPLITS if (data := getattr(values.data, split)) is not None}
+    if not opened:
+        raise ConfigError("no data is given whose features could be written: give data.train, data.val or both")
+    tower = composed_tower(values.encoder, values.layer)
+    contents = _contents(values, tower)
+    for split, data in opened.items():
+        _write(tower, data, values.features / split, contents, values)
+
+
+def _contents(values: Any, tower: VisionTower) -> Contents:
+    """Known without the language model's weights."""
+    everything = all_contents(tower, values.features_dtype)
+    if values.contents == "all":
+        return everything
+    drawn = draw_tower(found_part(values.encoder), layer=values.layer), draw_language(found_part(values.language_model))
+    return needed_contents(draw_adapter(*drawn, chosen_methods(values.methods)), everything)
+
+
+def _write(tower: VisionTower, data: Opened, folder: Path, contents: Contents, values: Any) -> None:
+    above = next(parent for parent in folder.resolve().parents if parent.exists())
+    say(f"{folder}: {size_of(contents, len(data.source))}; {shutil.disk_usage(above).free / 2**30:.2f} GiB are free")
+    workers, budget = values.train.workers, values.train.bad_samples
+    cache = write_features(tower, data.source, folder, contents, workers=workers, budget=budget, label=folder.name)
+    bad = BadSamples(budget=len(cache), found=cache.bad.values())
+    say(f"{folder}: {len(cache) - len(cache.bad):,} pictures have features" + (f"; skipped: {bad.summary()}" if cache.bad else ""))

@@ -1,0 +1,86 @@
+"""Features that a run keeps on disk: in FOLDER/train and FOLDER/val, read where they are there, filled where that is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import PartialState
+
+from adalink.errors import ConfigError
+from multimodal.feature_cache.contents import Contents, all_contents, needed_contents
+from multimodal.feature_cache.manifest import FINISHED, UNFINISHED, is_finished
+from multimodal.feature_cache.match import matching_features
+from multimodal.feature_cache.write import opened_writer, write_features
+from multimodal.feature_cache.writer import FeatureWriter
+from multimodal.kept import Kept
+from multimodal.model import VisionLanguageModel
+from multimodal.patch_table import encode_all
+from multimodal.pixel_table import pixel_table
+from multimodal.sample import SampleSource
+from tasks.config import RunConfig
+
+__all__ = ["features_to_learn", "features_to_show", "say", "size_of"]
+
+
+@contextlib.contextmanager
+def features_to_learn(model: VisionLanguageModel, source: SampleSource, config: RunConfig) -> Iterator[Kept | FeatureWriter | None]:
+    """The kept features of the training pictures, or the folder to fill with them; None where the config names no folder.
+
+    Raises ConfigError and DataError where the features are not there, or not those of this model and these pictures.
+    """
+    if config.features is None:
+        yield None
+        return
+    folder = config.features / "train"
+    if is_finished(folder) or config.train.features != "fill":
+        yield _matching(folder, model, source)
+        return
+    with opened_writer(model.tower, source, folder, _needed(model, config)) as writer:
+        say(f"features: the first epoch fills {folder} with {size_of(writer.contents, len(source))}")
+        yield writer
+        if not is_finished(folder):
+            n_missing = len(writer.missing())
+            say(f"features: {folder} is not finished, {n_missing:,} of {len(source):,} pictures are missing; another run or `adalink features` goes on")
+
+
+def features_to_show(model: VisionLanguageModel, source: SampleSource, config: RunConfig, label: str) -> Kept:
+    """The features of the pictures that a run is evaluated on: kept ones, or encoded now; pixels where the encoder is adapted. Raises as `features_to_learn`."""
+    if model.tower.adapter is not None:
+        return pixel_table(source, model.tower.preprocess, label=label)
+    if config.features is not None:
+        folder, settings = config.features / "val", config.train
+        if is_finished(folder) or ((folder / UNFINISHED).exists() and settings.features != "fill"):
+            return _matching(folder, model, source)
+        if settings.features == "fill":
+            say(f"features: filling {folder} with {size_of(_needed(model, config), len(source))}")
+            return write_features(
+                model.tower, source, folder, _needed(model, config), workers=settings.workers, budget=settings.bad_samples, label=label
+            )  # fmt: skip
+        if not (config.features / "train" / FINISHED).exists():
+            raise ConfigError(f"{config.features} holds no features, neither in train nor in val: write them with `adalink features`, or give features: null")
+        say(f"features: there is no {folder}, so the pictures that are evaluated on are encoded")
+    return encode_all(model, source, workers=config.train.workers, label=label)
+
+
+def say(line: str) -> None:
+    """A line in the log, once whatever the number of processes."""
+    if PartialState().is_main_process:
+        print(line, file=sys.stderr)
+
+
+def _matching(folder: Path, model: VisionLanguageModel, source: SampleSource) -> Kept:
+    cache = matching_features(folder, model.tower, source, needed_contents(model.adapted.active_adapter(), all_contents(model.tower)))
+    say(f"features: {len(cache):,} pictures are read from {folder}, {cache.contents} of {model.tower.name}; {len(cache.bad):,} have none")
+    return cache
+
+
+def _needed(model: VisionLanguageModel, config: RunConfig) -> Contents:
+    return needed_contents(model.adapted.active_adapter(), all_contents(model.tower, config.features_dtype))
+
+
+def size_of(contents: Contents, n_pictures: int) -> str:
+    """What a folder of features takes: `31.76 GiB: 113,287 pictures of 301,056 bytes, 196 patches of width 768 in float16`."""
+    return f"{n_pictures * contents.n_bytes / 2**30:.2f} GiB: {n_pictures:,} pictures of {contents.n_bytes:,} bytes, {contents}"
