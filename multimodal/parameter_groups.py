@@ -1,16 +1,25 @@
-"""Which weights an optimizer trains, and how fast each."""
+"""The optimizer: which weights it trains, how fast each, and in which form it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from adalink.errors import ConfigError
 from multimodal.train_settings import TrainSettings
 
-__all__ = ["parameter_groups"]
+__all__ = ["new_optimizer", "parameter_groups"]
+
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def new_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW, as one kernel for all weights where devices and dtypes allow it. Raises as `parameter_groups`."""
+    fused = all(parameter.device.type in FUSED_DEVICES and parameter.is_floating_point() for parameter in parameters.values())
+    return torch.optim.AdamW(parameter_groups(parameters, settings), betas=settings.betas, weight_decay=settings.weight_decay, fused=fused)
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:

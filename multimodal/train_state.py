@@ -93,13 +93,17 @@ def load_state(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimiz
     for name, parameter in parameters.items():
         if tensors[f"weight.{name}"].shape != parameter.shape:
             raise CheckpointError(f"{checkpoint}: {name} is {list(tensors[f'weight.{name}'].shape)}, this config makes it {list(parameter.shape)}")
+    is_fused = any(group.get("fused") for group in optimizer.param_groups)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(_like(tensors[f"weight.{name}"].to(parameter.device), parameter))
             prefix = f"optimizer.{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            # AdamW keeps its step count on the CPU and its moments beside the parameter.
-            optimizer.state[parameter] = {key: value if value.ndim == 0 else _like(value.to(parameter.device), parameter) for key, value in state.items()}
+            # AdamW keeps its moments beside the parameter, and its step count on the CPU unless it is fused.
+            count_at = parameter.device if is_fused else torch.device("cpu")
+            optimizer.state[parameter] = {
+                key: value.to(count_at) if value.ndim == 0 else _like(value.to(parameter.device), parameter) for key, value in state.items()
+            }
     torch.set_rng_state(tensors["rng.cpu"])
     if torch.cuda.is_available() and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])

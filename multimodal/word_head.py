@@ -25,12 +25,28 @@ SCALES = (("logit_scale", 1), ("logits_scaling", -1), ("output_multiplier", 1)) 
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
+class _Kept:
+    """Stands in for a head: keeps what it is given, and gives known scores, or one token's zeros for the model to go on with."""
+
+    def __init__(self, vocabulary: int, scores: Tensor | None = None) -> None:
+        self.vocabulary, self.scores = vocabulary, scores
+        self.hidden: Tensor | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return hidden.new_zeros(1, 1, self.vocabulary) if self.scores is None else self.scores
+
+
 @dataclass(frozen=True)
 class WordHead:
-    """A head, and what its model makes of its scores. `finish` is None where that was not understood: the model's own logits are used."""
+    """A head, and what its model makes of its scores. `finish` is None where that was not understood: the model's own logits are used.
+
+    stand_in  the same for every call: a compiled model knows it by what it is
+    """
 
     module: nn.Module
     finish: Finish | None
+    stand_in: _Kept
 
     @property
     def told(self) -> str:
@@ -51,11 +67,11 @@ class WordHead:
 
     def hidden(self, call: Callable[..., Any], arguments: Mapping[str, Any]) -> Tensor:
         """float [B, T, D]: what the head is given in a call, without the head's work."""
-        weight: Any = self.module.weight
-        with _replaced(self.module, _Kept(weight.new_zeros(1, 1, weight.shape[0]))) as kept:  # one token's, for what the model does with scores
+        with _replaced(self.module, self.stand_in):
             call(**arguments)
-        assert kept.hidden is not None
-        return kept.hidden
+        hidden, self.stand_in.hidden = self.stand_in.hidden, None
+        assert hidden is not None
+        return hidden
 
     def _is_apart(self) -> bool:
         """Whether nothing must see the head at work: hooks and edits at the head read whole rows."""
@@ -65,23 +81,11 @@ class WordHead:
 def read_word_head(model: AdaptedModel) -> WordHead:
     """The head of an adapted language model. Runs the model on two tokens, without its adapters."""
     module = model.base.get_output_embeddings()  # type: ignore[operator]
-    return WordHead(module, None if _is_watched(module) else _finish(model, module))
+    return WordHead(module, None if _is_watched(module) else _finish(model, module), _Kept(len(module.weight)))
 
 
 def _is_watched(module: nn.Module) -> bool:
     return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())
-
-
-class _Kept:
-    """Stands in for a head: keeps what it is given, and gives `scores`, whatever that is."""
-
-    def __init__(self, scores: Tensor) -> None:
-        self.scores = scores
-        self.hidden: Tensor | None = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        self.hidden = hidden
-        return self.scores
 
 
 @contextlib.contextmanager
@@ -103,7 +107,7 @@ def _finish(model: AdaptedModel, module: nn.Module) -> Finish | None:
     scores = torch.stack([sizes, -sizes])[None]
     arguments = {"input_ids": ids, "use_cache": False, **({"decoder_input_ids": ids} if base.config.is_encoder_decoder else {})}
     token_map = TokenMap(ids, torch.full((1,), BASE_ROW, device=base.device), serving=frozenset())
-    with model.attachment.bind(token_map), _replaced(module, _Kept(scores)) as kept:
+    with model.attachment.bind(token_map), _replaced(module, _Kept(vocabulary, scores)) as kept:
         try:
             found = base(**arguments).logits.float()
         except (RuntimeError, ValueError, TypeError):
