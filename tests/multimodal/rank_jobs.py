@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from composed import Drawn, compose, excite
 from PIL import Image
 from safetensors.torch import save_file
 
-from adalink import AdaLink, Bridge
+from adalink import AdaLink, Bridge, Method
 from adalink.errors import BudgetError, ConfigError, DataError, TerminatedError
 from multimodal.feature_cache.encoding import GROUP
 from multimodal.generate import GenerationSettings
@@ -41,22 +41,25 @@ def ragged(sample: Sample, rng: random.Random) -> list[Text]:
     return [Text("is it red ?", " ".join(rng.choice(words) for _ in range(1 + (number + k) % 6))) for k in range(1 + number % 3)]
 
 
-def model() -> VisionLanguageModel:
+def model(methods: Mapping[str, Method] | None = None) -> VisionLanguageModel:
     made = compose("opt")
     torch.manual_seed(5)
-    excite(made.add_adapter("one", {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"))}).double())
+    excite(made.add_adapter("one", methods or {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"))}).double())
     return made
 
 
 def table(n: int = N) -> PatchTable:
     """The pictures' features, made once: an encoder in float32 rounds differently in another batch."""
     one = compose("opt").tower
-    return PatchTable(torch.randn(n, one.n_patches, one.width, generator=torch.Generator().manual_seed(3)).half(), {})
+    return PatchTable(torch.randn(n, one.n_kept, one.width, generator=torch.Generator().manual_seed(3)).half(), {})
 
 
-def run(folder: Path, resume: bool = False, pause: float = 0.0, bad: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0, **fields: Any) -> int:
+def run(
+    folder: Path, resume: bool = False, pause: float = 0.0, bad: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0,
+    methods: Mapping[str, Method] | None = None, **fields: Any,
+) -> int:  # fmt: skip
     """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did."""
-    made = model()
+    made = model(methods)
 
     def measure() -> dict[str, float]:
         time.sleep(pause)

@@ -1,0 +1,74 @@
+"""Every method trains on two processes, with DDP and with FSDP2, as it does on one: float64, to 1e-10."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_jobs
+import torch
+from ranks import machine
+from safetensors.torch import load_file
+from torch import Tensor
+
+from adalink import EPALM, IA3, AdaLink, BitFit, Bottleneck, Bridge, Gated, LoRA, Method, Prefix, Prompt, UniPELT
+from adalink.methods import METHODS
+
+CONTEXTS = {"image": ("image",), "text": ("text",)}
+BRIDGE = Bridge(kind="linear")
+ADAPTERS: dict[str, dict[str, Method]] = {
+    "adalink": {"bridge": BRIDGE, "adalink": AdaLink(rank=4, modalities=("image", "text"), activation="gelu", bias=True)},
+    "bitfit": {"bridge": BRIDGE, "bitfit": BitFit(groups=CONTEXTS)},
+    "bottleneck": {"bridge": BRIDGE, "bottleneck": Bottleneck(width=4)},
+    "bridge": {"bridge": Bridge(kind="mlp", boundary="learned")},
+    "epalm": {"epalm": EPALM(layers=(0, 1), n_taps=1, connector="per_tap")},
+    "gated": {"bridge": BRIDGE, "gated": Gated(inner=LoRA(groups=CONTEXTS, rank=2, alpha=2, targets=("query", "value")))},
+    "ia3": {"bridge": BRIDGE, "ia3": IA3(groups=CONTEXTS)},
+    "lora": {"bridge": BRIDGE, "lora": LoRA(groups={**CONTEXTS, "shared": ("image", "text")}, rank=2, alpha=4, bias="auto")},
+    "prefix": {"bridge": BRIDGE, "prefix": Prefix(length=2, form="mlp", init_std=0.5, hidden=6)},
+    "prompt": {"bridge": BRIDGE, "prompt": Prompt(length=2, init_std=0.5, form="mlp", positions="none")},
+    "unipelt": {"bridge": BRIDGE, "unipelt": UniPELT(variant="APL", bottleneck=4, prefix_length=2, prefix_hidden=6, lora_rank=2)},
+}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "OPTDecoderLayer"}
+
+
+def jobs(folder: Path, **fields: Any) -> list[dict[str, Any]]:
+    return [{"folder": folder / name, "methods": methods, "kept": True, "steps": 3, **fields} for name, methods in ADAPTERS.items()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of all runs: one process with twice the pictures in a step, two with DDP, two with FSDP2."""
+    folder = tmp_path_factory.mktemp("methods")
+    with machine(folder) as one:
+        groups = [
+            one.start(1, rank_jobs.several, jobs(folder / "alone", batch_size=4)),
+            one.start(2, rank_jobs.several, jobs(folder / "ddp")),
+            one.start(2, rank_jobs.sharded, jobs(folder / "fsdp"), **FSDP),
+        ]
+        for group in groups:
+            group.ended()
+    return folder
+
+
+def weights(folder: Path, step: int = 3) -> dict[str, Tensor]:
+    state = load_file(folder / "checkpoints" / f"step_{step:08d}" / "state.safetensors")
+    return {name: value for name, value in state.items() if name.startswith("weight.")}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_train_every_method_as_one_does(name: str, engine: str, trained: Path) -> None:
+    alone, together = weights(trained / "alone" / name), weights(trained / engine / name)
+    start = dict(rank_jobs.model(ADAPTERS[name]).adapted.active_adapter().named_parameters())
+    assert alone.keys() == together.keys() == {f"weight.{own}" for own in start}
+    for own, value in alone.items():
+        torch.testing.assert_close(together[own], value, rtol=0, atol=1e-10)
+    moved = {own.split(".")[1] for own, value in alone.items() if not torch.equal(value, start[own.removeprefix("weight.")].detach())}
+    assert moved == set(ADAPTERS[name])  # the control: there is something to differ in
+
+
+def test_every_name_of_methods_is_trained() -> None:
+    assert ADAPTERS.keys() == METHODS.keys()
+    assert all(METHODS[name] is type(methods[name]) for name, methods in ADAPTERS.items())
