@@ -17,11 +17,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 from adalink import AdaptedModel, Adapter, FrozenPart, InputSpec, Method
 from adalink.errors import ConfigError
+from adalink.vision import attach_vision
+from adalink.vision_anatomy import read_vision
+from multimodal.classify import AnswerHead, state_width
 from multimodal.encoders.blueprint import draw_encoder
 from multimodal.frozen import existing_folder, loading, quiet, split_revision
 from multimodal.language import LANGUAGE_ADVICE, Language, LanguageUse, family_of, settle_tokens
+from multimodal.trained import TrainedParts
 
-__all__ = ["DrawnLanguage", "DrawnTower", "draw_adapter", "draw_language", "draw_tower"]
+__all__ = ["DrawnLanguage", "DrawnTower", "draw_adapter", "draw_language", "draw_tower", "draw_trained"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,19 @@ def draw_language(name_or_folder: str | Path, *, use: LanguageUse = "write") -> 
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         settle_tokens(tokenizer, model, str(name_or_folder))
     return DrawnLanguage(model=model, tokenizer=tokenizer, name=str(name_or_folder))
+
+
+def draw_trained(
+    tower: DrawnTower, language: DrawnLanguage, methods: Mapping[str, Method], encoder_methods: Mapping[str, Method], n_answers: int
+) -> TrainedParts:
+    """What a model would train, with shapes and no values; refused where the real adapters would be. n_answers: 0 where texts are written."""
+    edits, vision, model = draw_adapter(tower, language, methods), None, tower.module.get_submodule("model")
+    with torch.device("meta"):
+        head = AnswerHead([str(number) for number in range(n_answers)], state_width(language.model)) if n_answers else None
+        if encoder_methods:
+            vision = Adapter(encoder_methods, read_vision(model))
+            attach_vision(model, vision).detach()
+    return TrainedParts(edits=edits, vision=vision, head=head)
 
 
 def draw_adapter(tower: DrawnTower, language: DrawnLanguage, methods: Mapping[str, Method]) -> Adapter:

@@ -121,9 +121,9 @@ def load_head(folder: Path, adapted: AdaptedModel, n_answers: int) -> AnswerHead
         stored = load_file(folder / HEAD_FILE)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the adapter in {folder} chooses its answers, and they cannot be read ({error}): copy or train it again") from None
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers) or len(set(answers)) != n_answers:
-        found = f"{len(answers)} entries" if isinstance(answers, list) else f"a {type(answers).__name__}"
-        raise CheckpointError(f"{folder / ANSWERS_FILE} holds {found}, expected {n_answers} different answers: was it changed by hand?")
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers) or not len(set(answers)) == len(answers) == n_answers:
+        what = f"{len(answers)} entries" if isinstance(answers, list) else f"a {type(answers).__name__}"
+        raise CheckpointError(f"{folder / ANSWERS_FILE} holds {what}, expected {n_answers} different answers: was it changed by hand?")
     head = new_head(adapted, answers)
     wanted = {name: tuple(parameter.shape) for name, parameter in head.named_parameters()}
     if (found := {name: tuple(tensor.shape) for name, tensor in stored.items()}) != wanted:

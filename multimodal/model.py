@@ -28,6 +28,7 @@ from multimodal.generate import GenerationSettings, written_texts
 from multimodal.language import Language, LanguageUse, load_language
 from multimodal.language_loss import LanguageLoss
 from multimodal.template import Template
+from multimodal.trained import trained_summary
 from multimodal.vision import VisionTower, load_tower
 from multimodal.vision_adapter import new_vision_adapter
 
@@ -204,16 +205,11 @@ class VisionLanguageModel(nn.Module):
         return upload(repository, private, self.save_pretrained)
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters the active adapter trains, and their share of all, the encoder's included."""
-        print(self.adapted.trainable_summary(also_frozen=sum(parameter.numel() for parameter in self.tower.encoder.parameters())))
-        if self.tower.adapter is not None:
-            counts = self.tower.adapter.n_parameters()
-            print(f"in the encoder: {sum(counts.values()):,} ({', '.join(f'{name} {count:,}' for name, count in counts.items())})")
-        if self.head is not None:
-            print(f"in the head: {sum(parameter.numel() for parameter in self.head.parameters()):,} ({len(self.head.answers):,} answers)")
+        """Print how many parameters the active adapter trains, and their share of all; and what is trained in the encoder and in the head."""
+        print(trained_summary(self))
 
     def _head(self, name: str | None) -> AnswerHead | None:
-        return self.heads[name] if name in self.heads else None  # type: ignore[return-value]  # a ModuleDict holds modules
+        return dict(self.heads.items()).get(name or "")  # type: ignore[return-value]  # a ModuleDict holds modules
 
 
 def _pixels(batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from adalink.errors import DataError
 from multimodal.blueprint import draw_language
 from multimodal.encoders.blueprint import draw_encoder
 from multimodal.frozen import existing_folder
+from multimodal.language import LanguageUse
 
 __all__ = ["language_fingerprint", "stored_fingerprint", "tower_fingerprint"]
 
@@ -27,12 +28,12 @@ def tower_fingerprint(spec: str | Path) -> str:
     return stored_fingerprint(tower, tower.get_submodule("encoder.model"), folder)
 
 
-def language_fingerprint(name_or_folder: str | Path) -> str:
+def language_fingerprint(name_or_folder: str | Path, use: LanguageUse = "write") -> str:
     """The same of a language model."""
     folder = existing_folder(name_or_folder)
     if folder is None:
         return ""
-    model = draw_language(folder).model
+    model = draw_language(folder, use=use).model
     return stored_fingerprint(model, model, folder)
 
 

@@ -21,7 +21,7 @@ from multimodal.feature_cache.writer import FeatureWriter
 from multimodal.kept import Kept
 from multimodal.loader import Loaded, Texts, TrainLoader, dead_workers_told, train_loader
 from multimodal.model import VisionLanguageModel
-from multimodal.packing import arrangement
+from multimodal.packing import arrangement_of, separate_rows
 from multimodal.parameter_groups import parameter_groups
 from multimodal.patch_table import encode_all
 from multimodal.processes import agree, opened_accelerator, step_seed
@@ -33,8 +33,11 @@ from multimodal.stop_signal import StopSignal, sigterm_noted
 from multimodal.trackers import Shown, track
 from multimodal.train_settings import TrainSettings
 from multimodal.train_state import latest_checkpoint, load_state, state_tensors, write_state
+from multimodal.trained import TrainedParts
 
 __all__ = ["Trained", "train"]
+
+CHOSEN = "one row per question: its answer is chosen from the state of its row"
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def train(
             raise ConfigError("train.features is fill, and no folder is given to fill: give patches, a FeatureWriter")
         if patches is None and settings.features == "memory":
             patches = encode_all(model, source, workers=settings.workers, label="encoding each picture once")
-        arrange, told = arrangement(model.language.model, model.adapted.active_adapter())
+        arrange, told = (separate_rows, CHOSEN) if model.head is not None else arrangement_of(model)
         accelerator.print(told)
         stream = train_loader(
             source, texts, model.row_encoder(), arrange, model.tower.preprocess, steps=0, batch_size=settings.batch_size, seed=settings.seed,
@@ -125,12 +128,13 @@ class _Run:
             raise ConfigError("FSDP2 trains adapters alone, and also_trained names other weights: train those with DDP")
         if model.tower.adapter is not None and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 trains the language model's adapter alone, and this model's encoder has one too: train it with DDP")
+        if model.head is not None and accelerator.is_fsdp2:
+            raise ConfigError("FSDP2 trains the language model's adapter alone, and this model has an answer head too: train it with DDP")
         if isinstance(loader, FillingLoader) and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 splits the encoder over processes, so its features cannot be filled in while training: run `adalink features` first")
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
         self.is_stopping = False
-        seen = model.tower.adapter.named_parameters("vision") if model.tower.adapter is not None else ()
-        self.parameters = {**dict(model.adapted.active_adapter().named_parameters()), **dict(seen), **also_trained}
+        self.parameters = {**TrainedParts.of(model).parameters(), **also_trained}
         groups = parameter_groups(self.parameters, settings)
         self.peaks = [group["lr"] for group in groups]
         optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)

@@ -10,7 +10,7 @@ from adalink.checkpoint import AdapterConfig, load_weights, read_config, save_ad
 from adalink.errors import ConfigError
 from multimodal.vision import VisionTower
 
-__all__ = ["load_vision_adapter", "new_vision_adapter", "save_vision_adapter"]
+__all__ = ["has_vision_adapter", "load_vision_adapter", "new_vision_adapter", "save_vision_adapter"]
 
 FOLDER = "vision"
 
@@ -26,6 +26,11 @@ def save_vision_adapter(folder: Path, tower: VisionTower, encoder: FrozenPart) -
         save_adapter(folder / FOLDER, tower.adapter, AdapterConfig(tower.adapter.methods, {"encoder": encoder}))
 
 
+def has_vision_adapter(folder: Path) -> bool:
+    """Whether an adapter's folder holds an encoder's too."""
+    return (folder / FOLDER).is_dir()
+
+
 def load_vision_adapter(folder: Path, tower: VisionTower, encoder: FrozenPart, n_adapters: int) -> Adapter | None:
     """The encoder's adapter of a folder with its weights, not attached yet; None where the folder holds none.
 
@@ -33,7 +38,7 @@ def load_vision_adapter(folder: Path, tower: VisionTower, encoder: FrozenPart, n
     be the first. Raises ConfigError where the encoder is not as the folder's adapter knew it, CheckpointError for a damaged folder.
     """
     below = folder / FOLDER
-    if not below.is_dir():
+    if not has_vision_adapter(folder):
         if tower.adapter is not None:
             raise ConfigError(f"the adapter in {folder} was trained on the frozen encoder, and this model's encoder is adapted: load it on a model of its own")
         return None

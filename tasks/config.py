@@ -32,10 +32,13 @@ Methods: Any = dataclasses.make_dataclass(
 
 def chosen_methods(methods: Any) -> dict[str, Method]:
     """The methods that a config gives. Raises ConfigError where there is none."""
-    chosen = {f.name: value for f in dataclasses.fields(methods) if (value := getattr(methods, f.name)) is not None}
-    if not chosen:
+    if not _given(methods):
         raise ConfigError(f"the config names no method: under `methods:`, give one or more of {', '.join(METHODS)}")
-    return chosen
+    return _given(methods)
+
+
+def _given(methods: Any) -> dict[str, Method]:
+    return {f.name: value for f in dataclasses.fields(methods) if (value := getattr(methods, f.name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,7 @@ class RunConfig:
     language_model: str  # local folder, a transformers hub name, or scenes:language
     data: Data
     methods: Methods
+    vision_methods: Methods = field(default_factory=Methods)  # methods inside the encoder, trained with the others; its features are then never kept
     layer: int = -1  # which encoder block the features come from: -1 the last, with its norm; -2 the one before, as Context-PEFT has it
     captioning: Captioning = field(default_factory=Captioning)  # settings of the task, where it is captioning
     vqa: Vqa = field(default_factory=Vqa)  # settings of the task, where it is vqa
@@ -66,8 +70,22 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong between its groups."""
+        if self.encoder_methods and (self.train.features != "encode" or self.features is not None):
+            kept = f"train.features is {self.train.features}" if self.features is None else f"features is {self.features}"
+            names = ", ".join(self.encoder_methods)
+            raise ConfigError(f"{kept}, and features of an encoder that vision_methods trains ({names}) change with every step: give encode, and no folder")
         if self.train.features == "fill" and self.features is None:
             raise ConfigError("train.features is fill, and no folder is given to fill: give `features`, such as --features runs/features")
+
+    @property
+    def encoder_methods(self) -> dict[str, Method]:
+        """The methods inside the encoder; most runs have none."""
+        return _given(self.vision_methods)
+
+    @property
+    def n_answers(self) -> int:
+        """How many answers a head chooses among; 0 where texts are written."""
+        return self.vqa.answers if self.task == "vqa" else 0
 
     def chosen_task(self) -> Task:
         """The task with its settings."""

@@ -24,6 +24,8 @@ _DATA: Any = dataclasses.make_dataclass(
     frozen=True,
 )
 _OPTIONAL: dict[str, Any] = {"task": "captioning", "encoder": "", "language_model": "", "data": dataclasses.field(default_factory=_DATA)}
+# What a run's config can be asked, and the checks that it makes of itself.
+_CHECKED = {name: vars(RunConfig)[name] for name in ("__post_init__", "chosen_task", "encoder_methods", "n_answers")}
 
 
 def _draft() -> Any:
@@ -35,7 +37,7 @@ def _draft() -> Any:
         if field.default_factory is not dataclasses.MISSING:
             default = dataclasses.field(default_factory=field.default_factory)
         fields.append((field.name, hints[field.name]) if default is dataclasses.MISSING else (field.name, hints[field.name], default))
-    return dataclasses.make_dataclass("Draft", fields, kw_only=True, frozen=True, namespace={"chosen_task": RunConfig.chosen_task})
+    return dataclasses.make_dataclass("Draft", fields, kw_only=True, frozen=True, namespace=_CHECKED)
 
 
 Draft: Any = _draft()

@@ -20,6 +20,7 @@ from adalink.fold import check_foldable, check_mergeable, fold_embedding, merge_
 from multimodal.frozen import quiet
 from multimodal.language import Language, load_language
 from multimodal.prompt_embeds import image_prompt_embeds, text_prompt_embeds
+from multimodal.vision_adapter import has_vision_adapter
 from tasks.compose import found_part, load_adapted
 
 __all__ = ["export_embeds", "export_folded", "export_merged"]
@@ -117,7 +118,12 @@ def _write_embeds(folder: Path, embeds: Sequence[Tensor], texts: Sequence[str], 
 
 
 def _loaded(folder: Path, config: AdapterConfig, language_model: str | None) -> tuple[Language, Adapter]:
-    """The frozen model, and the adapter beside it; refused where it was trained on another. An encoder that no method reads does not count."""
+    """The frozen model, and the adapter beside it; refused where it was trained on another. An encoder that no method reads does not count.
+
+    Refused too where something was trained that a language model's folder cannot hold.
+    """
+    if beside := ["an answer head"] * bool(config.task.get("answers")) + ["an adapted encoder"] * has_vision_adapter(folder):
+        raise ConfigError(f"the adapter in {folder} has {' and '.join(beside)}, which a language model's folder cannot hold: export one without")
     name = language_model or config.base["language_model"].name
     language = load_language(found_part(name))
     here = FrozenPart(name, fingerprint(language.model))

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from adalink import IMAGE, PERCEPT, Adapter, Anatomy, Method
-from multimodal.blueprint import DrawnLanguage, DrawnTower, draw_adapter, draw_language, draw_tower
+from adalink import IMAGE, PERCEPT, Anatomy, Method
+from multimodal.blueprint import DrawnLanguage, DrawnTower, draw_language, draw_tower, draw_trained
 from multimodal.encode import RowEncoder
 from multimodal.footprint import cache_bytes, parameter_bytes, saved_bytes
 from multimodal.generate import GenerationSettings, check_room
@@ -17,6 +17,7 @@ from multimodal.parameter_groups import parameter_groups
 from multimodal.stored import language_fingerprint, tower_fingerprint
 from multimodal.template import Template
 from multimodal.train_settings import TrainSettings
+from multimodal.trained import TrainedParts
 from tasks.compose import found_part
 from tasks.places import places_of, slots_of
 
@@ -100,6 +101,8 @@ def make_plan(
     language_model: str,
     methods: Mapping[str, Method],
     *,
+    encoder_methods: Mapping[str, Method],
+    n_answers: int,
     layer: int,
     template: Template,
     train: TrainSettings,
@@ -108,11 +111,14 @@ def make_plan(
 ) -> Plan:
     """The plan of a run; refused, in the same words, where the run would be for anything but its weights and data.
 
+    n_answers: how many a head chooses among, if the training data has as many; 0 where texts are written.
     Raises ConfigError, AttachError and DataError as `compose` and `add_adapter` do.
     """
-    tower, language = draw_tower(found_part(encoder), layer=layer), draw_language(found_part(language_model))
-    adapter = draw_adapter(tower, language, methods)
-    parameter_groups(dict(adapter.named_parameters()), train)  # refuses a rate for a method that is not there
+    tower = draw_tower(found_part(encoder), layer=layer)
+    language = draw_language(found_part(language_model), use="read" if n_answers else "write")
+    trained = draw_trained(tower, language, methods, encoder_methods, n_answers)
+    adapter = trained.edits
+    parameter_groups(trained.parameters(), train)  # refuses a rate for a method that is not there
     assumed = Assumed(
         rows=train.batch_size,
         text=text_tokens,
@@ -121,30 +127,36 @@ def make_plan(
         beams=generation.num_beams,
     )
     n_slots = sum(slot.count for slot in adapter.slots)
-    n_prompt = _prompt_tokens(template, language, adapter, generation)
-    edits, counts = places_of(adapter), adapter.n_parameters()
+    n_prompt = _prompt_tokens(template, language, trained, generation)
     parts = parameter_bytes(tower.module) + parameter_bytes(language.model)
     return Plan(
         encoder=_encoder(encoder, tower),
-        language_model=_language(language_model, language),
-        methods=tuple(MethodPlan(name=name, edits=edits[name], trained=counts[name]) for name in adapter.methods),
+        language_model=_language(language_model, language, n_answers),
+        methods=tuple(MethodPlan(name=name, edits=_places(trained).get(name, ()), trained=count) for name, count in trained.counts().items()),
         slots=slots_of(adapter.slots),
         tokens_per_image=sum(slot.count for slot in adapter.slots if slot.domain == IMAGE or slot.domain >= PERCEPT),
         prompt_tokens=n_prompt,
-        memory_to_train=_to_train(language.model, parts, adapter, n_slots, assumed, train),
-        memory_to_serve=_to_serve(language.model, parts, adapter, n_slots, assumed),
+        memory_to_train=_to_train(language.model, parts, trained, n_slots, assumed, train),
+        memory_to_serve=_to_serve(language.model, parts, trained, n_slots, assumed),
         assumed=assumed,
     )
 
 
-def _to_train(model: Any, parts: int, adapter: Adapter, n_slots: int, assumed: Assumed, train: TrainSettings) -> dict[str, int]:
-    trained, anatomy = sum(adapter.n_parameters().values()), Anatomy.read(model)
+def _places(trained: TrainedParts) -> dict[str, tuple[str, ...]]:
+    seen = {} if trained.vision is None else {f"vision.{name}": edits for name, edits in places_of(trained.vision).items()}
+    head = {} if trained.head is None else {"head": (f"last layer's state of one token of a row, to {len(trained.head.answers):,} answers",)}
+    return {**places_of(trained.edits), **seen, **head}
+
+
+def _to_train(model: Any, parts: int, parts_trained: TrainedParts, n_slots: int, assumed: Assumed, train: TrainSettings) -> dict[str, int]:
+    trained, anatomy = sum(parts_trained.counts().values()), Anatomy.read(model)
     length = n_slots + assumed.text
     activations = saved_bytes(model, rows=assumed.rows, tokens=length)
     if train.checkpointing:  # each layer's input, and one layer at a time
         n_layers = len(anatomy.layers)
         activations = activations // n_layers + n_layers * assumed.rows * length * anatomy.layer_width * model.dtype.itemsize
-    logits = 2 * assumed.rows * assumed.answer * anatomy.vocabulary * FLOAT
+    head = parts_trained.head
+    logits = 2 * assumed.rows * (assumed.answer * anatomy.vocabulary if head is None else len(head.answers)) * FLOAT
     return {
         "frozen weights": parts,
         "trained weights": trained * FLOAT,
@@ -155,20 +167,23 @@ def _to_train(model: Any, parts: int, adapter: Adapter, n_slots: int, assumed: A
     }
 
 
-def _to_serve(model: Any, parts: int, adapter: Adapter, n_slots: int, assumed: Assumed) -> dict[str, int]:
+def _to_serve(model: Any, parts: int, trained: TrainedParts, n_slots: int, assumed: Assumed) -> dict[str, int]:
     return {
         "frozen weights": parts,
-        "one adapter": sum(adapter.n_parameters().values()) * FLOAT,
-        "cache of one row, estimated": assumed.beams * cache_bytes(model, tokens=n_slots + assumed.text + assumed.generated),
+        "one adapter": sum(trained.counts().values()) * FLOAT,
+        "cache of one row, estimated": 0
+        if trained.head is not None  # it chooses, and writes nothing
+        else assumed.beams * cache_bytes(model, tokens=n_slots + assumed.text + assumed.generated),
     }
 
 
-def _prompt_tokens(template: Template, language: DrawnLanguage, adapter: Adapter, generation: GenerationSettings) -> int | None:
+def _prompt_tokens(template: Template, language: DrawnLanguage, trained: TrainedParts, generation: GenerationSettings) -> int | None:
     if language.tokenizer is None:
         return None
-    row = RowEncoder(template, language.language, adapter.slots).prompt("")
-    check_room(language.language, len(row.ids), generation)
-    return len(row.ids) - sum(slot.count for slot in adapter.slots)
+    row = RowEncoder(template, language.language, trained.edits.slots).prompt("")
+    if trained.head is None:
+        check_room(language.language, len(row.ids), generation)
+    return len(row.ids) - sum(slot.count for slot in trained.edits.slots)
 
 
 def _encoder(name: str, tower: DrawnTower) -> PartPlan:
@@ -177,10 +192,10 @@ def _encoder(name: str, tower: DrawnTower) -> PartPlan:
     return _part(name, tower.module.get_submodule("model"), shape, tower_fingerprint(found_part(name)))
 
 
-def _language(name: str, language: DrawnLanguage) -> PartPlan:
+def _language(name: str, language: DrawnLanguage, n_answers: int) -> PartPlan:
     anatomy = Anatomy.read(language.model)
     shape = f"{len(anatomy.layers)} layers of width {anatomy.layer_width}; {anatomy.vocabulary} embeddings of width {anatomy.width}"
-    return _part(name, language.model, shape, language_fingerprint(found_part(name)))
+    return _part(name, language.model, shape, language_fingerprint(found_part(name), "read" if n_answers else "write"))
 
 
 def _part(name: str, module: nn.Module, shape: str, fingerprint: str) -> PartPlan:

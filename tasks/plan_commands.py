@@ -71,6 +71,8 @@ def _plan(values: Any) -> Plan:
         draft.encoder,
         draft.language_model,
         chosen_methods(draft.methods),
+        encoder_methods=draft.encoder_methods,
+        n_answers=draft.n_answers,
         layer=draft.layer,
         template=draft.chosen_task().template,
         train=draft.train,

@@ -18,10 +18,12 @@ from adalink.errors import AdalinkError, ConfigError
 from multimodal.bad_samples import BadSamples
 from multimodal.model import VisionLanguageModel
 from multimodal.train import train
-from tasks.compose import compose, load_adapted
-from tasks.config import RunConfig, chosen_methods
+from multimodal.trained import TrainedParts
+from tasks.compose import load_adapted
+from tasks.config import RunConfig
 from tasks.evaluate import Pictures, Predictions, is_graded, predict, read_pictures
 from tasks.features import features_to_learn, features_to_show
+from tasks.new_model import new_model
 from tasks.run_metrics import write_card_figures, write_metrics
 from tasks.run_report import write_run_report
 from tasks.shown import shown_samples
@@ -48,11 +50,10 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
     if config.out is None or config.data.train is None:
         raise ConfigError("training needs `out`, the run folder, and `data.train`: give both")
     _refuse_taken(config.out, resume=resume)  # before the models are loaded, which takes a while
-    task, methods = config.chosen_task(), chosen_methods(config.methods)
+    task = config.chosen_task()
     opened, val = config.data.train.open(), config.data.val.open()
     torch.manual_seed(config.train.seed)
-    model = compose(config.encoder, config.language_model, template=task.template, layer=config.layer)
-    model.add_adapter("default", methods)
+    model, texts = new_model(config, opened.source)
     if is_main():
         model.print_trainable_parameters()
     with _run_folder(config.out) as folder, features_to_learn(model, opened.source, config) as learnt:
@@ -71,7 +72,7 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
             return {task.headline: task.score(said, pictures.source).figures[task.headline]}
 
         trained = train(
-            model, opened.source, task.texts, config.train, folder, resume=resume, patches=learnt, known_bad=opened.problems, measure=measure,
+            model, opened.source, texts, config.train, folder, resume=resume, patches=learnt, known_bad=opened.problems, measure=measure,
             samples=lambda: shown_samples(pictures.source, task, said),
         )  # fmt: skip
         _say_skipped("training", trained.bad)
@@ -152,8 +153,7 @@ def _write(folder: Path, model: VisionLanguageModel, task: Task, config_text: st
     if not is_main():
         return
     task.write_results(folder / "results.json", evaluation.predictions.texts)
-    trained = model.adapted.active_adapter().n_parameters()
-    said = evaluation.predictions
+    said, trained = evaluation.predictions, TrainedParts.of(model).counts()
     write_metrics(
         folder / "metrics.json", task, evaluation.scores, items=len(said.texts), trained=trained, seconds=evaluation.seconds, bad=said.bad
     )  # fmt: skip

@@ -11,6 +11,7 @@ from multimodal.images import read_image_bytes
 from multimodal.model import VisionLanguageModel
 from multimodal.run_log import BAD_FILE, METRICS_FILE
 from multimodal.sample import Sample, SampleSource
+from multimodal.trained import TrainedParts
 from tasks.evaluate import Predictions
 from tasks.report import AnswerCard, CaptionCard, Curve, MetricRow, Report, Trained, write_report
 from tasks.task import TRAINED, Score, Task
@@ -26,8 +27,8 @@ def write_run_report(
 ) -> None:
     """Write report.html into a run folder that holds metrics.jsonl (or not, where nothing was trained)."""
     adapter = model.adapted.active_adapter()
-    counts = adapter.n_parameters()
-    frozen = sum(parameter.numel() for part in (model.tower, model.adapted.base) for parameter in part.parameters())
+    counts = TrainedParts.of(model).counts()
+    frozen = sum(parameter.numel() for part in (model.tower.encoder, model.adapted.base) for parameter in part.parameters())
     trained = scores.get(TRAINED, _UNSCORED)
     headline = f"{task.headline} {trained.figures[task.headline]:.1f} on" if trained.figures else "not scored, for want of references:"
     report = Report(

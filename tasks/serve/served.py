@@ -11,14 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adalink import BASE_NAME
-from adalink.errors import AdalinkError
+from adalink import BASE_NAME, AdaptedModel
+from adalink.errors import AdalinkError, ConfigError
 from multimodal.encode import RowEncoder
 from multimodal.model import VisionLanguageModel
+from multimodal.vision_adapter import has_vision_adapter
 from tasks.serve.refusal import Refused
 from tasks.serve.worker import Worker
 
-__all__ = ["Card", "Served"]
+__all__ = ["Card", "Served", "check_served"]
+
+
+def check_served(folder: Path) -> None:
+    """Raise ConfigError for an adapter that does not write: a server streams texts token by token."""
+    if n_answers := AdaptedModel.read_config(folder).task.get("answers"):
+        raise ConfigError(f"the adapter in {folder} chooses among {n_answers} answers, and a server writes its texts: use `adalink ask` or `adalink evaluate`")
 
 
 @dataclass(eq=False)
@@ -95,6 +102,9 @@ class Served:
             self._changing.discard(name)
 
     def _loaded(self, name: str, folder: Path) -> Card:
+        check_served(folder)
+        if has_vision_adapter(folder):
+            raise ConfigError(f"the adapter in {folder} was trained with an adapted encoder, which is settled when a server starts: give it with --adapter")
         self.model.load_adapter(folder, name)
         try:
             return self._card(name)

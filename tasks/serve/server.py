@@ -20,6 +20,7 @@ from tasks.captioning import Captioning
 from tasks.compose import compose
 from tasks.serve.app import make_app
 from tasks.serve.patience import patient_protocol
+from tasks.serve.served import check_served
 from tasks.serve.service import Service
 from tasks.serve.settings import ServeSettings
 from tasks.vqa import Vqa
@@ -59,7 +60,9 @@ def run_server(settings: ServeSettings, adapters: Mapping[str, Path]) -> None:
 
 
 def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> VisionLanguageModel:
-    """The frozen parts of the base, or of the first adapter, with all adapters on them, each under its name."""
+    """The frozen parts of the base, or of the first adapter, with all adapters on them, each under its name. Raises ConfigError as `check_served`."""
+    for folder in adapters.values():
+        check_served(folder)
     parts = _base(settings.base) if settings.base is not None else _parts_of(next(iter(adapters.values()), None))
     model = compose(settings.encoder or parts["encoder"], settings.language_model or parts["language_model"], template=parts["template"], layer=parts["layer"])
     for name, folder in adapters.items():
