@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import signal
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_sharer
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from adalink.errors import CheckpointError, DataError
 from multimodal.bad_samples import BadSample
@@ -28,8 +24,9 @@ from multimodal.packing import Arrange
 from multimodal.sample import Sample, SampleSource
 from multimodal.shards import DamagedSample
 from multimodal.template import Text
+from multimodal.workers import made_in_order
 
-__all__ = ["Loaded", "Texts", "TrainLoader", "dead_workers_told", "train_loader"]
+__all__ = ["Loaded", "Texts", "TrainLoader", "train_loader"]
 
 Texts = Callable[[Sample, random.Random], Sequence[Text]]
 """What a task learns from a sample; it may draw from the generator, which is a function of seed and position."""
@@ -54,7 +51,7 @@ class _Item:
     rows: tuple[Row, ...]
 
 
-class _Positions(Dataset["_Item | BadSample"]):
+class _Positions:
     """Position in the stream -> rows with their picture. `patches` holds features by sample index where they are kept in memory."""
 
     def __init__(
@@ -98,19 +95,16 @@ class _Positions(Dataset["_Item | BadSample"]):
         return tuple(self.arrange([self.encoder.row(text) for text in texts]))
 
 
-class _StepSampler(Sampler[list[int]]):
+class _Steps:
     """The positions of each step of one rank, from a position on: rank r of W reads every step's r-th part of the global batch."""
 
     def __init__(self, first: int, steps: int, batch_size: int, rank: int, world: int) -> None:
         self.first, self.steps, self.batch_size, self.rank, self.world = first, steps, batch_size, rank, world
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[range]:
         for step in range(self.steps):
             start = self.first + (step * self.world + self.rank) * self.batch_size
-            yield list(range(start, start + self.batch_size))
-
-    def __len__(self) -> int:
-        return self.steps
+            yield range(start, start + self.batch_size)
 
 
 class _Collate:
@@ -144,19 +138,8 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Loaded]:
         """The next `steps` steps. Raises DataError where a worker process dies, or a shard is gone."""
-        loader = DataLoader(
-            self._positions,
-            batch_sampler=_StepSampler(self._position, self.steps, self._batch_size, self._rank, self._world),
-            collate_fn=self._collate,
-            num_workers=self._workers,
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),  # its seeds reach nobody; without one, the program's own random numbers would move
-            pin_memory=torch.cuda.is_available(),
-        )
-        batches = iter(loader)
-        for _ in range(self.steps):
-            with dead_workers_told():
-                loaded = next(batches)
+        steps = _Steps(self._position, self.steps, self._batch_size, self._rank, self._world)
+        for loaded in made_in_order(partial(_load, self._positions, self._collate), steps, workers=self._workers):
             self._position += self._batch_size * self._world
             yield loaded
 
@@ -213,32 +196,5 @@ def train_loader(
     return TrainLoader(positions, _Collate(kind, encoder.placeholder), steps=steps, batch_size=batch_size, workers=workers, rank=rank, world=world)
 
 
-@contextlib.contextmanager
-def dead_workers_told() -> Iterator[None]:
-    """Raises DataError where a worker process dies inside the block.
-
-    torch notices it in the middle of anything, as a RuntimeError of its own; or, where the worker died with tensors on their way, as the
-    end of the connection that was to bring them.
-    """
-    try:
-        yield
-    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-        ours = str(error).startswith("DataLoader worker")
-        if not ours and (isinstance(error, RuntimeError) or not _between_processes(error)):
-            raise
-        said = str(error).splitlines()[0].rstrip(". ") if ours else "with its samples on their way"
-        raise DataError(
-            f"a worker process that reads samples ended before its work ({said}): most often the memory "
-            "is too small; give fewer train.workers or a smaller train.batch_size, and go on with --resume"
-        ) from error
-
-
-def _between_processes(error: BaseException) -> bool:
-    """Whether the error arose where one process takes over another's tensors."""
-    return any(frame.filename == resource_sharer.__file__ for frame in traceback.extract_tb(error.__traceback__))
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """SIGTERM and Ctrl-C reach a whole group of processes: the training process then finishes its step, and needs its workers for that."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _load(positions: _Positions, collate: _Collate, step: range) -> Loaded:
+    return collate([positions[position] for position in step])

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +45,7 @@ class Members:
     def __init__(self, keys: Iterable[str], table: NDArray[np.int64]) -> None:
         encoded = [key.encode("utf-8", "backslashreplace") for key in keys]
         self.packed_keys = b"".join(encoded)
-        self._ends = np.cumsum([len(key) for key in encoded], dtype=np.int64)
+        self._ends = array("q", accumulate(map(len, encoded)))  # its elements are read one by one, for which NumPy is slow
         self.table = table.reshape(len(encoded), len(PARTS), 3)
 
     def only(self, kept: NDArray[np.bool_]) -> Members:
@@ -55,8 +57,8 @@ class Members:
 
     def key(self, index: int) -> str:
         """The key under which the shard's file holds sample `index`."""
-        start = int(self._ends[index - 1]) if index else 0
-        return self.packed_keys[start : int(self._ends[index])].decode("utf-8")
+        start = self._ends[index - 1] if index else 0
+        return self.packed_keys[start : self._ends[index]].decode("utf-8")
 
     def all_keys(self) -> Iterator[str]:
         """All of them, in order."""

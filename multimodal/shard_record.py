@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import NamedTuple
 
 from adalink.errors import DataError
 from multimodal.sample import Question, Sample
@@ -17,8 +18,7 @@ _DECODER = json.JSONDecoder()
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """What a `json` member says; None where it does not."""
 
     key: str | None = None

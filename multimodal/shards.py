@@ -79,14 +79,11 @@ class ShardSource:
         number = bisect_right(self._ends, at)
         members, path = self._members[number], self._paths[number]
         row = at - self._ends[number] + len(members)
-        key = members.key(row)
-        wanted = [(part, at, size, crc) for part, (at, size, crc) in zip(PARTS, members.table[row].tolist(), strict=True) if at >= 0]
-        parts = self._read(path, wanted)
-        damaged = _damaged(parts, wanted)
-        if damaged and self._files.forget(path):
-            parts = self._read(path, wanted)
-            damaged = _damaged(parts, wanted)
-        if damaged:
+        key, places = members.key(row), members.table[row].tolist()
+        parts, damaged = self._read(path, places)
+        if damaged is not None and self._files.forget(path):
+            parts, damaged = self._read(path, places)
+        if damaged is not None:
             part, start = damaged
             detail = f"the {part} of {key!r} in {_name(path)}, from byte {start} on, is not what was written; fetch or write the shard again"
             raise DamagedSample(BadSample(key=key, reason="damaged bytes", detail=detail))
@@ -95,23 +92,25 @@ class ShardSource:
         except DataError as error:
             raise DamagedSample(BadSample(key=key, reason="damaged text", detail=f"{key!r} of {_name(path)}: {error}")) from error
 
-    def _read(self, path: Place, wanted: Sequence[tuple[str, int, int, int]]) -> dict[str, bytes]:
-        """The sample's parts; members that lie together in one read."""
-        start, end, needed = wanted[0][1], 0, 0
-        for _, at, size, _ in wanted:  # in one loop: this is done for every sample
-            start, end, needed = min(start, at), max(end, at + size), needed + size
-        if end - start > needed + _GAP or needed > self._files.at_once:
-            return {part: self._files.read(path, at, size) for part, at, size, _ in wanted}
-        block = self._files.read(path, start, end - start)
-        return {part: block[at - start : at - start + size] for part, at, size, _ in wanted}
+    def _read(self, path: Place, places: Sequence[tuple[int, int, int]]) -> tuple[dict[str, bytes], tuple[str, int] | None]:
+        """The sample's parts, those that lie together in one read; and a part whose bytes are not those that were written, with its start.
 
-
-def _damaged(parts: Mapping[str, bytes], wanted: Sequence[tuple[str, int, int, int]]) -> tuple[str, int] | None:
-    """The first part whose bytes are not those that were written, and where it lies."""
-    for part, at, _, crc in wanted:
-        if crc != UNKNOWN_CRC and zlib.crc32(parts[part]) != crc:
-            return part, at
-    return None
+        Two loops and no helpers: this is done for every sample.
+        """
+        start, end, needed = 2**63, 0, 0
+        for at, size, _ in places:
+            if at >= 0:
+                start, end, needed = min(start, at), max(end, at + size), needed + size
+        is_together = end - start <= needed + _GAP and needed <= self._files.at_once
+        block = self._files.read(path, start, end - start) if is_together else b""
+        parts: dict[str, bytes] = {}
+        damaged: tuple[str, int] | None = None
+        for part, (at, size, crc) in zip(PARTS, places, strict=True):
+            if at >= 0:
+                data = parts[part] = block[at - start : at - start + size] if is_together else self._files.read(path, at, size)
+                if crc != UNKNOWN_CRC and zlib.crc32(data) != crc:
+                    damaged = damaged or (part, at)
+        return parts, damaged
 
 
 def _name(place: Place) -> str:

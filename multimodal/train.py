@@ -19,7 +19,7 @@ from multimodal.batch import Batch
 from multimodal.feature_cache.fill import FillingLoader
 from multimodal.feature_cache.writer import FeatureWriter
 from multimodal.kept import Kept
-from multimodal.loader import Loaded, Texts, TrainLoader, dead_workers_told, train_loader
+from multimodal.loader import Loaded, Texts, TrainLoader, train_loader
 from multimodal.model import VisionLanguageModel
 from multimodal.packing import arrangement_of, separate_rows
 from multimodal.parameter_groups import parameter_groups
@@ -33,6 +33,7 @@ from multimodal.stop_signal import StopSignal, sigterm_noted
 from multimodal.trackers import Shown, track
 from multimodal.train_settings import TrainSettings
 from multimodal.train_state import latest_checkpoint, load_state, state_tensors, write_state
+from multimodal.workers import dead_workers_told
 from multimodal.trained import TrainedParts
 
 __all__ = ["Trained", "train"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +15,7 @@ from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
 from multimodal.batch import NO_TARGET, Batch
 from multimodal.encode import RowEncoder
-from multimodal.loader import Loaded, dead_workers_told, train_loader
+from multimodal.loader import Loaded, train_loader
 from multimodal.packing import separate_rows
 from multimodal.patch_table import PatchTable
 from multimodal.sample import Sample
@@ -163,27 +161,3 @@ def test_kept_features_take_the_place_of_pixels() -> None:
         assert one.batch.patches is not None
         for key, kept in zip(one.batch.keys, one.batch.patches, strict=True):
             assert torch.equal(kept, table.patches[int(key[-6:])].float())
-
-
-def _lend_and_die(queue: Any) -> None:
-    queue.put(torch.zeros(3).share_memory_())
-    queue.close()
-    queue.join_thread()
-    os._exit(1)
-
-
-def test_a_worker_that_dies_with_tensors_on_their_way_is_told() -> None:
-    context = multiprocessing.get_context("fork")
-    queue = torch.multiprocessing.get_context("fork").Queue()
-    process = context.Process(target=_lend_and_die, args=(queue,))
-    process.start()
-    process.join()
-    with pytest.raises(DataError, match=r"ended before its work \(with its samples on their way\).*go on with --resume"), dead_workers_told():
-        queue.get()
-
-
-def test_what_is_no_death_of_a_worker_is_not_told_as_one() -> None:
-    with pytest.raises(EOFError, match="of a file"), dead_workers_told():
-        raise EOFError("of a file")
-    with pytest.raises(RuntimeError, match="of a layer"), dead_workers_told():
-        raise RuntimeError("of a layer")

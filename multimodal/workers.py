@@ -1,0 +1,129 @@
+"""Work that is done ahead in worker processes, and handed over in order."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing import resource_sharer
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from adalink.errors import DataError
+from multimodal.parcel import Parcel, Receiver, Sender
+
+__all__ = ["dead_workers_told", "made_in_order"]
+
+Task = TypeVar("Task")
+Made = TypeVar("Made")
+
+
+def made_in_order(make: Callable[[Task], Made], tasks: Iterable[Task], *, workers: int) -> Iterator[Made]:
+    """`make(task)` for each task, in their order, made in so many processes; in this one where `workers` is 0.
+
+    make     pickles where processes are spawned; each process has its copy
+    tasks    drawn in this process, no further ahead than two for each worker
+
+    Raises DataError where a worker process dies, and what `make` raises.
+    """
+    receiver = Receiver(workers)
+    loader = DataLoader(
+        _Job(make),
+        batch_size=None,
+        sampler=_Told(tasks, receiver),
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # its seeds reach nobody; without one, the program's own random numbers would move
+    )
+    with _started(loader) as given:
+        while True:
+            with dead_workers_told():
+                try:
+                    item = next(given)
+                except StopIteration:
+                    return
+                made = receiver.open(item) if isinstance(item, Parcel) else item
+            yield made
+
+
+@dataclass(frozen=True)
+class _Told(Generic[Task]):
+    """Each task, with what the receiver has copied out when the task is drawn."""
+
+    tasks: Iterable[Task]
+    receiver: Receiver
+
+    def __iter__(self) -> Iterator[tuple[Task, tuple[int, ...]]]:
+        for task in self.tasks:
+            yield task, tuple(self.receiver.n_copied)
+
+
+class _Job(Dataset[Any], Generic[Task]):
+    def __init__(self, make: Callable[[Task], Any]) -> None:
+        self.make = make
+        self.sender: Sender | None = None
+
+    def __getitem__(self, told: tuple[Task, tuple[int, ...]]) -> Any:
+        task, n_copied = told
+        made, worker = self.make(task), get_worker_info()
+        if worker is None:
+            return made
+        self.sender = self.sender or Sender(worker.id)
+        return self.sender.pack(made, n_copied[worker.id])
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+@contextlib.contextmanager
+def _started(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """What the loader gives. Its processes end with the block, and with a program that an error ends inside the block.
+
+    torch would wait for them: an error keeps alive what it passed through, and the signal that should then end them is one that they ignore.
+    """
+    given: Any = iter(loader)
+    end: Callable[[], None] = getattr(given, "_shutdown_workers", lambda: None)
+    atexit.register(end)
+    try:
+        yield given
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+@contextlib.contextmanager
+def dead_workers_told() -> Iterator[None]:
+    """Raises DataError where a worker process dies inside the block.
+
+    torch notices it in the middle of anything, as a RuntimeError of its own; or, where the worker died with tensors on their way, as the
+    end of the connection that was to bring them.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+        ours = str(error).startswith("DataLoader worker")
+        if not ours and (isinstance(error, RuntimeError) or not _between_processes(error)):
+            raise
+        said = str(error).splitlines()[0].rstrip(". ") if ours else "with its samples on their way"
+        raise DataError(
+            f"a worker process that reads samples ended before its work ({said}): most often the memory "
+            "is too small; give fewer train.workers or a smaller train.batch_size, and go on with --resume"
+        ) from error
+
+
+def _between_processes(error: BaseException) -> bool:
+    """Whether the error arose where one process takes over another's tensors."""
+    return any(frame.filename == resource_sharer.__file__ for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """SIGTERM and Ctrl-C reach a whole group of processes: the training process then finishes its step, and needs its workers for that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
