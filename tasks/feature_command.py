@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from adalink.errors import ConfigError
 from multimodal.bad_samples import BadSamples
 from multimodal.blueprint import draw_adapter, draw_language, draw_tower
-from multimodal.feature_cache.contents import Contents, all_contents, needed_contents
+from multimodal.feature_cache.contents import Contents, all_contents, as_size, needed_contents
 from multimodal.feature_cache.write import write_features
 from multimodal.vision import VisionTower
 from tasks.compose import composed_tower, found_part
@@ -55,8 +56,8 @@ def _contents(values: Any, tower: VisionTower) -> Contents:
 
 
 def _write(tower: VisionTower, data: Opened, folder: Path, contents: Contents, values: Any) -> None:
-    above = next(parent for parent in folder.resolve().parents if parent.exists())
-    say(f"{folder}: {size_of(contents, len(data.source))}; {shutil.disk_usage(above).free / 2**30:.2f} GiB are free")
+    above = next(parent for parent in folder.resolve().parents if os.path.exists(parent))
+    say(f"{folder}: {size_of(contents, len(data.source))}; {as_size(shutil.disk_usage(above).free)} are free")
     workers, budget = values.train.workers, values.train.bad_samples
     cache = write_features(tower, data.source, folder, contents, workers=workers, budget=budget, label=folder.name)
     bad = BadSamples(budget=len(cache), found=cache.bad.values())

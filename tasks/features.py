@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 from accelerate import PartialState
 
 from adalink.errors import ConfigError
-from multimodal.feature_cache.contents import Contents, all_contents, needed_contents
-from multimodal.feature_cache.manifest import FINISHED, UNFINISHED, is_finished
+from multimodal.feature_cache.contents import Contents, all_contents, as_size, needed_contents
+from multimodal.feature_cache.manifest import UNFINISHED, is_finished
 from multimodal.feature_cache.match import matching_features
 from multimodal.feature_cache.write import opened_writer, write_features
 from multimodal.feature_cache.writer import FeatureWriter
@@ -47,19 +48,22 @@ def features_to_learn(model: VisionLanguageModel, source: SampleSource, config: 
 
 
 def features_to_show(model: VisionLanguageModel, source: SampleSource, config: RunConfig, label: str) -> Kept:
-    """The features of the pictures that a run is evaluated on: kept ones, or encoded now; pixels where the encoder is adapted. Raises as `features_to_learn`."""
+    """The features of the pictures that a run is evaluated on: kept ones, or encoded now; of an adapted encoder its pixels.
+
+    Raises as `features_to_learn`.
+    """
     if model.tower.adapter is not None:
         return pixel_table(source, model.tower.preprocess, label=label)
     if config.features is not None:
         folder, settings = config.features / "val", config.train
-        if is_finished(folder) or ((folder / UNFINISHED).exists() and settings.features != "fill"):
+        if is_finished(folder) or (os.path.exists(folder / UNFINISHED) and settings.features != "fill"):
             return _matching(folder, model, source)
         if settings.features == "fill":
             say(f"features: filling {folder} with {size_of(_needed(model, config), len(source))}")
             return write_features(
                 model.tower, source, folder, _needed(model, config), workers=settings.workers, budget=settings.bad_samples, label=label
             )  # fmt: skip
-        if not (config.features / "train" / FINISHED).exists():
+        if not is_finished(config.features / "train"):
             raise ConfigError(f"{config.features} holds no features, neither in train nor in val: write them with `adalink features`, or give features: null")
         say(f"features: there is no {folder}, so the pictures that are evaluated on are encoded")
     return encode_all(model, source, workers=config.train.workers, label=label)
@@ -83,4 +87,4 @@ def _needed(model: VisionLanguageModel, config: RunConfig) -> Contents:
 
 def size_of(contents: Contents, n_pictures: int) -> str:
     """What a folder of features takes: `31.76 GiB: 113,287 pictures of 301,056 bytes, 196 patches of width 768 in float16`."""
-    return f"{n_pictures * contents.n_bytes / 2**30:.2f} GiB: {n_pictures:,} pictures of {contents.n_bytes:,} bytes, {contents}"
+    return f"{as_size(n_pictures * contents.n_bytes)}: {n_pictures:,} pictures of {contents.n_bytes:,} bytes, {contents}"

@@ -15,7 +15,7 @@ from adalink.methods.inject import Tap
 from multimodal.features import Features
 from multimodal.vision import VisionTower
 
-__all__ = ["Contents", "StoredDtype", "all_contents", "needed_contents"]
+__all__ = ["Contents", "StoredDtype", "all_contents", "as_size", "needed_contents"]
 
 StoredDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -82,6 +82,11 @@ class Contents:
             return None
         end = whole.patches + whole.pooled
         return [part for part in (slice(0, self.patches), slice(end - self.pooled, end)) if part.stop > part.start]
+
+
+def as_size(n_bytes: int) -> str:
+    """2 ** 34 -> 16.00 GiB; in MiB below one GiB."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
 
 
 def all_contents(tower: VisionTower, dtype: StoredDtype = "float16") -> Contents:

@@ -6,6 +6,7 @@ While the folder is being filled the same is in `unfinished.json`, without shard
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class FeatureManifest:
 
 def is_finished(folder: Path) -> bool:
     """Whether the folder holds a whole set."""
-    return (folder / FINISHED).exists()
+    return os.path.exists(folder / FINISHED)  # unlike Path.exists, no error where one may not look
 
 
 def write_manifest(manifest: FeatureManifest, path: Path) -> None:
@@ -73,12 +74,12 @@ def read_manifest(folder: Path, name: str = FINISHED) -> FeatureManifest:
 
 
 def _not_there(folder: Path, error: OSError) -> str:
-    if (folder / UNFINISHED).exists():
+    if os.path.exists(folder / UNFINISHED):
         return (
             f"the features in {folder} are not finished: a writing was interrupted or still goes on; run `adalink features` again, "
             "or train with train.features: fill"
         )
-    if folder.is_dir():
+    if os.path.isdir(folder) and not isinstance(error, PermissionError):
         below = sorted(path.parent.name for path in folder.glob(f"*/{FINISHED}"))
         found = f"it holds features of {', '.join(below)} in folders of their own" if below else f"it has no {FINISHED}"
         return f"{folder} is no folder of features: {found}; write them with `adalink features`"

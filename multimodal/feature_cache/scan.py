@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from adalink.errors import DataError
 from multimodal.feature_cache.contents import Contents
-from multimodal.feature_cache.shard import ABSENT, ShardFile
+from multimodal.feature_cache.shard import ABSENT, ShardFile, trim
 from multimodal.progress import progress
 
 __all__ = ["found_pictures", "shard_files"]
@@ -41,6 +41,7 @@ def found_pictures(folder: Path, contents: Contents, n_pictures: int) -> NDArray
                     done[picture] = True
                 else:
                     file.erase(slot)
+            trim(path, contents)  # of what a full disk or a kill left of a record
         except OSError as error:
             raise DataError(f"the features in {path} cannot be mended: {error.strerror}; can the folder be written?") from error
     return done

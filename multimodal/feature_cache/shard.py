@@ -25,7 +25,7 @@ from torch import Tensor
 from adalink.errors import DataError
 from multimodal.feature_cache.contents import Contents
 
-__all__ = ["ABSENT", "MEND", "ShardFile", "check_of", "seal"]
+__all__ = ["ABSENT", "MEND", "ShardFile", "check_of", "seal", "trim"]
 
 ABSENT = -1
 MEND = "run `adalink features` again, which writes anew what is damaged"
@@ -125,24 +125,31 @@ class ShardFile:
             view, offset = view[written:], offset + written
 
 
-def seal(path: Path, contents: Contents) -> tuple[int, int]:
-    """End a file after its last record, and put it on the disk; its records and bytes. A file without records is removed: (0, 0).
+def trim(path: Path, contents: Contents) -> tuple[int, int]:
+    """End a file after its last record; its records and bytes. A file without records is removed: (0, 0).
 
     Raises DataError where it is none of these contents, OSError where the disk refuses it.
     """
     file = ShardFile(path, contents)
     used = np.flatnonzero(file.index()[0] != ABSENT)
-    n_records = int(used[-1]) + 1 if len(used) else 0
-    if not n_records:
+    if not len(used):
         path.unlink()
         return 0, 0
+    n_records = int(used[-1]) + 1
     size = HEADER + 16 * file.capacity + n_records * contents.n_bytes
-    with path.open("r+b") as stream:
-        stream.truncate(size)
-        stream.write(_header(contents, file.capacity, n_records))
-        stream.flush()
-        os.fsync(stream.fileno())
+    os.truncate(path, size)
     return n_records, size
+
+
+def seal(path: Path, contents: Contents) -> int:
+    """End a file, say in its header how many records it holds, and put it on the disk; its bytes, 0 where it is removed. Raises as `trim`."""
+    n_records, size = trim(path, contents)
+    if n_records:
+        with path.open("r+b") as stream:
+            stream.write(_header(contents, ShardFile(path, contents).capacity, n_records))
+            stream.flush()
+            os.fsync(stream.fileno())
+    return size
 
 
 def _capacity(head: bytes, contents: Contents, path: Path) -> int:

@@ -19,7 +19,7 @@ from adalink.errors import AdalinkError, ConfigError, DataError
 from multimodal.bad_samples import BadSample
 from multimodal.feature_cache.binding import Binding, refuse_other
 from multimodal.feature_cache.cache import FeatureCache
-from multimodal.feature_cache.contents import Contents
+from multimodal.feature_cache.contents import Contents, as_size
 from multimodal.feature_cache.manifest import FINISHED, UNFINISHED, FeatureManifest, read_manifest, write_manifest
 from multimodal.feature_cache.scan import found_pictures, shard_files
 from multimodal.feature_cache.shard import ShardFile, seal
@@ -51,7 +51,7 @@ class FeatureWriter:
 
     def _opened(self) -> tuple[NDArray[np.bool_], bool]:
         """The pictures that are there, and whether that is all; what was made here is gone where it is refused."""
-        is_new = not self.folder.exists()
+        is_new = not os.path.exists(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.folder)
@@ -127,7 +127,7 @@ class FeatureWriter:
 
     def _finish(self, bad: Mapping[int, BadSample]) -> None:
         try:
-            sealed = {path.name: seal(path, self.contents)[1] for path in shard_files(self.folder)}
+            sealed = {path.name: seal(path, self.contents) for path in shard_files(self.folder)}
         except OSError as error:
             raise DataError(f"the features in {self.folder} cannot be finished: {error.strerror}; make room and run the same again") from error
         shards = {name: size for name, size in sealed.items() if size}
@@ -151,8 +151,8 @@ def _check_room(folder: Path, contents: Contents, n_missing: int) -> None:
     free, needed = shutil.disk_usage(folder).free, n_missing * (contents.n_bytes + 16)
     if needed > free:
         raise DataError(
-            f"the features of {n_missing:,} pictures take {needed / 2**30:.2f} GiB ({contents.n_bytes:,} bytes each: {contents}), "
-            f"and {folder} has {free / 2**30:.2f} GiB left: give a folder on a larger disk"
+            f"the features of {n_missing:,} pictures take {as_size(needed)} ({contents.n_bytes:,} bytes each: {contents}), "
+            f"and {folder} has {as_size(free)} left: give a folder on a larger disk"
         )
 
 
