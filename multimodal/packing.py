@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -37,16 +37,17 @@ Arrange = Callable[[Sequence[Row]], Sequence[Row]]
 NOTHING: frozenset[int] = frozenset()
 
 
-def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None = None) -> tuple[Arrange, str]:
+def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None = None, weights: Literal["whole", "split"] = "whole") -> tuple[Arrange, str]:
     """How this language model's rows are arranged for an adapter, and a line for the log that says so.
 
-    prompt: a row as it begins; it tells whether anything comes before what is trained
+    prompt    a row as it begins; it tells whether anything comes before what is trained
+    weights   split over processes (FSDP2), which must then call the model equally often, whatever their rows: once
     """
     if adapter is not None and _mixes_texts(adapter):
         return separate_rows, "one row per text: a slot of the adapter reads later tokens, or a gate the row, and would read every text of a packed row"
     is_gated = adapter is not None and bool(_gates(adapter))
     kind = model.config.model_type
-    packs, forks = may_pack(model), may_fork(model) and not is_gated
+    packs, forks = may_pack(model), may_fork(model) and not is_gated and weights == "whole"
     trained = NOTHING if adapter is None else trained_domains(adapter)
     frozen = _untouched(prompt.domain, trained) if prompt is not None and adapter is not None and forks else 0
     if prompt is not None and 2 * frozen >= len(prompt.ids):
@@ -59,12 +60,13 @@ def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None =
         return pack_rows, "one row per picture: its texts share it"
     if forks:
         return fork_rows, f"one row per text, after what the texts of a picture share, which is read once: {kind} is not known to take a packed row"
-    return separate_rows, f"one row per text: {'a gate of the adapter reads the prompt, and ' if is_gated else ''}{kind} can share neither row nor cache"
+    why = "a gate of the adapter reads the prompt, and " if is_gated else "the model's weights are split over processes, and " if weights == "split" else ""
+    return separate_rows, f"one row per text: {why}{kind} can share {'no row' if why else 'neither row nor cache'}"
 
 
-def arrangement_of(model: VisionLanguageModel) -> tuple[Arrange, str]:
+def arrangement_of(model: VisionLanguageModel, weights: Literal["whole", "split"] = "whole") -> tuple[Arrange, str]:
     """The same for a composed model and its active adapter."""
-    return arrangement(model.language.model, model.adapted.active_adapter(), model.row_encoder().prompt("?"))
+    return arrangement(model.language.model, model.adapted.active_adapter(), model.row_encoder().prompt("?"), weights)
 
 
 def check_packed(adapter: Adapter, domain: Tensor, segment: Tensor) -> None:

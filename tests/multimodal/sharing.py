@@ -81,7 +81,7 @@ def adapted(name: str, methods: Mapping[str, Method] | None = None, attention: s
         "lora": LoRA(groups={"image": ("image",), "text": ("text",)}, rank=2, alpha=2.0),
     }
     if model.anatomy.positions is None or model.anatomy.positions.module:
-        everything["epalm"] = EPALM(layers=(0, 2), n_taps=2, connector="per_tap")
+        everything["epalm"] = EPALM(layers=(1, 2), n_taps=1, connector="per_tap")  # below, the slot is hidden
     adapter = model.add_adapter("a", methods or everything).double()
     excite(adapter)
     return model

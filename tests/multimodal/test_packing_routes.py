@@ -118,7 +118,7 @@ def test_gates_over_the_prompt_are_not_forked() -> None:
     model = adapted("mpt", {"gated": Gated(inner=Bottleneck(width=4))})
     arrange, told = arrangement(model.base, model.active_adapter())
     assert arrange is separate_rows
-    assert told == "one row per text: a gate of the adapter reads the prompt, and mpt can share neither row nor cache"
+    assert told == "one row per text: a gate of the adapter reads the prompt, and mpt can share no row"
 
 
 @pytest.mark.parametrize("name", ["llama", "mpt"])
@@ -168,6 +168,16 @@ def test_beginnings_are_as_long_as_the_shortest_of_a_batch() -> None:
     assert batch.beginning.which.tolist() == [0, 0, 0, 1, 2, 2]
     assert batch.beginning.domains == {IMAGE, TEXT}
     assert len(TEXTS) == 3
+
+
+def test_models_whose_weights_are_split_over_processes_are_called_once_a_step() -> None:
+    """A process with single texts would call the model once, another twice, and each wait for the other's weights."""
+    prompt = Row((0, 0, 0, 7), (IMAGE, IMAGE, IMAGE, TEXT))
+    for name, wanted in (("llama", pack_rows), ("mpt", separate_rows)):
+        model = adapted(name, {"lora": LORA})
+        arrange, told = arrangement(model.base, model.active_adapter(), prompt, "split")
+        assert arrange is wanted
+    assert told == "one row per text: the model's weights are split over processes, and mpt can share no row"
 
 
 def test_rows_that_share_nothing_have_no_beginning() -> None:

@@ -20,7 +20,7 @@ def test_training_tells_how_texts_are_read(tmp_path: Path, capsys: pytest.Captur
     model = compose("opt", Template(prompt="<image><bos>question: {question} answer:"))
     adapter = model.add_adapter("one", BRIDGED).double()
     adapter.get_submodule("bridge").requires_grad_(False)
-    _, told = arrangement_of(model)
+    _, told = arrangement_of(model, "whole")
     train(model, Drawn(4), two_texts, TrainSettings(steps=2, batch_size=2), tmp_path)
     assert told in capsys.readouterr().out
     assert told.startswith("nothing trained reads or writes the first")
