@@ -32,6 +32,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"learning_rates": {"bridge": -1.0}}, "give positive rates"),
     ({"warmup": 1.0}, "train.warmup is 1.0 and train.final_rate 0.0: both are shares between 0 and 1"),
     ({"final_rate": 1.5}, "train.final_rate 1.5"),
+    ({"compile": "default", "checkpointing": True}, "train.compile is default and train.checkpointing true: a checkpointed layer is no part of one graph"),
     ({"betas": (0.9, 1.0)}, r"train.betas is \(0.9, 1.0\): both are from 0 to below 1"),
     ({"learning_rate": float("nan")}, "train.learning_rate is nan"),
 ]
