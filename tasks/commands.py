@@ -15,6 +15,7 @@ from multimodal.generate import GenerationSettings
 from multimodal.images import decode_image
 from multimodal.template import Template
 from multimodal.train_settings import TrainSettings
+from tasks.bench.command import bench
 from tasks.captioning import Captioning
 from tasks.compare_files import compare_coco, compare_vqa
 from tasks.compose import load_adapted
@@ -91,7 +92,10 @@ def _ask(values: Any, plain: Any) -> None:
     model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model)
     if saved["task"] != "vqa":
         raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink caption`")
-    print(model.generate([decode_image(values.image)], [values.question], settings=values.generation)[0])
+    picture = decode_image(values.image)  # the same for all questions, so it is read once
+    texts = model.generate([picture] * len(values.question), values.question, settings=values.generation)
+    for question, text in zip(values.question, texts, strict=True):
+        print(f"{question}\t{text}" if len(texts) > 1 else text)
 
 
 def _add_run(parser: Any, settings: Any = RunConfig) -> None:
@@ -154,7 +158,7 @@ def _add_caption(parser: Any) -> None:
 def _add_ask(parser: Any) -> None:
     _add_adapter(parser)
     parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture file: JPEG, PNG or WebP")
-    parser.add_argument("question", type=str, metavar="QUESTION", help="what to ask about it")
+    parser.add_argument("question", type=str, nargs="+", metavar="QUESTION", help="what to ask about it; several are answered in one batch")
 
 
 def _add_demo(parser: Any) -> None:
@@ -223,6 +227,7 @@ COMMANDS: dict[str, Command | Mapping[str, Command]] = {
         "merged": _function("write the language model with a LoRA for all tokens in its weights", export_merged),
         "embeds": _function("write prompts as embeddings, for an engine that serves the frozen model", export_embeds),
     },
+    "bench": _function("how fast this machine trains and answers beside the peers: ratios with their spread, and the targets", bench),
     "shards": {
         "coco": _function("write webdataset shards from COCO captions", shards_coco),
         "vqa": _function("write webdataset shards from VQAv2 questions and annotations", shards_vqa),

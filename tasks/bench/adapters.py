@@ -1,0 +1,131 @@
+"""What adapters cost: AdaLink on a forward pass, eight adapters in one batch, and a whole training step beside bare matrix products."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adalink import IMAGE, TEXT, AdaLink, Adapter, Anatomy, Bridge, Method, TokenMap, attach
+from tasks.bench.clock import alternate
+from tasks.bench.composed import Work, as_batch, composed, drawn_tower, encoded
+from tasks.bench.finding import Finding
+from tasks.bench.shapes import Machine, Shape, language
+from tasks.bench.sides import arrange_of, our_step
+from tasks.bench.sizes import Bench
+
+__all__ = ["adapters"]
+
+N_ADAPTERS = 8
+COST, MIXED, SHARE = 1.02, 1.05, 0.75
+ADALINK: Mapping[str, Method] = {"adalink": AdaLink(rank=16, modalities=("image", "text"))}
+
+
+def adapters(bench: Bench) -> Iterator[Finding]:
+    """On the last language model, with pictures of the last size."""
+    shape, work = bench.sizes.models[-1], bench.sizes.captions[-1].work
+    yield _forward(bench, shape, work)
+    yield _mixed(bench, shape, work)
+    yield _share(bench, shape, work)
+
+
+def _forward(bench: Bench, shape: Shape, work: Work) -> Finding:
+    """The head reads one token: what it costs would hide what the edits do."""
+    machine = bench.machine
+    plain: Any = language(shape, machine).model
+    ids, domain = _rows(work, machine, work.n_texts)
+    adapted = _adapted(shape, machine, 1)
+    token_map = TokenMap(domain, torch.zeros(len(ids), dtype=torch.int64, device=machine.device), serving=frozenset({0}))
+    turns = _turns(bench, {"adalink": lambda: adapted(ids, token_map), "frozen": lambda: _first(plain, ids)})
+    return Finding(
+        part="adapters",
+        what=f"{shape.name}: a forward pass with AdaLink on image and text, times the frozen model's",
+        ratios=turns.ratios("adalink", "frozen"),
+        target=COST,
+        sense="at most",
+        detail=f"{1000 * turns.median('adalink'):.0f} ms against {1000 * turns.median('frozen'):.0f} ms, {len(ids)} rows of {ids.shape[1]} tokens",
+    )
+
+
+def _mixed(bench: Bench, shape: Shape, work: Work) -> Finding:
+    machine = bench.machine
+    ids, domain = _rows(work, machine, N_ADAPTERS)
+    adapted = _adapted(shape, machine, N_ADAPTERS)
+    every = TokenMap(domain, torch.arange(N_ADAPTERS, device=machine.device), serving=frozenset(range(N_ADAPTERS)))
+    one = TokenMap(domain, torch.zeros_like(every.row), serving=frozenset({0}))
+    turns = _turns(bench, {"eight": lambda: adapted(ids, every), "one": lambda: adapted(ids, one)})
+    return Finding(
+        part="adapters",
+        what=f"{shape.name}: a batch that mixes {N_ADAPTERS} AdaLinks, times a batch with one",
+        ratios=turns.ratios("eight", "one"),
+        target=MIXED,
+        sense="at most",
+        detail=f"{1000 * turns.median('eight'):.0f} ms against {1000 * turns.median('one'):.0f} ms, {N_ADAPTERS} rows of {ids.shape[1]} tokens",
+    )
+
+
+def _share(bench: Bench, shape: Shape, work: Work) -> Finding:
+    """The products of the frozen weights alone are counted, forward and for the gradient of their inputs; attention is not."""
+    machine = bench.machine
+    model = composed(shape, machine, drawn_tower(work.n_patches), {"bridge": Bridge(kind="linear", norm="none"), **ADALINK})
+    features = work.features(machine)
+    batch = as_batch(encoded(model, work), features, arrange_of(model))
+    anatomy, config = model.adapted.anatomy, model.language.model.config
+    n_layers = sum(linear.n_in * linear.n_out for linear in anatomy.linears)
+    operations = 4 * (batch.ids.numel() * n_layers + batch.n_targets * config.hidden_size * config.vocab_size)
+    side = max(work.n_patches, 16) * 8
+    left, right = torch.randn(2, side, side, device=machine.device, dtype=machine.dtype)
+
+    def product() -> float:
+        torch.mm(left, right)
+        return 0.0
+
+    step = our_step(model, work, lambda: features)
+
+    def stepped() -> float:
+        step()
+        return 0.0
+
+    turns = alternate({"step": stepped, "product": product}, bench.repetitions, machine.device, machine.dtype)
+    rates = [operations / seconds for seconds in turns.seconds["step"]]
+    own = [2 * side**3 / seconds for seconds in turns.seconds["product"]]
+    return Finding(
+        part="adapters",
+        what=f"{shape.name}, {work.n_patches} image tokens: a training step's rate on the frozen weights, of the rate of one matrix product",
+        ratios=tuple(rate / of for rate, of in zip(rates, own, strict=True)),
+        target=SHARE,
+        detail=f"{statistics.median(rates) / 1e9:.1f} of {statistics.median(own) / 1e9:.1f} GFLOP/s, {operations / 1e9:.0f} GFLOP a step",
+    )
+
+
+def _adapted(shape: Shape, machine: Machine, n_adapters: int) -> Callable[[Tensor, TokenMap], float]:
+    """A forward pass of a model with so many AdaLinks attached."""
+    model: Any = language(shape, machine).model
+    anatomy = Anatomy.read(model)
+    attachment = attach(model, *(Adapter(ADALINK, anatomy).to(machine.device) for _ in range(n_adapters)), anatomy=anatomy)
+
+    def forward(ids: Tensor, token_map: TokenMap) -> float:
+        with attachment.bind(token_map):
+            return _first(model, ids)
+
+    return forward
+
+
+def _rows(work: Work, machine: Machine, n_rows: int) -> tuple[Tensor, Tensor]:
+    """ids and domains of whole rows: a picture, then a text."""
+    length = work.n_patches + work.n_prompt + work.n_target
+    domain = torch.full((n_rows, length), TEXT, device=machine.device)
+    domain[:, : work.n_patches] = IMAGE
+    return torch.randint(4, 100, (n_rows, length), device=machine.device), domain
+
+
+def _turns(bench: Bench, sides: Mapping[str, Callable[[], float]]) -> Any:
+    with torch.no_grad():
+        return alternate(sides, bench.repetitions, bench.machine.device, bench.machine.dtype)
+
+
+def _first(model: Any, ids: Tensor) -> float:
+    return float(model(ids, logits_to_keep=1, use_cache=False).logits[0, -1, 0])

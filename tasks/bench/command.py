@@ -1,0 +1,126 @@
+"""`adalink bench`: what it takes, and what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from adalink.atomic import write_whole
+from adalink.errors import ConfigError
+from tasks.bench.adapters import adapters
+from tasks.bench.features import features
+from tasks.bench.finding import Finding
+from tasks.bench.generation import generation
+from tasks.bench.growth import Point, points
+from tasks.bench.listing import about, as_json, as_line, as_markdown
+from tasks.bench.plot import as_svg
+from tasks.bench.scripts import metrics, shards
+from tasks.bench.shapes import Machine
+from tasks.bench.sizes import SIZES, Bench
+from tasks.bench.training import training
+
+__all__ = ["bench"]
+
+PARTS: Mapping[str, Callable[[Bench], Iterator[Finding]]] = {
+    "training": training,
+    "features": features,
+    "adapters": adapters,
+    "generation": generation,
+    "shards": shards,
+    "metrics": metrics,
+}
+
+
+def bench(
+    *,
+    only: Literal["training", "features", "adapters", "generation", "shards", "metrics", "growth"] | None = None,
+    repetitions: int = 5,
+    out: Path | None = None,
+    plot: Path | None = None,
+    size: Literal["tiny", "usual", "billion"] = "usual",
+    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    compile: Literal["no", "yes"] = "no",
+    threads: int = 1,
+) -> None:
+    """Measure this machine: training, kept features, adapters, generation, shards and scorers, each beside its peer, as ratios with their spread.
+
+    Args:
+        only: One part alone; by default every part but growth.
+        repetitions: How often each side takes its turn after the first, which is not counted; the median is held against the target.
+        out: A file for the table: .md, or .json with every ratio.
+        plot: A .svg file for how time and memory grow; measured when it is given.
+        size: tiny takes seconds and shows that the command works; usual is what the targets speak of; billion is for a GPU.
+        device: cpu, cuda or cuda:N.
+        dtype: Of the frozen models.
+        compile: Whether both sides run compiled models.
+        threads: Of the processor.
+    """
+    asked = Bench(sizes=SIZES[size], machine=_machine(device, dtype, compile, threads), repetitions=repetitions)
+    _check(repetitions, out, plot, only)
+    torch.set_num_threads(threads)
+    where = about(asked)
+    print("\n".join(f"{name}: {value}" for name, value in where.items()), flush=True)
+    found: list[Finding] = []
+    for part in [only] if only else PARTS:
+        if part in PARTS:
+            found += _shown(PARTS[part](asked))
+    if plot is not None or only == "growth":
+        grown: list[Point] = []
+        found += _shown(_kept(points(asked), grown))
+        if plot is not None:
+            write_whole(plot, as_svg(grown, f"{where['machine']}, {where['precision']}, seconds {where['seconds']}").encode())
+    if out is not None:
+        write_whole(out, (as_json if out.suffix == ".json" else as_markdown)(found, where).encode())
+
+
+def _shown(findings: Iterator[Finding]) -> list[Finding]:
+    """Printed as they come: a whole run takes long."""
+    found = []
+    for finding in findings:
+        print(as_line(finding), flush=True)
+        found.append(finding)
+    return found
+
+
+def _kept(grown: Iterator[Point], into: list[Point]) -> Iterator[Finding]:
+    for point in grown:
+        into.append(point)
+        yield point.finding
+
+
+def _machine(device: str, dtype: str, compile: str, threads: int) -> Machine:
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}: give 1 or more")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"the device {device!r} is none: give cpu, cuda or cuda:N") from None
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(f"the device {device!r} is not measured: give cpu, cuda or cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        n_gpus = torch.cuda.device_count()
+        raise ConfigError(
+            f"the device {device!r} was asked for, and torch {torch.__version__} finds {n_gpus}: give --device cpu, or install torch for CUDA"
+        )
+    return Machine(
+        device=place, dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype], is_compiled=compile == "yes", n_threads=threads
+    )
+
+
+def _check(repetitions: int, out: Path | None, plot: Path | None, only: str | None) -> None:
+    """Before anything is measured: a wrong name at the end of an hour would be dear."""
+    if repetitions < 1:
+        raise ConfigError(f"repetitions is {repetitions}: give 1 or more, 5 for figures that are published")
+    for name, path, suffixes in (("out", out, (".md", ".json")), ("plot", plot, (".svg",))):
+        if path is None:
+            continue
+        if path.suffix not in suffixes:
+            raise ConfigError(f"--{name} is {path}: give a file whose name ends in {' or '.join(suffixes)}")
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"--{name} is {path}, and there is no folder {path.parent}: make it first")
+    if plot is not None and only not in (None, "growth"):
+        raise ConfigError(f"--plot draws how the cost grows, and --only {only} leaves that out: give --only growth, or no --only")
