@@ -8,10 +8,12 @@ import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import resource_sharer
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from adalink.errors import DataError
@@ -27,7 +29,7 @@ def made_in_order(make: Callable[[Task], Made], tasks: Iterable[Task], *, worker
     """`make(task)` for each task, in their order, made in so many processes; in this one where `workers` is 0.
 
     make     pickles where processes are spawned; each process has its copy
-    tasks    drawn in this process, no further ahead than two for each worker
+    tasks    drawn in this process, no further ahead than two parcels for each worker, of one task or, where little is made, up to eight
 
     Raises DataError where a worker process dies, and what `make` raises.
     """
@@ -48,20 +50,24 @@ def made_in_order(make: Callable[[Task], Made], tasks: Iterable[Task], *, worker
                     item = next(given)
                 except StopIteration:
                     return
-                made = receiver.open(item) if isinstance(item, Parcel) else item
-            yield made
+                things = receiver.open(item) if isinstance(item, Parcel) else item
+            for made in things:
+                if isinstance(made, ExceptionWrapper):
+                    made.reraise()
+                yield made
 
 
 @dataclass(frozen=True)
 class _Told(Generic[Task]):
-    """Each task, with what the receiver has copied out when the task is drawn."""
+    """The tasks of each parcel, with what the receiver has copied out when they are drawn."""
 
     tasks: Iterable[Task]
     receiver: Receiver
 
-    def __iter__(self) -> Iterator[tuple[Task, tuple[int, ...]]]:
-        for task in self.tasks:
-            yield task, tuple(self.receiver.n_copied)
+    def __iter__(self) -> Iterator[tuple[tuple[Task, ...], tuple[int, ...]]]:
+        tasks = iter(self.tasks)
+        while group := tuple(islice(tasks, self.receiver.worth_a_parcel)):
+            yield group, tuple(self.receiver.n_copied)
 
 
 class _Job(Dataset[Any], Generic[Task]):
@@ -69,13 +75,18 @@ class _Job(Dataset[Any], Generic[Task]):
         self.make = make
         self.sender: Sender | None = None
 
-    def __getitem__(self, told: tuple[Task, tuple[int, ...]]) -> Any:
-        task, n_copied = told
-        made, worker = self.make(task), get_worker_info()
+    def __getitem__(self, told: tuple[tuple[Task, ...], tuple[int, ...]]) -> Any:
+        tasks, n_copied = told
+        worker = get_worker_info()
         if worker is None:
-            return made
+            return map(self.make, tasks)
         self.sender = self.sender or Sender(worker.id)
-        return self.sender.pack(made, n_copied[worker.id])
+        things: list[Any] = []
+        try:
+            things.extend(map(self.make, tasks))
+        except Exception:  # what was made before it arrives before it
+            things.append(ExceptionWrapper(where=f"in DataLoader worker process {worker.id}"))
+        return self.sender.pack(things, n_copied[worker.id])
 
 
 def _as_it_is(made: Any) -> Any:

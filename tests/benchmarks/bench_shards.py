@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_shards.py [--pictures 240] [--records 20000] [--repetitions 5]
 
-Every reader gives the same batches of the same tensors through the same DataLoader. Only ratios within one run mean anything: readers take
-turns, and the median of the turns is what is printed. `wall` is a whole pass, with the start of the worker processes; `CPU` is seconds of
-all processes together, which other work on the machine disturbs less.
+Every reader decodes with the same functions and gives the same batches of the same tensors, put together in the worker processes: this
+package's as in training (`made_in_order`), webdataset's as its documentation advises (`batched`, `WebLoader`), the others' by a DataLoader.
+Only ratios within one run mean anything: readers take turns, and the median of the turns is what is printed. `wall` is a whole pass, with
+the start of the worker processes; `CPU` is seconds of all processes together, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from multimodal.images import decode_image
-from multimodal.manifest import read_manifest
 from multimodal.order import SampleOrder
 from multimodal.sample import Sample
 from multimodal.shard_writer import write_shards
 from multimodal.shards import ShardSource
+from multimodal.workers import made_in_order
 
 SIDE = 64
 Decode = Callable[[bytes], NDArray[Any]]
@@ -99,20 +101,23 @@ def captions(index: int) -> tuple[str, ...]:
 
 
 @dataclass
-class Ours(Dataset[tuple[NDArray[Any], int]]):
+class Ours:
     """Shuffled over the whole set, every sample compared with its check sum."""
 
     source: ShardSource
     order: SampleOrder
     decode: Decode
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def __call__(self, positions: range) -> tuple[Tensor, int]:
+        return collate([self.item(self.source[self.order.sample(position)]) for position in positions])
 
-    def __getitem__(self, position: int) -> tuple[NDArray[Any], int]:
-        sample = self.source[self.order.sample(position)]
+    def item(self, sample: Sample) -> tuple[NDArray[Any], int]:
         assert isinstance(sample.image, bytes)
         return self.decode(sample.image), len(sample.captions)
+
+    def batches(self, size: int, workers: int) -> Iterator[tuple[Tensor, int]]:
+        n = len(self.source)
+        return made_in_order(self, [range(at, min(at + size, n)) for at in range(0, n, size)], workers=workers)
 
 
 @dataclass
@@ -151,14 +156,15 @@ class TarLoop(IterableDataset[tuple[NDArray[Any], int]]):
                         parts = {}
 
 
-def plain_webdataset(shards: list[Path], decode: Decode) -> Any:
+def plain_webdataset(shards: list[Path], decode: Decode, batch_size: int, workers: int) -> Any:
     """As its documentation has it, with a buffer of 1,000 to shuffle in, and the same decoding."""
 
     def handler(key: str, data: bytes) -> Any:
         return decode(data) if key.endswith("jpg") else Json(data)
 
-    dataset = wds.WebDataset([str(path) for path in shards], shardshuffle=len(shards), empty_check=False, seed=0)
-    return dataset.shuffle(1000).decode(handler, only=None).to_tuple("jpg", "json").map(lambda pair: (pair[0], len(pair[1]["captions"])))
+    dataset = wds.WebDataset([str(path) for path in shards], shardshuffle=len(shards), empty_check=False, seed=0).shuffle(1000)
+    pairs = dataset.decode(handler, only=None).to_tuple("jpg", "json").map(lambda pair: (pair[0], len(pair[1]["captions"])))
+    return wds.WebLoader(pairs.batched(batch_size, collation_fn=collate), batch_size=None, num_workers=workers)
 
 
 def collate(items: list[tuple[NDArray[Any], int]]) -> tuple[Tensor, int]:
@@ -172,48 +178,54 @@ def cpu() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def one_pass(dataset: Any, workers: int, batch_size: int, n: int) -> tuple[float, float]:
+def one_pass(batches: Any, n: int) -> tuple[float, float]:
     """Seconds per sample, by the clock and of CPU."""
     started, clock = cpu(), time.perf_counter()
-    counted = sum(len(batch) for batch, _ in DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate))
+    counted = sum(len(batch) for batch, _ in batches)
     wall = time.perf_counter() - clock
     assert counted == n, (counted, n)
     return wall / n, (cpu() - started) / n
 
 
-def read(name: str, folder: Path, source: Pictures, decode: Decode, batch_size: int, repetitions: int) -> None:
-    """Print one table of readers."""
-    write_shards(source, folder / "shards", samples_per_shard=len(source) // 8)
+def readers_of(folder: Path, source: Pictures, decode: Decode, batch_size: int, workers: int) -> dict[str, Callable[[], Any]]:
+    """What gives the batches, by name."""
     shards = sorted((folder / "shards").glob("*.tar"))
+    loader = partial(DataLoader, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    return {
+        "adalink": lambda: Ours(ShardSource(folder / "shards"), SampleOrder(len(source), 0), decode).batches(batch_size, workers),
+        "webdataset": lambda: plain_webdataset(shards, decode, batch_size, workers),
+        "tarfile loop": lambda: loader(TarLoop(shards, decode)),
+        "folder of files": lambda: loader(Folder(source.folder, len(source), decode)),
+    }
+
+
+def read(name: str, folder: Path, source: Pictures, decode: Decode, batch_size: int, repetitions: int) -> None:
+    """Print one table of readers for each number of workers."""
+    write_shards(source, folder / "shards", samples_per_shard=len(source) // 8)
     for workers in (0, 1, 2):
-        readers: dict[str, Callable[[], Any]] = {
-            "adalink": lambda: Ours(ShardSource(folder / "shards"), SampleOrder(len(source), 0), decode),
-            "webdataset": lambda: plain_webdataset(shards, decode),
-            "tarfile loop": lambda: TarLoop(shards, decode),
-            "folder of files": lambda: Folder(source.folder, len(source), decode),
-        }
+        readers = readers_of(folder, source, decode, batch_size, workers)
         times: dict[str, list[tuple[float, float]]] = {reader: [] for reader in readers}
         for repetition in range(repetitions + 1):
             for reader, make in readers.items():
-                found = one_pass(make(), workers, batch_size, len(source))
+                found = one_pass(make(), len(source))
                 if repetition:  # the first warms the page cache
                     times[reader].append(found)
-        print(f"\n{name}, {workers} worker{'s' * (workers != 1)}\n\n| reader | samples/s | adalink is faster, wall | adalink is faster, CPU |\n|---|---|---|---|")
+        print(f"\n{name}, {workers} worker{'s' * (workers != 1)}\n\n| reader | samples/s | us of CPU a sample | adalink is faster, wall | adalink is faster, CPU |\n|---|---|---|---|---|")
         for reader, taken in times.items():
             ratios = [statistics.median(other[k] / own[k] for other, own in zip(taken, times["adalink"], strict=True)) for k in (0, 1)]
-            print(f"| {reader} | {1 / statistics.median(wall for wall, _ in taken):.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |", flush=True)
+            wall, used = (statistics.median(each[k] for each in taken) for k in (0, 1))
+            print(f"| {reader} | {1 / wall:.0f} | {1e6 * used:.1f} | {ratios[0]:.2f} | {ratios[1]:.2f} |", flush=True)
 
 
-def share_of_state(folder: Path, decode: Decode, repetitions: int) -> None:
+def share_of_state(name: str, folder: Path, decode: Decode, batch_size: int, repetitions: int) -> None:
     """Print what manifest, order and state cost, as a share of reading and decoding an epoch in one process."""
     shares = []
     for _ in range(repetitions):
         started = time.process_time()
-        manifest = read_manifest(folder / "shards")
         source = ShardSource(folder / "shards")
         order = SampleOrder(len(source), 0)
         indices = [order.sample(position) for position in range(len(source))]
-        for _ in range(len(source) // 16):
+        for _ in range(len(source) // batch_size):
             json.dumps({"position": 0, **order.state(), "data": source.fingerprint})
         cost = time.process_time() - started
         started = time.process_time()
@@ -222,8 +234,7 @@ def share_of_state(folder: Path, decode: Decode, repetitions: int) -> None:
             assert isinstance(image, bytes)
             decode(image)
         shares.append(cost / (time.process_time() - started))
-        assert len(manifest) == len(source)
-    print(f"\nmanifest, order and state: {100 * statistics.median(shares):.2f} % of an epoch of reading and decoding {len(indices)} pictures in one process")
+    print(f"\nmanifest, order and state: {100 * statistics.median(shares):.2f} % of an epoch of reading and decoding {len(indices)} {name} in one process")
 
 
 def copy(source: Pictures, out: Path, per_shard: int, hashed: Callable[[bytes], Any]) -> None:
@@ -244,12 +255,13 @@ def copy(source: Pictures, out: Path, per_shard: int, hashed: Callable[[bytes], 
 
 
 def write(folder: Path, source: Pictures, repetitions: int) -> None:
-    """Print what writing costs against plain copy loops."""
+    """Print what writing costs against plain copy loops; four threads are what `adalink shards` takes."""
+    per_shard = len(source) // 8
     loops: dict[str, Callable[[Path], Any]] = {
-        "a plain copy loop": lambda out: copy(source, out, 50, len),
-        "a copy loop with the manifest's check sums": lambda out: copy(source, out, 50, lambda data: (hashlib.sha256(data), zlib.crc32(data))),
+        "a plain copy loop": lambda out: copy(source, out, per_shard, len),
+        "a copy loop with the manifest's check sums": lambda out: copy(source, out, per_shard, lambda data: (hashlib.sha256(data), zlib.crc32(data))),
     }
-    writers: dict[str, Callable[[Path], Any]] = {f"{n} thread{'s' * (n > 1)}": lambda out, n=n: write_shards(source, out, samples_per_shard=50, workers=n) for n in (1, 2)}
+    writers: dict[str, Callable[[Path], Any]] = {f"{n} thread{'s' * (n > 1)}": lambda out, n=n: write_shards(source, out, samples_per_shard=per_shard, workers=n) for n in (1, 2, 4)}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (*loops, *writers)}
     for repetition in range(repetitions + 1):
         for name, make in (*loops.items(), *writers.items()):
@@ -281,10 +293,11 @@ def main() -> None:
             pictures = Pictures(given.pictures, folder / "pictures")
             size = sum(path.stat().st_size for path in (folder / "pictures").glob("*.jpg")) / given.pictures
             read(f"JPEG decode ({size / 1024:.0f} KiB each)", folder / "p", pictures, as_picture, 16, given.repetitions)
-            share_of_state(folder / "p", as_picture, given.repetitions)
+            share_of_state("pictures", folder / "p", as_picture, 16, given.repetitions)
             write(folder, pictures, given.repetitions)
         if given.records:
             read("Small records", folder / "r", Records(given.records, folder / "records"), as_record, 64, given.repetitions)
+            share_of_state("small records", folder / "r", as_record, 64, given.repetitions)
 
 
 if __name__ == "__main__":

@@ -42,12 +42,12 @@ def test_what_is_more_than_a_tensor_is_pickled_as_it_is() -> None:
 
 def test_memory_is_used_again_once_it_was_copied_out_and_not_before() -> None:
     sender, receiver = Sender(0), Receiver(1)
-    first, second = (sender.pack(torch.full((4,), float(i)), 0) for i in range(2))
+    first, second = (sender.pack([torch.full((4,), float(i))], 0) for i in range(2))
     assert first.block != second.block
-    opened = receiver.open(first)
-    third = sender.pack(torch.full((4,), 2.0), receiver.n_copied[0])
+    (opened,) = receiver.open(first)
+    third = sender.pack([torch.full((4,), 2.0)], receiver.n_copied[0])
     assert (third.block, third.memory) == (first.block, None)
-    assert [receiver.open(each).tolist() for each in (second, third)] == [[1.0] * 4, [2.0] * 4]
+    assert [receiver.open(each)[0].tolist() for each in (second, third)] == [[1.0] * 4, [2.0] * 4]
     assert opened.tolist() == [0.0] * 4  # it has memory of its own
 
 
@@ -55,14 +55,23 @@ def test_memory_that_is_too_small_is_replaced() -> None:
     sender, receiver = Sender(0), Receiver(1)
     for size in (1, 2**16, 3, 2**17, 2**17 + 9):
         thing = torch.arange(size)
-        parcel = sender.pack(thing, receiver.n_copied[0])
+        parcel = sender.pack([thing], receiver.n_copied[0])
         assert parcel.block == 0
         assert (parcel.memory is not None) == (size in (1, 2**16, 2**17))  # a quarter of room is left for the last
-        assert equal(receiver.open(parcel), thing)
+        assert equal(receiver.open(parcel)[0], thing)
 
 
 def test_several_senders_do_not_meet() -> None:
     senders, receiver = [Sender(0), Sender(1)], Receiver(2)
-    parcels = [sender.pack(torch.full((2,), float(i)), 0) for _ in range(2) for i, sender in enumerate(senders)]
-    assert [receiver.open(parcel).tolist() for parcel in parcels] == [[0.0] * 2, [1.0] * 2] * 2
+    parcels = [sender.pack([torch.full((2,), float(i))], 0) for _ in range(2) for i, sender in enumerate(senders)]
+    assert [receiver.open(parcel)[0].tolist() for parcel in parcels] == [[0.0] * 2, [1.0] * 2] * 2
     assert receiver.n_copied == [2, 2]
+
+
+@pytest.mark.parametrize(("size", "together"), [(0, 8), (2**10, 8), (2**20 - 64, 3), (2**21, 1), (2**23, 1)])
+def test_small_things_travel_together_and_large_ones_alone(size: int, together: int) -> None:
+    receiver = Receiver(1)
+    assert receiver.worth_a_parcel == 1
+    for things in (1, 2):
+        receiver.open(Sender(0).pack([torch.zeros(size, dtype=torch.uint8)] * things, 0))
+        assert receiver.worth_a_parcel == together

@@ -52,16 +52,26 @@ def test_the_file_descriptors_in_use_do_not_grow_with_what_is_kept() -> None:
     assert len(kept) == 200
 
 
-def test_tasks_are_drawn_no_further_ahead_than_two_for_each_worker() -> None:
+def small(task: int) -> Tensor:
+    return torch.zeros(task)
+
+
+def large(task: int) -> Tensor:
+    return torch.zeros(2**21, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("make", "ahead"), [(small, 2 * 2 * 8 + 8), (large, 2 * 2)])
+def test_tasks_are_drawn_no_further_ahead_than_two_parcels_for_each_worker(make: Any, ahead: int) -> None:
     drawn: list[int] = []
 
     def tasks() -> Iterator[int]:
-        for task in range(20):
+        for task in range(90):
             drawn.append(task)
             yield task
 
-    for number, _ in enumerate(made_in_order(made, tasks(), workers=2), start=1):
-        assert len(drawn) <= number + 4
+    for number, _ in enumerate(made_in_order(make, tasks(), workers=2), start=1):
+        assert len(drawn) <= number + ahead
+    assert number == 90
 
 
 def failing(task: int) -> int:
