@@ -16,11 +16,12 @@ from adalink.errors import CheckpointError, DataError
 from multimodal.bad_samples import BadSample
 from multimodal.batch import Batch, collate
 from multimodal.encode import Row, RowEncoder, TextTooLong
-from multimodal.images import BadImage, decode_image
+from multimodal.images import BadImage
 from multimodal.kept import Kept
 from multimodal.mixing import fingerprint_of, order_of
 from multimodal.order import Order
 from multimodal.packing import Arrange
+from multimodal.pixels import read_pixels
 from multimodal.sample import Sample, SampleSource
 from multimodal.shards import DamagedSample
 from multimodal.template import Text
@@ -80,7 +81,7 @@ class _Positions:
         try:
             rows = self.rows(texts)
             if self.patches is None:
-                return _Item(sample.key, index, self.preprocess(decode_image(sample.image)), rows)
+                return _Item(sample.key, index, read_pixels(sample, self.preprocess), rows)
         except BadImage as error:
             return BadSample(key=sample.key, reason=error.reason, detail=str(error))
         except TextTooLong as error:

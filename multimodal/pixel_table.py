@@ -10,7 +10,8 @@ from torch import Tensor
 
 from multimodal.bad_samples import BadSample
 from multimodal.encoders.stage import Preprocess
-from multimodal.images import BadImage, decode_image
+from multimodal.images import BadImage
+from multimodal.pixels import read_pixels
 from multimodal.progress import progress
 from multimodal.sample import SampleSource
 from multimodal.shards import DamagedSample
@@ -37,7 +38,7 @@ class PixelTable:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Tensor | BadSample:
-        return self.bad[index] if index in self.bad else self.preprocess(decode_image(self.source[self.indices[index]].image))
+        return self.bad[index] if index in self.bad else read_pixels(self.source[self.indices[index]], self.preprocess)
 
     def usable(self) -> list[int]:
         """The indices of the samples that can be shown."""
@@ -56,7 +57,7 @@ def pixel_table(source: SampleSource, preprocess: Preprocess, *, label: str) -> 
     for index in progress(range(len(source)), label):
         try:
             sample = source[index]
-            shape = tuple(preprocess(decode_image(sample.image)).shape)
+            shape = tuple(read_pixels(sample, preprocess).shape)
         except DamagedSample as error:
             bad[index] = error.bad
         except BadImage as error:

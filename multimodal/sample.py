@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-__all__ = ["Question", "Sample", "SampleSource"]
+__all__ = ["Decode", "Question", "Sample", "SampleSource"]
+
+Decode = Literal["exact", "draft"]  # draft: JPEGs at a fraction of their size (multimodal.pixels.Drafted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class Sample:
     key        unique in its data set; what logs and reports name
     image_id   the id in the official result files
     image      encoded bytes (from a shard) or the path of a file; decoded by `multimodal.images.decode_image`
+    decode     how, where an encoder is to see it
     """
 
     key: str
@@ -39,6 +42,7 @@ class Sample:
     image: bytes | Path
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
+    decode: Decode = "exact"
 
 
 class SampleSource(Protocol):

@@ -16,13 +16,14 @@ from torch import nn
 from adalink.errors import CheckpointError, ConfigError, TerminatedError
 from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.batch import Batch
+from multimodal.compiled import compiled
 from multimodal.feature_cache.fill import FillingLoader
 from multimodal.feature_cache.writer import FeatureWriter
 from multimodal.kept import Kept
 from multimodal.loader import Loaded, Texts, TrainLoader, train_loader
 from multimodal.model import VisionLanguageModel
 from multimodal.packing import arrangement_of, separate_rows
-from multimodal.parameter_groups import parameter_groups
+from multimodal.parameter_groups import new_optimizer
 from multimodal.patch_table import encode_all
 from multimodal.processes import agree, opened_accelerator, step_seed
 from multimodal.progress import StepProgress
@@ -33,8 +34,8 @@ from multimodal.stop_signal import StopSignal, sigterm_noted
 from multimodal.trackers import Shown, track
 from multimodal.train_settings import TrainSettings
 from multimodal.train_state import latest_checkpoint, load_state, state_tensors, write_state
-from multimodal.workers import dead_workers_told
 from multimodal.trained import TrainedParts
+from multimodal.workers import dead_workers_told
 
 __all__ = ["Trained", "train"]
 
@@ -84,8 +85,8 @@ def train(
             raise ConfigError("train.features is fill, and no folder is given to fill: give patches, a FeatureWriter")
         if patches is None and settings.features == "memory":
             patches = encode_all(model, source, workers=settings.workers, label="encoding each picture once")
-        arrange, told = (separate_rows, CHOSEN) if model.head is not None else arrangement_of(model)
-        accelerator.print(told)
+        arrange, told = (separate_rows, CHOSEN) if model.head is not None else arrangement_of(model, "split" if accelerator.is_fsdp2 else "whole")
+        accelerator.print(told if model.head is not None else f"{told}; {model.language_loss.head.told}")
         stream = train_loader(
             source, texts, model.row_encoder(), arrange, model.tower.preprocess, steps=0, batch_size=settings.batch_size, seed=settings.seed,
             workers=settings.workers, rank=accelerator.process_index, world=accelerator.num_processes,
@@ -99,7 +100,7 @@ def train(
             model.adapted.attachment.checkpoint_layers()
         loader.steps = (n_steps - first) * settings.accumulation
         started = time.perf_counter()
-        with contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=accelerator.is_main_process)) as shown:
+        with compiled(model, settings.compile), contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=accelerator.is_main_process)) as shown:
             for step, group in enumerate(_groups(iter(loader), settings.accumulation), start=first):
                 loss = run.step(group, step, settings.rate(step, n_steps))
                 shown.step()
@@ -136,9 +137,8 @@ class _Run:
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
         self.is_stopping = False
         self.parameters = {**TrainedParts.of(model).parameters(), **also_trained}
-        groups = parameter_groups(self.parameters, settings)
-        self.peaks = [group["lr"] for group in groups]
-        optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
+        optimizer = new_optimizer(self.parameters, settings)
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         # FSDP2 puts parameters of its own in their places.

@@ -100,6 +100,7 @@ class _FrozenHead(torch.autograd.Function):
             total += loss
             if gradient is not None:
                 torch.mm(by_score.to(matrix.dtype), matrix, out=gradient[chunk])
+            del scores, by_score  # else the next chunk's scores are made beside them
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

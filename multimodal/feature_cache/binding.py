@@ -153,10 +153,11 @@ def _fingerprint_of_pictures(source: SampleSource) -> str:
 
 
 def _told(sample: Sample, *, is_read: bool) -> bytes:
+    key = sample.key if sample.decode == "exact" else f"{sample.key}\0{sample.decode}"
     if isinstance(sample.image, bytes):
-        return f"{sample.key}\0{hashlib.sha256(sample.image).hexdigest()}\0".encode()
+        return f"{key}\0{hashlib.sha256(sample.image).hexdigest()}\0".encode()
     size, read = -1, b""
     with suppress(OSError, ValueError):  # a missing picture is told where it is encoded
         size = sample.image.stat().st_size
         read = hashlib.sha256(sample.image.read_bytes()).digest() if is_read else b""
-    return f"{sample.key}\0{sample.image.name}\0{size}\0".encode() + read
+    return f"{key}\0{sample.image.name}\0{size}\0".encode() + read

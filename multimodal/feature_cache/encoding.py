@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from multimodal.bad_samples import BadSample
 from multimodal.features import Features
-from multimodal.images import BadImage, decode_image
+from multimodal.images import BadImage
+from multimodal.pixels import read_pixels
 from multimodal.sample import SampleSource
 from multimodal.shards import DamagedSample
 from multimodal.vision import VisionTower
@@ -37,7 +38,7 @@ class _Pictures(Dataset["tuple[int, Tensor | BadSample]"]):
         except DamagedSample as error:
             return index, error.bad
         try:
-            return index, self.preprocess(decode_image(sample.image))
+            return index, read_pixels(sample, self.preprocess)
         except BadImage as error:
             return index, BadSample(key=sample.key, reason=error.reason, detail=str(error))
 
