@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The console script. A reader that has seen enough (`adalink methods | head`) ends it without a word, as 128 + SIGPIPE."""
+    os.environ["WDS_SECURE"] = "1"  # webdataset, should anything import it, then opens no pipe and unpickles nothing
     try:
         code = main()
         sys.stdout.flush()

@@ -25,6 +25,29 @@ def test_the_console_script_is_what_these_tests_start() -> None:
     assert 'adalink = "tasks.cli:entry"' in (ROOT / "pyproject.toml").read_text()
 
 
+LOOK_AT_WEBDATASET = """
+print("imported by us:", "webdataset" in sys.modules)
+import webdataset
+try:
+    webdataset.gopen.gopen("pipe:echo run")
+    print("a pipe was opened")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_webdatasets_own_security_switch_is_on_in_the_commands_process() -> None:
+    command = "import sys\nsys.argv = ['adalink', '--version']\nfrom tasks.cli import entry\ntry:\n    entry()\nexcept SystemExit:\n    pass\n"
+    environment = {name: value for name, value in os.environ.items() if name != "WDS_SECURE"}
+
+    def said(code: str) -> list[str]:
+        code += LOOK_AT_WEBDATASET
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout.splitlines()
+
+    assert said(command)[1:] == ["imported by us: False", "gopen_pipe: unsafe_gopen is False, cannot open pipe URLs"]
+    assert said("import sys") == ["imported by us: False", "a pipe was opened"]  # the control
+
+
 def test_a_wrong_command_line_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path) -> None:
     out, err = (process := start("train", "--config", RECIPES["vqa"], "--out", tmp_path / "run", "--train.learing_rate", "1")).communicate(timeout=120)
     assert process.returncode == 2
