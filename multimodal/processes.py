@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import nn
 
 from adalink.errors import AdalinkError, ConfigError
@@ -21,7 +21,7 @@ from multimodal.bad_samples import BadSample
 from multimodal.loader import Loaded
 from multimodal.train_settings import TrainSettings
 
-__all__ = ["Agreed", "agree", "done_by_main", "gathered", "opened_accelerator", "step_seed"]
+__all__ = ["Agreed", "agree", "done_by_main", "gathered", "opened_accelerator", "process_state", "step_seed"]
 
 T = TypeVar("T")
 
@@ -44,7 +44,8 @@ def agree(accelerator: Accelerator, group: Sequence[Loaded], stop: bool) -> Agre
     """One exchange of three numbers, and of the bad samples themselves in the rare step that has some."""
     bad = [sample for loaded in group for sample in loaded.bad]
     n_targets = sum(loaded.batch.n_targets for loaded in group if loaded.batch)
-    own = torch.tensor([float(n_targets), float(len(bad)), float(stop)], device=accelerator.device)
+    # A process alone asks no device: that would wait for all that the device has still to do.
+    own = torch.tensor([float(n_targets), float(len(bad)), float(stop)], device=accelerator.device if accelerator.num_processes > 1 else "cpu")
     targets, n_bad, stops = accelerator.reduce(own, "sum").tolist()
     return Agreed(max(targets, 1.0), tuple(gathered(accelerator, bad)) if n_bad else (), stops > 0)
 
@@ -54,9 +55,14 @@ def gathered(accelerator: Accelerator, items: list[T]) -> list[T]:
     return list(gather_object(items)) if accelerator.num_processes > 1 else items
 
 
+def process_state() -> PartialState:
+    """The processes as accelerate knows them, read from the environment as its Accelerator reads it, so that a training finds the same state."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def done_by_main(function: Callable[[], T]) -> T:
     """What the function gives in the main process, in every process; what the caller can mend is raised in every one of them too."""
-    state = PartialState()
+    state = process_state()
     done: list[Any] = [None, None]
     if state.is_main_process:
         try:

@@ -6,15 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-
 from adalink import AdaptedModel
 from adalink.errors import CheckpointError, ConfigError
 from multimodal.classify import use_for
 from multimodal.language import LanguageUse, load_language
 from multimodal.model import VisionLanguageModel
+from multimodal.processes import process_state
 from multimodal.template import Template
 from multimodal.vision import VisionTower, load_tower
 from tasks.scenes.parts import encoder_folder, language_folder
@@ -26,18 +23,14 @@ def compose(encoder: str, language_model: str, *, template: Template, layer: int
     """The composed model, on this process's device; `scenes:encoder` and `scenes:language` are the parts that ship with the package."""
     tower = composed_tower(encoder, layer)
     language = load_language(found_part(language_model), use=use)
-    return VisionLanguageModel(tower, dataclasses.replace(language, name=language_model), template).to(_device())
+    return VisionLanguageModel(tower, dataclasses.replace(language, name=language_model), template).to(process_state().device)
 
 
 def composed_tower(encoder: str, layer: int = -1) -> VisionTower:
     """The encoder of a composed model, on this process's device."""
     tower = load_tower(found_part(encoder), layer=layer)
     tower.name = encoder  # an adapter remembers its parts by the names that were given, not by where they were found
-    return tower.to(_device())
-
-
-def _device() -> torch.device:
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator reads it, so that training finds the same state
+    return tower.to(process_state().device)
 
 
 def found_part(name: str) -> str | Path:

@@ -31,11 +31,11 @@ class FillingLoader:
 
     def __iter__(self) -> Iterator[Loaded]:
         """The next `steps` steps."""
-        first = min(self.steps, self._stream.steps_to(len(self._source)))
+        first = 0 if self._writer.is_whole else min(self.steps, self._stream.steps_to(len(self._source)))
         self._stream.steps = first
         for loaded in self._stream:
             yield self._kept(loaded)
-        if self._stream.steps_to(len(self._source)) == 0:
+        if self._writer.is_whole or self._stream.steps_to(len(self._source)) == 0:
             self._stream.read_kept(complete(self._writer, self._tower, self._source, workers=self._workers, label="encoding what is left"))
             self._stream.steps = self.steps - first
             yield from self._stream

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
@@ -16,6 +15,7 @@ from multimodal.feature_cache.cache import FeatureCache
 from multimodal.feature_cache.contents import Contents
 from multimodal.feature_cache.encoding import GROUP, encoded_groups
 from multimodal.feature_cache.writer import FeatureWriter
+from multimodal.processes import process_state
 from multimodal.sample import SampleSource
 from multimodal.vision import VisionTower
 
@@ -44,14 +44,16 @@ def write_features(
     Raises ConfigError and DataError as FeatureWriter does, BudgetError over the budget; what is written stays, and the folder is not finished.
     """
     with opened_writer(tower, source, folder, contents) as writer:
-        return FeatureCache.open(folder) if writer.is_whole else complete(writer, tower, source, workers=workers, budget=budget, label=label)
+        return complete(writer, tower, source, workers=workers, budget=budget, label=label)
 
 
 def complete(
     writer: FeatureWriter, tower: VisionTower, source: SampleSource, *, workers: int = 0, budget: int | None = None, label: str = "encoding"
 ) -> FeatureCache:
     """Encode the pictures that are missing, and finish the folder; all processes together. budget: None where bad pictures count elsewhere."""
-    state, missing = PartialState(), writer.missing()
+    if writer.is_whole:
+        return FeatureCache.open(writer.folder)
+    state, missing = process_state(), writer.missing()
     groups = sorted({int(index) // GROUP for index in missing})[state.process_index :: state.num_processes]
     bad: dict[int, BadSample] = {}
     allowed = len(source) if budget is None else budget

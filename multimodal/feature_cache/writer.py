@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,7 +22,7 @@ from multimodal.feature_cache.contents import Contents, as_size
 from multimodal.feature_cache.manifest import FINISHED, UNFINISHED, FeatureManifest, read_manifest, write_manifest
 from multimodal.feature_cache.scan import found_pictures, shard_files
 from multimodal.feature_cache.shard import ShardFile, seal
-from multimodal.processes import done_by_main
+from multimodal.processes import done_by_main, process_state
 
 __all__ = ["FeatureWriter"]
 
@@ -138,7 +137,7 @@ class FeatureWriter:
 
     def _create(self) -> ShardFile:
         """The next file of this process that is not there yet. Raises OSError."""
-        rank, pictures = PartialState().process_index, self.binding.pictures
+        rank, pictures = process_state().process_index, self.binding.pictures
         capacity = min(pictures, max(SHARD_BYTES // self.contents.n_bytes, -(-pictures // MOST_SHARDS), 1))
         while True:
             path = self.folder / f"{rank:03d}-{self._number:05d}.safetensors"
