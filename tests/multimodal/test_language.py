@@ -14,11 +14,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
+    BertModel,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
     TrOCRConfig,
     ViTConfig,
@@ -212,3 +216,37 @@ def test_an_encoder_is_no_language_model_that_writes(tmp_path: Path) -> None:
     BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"is of model type 'bert', expected one that writes text"):
         load_language(tmp_path)
+
+
+MASKED = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "pad_token_id": 0}
+
+
+def test_an_encoder_only_model_is_read_without_a_head_or_pooler(tmp_path: Path) -> None:
+    for folder, kind in ((tmp_path / "words", BertForMaskedLM), (tmp_path / "bare", BertModel)):
+        saved = kind(BertConfig(**MASKED)).eval()
+        saved.save_pretrained(folder)
+        save_tokenizer(folder, cls_token="<s>", sep_token="</s>", pad_token="<pad>")
+        language = load_language(folder, use="read")
+        assert (type(language.model), language.model.pooler) == (BertModel, None)
+        stack = saved.bert if kind is BertForMaskedLM else saved
+        ids = torch.tensor([[1, 4, 5, 2]])
+        assert torch.equal(language.model(ids).last_hidden_state, stack(ids).last_hidden_state)
+        assert (language.tokenizer.bos_token_id, language.tokenizer.eos_token_id, language.tokenizer.pad_token_id) == (1, 2, 0)
+        assert language.first_position == 0
+
+
+def test_positions_of_roberta_start_after_its_padding_row(tmp_path: Path) -> None:
+    RobertaModel(RobertaConfig(**{**MASKED, "pad_token_id": 3}, bos_token_id=1, eos_token_id=2)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, bos_token="<s>", eos_token="</s>", pad_token="<unk>")
+    language = load_language(tmp_path, use="read")
+    assert language.first_position == 4
+    ids = torch.tensor([[1, 4, 5, 2]])
+    assert torch.equal(language.model(ids, position_ids=torch.arange(4, 8)[None]).last_hidden_state, language.model(ids).last_hidden_state)
+
+
+def test_a_model_that_writes_can_be_read_too_but_for_an_encoder_decoder(tmp_path: Path) -> None:
+    save(tmp_path / "opt", FAMILIES["opt"], eos_token="</s>")
+    assert type(load_language(tmp_path / "opt", use="read").model) is type(load_language(tmp_path / "opt").model)
+    save(tmp_path / "t5", FAMILIES["t5"], eos_token="</s>")
+    with pytest.raises(ConfigError, match=r"is of model type 't5', which is an encoder-decoder, and a head chooses an answer from one stack: give an encoder-"):
+        load_language(tmp_path / "t5", use="read")
