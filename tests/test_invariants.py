@@ -42,6 +42,7 @@ from adalink import (
     UniPELT,
     attach,
 )
+from adalink.methods import METHODS
 
 
 class Shift(nn.Module):
@@ -95,6 +96,8 @@ METHODS_UNDER_TEST = {
     },
 }  # fmt: skip
 IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep", "lora", "lora_query_value", "bitfit", "ia3", "gated_adalink")
+# Each method once; a graph takes seconds.
+COMPILED = ("adalink", "bitfit", "bottleneck", "epalm", "epalm_leaks", "gated_adalink", "ia3", "lora", "prefix_mlp", "unipelt_apl", "all_at_once")
 EVERY = pytest.mark.parametrize("name", METHODS_UNDER_TEST)
 ON_EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 ON_DECODERS = pytest.mark.parametrize("family", DECODERS)
@@ -277,18 +280,25 @@ def test_checkpointed_gradients_equal_plain_ones(family: str, name: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
 
 
-@pytest.mark.parametrize("name", ["adalink", "epalm", "epalm_leaks", "lora", "bitfit", "ia3", "all_at_once"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])])
 def test_the_model_compiles_to_one_graph_after_attach(family: str, name: str) -> None:
     torch._dynamo.reset()
     model = tiny(family)
     ids, domain, mask = rows()
     attachment = attach(model, adapter_for(name, model), anatomy=Anatomy.read(model, INPUTS))
+    is_read = model.config.is_encoder_decoder
+    given = {"decoder_input_ids": torch.tensor([[0, 5, 6, 7]]).expand(len(ids), -1)} if is_read else {"position_ids": positions(mask)}
     with attachment.bind(token_map(domain)):
         expected = run(model, ids, mask)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        actual = compiled(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+        actual = compiled(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
     torch.testing.assert_close(actual, expected, rtol=0, atol=EXACT[family])
+
+
+def test_every_name_of_methods_is_under_test_and_compiled() -> None:
+    for names in (METHODS_UNDER_TEST, COMPILED):
+        assert {type(method) for name in names for method in METHODS_UNDER_TEST[name].values()} >= set(METHODS.values())
 
 
 @EVERY
