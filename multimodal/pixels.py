@@ -21,7 +21,7 @@ _RAMP = 512  # pixels a side of the test pictures
 class Drafted:
     """A data set whose JPEGs are decoded at a half, a quarter or an eighth of their size, where that is still all the encoder needs.
 
-    Faster, with other pixels: of 640 x 480 for an encoder of 224 about 1.9 times, 40 dB from the full decode (tests/benchmarks/RESULTS.md).
+    Faster, with other pixels: of 672 x 448 for an encoder of 224 2.6 times, 38 dB from the exact pixels (tests/benchmarks/RESULTS.md).
     """
 
     def __init__(self, source: SampleSource) -> None:

@@ -68,7 +68,7 @@ class DataConfig:
     cache_gib: float = 50.0  # most that the cache may hold
     scenes: str | None = None  # the embedded data set: SPLIT/SIZE, for instance train/2000
     limit: int = 0  # take the first so many pictures; 0: all
-    decode: Decode = "exact"  # draft: JPEGs at 1/2, 1/4 or 1/8 of their size where the encoder needs no more; faster, and CHANGES PIXELS (about 40 dB)
+    decode: Decode = "exact"  # draft: JPEGs at 1/2, 1/4 or 1/8 of their size where the encoder needs no more; faster, and CHANGES PIXELS (by about 38 dB)
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
