@@ -91,12 +91,12 @@ def slots_of(model: AdaptedModel) -> list[int]:
     return [slot.domain for slot in model.active_adapter().slots if slot.domain != IMAGE for _ in range(slot.count)]
 
 
-def learnt(model: AdaptedModel, batch: Batch) -> list[Tensor]:
+def learnt(model: AdaptedModel, batch: Batch, loss_of: LanguageLoss | None = None) -> list[Tensor]:
     """Loss and gradients."""
     assert batch.patches is not None
     kept = batch.patches[batch.image]
     token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), {"image": kept[:, :N_PATCHES], "image_taps": kept[:, N_PATCHES:]})
-    loss = LanguageLoss(model)(batch, token_map)
+    loss = (loss_of or LanguageLoss(model))(batch, token_map)
     parameters = [parameter for parameter in model.active_adapter().parameters() if parameter.requires_grad]
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 

@@ -1,14 +1,22 @@
-"""Training picks the way that texts share their picture, and says so."""
+"""Training picks the way that texts share their picture, and says so; half precision and compiled models learn the same from it."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from composed import Drawn, compose, two_texts
+from sharing import adapted, batch_of, learnt, slots_of
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from adalink import AdaLink, Bridge
-from multimodal.packing import arrangement_of
+from multimodal.compiled import CompiledModel
+from multimodal.fork import trained_domains
+from multimodal.language_loss import LanguageLoss
+from multimodal.packing import arrangement_of, fork_rows, pack_rows, separate_rows
 from multimodal.template import Template
 from multimodal.train import train
 from multimodal.train_settings import TrainSettings
@@ -24,3 +32,43 @@ def test_training_tells_how_texts_are_read(tmp_path: Path, capsys: pytest.Captur
     train(model, Drawn(4), two_texts, TrainSettings(steps=2, batch_size=2), tmp_path)
     assert told in capsys.readouterr().out
     assert told.startswith("nothing trained reads or writes the first")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mpt"])
+def test_half_precision_is_as_near_in_every_way(name: str) -> None:
+    """Under autocast to bfloat16, of a model in float32, as training runs on a GPU."""
+    model = adapted(name)
+    model.float()
+    ways = (fork_rows,) if name == "mpt" else (pack_rows, fork_rows)
+    exact = learnt(model, batch_of(separate_rows, slots_of(model)))
+    with torch.autocast("cpu", torch.bfloat16):
+        apart = learnt(model, batch_of(separate_rows, slots_of(model)))
+        shared = [learnt(model, batch_of(arrange, slots_of(model))) for arrange in ways]
+    allowed = 3 * far(apart, exact)
+    assert 0 < allowed < 0.3
+    assert all(far(found, exact) < allowed for found in shared)
+
+
+def far(found: list[Tensor], exact: list[Tensor]) -> float:
+    """How far gradients are from the exact ones, as a share of these."""
+    one, other = (torch.cat([gradient.flatten().float() for gradient in gradients[1:]]) for gradients in (found, exact))
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "text_only"), [("llama", False), ("llama", True), ("mpt", False)])
+def test_compiled_calls_after_a_beginning_are_the_same(name: str, text_only: bool) -> None:
+    """Two graphs for each of the two calls: one for the first length, one for any other."""
+    model = adapted(name, BRIDGED)
+    model.active_adapter().get_submodule("bridge").requires_grad_(not text_only)
+    arrange = partial(pack_rows, trained=trained_domains(model.active_adapter())) if text_only else fork_rows
+    batches = [batch_of(arrange, texts=texts) for texts in ([(2, [5, 7])], [(2, [9, 3, 4]), (3, [4, 2])], [(3, [5, 7]), (4, [2, 3])])]
+    wanted = [learnt(model, batch) for batch in batches]
+    counter = CompileCounterWithBackend("aot_eager")
+    loss = LanguageLoss(model)
+    loss.call = CompiledModel(model, backend=counter)
+    for batch, plain in zip(batches, wanted, strict=True):
+        for one, other in zip(learnt(model, batch, loss), plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert counter.frame_count == 4
+    torch._dynamo.reset()
