@@ -27,9 +27,9 @@ def test_the_console_script_is_what_these_tests_start() -> None:
 
 LOOK_AT_WEBDATASET = """
 print("imported by us:", "webdataset" in sys.modules)
-import webdataset
+from webdataset.gopen import gopen
 try:
-    webdataset.gopen.gopen("pipe:echo run")
+    gopen("pipe:echo run")
     print("a pipe was opened")
 except ValueError as error:
     print(error)
