@@ -22,6 +22,7 @@ def by_port(model: nn.Module, stack: nn.Module, adapters: Mapping[int, Adapter])
     What hides keys comes last, so that it stays hidden whatever another method opens; and what writes a prefix, which others would edit.
     """
     _refuse_compiled(model)
+    _refuse_checkpointed(stack)
     at: dict[Port, list[tuple[int, Placement]]] = defaultdict(list)
     for index, adapter in adapters.items():
         for placement in adapter.placements:
@@ -48,3 +49,16 @@ def _check_port(stack: nn.Module, port: Port) -> None:
 def _refuse_compiled(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
         raise AttachError("the model is already compiled, and a compiled model never sees edits attached later: attach first, then compile")
+
+
+def _refuse_checkpointed(stack: nn.Module) -> None:
+    """transformers' own checkpointing: a layer that runs again knows its tokens from `context_fn` alone, which reentrant checkpointing has not."""
+    for module in stack.modules():
+        run = getattr(module, "_gradient_checkpointing_func", None)
+        settings = getattr(run, "keywords", {})
+        if getattr(module, "gradient_checkpointing", False) and run is not None and (settings.get("use_reentrant", True) or "context_fn" not in settings):
+            kind = "reentrant" if settings.get("use_reentrant", True) else "without the context_fn of an attachment"
+            raise AttachError(
+                f"the model's gradient checkpointing is {kind}, and layers that run again would not know their tokens: call "
+                "model.gradient_checkpointing_disable() before attaching, and attachment.checkpoint_layers() after it"
+            )
