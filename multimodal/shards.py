@@ -100,7 +100,9 @@ class ShardSource:
         start, end, needed = 2**63, 0, 0
         for at, size, _ in places:
             if at >= 0:
-                start, end, needed = min(start, at), max(end, at + size), needed + size
+                needed += size
+                start = at if at < start else start
+                end = at + size if at + size > end else end
         is_together = end - start <= needed + _GAP and needed <= self._files.at_once
         block = self._files.read(path, start, end - start) if is_together else b""
         parts: dict[str, bytes] = {}
