@@ -65,15 +65,15 @@ class RunConfig:
     train: TrainSettings = field(default_factory=TrainSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     features: Path | None = None  # kept features, in FOLDER/train and FOLDER/val, which `adalink features` or train.features: fill writes; none: encode
-    features_dtype: StoredDtype = "float16"  # of what is written; float16 moves gradients by 7e-5 to 3e-4 of their size, bfloat16 5e-4 to 2e-3, float32 not at all
+    features_dtype: StoredDtype = "float16"  # what is written; float16 moves gradients by up to 3e-4 of their size, bfloat16 by up to 2e-3, float32 not at all
     out: Path | None = None  # the run folder
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong between its groups."""
         if self.encoder_methods and (self.train.features != "encode" or self.features is not None):
             kept = f"train.features is {self.train.features}" if self.features is None else f"features is {self.features}"
-            names = ", ".join(self.encoder_methods)
-            raise ConfigError(f"{kept}, and features of an encoder that vision_methods trains ({names}) change with every step: give encode, and no folder")
+            trained = f"features of an encoder that vision_methods trains ({', '.join(self.encoder_methods)})"
+            raise ConfigError(f"{kept}, and {trained} change with every step: give train.features: encode, and no folder")
         if self.train.features == "fill" and self.features is None:
             raise ConfigError("train.features is fill, and no folder is given to fill: give `features`, such as --features runs/features")
 

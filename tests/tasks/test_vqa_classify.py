@@ -183,6 +183,7 @@ def test_a_random_bert_learns_to_look(readers: dict[str, Path], tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_choosing_beats_its_blind_control_on_all_questions(readers: dict[str, Path], tmp_path: Path) -> None:
     options = (
         "--language_model", readers["bert"], "--vqa.answers", 60, "--vqa.template.prompt", PROMPT, "--vqa.questions_per_image", 2, "--train.steps", 800,
