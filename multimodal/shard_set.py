@@ -55,14 +55,16 @@ def open_shard_set(shards: Path | Sequence[Path], limits: ShardLimits) -> ShardS
     `manifest.skipped` is what this opening left out; what was left out when the set was written counted then.
     Raises DataError where a shard is missing or of another size than its manifest says, is not whole, or shares a key with another.
     """
+    paths: Sequence[Path]
     if isinstance(shards, Path):
         refuse_unfinished(shards)
-        paths = _in_manifest(shards) or find_shards(shards)
+        known = _known(shards)
+        paths = tuple(known) or find_shards(shards)
     else:
         paths = shards
+        known = {path: shard for folder in dict.fromkeys(path.parent for path in paths) for path, shard in _known(folder).items()}
     if not paths:
         raise DataError("the list of shards is empty; give at least one tar file")
-    known = _known(paths)
     found = [
         _listed(path, known[path], limits) if path in known else index_shard(path, limits)
         for path in tqdm(paths, unit="shard", desc="opening shards", disable=None, leave=False)
@@ -89,20 +91,11 @@ def _set(paths: Sequence[Place], found: Sequence[IndexedShard]) -> ShardSet:
     return ShardSet(paths=tuple(paths), manifest=manifest)
 
 
-def _in_manifest(folder: Path) -> tuple[Path, ...]:
-    """The shards that the folder's manifest names, in its order; empty where there is no manifest."""
+def _known(folder: Path) -> Mapping[Path, Shard]:
+    """Path -> what the folder's manifest says, in its order; empty where there is no manifest."""
     if not (folder / MANIFEST).exists():
-        return ()
-    return tuple(folder / shard.file for shard in read_manifest(folder).shards)
-
-
-def _known(paths: Sequence[Path]) -> Mapping[Path, Shard]:
-    """Path -> what the manifest beside it says; each manifest is read once."""
-    known: dict[Path, Shard] = {}
-    for folder in dict.fromkeys(path.parent for path in paths):
-        if (folder / MANIFEST).exists():
-            known |= {folder / shard.file: shard for shard in read_manifest(folder).shards}
-    return known
+        return {}
+    return {folder / shard.file: shard for shard in read_manifest(folder).shards}
 
 
 def _listed(path: Path, shard: Shard, limits: ShardLimits) -> IndexedShard:
