@@ -67,6 +67,23 @@ def test_sets_of_a_mix_are_told_apart_and_their_bad_samples_named(tmp_path: Path
     assert [bad.key for bad in opened.problems] == ["foreign:bad"]
 
 
+def test_every_kind_of_data_set_may_be_drafted(tmp_path: Path) -> None:
+    made_shards(tmp_path / "set", 3)
+    (tmp_path / "captions.json").write_text(
+        json.dumps({"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}]})
+    )
+    (tmp_path / "1.jpg").write_bytes(ShardSource(tmp_path / "set")[0].image)  # type: ignore[arg-type]
+    kinds: list[dict[str, object]] = [
+        {"shards": tmp_path / "set"}, {"shards": tmp_path / "set", "limit": 2}, {"mix": {str(tmp_path / "set"): 1}},
+        {"images": tmp_path, "annotations": tmp_path / "captions.json"},
+    ]  # fmt: skip
+    for fields in kinds:
+        exact, draft = (DataConfig(**fields, decode=decode).open().source for decode in ("exact", "draft"))  # type: ignore[arg-type]
+        assert [source[0].decode for source in (exact, draft)] == ["exact", "draft"]
+        assert isinstance(draft, Mixture) == ("mix" in fields)  # its order is a mixture's
+        assert len(exact) == len(draft)
+
+
 def test_a_folder_may_be_given_as_text_or_path(tmp_path: Path) -> None:
     made_shards(tmp_path / "set")
     for place in (str(tmp_path / "set"), tmp_path / "set"):
