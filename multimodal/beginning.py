@@ -24,6 +24,7 @@ class Beginning:
 
     first            int64 [I]      the row that each picture's beginning is taken from
     which            int64 [B]      the beginning of each row, counted in `first`
+    each             how many rows every beginning has; None where they differ
     source, target   int64 [I, M]   what the beginnings predict, for all rows of their picture; as in Batch
     own_source, own_target   int64 [B, M]   what the rest of each row predicts; positions are counted from `length`
     domains, own_domains     the domains that occur in the beginnings, and in the rest
@@ -32,6 +33,7 @@ class Beginning:
     length: int
     first: Tensor
     which: Tensor
+    each: int | None
     source: Tensor
     target: Tensor
     own_source: Tensor
@@ -69,6 +71,7 @@ def beginning_of(rows: Sequence[Row], image: Sequence[int]) -> Beginning | None:
         length=length,
         first=torch.tensor(first),
         which=torch.tensor(which),
+        each=len(rows) // len(first) if which == sorted(which) and len({which.count(n) for n in which}) == 1 else None,
         source=source,
         target=target,
         own_source=own_source,

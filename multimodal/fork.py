@@ -57,8 +57,7 @@ def calls_of(adapted: AdaptedModel, batch: Batch, token_map: TokenMap) -> list[M
     learns = not _is_untouched(adapted, start, token_map)
     if learns and (batch.segment is not None or not start.is_shared):
         return [_whole(adapted.base, batch, token_map)]
-    which = start.which if start.is_shared else None
-    first, after = caches(len(adapted.anatomy.layers), which)
+    first, after = caches(len(adapted.anatomy.layers), start.which, start.each)
     return [_beginnings(adapted.base, batch, token_map, start, first, learns), _rest(adapted.base, batch, token_map, start, after)]
 
 

@@ -43,5 +43,14 @@ def test_forked_texts_equal_separate_ones(name: str) -> None:
     check_equal(learnt(model, batch), learnt(model, batch_of(separate_rows, slots_of(model))))
 
 
+@pytest.mark.parametrize("texts", [[(2, [4, 6, 2]), (3, [8, 4, 2])], [(2, [5, 3]), (2, [7, 9])], [(2, [5, 3, 2])]])
+def test_pictures_with_equal_numbers_of_texts_are_forked_without_an_index(texts: list[tuple[int, list[int]]]) -> None:
+    model = adapted("opt")
+    batch = batch_of(fork_rows, slots_of(model), texts)
+    assert batch.beginning is not None
+    assert batch.beginning.each == len(texts[0][1])
+    check_equal(learnt(model, batch), learnt(model, batch_of(separate_rows, slots_of(model), texts)))
+
+
 def test_every_family_of_the_lists_is_tested() -> None:
     assert {tiny_of(name, "eager").config.model_type for name in PACKED} == SDPA_FAMILIES | EAGER_FAMILIES

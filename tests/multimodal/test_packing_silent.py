@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from sharing import adapted, batch_of, in_double, learnt, slots_of
+from tiny_families import tiny_of
 from torch import Tensor
 
-from adalink import AdaptedModel
+from adalink import AdaptedModel, Prompt
 from multimodal import packed_mask
 from multimodal.batch import Batch
 from multimodal.packing import pack_rows, separate_rows
@@ -87,3 +88,17 @@ def test_positions_that_do_not_restart_are_wrong() -> None:
     for name in ("llama", "opt"):
         model = adapted(name)
         assert error(model, position_ids=lambda position: torch.arange(position.shape[1]).expand_as(position)) > WRONG
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_prompt_tuning_of_peft_drops_positions_and_ours_reads_them() -> None:
+    """Why packed rows cannot be had around it: positions that restart never reach the model."""
+    peft = pytest.importorskip("peft")
+    base = tiny_of("llama")
+    tuned = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    ids, usual = torch.arange(5, 13)[None], torch.arange(8)[None]
+    restarted = torch.tensor([[0, 1, 2, 3, 4, 2, 3, 4]])
+    told = [tuned(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=position).logits for position in (usual, restarted)]
+    assert torch.equal(*told)
+    model = adapted("llama", {"prompt": Prompt(length=2, init_std=0.5)})
+    assert error(model, position_ids=lambda position: torch.arange(position.shape[1]).expand_as(position)) > WRONG
