@@ -84,16 +84,17 @@ def test_a_mixed_batch_generates_what_its_rows_generate_alone(family: str, beams
         assert torch.equal(mixed[:, :6], inputs["input_ids"])  # the prompt comes back as it was given, without slots
 
 
+@pytest.mark.parametrize("names, methods", [(NAMES, FIVE), (DEEP_NAMES, DEEP)], ids=["input_side", "deep"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_mixed_batch_equals_five_runs_of_it_bit_for_bit(family: str) -> None:
+def test_a_mixed_batch_equals_five_runs_of_it_bit_for_bit(family: str, names: list[str], methods: dict[str, dict[str, Method]]) -> None:
     """At the same padded length, that is: another length is another kernel, which sums in another order (1e-15)."""
-    model, inputs = served(family), prompts()
-    more = {"decoder_input_ids": torch.tensor([[0, 5, 6]]).expand(len(NAMES), -1)} if family == "t5" else {}
-    mixed = model(**inputs, **more, adapter_names=NAMES).logits
-    for name in {*NAMES} - {BASE_NAME, "long"}:
-        only = served(family, (name, "long"))  # the longest keeps its row, so that the length stays
-        logits = only(**inputs, **more, adapter_names=[n if n in (name, "long") else BASE_NAME for n in NAMES]).logits
-        for i, served_by in enumerate(NAMES):
+    model, inputs = served(family, methods=methods), prompts()
+    more = {"decoder_input_ids": torch.tensor([[0, 5, 6]]).expand(len(names), -1)} if family == "t5" else {}
+    mixed = model(**inputs, **more, adapter_names=names).logits
+    for name in {*names} - {BASE_NAME, "long"}:
+        only = served(family, (name, "long"), methods)  # the longest keeps its row, so that the length stays
+        logits = only(**inputs, **more, adapter_names=[n if n in (name, "long") else BASE_NAME for n in names]).logits
+        for i, served_by in enumerate(names):
             if served_by in (name, "long", BASE_NAME):
                 assert torch.equal(logits[i], mixed[i])
 
