@@ -25,7 +25,7 @@ from torch import Tensor
 from adalink.errors import DataError
 from multimodal.feature_cache.contents import Contents
 
-__all__ = ["ABSENT", "MEND", "ShardFile", "check_of", "seal", "trim"]
+__all__ = ["ABSENT", "MEND", "ShardFile", "check_of", "seal", "trim", "word_bytes"]
 
 ABSENT = -1
 MEND = "run `adalink features` again, which writes anew what is damaged"
@@ -34,14 +34,14 @@ _STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, as int64: two pictures of equal fea
 _NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
-def check_of(record: Tensor, picture: int) -> int:
-    """int64, of uint8 [bytes of a record]."""
-    words = record.view(torch.int64 if len(record) % 8 == 0 else torch.int16)
-    return _wrapped(int(words.sum()) + picture * _STRIDE)
+def check_of(words: Tensor, picture: int) -> int:
+    """An int64, of a record in words of `word_bytes`."""
+    return (int(words.sum().item()) + picture * _STRIDE + 2**63) % 2**64 - 2**63
 
 
-def _wrapped(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
+def word_bytes(n_bytes: int) -> int:
+    """8, or 2 where a record is no multiple of it."""
+    return 2 if n_bytes % 8 else 8
 
 
 def _header(contents: Contents, capacity: int, records: int) -> bytes:
@@ -72,6 +72,7 @@ class ShardFile:
         self.capacity = _capacity(os.pread(self._number, HEADER, 0), contents, path)
         # Asked for at every read.
         self._size, self._dtype, self._shape, self._start = contents.n_bytes, contents.torch_dtype, contents.shape, HEADER + 16 * self.capacity
+        self._word = np.dtype(f"i{word_bytes(self._size)}")
 
     def __reduce__(self) -> tuple[type[ShardFile], tuple[Path, Contents]]:
         return ShardFile, (self.path, self.contents)  # a worker process that is not forked opens its own
@@ -98,19 +99,20 @@ class ShardFile:
 
     def read(self, slot: int, picture: int, check: int) -> Tensor:
         """One record, [N + L, Dv], in memory of its own. Raises DataError where it is not what was written."""
-        record = torch.empty(self._size, dtype=torch.uint8)
-        found = os.preadv(self._number, [record.numpy()], self._start + slot * self._size)  # type: ignore[list-item]  # a buffer, whatever its type says
-        if found != self._size or check != check_of(record, picture):
+        buffer = np.empty(self._size // self._word.itemsize, dtype=self._word)
+        found = os.preadv(self._number, [buffer], self._start + slot * self._size)  # type: ignore[list-item]  # a buffer, whatever its type says
+        words = torch.from_numpy(buffer)
+        if found != self._size or check != check_of(words, picture):
             raise DataError(
                 f"the features of picture {picture} in {self.path} are not what was written: the file was cut or changed; {MEND}"
             )
-        return record.view(self._dtype).view(self._shape)
+        return words.view(self._dtype).view(self._shape)
 
     def write(self, slot: int, pictures: Sequence[int], records: Tensor) -> None:
         """Put records [B, N + L, Dv] at a slot and those after it; their pictures last. Raises OSError, the disk being full for instance."""
-        raw = records.contiguous().view(len(records), -1).view(torch.uint8)
-        checks = [check_of(record, picture) for record, picture in zip(raw, pictures, strict=True)]
-        self._put(raw.numpy(), self._start + slot * self._size)
+        raw = records.contiguous().view(len(records), -1).view(torch.uint8).numpy().view(self._word)
+        checks = [check_of(words, picture) for words, picture in zip(torch.from_numpy(raw), pictures, strict=True)]
+        self._put(raw, self._start + slot * self._size)
         self._put(np.asarray(checks, dtype=np.int64), HEADER + 8 * (self.capacity + slot))
         self._put(np.asarray(pictures, dtype=np.int64), HEADER + 8 * slot)
 
@@ -137,7 +139,8 @@ def trim(path: Path, contents: Contents) -> tuple[int, int]:
         return 0, 0
     n_records = int(used[-1]) + 1
     size = HEADER + 16 * file.capacity + n_records * contents.n_bytes
-    os.truncate(path, size)
+    if path.stat().st_size != size:
+        os.truncate(path, size)
     return n_records, size
 
 

@@ -21,7 +21,7 @@ from multimodal.bad_samples import BadSample
 from multimodal.feature_cache.binding import Sketch, refuse_other
 from multimodal.feature_cache.cache import FeatureCache
 from multimodal.feature_cache.contents import Contents, as_size
-from multimodal.feature_cache.shard import HEADER, check_of
+from multimodal.feature_cache.shard import HEADER, check_of, word_bytes
 from multimodal.feature_cache.writer import FeatureWriter
 from multimodal.features import Features
 
@@ -113,15 +113,16 @@ def test_contents_that_cannot_be_are_refused() -> None:
 
 @pytest.mark.parametrize("size", [8, 6])
 def test_any_flipped_bit_and_any_other_picture_changes_the_check(size: int) -> None:
+    word = {8: torch.int64, 2: torch.int16}[word_bytes(size)]
     record = torch.randint(256, (size,), dtype=torch.uint8)
-    own = check_of(record, 3)
+    own = check_of(record.view(word), 3)
     assert -(2**63) <= own < 2**63
-    assert check_of(record, 4) != own
+    assert check_of(record.view(word), 4) != own
     for at in range(size):
         for bit in range(8):
             changed = record.clone()
             changed[at] ^= 1 << bit
-            assert check_of(changed, 3) != own
+            assert check_of(changed.view(word), 3) != own
 
 
 def test_every_flipped_byte_of_a_file_is_found(tmp_path: Path) -> None:
