@@ -79,13 +79,14 @@ def read(language: Language, past: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
     mask: int64 [B, K], 1 for each token that is none of the padding on the left, the cached ones and these.
     """
+    model: Any = language.model
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": past, "use_cache": True}
-    accepted = _parameters(type(language.model))
+    accepted = _parameters(model.__class__)
     if "position_ids" in accepted:  # as transformers' generation counts them
         arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = 1
-    logits: Tensor = language.model(**arguments).logits[:, -1]
+    logits: Tensor = model(**arguments).logits[:, -1]
     return logits.float()
 
 

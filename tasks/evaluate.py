@@ -85,9 +85,7 @@ def predict(
     bad: list[BadSample] = []
     for question in _questions(model, source, task, patches, shift, settings):
         (bad if isinstance(question, BadSample) else questions).append(question)  # type: ignore[arg-type]
-    questions.sort(key=lambda q: len(q.row.ids))  # rows of like length share a batch: little padding
-    state = PartialState()
-    own = questions[state.process_index :: state.num_processes]
+    own = _own(questions, PartialState())
     answered: dict[int, str] = {}
     for start in progress(range(0, len(own), batch_size), label):
         answered.update(_answer(model, own[start : start + batch_size], patches, settings))
@@ -95,6 +93,17 @@ def predict(
     texts = {item: text for part in gather_object([answered]) for item, text in part.items()}
     order = {asked.item: None for i in range(len(source)) for asked in task.asked(source[i])}
     return Predictions({item: texts[item] for item in order if item in texts}, tuple(bad))
+
+
+def _own(questions: Sequence[_Question], state: PartialState) -> list[_Question]:
+    """This process's questions: those about one picture side by side, so that they read it once, and rows of like length near each other."""
+    longest: dict[int, int] = {}
+    for question in questions:
+        longest[question.picture] = max(longest.get(question.picture, 0), len(question.row.ids))
+    pictures = sorted(longest, key=lambda picture: (longest[picture], picture))
+    turn = {picture: i % state.num_processes for i, picture in enumerate(pictures)}
+    own = [question for question in questions if turn[question.picture] == state.process_index]
+    return sorted(own, key=lambda question: (longest[question.picture], question.picture))
 
 
 def _questions(
@@ -118,8 +127,10 @@ def _questions(
 
 
 def _answer(model: VisionLanguageModel, questions: Sequence[_Question], patches: Kept, settings: GenerationSettings) -> dict[int, str]:
-    shown = [found for question in questions if isinstance(found := patches[question.picture], Tensor)]
+    place = {picture: i for i, picture in enumerate(dict.fromkeys(question.picture for question in questions))}
+    shown = [found for picture in place if isinstance(found := patches[picture], Tensor)]
+    image = [place[question.picture] for question in questions]
     pad_id = model.language.tokenizer.pad_token_id
-    batch = collate([q.row for q in questions], range(len(questions)), torch.stack(shown), kind=patches.kind, side="left", pad_id=pad_id)
+    batch = collate([q.row for q in questions], image, torch.stack(shown), kind=patches.kind, side="left", pad_id=pad_id)
     texts = model.generate_batch(batch.to(model.device), settings)
     return {question.item: text for question, text in zip(questions, texts, strict=True)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-__all__ = ["DrawnRows", "Sampling"]
+__all__ = ["Draw", "DrawnRows", "Sampling"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,22 +21,34 @@ class Sampling:
     seed: int
 
 
-class DrawnRows(LogitsProcessor):  # type: ignore[misc]  # untyped here
-    """Makes the greedy choice of some rows a draw: the largest of log p + Gumbel noise is a sample of p, exactly (Gumbel-max).
+class Draw:
+    """Makes the greedy choice of one row a draw: the largest of log p + Gumbel noise is a sample of p, exactly (Gumbel-max).
 
-    Greedy rows of the same batch are not changed by one bit, and each drawn row has a generator of its own.
+    Each row has a generator of its own.
     """
 
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        # Drawn on the CPU, so that a seed means the same text on every device.
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """float [V] -> float [V]"""
+        gumbel = -torch.empty(len(scores)).exponential_(generator=self._generator).log()
+        return _nucleus(torch.log_softmax(scores / self.sampling.temperature, -1), self.sampling.top_p) + gumbel.to(scores)
+
+
+class DrawnRows(LogitsProcessor):  # type: ignore[misc]  # untyped here
+    """Draws for some rows of a batch that transformers generates; greedy rows of it are not changed by one bit."""
+
     def __init__(self, rows: Sequence[Sampling | None]) -> None:
-        self.rows = [(i, row, torch.Generator().manual_seed(row.seed)) for i, row in enumerate(rows) if row is not None]
+        self.draws = [(i, Draw(row)) for i, row in enumerate(rows) if row is not None]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """float [B, V] -> float [B, V]"""
         scores = scores.clone()
-        for i, row, generator in self.rows:
-            # Drawn on the CPU, so that a seed means the same text on every device.
-            gumbel = -torch.empty(scores.shape[1]).exponential_(generator=generator).log()
-            scores[i] = _nucleus(torch.log_softmax(scores[i] / row.temperature, -1), row.top_p) + gumbel.to(scores)
+        for i, draw in self.draws:
+            scores[i] = draw(scores[i])
         return scores
 
 

@@ -17,8 +17,8 @@ __all__ = ["Access", "Batching", "RequestLimits", "ServeSettings"]
 class Batching:
     """How waiting requests become batches."""
 
-    size: int = 32  # most requests in one batch
-    wait_ms: int = 20  # the longest that a request waits for company while the model is free; one that nobody follows does not wait
+    size: int = 32  # most requests in the running batch
+    wait_ms: int = 20  # the longest that a request waits for company, to start or to join the running batch; one that nobody follows does not wait
     mixing: Literal["mixed", "one_adapter"] = "mixed"  # one_adapter: rows of a batch share their adapter, as without mixing; to compare
 
     def __post_init__(self) -> None:

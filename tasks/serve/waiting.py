@@ -1,8 +1,9 @@
-"""Requests that wait for the model, and which of them make the next batch."""
+"""Requests that wait for the model, and which of them make the next batch, or join the one that runs."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,22 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from tasks.serve.job import Job
 from tasks.serve.settings import Batching
 
-__all__ = ["Waiting", "chosen"]
+__all__ = ["Waiting", "chosen", "joining"]
 
 
 def chosen(jobs: Sequence[Job], batching: Batching, fits: Callable[[int, int], bool]) -> list[Job]:
     """The next batch: the oldest job, and those after it that may go with it, in order.
 
-    fits   whether a model has positions for (the longest prompt, the most new tokens): a row that has ended goes on with padding
-           until the batch ends, so all rows must have room for the longest text of any
+    fits   whether a model has positions for (the longest prompt, the most new tokens): where rows cannot come and go, one that has ended
+           goes on with padding until the batch ends, so all rows must have room for the longest text of any
     """
     batch: list[Job] = []
     n_prompt = n_new = 0
     for job in jobs:
-        ask, first = job.ask, jobs[0].ask
+        ask = job.ask
         longest, most = max(n_prompt, len(ask.row.ids)), max(n_new, ask.settings.max_new_tokens)
-        is_alone = batching.mixing == "one_adapter" and ask.adapter != first.adapter
-        if ask.kind != first.kind or is_alone or (batch and not fits(longest, most)):
+        if not _go_together(job, jobs[0], batching) or (batch and not fits(longest, most)):
             continue
         batch.append(job)
         n_prompt, n_new = longest, most
@@ -34,11 +34,22 @@ def chosen(jobs: Sequence[Job], batching: Batching, fits: Callable[[int, int], b
     return batch
 
 
+def joining(jobs: Sequence[Job], running: Sequence[Job], batching: Batching, fits: Callable[[int, int], bool]) -> list[Job]:
+    """The jobs that may join a running batch, in order. None is overtaken: behind one that cannot join, all wait until the batch has ended."""
+    alike = itertools.takewhile(lambda job: _go_together(job, running[0], batching), jobs[: max(batching.size - len(running), 0)])
+    return chosen(list(alike), batching, fits)
+
+
+def _go_together(job: Job, other: Job, batching: Batching) -> bool:
+    return job.ask.kind == other.ask.kind and (batching.mixing == "mixed" or job.ask.adapter == other.ask.adapter)
+
+
 class Waiting:
     """Jobs between the threads that prepare them and the one that generates.
 
     A batch starts when it is full, when some job has to wait for the next one anyway, or when the model has been free and the oldest job
     there for `wait_ms`. It does not wait at all where no other request is being read and the batch before was of one row: nobody would come.
+    Jobs join a running batch in the same way, since reading their prompts holds up its rows: when they fill it, or after `wait_ms`.
     """
 
     def __init__(self, batching: Batching, fits: Callable[[int, int], bool]) -> None:
@@ -75,24 +86,30 @@ class Waiting:
                 self.n_arriving -= 1
                 self._changed.notify()
 
-    def take(self) -> list[Job] | Callable[[], None] | None:
-        """The next batch, or errand; waits for one. None once it is closed and all jobs are taken."""
+    def take(self, running: Sequence[Job] = ()) -> list[Job] | Callable[[], None] | None:
+        """The next batch, or errand; waits for one, but where jobs are running: then those that join them, or none.
+
+        None once it is closed and all jobs are done.
+        """
         with self._changed:
-            self._free_since = time.perf_counter()
+            if not running:
+                self._free_since = time.perf_counter()
             while True:
                 self.jobs = [job for job in self.jobs if not job.cancelled]
-                waited_for = {job.ask.adapter for job in self.jobs}
+                waited_for = {job.ask.adapter for job in (*self.jobs, *running)}
                 if ready := next((entry for entry in self.errands if entry[0] not in waited_for), None):
                     self.errands.remove(ready)
                     return ready[1]
-                if not self.jobs and self._closed:
+                if not self.jobs and self._closed and not running:
                     return None
-                left = self._patience() if self.jobs else None
+                batch = joining(self.jobs, running, self.batching, self.fits) if running else chosen(self.jobs, self.batching, self.fits)
+                left = self._patience(batch, len(running)) if batch else None
                 if left is not None and left <= 0:
-                    batch = chosen(self.jobs, self.batching, self.fits)
                     self.jobs = [job for job in self.jobs if job not in batch]
-                    self._n_last = len(batch)
+                    self._n_last = len(running) + len(batch)
                     return batch
+                if running:
+                    return []
                 self._changed.wait(left)
 
     def close(self) -> None:
@@ -101,9 +118,11 @@ class Waiting:
             self._closed = True
             self._changed.notify_all()
 
-    def _patience(self) -> float:
-        """Seconds until the next batch starts with what there is."""
-        batch = chosen(self.jobs, self.batching, self.fits)
-        left = max(self.jobs[0].queued, self._free_since) + self.batching.wait_ms / 1000 - time.perf_counter()
-        is_settled = self.n_arriving == 0 and (self._n_last < 2 or time.perf_counter() > self._free_since + self.batching.wait_ms / 1000)
-        return 0.0 if self._closed or is_settled or len(batch) == self.batching.size or len(batch) < len(self.jobs) else left
+    def _patience(self, batch: Sequence[Job], n_running: int) -> float:
+        """Seconds until this batch starts, or joins, with what there is."""
+        now, bound = time.perf_counter(), self.batching.wait_ms / 1000
+        since = self.jobs[0].queued if n_running else max(self.jobs[0].queued, self._free_since)
+        is_settled = self.n_arriving == 0 and (self._n_last < 2 or (not n_running and now > self._free_since + bound))
+        others_wait = not n_running and len(batch) < len(self.jobs)
+        is_full = n_running + len(batch) == self.batching.size
+        return 0.0 if self._closed or is_settled or is_full or others_wait else since + bound - now

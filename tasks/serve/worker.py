@@ -12,9 +12,9 @@ from adalink.errors import ConfigError
 from multimodal.encode import TextTooLong
 from multimodal.generate import GenerationSettings, check_room
 from multimodal.model import VisionLanguageModel
-from tasks.serve.generation import run_jobs
 from tasks.serve.job import Job
 from tasks.serve.kept_features import KeptFeatures
+from tasks.serve.running import Running
 from tasks.serve.settings import Batching
 from tasks.serve.waiting import Waiting
 
@@ -25,16 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """Takes batches from `waiting` and generates for them; what changes the model is run between two batches, on the same thread.
+    """Takes jobs from `waiting` into the running batch, between two tokens; what changes the model is run there too, on the same thread.
 
-    So nothing is locked around the model, and no batch ever sees an adapter come or go.
+    So nothing is locked around the model, and no call of it ever sees an adapter come or go.
     """
 
     def __init__(self, model: VisionLanguageModel, batching: Batching, n_kept: int, seen: Callable[[Sequence[Job]], None]) -> None:
         self.model = model
         self.waiting = Waiting(batching, self._fits)
-        self.seen = seen  # called with each batch before it is run
+        self.seen = seen  # called with the jobs of the running batch whenever some join it
         self.features = KeptFeatures(model, n_kept)
+        self.running = Running(model, self.features)
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
 
     @property
@@ -65,17 +66,22 @@ class Worker:
         return future
 
     def _work(self) -> None:
-        while (taken := self.waiting.take()) is not None:
+        running = self.running
+        while (taken := self.waiting.take(running.jobs)) is not None:
             if callable(taken):
                 taken()
                 continue
-            self.seen(taken)
+            if taken:
+                self.seen([*running.jobs, *taken])
+                try:
+                    running.join(taken)
+                except Exception as error:  # those that run already are not touched before the new prompts are read
+                    _failed(taken, error)
             try:
-                run_jobs(self.model, self.features, taken)
+                running.step()
             except Exception as error:
-                logger.exception("a batch of %d failed", len(taken))
-                for job in taken:
-                    job.tell(error)
+                _failed(running.jobs, error)
+                running.clear()
 
     def _fits(self, n_prompt: int, n_new: int) -> bool:
         try:
@@ -83,3 +89,9 @@ class Worker:
         except (TextTooLong, ConfigError):
             return False
         return True
+
+
+def _failed(jobs: Sequence[Job], error: Exception) -> None:
+    logger.error("a batch of %d failed", len(jobs), exc_info=error)
+    for job in jobs:
+        job.tell(error)

@@ -17,6 +17,7 @@ class Written:
 
     def __init__(self, tokenizer: Any, max_tokens: int, stop: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
+        self.end: int = tokenizer.eos_token_id  # which the tokenizer looks up each time
         self.max_tokens = max_tokens
         self.stop = tuple(stop)
         self.ids: list[int] = []
@@ -26,7 +27,7 @@ class Written:
     def add(self, token: int) -> None:
         """Take the next token."""
         self.ids.append(token)
-        if token == self.tokenizer.eos_token_id or (self.stop and self._stop_at(self._decoded()) is not None):
+        if token == self.end or (self.stop and self._stop_at(self._decoded()) is not None):
             self.reason = "stop"
         elif len(self.ids) >= self.max_tokens:
             self.reason = "length"

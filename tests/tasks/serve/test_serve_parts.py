@@ -27,7 +27,7 @@ from tasks.serve.remote import RemotePictures, is_public
 from tasks.serve.sampling import DrawnRows, Sampling
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 from tasks.serve.uploads import Upload, Uploads
-from tasks.serve.waiting import Waiting, chosen
+from tasks.serve.waiting import Waiting, chosen, joining
 from tasks.serve.written import Written
 
 
@@ -90,6 +90,44 @@ def test_clients_that_were_just_answered_are_waited_for() -> None:
     started = time.perf_counter()
     assert len(waiting.take() or ()) == 1  # type: ignore[arg-type]
     assert time.perf_counter() - started < 0.1  # there is something else to do than to wait
+
+
+def test_jobs_join_a_running_batch_in_order_and_none_is_overtaken() -> None:
+    running = [job("a"), job("a")]
+    jobs = [job("b"), job("a"), job(beams=2), job("a")]
+    assert joining(jobs, running, Batching(), fits) == jobs[:2]  # what is behind the beams waits with them
+    assert joining(jobs, running, Batching(size=3), fits) == jobs[:1]
+    assert joining(jobs, running, Batching(size=2), fits) == []
+    assert joining(jobs, running, Batching(mixing="one_adapter"), fits) == []
+    assert joining(jobs[1:], running, Batching(mixing="one_adapter"), fits) == jobs[1:2]
+    assert joining([job()], [job(beams=2)], Batching(), fits) == []
+
+
+def test_a_running_batch_is_not_held_up_and_is_joined_within_the_bound() -> None:
+    waiting, running = Waiting(Batching(wait_ms=200, size=8), fits), [job(), job()]
+    for one in running:
+        waiting.put(one)
+    assert waiting.take() == running
+    assert waiting.take(running) == []  # at once
+    waiting.put(job())
+    started = time.perf_counter()
+    assert waiting.take(running) == []  # for others may come, and reading prompts holds up those that run
+    while not (joined := waiting.take(running)):
+        pass
+    assert 0.15 < time.perf_counter() - started < 1
+    assert isinstance(joined, list)
+    for _ in range(6):
+        waiting.put(job())
+    assert len(waiting.take(running) or ()) == 6  # type: ignore[arg-type]  # full
+    waiting.put(job(beams=2))
+    assert waiting.take(running) == []
+    waiting.put_errand(lambda: None, after="a")
+    assert waiting.take(running) == []  # rows of the adapter are running
+    waiting.close()
+    assert waiting.take(running) == []  # they are finished first
+    assert len(waiting.take() or ()) == 1  # type: ignore[arg-type]
+    assert callable(waiting.take())
+    assert waiting.take() is None
 
 
 def test_what_changes_the_model_runs_first_but_after_the_jobs_that_it_waits_for() -> None:

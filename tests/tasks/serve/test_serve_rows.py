@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from adalink import BASE_NAME, AdaLink, Bridge, Prompt
 from multimodal.generate import GenerationSettings
 from multimodal.images import decode_image
 from multimodal.model import VisionLanguageModel
-from tasks.serve.generation import run_jobs
 from tasks.serve.job import Answer, Ask, Job, Picture
 from tasks.serve.kept_features import KeptFeatures
+from tasks.serve.running import Running
 from tasks.serve.sampling import Sampling
+from tasks.serve.settings import Batching
+from tasks.serve.worker import Worker
 
 QUESTIONS = ("is it red ?", "is it a big red ball ?", "is it ?", "a cube ?")
 METHODS: dict[str, dict[str, Any]] = {
@@ -45,6 +48,14 @@ def job(model: VisionLanguageModel, name: str, index: int, n_new: int, **more: A
     row = model.row_encoder(name).prompt(QUESTIONS[index % 4])
     ask = Ask(adapter=name, row=row, picture=image, settings=GenerationSettings(max_new_tokens=n_new), **more)
     return Job(ask, streams=False, loop=Here(), events=asyncio.Queue())  # type: ignore[arg-type]
+
+
+def run_jobs(model: VisionLanguageModel, kept: KeptFeatures, jobs: list[Job]) -> None:
+    """All at once, to the end."""
+    running = Running(model, kept)
+    running.join(jobs)
+    while running.rows:
+        running.step()
 
 
 def answers(model: VisionLanguageModel, jobs: list[Job], kept: KeptFeatures | None = None) -> list[str]:
@@ -92,3 +103,48 @@ def test_a_row_that_nobody_waits_for_ends_the_batch_early() -> None:
     handle.remove()
     assert len(calls) == 1
     assert gone.events.empty()
+
+
+def test_jobs_that_join_a_running_batch_are_answered_as_alone_and_one_that_leaves_makes_room() -> None:
+    model = model_of("llama")
+    running = Running(model, KeptFeatures(model, 8))
+    cases = [("one", 0, 9), ("two", 1, 8), (BASE_NAME, 2, 9), ("two", 3, 4), ("one", 2, 1)]
+    jobs = [job(model, *case) for case in cases]
+    gone = job(model, "one", 0, 40)
+    running.join([jobs[0], gone])
+    running.step()
+    running.join(jobs[1:3])
+    assert len(running.rows) == 4
+    gone.cancelled = True
+    running.step()
+    assert gone not in running.jobs
+    running.join(jobs[3:])
+    assert jobs[4] not in running.jobs  # its one token came with its prompt
+    while running.rows:
+        running.step()
+    found = [one.events.get_nowait() for one in jobs]
+    alone = [
+        model.generate([decode_image(picture(i))], [QUESTIONS[i % 4]], adapter_names=[name], settings=GenerationSettings(max_new_tokens=n))[0]
+        for name, i, n in cases
+    ]
+    assert [answer.text for answer in found if isinstance(answer, Answer)] == alone
+    assert gone.events.empty()
+    running.join([job(model, "two", 0, 3)])  # and the batch begins anew
+    assert len(running.rows) == 1
+
+
+def test_a_batch_that_fails_is_told_and_the_next_one_runs() -> None:
+    model = model_of("llama")
+    worker = Worker(model, Batching(), 8, lambda jobs: None)
+    bad, good = job(model, "one", 0, 5), job(model, "one", 0, 5)
+    handle = model.language.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    worker.waiting.put(bad)
+    worker.start()
+    give_up = time.monotonic() + 20
+    while bad.events.empty() and time.monotonic() < give_up:
+        time.sleep(0.01)
+    handle.remove()
+    worker.waiting.put(good)
+    worker.stop()
+    assert isinstance(bad.events.get_nowait(), RuntimeError)
+    assert isinstance(good.events.get_nowait(), Answer)

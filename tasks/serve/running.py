@@ -1,0 +1,88 @@
+"""The batch that is running: rows of any adapters, which join and leave it between two tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adalink.recompute import may_share_prompts
+from multimodal.batch import Batch, collate
+from multimodal.decoding import Decoding, may_decode
+from multimodal.model import VisionLanguageModel
+from tasks.serve.generation import run_beams, run_greedy
+from tasks.serve.job import Job
+from tasks.serve.kept_features import KeptFeatures
+from tasks.serve.row import JobRow
+
+__all__ = ["Running"]
+
+
+class Running:
+    """Rows that are being written. Each is told its text as it comes and its end as it ends, and makes room for another at once."""
+
+    def __init__(self, model: VisionLanguageModel, features: KeptFeatures) -> None:
+        self.model = model
+        self.features = features
+        self.rows: list[JobRow] = []
+        self._decoding = Decoding(model.language, model.adapted.attachment)
+        self._newest: Tensor  # int64 [B]: the token of each row that is read next
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Whose rows are running."""
+        return [row.job for row in self.rows]
+
+    @torch.no_grad()
+    def join(self, jobs: Sequence[Job]) -> None:
+        """Read the prompts of jobs of one kind (see `Ask.kind`) and add their rows.
+
+        Where rows cannot come and go (beams, a model without a cache of rows), they are answered before this returns.
+        """
+        model, attachment, batch = self.model, self.model.adapted.attachment, self._batch(jobs)
+        token_map = model.token_map(batch, [job.ask.adapter for job in jobs])
+        if jobs[0].ask.settings.num_beams > 1:
+            run_beams(model, batch, jobs)
+        elif not may_decode(model.language.model, attachment, token_map):
+            run_greedy(model, batch, token_map, jobs)
+        else:
+            rows = [JobRow(job, model.language.tokenizer, len(self.rows) + len(jobs)) for job in jobs]
+            chosen = _chosen(rows, self._decoding.join(batch, token_map, may_share=may_share_prompts(attachment, token_map)))
+            self._newest = torch.cat([self._newest, chosen]) if self.rows else chosen
+            self.rows += rows
+            self._let_go()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One more token for every row."""
+        self._let_go()  # clients may have gone since the last one
+        if self.rows:
+            self._newest = _chosen(self.rows, self._decoding.step(self._newest))
+            self._let_go()
+
+    def clear(self) -> None:
+        """Let every row go."""
+        self.rows, self._decoding = [], Decoding(self.model.language, self.model.adapted.attachment)
+
+    def _batch(self, jobs: Sequence[Job]) -> Batch:
+        patches, image = self.features.of([job.ask.picture for job in jobs])
+        pad_id = self.model.language.tokenizer.pad_token_id
+        return collate([job.ask.row for job in jobs], image, patches, kind=self.features.kind, side="left", pad_id=pad_id).to(self.model.device)
+
+    def _let_go(self) -> None:
+        left = [i for i, row in enumerate(self.rows) if not row.has_ended]
+        if len(left) < len(self.rows):
+            self._decoding.keep(left)
+            self.rows, self._newest = [self.rows[i] for i in left], self._newest[left]
+
+
+def _chosen(rows: Sequence[JobRow], scores: Tensor) -> Tensor:
+    """int64 [B]: the next token of each row, which has it now."""
+    for i, row in enumerate(rows):
+        if row.draw is not None:
+            scores[i] = row.draw(scores[i])
+    chosen = scores.argmax(-1)
+    for row, token in zip(rows, chosen.tolist(), strict=True):
+        row.add(token)
+    return chosen
