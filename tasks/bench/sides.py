@@ -84,7 +84,7 @@ def their_step(
     """
     base: Any = language(shape, machine).model
     embed, model = base.get_input_embeddings(), _peft(base, taught, rank)
-    projection = nn.Linear(ours.tower.width, embed.embedding_dim, device=machine.device, dtype=machine.dtype)
+    projection = nn.Linear(ours.tower.width, embed.embedding_dim, device=machine.device)
     _same_weights(ours, model, projection, taught)
     projection.requires_grad_(taught != "text lora")
     if machine.is_compiled:
@@ -98,7 +98,7 @@ def their_step(
     optimizer = _optimizer([parameter for part in (model, projection) for parameter in part.parameters() if parameter.requires_grad])
 
     def step() -> float:
-        embeds = torch.cat([projection(features()), embed(ids)], 1)
+        embeds = torch.cat([projection(features().to(projection.weight.dtype)).to(embed.weight.dtype), embed(ids)], 1)
         return _learn(model(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).loss, optimizer)
 
     return step
