@@ -25,6 +25,7 @@ from adalink.methods.gated import Gate
 from multimodal.encode import Row
 from multimodal.families import may_fork, may_pack
 from multimodal.fork import trained_domains
+from multimodal.fork_trial import forks_exactly
 
 if TYPE_CHECKING:
     from multimodal.model import VisionLanguageModel
@@ -66,7 +67,11 @@ def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None =
 
 def arrangement_of(model: VisionLanguageModel, weights: Literal["whole", "split"] = "whole") -> tuple[Arrange, str]:
     """The same for a composed model and its active adapter."""
-    return arrangement(model.language.model, model.adapted.active_adapter(), model.row_encoder().prompt("?"), weights)
+    arrange, told = arrangement(model.language.model, model.adapted.active_adapter(), model.row_encoder().prompt("?"), weights)
+    if arrange in (pack_rows, pack_answers, separate_rows) or forks_exactly(model.adapted):
+        return arrange, told
+    kind = model.language.model.config.model_type
+    return separate_rows, f"one row per text: {kind} was tried with a cache of what texts share, and reads them otherwise after it"
 
 
 def check_packed(adapter: Adapter, domain: Tensor, segment: Tensor) -> None:

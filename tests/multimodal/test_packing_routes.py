@@ -18,6 +18,8 @@ from adalink.errors import ConfigError
 from multimodal.batch import collate
 from multimodal.encode import Row
 from multimodal.families import may_fork, may_pack
+from multimodal.fork_trial import forks_exactly
+from multimodal.kept_beginning import After
 from multimodal.language_loss import LanguageLoss
 from multimodal.packing import arrangement, fork_rows, pack_answers, pack_rows, separate_rows
 
@@ -74,6 +76,20 @@ def test_rotations_that_depend_on_the_length_of_a_row_are_not_forked() -> None:
     model: Any = tiny_of("olmo")
     model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
     assert not may_fork(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mpt", "bloom", "olmo", "cohere", "gpt_neo_local"])
+def test_a_trial_finds_that_a_model_forks_exactly(name: str) -> None:
+    assert forks_exactly(adapted(name))
+
+
+def test_a_trial_finds_what_reads_otherwise_after_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that are lost on the way, and a cache that the model does not know."""
+    model = adapted("llama")
+    right = After.update
+    monkeypatch.setattr(After, "update", lambda self, keys, values, *rest: tuple(0 * one for one in right(self, keys, values)))
+    assert not forks_exactly(model)
+    assert not forks_exactly(adapted("mamba", {"adalink": AdaLink(rank=2, modalities=("text",))}))
 
 
 def test_rows_of_mamba_are_right_apart() -> None:

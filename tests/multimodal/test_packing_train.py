@@ -34,6 +34,17 @@ def test_training_tells_how_texts_are_read(tmp_path: Path, capsys: pytest.Captur
     assert told.startswith("nothing trained reads or writes the first")
 
 
+def test_training_leaves_texts_apart_where_a_trial_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compose("opt", Template(prompt="<image><bos>question: {question} answer:"))
+    adapter = model.add_adapter("one", BRIDGED).double()
+    assert arrangement_of(model)[0] is pack_rows  # no trial is needed
+    adapter.get_submodule("bridge").requires_grad_(False)
+    monkeypatch.setattr("multimodal.packing.forks_exactly", lambda adapted: False)
+    arrange, told = arrangement_of(model)
+    assert arrange is separate_rows
+    assert told == "one row per text: opt was tried with a cache of what texts share, and reads them otherwise after it"
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mpt"])
 def test_half_precision_is_as_near_in_every_way(name: str) -> None:
     """Under autocast to bfloat16, of a model in float32, as training runs on a GPU."""
