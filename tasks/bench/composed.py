@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adalink import Method
 from multimodal.batch import Batch, collate
+from multimodal.compiled import CompiledModel
 from multimodal.encode import Row
 from multimodal.encoders.stage import Loaded, Preprocess, Stage
 from multimodal.model import VisionLanguageModel
@@ -91,7 +92,7 @@ def composed(shape: Shape, machine: Machine, tower: VisionTower, methods: Mappin
     model = VisionLanguageModel(tower, language(shape, machine), TEMPLATE).to(machine.device)
     model.add_adapter("bench", methods)
     if machine.is_compiled:
-        model.language_loss.call = torch.compile(model.adapted.base)
+        model.language_loss.call = CompiledModel(model.adapted)
     return model
 
 
