@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from composed import Drawn, tower, two_texts
+from made_shards import ListSource, made_sample
 from test_loader import ENCODER, keys
 
 from adalink.errors import CheckpointError
@@ -14,6 +16,8 @@ from multimodal.mixing import MixedSet, Mixture
 from multimodal.packing import separate_rows
 from multimodal.patch_table import PatchTable
 from multimodal.sample import SampleSource
+from multimodal.shard_writer import write_shards
+from multimodal.shards import ShardSource
 
 
 def loader(source: SampleSource, steps: int, *, seed: int = 5, workers: int = 0, batch_size: int = 1, **more: Any) -> TrainLoader:
@@ -61,6 +65,20 @@ def test_every_rank_takes_the_same_steps_and_every_sample_of_an_epoch_is_read_on
     epoch = in_order(found)[:n]
     assert sorted(epoch) == sorted(Drawn(n)[i].key for i in range(n))
     assert in_order(found) == in_order(Light(n).read(1, steps * world)[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_uneven_shards_give_every_rank_the_same_steps_and_every_sample_once(world: int, workers: int, tmp_path: Path) -> None:
+    """Shards of 1, 4 and 6 samples: fewer than ranks, and no number of them divides."""
+    for name, samples, per_shard in (("a", 1, 9), ("b", 10, 6)):
+        write_shards(ListSource(made_sample(i, f"{name}{i}") for i in range(samples)), tmp_path / name, samples_per_shard=per_shard)
+    source = ShardSource(sorted(tmp_path.glob("*/*.tar")))
+    steps = -(-len(source) // world)
+    found = [list(loader(source, steps, rank=rank, world=world, workers=workers)) for rank in range(world)]
+    assert [len(each) for each in found] == [steps] * world
+    assert sorted(in_order(found)[: len(source)]) == sorted(source[i].key for i in range(len(source)))
+    assert in_order(found) == keys(list(loader(source, steps * world)))
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4), (4, 2), (1, 3)])

@@ -184,6 +184,22 @@ def test_fsdp2_trains_what_ddp_trains_and_its_checkpoint_is_gone_on_with_by_any(
     assert difference(state(tmp_path / "to_one", 10), state(tmp_path / "layers", 10)) < 1e-10
 
 
+def test_ten_steps_a_kill_and_ten_more_are_twenty_bit_for_bit_with_fsdp2_too(machine: Machine, tmp_path: Path) -> None:
+    env = {**FSDP, **WRAPS["layers"]}
+    whole = machine.start(2, rank_jobs.sharded, [{"folder": tmp_path / "whole", "workers": 1}], **env)
+    folder = tmp_path / "killed"
+    killed = machine.start(2, rank_jobs.sharded, [{"folder": folder, "pause": 0.02}], **env)
+    killed.wait_until(lambda: step_of(folder) >= 11)
+    killed.killed()
+    assert not (folder / "checkpoints" / "step_00000020").exists()
+    whole.ended()
+    machine.start(2, rank_jobs.sharded, [{"folder": folder, "workers": 2, "resume": True}], **env).ended()
+    found, expected = state(folder), state(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
 def test_after_fsdp2_a_model_is_as_if_it_had_never_been_split(machine: Machine, tmp_path: Path) -> None:
     """It also generates on the way, in one process while the other goes on, which must not wait for it."""
     groups = [machine.start(2, rank_jobs.generated, tmp_path / "ddp"), machine.start(2, rank_jobs.generated_sharded, tmp_path / "fsdp", **FSDP, **WRAPS["layers"])]
