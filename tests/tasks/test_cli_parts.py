@@ -102,6 +102,10 @@ def test_a_saved_adapter_captions_and_answers(runs: Path, picture: Path) -> None
     answered = adalink("ask", "--adapter", runs / "vqa" / "adapter", picture, "how many circles are there?", "--generation.max_new_tokens", "3")
     assert (answered.code, answered.err) == (0, "")
     assert answered.out.strip()
+    question = "what is in the middle?"
+    several = adalink("ask", "--adapter", runs / "vqa" / "adapter", picture, question, "how many circles are there?", "--generation.max_new_tokens", "3")
+    assert several.out.splitlines()[1] == f"how many circles are there?\t{answered.out.strip()}"
+    assert several.out.startswith(f"{question}\t")
 
 
 def test_many_pictures_are_captioned_in_parts_and_in_order(runs: Path, tmp_path: Path) -> None:

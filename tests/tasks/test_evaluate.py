@@ -48,6 +48,17 @@ def test_every_item_is_answered_once_in_the_order_of_the_data(model: VisionLangu
     assert list(predict(model, SOURCE, Captioning(), patches, settings=FEW).texts) == [SOURCE[i].image_id for i in range(5)]
 
 
+def test_a_picture_is_read_once_for_all_its_questions(model: VisionLanguageModel, patches: PatchTable) -> None:
+    read: list[int] = []
+    stack = model.adapted.attachment.stack
+    handle = stack.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    predict(model, SOURCE, Vqa(), patches, settings=GenerationSettings(max_new_tokens=1))
+    handle.remove()
+    n_questions = sum(len(SOURCE[i].questions) for i in range(5))
+    assert n_questions > 10
+    assert sum(read) < 0.6 * n_questions * model.tower.n_patches  # less than the picture's own tokens for each question
+
+
 def test_the_batch_size_does_not_matter(model: VisionLanguageModel, patches: PatchTable) -> None:
     whole = predict(model, SOURCE, Vqa(), patches, settings=FEW)
     assert predict(model, SOURCE, Vqa(), patches, settings=FEW, batch_size=3).texts == whole.texts
