@@ -104,10 +104,10 @@ def check_gates(case: Case, seen: dict[str, list[Tensor]]) -> None:
         else:
             _, place = role(f"{name}.weight")
             layer, kind = int(place.split(".")[1]), f"{role(f'{name}.weight')[0]}_{place.split('.')[2]}"
-        gates = found[kind.split("_")[0]][layer]
         if kind == "central":
             close(torch.cat([found["lora"][layer][0][1], found["prefix"][layer][0][1]], 1), value)
             continue
+        gates = found[kind.split("_")[0]][layer]
         last = kind.split("_", 1)[-1]
         chosen = [gate for end, gate in gates if len(gates) == 1 or value.shape[1] == len(gates) or end == last]
         close(torch.cat(chosen, 1), value)
