@@ -33,7 +33,10 @@ def add_features_options(parser: Any) -> None:
 
 
 def features_command(values: Any, plain: Any) -> None:
-    """Write FOLDER/train and FOLDER/val, for each of the two data sets that is given. Goes on where it was interrupted; checks what is whole."""
+    """Write FOLDER/train and FOLDER/val, for each of the two data sets that is given. Goes on where it was interrupted; checks what is whole.
+
+    Raises ConfigError where no folder or no data is given, and what `write_features` raises.
+    """
     if values.features is None:
         raise ConfigError("no folder is given to write the features to: give --features FOLDER")
     name_both_parts(values)

@@ -48,7 +48,7 @@ class FeatureCache:
 
     @classmethod
     def of(cls, folder: Path, manifest: FeatureManifest) -> FeatureCache:
-        """As `open`, with the manifest read already."""
+        """As `open`, with the manifest read already. Raises DataError as it does."""
         places = np.full((manifest.binding.pictures, 4), ABSENT, dtype=np.int64)
         files = []
         for number, (name, size) in enumerate(manifest.shards.items()):
