@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from adalink.existing import NO_LABEL
 
-__all__ = ["Finish", "word_loss"]
+__all__ = ["Finish", "targets_at_once", "word_loss"]
 
 CHUNK_SCORES = 2**23  # targets x V at a time: 32 MiB in float32, and enough targets for a matrix product at its full rate
 LEAST_TARGETS = 64
@@ -74,8 +75,13 @@ def _vocabulary(head: nn.Module) -> int:
     return int(getattr(head, "out_features", 2**17))
 
 
+def targets_at_once(vocabulary: int) -> int:
+    """How many targets a chunk holds."""
+    return max(LEAST_TARGETS, CHUNK_SCORES // vocabulary)
+
+
 def _chunks(n: int, vocabulary: int) -> list[slice]:
-    size = max(LEAST_TARGETS, CHUNK_SCORES // vocabulary)
+    size = targets_at_once(vocabulary)
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
@@ -106,6 +112,7 @@ class _FrozenHead(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable  # type: ignore[misc, untyped-decorator]
     def backward(ctx: Any, by_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return (gradient * by_total).to(gradient.dtype), None, None, None, None, None

@@ -18,6 +18,7 @@ from multimodal.stored import language_fingerprint, tower_fingerprint
 from multimodal.template import Template
 from multimodal.train_settings import TrainSettings
 from multimodal.trained import TrainedParts
+from multimodal.word_loss import targets_at_once
 from tasks.compose import found_part
 from tasks.places import places_of, slots_of
 
@@ -156,14 +157,15 @@ def _to_train(model: Any, parts: int, parts_trained: TrainedParts, n_slots: int,
         n_layers = len(anatomy.layers)
         activations = activations // n_layers + n_layers * assumed.rows * length * anatomy.layer_width * model.dtype.itemsize
     head = parts_trained.head
-    logits = 2 * assumed.rows * (assumed.answer * anatomy.vocabulary if head is None else len(head.answers)) * FLOAT
+    at_once = min(assumed.rows * assumed.answer, targets_at_once(anatomy.vocabulary))
+    logits = (at_once * anatomy.vocabulary if head is None else 2 * assumed.rows * len(head.answers)) * FLOAT
     return {
         "frozen weights": parts,
         "trained weights": trained * FLOAT,
         "gradients": trained * FLOAT,
         "optimizer state": trained * FLOAT * MOMENTS,
         "activations, estimated": activations,
-        "logits and their gradient, estimated": logits,
+        "logits held at once, estimated": logits,
     }
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from multimodal.word_loss import CHUNK_SCORES, LEAST_TARGETS, Finish, word_loss
+from multimodal.word_loss import Finish, targets_at_once, word_loss
 
 Way = Callable[[Tensor, Tensor, nn.Linear], Tensor]
 
@@ -97,7 +97,7 @@ def main() -> None:
     hidden = torch.randn(asked.targets, asked.width, **like).requires_grad_()
     target = torch.randint(0, asked.vocabulary, (asked.targets,), device=device)
     head = nn.Linear(asked.width, asked.vocabulary, bias=False, **like).requires_grad_(False)
-    size = max(LEAST_TARGETS, CHUNK_SCORES // asked.vocabulary)
+    size = targets_at_once(asked.vocabulary)
     ways: dict[str, Way] = {"plain": plain, "chunks": chunks, "frozen": frozen, "torch": of_torch(None), f"torch {size}": of_torch(size)}
     took: dict[str, list[float]] = {name: [] for name in ways}
     held: dict[str, list[int]] = {name: [] for name in ways}

@@ -102,6 +102,14 @@ def test_without_gradients_none_is_made() -> None:
     torch.testing.assert_close(loss, plain(hidden, target, head, Finish()).detach(), rtol=0, atol=1e-10)
 
 
+def test_a_gradient_of_the_gradient_is_refused_and_never_wrong() -> None:
+    hidden, target, head = case()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(word_loss(hidden, target, head, Finish())[0] * scale, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_rows_without_a_target_lose_nothing_whatever_they_hold() -> None:
     hidden, target, head = case()
     target[:] = NONE
