@@ -172,9 +172,12 @@ class Attachment:
         for index, placement in self.at[port]:
             if tokens.present.isdisjoint(placement.domains) or (tokens.serving is not None and index not in tokens.serving):
                 continue
-            mask = tokens.select(placement.domains, index)
-            rows = h.reshape(*mask.shape[:2], -1)  # OPT flattens [B, T] before its feed-forward
-            h = torch.where(mask, _in_its_dtype(placement.edit, rows, tokens, x.reshape(*mask.shape[:2], -1)), rows).reshape(h.shape)
+            whole, read = (value.reshape(*tokens.domain.shape, -1) for value in (h, x))  # OPT flattens [B, T] before its feed-forward
+            rows = None if placement.reads_row else tokens.rows_of.get(index)
+            if rows is None:
+                h = _where(placement, index, whole, tokens, read).reshape(h.shape)
+            else:
+                h = whole.index_copy(0, rows, _where(placement, index, whole[rows], tokens.of(index), read[rows])).reshape(h.shape)
         return h
 
     def _tokens_at(self, port: Port) -> Tokens:
@@ -199,6 +202,11 @@ def _checkpointed(attachment: Attachment, forward: Any, *args: Any, **kwargs: An
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=attachment.checkpoint_contexts, **kwargs)
+
+
+def _where(placement: Placement, index: int, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
+    """h [B, T, D], edited at the tokens of the placement's domains on rows served by the adapter."""
+    return torch.where(tokens.select(placement.domains, index), _in_its_dtype(placement.edit, h, tokens, x), h)
 
 
 def _in_its_dtype(edit: nn.Module, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ prompt, prefix and percept tokens are one and the same thing, and the sequence h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,9 @@ class Tokens:
     kept: dict[nn.Module, Tensor] | None = None
     n_before: int = 0  # tokens of earlier calls, which a cache holds
     end: int = 0  # how long the sequence is with this call's tokens; keys after it are not written yet
+    # Adapter -> int64 [n], the rows that it serves, where several adapters serve the call's rows; empty where one does, or it is not known.
+    rows_of: Mapping[int, Tensor] = field(default_factory=dict)
+    parts: dict[int, Tokens] = field(default_factory=dict, repr=False)  # memo of of()
 
     def select(self, domains: tuple[int, ...], adapter: int) -> Tensor:
         """bool [B, T, 1]: the tokens in one of `domains`, on rows served by `adapter`."""
@@ -64,6 +67,18 @@ class Tokens:
             mask = torch.stack([self.domain == domain for domain in domains]).any(0) & (self.row == adapter)[:, None]
             self.selected[domains, adapter] = mask[..., None]
         return self.selected[domains, adapter]
+
+    def of(self, adapter: int) -> Tokens:
+        """The tokens of the rows that one adapter of several serves: its edits are then not run on the others' rows."""
+        if adapter not in self.parts:
+            rows = self.rows_of[adapter]
+            position = self.position if self.position.ndim == 1 else self.position[rows]
+            inputs = {name: value[rows] for name, value in self.inputs.items()}
+            self.parts[adapter] = replace(
+                self, domain=self.domain[rows], ordinal=self.ordinal[rows], row=self.row[rows], position=position, keys=self.keys[rows], inputs=inputs,
+                selected={}, drawn={}, serving=frozenset({adapter}), rows_of={}, parts={},
+            )  # fmt: skip
+        return self.parts[adapter]
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,7 @@ class TokenMap:
     ordinal: Tensor = field(init=False, repr=False)
     # int64 [B, 1]: tokens of the generated domain inside the prompt; the first generated token's ordinal
     n_generated_before: Tensor = field(init=False, repr=False)
+    rows_of: Mapping[int, Tensor] = field(init=False, repr=False)  # see Tokens
 
     def __post_init__(self) -> None:
         """Check the shapes and count the ordinals once, where the map is made: a compiled model only reads them."""
@@ -103,6 +119,8 @@ class TokenMap:
         counts = nn.functional.one_hot(slot, N_DOMAINS + 1).cumsum(1)
         object.__setattr__(self, "ordinal", counts.gather(2, slot[..., None])[..., 0] - 1)
         object.__setattr__(self, "n_generated_before", (self.domain == self.generated).sum(1, keepdim=True))
+        several = self.serving if self.serving is not None and len(self.serving) > 1 else ()
+        object.__setattr__(self, "rows_of", {adapter: (self.row == adapter).nonzero()[:, 0] for adapter in several})
 
     def window(self, batch: int, start: int, length: int, visible: int) -> Tokens:
         """Tokens [start, start + length) of `batch` rows, with `visible` keys; rows are repeated for beams.
@@ -137,6 +155,7 @@ class TokenMap:
             has_prompt=start == 0 and end >= prompt,
             n_before=start,
             end=end,
+            rows_of={adapter: _beams_of(rows, beams) for adapter, rows in self.rows_of.items()},
         )
 
     def first_of(self, domain: int, batch: int, end: int, visible: int) -> Tokens:
@@ -157,3 +176,8 @@ class TokenMap:
             serving=self.serving,
             end=end,
         )
+
+
+def _beams_of(rows: Tensor, beams: int) -> Tensor:
+    """int64 [n * beams]: the rows [0, 2] with 2 beams are [0, 1, 4, 5]."""
+    return rows if beams == 1 else (rows[:, None] * beams + torch.arange(beams, device=rows.device)).flatten()
