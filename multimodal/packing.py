@@ -50,7 +50,8 @@ def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None =
     kind = model.config.model_type
     packs, forks = may_pack(model), may_fork(model) and not is_gated and weights == "whole"
     trained = NOTHING if adapter is None else trained_domains(adapter)
-    frozen = _untouched(prompt.domain, trained) if prompt is not None and adapter is not None and forks else 0
+    may_freeze = forks and adapter is not None and not any(parameter.requires_grad for parameter in model.parameters())
+    frozen = _untouched(prompt.domain, trained) if prompt is not None and may_freeze else 0
     if prompt is not None and 2 * frozen >= len(prompt.ids):
         how = "the texts of a picture packed" if packs else "each text"
         told = f"nothing trained reads or writes the first {frozen} of a prompt's {len(prompt.ids)} tokens: read without gradient, and {how} after them"
@@ -67,7 +68,8 @@ def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None =
 
 def arrangement_of(model: VisionLanguageModel, weights: Literal["whole", "split"] = "whole") -> tuple[Arrange, str]:
     """The same for a composed model and its active adapter."""
-    arrange, told = arrangement(model.language.model, model.adapted.active_adapter(), model.row_encoder().prompt("?"), weights)
+    prompt = model.row_encoder().prompt("?") if model.tower.adapter is None else None  # pictures of a trained encoder need a gradient
+    arrange, told = arrangement(model.language.model, model.adapted.active_adapter(), prompt, weights)
     if arrange in (pack_rows, pack_answers, separate_rows) or forks_exactly(model.adapted):
         return arrange, told
     kind = model.language.model.config.model_type

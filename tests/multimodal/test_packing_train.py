@@ -12,14 +12,17 @@ from sharing import adapted, batch_of, learnt, slots_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from adalink import AdaLink, Bridge
+from adalink import AdaLink, Bridge, LoRA
 from multimodal.compiled import CompiledModel
 from multimodal.fork import trained_domains
 from multimodal.language_loss import LanguageLoss
+from multimodal.model import VisionLanguageModel
 from multimodal.packing import arrangement_of, fork_rows, pack_rows, separate_rows
 from multimodal.template import Template
 from multimodal.train import train
 from multimodal.train_settings import TrainSettings
+from multimodal.vision import load_tower
+from tasks.scenes.parts import encoder_folder
 
 BRIDGED = {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("text",))}
 
@@ -32,6 +35,20 @@ def test_training_tells_how_texts_are_read(tmp_path: Path, capsys: pytest.Captur
     train(model, Drawn(4), two_texts, TrainSettings(steps=2, batch_size=2), tmp_path)
     assert told in capsys.readouterr().out
     assert told.startswith("nothing trained reads or writes the first")
+
+
+def test_pictures_of_a_trained_encoder_and_trained_language_models_are_read_with_gradient() -> None:
+    model = compose("opt", Template(prompt="<image><bos>question: {question} answer:"))
+    adapter = model.add_adapter("one", BRIDGED).double()
+    adapter.get_submodule("bridge").requires_grad_(False)
+    assert arrangement_of(model)[0] != pack_rows  # the control
+    model.language.model.requires_grad_(True)
+    assert arrangement_of(model)[0] == pack_rows
+    model.language.model.requires_grad_(False)
+    seen = VisionLanguageModel(load_tower(encoder_folder()), model.language, model.template)  # a tower of its own: others share theirs
+    seen.add_adapter("two", BRIDGED).double().get_submodule("bridge").requires_grad_(False)
+    seen.add_vision_adapter({"lora": LoRA(groups={"all": ("all",)}, rank=2, alpha=2.0)})
+    assert arrangement_of(seen)[0] == pack_rows
 
 
 def test_training_leaves_texts_apart_where_a_trial_failed(monkeypatch: pytest.MonkeyPatch) -> None:
