@@ -2,12 +2,13 @@
 
 torch sends each tensor of a batch in new shared memory and asks for it by a connection of its own: 0.3 ms a tensor, and as much again for every
 half megabyte of new pages. Here the tensors of a batch lie side by side in one block that is used again, and are copied out once; and small
-batches travel together, because a process that sleeps and wakes for each costs as much as a megabyte.
+batches that were made quickly travel together, because a process that sleeps and wakes for each costs as much as a megabyte.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ __all__ = ["Parcel", "Receiver", "Sender"]
 
 _ALIGNED = 64  # bytes; every dtype may begin there
 _SMALLEST = 2**16  # bytes of a block
-_WORTH_A_PARCEL = 2**21  # bytes
+_WORTH_A_PARCEL = 2**21  # bytes, or
+_WORTH_WAITING = 0.01  # seconds of work: what takes long is not kept back, and is shared out between the workers to the last
 _MOST = 8  # things in a parcel
 
 
@@ -29,6 +31,7 @@ class Parcel:
     """Some things on their way.
 
     things    how many they are
+    seconds   of work, that all of them took
     content   their list, pickled without its tensors
     bounds    start and end of each tensor in the block, in bytes
     block     which of the sender's blocks holds them
@@ -37,6 +40,7 @@ class Parcel:
 
     sender: int
     things: int
+    seconds: float
     content: bytes
     bounds: tuple[tuple[int, int], ...]
     block: int
@@ -51,7 +55,7 @@ class Sender:
         self._blocks: list[Tensor] = []
         self._last: list[int] = []  # the parcel that each block holds
 
-    def pack(self, things: Sequence[Any], n_copied: int) -> Parcel:
+    def pack(self, things: Sequence[Any], n_copied: int, seconds: float = 0.0) -> Parcel:
         """things: whatever pickles, at least one. n_copied: how many of this sender's parcels the receiver has copied out."""
         stripped = _Stripped(things)
         bounds, end = [], 0
@@ -64,14 +68,18 @@ class Sender:
         self._last[block] = self._sent
         self._sent += 1
         memory = self._blocks[block] if is_new else None
-        return Parcel(sender=self._number, things=len(things), content=stripped.content, bounds=tuple(bounds), block=block, memory=memory)
+        return Parcel(
+            sender=self._number, things=len(things), seconds=seconds, content=stripped.content, bounds=tuple(bounds), block=block, memory=memory
+        )
 
     def _block(self, size: int, n_copied: int) -> tuple[int, bool]:
         """A block that nobody reads any more, and whether the receiver has not seen it yet."""
         free = next((block for block, last in enumerate(self._last) if last < n_copied), None)
         if free is not None and len(self._blocks[free]) >= size:
             return free, False
-        memory = torch.empty(max(size + size // 4, _SMALLEST), dtype=torch.uint8).share_memory_()  # with room for a longer text
+        # With room for a longer text; pages that nothing is written to take no memory.
+        shared = torch.UntypedStorage._new_shared(max(size + size // 4, _SMALLEST), device="cpu")
+        memory = torch.empty(0, dtype=torch.uint8).set_(shared)
         if free is None:
             self._blocks.append(memory)
             self._last.append(-1)
@@ -84,7 +92,7 @@ class Receiver:
     """The other side.
 
     n_copied         how many parcels of each sender were copied out, which the senders must be told
-    worth_a_parcel   how many things a sender should pack together, by the size of those that came last: 2 MiB of them, eight at most
+    worth_a_parcel   how many things a sender should pack together, by those that came last: 2 MiB, a hundredth of a second's work, or eight
     """
 
     def __init__(self, n_senders: int) -> None:
@@ -102,7 +110,8 @@ class Receiver:
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._is_pinned)
         memory.copy_(self._blocks[place][:size])
         self.n_copied[parcel.sender] += 1
-        self.worth_a_parcel = min(_MOST, -(-_WORTH_A_PARCEL * parcel.things // max(size, 1)))
+        share = max(size / _WORTH_A_PARCEL, parcel.seconds / _WORTH_WAITING) / parcel.things
+        self.worth_a_parcel = math.ceil(min(_MOST, 1 / max(share, 1 / _MOST)))
         things: Sequence[Any] = _Refilled(parcel.content, [memory[start:stop] for start, stop in parcel.bounds]).load()
         return things
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ def made_in_order(make: Callable[[Task], Made], tasks: Iterable[Task], *, worker
     """`make(task)` for each task, in their order, made in so many processes; in this one where `workers` is 0.
 
     make     pickles where processes are spawned; each process has its copy
-    tasks    drawn in this process, no further ahead than two parcels for each worker, of one task or, where little is made, up to eight
+    tasks    drawn in this process, no further ahead than two parcels for each worker, of one task or, where little is made quickly, up to eight
 
     Raises DataError where a worker process dies, and what `make` raises.
     """
@@ -82,11 +83,12 @@ class _Job(Dataset[Any], Generic[Task]):
             return map(self.make, tasks)
         self.sender = self.sender or Sender(worker.id)
         things: list[Any] = []
+        started = time.thread_time()
         try:
             things.extend(map(self.make, tasks))
         except Exception:  # what was made before it arrives before it
             things.append(ExceptionWrapper(where=f"in DataLoader worker process {worker.id}"))
-        return self.sender.pack(things, n_copied[worker.id])
+        return self.sender.pack(things, n_copied[worker.id], time.thread_time() - started)
 
 
 def _as_it_is(made: Any) -> Any:

@@ -68,10 +68,13 @@ def test_several_senders_do_not_meet() -> None:
     assert receiver.n_copied == [2, 2]
 
 
-@pytest.mark.parametrize(("size", "together"), [(0, 8), (2**10, 8), (2**20 - 64, 3), (2**21, 1), (2**23, 1)])
-def test_small_things_travel_together_and_large_ones_alone(size: int, together: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "seconds", "together"),
+    [(0, 0.0, 8), (2**10, 0.0, 8), (2**20 - 64, 0.0, 3), (2**21, 0.0, 1), (2**23, 0.0, 1), (0, 0.004, 3), (2**10, 0.01, 1), (0, 2.0, 1)],
+)
+def test_small_things_that_were_made_quickly_travel_together_and_others_alone(size: int, seconds: float, together: int) -> None:
     receiver = Receiver(1)
     assert receiver.worth_a_parcel == 1
     for things in (1, 2):
-        receiver.open(Sender(0).pack([torch.zeros(size, dtype=torch.uint8)] * things, 0))
+        receiver.open(Sender(0).pack([torch.zeros(size, dtype=torch.uint8)] * things, 0, seconds * things))
         assert receiver.worth_a_parcel == together
