@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import CLIPConfig, OPTConfig, PreTrainedConfig, Qwen2Config, T5Config
+from transformers import BertConfig, CLIPConfig, OPTConfig, PreTrainedConfig, Qwen2Config, T5Config
 
 __all__ = ["SHAPES", "shape_folder"]
 
@@ -22,6 +22,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
         vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
         decoder_start_token_id=0, dtype="float32",
     ),
+    "google-bert/bert-base-uncased": BertConfig(dtype="float32"),
     "openai/clip-vit-large-patch14": CLIPConfig(
         vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14, "image_size": 224},
         dtype="float32",
