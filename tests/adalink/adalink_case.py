@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adalink import ANSWER, IMAGE, PAD, TEXT, AdaLink, Adapter, Anatomy, Bridge, InputSpec, Method, TokenMap
 
 OF_THE_MODEL = ("transformer.", "model.", "lm_head.", "shared.", "encoder.", "decoder.")
-PROJECTOR = re.compile(r"(?:^|[._])(?:projector|projection|proj|connector|bridge)\.(?:\w+\.)*?((?:\d+\.)?(?:weight|bias))$")
+LINEAR = re.compile(r"\.((?:\d+\.)?(?:weight|bias))$")
 EDIT = re.compile(r"^(?:adalink\.)?(?:(.+)\.)?((?:down|up)\.(?:weight|bias))$")
 MODALITIES = ("image", "text")
 
@@ -52,15 +52,16 @@ class Case:
     @cached_property
     def pictures(self) -> Tensor | None:
         """[B, N, Dv]; None where the file is of text alone."""
-        found = [value for name, value in self.under("in.").items() if value.ndim == 3 and value.is_floating_point() and re.search("im|vis|patch|feat|soft", name)]
+        found = [value for value in self.under("in.").values() if value.ndim == 3 and value.is_floating_point()]
         width = next((value.shape[1] for name, value in self.projector.items() if value.ndim == 2), None)
         return max(found, key=lambda value: value.shape[2] == width) if found else None
 
     @cached_property
     def projector(self) -> dict[str, Tensor]:
-        """Official name -> tensor."""
-        named = {name: value for name, value in self.tensors.items() if not re.match(r"in\.|out\.|adalink\.", name) and not name.removeprefix("w.").startswith(OF_THE_MODEL)}
-        return {name: value for name, value in named.items() if PROJECTOR.search(name) and ".grad." not in name}
+        """Official name -> tensor: the linears that are neither the model's nor an adapter's, under whatever name."""
+        others = ("in.", "out.", "adalink.", *(f"{variant}." for variant in self.spec["variants"]))
+        named = {name: value for name, value in self.tensors.items() if LINEAR.search(name) and not name.startswith(others)}
+        return {name: value for name, value in named.items() if not name.removeprefix("w.").startswith(OF_THE_MODEL)}
 
     @property
     def is_bridged(self) -> bool:
@@ -70,7 +71,7 @@ class Case:
     def projected(self) -> Tensor:
         """[B, N, D]: what the projector makes of the pictures, in plain operations."""
         assert self.pictures is not None
-        h, leaves = self.pictures, {PROJECTOR.search(name)[1]: value for name, value in self.projector.items()}  # type: ignore[index]
+        h, leaves = self.pictures, {LINEAR.search(name)[1]: value for name, value in self.projector.items()}  # type: ignore[index]
         steps = sorted({leaf.rpartition(".")[0] for leaf in leaves})
         for i, step in enumerate(steps):
             at = f"{step}." if step else ""
