@@ -58,7 +58,8 @@ def complete(
     bad: dict[int, BadSample] = {}
     allowed = len(source) if budget is None else budget
     counted = BadSamples(budget=allowed)
-    with tqdm(total=len(groups) * GROUP, desc=label, unit="image", disable=None if state.is_main_process else True, dynamic_ncols=True) as bar:
+    n_own = sum(min(GROUP, len(source) - GROUP * group) for group in groups)
+    with tqdm(total=n_own, desc=label, unit="image", disable=None if state.is_main_process else True, dynamic_ncols=True) as bar:
         for pictures, features, found in encoded_groups(tower, source, groups, workers=workers):
             if features is not None:
                 writer.add(pictures, writer.contents.of(features).cpu())
@@ -66,7 +67,7 @@ def complete(
             for sample in found.values():
                 counted.add(sample)
             counted.check()
-            bar.update(GROUP)
+            bar.update(len(pictures) + len(found))
     all_bad = {index: sample for part in gather_object([bad]) for index, sample in part.items()}
     BadSamples(budget=allowed, found=all_bad.values()).check()
     return writer.finish(all_bad)

@@ -12,6 +12,7 @@ from typing import Any
 import feature_jobs
 import pytest
 import torch
+from accelerate import Accelerator
 from composed import Drawn, compose, excite, two_texts
 from ranks import Machine
 from ranks import machine as started
@@ -189,6 +190,12 @@ def test_features_of_a_trained_encoder_are_neither_read_nor_filled(tmp_path: Pat
 def test_filling_without_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train.features is fill, and no folder is given to fill: give patches, a FeatureWriter"):
         weights(tmp_path / "run", None, features="fill")
+
+
+def test_an_encoder_that_is_split_over_processes_fills_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "is_fsdp2", property(lambda self: True))
+    with pytest.raises(ConfigError, match=r"FSDP2 splits the encoder over processes, so its features cannot be filled in while training: run `adalink features` first"):
+        weights(tmp_path / "run", tmp_path / "features")
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,29 @@ def test_a_folder_that_may_not_be_written_or_read_is_one_sentence(tmp_path: Path
     assert "(Permission denied): write them with `adalink features`, or train with train.features: fill" in as_nobody(FeatureCache.open)
 
 
+def test_what_cannot_be_mended_or_ended_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = half(tmp_path / "kept", [1])
+    (folder / "zzz.safetensors").mkdir()
+    with pytest.raises(DataError, match=r"the features in .*zzz.safetensors cannot be mended: .*; can the folder be written?"):
+        FeatureWriter(folder, binding(), CONTENTS)
+    (folder / "zzz.safetensors").rmdir()
+    writer = FeatureWriter(folder, binding(), CONTENTS)
+    missing = writer.missing().tolist()
+    writer.add(missing, records(missing))
+
+    def full(path: Path, contents: Contents) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("multimodal.feature_cache.writer.seal", full)
+        with pytest.raises(DataError, match=r"cannot be finished: No space left on device; make room and run the same again"):
+            writer.finish({})
+    with pytest.raises(DataError, match="are not finished"):
+        FeatureCache.open(folder)
+    assert is_right(writer.finish({}))
+    writer.close()
+
+
 def test_a_second_writer_is_told_that_there_is_one(tmp_path: Path) -> None:
     first = FeatureWriter(tmp_path / "kept", binding(), CONTENTS)
     with pytest.raises(ConfigError, match=r"another process writes features to .*kept now: wait for it, or give another folder"):

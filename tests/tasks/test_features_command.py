@@ -67,6 +67,8 @@ def test_a_run_reads_them_says_so_and_learns_what_features_in_memory_teach(writt
     again = adalink("evaluate", "--adapter", tmp_path / "run" / "adapter", "--config", tmp_path / "run" / "config.yaml")
     assert again.code == 0
     assert f"features: 4 pictures are read from {written}/val" in again.err  # the config of the run names the folder
+    wrong = adalink("evaluate", "--adapter", tmp_path / "run" / "adapter", "--config", tmp_path / "run" / "config.yaml", "--features", tmp_path / "nowhere")
+    assert refused(wrong) == f"{tmp_path}/nowhere holds no features, neither in train nor in val: write them with `adalink features`, or give features: null"
 
 
 def test_the_first_epoch_fills_them(in_memory: Path, tmp_path: Path) -> None:
