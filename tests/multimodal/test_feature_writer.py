@@ -39,7 +39,8 @@ def complete(folder: Path) -> FeatureCache:
     """Take a writing up and end it."""
     writer = FeatureWriter(folder, binding(), CONTENTS)
     missing = writer.missing().tolist()
-    writer.add(missing, records(missing))
+    if missing:
+        writer.add(missing, records(missing))
     cache = writer.finish({})
     writer.close()
     return cache
