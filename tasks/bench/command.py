@@ -72,7 +72,7 @@ def bench(
         grown: list[Point] = []
         found += _shown(_kept(points(asked), grown))
         if plot is not None:
-            write_whole(plot, as_svg(grown, f"{where['machine']}, {where['precision']}, seconds {where['seconds']}").encode())
+            write_whole(plot, as_svg(grown, _held(next(point for point in grown if point.axis == "rank"), where)).encode())
     if out is not None:
         write_whole(out, (as_json if out.suffix == ".json" else as_markdown)(found, where).encode())
 
@@ -90,6 +90,12 @@ def _kept(grown: Iterator[Point], into: list[Point]) -> Iterator[Finding]:
     for point in grown:
         into.append(point)
         yield point.finding
+
+
+def _held(point: Point, where: Mapping[str, str]) -> str:
+    """What a picture of growth says of everything that does not grow."""
+    held = f"{point.shape.name}, {point.work.n_patches} image tokens, {point.work.n_texts} captions a picture, rank {point.rank} where these do not grow"
+    return f"{held}; {where['machine']}, {where['precision']}, seconds {where['seconds']}"
 
 
 def _machine(device: str, dtype: str, compile: str, threads: int) -> Machine:

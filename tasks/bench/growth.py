@@ -47,18 +47,17 @@ def points(bench: Bench) -> Iterator[Point]:
     """Every point as it is found: a LoRA step in a process of its own for each side. Raises ConfigError without peft."""
     check_peft()
     sizes = bench.sizes
-    shape, patches = sizes.growth_models[0], min(N_PATCHES, sizes.growth_patches[-1])
+    shape, patches, rank = sizes.growth_models[0], min(N_PATCHES, sizes.growth_patches[-1]), sizes.growth_ranks[0]
     usual = Work(n_patches=patches)
-    for n in sizes.growth_patches:
-        yield _point(bench, "image tokens", n, str(n), shape, Work(n_patches=n), 8)
-    for n in sizes.growth_texts:
-        yield _point(bench, "captions a picture", n, str(n), shape, Work(n_patches=patches, n_texts=n), 8)
-    for other in sizes.growth_models:
-        yield _point(bench, "language model", sizes.growth_models.index(other), other.name, other, usual, 8)
-    for rank in sizes.growth_ranks:
-        yield _point(bench, "rank", sizes.growth_ranks.index(rank), str(rank), shape, usual, rank)
-
-
-def _point(bench: Bench, axis: str, value: float, label: str, shape: Shape, work: Work, rank: int) -> Point:
-    ours, theirs = (needs(side, shape, bench.machine, work, "lora", rank, bench.repetitions) for side in ("adalink", "peft"))
-    return Point(axis=axis, value=value, label=label, shape=shape, work=work, rank=rank, ours=ours, theirs=theirs)
+    steps = [("image tokens", n, str(n), shape, Work(n_patches=n), rank) for n in sizes.growth_patches]
+    steps += [("captions a picture", n, str(n), shape, Work(n_patches=patches, n_texts=n), rank) for n in sizes.growth_texts]
+    steps += [("language model", i, other.name, other, usual, rank) for i, other in enumerate(sizes.growth_models)]
+    steps += [("rank", i, str(other), shape, usual, other) for i, other in enumerate(sizes.growth_ranks)]
+    known: dict[tuple[str, Work, int], tuple[Needs, Needs]] = {}  # the usual step is on every axis
+    for axis, value, label, model, work, of_rank in steps:
+        key = (model.name, work, of_rank)
+        if key not in known:
+            ours, theirs = (needs(side, model, bench.machine, work, "lora", of_rank, bench.repetitions) for side in ("adalink", "peft"))
+            known[key] = ours, theirs
+        ours, theirs = known[key]
+        yield Point(axis=axis, value=value, label=label, shape=model, work=work, rank=of_rank, ours=ours, theirs=theirs)

@@ -10,7 +10,7 @@ from tasks.bench.peak import Needs
 
 __all__ = ["as_svg"]
 
-WIDTH, HEIGHT, LEFT, TOP, GAP_X, GAP_Y = 210, 150, 62, 74, 34, 62  # of a panel, and around it
+WIDTH, HEIGHT, LEFT, TOP, GAP_X, GAP_Y = 210, 150, 62, 96, 40, 70  # of a panel, and around it
 OURS, THEIRS, INK, FAINT = "#1d4ed8", "#b45309", "#1f2937", "#e5e7eb"
 
 
@@ -21,7 +21,7 @@ def as_svg(points: Sequence[Point], heading: str) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" font-family="sans-serif" font-size="11">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        _text(LEFT, 20, "A training step, per caption: adalink and peft (LoRA of rank 8 on q and v unless it grows)", size=14),
+        _text(LEFT, 20, "A training step, per caption: adalink and peft, LoRA on q and v", size=14),
         _text(LEFT, 38, heading),
         *_legend(LEFT, 56),
     ]
@@ -40,7 +40,7 @@ def _panel(x: float, y: float, points: Sequence[Point], read: Callable[[Needs], 
     values = {side: [read(getattr(point, side)) / point.work.n_texts for point in points] for side in ("ours", "theirs")}
     top = _ceiling(max(v for side in values.values() for v in side if v == v))
     low, high = points[0].value, points[-1].value
-    across = [x + 8 + (WIDTH - 16) * ((point.value - low) / (high - low) if high > low else 0.5) for point in points]
+    across = [x + 26 + (WIDTH - 52) * ((point.value - low) / (high - low) if high > low else 0.5) for point in points]
     parts = []
     for share in (0.0, 0.5, 1.0):
         level = y + HEIGHT * (1 - share)
@@ -51,7 +51,7 @@ def _panel(x: float, y: float, points: Sequence[Point], read: Callable[[Needs], 
     parts += [_text(place, y + HEIGHT + 15, point.label, anchor="middle") for place, point in zip(across, points, strict=True)]
     parts.append(_text(x + WIDTH / 2, y + HEIGHT + 31, axis, anchor="middle", weight="bold"))
     if unit:
-        parts.append(_text(x - 44, y - 8, unit, weight="bold"))
+        parts.append(_text(x - 44, y - 14, unit, weight="bold"))
     for side, colour in (("theirs", THEIRS), ("ours", OURS)):
         places = [(place, y + HEIGHT * (1 - v / top)) for place, v in zip(across, values[side], strict=True) if v == v]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)

@@ -39,13 +39,11 @@ def shards(bench: Bench) -> Iterator[Finding]:
         with tempfile.TemporaryDirectory() as folder:
             source = kind(n, Path(folder) / "files")
             script.write_shards(source, Path(folder) / "shards", samples_per_shard=n // 4)
-            tars = sorted((Path(folder) / "shards").glob("*.tar"))
+            readers = script.readers_of(Path(folder), source, decode, batch_size, 0)
             taken: dict[str, list[float]] = {"adalink": [], "webdataset": []}
             for turn in range(bench.repetitions + 1):
                 for side in list(taken)[:: -1 if turn % 2 else 1]:
-                    ours = script.Ours(script.ShardSource(Path(folder) / "shards"), script.SampleOrder(n, 0), decode)
-                    dataset = ours if side == "adalink" else script.plain_webdataset(tars, decode)
-                    taken[side].append(script.one_pass(dataset, 0, batch_size, n)[1])
+                    taken[side].append(script.one_pass(readers[side](), n)[1])
         rates = {side: 1 / statistics.median(seconds[1:]) for side, seconds in taken.items()}
         yield Finding(
             part="shards",

@@ -41,9 +41,9 @@ class Sizes:
     n_answers: int = 50_000
     n_captions: int = 5000
     growth_models: tuple[Shape, ...] = ()
-    growth_patches: tuple[int, ...] = (50, 128, 256, 400, 576)
+    growth_patches: tuple[int, ...] = (50, 128, 256, 576)
     growth_texts: tuple[int, ...] = (1, 2, 5, 10)
-    growth_ranks: tuple[int, ...] = (4, 16, 64, 256)
+    growth_ranks: tuple[int, ...] = (8, 64, 256)
 
 
 def _usual(models: tuple[Shape, ...], smallest: tuple[Shape, ...]) -> Sizes:
