@@ -4,7 +4,7 @@ A frozen linear head gives its gradient in the forward pass, chunk by chunk, so 
 is trained, or that is more than a linear, is run in chunks whose logits are made again in the backward pass. float16 takes this way too:
 a loss scaler acts in the backward pass, and gradients of the forward pass would have underflowed before it.
 
-torch's own `linear_cross_entropy` (2.13) does the first for a head that nothing follows; here it is no faster, and by default 4 times slower
+torch's own `linear_cross_entropy` (2.13) does the first for a head that nothing follows; here it is no faster, and by default 4 to 8 times slower
 (tests/benchmarks/RESULTS.md), and it knows no scale, no cap and no weights of single targets.
 """
 
