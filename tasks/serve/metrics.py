@@ -24,8 +24,8 @@ class Metrics:
         self._requests = Counter("adalink_requests", "requests by model (empty where refused) and status", by, registry=self.registry)
         self._seconds = Histogram("adalink_request_seconds", "from the queue to the end of the text", by[:1], buckets=SECONDS, registry=self.registry)
         self._waited = Histogram("adalink_queue_seconds", "from the queue to the batch", buckets=SECONDS, registry=self.registry)
-        self._rows = Histogram("adalink_batch_rows", "requests in a batch", buckets=ROWS, registry=self.registry)
-        self._adapters = Histogram("adalink_batch_adapters", "different adapters in a batch", buckets=ROWS, registry=self.registry)
+        self._rows = Histogram("adalink_batch_rows", "requests in the running batch when some join it", buckets=ROWS, registry=self.registry)
+        self._adapters = Histogram("adalink_batch_adapters", "different adapters in the running batch when some join it", buckets=ROWS, registry=self.registry)
         self._tokens = Counter("adalink_tokens", "tokens read (prompt) and written (new)", ("kind",), registry=self.registry)
         self.waiting = Gauge("adalink_waiting", "requests that wait for a batch", registry=self.registry)
         self.models = Gauge("adalink_adapters", "adapters that are served", registry=self.registry)
@@ -43,7 +43,7 @@ class Metrics:
         self._tokens.labels("new").inc(answer.n_new)
 
     def batch(self, jobs: Sequence[Job]) -> None:
-        """Count a batch that is about to run."""
+        """Count the running batch, with the jobs that join it now."""
         self._rows.observe(len(jobs))
         self._adapters.observe(len({job.ask.adapter for job in jobs}))
 
