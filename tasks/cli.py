@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Refused as error:
         from tasks.config import setting_names
 
-        sentence = one_sentence(str(error), command=command, known=setting_names() if command in ("train", "evaluate", "features", "compose", "methods") else ())
+        has_settings = command in ("train", "evaluate", "features", "compose", "methods")
+        sentence = one_sentence(str(error), command=command, known=setting_names() if has_settings else ())
         print(f"adalink: {sentence}; `adalink {command + ' ' if command else ''}--help` lists what there is", file=sys.stderr)
         return 2
     except TerminatedError as error:
