@@ -173,7 +173,8 @@ class Attachment:
             if tokens.present.isdisjoint(placement.domains) or (tokens.serving is not None and index not in tokens.serving):
                 continue
             whole, read = (value.reshape(*tokens.domain.shape, -1) for value in (h, x))  # OPT flattens [B, T] before its feed-forward
-            rows = None if placement.reads_row else tokens.rows_of.get(index)
+            # Of one token a row, picking rows costs more than editing them all.
+            rows = None if placement.reads_row or whole.shape[1] == 1 else tokens.rows_of.get(index)
             if rows is None:
                 h = _where(placement, index, whole, tokens, read).reshape(h.shape)
             else:
