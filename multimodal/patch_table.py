@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from multimodal.bad_samples import BadSample
 from multimodal.feature_cache.encoding import GROUP, encoded_groups
 from multimodal.model import VisionLanguageModel
+from multimodal.processes import process_state
 from multimodal.progress import progress
 from multimodal.sample import SampleSource
 
@@ -56,7 +56,7 @@ def encode_all(model: VisionLanguageModel, source: SampleSource, *, workers: int
 
     Each of several processes encodes its share, and all get the whole.
     """
-    tower, state = model.tower, PartialState()
+    tower, state = model.tower, process_state()
     table = torch.zeros(len(source), tower.n_kept, tower.width, dtype=torch.float16)
     bad: dict[int, BadSample] = {}
     own = range(state.process_index, -(-len(source) // GROUP), state.num_processes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,12 @@ def gathered(accelerator: Accelerator, items: list[T]) -> list[T]:
 
 
 def process_state() -> PartialState:
-    """The processes as accelerate knows them, read from the environment as its Accelerator reads it, so that a training finds the same state."""
+    """The processes as accelerate knows them, read from the environment as its Accelerator reads it, so that a training finds the same state.
+
+    On a machine without a GPU accelerate would leave processes that torchrun started each to itself, without a word, unless it is told.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
@@ -91,6 +97,7 @@ def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) 
     if missing := [name for name in settings.trackers if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"train.trackers names {', '.join(missing)}, and no such package is here: pip install 'adalink[trackers]', or leave it out")
     folder.mkdir(parents=True, exist_ok=True)
+    process_state()
     is_first = not AcceleratorState._shared_state
     accelerator = Accelerator(mixed_precision=settings.precision, log_with=list(settings.trackers) or None, project_dir=str(folder))
     try:

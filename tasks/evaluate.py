@@ -17,6 +17,7 @@ from multimodal.encode import Row, TextTooLong
 from multimodal.generate import GenerationSettings, check_room
 from multimodal.kept import Kept
 from multimodal.model import VisionLanguageModel
+from multimodal.processes import process_state
 from multimodal.progress import progress
 from multimodal.sample import SampleSource
 from tasks.data import Chosen, Opened
@@ -85,7 +86,7 @@ def predict(
     bad: list[BadSample] = []
     for question in _questions(model, source, task, patches, shift, settings):
         (bad if isinstance(question, BadSample) else questions).append(question)  # type: ignore[arg-type]
-    own = _own(questions, PartialState())
+    own = _own(questions, process_state())
     answered: dict[int, str] = {}
     for start in progress(range(0, len(own), batch_size), label):
         answered.update(_answer(model, own[start : start + batch_size], patches, settings))

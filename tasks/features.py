@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from accelerate import PartialState
-
 from adalink.errors import ConfigError
 from multimodal.feature_cache.contents import Contents, all_contents, as_size, needed_contents
 from multimodal.feature_cache.manifest import UNFINISHED, is_finished
@@ -20,6 +18,7 @@ from multimodal.kept import Kept
 from multimodal.model import VisionLanguageModel
 from multimodal.patch_table import encode_all
 from multimodal.pixel_table import pixel_table
+from multimodal.processes import process_state
 from multimodal.sample import SampleSource
 from tasks.config import RunConfig
 
@@ -71,7 +70,7 @@ def features_to_show(model: VisionLanguageModel, source: SampleSource, config: R
 
 def say(line: str) -> None:
     """A line in the log, once whatever the number of processes."""
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print(line, file=sys.stderr)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from argparse import Namespace
 from collections.abc import Sequence
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import multimodal  # noqa: F401  (first: it makes torchvision importable, which accelerate's launcher imports by way of transformers)
@@ -25,12 +28,20 @@ def launch(arguments: Sequence[str]) -> int:
     parser = launch_command_parser()
     parser.prog, parser.usage = "adalink launch", "adalink launch [OPTIONS] -- COMMAND ..."
     try:
-        launch_command(parser.parse_args([*options, "-m", "tasks.cli", *command]))
+        launch_command(_several_on_cpus(parser.parse_args([*options, "-m", "tasks.cli", *command])))
     except subprocess.CalledProcessError as error:  # one process
         return error.returncode
     except ChildFailedError as error:  # several
         return int(error.get_first_failure()[1].exitcode)
     return 0
+
+
+def _several_on_cpus(chosen: Namespace) -> Namespace:
+    """The choice, where several processes on CPUs are asked for: the launcher of several GPUs starts them; accelerate's own way starts one."""
+    if (chosen.num_processes or 1) > 1 and (chosen.cpu or not torch.accelerator.is_available()):
+        chosen.cpu, chosen.multi_gpu = False, True
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    return chosen
 
 
 def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

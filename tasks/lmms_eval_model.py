@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
 from PIL.Image import Image
 
 from adalink.errors import ConfigError, DataError
 from multimodal.generate import GenerationSettings
+from multimodal.processes import process_state
 from tasks.compose import load_adapted
 
 try:
@@ -62,7 +62,7 @@ class LmmsEvalModel(lmms):  # type: ignore[misc]  # the suite takes subclasses o
         self._asks = "{question}" in saved["prompt"]
         self._question = question
         self._batch_size = int(batch_size)
-        state = PartialState()
+        state = process_state()
         self._rank, self._world_size = state.process_index, state.num_processes
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from adalink.atomic import write_whole
 from adalink.errors import AdalinkError, ConfigError
 from multimodal.bad_samples import BadSamples
 from multimodal.model import VisionLanguageModel
+from multimodal.processes import process_state
 from multimodal.train import train
 from multimodal.trained import TrainedParts
 from tasks.compose import load_adapted
@@ -136,7 +136,7 @@ def _check_bad(pictures: Pictures, predictions: Predictions, config: RunConfig) 
 
 def is_main() -> bool:
     """Whether this process, of those that train together, is the one that writes and prints; every one evaluates, and all find the same."""
-    return bool(PartialState().is_main_process)
+    return bool(process_state().is_main_process)
 
 
 def _say_skipped(what: str, bad: BadSamples) -> None:

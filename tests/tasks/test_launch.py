@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,12 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("--data.train.scenes", "train/4", "--data.val.scenes", "val/2", "--train.steps", "2", "--train.batch_size", "2", "--generation.max_new_tokens", "2")
 
 
-def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tasks.cli", "launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no", "--", *arguments]
+def launched(*arguments: str, n: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tasks.cli", "launch", "--cpu", "--num_processes", str(n), "--mixed_precision", "no", "--", *arguments]
+    return started(command)
+
+
+def started(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, cwd=ROOT, env=environment)
 
@@ -37,6 +42,18 @@ def test_a_run_is_launched_and_a_refused_one_keeps_its_exit_code(tmp_path: Path)
     again = launched("train", "--config", str(RECIPES["captioning"]), "--out", str(tmp_path / "run"), *FIXED, *SMALL)
     assert again.returncode == 2
     assert "is there already: give another `out`, or --resume to go on with it" in again.stderr
+
+
+@pytest.mark.parametrize("way", ["launch", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_processes_on_cpus_train_together_and_not_each_by_itself(way: str, tmp_path: Path) -> None:
+    arguments = ("train", "--config", str(RECIPES["captioning"]), "--out", str(tmp_path / "two"), *FIXED, *SMALL, "--train.log_every", "1")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tasks.cli")
+    done = launched(*arguments, n=2) if way == "launch" else started([*torchrun, *arguments])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert train("captioning", tmp_path / "one", "--train.batch_size", "4", small=(*SMALL, "--train.log_every", "1")).code == 0
+    two, one = ([json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("two", "one"))
+    assert len(two) == 2
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.slow
