@@ -6,17 +6,14 @@ it already; they stand before the text, or in place of tokens that the file mark
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
+from fixture_file import FixtureFile
 from hosts import host
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from adalink import ANSWER, IMAGE, PAD, TEXT, AdaLink, Adapter, Anatomy, Bridge, InputSpec, Method, TokenMap
@@ -28,18 +25,8 @@ MODALITIES = ("image", "text")
 
 
 @dataclass(frozen=True)
-class Case:
-    """spec: the .json; tensors: the .safetensors."""
-
-    spec: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-    @staticmethod
-    def read(path: Path) -> Case:
-        return Case(json.loads(path.with_suffix(".json").read_text()), load_file(path.with_suffix(".safetensors")))
-
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
+class Case(FixtureFile):
+    """The model, its pictures and its adapters."""
 
     def runs(self) -> list[tuple[str, str]]:
         """(variant, scope) of every result with a loss."""

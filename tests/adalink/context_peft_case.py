@@ -7,11 +7,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from fixture_file import FixtureFile
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -26,22 +25,12 @@ Routing = Mapping[str, tuple[str, ...]]  # adaptor -> the modalities that it ser
 
 
 @dataclass(frozen=True)
-class Case:
-    """spec: the .json; tensors: the .safetensors."""
-
-    spec: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-    @staticmethod
-    def read(path: Path) -> Case:
-        return Case(json.loads(path.with_suffix(".json").read_text()), load_file(path.with_suffix(".safetensors")))
+class Case(FixtureFile):
+    """The model, its adapters and its inputs."""
 
     @property
     def config(self) -> Mapping[str, Any]:
         return self.spec["config"]
-
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
 
     @property
     def adaptors(self) -> Mapping[str, Mapping[str, Any]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from fixture_file import FixtureFile
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -28,15 +29,8 @@ ROLES = {  # the official names of the soft prompt's tensors, and ours
 
 
 @dataclass(frozen=True)
-class Case:
-    """spec: the .json; tensors: the .safetensors."""
-
-    spec: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-    @staticmethod
-    def read(path: Path) -> Case:
-        return Case(json.loads(path.with_suffix(".json").read_text()), load_file(path.with_suffix(".safetensors")))
+class Case(FixtureFile):
+    """The model, its adapter and its inputs."""
 
     @property
     def injected(self) -> dict[int, int]:
@@ -108,9 +102,6 @@ class Case:
         roles = {official: ours for official, ours in ROLES.items() if official in self.tensors}
         taps = [min(self.injected.values())] if self.spec["shared_connector"] else sorted(set(self.injected.values()))
         return roles | {f"connector.{tap}.{part}": f"epalm.tap{tap}.project.{part}" for tap in taps for part in ("weight", "bias")}
-
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
 
     def with_slots(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """ids, mask, domain: the percept's slot and the prompt's before each row."""

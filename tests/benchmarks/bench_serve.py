@@ -1,6 +1,7 @@
 """Load tests of `adalink serve` on loopback, each a row of RESULTS.md.
 
     PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py mixing      # mixed batches against one adapter at a time
+    PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py wide        # the same, with a language model of 34 M random weights
     PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py reload      # adapters come and go under load
     PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py end         # SIGTERM under load
     PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py bad         # 10,000 bad requests
@@ -25,10 +26,12 @@ from pathlib import Path
 import httpx
 import torch
 from served import Server, data_url, messages, picture, serving
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalink import AdaLink, Bridge
+from multimodal.language import load_language
 from tasks.captioning import Captioning
-from tasks.compose import compose
+from tasks.compose import compose, found_part
 
 N_CLIENTS, N_ADAPTERS, N_PICTURES = 32, 4, 64
 NAMES = tuple(f"caption{i}" for i in range(N_ADAPTERS))
@@ -80,9 +83,19 @@ class Load:
                 self.tokens += reply["usage"]["completion_tokens"]
 
 
-def save(folder: Path) -> None:
+def wide_language(folder: Path) -> str:
+    """A language model whose step costs reading its weights, as any of a useful size does; those of the package fit into the processor's cache."""
+    package = load_language(found_part("scenes:language"))
+    torch.manual_seed(0)
+    size = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8, "num_key_value_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**{**package.model.config.to_dict(), **size, "head_dim": 64})).save_pretrained(folder)
+    package.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save(folder: Path, language: str = "scenes:language") -> None:
     """The adapters, from random weights."""
-    model = compose("scenes:encoder", "scenes:language", template=Captioning().template)
+    model = compose("scenes:encoder", language, template=Captioning().template)
     for seed, name in enumerate(NAMES):
         torch.manual_seed(seed)
         adapter = model.add_adapter(name, {"bridge": Bridge(kind="mlp", hidden=256, init_scale=8.0), "adalink": AdaLink(rank=16, modalities=("image", "text"))})
@@ -197,5 +210,6 @@ def bad(folder: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        save(Path(name))
-        {"mixing": mixing, "reload": reload, "end": end, "bad": bad}[sys.argv[1]](Path(name))
+        is_wide = sys.argv[1] == "wide"
+        save(Path(name), wide_language(Path(name) / "language") if is_wide else "scenes:language")
+        {"mixing": mixing, "wide": mixing, "reload": reload, "end": end, "bad": bad}[sys.argv[1]](Path(name))
