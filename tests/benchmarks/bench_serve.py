@@ -36,7 +36,7 @@ from tasks.compose import compose, found_part
 N_CLIENTS, N_ADAPTERS, N_PICTURES = 32, 4, 64
 NAMES = tuple(f"caption{i}" for i in range(N_ADAPTERS))
 SECONDS = 20.0
-ROUNDS, WINDOW = 12, 5.0
+ROUNDS, WINDOW = 6, 5.0
 N_NEW = 64  # tokens a text
 NOISE = 0.4  # so strong that hardly a text ends by itself: each request then costs the same, whoever answers it
 
@@ -131,11 +131,11 @@ def mixing(folder: Path) -> None:
         for way, found in turns.items():
             seconds = [second for one_turn in found for second in one_turn.seconds]
             n_failed = sum(one_turn.n_failed for one_turn in found)
-            print(f"{way}: {len(seconds) / (ROUNDS * WINDOW):.1f} requests/s, {1000 * sum(t.cpu for t in found) / len(seconds):.1f} ms of the server's processor a request, "
+            print(f"{way}: {len(seconds) / sum(t.elapsed for t in found):.1f} requests/s, {1000 * sum(t.cpu for t in found) / len(seconds):.1f} ms of the server's processor a request, "
                   f"p50 {percentile(seconds, 0.5):.3f} s, p95 {percentile(seconds, 0.95):.3f} s, {sum(t.rows for t in found) / sum(t.batches for t in found):.1f} rows a batch, "
                   f"{len(seconds)} answered, {n_failed} failed", flush=True)  # fmt: skip
         pairs = list(zip(turns["mixed"], turns["one_adapter"], strict=True))
-        rates = sorted(len(a.seconds) / len(b.seconds) for a, b in pairs)
+        rates = sorted(len(a.seconds) / a.elapsed / (len(b.seconds) / b.elapsed) for a, b in pairs)
         p95 = sorted(percentile(a.seconds, 0.95) / percentile(b.seconds, 0.95) for a, b in pairs)
         print(f"mixed / one adapter, {ROUNDS} pairs of turns: throughput median {rates[len(rates) // 2]:.2f} ({rates[0]:.2f} to {rates[-1]:.2f}), "
               f"p95 median {p95[len(p95) // 2]:.2f} ({p95[0]:.2f} to {p95[-1]:.2f})")  # fmt: skip
@@ -146,6 +146,7 @@ class Turn:
     """What one server did in one window."""
 
     seconds: list[float]
+    elapsed: float  # until the last of them was answered
     n_failed: int
     cpu: float
     rows: float
@@ -156,12 +157,13 @@ def turn(server: Server, bodies: Sequence[bytes]) -> Turn:
     def counts() -> tuple[float, float, float]:
         return server.cpu_seconds(), server.metric("adalink_batch_rows_sum"), server.metric("adalink_batch_rows_count")
 
-    before, load = counts(), Load(server, bodies)
+    before, load, started = counts(), Load(server, bodies), time.perf_counter()
     load.start()
     time.sleep(WINDOW)
     load.stop()
+    elapsed = time.perf_counter() - started
     cpu, rows, batches = (after - start for after, start in zip(counts(), before, strict=True))
-    return Turn(load.seconds, sum(load.statuses.values()) - load.statuses["200"], cpu, rows, batches)
+    return Turn(load.seconds, elapsed, sum(load.statuses.values()) - load.statuses["200"], cpu, rows, batches)
 
 
 def reload(folder: Path) -> None:
