@@ -5,7 +5,6 @@ So a reader finds all shards or none, and a writing that was killed can go on: w
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from adalink.atomic import write_whole
 from adalink.errors import AdalinkError, ConfigError, DataError
+from multimodal.folder_lock import locked
 from multimodal.manifest import MANIFEST, Manifest, write_manifest
 
 __all__ = ["WRITING", "find_shards", "publish", "refuse_unfinished", "shard_part", "workplace"]
@@ -108,17 +108,9 @@ def _locked(out: Path) -> int:
     """An open file in `out/.writing` with a lock that ends with the process."""
     try:
         (out / WRITING).mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / WRITING / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return locked(out / WRITING / _LOCK, f"another process writes shards to {out} now; wait for it, or give another folder")
     except OSError as error:
         raise DataError(f"shards cannot be written to {out}: {error.strerror}; is it writable?") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise ConfigError(f"another process writes shards to {out} now; wait for it, or give another folder") from error
-    except OSError:
-        pass  # a file system without locks
-    return lock
 
 
 def _take_back(out: Path) -> None:

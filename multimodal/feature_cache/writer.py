@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from multimodal.feature_cache.contents import Contents, as_size
 from multimodal.feature_cache.manifest import FINISHED, UNFINISHED, FeatureManifest, read_manifest, write_manifest
 from multimodal.feature_cache.scan import found_pictures, shard_files
 from multimodal.feature_cache.shard import ShardFile, seal
+from multimodal.folder_lock import locked
 from multimodal.processes import done_by_main, process_state
 
 __all__ = ["FeatureWriter"]
@@ -53,7 +53,7 @@ class FeatureWriter:
         is_new = not os.path.exists(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.folder)
+            self._lock = locked(self.folder / _LOCK, f"another process writes features to {self.folder} now: wait for it, or give another folder")
             return self._prepared()
         except OSError as error:
             raise DataError(f"features cannot be written to {self.folder}: {error.strerror}; is it a folder that can be written?") from error
@@ -153,16 +153,3 @@ def _check_room(folder: Path, contents: Contents, n_missing: int) -> None:
             f"the features of {n_missing:,} pictures take {as_size(needed)} ({contents.n_bytes:,} bytes each: {contents}), "
             f"and {folder} has {as_size(free)} left: give a folder on a larger disk"
         )
-
-
-def _locked(folder: Path) -> int:
-    """An open file with a lock that ends with the process. Raises ConfigError where another process has it, OSError."""
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise ConfigError(f"another process writes features to {folder} now: wait for it, or give another folder") from error
-    except OSError:
-        pass  # a file system without locks
-    return lock
