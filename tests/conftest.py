@@ -1,4 +1,4 @@
-"""Settings of every test: no hub, few threads, seeded."""
+"""Settings of every test: no hub, few threads, seeded, the same whatever ran before and however slow the machine is."""
 
 from __future__ import annotations
 
@@ -8,12 +8,31 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
 
+from collections.abc import Generator
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import multimodal  # noqa: F401  (first: it makes torchvision importable before a test imports transformers, timm or open_clip)
+
+# The same examples each time, and however slow the machine is; `pytest --hypothesis-profile anew` draws others.
+settings.register_profile("anew", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("same", settings.get_profile("anew"), derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
+    """What a fixture of several tests draws does not depend on the tests before it, nor do theirs on it."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return (yield)

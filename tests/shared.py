@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+PATIENCE = 900.0  # seconds after which something hangs: how fast a machine is must decide no test, so nothing shorter is waited for
 
 
 def fixtures(folder: str) -> Path:
