@@ -12,14 +12,14 @@ import torch
 
 from adalink.errors import DataError
 
-__all__ = ["Turns", "alternate"]
+__all__ = ["Turns", "alternate", "seconds_on"]
 
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative; other dtypes 2e-2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """Seconds of each side in each repetition: of the processor on a CPU, which other work disturbs less, by the clock on a GPU."""
+    """Seconds of each side in each repetition, as `seconds_on` counts them."""
 
     seconds: Mapping[str, tuple[float, ...]]
 
@@ -51,7 +51,7 @@ def alternate(
         raise DataError(
             f"the sides of one measurement give {first}, expected the same: a defect of adalink or of its peer, please report it"
         )
-    clock = now or partial(_now, device)
+    clock = now or partial(seconds_on, device)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repetitions):
         for name in list(sides)[:: -1 if turn % 2 else 1]:
@@ -61,7 +61,8 @@ def alternate(
     return Turns(seconds={name: tuple(values) for name, values in seconds.items()})
 
 
-def _now(device: torch.device) -> float:
+def seconds_on(device: torch.device) -> float:
+    """Seconds up to now: of the processor and all threads of this process on a CPU, which other work disturbs less; by the clock on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from tasks.bench.listing import about, as_json, as_line, as_markdown
 from tasks.bench.plot import as_svg
 from tasks.bench.scripts import metrics, shards
 from tasks.bench.shapes import Machine
-from tasks.bench.sizes import SIZES, Bench
+from tasks.bench.sizes import SIZES, Bench, Sizes
 from tasks.bench.training import training
 
 __all__ = ["bench"]
@@ -41,6 +42,7 @@ def bench(
     out: Path | None = None,
     plot: Path | None = None,
     size: Literal["tiny", "usual", "billion"] = "usual",
+    model: str | None = None,
     device: str = "cpu",
     dtype: Literal["float32", "bfloat16"] = "float32",
     compile: Literal["no", "yes"] = "no",
@@ -51,15 +53,17 @@ def bench(
     Args:
         only: One part alone; by default every part but growth.
         repetitions: How often each side takes its turn after the first, which is not counted; the median is held against the target.
+            A ratio is of seconds of the processor, all threads together, which other work disturbs less; on a GPU, and where Java scores, by the clock.
         out: A file for the table: .md, or .json with every ratio.
         plot: A .svg file for how time and memory grow; measured when it is given.
         size: tiny takes seconds and shows that the command works; usual is what the targets speak of; billion is for a GPU.
+        model: One of the size's language models alone, such as llama60 or opt125; by default all of them, and questions on the first.
         device: cpu, cuda or cuda:N.
         dtype: Of the frozen models.
         compile: Whether both sides run compiled models.
         threads: Of the processor.
     """
-    asked = Bench(sizes=SIZES[size], machine=_machine(device, dtype, compile, threads), repetitions=repetitions)
+    asked = Bench(sizes=_sizes(size, model), machine=_machine(device, dtype, compile, threads), repetitions=repetitions)
     _check(repetitions, out, plot, only)
     torch.set_num_threads(threads)
     where = about(asked)
@@ -96,6 +100,17 @@ def _held(point: Point, where: Mapping[str, str]) -> str:
     """What a picture of growth says of everything that does not grow."""
     held = f"{point.shape.name}, {point.work.n_patches} image tokens, {point.work.n_texts} captions a picture, rank {point.rank} where these do not grow"
     return f"{held}; {where['machine']}, {where['precision']}, seconds {where['seconds']}"
+
+
+def _sizes(size: str, model: str | None) -> Sizes:
+    """A size, with one of its language models where one is named."""
+    sizes = SIZES[size]
+    if model is None:
+        return sizes
+    found = {shape.name: shape for shape in (*sizes.models, *sizes.growth_models)}
+    if model not in found:
+        raise ConfigError(f"--model is {model!r}, and --size {size} measures {', '.join(found)}: give one of these, or no --model")
+    return replace(sizes, models=(found[model],), growth_models=(found[model],))
 
 
 def _machine(device: str, dtype: str, compile: str, threads: int) -> Machine:

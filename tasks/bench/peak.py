@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import statistics
-import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from adalink.errors import DataError
+from tasks.bench.clock import seconds_on
 from tasks.bench.composed import Work, drawn_tower
 from tasks.bench.shapes import TINY_LLAMA, TINY_OPT, Machine, Shape
 from tasks.bench.sides import Step, Taught, our_model, our_step, their_step
@@ -65,9 +65,9 @@ def _child(pipe: Connection, side: Side, shape: Shape, machine: Machine, work: W
     before = _mib(machine.device, fresh=True)
     seconds = []
     for _ in range(1 + repetitions):
-        started = time.process_time()
+        started = seconds_on(machine.device)
         step()
-        seconds.append(time.process_time() - started)
+        seconds.append(seconds_on(machine.device) - started)
     pipe.send(Needs(mib=_mib(machine.device) - before, seconds=statistics.median(seconds[1:])))
 
 

@@ -17,7 +17,7 @@ __all__ = ["training"]
 
 
 def training(bench: Bench) -> Iterator[Finding]:
-    """Speed of every case, then memory of the captions. Raises ConfigError without peft."""
+    """Speed and memory of the captions on every language model; questions, and LoRA on text alone, on the first. Raises ConfigError without peft."""
     check_peft()
     sizes = bench.sizes
     taught: Taught
@@ -25,10 +25,10 @@ def training(bench: Bench) -> Iterator[Finding]:
         for taught in ("lora", "prompt"):
             for case in sizes.captions:
                 yield _speed(bench, shape, case, taught, "captions")
-        for case in sizes.questions:
-            yield _speed(bench, shape, case, "lora", "questions")
-        for case in sizes.text_only:
-            yield _speed(bench, shape, case, "text lora", "captions")
+    for case in sizes.questions:
+        yield _speed(bench, sizes.models[0], case, "lora", "questions")
+    for case in sizes.text_only:
+        yield _speed(bench, sizes.models[0], case, "text lora", "captions")
     for shape in sizes.models:
         for case in sizes.captions:
             yield _memory(bench, shape, case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,16 +59,26 @@ def test_every_row_of_a_part_is_printed_and_written(part: str, tmp_path: Path) -
     assert "torch" in found["where"]["software"]
 
 
-def test_training_is_measured_against_peft_in_speed_and_memory(tmp_path: Path) -> None:
-    done = adalink("bench", *QUICK, "--only", "training", "--out", tmp_path / "found.md")
+CAPTIONS = ("lora, 9 image tokens, captions: faster", "prompt, 9 image tokens, captions: faster", "lora, 9 image tokens, captions: smaller")
+QUESTIONS = ("lora, 9 image tokens, questions: faster", "text lora, 9 image tokens, captions: faster")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ((), [*(f"tiny llama, {row}" for row in CAPTIONS + QUESTIONS), *(f"tiny opt, {row}" for row in CAPTIONS)]),
+        (("--model", "tiny opt"), [f"tiny opt, {row}" for row in CAPTIONS + QUESTIONS]),
+    ],
+    ids=["every model, questions on the first", "one model alone"],
+)
+def test_training_is_measured_against_peft_in_speed_and_memory(asked: tuple[str, ...], expected: list[str], tmp_path: Path) -> None:
+    done = adalink("bench", *QUICK, "--only", "training", *asked, "--out", tmp_path / "found.md")
     assert done.code == 0, done.err
     lines = [line for line in done.out.splitlines() if line.startswith("training")]
-    for model in ("tiny llama", "tiny opt"):
-        for row in ("lora, 9 image tokens, captions: faster", "prompt, 9 image tokens, captions: faster", "lora, 9 image tokens, questions: faster",
-                    "text lora, 9 image tokens, captions: faster", "lora, 9 image tokens, captions: smaller"):  # fmt: skip
-            assert sum(f"{model}, {row} than peft" in line for line in lines) == 1, row
+    for row in expected:
+        assert sum(f"  {row} than peft" in line for line in lines) == 1, row
     table = (tmp_path / "found.md").read_text()
-    assert table.count("\n| tiny") == len(lines) == 10
+    assert table.count("\n| tiny") == len(lines) == len(expected)
 
 
 def test_growth_is_drawn(tmp_path: Path) -> None:
@@ -109,6 +120,11 @@ def test_sides_take_turns_in_both_orders_and_the_first_round_does_not_count() ->
     assert len(turns.ratios("a", "b")) == 2
 
 
+def test_seconds_are_of_the_processor_so_that_waiting_costs_nothing() -> None:
+    turns = alternate({"waits": lambda: float(time.sleep(0.5) or 0)}, 1, CPU.device, CPU.dtype)
+    assert turns.median("waits") < 0.4
+
+
 def test_memory_above_the_loaded_model_is_the_steps_own() -> None:
     small, large = (needs("peft", TINY_LLAMA, CPU, Work(n_patches=n), "lora", 4, 1) for n in (20, 150))
     assert large.mib > small.mib > 0
@@ -129,6 +145,7 @@ def test_a_verdict_says_by_how_much_a_target_is_missed() -> None:
     ("arguments", "expected"),
     [
         (("--only", "speed"), r"speed"),
+        (("--model", "gpt2"), r"--model is 'gpt2', and --size usual measures llama60, opt125: give one of these, or no --model"),
         (("--repetitions", "0"), r"repetitions is 0: give 1 or more"),
         (("--threads", "0"), r"threads is 0: give 1 or more"),
         (("--out", "found.txt"), r"--out is found.txt: give a file whose name ends in .md or .json"),
