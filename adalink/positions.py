@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port
 from adalink.errors import AttachError
-from adalink.tokens import PAD, Tokens
+from adalink.tokens import PAD, Tokens, counted
 
 __all__ = ["Uncounted", "ZeroVector", "without_positions"]
 
@@ -30,7 +30,7 @@ class Uncounted(nn.Module):
         if self.padding_row is not None and position.shape[1] == is_slot.shape[1]:
             is_slot = is_slot & (position != self.padding_row)
         place = tokens.position.expand(len(tokens.row), -1)
-        before = is_slot.long().cumsum(1).gather(1, place)  # [B, T], the token itself with them
+        before = counted(is_slot, tokens.entry).gather(1, place)  # [B, T], the token itself with them
         moved = torch.where(tokens.select(domains, adapter)[..., 0], 0, (position - before).clamp(min=0))
         is_moved = (tokens.row == adapter)[:, None] & (tokens.domain != PAD)
         if self.padding_row is not None:

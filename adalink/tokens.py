@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adalink.errors import ConfigError
 
-__all__ = ["ANSWER", "BASE_ROW", "DOMAIN_NAMES", "IMAGE", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "TokenMap", "Tokens"]
+__all__ = ["ANSWER", "BASE_ROW", "DOMAIN_NAMES", "IMAGE", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "TokenMap", "Tokens", "counted"]
 
 PAD = -1  # no domain: no edit touches a padding token
 TEXT = 0  # text of the prompt: instruction, question, special tokens
@@ -40,6 +40,7 @@ class Tokens:
     keys       int64 [B, K]    domain of every key that attention may see, PAD where the cache is still empty
     present    the domains that can occur in this call, known without reading a tensor
     inputs     name -> [B, ...], what the edits read beside the hidden states; empty once the prompt is over
+    entry      int64 [B, K]    which entry of `inputs` each key's token reads; None where all of a row read the row's
     """
 
     domain: Tensor
@@ -60,6 +61,7 @@ class Tokens:
     # Adapter -> int64 [n], the rows that it serves, where several adapters serve the call's rows; empty where one does, or it is not known.
     rows_of: Mapping[int, Tensor] = field(default_factory=dict)
     parts: dict[int, Tokens] = field(default_factory=dict, repr=False)  # memo of of()
+    entry: Tensor | None = None
 
     def select(self, domains: tuple[int, ...], adapter: int) -> Tensor:
         """bool [B, T, 1]: the tokens in one of `domains`, on rows served by `adapter`."""
@@ -68,14 +70,26 @@ class Tokens:
             self.selected[domains, adapter] = mask[..., None]
         return self.selected[domains, adapter]
 
+    def given(self, values: Tensor) -> Tensor:
+        """float [B, T, D]: of `values` [B, N, D], made of an input, the one with each token's ordinal; [B, 1, D] is the same for every token.
+
+        Tokens of other domains get one too, whatever their ordinal: they are not selected.
+        """
+        index = self.ordinal.clamp(max=values.shape[1] - 1)
+        if self.entry is None:
+            return torch.take_along_dim(values, index[..., None], dim=1)
+        entry = self.entry.gather(1, self.position.expand(len(self.row), -1))
+        return values.flatten(0, 1)[entry * values.shape[1] + index]
+
     def of(self, adapter: int) -> Tokens:
         """The tokens of the rows that one adapter of several serves: its edits are then not run on the others' rows."""
         if adapter not in self.parts:
             rows = self.rows_of[adapter]
             position = self.position if self.position.ndim == 1 else self.position[rows]
-            inputs = {name: value[rows] for name, value in self.inputs.items()}
+            inputs = self.inputs if self.entry is not None else {name: value[rows] for name, value in self.inputs.items()}
             self.parts[adapter] = replace(
                 self, domain=self.domain[rows], ordinal=self.ordinal[rows], row=self.row[rows], position=position, keys=self.keys[rows], inputs=inputs,
+                entry=None if self.entry is None else self.entry[rows],
                 selected={}, drawn={}, serving=frozenset({adapter}), rows_of={}, parts={},
             )  # fmt: skip
         return self.parts[adapter]
@@ -91,6 +105,8 @@ class TokenMap:
     generated  domain of every token after the prompt
     present    the domains that can occur in the prompt; an edit for any other is not run
     serving    the adapters that occur in `row`; an edit of any other is not run. None: every attached one is
+    entry      int64 [B, T]    which entry of `inputs` a token reads, where a row holds the tokens of several, one after the other: each has
+                               slots of its own, whose ordinals start anew. None: inputs have one entry for each row
     """
 
     domain: Tensor
@@ -99,6 +115,7 @@ class TokenMap:
     generated: int = ANSWER
     present: frozenset[int] = frozenset(range(N_DOMAINS))
     serving: frozenset[int] | None = None
+    entry: Tensor | None = None
     # int64 [B, T]: how many tokens of the same domain precede each token in its row. [5, 5, 0, 5] -> [0, 1, 0, 2]
     ordinal: Tensor = field(init=False, repr=False)
     # int64 [B, 1]: tokens of the generated domain inside the prompt; the first generated token's ordinal
@@ -112,11 +129,13 @@ class TokenMap:
                 f"a token map needs domain [B, T] and row [B], got {tuple(self.domain.shape)} and {tuple(self.row.shape)}: "
                 "give one row index for each row of domain"
             )
+        if self.entry is not None and self.entry.shape != self.domain.shape:
+            raise ConfigError(f"a token map's entry is {tuple(self.entry.shape)} with domain {tuple(self.domain.shape)}: give one for each token")
         wrong = {name: tuple(value.shape) for name, value in self.inputs.items() if value.shape[:1] != self.row.shape}
-        if wrong:
+        if wrong and self.entry is None:
             raise ConfigError(f"inputs {wrong} do not have the token map's {self.row.shape[0]} rows: give one entry for each row")
         slot = self.domain + 1
-        counts = nn.functional.one_hot(slot, N_DOMAINS + 1).cumsum(1)
+        counts = counted(nn.functional.one_hot(slot, N_DOMAINS + 1), None if self.entry is None else self.entry[..., None])
         object.__setattr__(self, "ordinal", counts.gather(2, slot[..., None])[..., 0] - 1)
         object.__setattr__(self, "n_generated_before", (self.domain == self.generated).sum(1, keepdim=True))
         several = self.serving if self.serving is not None and len(self.serving) > 1 else ()
@@ -150,12 +169,13 @@ class TokenMap:
             position=torch.arange(start, end, device=domain.device),
             keys=repeated(nn.functional.pad(domain, (0, visible - end), value=PAD)),
             present=(self.present if in_prompt else frozenset()) | (frozenset({self.generated}) if n_new else frozenset()),
-            inputs={name: repeated(value) for name, value in self.inputs.items()} if in_prompt else {},
+            inputs={name: value if self.entry is not None else repeated(value) for name, value in self.inputs.items()} if in_prompt else {},
             serving=self.serving,
             has_prompt=start == 0 and end >= prompt,
             n_before=start,
             end=end,
             rows_of={adapter: _beams_of(rows, beams) for adapter, rows in self.rows_of.items()},
+            entry=None if self.entry is None else repeated(self._entries(visible)),
         )
 
     def first_of(self, domain: int, batch: int, end: int, visible: int) -> Tokens:
@@ -175,7 +195,27 @@ class TokenMap:
             inputs=whole.inputs,
             serving=self.serving,
             end=end,
+            entry=whole.entry,
         )
+
+    def _entries(self, visible: int) -> Tensor:
+        """int64 [B, visible]: what comes after the prompt goes on with its last entry."""
+        assert self.entry is not None
+        n_new = max(visible - self.entry.shape[1], 0)
+        return torch.cat([self.entry, self.entry[:, -1:].expand(-1, n_new)], 1)[:, :visible]
+
+
+def counted(is_one: Tensor, entry: Tensor | None = None) -> Tensor:
+    """int64 [B, T, ...]: how many tokens are one, up to each and itself among them; counted anew where `entry` changes along the row.
+
+    [1, 0, 1, 1] with entries [4, 4, 4, 5] -> [1, 1, 2, 1].
+    """
+    counts = is_one.long().cumsum(1)
+    if entry is None:
+        return counts
+    begins = entry != entry.roll(1, 1)  # a row of one entry begins nowhere, and then nothing is taken off
+    before = torch.where(begins, counts - is_one.long(), 0)
+    return counts - before.cummax(1).values
 
 
 def _beams_of(rows: Tensor, beams: int) -> Tensor:

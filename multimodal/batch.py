@@ -27,13 +27,14 @@ class Batch:
     domain       int64 [B, T]        PAD for padding
     source       int64 [B, M]        position of the hidden state that predicts ...
     target       int64 [B, M]        ... this id; NO_TARGET for padding. Explicit pairs, so that one row may hold several texts
-    image        int64 [B]           which picture the row is about
+    image        int64 [B]           which picture the row is about, or its first ones
     pixels       float [I, 3, H, W]  the pictures, or
     patches      float [I, N + L, Dv]  their features, where they are kept: patches, then the pooled vector of each block (or none), or
     taps         float [I, L, Dv]    pooled vectors alone, of the last blocks
     decoder_ids  int64 [B, U]        encoder-decoder models only; sources are positions in it
     position     int64 [B, T]        each token's position in its own text, padding skipped
-    segment      int64 [B, T]        which of several packed texts a token belongs to; None where no row is packed
+    segment      int64 [B, T]        which of several packed texts about its picture a token belongs to; None where no row is packed
+    picture      int64 [B, T]        which picture a token is about; None where each row is about one
     beginning    what the rows begin with, where that can be read in a call of its own
     score        float [B, M]        where a head chooses the answer: what each target, the number of an answer, would score; padding too
     n_targets    what the loss is divided by; the batch's own number of targets (of rows, where a head chooses) unless a training loop knows better
@@ -48,6 +49,7 @@ class Batch:
     n_targets: float
     position: Tensor
     segment: Tensor | None = None
+    picture: Tensor | None = None
     beginning: Beginning | None = None
     pixels: Tensor | None = None
     patches: Tensor | None = None
@@ -69,7 +71,7 @@ class Batch:
 
     def attention(self, dtype: torch.dtype) -> Tensor:
         """The mask that a model without windows takes: int64 [B, T], or additive [B, 1, T, T] where rows are packed."""
-        return self.attention_mask if self.segment is None else additive(self.segment, self.domain == PAD, dtype)
+        return self.attention_mask if self.segment is None else additive(self.segment, self.domain == PAD, dtype, picture=self.picture)
 
 
 def collate(
@@ -100,6 +102,7 @@ def collate(
         taps=pictures if kind == "taps" else None,
         position=_padded([row.position or tuple(range(len(row.ids))) for row in rows], 0, left),
         segment=_padded([row.segment or (0,) * len(row.ids) for row in rows], 0, left) if any(row.segment for row in rows) else None,
+        picture=_padded([row.picture for row in rows], 0, left) if rows[0].picture else None,
         beginning=beginning_of(rows, image) if side == "right" else None,
         decoder_ids=_padded([row.decoder_ids for row in rows], pad_id) if rows[0].decoder_ids else None,
         score=_padded(scores, 0, dtype=torch.float32) if scores else None,

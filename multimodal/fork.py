@@ -109,7 +109,7 @@ def _attention(base: Any, batch: Batch, start: int) -> Any:
         return batch.attention_mask
     is_padding = batch.attention_mask == 0
     implementation = base.config._attn_implementation
-    return packed_attention(implementation, windows(base.config), batch.segment, is_padding, batch.position, base.dtype, start)
+    return packed_attention(implementation, windows(base.config), batch.segment, is_padding, batch.position, base.dtype, start, batch.picture)
 
 
 def _accepted(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class LanguageLoss:
         """float []: cross entropy summed over the batch's targets. Raises ConfigError for packed rows that an adapter would mix."""
         adapted = self.adapted
         if batch.segment is not None and adapted.active:
-            check_packed(adapted.active_adapter(), batch.domain, batch.segment)
+            check_packed(adapted.active_adapter(), batch.domain, batch.segment, batch.picture)
         head = self.head  # before the map is bound: it binds one of its own
         total = torch.zeros((), device=batch.ids.device)
         for one in calls_of(adapted, batch, token_map):

@@ -17,6 +17,7 @@ from multimodal.bad_samples import BadSample
 from multimodal.batch import Batch, collate
 from multimodal.encode import Row, RowEncoder, TextTooLong
 from multimodal.images import BadImage
+from multimodal.joined_rows import joined_rows
 from multimodal.kept import Kept
 from multimodal.mixing import fingerprint_of, order_of
 from multimodal.order import Order
@@ -109,8 +110,10 @@ class _Steps:
 
 
 class _Collate:
-    def __init__(self, kind: Literal["pixels", "patches", "taps"], pad_id: int) -> None:
-        self.kind, self.pad_id = kind, pad_id
+    """row_tokens: how long a row of several pictures may be; 0 where each picture has rows of its own."""
+
+    def __init__(self, kind: Literal["pixels", "patches", "taps"], pad_id: int, row_tokens: int = 0) -> None:
+        self.kind, self.pad_id, self.row_tokens = kind, pad_id, row_tokens
 
     def __call__(self, items: list[_Item | BadSample]) -> Loaded:
         good = [item for item in items if isinstance(item, _Item)]
@@ -119,6 +122,8 @@ class _Collate:
             return Loaded(None, bad)
         rows = [row for item in good for row in item.rows]
         image = [i for i, item in enumerate(good) for _ in item.rows]
+        if self.row_tokens:
+            rows, image = joined_rows(rows, image, self.row_tokens)
         pictures = torch.stack([item.picture for item in good])
         batch = collate(rows, image, pictures, kind=self.kind, side="right", pad_id=self.pad_id, keys=[item.key for item in good])
         return Loaded(batch, bad, tuple(item.index for item in good))
@@ -159,7 +164,7 @@ class TrainLoader:
 
     def read_kept(self, kept: Kept) -> None:
         """From here on, features that are kept take the place of pictures."""
-        self._positions.patches, self._collate = kept, _Collate(kept.kind, self._collate.pad_id)
+        self._positions.patches, self._collate = kept, _Collate(kept.kind, self._collate.pad_id, self._collate.row_tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON: how many pictures all ranks together were handed, and what the order is a function of."""
@@ -190,11 +195,17 @@ def train_loader(
     rank: int = 0,
     world: int = 1,
     patches: Kept | None = None,
+    row_tokens: int = 0,
 ) -> TrainLoader:
-    """Reads `steps` steps from the stream's start, or from where `load_state_dict` puts it. batch_size: pictures per step and rank."""
+    """Reads `steps` steps from the stream's start, or from where `load_state_dict` puts it.
+
+    batch_size   pictures per step and rank
+    row_tokens   pictures of a step come one after the other in rows of up to so many tokens; 0: each has rows of its own
+    """
     positions = _Positions(source, order_of(source, seed), seed, texts, encoder, arrange, preprocess, patches)
     kind = patches.kind if patches is not None else "pixels"
-    return TrainLoader(positions, _Collate(kind, encoder.placeholder), steps=steps, batch_size=batch_size, workers=workers, rank=rank, world=world)
+    collated = _Collate(kind, encoder.placeholder, row_tokens)
+    return TrainLoader(positions, collated, steps=steps, batch_size=batch_size, workers=workers, rank=rank, world=world)
 
 
 def _load(positions: _Positions, collate: _Collate, step: range) -> Loaded:

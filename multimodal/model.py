@@ -135,10 +135,11 @@ class VisionLanguageModel(nn.Module):
             raise ConfigError("the batch holds kept features, and this model's encoder has trained weights: collate it with pixels")
         features = self.tower(_pixels(batch)).joined if kept is None else kept
         rows, n_patches = self.adapted.serving(len(batch.ids), adapter_names), 0 if batch.taps is not None else self.tower.n_patches
-        inputs = {"image": features[batch.image, :n_patches]} if n_patches else {}
+        entries = batch.image if batch.picture is None else slice(None)  # one for each row, or for each picture
+        inputs = {"image": features[entries, :n_patches]} if n_patches else {}
         if features.shape[1] > n_patches:
-            inputs["image_taps"] = features[batch.image, n_patches:]
-        return TokenMap(batch.domain, rows.row, inputs, serving=rows.serving)
+            inputs["image_taps"] = features[entries, n_patches:]
+        return TokenMap(batch.domain, rows.row, inputs, serving=rows.serving, entry=batch.picture)
 
     @property
     def device(self) -> torch.device:

@@ -76,12 +76,17 @@ def arrangement_of(model: VisionLanguageModel, weights: Literal["whole", "split"
     return separate_rows, f"one row per text: {kind} was tried with a cache of what texts share, and reads them otherwise after it"
 
 
-def check_packed(adapter: Adapter, domain: Tensor, segment: Tensor) -> None:
-    """Raise ConfigError where the adapter would mix the texts of a row; int64 [B, T] each, as in Batch."""
+def check_packed(adapter: Adapter, domain: Tensor, segment: Tensor, picture: Tensor | None = None) -> None:
+    """Raise ConfigError where the adapter would mix the texts, or the pictures, of a row; int64 [B, T] each, as in Batch."""
     if _mixes_texts(adapter):
         raise ConfigError(
             "the batch has several texts in a row, and a slot of the adapter reads later tokens, or a gate the row, so it would read all of them: "
             "collate one row for each text, or train with mask='causal'"
+        )
+    if _gates(adapter) and picture is not None:
+        raise ConfigError(
+            "the batch has several pictures in a row, and a gate of the adapter reads the whole prompt, so it would read all of them: "
+            "collate one row for each picture"
         )
     if _gates(adapter) and bool(((segment > 0) & (domain != ANSWER)).any()):
         raise ConfigError(

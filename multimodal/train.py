@@ -19,6 +19,7 @@ from multimodal.batch import Batch
 from multimodal.compiled import compiled
 from multimodal.feature_cache.fill import FillingLoader
 from multimodal.feature_cache.writer import FeatureWriter
+from multimodal.joined_rows import row_limit
 from multimodal.kept import Kept
 from multimodal.loader import Loaded, Texts, TrainLoader, train_loader
 from multimodal.model import VisionLanguageModel
@@ -86,11 +87,13 @@ def train(
         if patches is None and settings.features == "memory":
             patches = encode_all(model, source, workers=settings.workers, label="encoding each picture once")
         arrange, told = (separate_rows, CHOSEN) if model.head is not None else arrangement_of(model, "split" if accelerator.is_fsdp2 else "whole")
+        encoder = model.row_encoder()
+        row_tokens, told = row_limit(arrange, told, settings.row_tokens, encoder.max_positions)
         accelerator.print(told if model.head is not None else f"{told}; {model.language_loss.head.told}")
         stream = train_loader(
-            source, texts, model.row_encoder(), arrange, model.tower.preprocess, steps=0, batch_size=settings.batch_size, seed=settings.seed,
+            source, texts, encoder, arrange, model.tower.preprocess, steps=0, batch_size=settings.batch_size, seed=settings.seed,
             workers=settings.workers, rank=accelerator.process_index, world=accelerator.num_processes,
-            patches=None if isinstance(patches, FeatureWriter) else patches,
+            patches=None if isinstance(patches, FeatureWriter) else patches, row_tokens=row_tokens,
         )  # fmt: skip
         loader = FillingLoader(stream, patches, model.tower, source, workers=settings.workers) if isinstance(patches, FeatureWriter) else stream
         run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), loader, stop)

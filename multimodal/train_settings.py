@@ -22,6 +22,7 @@ class TrainSettings:
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 16  # pictures per process and micro-batch
     accumulation: int = 1  # micro-batches per optimizer step
+    row_tokens: int = 0  # pictures of a micro-batch share rows of up to so many tokens, so that little is padding; 0: one picture a row
     learning_rate: float = 1e-3  # peak; AdamW
     learning_rates: dict[str, float] = field(default_factory=dict)  # method -> a peak of its own
     weight_decay: float = 0.01  # of matrices; vectors (biases, norms) have none
@@ -47,7 +48,7 @@ class TrainSettings:
         for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 1 or more")
-        for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "bad_samples", "seed"):
+        for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "bad_samples", "seed", "row_tokens"):
             if not getattr(self, name) >= 0:  # also true of a NaN
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 0 or more")
         if self.seed > MAX_SEED:

@@ -39,8 +39,7 @@ class Projection(nn.Module):
         if self.boundary is not None:
             before, after = self.boundary.expand(len(value), -1, -1).split(1, dim=1)
             value = torch.cat([before, value, after], dim=1)  # [B, N + 2, D]
-        index = tokens.ordinal.clamp(max=value.shape[1] - 1)  # other domains' ordinals may be larger; they are not selected
-        return torch.take_along_dim(value, index[..., None], dim=1)
+        return tokens.given(value)
 
 
 class GridPool(nn.Module):

@@ -37,7 +37,7 @@ class Tap(nn.Module):
                 "give it the pooled features [B, L, D] of every block of the encoder"
             )
         value: Tensor = self.project(tokens.inputs[self.source][:, self.block].to(h.dtype))
-        return value[:, None].expand_as(h)
+        return tokens.given(value[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)
