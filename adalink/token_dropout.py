@@ -29,10 +29,18 @@ class TokenDropout(nn.Module):
         """change: [B, T, D], or [D] where it is the same for every token -> the same, or [B, T, D]."""
         if not self.training or self.rate == 0:
             return change
+        return change * self._share(tokens).to(change.dtype)
+
+    def _share(self, tokens: Tokens) -> Tensor:
+        """float [B, T, 1]: what is left of each token's change."""
         if self not in tokens.drawn:
-            ones = torch.ones(*tokens.domain.shape, 1, device=change.device)
-            tokens.drawn[self] = nn.functional.dropout(ones, self.rate)
-        return change * tokens.drawn[self].to(change.dtype)
+            if tokens.origin is None:
+                share = nn.functional.dropout(torch.ones(*tokens.domain.shape, 1, device=tokens.domain.device), self.rate)
+            else:
+                whole, place = tokens.origin
+                share = torch.take_along_dim(self._share(whole), place[..., None], 1)
+            tokens.drawn[self] = share
+        return tokens.drawn[self]
 
 
 def dropouts(method: str, rate: float | Mapping[str, float], groups: Iterable[str]) -> dict[str, TokenDropout]:

@@ -61,6 +61,8 @@ class Tokens:
     # Adapter -> int64 [n], the rows that it serves, where several adapters serve the call's rows; empty where one does, or it is not known.
     rows_of: Mapping[int, Tensor] = field(default_factory=dict)
     parts: dict[int, Tokens] = field(default_factory=dict, repr=False)  # memo of of()
+    # The tokens of the whole call and int64 [B, T], where these are among them, after at(): what is drawn for a token is drawn once.
+    origin: tuple[Tokens, Tensor] | None = None
     entry: Tensor | None = None
 
     def select(self, domains: tuple[int, ...], adapter: int) -> Tensor:
@@ -91,8 +93,15 @@ class Tokens:
                 self, domain=self.domain[rows], ordinal=self.ordinal[rows], row=self.row[rows], position=position, keys=self.keys[rows], inputs=inputs,
                 entry=None if self.entry is None else self.entry[rows],
                 selected={}, drawn={}, serving=frozenset({adapter}), rows_of={}, parts={},
+                origin=None if self.origin is None else (self.origin[0].of(adapter), self.origin[1][rows]),
             )  # fmt: skip
         return self.parts[adapter]
+
+    def at(self, place: Tensor) -> Tokens:
+        """The tokens at these places of the call, int64 [B, M], in this order; one may come twice."""
+        domain, ordinal = (torch.take_along_dim(value, place, 1) for value in (self.domain, self.ordinal))
+        position = torch.take_along_dim(self.position.expand_as(self.domain), place, 1)
+        return replace(self, domain=domain, ordinal=ordinal, position=position, selected={}, drawn={}, parts={}, origin=(self, place))
 
 
 @dataclass(frozen=True)

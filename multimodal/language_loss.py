@@ -1,7 +1,8 @@
-"""What a frozen language model loses on the targets of a batch: the model is run to its head, and the head scores the targets alone."""
+"""What a frozen language model loses on the targets of a batch: its last layer is run, and its head scores, where there are targets alone."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from adalink import AdaptedModel, TokenMap
 from multimodal.batch import Batch
-from multimodal.fork import calls_of
+from multimodal.fork import ModelCall, calls_of
+from multimodal.last_layer import LastLayer
 from multimodal.packing import check_packed
 from multimodal.word_head import WordHead, read_word_head
 
@@ -27,11 +29,19 @@ class LanguageLoss:
     def __init__(self, adapted: AdaptedModel) -> None:
         self.adapted = adapted
         self.call: Callable[..., Any] = adapted.base
+        self.last_layer = LastLayer(adapted)
 
     @cached_property
     def head(self) -> WordHead:
         """The model's head, read at the first use: that runs the model on two tokens."""
         return read_word_head(self.adapted)
+
+    @property
+    def told(self) -> str:
+        """A line for the log: how the loss is computed, and how much of the last layer."""
+        why = self.last_layer.why_whole(self.adapted.serving(1).serving) if self.call is self.adapted.base else "the model is compiled"
+        last = "the last layer runs where something is predicted" if why is None else f"the last layer runs on every token: {why}"
+        return f"{self.head.told}; {last}"
 
     def __call__(self, batch: Batch, token_map: TokenMap) -> Tensor:
         """float []: cross entropy summed over the batch's targets. Raises ConfigError for packed rows that an adapter would mix."""
@@ -41,6 +51,10 @@ class LanguageLoss:
         head = self.head  # before the map is bound: it binds one of its own
         total = torch.zeros((), device=batch.ids.device)
         for one in calls_of(adapted, batch, token_map):
-            with one.bound(adapted):
-                total = total + head.loss(self.call, one.arguments, one.source, one.target)
+            with one.bound(adapted), self._asked(one) as source:
+                total = total + head.loss(self.call, one.arguments, source, one.target)
         return total
+
+    def _asked(self, call: ModelCall) -> contextlib.AbstractContextManager[Tensor]:
+        """int64 [B, M]: where the model gives what the call's sources ask for. A compiled model is one graph, and stays as it is."""
+        return self.last_layer.at(call) if self.call is self.adapted.base else contextlib.nullcontext(call.source)

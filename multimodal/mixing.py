@@ -9,7 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adalink.errors import ConfigError
+from multimodal.lengths import Measure, lengths_of
 from multimodal.order import MixedOrder, Order, SampleOrder
 from multimodal.sample import Sample, SampleSource
 from multimodal.shards import DamagedSample
@@ -61,6 +65,10 @@ class Mixture:
         except DamagedSample as error:
             raise DamagedSample(replace(error.bad, key=f"{self._names[number]}:{error.bad.key}")) from error
         return replace(sample, key=f"{self._names[number]}:{sample.key}")
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """As `multimodal.lengths.TextLengths`; sets whose lengths differ, or are told in other units, mostly come in batches of their own."""
+        return np.concatenate([lengths_of(source, measure) for source in self._sources])
 
 
 @runtime_checkable

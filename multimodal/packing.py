@@ -45,7 +45,10 @@ def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None =
     weights   split over processes (FSDP2), which must then call the model equally often, whatever their rows: once
     """
     if adapter is not None and _mixes_texts(adapter):
-        return separate_rows, "one row per text: a slot of the adapter reads later tokens, or a gate the row, and would read every text of a packed row"
+        return separate_rows, (
+            "one row per text: a slot of the adapter reads later tokens, or a gate the row, and would read every text of a packed row; "
+            "padding is read too, so what is learnt depends on which rows share a batch, and so on the number of processes"
+        )
     is_gated = adapter is not None and bool(_gates(adapter))
     kind = model.config.model_type
     packs, forks = may_pack(model), may_fork(model) and not is_gated and weights == "whole"

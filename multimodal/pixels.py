@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from multimodal.images import decode_image
+from multimodal.lengths import Measure, lengths_of
 from multimodal.mixing import fingerprint_of
 from multimodal.sample import Sample, SampleSource
 
@@ -39,6 +42,10 @@ class Drafted:
     def __getitem__(self, index: int) -> Sample:
         """Raises what the set raises."""
         return replace(self.source[index], decode="draft")
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """The set's own."""
+        return lengths_of(self.source, measure)
 
 
 def read_pixels(sample: Sample, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:

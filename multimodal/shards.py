@@ -9,8 +9,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
+from multimodal.lengths import Measure
 from multimodal.manifest import PARTS, UNKNOWN_CRC
 from multimodal.remote import RemoteSettings, is_url, shown
 from multimodal.sample import Sample
@@ -91,6 +95,11 @@ class ShardSource:
             return _sample(key, at, parts)
         except DataError as error:
             raise DamagedSample(BadSample(key=key, reason="damaged text", detail=f"{key!r} of {_name(path)}: {error}")) from error
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """Bytes of each sample's txt member, or of its json where it has none, from the manifest: the same wherever the shards lie."""
+        sizes = np.concatenate([members.table[:, [PARTS.index("json"), PARTS.index("txt")], 1] for members in self._members])
+        return np.where(sizes[:, 1] >= 0, sizes[:, 1], sizes[:, 0])
 
     def _read(self, path: Place, places: Sequence[tuple[int, int, int]]) -> tuple[dict[str, bytes], tuple[str, int] | None]:
         """The sample's parts, those that lie together in one read; and a part whose bytes are not those that were written, with its start.

@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adalink.errors import ConfigError, DataError
 from multimodal.bad_samples import BadSample
+from multimodal.lengths import Measure, lengths_of
 from multimodal.mixing import fingerprint_of
 from multimodal.pixels import Drafted
 from multimodal.remote import RemoteSettings
@@ -176,6 +180,10 @@ class Chosen:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside of these {len(self)} samples")
         return self._source[self._indices[index]]
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """Those of the source, at the indices."""
+        return lengths_of(self._source, measure)[np.asarray(self._indices)]
 
 
 def _scenes(text: str) -> Scenes:

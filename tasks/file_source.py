@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
+from multimodal.lengths import Measure, measured
 from multimodal.sample import Sample
 
 __all__ = ["FileSource"]
@@ -34,3 +38,7 @@ class FileSource:
 
     def __getitem__(self, index: int) -> Sample:
         return self._samples[index]
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """As `multimodal.lengths.TextLengths`: all texts are in memory."""
+        return measured(self._samples, len(self), measure)

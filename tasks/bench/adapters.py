@@ -40,15 +40,8 @@ def _forward(bench: Bench, shape: Shape, work: Work) -> Finding:
     ids, domain = _rows(work, machine, work.n_texts)
     adapted = _adapted(shape, machine, 1)
     token_map = TokenMap(domain, torch.zeros(len(ids), dtype=torch.int64, device=machine.device), serving=frozenset({0}))
-    turns = _turns(bench, {"adalink": lambda: adapted(ids, token_map), "frozen": lambda: _first(plain, ids)})
-    return Finding(
-        part="adapters",
-        what=f"{shape.name}: a forward pass with AdaLink on image and text, times the frozen model's",
-        ratios=turns.ratios("adalink", "frozen"),
-        target=COST,
-        sense="at most",
-        detail=f"{1000 * turns.median('adalink'):.0f} ms against {1000 * turns.median('frozen'):.0f} ms, {len(ids)} rows of {ids.shape[1]} tokens",
-    )
+    what = f"{shape.name}: a forward pass with AdaLink on image and text, times the frozen model's"
+    return _cost(bench, what, COST, ids, lambda: adapted(ids, token_map), lambda: _first(plain, ids))
 
 
 def _mixed(bench: Bench, shape: Shape, work: Work) -> Finding:
@@ -57,14 +50,22 @@ def _mixed(bench: Bench, shape: Shape, work: Work) -> Finding:
     adapted = _adapted(shape, machine, N_ADAPTERS)
     every = TokenMap(domain, torch.arange(N_ADAPTERS, device=machine.device), serving=frozenset(range(N_ADAPTERS)))
     one = TokenMap(domain, torch.zeros_like(every.row), serving=frozenset({0}))
-    turns = _turns(bench, {"eight": lambda: adapted(ids, every), "one": lambda: adapted(ids, one)})
+    what = f"{shape.name}: a batch that mixes {N_ADAPTERS} AdaLinks, times a batch with one"
+    return _cost(bench, what, MIXED, ids, lambda: adapted(ids, every), lambda: adapted(ids, one))
+
+
+def _cost(bench: Bench, what: str, target: float, ids: Tensor, costly: Callable[[], float], plain: Callable[[], float]) -> Finding:
+    """How many times as long the costly side takes on rows of tokens, which is at most the target."""
+    with torch.no_grad():
+        turns = alternate({"costly": costly, "plain": plain}, MORE * bench.repetitions, bench.machine.device, bench.machine.dtype)
+    ms = f"{1000 * turns.median('costly'):.0f} ms against {1000 * turns.median('plain'):.0f} ms"
     return Finding(
         part="adapters",
-        what=f"{shape.name}: a batch that mixes {N_ADAPTERS} AdaLinks, times a batch with one",
-        ratios=turns.ratios("eight", "one"),
-        target=MIXED,
+        what=what,
+        ratios=turns.ratios("costly", "plain"),
+        target=target,
         sense="at most",
-        detail=f"{1000 * turns.median('eight'):.0f} ms against {1000 * turns.median('one'):.0f} ms, {N_ADAPTERS} rows of {ids.shape[1]} tokens",
+        detail=f"{ms}, {len(ids)} rows of {ids.shape[1]} tokens",
     )
 
 
@@ -121,11 +122,6 @@ def _rows(work: Work, machine: Machine, n_rows: int) -> tuple[Tensor, Tensor]:
     domain = torch.full((n_rows, length), TEXT, device=machine.device)
     domain[:, : work.n_patches] = IMAGE
     return torch.randint(4, 100, (n_rows, length), device=machine.device), domain
-
-
-def _turns(bench: Bench, sides: Mapping[str, Callable[[], float]]) -> Any:
-    with torch.no_grad():
-        return alternate(sides, MORE * bench.repetitions, bench.machine.device, bench.machine.dtype)
 
 
 def _first(model: Any, ids: Tensor) -> float:

@@ -17,6 +17,7 @@ from tasks.bench.finding import Finding
 from tasks.bench.shapes import Machine, Shape
 from tasks.bench.sides import check_peft, our_model, our_step, their_step
 from tasks.bench.sizes import Bench, Case
+from tasks.bench.training import against_peft
 
 __all__ = ["features"]
 
@@ -57,11 +58,5 @@ def _end_to_end(bench: Bench, shape: Shape, tower: VisionTower, case: Case) -> F
 
     sides = {"adalink": our_step(model, work, kept), "peft": their_step(model, shape, machine, work, every_row, "lora")}
     turns = alternate(sides, bench.repetitions, machine.device, machine.dtype, max(TOLERANCE, 2e-2 * (machine.dtype.itemsize < 4)))
-    n_texts = work.n_texts * work.n_pictures
-    return Finding(
-        part="features",
-        what=f"{shape.name}, {tower.name}, {work.n_patches} image tokens: kept features, end to end, faster than an encoder for every row",
-        ratios=turns.ratios("peft", "adalink"),
-        target=case.faster,
-        detail=f"{1000 * turns.median('adalink') / n_texts:.1f} ms a text against {1000 * turns.median('peft') / n_texts:.1f} ms",
-    )
+    what = f"{shape.name}, {tower.name}, {work.n_patches} image tokens: kept features, end to end, faster than an encoder for every row"
+    return against_peft("features", what, turns, case)

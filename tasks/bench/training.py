@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 
-from tasks.bench.clock import alternate
+from tasks.bench.clock import Turns, alternate
 from tasks.bench.composed import Work, drawn_tower
 from tasks.bench.finding import Finding
 from tasks.bench.peak import needs
@@ -13,7 +13,7 @@ from tasks.bench.shapes import Shape
 from tasks.bench.sides import Taught, check_peft, our_model, our_step, their_step
 from tasks.bench.sizes import Bench, Case
 
-__all__ = ["training"]
+__all__ = ["against_peft", "training"]
 
 
 def training(bench: Bench) -> Iterator[Finding]:
@@ -46,18 +46,18 @@ def _speed(bench: Bench, shape: Shape, case: Case, taught: Taught, texts: str) -
     turns = alternate(sides, bench.repetitions, machine.device, machine.dtype)
     del model, sides
     gc.collect()  # hooks and modules hold each other, and the next model needs their memory
-    n_texts = work.n_texts * work.n_pictures
-    return Finding(
-        part="training",
-        what=f"{shape.name}, {taught}, {work.n_patches} image tokens, {texts}: faster than peft",
-        ratios=turns.ratios("peft", "adalink"),
-        target=case.faster,
-        detail=f"{_speed_of(turns.median('adalink'), n_texts, work)} against {_speed_of(turns.median('peft'), n_texts, work)}",
-    )
+    return against_peft("training", f"{shape.name}, {taught}, {work.n_patches} image tokens, {texts}: faster than peft", turns, case)
 
 
-def _speed_of(seconds: float, n_texts: int, work: Work) -> str:
+def against_peft(part: str, what: str, turns: Turns, case: Case) -> Finding:
+    """A step of both sides, in figures for each text."""
+    ours, theirs = (_speed_of(turns.median(side), case.work) for side in ("adalink", "peft"))
+    return Finding(part=part, what=what, ratios=turns.ratios("peft", "adalink"), target=case.faster, detail=f"{ours} against {theirs}")
+
+
+def _speed_of(seconds: float, work: Work) -> str:
     """Rows as the peer reads them are what both sides are paid for."""
+    n_texts = work.n_texts * work.n_pictures
     tokens = n_texts * (work.n_patches + work.n_prompt + work.n_target)
     return f"{1000 * seconds / n_texts:.1f} ms a text ({tokens / seconds:.0f} tokens/s)"
 

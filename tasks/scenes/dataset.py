@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adalink.errors import ConfigError
+from multimodal.lengths import Measure, measured
 from multimodal.sample import Sample
 from tasks.scenes.captions import captions
 from tasks.scenes.draw import png
@@ -47,11 +51,19 @@ class Scenes:
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at this index. Raises IndexError outside 0..size-1, as sequences do."""
+        return replace(self._texts(index), image=png(self.scene(index), self._lot(index, "picture")))
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """As `multimodal.lengths.TextLengths`: texts are made without drawing, 0.3 ms a sample."""
+        return measured(map(self._texts, range(len(self))), len(self), measure)
+
+    def _texts(self, index: int) -> Sample:
+        """The sample without its picture."""
         scene, image_id = self.scene(index), FIRST_ID[self.split] + index
         return Sample(
             key=f"{self.split}/{index:06d}",
             image_id=image_id,
-            image=png(scene, self._lot(index, "picture")),
+            image=b"",
             captions=captions(scene, self._lot(index, "captions")),
             questions=questions(scene, self._lot(index, "questions"), image_id=image_id),
         )

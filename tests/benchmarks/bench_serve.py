@@ -1,7 +1,8 @@
 """Load tests of `adalink serve` on loopback, each a row of RESULTS.md.
 
     PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py mixing      # mixed batches against one adapter at a time
-    PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py wide        # the same, with a language model of 34 M random weights
+    PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py wide        # the same, with a language model of 85 M random weights
+    PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py varied      # the same again, with texts of 4 to 64 tokens
     PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py reload      # adapters come and go under load
     PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py end         # SIGTERM under load
     PYTHONPATH=.:tests/tasks/serve python tests/benchmarks/bench_serve.py bad         # 10,000 bad requests
@@ -21,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -37,7 +39,8 @@ N_CLIENTS, N_ADAPTERS, N_PICTURES = 32, 4, 64
 NAMES = tuple(f"caption{i}" for i in range(N_ADAPTERS))
 SECONDS = 20.0
 ROUNDS, WINDOW = 6, 5.0
-N_NEW = 64  # tokens a text
+EVEN = (64,)  # tokens a text
+VARIED = (4, 8, 16, 32, 64)  # as the answers to questions, captions and descriptions
 NOISE = 0.4  # so strong that hardly a text ends by itself: each request then costs the same, whoever answers it
 
 
@@ -87,7 +90,7 @@ def wide_language(folder: Path) -> str:
     """A language model whose step costs reading its weights, as any of a useful size does; those of the package fit into the processor's cache."""
     package = load_language(found_part("scenes:language"))
     torch.manual_seed(0)
-    size = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8, "num_key_value_heads": 4}
+    size = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 9, "num_attention_heads": 12, "num_key_value_heads": 4}
     LlamaForCausalLM(LlamaConfig(**{**package.model.config.to_dict(), **size, "head_dim": 64})).save_pretrained(folder)
     package.tokenizer.save_pretrained(folder)
     return str(folder)
@@ -105,25 +108,25 @@ def save(folder: Path, language: str = "scenes:language") -> None:
         model.save_pretrained(folder / name, task={"task": "captioning"})
 
 
-def uploaded(server: Server) -> list[bytes]:
-    """A request for each adapter and picture. Each picture was asked about once, so that its features are kept."""
+def uploaded(server: Server, lengths: Sequence[int] = EVEN) -> list[bytes]:
+    """A request for each adapter, picture and length. Each picture was asked about once, so that its features are kept."""
     with httpx.Client(base_url=server.url, timeout=60) as client:
         ids = [client.post("/v1/files", files={"file": ("p.png", picture(i))}).json()["id"] for i in range(N_PICTURES)]
         contents = [[{"role": "user", "content": [{"type": "file", "file": {"file_id": file_id}}]}] for file_id in ids]
         for content in contents:
             client.post("/v1/chat/completions", json={"model": NAMES[0], "messages": content}).raise_for_status()
-    return [json.dumps({"model": name, "messages": content, "max_tokens": N_NEW}).encode() for name in NAMES for content in contents]
+    return [json.dumps({"model": name, "messages": content, "max_tokens": n}).encode() for name in NAMES for content in contents for n in lengths]
 
 
 def percentile(seconds: Sequence[float], share: float) -> float:
     return sorted(seconds)[min(int(share * len(seconds)), len(seconds) - 1)]
 
 
-def mixing(folder: Path) -> None:
+def mixing(folder: Path, lengths: Sequence[int] = EVEN) -> None:
     """Throughput and latency of both ways to batch, on two servers that differ in nothing else, in short turns: other work hits both."""
     with serving(folder, names=NAMES) as mixed, serving(folder, "--batching.mixing", "one_adapter", names=NAMES) as one:
         servers = {"mixed": mixed, "one_adapter": one}
-        bodies = {way: uploaded(server) for way, server in servers.items()}
+        bodies = {way: uploaded(server, lengths) for way, server in servers.items()}
         turns: dict[str, list[Turn]] = {way: [] for way in servers}
         for n in range(ROUNDS):
             for way in list(servers)[:: 1 if n % 2 else -1]:
@@ -211,7 +214,8 @@ def bad(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    ways = {"mixing": mixing, "wide": mixing, "varied": partial(mixing, lengths=VARIED), "reload": reload, "end": end, "bad": bad}
     with tempfile.TemporaryDirectory() as name:
-        is_wide = sys.argv[1] == "wide"
+        is_wide = sys.argv[1] in ("wide", "varied")
         save(Path(name), wide_language(Path(name) / "language") if is_wide else "scenes:language")
-        {"mixing": mixing, "wide": mixing, "reload": reload, "end": end, "bad": bad}[sys.argv[1]](Path(name))
+        ways[sys.argv[1]](Path(name))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 from composed import Drawn
-from rank_jobs import SETTINGS, model, ragged
+from rank_jobs import GO, SETTINGS, holding, model, ragged
 
 from multimodal.feature_cache.contents import all_contents, needed_contents
 from multimodal.feature_cache.write import opened_writer
@@ -17,18 +16,13 @@ from multimodal.train_settings import TrainSettings
 N, BAD = 13, (4,)
 
 
-def filled(folder: Path, features: Path, batch_size: int = 2, pause: float = 0.0, resume: bool = False) -> int:
+def filled(folder: Path, features: Path, batch_size: int = 2, held: int = 0, resume: bool = False) -> int:
     """Train, and fill the features in the first epoch."""
     made, source = model(), Drawn(N, BAD)
-
-    def measure() -> dict[str, float]:
-        time.sleep(pause)
-        return {}
-
-    fields: dict[str, Any] = {**SETTINGS, "steps": 8, "batch_size": batch_size, "checkpoint_every": 1, "measure_every": int(pause > 0)}
+    fields: dict[str, Any] = {**SETTINGS, "steps": 8, "batch_size": batch_size, "checkpoint_every": 1, "measure_every": int(held > 0)}
     settings = TrainSettings(**fields, features="fill")
     contents = needed_contents(made.adapted.active_adapter(), all_contents(made.tower))
     with opened_writer(made.tower, source, features, contents) as writer:
-        train(made, source, ragged, settings, folder, resume=resume, patches=writer, measure=measure)
+        train(made, source, ragged, settings, folder, resume=resume, patches=writer, measure=holding(held, folder / GO))
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from multimodal.template import Text
 from multimodal.train import train
 from multimodal.train_settings import TrainSettings
 
+GO = "go"  # the file in a run's folder that lets it go on
 N = 7  # pictures: no batch size and no number of ranks here divides it
 SETTINGS: dict[str, Any] = {"steps": 20, "batch_size": 2, "log_every": 1, "checkpoint_every": 5, "warmup": 0.0, "learning_rate": 1e-2}
 
@@ -54,20 +56,29 @@ def table(n: int = N) -> PatchTable:
     return PatchTable(torch.randn(n, one.n_kept, one.width, generator=torch.Generator().manual_seed(3)).half(), {})
 
 
-def run(
-    folder: Path, resume: bool = False, pause: float = 0.0, bad: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0,
-    methods: Mapping[str, Method] | None = None, **fields: Any,
-) -> int:  # fmt: skip
-    """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did."""
-    made = model(methods)
+def holding(step: int, go: Path) -> Callable[[], dict[str, float]]:
+    """Measures nothing; at this step it waits until `go` is there, so that a kill or a signal, however late it comes, finds the run alive."""
+    steps = itertools.count(1)
 
     def measure() -> dict[str, float]:
-        time.sleep(pause)
+        is_held = next(steps) == step
+        while is_held and not go.exists():
+            time.sleep(0.005)
         return {}
 
-    settings = TrainSettings(**{**SETTINGS, **fields, "workers": workers, "measure_every": int(pause > 0)})
+    return measure
+
+
+def run(
+    folder: Path, resume: bool = False, held: int = 0, bad: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0,
+    methods: Mapping[str, Method] | None = None, **fields: Any,
+) -> int:  # fmt: skip
+    """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did. held: the step at which it waits, where any, see `holding`."""
+    made = model(methods)
+
+    settings = TrainSettings(**{**SETTINGS, **fields, "workers": workers, "measure_every": int(held > 0)})
     try:
-        train(made, Drawn(N, bad=bad), ragged, settings, folder, resume=resume, patches=patches, measure=measure)
+        train(made, Drawn(N, bad=bad), ragged, settings, folder, resume=resume, patches=patches, measure=holding(held, folder / GO))
     except TerminatedError as error:
         print(f"adalink: {error}")
         return 143

@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -14,6 +13,9 @@ from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from shared import PATIENCE
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = ["multimodal.train", "composed", "ranks"]
@@ -23,8 +25,9 @@ def _child(function: Callable[..., Any], rank: int, world: int, port: int, error
     os.environ.update(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", **env)
     if world > 1:
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",  # as torchrun does: the place where they meet is there before they are
+        )  # fmt: skip
     import torch
 
     torch.set_num_threads(1)
@@ -44,25 +47,26 @@ def _child(function: Callable[..., Any], rank: int, world: int, port: int, error
 class Group:
     """The processes of one run."""
 
-    def __init__(self, processes: list[BaseProcess], errors: Path) -> None:
-        self.processes, self.errors = processes, errors
+    def __init__(self, processes: list[BaseProcess], errors: Path, meeting: TCPStore) -> None:
+        self.processes, self.errors, self.meeting = processes, errors, meeting
 
     def ended(self, code: int = 0) -> str:
         """What they printed, once all have ended with this exit code."""
         for process in self.processes:
-            process.join(100)
+            process.join(PATIENCE)
         printed = self.errors.read_text()
         assert [process.exitcode for process in self.processes] == [code] * len(self.processes), printed[-3000:]
         return printed
 
     def send(self, number: signal.Signals, ranks: slice = slice(None)) -> None:
+        assert all(process.is_alive() for process in self.processes[ranks]), self.errors.read_text()[-3000:]
         for process in self.processes[ranks]:
             assert process.pid is not None
-            assert process.is_alive(), self.errors.read_text()[-3000:]
-            os.kill(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # one that fails because another was just killed
+                os.kill(process.pid, number)
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
-        give_up = time.monotonic() + 100
+        give_up = time.monotonic() + PATIENCE
         while not happened():
             assert time.monotonic() < give_up
             assert all(process.is_alive() for process in self.processes), self.errors.read_text()[-3000:]
@@ -93,13 +97,12 @@ class Machine:
         self.n += 1
         errors = self.folder / f"errors{self.n}.txt"
         errors.touch()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        processes = [self.context.Process(target=_child, args=(function, rank, world, port, str(errors), arguments, env)) for rank in range(world)]
+        meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free, and held from here on
+        told = (meeting.port, str(errors), arguments, env)
+        processes = [self.context.Process(target=_child, args=(function, rank, world, *told)) for rank in range(world)]
         for process in processes:
             process.start()
-        return Group(processes, errors)
+        return Group(processes, errors, meeting)
 
 
 @contextlib.contextmanager

@@ -243,12 +243,12 @@ def test_two_processes_fill_one_folder_together_also_when_they_are_killed(machin
     """Thirteen pictures in steps of two times two: the fourth step ends the first epoch."""
     one = machine.start(1, feature_jobs.filled, tmp_path / "one", tmp_path / "alone", 4)
     two = machine.start(2, feature_jobs.filled, tmp_path / "two", tmp_path / "together")
-    killed = machine.start(2, feature_jobs.filled, tmp_path / "killed", tmp_path / "resumed", 2, 0.05)
+    killed = machine.start(2, feature_jobs.filled, tmp_path / "killed", tmp_path / "resumed", 2, 3)
     killed.wait_until(lambda: (tmp_path / "killed" / "checkpoints" / "step_00000002").exists())
     killed.killed()
     with pytest.raises(DataError, match="are not finished"):
         FeatureCache.open(tmp_path / "resumed")
-    for group in (one, two, machine.start(2, feature_jobs.filled, tmp_path / "killed", tmp_path / "resumed", 2, 0.0, True)):
+    for group in (one, two, machine.start(2, feature_jobs.filled, tmp_path / "killed", tmp_path / "resumed", 2, 0, True)):
         group.ended()
     assert {path.name[:3] for path in (tmp_path / "together").glob("*.safetensors")} == {"000", "001"}
     for name in ("together", "resumed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,6 +69,26 @@ def test_a_slot_that_reads_later_tokens_is_not_packed() -> None:
     assert model(batch_of(model, arrange)).isfinite()
     with pytest.raises(ConfigError, match=r"the batch has several texts in a row, and a slot of the adapter reads later tokens.*train with mask='causal'"):
         model(batch_of(model, pack_rows))
+
+
+@pytest.mark.parametrize(("mask", "layers", "depends"), [("causal", (0, 1), False), ("published", (0, 1), True), ("published", (1, 2), False)])
+def test_what_two_processes_learn_is_what_one_does_but_with_a_slot_that_reads_padding(mask: str, layers: tuple[int, int], depends: bool) -> None:
+    """Each process pads to the longest of its own rows."""
+    model = model_with("opt", mask, layers)
+    encoder, parameters = model.row_encoder(), list(model.adapted.active_adapter().parameters())
+    rows, pixels = [encoder.row(text) for text in TEXTS], torch.stack([model.tower.preprocess(picture) for picture in pictures(3)])
+
+    def learnt(*which: int) -> list[Tensor]:
+        given = list(which)
+        batch = collate([rows[i] for i in given], list(range(len(given))), pixels[given], kind="pixels", side="right", pad_id=0)
+        return list(torch.autograd.grad(model(replace(batch, n_targets=1.0)), parameters))
+
+    assert len(rows[0].ids) != len(rows[1].ids)
+    together, apart = learnt(0, 1, 2), [sum(parts) for parts in zip(learnt(0), learnt(1, 2), strict=True)]
+    difference = max(float((one - other).abs().max()) for one, other in zip(together, apart, strict=True))
+    assert (difference > 1e-4) == depends
+    _, told = arranged_for(model.language.model, model.adapted.active_adapter())
+    assert ("and so on the number of processes" in told) == depends
 
 
 @pytest.mark.parametrize(("mask", "layers"), [("causal", (0, 1)), ("published", (0, 1)), ("published", (1, 2))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def test_ten_steps_a_kill_and_ten_more_are_twenty_bit_for_bit_with_any_number_of
     killed = {}
     for workers in (0, 1, 2):
         folder = tmp_path / f"killed{workers}"
-        killed[workers] = machine.start(world, rank_jobs.several, [{"folder": folder, "workers": workers, "pause": 0.02}])
+        killed[workers] = machine.start(world, rank_jobs.several, [{"folder": folder, "workers": workers, "held": 19}])
         killed[workers].wait_until(lambda folder=folder: step_of(folder) >= 11)  # type: ignore[misc]
         killed[workers].killed()
         assert not (folder / "checkpoints" / "step_00000020").exists()
@@ -82,9 +83,10 @@ def test_ten_steps_a_kill_and_ten_more_are_twenty_bit_for_bit_with_any_number_of
 def test_sigterm_to_one_of_two_ends_both_after_a_saved_step_and_the_rest_equals_an_unbroken_run(machine: Machine, tmp_path: Path) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     unbroken = machine.start(2, rank_jobs.several, [{"folder": whole}])
-    group = machine.start(2, rank_jobs.run, stopped, False, 0.05)
+    group = machine.start(2, rank_jobs.run, stopped, False, 10)
     group.wait_until(lambda: step_of(stopped) >= 3)
     group.send(signal.SIGTERM, slice(1, 2))
+    (stopped / rank_jobs.GO).touch()
     printed = group.ended(143)
     last = sorted((stopped / "checkpoints").iterdir())[-1]
     step = int(last.name[-8:])
@@ -96,7 +98,7 @@ def test_sigterm_to_one_of_two_ends_both_after_a_saved_step_and_the_rest_equals_
 
 
 def test_sigterm_to_the_whole_group_spares_the_workers_until_the_step_is_saved(machine: Machine, tmp_path: Path) -> None:
-    group = machine.start(1, rank_jobs.run, tmp_path / "run", False, 0.05, (), None, 2)
+    group = machine.start(1, rank_jobs.run, tmp_path / "run", False, 10, (), None, 2)
     group.wait_until(lambda: step_of(tmp_path / "run") >= 2)
     pid = group.processes[0].pid
     workers = [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -104,6 +106,7 @@ def test_sigterm_to_the_whole_group_spares_the_workers_until_the_step_is_saved(m
     for number in workers:
         os.kill(number, signal.SIGTERM)
     group.send(signal.SIGTERM)
+    (tmp_path / "run" / rank_jobs.GO).touch()
     assert "go on with --resume" in group.ended(143)
 
 
@@ -125,7 +128,8 @@ def test_bad_samples_of_all_ranks_count_once_and_stop_all_of_them_at_the_same_st
 
 def test_a_killed_worker_is_one_sentence_and_its_run_goes_on_with_resume(machine: Machine, tmp_path: Path) -> None:
     printed = machine.start(1, rank_jobs.worker_killed, tmp_path / "run").ended(5)
-    assert "a worker process that reads samples ended before its work (DataLoader worker (pid" in printed
+    found = re.search(r"a worker process that reads samples ended before its work \((DataLoader worker \(pid.*|with its samples on their way)\):", printed)
+    assert found, printed  # torch notices the death, or the connection that its tensors were to come by
     assert "give fewer train.workers or a smaller train.batch_size, and go on with --resume" in printed
 
 
@@ -188,7 +192,7 @@ def test_ten_steps_a_kill_and_ten_more_are_twenty_bit_for_bit_with_fsdp2_too(mac
     env = {**FSDP, **WRAPS["layers"]}
     whole = machine.start(2, rank_jobs.sharded, [{"folder": tmp_path / "whole", "workers": 1}], **env)
     folder = tmp_path / "killed"
-    killed = machine.start(2, rank_jobs.sharded, [{"folder": folder, "pause": 0.02}], **env)
+    killed = machine.start(2, rank_jobs.sharded, [{"folder": folder, "held": 19}], **env)
     killed.wait_until(lambda: step_of(folder) >= 11)
     killed.killed()
     assert not (folder / "checkpoints" / "step_00000020").exists()
