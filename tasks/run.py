@@ -26,6 +26,7 @@ from tasks.features import features_to_learn, features_to_show
 from tasks.new_model import new_model
 from tasks.run_metrics import write_card_figures, write_metrics
 from tasks.run_report import write_run_report
+from tasks.sameness import told_sameness
 from tasks.shown import shown_samples
 from tasks.submission import Submission, refuse_gaps, write_submission
 from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
@@ -35,11 +36,12 @@ __all__ = ["Evaluation", "evaluate_run", "is_main", "train_run"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one data set, by what was done to the model; and what was said with its own picture."""
+    """The scores of one data set, by what was done to the model; and what was said with its own picture, with a sentence where that is too much alike."""
 
     scores: Mapping[str, Score]
     predictions: Predictions
     seconds: float
+    warning: str
 
 
 def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> Evaluation:
@@ -116,11 +118,13 @@ def _evaluate(model: VisionLanguageModel, pictures: Pictures, task: Task, config
     seconds = time.perf_counter() - started
     _say_skipped("evaluation", _check_bad(pictures, own, config))
     said = Predictions(own.texts, (*pictures.bad, *own.bad))
+    if warning := told_sameness(own.texts.values(), config.generation) if model.head is None else "":
+        _say(warning)
     if not before and own.texts and not is_graded(task, pictures.source):
-        return Evaluation({}, said, seconds)
+        return Evaluation({}, said, seconds, warning)
     other = _predict(model, pictures, task, config, shift=max(len(pictures.source) // 2, 1))
     scores = {**before, TRAINED: task.score(own.texts, pictures.source), BLIND: task.score(other.texts, pictures.source)}
-    return Evaluation(scores, said, seconds)
+    return Evaluation(scores, said, seconds, warning)
 
 
 def _predict(model: VisionLanguageModel, pictures: Pictures, task: Task, config: RunConfig, shift: int = 0) -> Predictions:
@@ -140,8 +144,13 @@ def is_main() -> bool:
 
 
 def _say_skipped(what: str, bad: BadSamples) -> None:
-    if bad.counts and is_main():
-        print(f"skipped in {what}: {bad.summary()}", file=sys.stderr)
+    if bad.counts:
+        _say(f"skipped in {what}: {bad.summary()}")
+
+
+def _say(sentence: str) -> None:
+    if is_main():
+        print(sentence, file=sys.stderr)
 
 
 def _refuse_taken(out: Path, *, resume: bool) -> None:
@@ -157,7 +166,7 @@ def _write(folder: Path, model: VisionLanguageModel, task: Task, config_text: st
     write_metrics(
         folder / "metrics.json", task, evaluation.scores, items=len(said.texts), trained=trained, seconds=evaluation.seconds, bad=said.bad
     )  # fmt: skip
-    write_run_report(folder, model, task, config_text, evaluation.scores, evaluation.predictions, pictures.source)
+    write_run_report(folder, model, task, config_text, evaluation.scores, evaluation.predictions, pictures.source, warning=evaluation.warning)
 
 
 @contextlib.contextmanager

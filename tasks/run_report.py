@@ -23,9 +23,17 @@ N_CARDS = 24  # pictures on the page: enough to judge by, about half a megabyte
 
 
 def write_run_report(
-    folder: Path, model: VisionLanguageModel, task: Task, config_text: str, scores: Mapping[str, Score], predictions: Predictions, source: SampleSource
+    folder: Path,
+    model: VisionLanguageModel,
+    task: Task,
+    config_text: str,
+    scores: Mapping[str, Score],
+    predictions: Predictions,
+    source: SampleSource,
+    *,
+    warning: str,
 ) -> None:
-    """Write report.html into a run folder that holds metrics.jsonl (or not, where nothing was trained)."""
+    """Write report.html into a run folder that holds metrics.jsonl (or not, where nothing was trained). warning: about the texts, or empty."""
     adapter = model.adapted.active_adapter()
     counts = TrainedParts.of(model).counts()
     frozen = sum(parameter.numel() for part in (model.tower.encoder, model.adapted.base) for parameter in part.parameters())
@@ -34,7 +42,7 @@ def write_run_report(
     report = Report(
         title=f"{task.name}: {' + '.join(type(method).__name__ for method in adapter.methods.values())}",
         summary=f"{model.tower.name} and {model.language.name}, both frozen; {sum(counts.values()):,} trained parameters; "
-        f"{headline} {len(predictions.texts):,} items",
+        f"{headline} {len(predictions.texts):,} items{'; ' * bool(warning)}{warning}",
         scorer=trained.scorer,
         rows=[MetricRow(name=name, values=score.figures) for name, score in scores.items()],
         trained=[Trained(name=name, parameters=count) for name, count in counts.items()],
