@@ -6,11 +6,13 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from shared import PATIENCE
 
 
 class Server:
@@ -62,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
             first, last = int(found[1]), min(int(found[2]), size - 1)
             data, status, headers = data[first : last + 1], 206, {"Content-Range": f"bytes {first}-{last}/{size + (fault == 'other size')}"}
         if fault == "stall":
-            time.sleep(1.5)
+            self.connection.recv(1)  # until the client has had enough
             self.close_connection = True
         elif fault == "short":  # promises more than it sends
             self._send(status, data[: len(data) // 2], headers, len(data))
@@ -85,6 +87,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: Any) -> None:
         """Nothing."""
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Wait for what happens in another thread or process."""
+    give_up = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
 
 
 @contextmanager

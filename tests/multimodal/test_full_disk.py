@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from bad_server import served
 from made_shards import everything, made_shards, made_source
+from shared import PATIENCE
 
 from adalink.errors import DataError
 from multimodal.manifest import read_manifest
@@ -38,7 +39,7 @@ def test_shards_that_do_not_fit_on_the_disk_are_read_from_the_server(disk: Path,
     made_shards(tmp_path / "web" / "set")
     local = ShardSource(tmp_path / "web" / "set")
     with served(tmp_path / "web") as server, caplog.at_level(logging.WARNING, logger="adalink"):
-        settings = RemoteSettings(attempts=2, first_wait=0.01, timeout=0.3, cache=disk / "cache", cache_bytes=2**30)
+        settings = RemoteSettings(attempts=2, first_wait=0.01, timeout=PATIENCE, cache=disk / "cache", cache_bytes=2**30)
         shards = {f"{server.url}/set/{shard.file}": shard for shard in read_manifest(tmp_path / "web" / "set").shards}
         cache = ShardCache(disk / "cache", 2**30, remote_files(server.url, settings), shards)
         for url in shards:

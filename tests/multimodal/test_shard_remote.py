@@ -8,14 +8,15 @@ import pickle
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
-from bad_server import Server, served
+from bad_server import Server, served, until
 from made_shards import everything, flip, made_shards
+from shared import PATIENCE
 
 from adalink.errors import ConfigError, DataError
 from multimodal.http_files import HttpFiles
@@ -24,7 +25,8 @@ from multimodal.remote import RemoteSettings
 from multimodal.shard_cache import ShardCache, cached_name
 from multimodal.shards import DamagedSample, ShardSource
 
-FAST = RemoteSettings(attempts=2, first_wait=0.01, timeout=0.3)
+FAST = RemoteSettings(attempts=2, first_wait=0.01, timeout=PATIENCE)
+HASTY = RemoteSettings(attempts=6, first_wait=0.01, timeout=0.5)  # where the server stalls for one file, and gives another
 
 
 @pytest.fixture
@@ -35,19 +37,12 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield one
 
 
-def source(server: Server, cache: Path | None = None, size: int = 2**30) -> ShardSource:
-    return ShardSource(server.url + "/set", remote=replace(FAST, cache=cache, cache_bytes=size))
+def source(server: Server, cache: Path | None = None) -> ShardSource:
+    return ShardSource(server.url + "/set", remote=replace(FAST, cache=cache, cache_bytes=2**30))
 
 
 def local(server: Server) -> ShardSource:
     return ShardSource(server.folder / "set")
-
-
-def until(happened: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < give_up
-        time.sleep(0.005)
 
 
 def kept(cache: Path) -> list[str]:
@@ -71,7 +66,7 @@ OPENING: dict[str, tuple[str, list[int | str], str]] = {
     "a missing shard": ("set/shard-000001.tar", [404], r"/set/shard-000001.tar is not there \(the server answered 404 Not Found\)"),
     "a shard of another size": ("set/shard-000002.tar", ["other size"], r"/set/shard-000002.tar has \d+ bytes, and manifest.json says \d+; write or fetch"),
     "a server that is ill": ("set/shard-000000.tar", [500] * 2, "/set/shard-000000.tar cannot be read: the server answered 500"),
-    "a server that stalls": ("set/shard-000000.tar", ["stall"] * 2, "/set/shard-000000.tar cannot be read: nothing came for 0.3 s"),
+    "a server that stalls": ("set/shard-000000.tar", ["stall"] * 6, "/set/shard-000000.tar cannot be read: nothing came for 0.5 s"),
 }
 
 
@@ -80,7 +75,7 @@ def test_a_set_that_is_not_whole_is_told_when_it_is_opened(server: Server, fault
     name, faults, said = OPENING[fault]
     server.faults[name] = faults
     with pytest.raises(DataError, match=said):
-        source(server)
+        ShardSource(server.url + "/set", remote=HASTY if "stall" in faults else FAST)
 
 
 def test_a_server_that_fails_later_stops_the_run_and_one_that_recovers_does_not(server: Server) -> None:
