@@ -14,6 +14,7 @@ from adalink import EPALM, IMAGE, AdaLink, AdaptedModel, Bridge, InputSpec, LoRA
 from multimodal.batch import Batch, collate
 from multimodal.encode import Row
 from multimodal.families import EAGER_FAMILIES
+from multimodal.joined_rows import joined_rows
 from multimodal.language_loss import LanguageLoss
 
 N_PATCHES, N_TAPS, FEATURE_WIDTH = 3, 4, 20
@@ -54,13 +55,18 @@ def rows(slots: Sequence[int], prefix: int, lengths: Sequence[int], seed: int) -
 
 
 def batch_of(
-    arrange: Callable[[Sequence[Row]], Sequence[Row]], slots: Sequence[int] = (), texts: Sequence[tuple[int, Sequence[int]]] = TEXTS
+    arrange: Callable[[Sequence[Row]], Sequence[Row]],
+    slots: Sequence[int] = (),
+    texts: Sequence[tuple[int, Sequence[int]]] = TEXTS,
+    row_tokens: int = 0,
 ) -> Batch:
     arranged = [list(arrange(rows(slots, prefix, lengths, seed))) for seed, (prefix, lengths) in enumerate(texts)]
-    image = [i for i, sample in enumerate(arranged) for _ in sample]
+    flat, image = [row for sample in arranged for row in sample], [i for i, sample in enumerate(arranged) for _ in sample]
+    if row_tokens:
+        flat, image = joined_rows(flat, image, row_tokens)
     n_kept = N_PATCHES + N_TAPS
     pictures = torch.randn(len(arranged), n_kept, FEATURE_WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return collate([row for sample in arranged for row in sample], image, pictures, kind="patches", side="right", pad_id=0)
+    return collate(flat, image, pictures, kind="patches", side="right", pad_id=0)
 
 
 def excite(adapter: torch.nn.Module) -> None:
@@ -94,8 +100,9 @@ def slots_of(model: AdaptedModel) -> list[int]:
 def learnt(model: AdaptedModel, batch: Batch, loss_of: LanguageLoss | None = None) -> list[Tensor]:
     """Loss and gradients."""
     assert batch.patches is not None
-    kept = batch.patches[batch.image]
-    token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), {"image": kept[:, :N_PATCHES], "image_taps": kept[:, N_PATCHES:]})
+    kept = batch.patches[batch.image] if batch.picture is None else batch.patches
+    inputs = {"image": kept[:, :N_PATCHES], "image_taps": kept[:, N_PATCHES:]}
+    token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), inputs, entry=batch.picture)
     loss = (loss_of or LanguageLoss(model))(batch, token_map)
     parameters = [parameter for parameter in model.active_adapter().parameters() if parameter.requires_grad]
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]

@@ -35,6 +35,18 @@ def test_a_token_reads_what_is_shared_and_its_own_text_before_it() -> None:
     ]
 
 
+def test_a_text_reads_its_own_picture_alone() -> None:
+    """Two pictures, one with two texts and one with one, which nothing else tells apart."""
+    segment, position, picture = torch.tensor([[0, 1, 2, 0, 0]]), torch.tensor([[0, 1, 1, 0, 1]]), torch.tensor([[3, 3, 3, 1, 1]])
+    padding = torch.zeros(1, 5, dtype=torch.bool)
+    mask = additive(segment, padding, torch.float32, picture=picture, position=position)[:, 0] == 0
+    assert mask[0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    for window in (None, 1):
+        mask = additive(segment, padding, torch.float32, picture=picture, position=position, window=window)[:, 0] == 0
+        blocks = block_mask(segment, padding, picture=picture, position=position, window=window)
+        assert torch.equal(create_mask(blocks.mask_mod, 1, None, 5, 5, device="cpu")[:, 0], mask)
+
+
 def test_a_window_counts_places_in_the_text() -> None:
     assert may_read(window=2)[0, 2:5].int().tolist() == [[0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 1, 0]]
 

@@ -29,6 +29,17 @@ def test_packed_texts_equal_separate_ones(name: str) -> None:
     check_equal(learnt(model, batch), learnt(model, batch_of(separate_rows, slots_of(model))))
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_pictures_that_share_rows_equal_separate_ones(name: str) -> None:
+    """Four pictures in two rows, one of them padded."""
+    model = adapted(name)
+    texts = [*TEXTS, (2, [7])]
+    batch = batch_of(pack_rows, slots_of(model), texts, row_tokens=45)
+    assert batch.picture is not None
+    assert [sorted(set(row.tolist())) for row in batch.picture] == [[1, 2], [0, 3]]
+    check_equal(learnt(model, batch), learnt(model, batch_of(separate_rows, slots_of(model), texts)))
+
+
 @pytest.mark.parametrize("name", FORKED)
 def test_forked_texts_equal_separate_ones(name: str) -> None:
     model = adapted(name)
