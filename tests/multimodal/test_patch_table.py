@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 from composed import Drawn, compose, tower
 from torch import Tensor
 
+from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
 from multimodal.images import decode_image
 from multimodal.model import VisionLanguageModel
@@ -48,6 +52,28 @@ def test_every_picture_has_its_own_features_and_bad_ones_say_why(workers: int, m
         expected = tower()(pixels).joined[0]
         torch.testing.assert_close(kept(table, index), expected, rtol=1e-3, atol=1e-3)
         assert kept(table, index).dtype == torch.float32
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_encoding_leaves_the_programs_random_numbers_where_they_were(workers: int, model: VisionLanguageModel) -> None:
+    """A run on kept features then draws what the same run on pictures draws."""
+    before = torch.get_rng_state()
+    encode_all(model, Drawn(2), workers=workers)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Deadly(Drawn):
+    """The worker process that reads the last picture is killed, as one that needs too much memory is."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == len(self) - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_dies_while_pictures_are_encoded_is_told_in_a_sentence(model: VisionLanguageModel) -> None:
+    with pytest.raises(DataError, match=r"a worker process that reads samples ended before its work .*give fewer train.workers"):
+        encode_all(model, Deadly(3), workers=1)
 
 
 def test_features_are_kept_in_sixteen_bits(model: VisionLanguageModel) -> None:
