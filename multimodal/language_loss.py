@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adalink import AdaptedModel, TokenMap
+from multimodal.activations import Activations
 from multimodal.batch import Batch
 from multimodal.fork import ModelCall, calls_of
 from multimodal.last_layer import LastLayer
@@ -29,7 +30,7 @@ class LanguageLoss:
     def __init__(self, adapted: AdaptedModel) -> None:
         self.adapted = adapted
         self.call: Callable[..., Any] = adapted.base
-        self.last_layer = LastLayer(adapted)
+        self.last_layer, self.activations = LastLayer(adapted), Activations(adapted)
 
     @cached_property
     def head(self) -> WordHead:
@@ -55,6 +56,11 @@ class LanguageLoss:
                 total = total + head.loss(self.call, one.arguments, source, one.target)
         return total
 
-    def _asked(self, call: ModelCall) -> contextlib.AbstractContextManager[Tensor]:
+    @contextlib.contextmanager
+    def _asked(self, call: ModelCall) -> Iterator[Tensor]:
         """int64 [B, M]: where the model gives what the call's sources ask for. A compiled model is one graph, and stays as it is."""
-        return self.last_layer.at(call) if self.call is self.adapted.base else contextlib.nullcontext(call.source)
+        if self.call is not self.adapted.base:
+            yield call.source
+            return
+        with self.last_layer.at(call) as source, self.activations.made_again():
+            yield source

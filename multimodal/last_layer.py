@@ -18,18 +18,16 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, Port, TokenMap
+from adalink import AdaptedModel, Port
 from adalink.masks import SERVED, whole_mask
 from adalink.tokens import Tokens
-from multimodal.batch import Batch, collate
-from multimodal.encode import Row
-from multimodal.fork import ModelCall, calls_of
+from multimodal.fork import ModelCall
+from multimodal.trial_call import REFUSALS, trial_call
 
 __all__ = ["LastLayer"]
 
 CACHES = ("past_key_values", "layer_past")  # what layers call theirs
 WORTH = 0.75  # of the tokens: above it, making queries, keys and values of the sources twice costs what is saved
-REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 Form = Literal["short", "filled up"]
 """What follows the layer gets [B, M, D], or the same filled up to [B, T, D] where it counts on as many tokens as came in (GPT-2)."""
@@ -75,9 +73,7 @@ class LastLayer:
 
     @torch.no_grad()
     def _is_exact(self, form: Form) -> bool:
-        batch = _tried().to(next(self.adapted.base.parameters()).device)
-        token_map = TokenMap(batch.domain, torch.full_like(batch.image, BASE_ROW), serving=frozenset())
-        (call,) = calls_of(self.adapted, batch, token_map)
+        call = trial_call(self.adapted)
         try:
             with call.bound(self.adapted):
                 whole = torch.take_along_dim(self.adapted.base(**call.arguments).logits, call.source[..., None], 1)
@@ -175,10 +171,3 @@ def _queried(mask: Tensor | None, tokens: Tokens, source: Tensor, dtype: torch.d
         may_read = whole_mask(tokens, "causal")
         return torch.zeros_like(may_read, dtype=dtype).masked_fill(~may_read, torch.finfo(dtype).min)
     return mask if mask.shape[2] == 1 else torch.take_along_dim(mask, source[:, None, :, None], 2)
-
-
-def _tried() -> Batch:
-    """Two rows that ask for their tokens in no order, one of them twice."""
-    texts = (((1, 2, 3, 4, 5, 6, 7, 8), (6, 2, 2, 0)), ((1, 5, 3, 7, 8), (3, 4, 1, 0)))
-    rows = [Row(ids, (TEXT, *(ANSWER,) * (len(ids) - 1)), source, source) for ids, source in texts]
-    return collate(rows, [0, 0], torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0)

@@ -15,10 +15,12 @@ from torch import Tensor
 from adalink.errors import CheckpointError, DataError
 from multimodal.bad_samples import BadSample
 from multimodal.batch import Batch, collate
+from multimodal.bucketing import BucketedOrder
 from multimodal.encode import Row, RowEncoder, TextTooLong
 from multimodal.images import BadImage
 from multimodal.joined_rows import joined_rows
 from multimodal.kept import Kept
+from multimodal.lengths import lengths_of
 from multimodal.mixing import fingerprint_of, order_of
 from multimodal.order import Order
 from multimodal.packing import Arrange
@@ -96,6 +98,14 @@ class _Positions:
         """The rows of one picture; raises TextTooLong."""
         return tuple(self.arrange([self.encoder.row(text) for text in texts]))
 
+    def length(self, sample: Sample) -> int:
+        """Tokens of a sample's longest row, which where texts are drawn another draw makes shorter or longer; 0 where it is a bad one."""
+        texts = self.texts(sample, random.Random(0))
+        try:
+            return max(len(row.ids) + len(row.decoder_ids) for row in self.rows(texts)) if texts else 0
+        except TextTooLong:
+            return 0
+
 
 class _Steps:
     """The positions of each step of one rank, from a position on: rank r of W reads every step's r-th part of the global batch."""
@@ -127,6 +137,12 @@ class _Collate:
         pictures = torch.stack([item.picture for item in good])
         batch = collate(rows, image, pictures, kind=self.kind, side="right", pad_id=self.pad_id, keys=[item.key for item in good])
         return Loaded(batch, bad, tuple(item.index for item in good))
+
+
+_TOLD = {
+    "seed": "train.seed", "samples": "pictures in the data set", "weights": "the sets' weights", "data": "the data's fingerprint",
+    "bucket_pool": "train.bucket_pool", "lengths": "the check sum of the texts' lengths",
+}  # fmt: skip
 
 
 class TrainLoader:
@@ -173,11 +189,13 @@ class TrainLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a loader was. Raises CheckpointError where this one has another order or other data."""
         own = self.state_dict()
-        told = {"seed": "train.seed", "samples": "pictures in the data set", "weights": "the sets' weights", "data": "the data's fingerprint"}
-        for name, words in told.items():
-            found, given = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in (state.get(name), own[name]))
+        for name, words in _TOLD.items():
+            # Without pools a state says nothing of them.
+            found, given = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in (state.get(name, 0), own.get(name, 0)))
             if found != given:
                 raise CheckpointError(f"{words} was {found} and is {given}")
+        if isinstance(self._positions.order, BucketedOrder):
+            self._positions.order = self._positions.order.with_batch(int(state["bucket_batch"]))
         self._position = int(state["position"])
 
 
@@ -196,13 +214,20 @@ def train_loader(
     world: int = 1,
     patches: Kept | None = None,
     row_tokens: int = 0,
+    bucket_pool: int = 0,
 ) -> TrainLoader:
     """Reads `steps` steps from the stream's start, or from where `load_state_dict` puts it.
 
     batch_size   pictures per step and rank
     row_tokens   pictures of a step come one after the other in rows of up to so many tokens; 0: each has rows of its own
+    bucket_pool  samples of like length share a batch, found among so many steps of all ranks (`multimodal.bucketing`); 0: as they come
+
+    Raises ConfigError where lengths are asked for that the source cannot say.
     """
     positions = _Positions(source, order_of(source, seed), seed, texts, encoder, arrange, preprocess, patches)
+    if bucket_pool:
+        lengths = lengths_of(source, positions.length)
+        positions.order = BucketedOrder(positions.order, lengths, seed=seed, pool=bucket_pool, batch=batch_size * world)
     kind = patches.kind if patches is not None else "pixels"
     collated = _Collate(kind, encoder.placeholder, row_tokens)
     return TrainLoader(positions, collated, steps=steps, batch_size=batch_size, workers=workers, rank=rank, world=world)

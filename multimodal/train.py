@@ -93,7 +93,7 @@ def train(
         stream = train_loader(
             source, texts, encoder, arrange, model.tower.preprocess, steps=0, batch_size=settings.batch_size, seed=settings.seed,
             workers=settings.workers, rank=accelerator.process_index, world=accelerator.num_processes,
-            patches=None if isinstance(patches, FeatureWriter) else patches, row_tokens=row_tokens,
+            patches=None if isinstance(patches, FeatureWriter) else patches, row_tokens=row_tokens, bucket_pool=settings.bucket_pool,
         )  # fmt: skip
         loader = FillingLoader(stream, patches, model.tower, source, workers=settings.workers) if isinstance(patches, FeatureWriter) else stream
         run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), loader, stop)

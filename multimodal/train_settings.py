@@ -22,6 +22,7 @@ class TrainSettings:
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 16  # pictures per process and micro-batch
     accumulation: int = 1  # micro-batches per optimizer step
+    bucket_pool: int = 0  # batches (of all processes) within which pictures with texts of like length come together; less padding; 0: off
     row_tokens: int = 0  # pictures of a micro-batch share rows of up to so many tokens, so that little is padding; 0: one picture a row
     learning_rate: float = 1e-3  # peak; AdamW
     learning_rates: dict[str, float] = field(default_factory=dict)  # method -> a peak of its own
@@ -48,7 +49,7 @@ class TrainSettings:
         for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 1 or more")
-        for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "bad_samples", "seed", "row_tokens"):
+        for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "bad_samples", "seed", "row_tokens", "bucket_pool"):
             if not getattr(self, name) >= 0:  # also true of a NaN
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 0 or more")
         if self.seed > MAX_SEED:

@@ -1,0 +1,90 @@
+"""Activation functions whose results are made again in the backward pass, from inputs that are kept anyway.
+
+The feed-forward network of a Llama keeps its gate, its activated gate and what is gated; GPT-2's keeps four tensors of its activation function.
+They are the largest that a frozen layer keeps, and element by element they cost next to nothing to make: 22 of 121 MiB for 0.5 % of a step
+(tests/benchmarks/RESULTS.md). The same operations are run again, so gradients are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import NewGELUActivation
+
+from adalink import AdaptedModel
+from multimodal.trial_call import REFUSALS, trial_call
+
+__all__ = ["Activations"]
+
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class Activations:
+    """The activation functions of an adapted language model that keep more than they need."""
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self.adapted = adapted
+        self.layers = [adapted.attachment.stack.get_submodule(name) for name in adapted.anatomy.layers]
+
+    @contextlib.contextmanager
+    def made_again(self) -> Iterator[None]:
+        """Inside the block the model keeps less for its backward pass. Nothing changes where its layers are checkpointed as they are."""
+        # The last layer may be replaced itself. A checkpointed layer that runs again after the block would keep more than it did inside.
+        runs_again = len(self.layers) == 1 or any(layer.training or "forward" in vars(layer) for layer in self.layers[:-1])
+        with contextlib.nullcontext() if runs_again or not torch.is_grad_enabled() or not self._is_exact else self._replaced():
+            yield
+
+    @cached_property
+    def _forwards(self) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+        found: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        for module in (part for layer in self.layers for part in layer.modules() if "forward" not in vars(part)):
+            if {name for name, _ in module.named_children()} == GATED:
+                found[module] = partial(_gated, module)
+            elif type(module) is NewGELUActivation:
+                found[module] = partial(_again, module.forward)
+        return found
+
+    @cached_property
+    @torch.no_grad()
+    def _is_exact(self) -> bool:
+        """Whether feed-forward networks with these names do what is done here. Runs the model on a few tokens, without its adapters."""
+        call = trial_call(self.adapted)
+        try:
+            with call.bound(self.adapted):
+                whole = self.adapted.base(**call.arguments).logits
+                with self._replaced():
+                    return torch.equal(whole, self.adapted.base(**call.arguments).logits)
+        except REFUSALS:
+            return False
+
+    @contextlib.contextmanager
+    def _replaced(self) -> Iterator[None]:
+        for module, forward in self._forwards.items():
+            module.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for module in self._forwards:
+                del module.forward
+
+
+def _gated(module: Any, x: Tensor) -> Tensor:
+    """Llama's feed-forward network."""
+    result: Tensor = module.down_proj(_again(partial(_product, module.act_fn), module.gate_proj(x), module.up_proj(x)))
+    return result
+
+
+def _product(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return activation(gate) * up
+
+
+def _again(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """What the function gives; for the backward pass only its inputs are kept."""
+    result: Tensor = checkpoint(function, *values, use_reentrant=False, preserve_rng_state=False)
+    return result

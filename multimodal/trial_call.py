@@ -1,0 +1,24 @@
+"""A small call of a language model without its adapters, to try out whether the model bears being run in another way."""
+
+from __future__ import annotations
+
+import torch
+
+from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, TokenMap
+from multimodal.batch import collate
+from multimodal.encode import Row
+from multimodal.fork import ModelCall, calls_of
+
+__all__ = ["REFUSALS", "trial_call"]
+
+# What models raise that do not bear it.
+REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def trial_call(adapted: AdaptedModel) -> ModelCall:
+    """Two rows, one padded, that ask for their tokens in no order, and for one of them twice."""
+    texts = (((1, 2, 3, 4, 5, 6, 7, 8), (6, 2, 2, 0)), ((1, 5, 3, 7, 8), (3, 4, 1, 0)))
+    rows = [Row(ids, (TEXT, *(ANSWER,) * (len(ids) - 1)), source, source) for ids, source in texts]
+    batch = collate(rows, [0, 0], torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0).to(next(adapted.base.parameters()).device)
+    (call,) = calls_of(adapted, batch, TokenMap(batch.domain, torch.full_like(batch.image, BASE_ROW), serving=frozenset()))
+    return call
