@@ -48,15 +48,29 @@ def run_server(settings: ServeSettings, adapters: Mapping[str, Path]) -> None:
         )
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"adalink serves {', '.join(service.served.cards)}: page at http://{shown}:{port}/, API at http://{shown}:{port}/v1", flush=True)
-        # uvicorn ends in good order on SIGTERM, and then raises the signal again: this handler gets it, so that the exit code is 0.
+        server = _Announced(config, f"adalink serves {', '.join(service.served.cards)}: page at http://{shown}:{port}/, API at http://{shown}:{port}/v1")
         sys.setswitchinterval(SWITCH_SECONDS)
-        before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        # uvicorn ends in good order on SIGTERM, and then raises the signal again: this handler gets it, so that the exit code is 0. A signal
+        # that comes before uvicorn listens for it counts as well.
+        before = signal.signal(signal.SIGTERM, server.handle_exit)
         try:
-            uvicorn.Server(config).run(sockets=[listening])
+            server.run(sockets=[listening])
         finally:
             signal.signal(signal.SIGTERM, before)
         print(f"adalink has ended: {service.metrics.n_answered} of {service.metrics.n_accepted} accepted requests were answered", flush=True)
+
+
+class _Announced(uvicorn.Server):
+    """Says that it serves once it does: whoever reads it may connect, and may ask it to end."""
+
+    def __init__(self, config: uvicorn.Config, said: str) -> None:
+        super().__init__(config)
+        self._said = said
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets=sockets)
+        print(self._said, flush=True)
 
 
 def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> VisionLanguageModel:

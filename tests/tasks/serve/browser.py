@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared import PATIENCE
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--hide-scrollbars",
@@ -37,7 +39,9 @@ class Page:
         os.write(self._into, json.dumps(message).encode() + b"\0")
         while True:
             while b"\0" not in self._rest:
-                self._rest += os.read(self._out, 1 << 20)
+                read = os.read(self._out, 1 << 20)
+                assert read, "the browser has ended"
+                self._rest += read
             text, self._rest = self._rest.split(b"\0", 1)
             reply = json.loads(text)
             if reply.get("id") == self._id:
@@ -50,9 +54,9 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def until(self, condition: str, seconds: float = 30) -> None:
+    def until(self, condition: str) -> None:
         """Wait for an expression to become true."""
-        give_up = time.monotonic() + seconds
+        give_up = time.monotonic() + PATIENCE
         while not self.js(condition):
             assert time.monotonic() < give_up, f"{condition}: {self.js('document.body.innerText')}"
             time.sleep(0.05)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from served import Server, save_adapters, serving
+from shared import PATIENCE
 
 from multimodal.model import VisionLanguageModel
 
@@ -25,7 +26,7 @@ def model(adapters: Path) -> VisionLanguageModel:
 
 @pytest.fixture(scope="session")
 def server(model: VisionLanguageModel, adapters: Path) -> Iterator[Server]:
-    """A server of four adapters, whose patience with slow clients is short."""
-    limits = ("--limits.seconds", "2", "--limits.body_bytes", "3000000", "--limits.image_bytes", "2000000", "--limits.pixels", "4000000")
+    """A server of four adapters, with small limits, and time for whoever shares a slow machine with it."""
+    limits = ("--limits.seconds", PATIENCE, "--limits.body_bytes", "3000000", "--limits.image_bytes", "2000000", "--limits.pixels", "4000000")
     with serving(adapters, "--access.adapters_folder", adapters, *limits) as running:
         yield running

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import torch
+from shared import PATIENCE
 
 from adalink import AdaLink, Bridge
 from multimodal.model import VisionLanguageModel
@@ -86,13 +87,13 @@ class Server:
 
     def metric(self, name: str) -> float:
         """The value of one line of /metrics; the sum over its labels."""
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", timeout=PATIENCE).text
         return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, flags=re.MULTILINE))
 
     def end(self) -> str:
         """Ask it to end, wait for it, and give what it printed."""
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=PATIENCE)
         return self.log.read_text()
 
 
@@ -106,7 +107,7 @@ def serving(folder: Path, *arguments: object, names: tuple[str, ...] = tuple(TAS
     with log.open("w") as out:
         process = subprocess.Popen([*command, *map(str, arguments)], stdout=out, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
     try:
-        give_up = time.monotonic() + 120
+        give_up = time.monotonic() + PATIENCE
         while not (found := re.search(r"page at (http://\S+)/,", log.read_text())):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < give_up, log.read_text()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from served import Server, data_url, messages, picture
+from served import Server, data_url, messages, picture, serving
+from shared import PATIENCE
 
 
 def bomb(width: int = 20_000, height: int = 20_000) -> bytes:
@@ -94,7 +98,7 @@ ONLY_OF_QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=60)
+    return httpx.Client(base_url=server.url, timeout=PATIENCE)
 
 
 def works(client: httpx.Client) -> bool:
@@ -144,18 +148,34 @@ def test_wrong_loads_are_told(client: httpx.Client) -> None:
 
 def opened(server: Server) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=PATIENCE)
 
 
-def test_a_client_that_sends_too_slowly_is_told_and_let_go(server: Server, client: httpx.Client) -> None:
-    with opened(server) as header, opened(server) as body:
-        header.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
-        body.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
-        assert header.recv(1000).startswith(b"HTTP/1.1 408 ")
-        told = b"".join(iter(lambda: body.recv(65536), b""))  # until the server closes
-        assert told.startswith(b"HTTP/1.1 408 ")
-        assert b"did not arrive within 2 seconds" in told
-    assert works(client)
+def answered(server: Server, sent: bytes) -> bytes:
+    """All that the server says to this, until it closes the connection."""
+    with opened(server) as connection:
+        connection.sendall(sent)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.usefixtures("model")
+def test_a_client_that_sends_too_slowly_is_told_and_let_go(adapters: Path) -> None:
+    """By a server of its own: one that is so impatient may let go of any client of a machine that is busy, so here they try again."""
+    header = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+
+    def in_the_end(happens: Callable[[], bool]) -> None:
+        give_up = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(OSError, httpx.TransportError):
+                if happens():
+                    return
+            assert time.monotonic() < give_up
+
+    with serving(adapters, "--limits.seconds", "1", names=("vqa",)) as server:
+        in_the_end(lambda: answered(server, header).startswith(b"HTTP/1.1 408 "))
+        in_the_end(lambda: b"did not arrive within 1 seconds" in answered(server, header + b"Content-Length: 1000\r\n\r\n{"))
+        with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
+            in_the_end(lambda: works(client))
 
 
 def test_a_connection_that_is_cut_leaves_nothing_behind(server: Server, client: httpx.Client) -> None:
@@ -165,7 +185,7 @@ def test_a_connection_that_is_cut_leaves_nothing_behind(server: Server, client: 
             with opened(server) as connection:
                 connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(good) + sent)
                 time.sleep(0.02)
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + PATIENCE
     while server.metric('adalink_requests_total{model="cap",status="499"}') == 0 and server.metric("adalink_waiting"):
         assert time.monotonic() < give_up
         time.sleep(0.05)

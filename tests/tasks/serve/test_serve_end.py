@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -11,7 +16,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import messages, picture, serving
+from served import ROOT, messages, picture, serving
+from shared import PATIENCE
 
 from multimodal.model import VisionLanguageModel
 from tasks.cli import main
@@ -25,7 +31,7 @@ def test_a_server_that_is_asked_to_end_answers_what_it_accepted(model: VisionLan
 
     def client(address: str) -> None:
         while True:
-            connection = http.client.HTTPConnection(address, timeout=60)
+            connection = http.client.HTTPConnection(address, timeout=PATIENCE)
             try:
                 connection.request("POST", "/v1/chat/completions", body, {"Authorization": "Bearer secret-2"})
                 response = connection.getresponse()
@@ -36,16 +42,18 @@ def test_a_server_that_is_asked_to_end_answers_what_it_accepted(model: VisionLan
                 return
 
     with serving(adapters, "--access.api_keys", keys, names=("cap_b",)) as server:
-        assert httpx.get(f"{server.url}/v1/models").json()["error"]["code"] == "missing_key"
-        wrong = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer secret-3"})
+        asked = httpx.Client(base_url=server.url, timeout=PATIENCE)
+        assert asked.get("/v1/models").json()["error"]["code"] == "missing_key"
+        wrong = asked.get("/v1/models", headers={"Authorization": "Bearer secret-3"})
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "wrong_key")
-        loaded = httpx.post(f"{server.url}/v1/models", json={"id": "x", "folder": "cap"}, headers={"Authorization": "Bearer secret-1"})
+        loaded = asked.post("/v1/models", json={"id": "x", "folder": "cap"}, headers={"Authorization": "Bearer secret-1"})
         assert (loaded.status_code, loaded.json()["error"]["code"]) == (403, "not_allowed")
-        assert httpx.get(f"{server.url}/health").json()["status"] == "ok"  # needs no key
+        assert asked.get("/health").json()["status"] == "ok"  # needs no key
         threads = [threading.Thread(target=client, args=(server.url.removeprefix("http://"),)) for _ in range(8)]
         for thread in threads:
             thread.start()
-        time.sleep(1.5)
+        while len(ends) <= 8:  # each has been answered, and asks again
+            time.sleep(0.01)
         last = server.end().splitlines()[-1]
         for thread in threads:
             thread.join()
@@ -55,6 +63,19 @@ def test_a_server_that_is_asked_to_end_answers_what_it_accepted(model: VisionLan
     assert found["200"] > 8
     assert set(found) == {"200", "not accepted"}
     assert last == f"adalink has ended: {found['200']} of {found['200']} accepted requests were answered"
+
+
+def test_a_server_that_says_that_it_serves_can_be_reached_and_ended_at_once() -> None:
+    command = [sys.executable, "-c", "from tasks.cli import entry; entry()", "serve", "--port", "0", "--base", str(ROOT / "tasks" / "scenes" / "vqa.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        assert process.stdout is not None
+        address = next(line for line in process.stdout if "adalink serves" in line).partition("http://")[2].partition("/")[0]
+        host, port = address.split(":")
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    assert rest == "adalink has ended: 0 of 0 accepted requests were answered\n"
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
@@ -79,7 +100,7 @@ def test_what_keeps_a_server_from_beginning_is_one_sentence(arguments: tuple[str
 
 def test_keys_that_cannot_be_used_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").write_text("# none yet\n")
-    base = Path(__file__).parents[3] / "tasks" / "scenes" / "vqa.yaml"
+    base = ROOT / "tasks" / "scenes" / "vqa.yaml"
     for name, told in (("empty", "holds none"), ("absent", "cannot be read")):
         assert main(["serve", "--base", str(base), "--port", "0", "--access.api_keys", str(tmp_path / name)]) == 2
         assert told in capsys.readouterr().err

@@ -10,6 +10,7 @@ import openai
 import pytest
 from PIL import Image
 from served import QUESTIONS, TASKS, Server, messages, picture
+from shared import PATIENCE
 
 from adalink import BASE_NAME
 from multimodal.generate import GenerationSettings
@@ -19,7 +20,7 @@ from multimodal.model import VisionLanguageModel
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
 
 
 def question(name: str, index: int) -> str:
@@ -64,7 +65,7 @@ def test_answers_equal_generate_in_any_company(client: openai.OpenAI, model: Vis
         assert [future.result() for future in drawn]
     assert len(set(alone.values())) > 10  # the control: adapters and pictures differ
     rows, batches = server.metric("adalink_batch_rows_sum") - rows, server.metric("adalink_batch_rows_count") - batches
-    assert rows / batches > 2  # and they were in company
+    assert rows / batches > 2  # and they were in company: of 10 on average, measured on a machine that is 15 times too busy
     assert server.metric("adalink_batch_adapters_sum") > server.metric("adalink_batch_adapters_count")
 
 

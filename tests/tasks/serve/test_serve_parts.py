@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from shared import PATIENCE
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -59,37 +59,68 @@ def test_every_row_has_room_for_the_longest_text_of_its_batch() -> None:
     assert chosen(jobs[1:], Batching(), fits) == jobs[1:]
 
 
-def test_a_lone_request_does_not_wait_and_company_is_waited_for_within_the_bound() -> None:
+class Clock:
+    """Stands for `time` where jobs wait: waiting takes no time, and exactly as long as it was to take; meanwhile somebody may come."""
+
+    def __init__(self, waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waiting, self.now, self.coming = waiting, 100.0, list[Job]()
+        monkeypatch.setattr("tasks.serve.waiting.time", self)
+        monkeypatch.setattr(waiting._changed, "wait", self.wait)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        while self.coming:
+            self.put(self.coming.pop())
+        self.now += seconds
+
+    def put(self, one: Job) -> None:
+        one.queued = self.now
+        self.waiting.put(one)
+
+    def took(self) -> tuple[int, float]:
+        """How many jobs come at a time, and after how many seconds."""
+        started, jobs = self.now, self.waiting.take()
+        assert isinstance(jobs, list)
+        return len(jobs), round(self.now - started, 6)
+
+
+def test_a_lone_request_does_not_wait_and_company_is_waited_for_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = Waiting(Batching(wait_ms=200), fits)
-    waiting.put(job())
-    started = time.perf_counter()
-    assert len(waiting.take() or ()) == 1  # type: ignore[arg-type]
-    assert time.perf_counter() - started < 0.1
+    clock = Clock(waiting, monkeypatch)
+    clock.put(job())
+    assert clock.took() == (1, 0.0)
     with waiting.arriving():
-        waiting.put(job())
-        started = time.perf_counter()
-        assert waiting.take()
-        assert 0.15 < time.perf_counter() - started < 1
-        threading.Timer(0.02, waiting.put, (job(),)).start()
-        waiting.put(job())
-        assert len(waiting.take() or ()) == 2  # type: ignore[arg-type]
+        clock.put(job())
+        assert clock.took() == (1, 0.2)
+        clock.coming = [job()]
+        clock.put(job())
+        assert clock.took() == (2, 0.2)
 
 
-def test_clients_that_were_just_answered_are_waited_for() -> None:
+def test_clients_that_were_just_answered_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = Waiting(Batching(wait_ms=200), fits)
+    clock = Clock(waiting, monkeypatch)
     for _ in range(2):
-        waiting.put(job())
-    assert len(waiting.take() or ()) == 2  # type: ignore[arg-type]
-    waiting.put(job())  # came while the two were answered
-    threading.Timer(0.02, waiting.put, (job(),)).start()
-    started = time.perf_counter()
-    assert len(waiting.take() or ()) == 2  # type: ignore[arg-type]
-    assert 0.15 < time.perf_counter() - started < 1
-    waiting.put(job())
-    waiting.put(job(beams=2))
-    started = time.perf_counter()
-    assert len(waiting.take() or ()) == 1  # type: ignore[arg-type]
-    assert time.perf_counter() - started < 0.1  # there is something else to do than to wait
+        clock.put(job())
+    assert clock.took() == (2, 0.0)
+    clock.put(job())  # came while the two were answered
+    clock.coming = [job()]
+    assert clock.took() == (2, 0.2)
+    clock.put(job())
+    clock.put(job(beams=2))
+    assert clock.took() == (1, 0.0)  # there is something else to do than to wait
+
+
+def test_who_waits_for_a_job_is_woken_by_one() -> None:
+    """With threads and the real clock, which end it or do not, and however late."""
+    waiting = Waiting(Batching(wait_ms=10), fits)
+    for come in (lambda: waiting.put(job()), lambda: waiting.put_errand(lambda: None), waiting.close):
+        thread = threading.Timer(0.05, come)
+        thread.start()
+        assert (waiting.take() is None) == (come == waiting.close)
+        thread.join()
 
 
 def test_jobs_join_a_running_batch_in_order_and_none_is_overtaken() -> None:
@@ -103,21 +134,21 @@ def test_jobs_join_a_running_batch_in_order_and_none_is_overtaken() -> None:
     assert joining([job()], [job(beams=2)], Batching(), fits) == []
 
 
-def test_a_running_batch_is_not_held_up_and_is_joined_within_the_bound() -> None:
+def test_a_running_batch_is_not_held_up_and_is_joined_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting, running = Waiting(Batching(wait_ms=200, size=8), fits), [job(), job()]
+    clock = Clock(waiting, monkeypatch)
     for one in running:
-        waiting.put(one)
+        clock.put(one)
     assert waiting.take() == running
     assert waiting.take(running) == []  # at once
-    waiting.put(job())
-    started = time.perf_counter()
+    clock.put(job())
+    clock.now += 0.19
     assert waiting.take(running) == []  # for others may come, and reading prompts holds up those that run
-    while not (joined := waiting.take(running)):
-        pass
-    assert 0.15 < time.perf_counter() - started < 1
-    assert isinstance(joined, list)
+    clock.now += 0.02
+    assert len(waiting.take(running) or ()) == 1  # type: ignore[arg-type]
+    assert clock.now == 100 + 0.19 + 0.02  # none of it was waited
     for _ in range(6):
-        waiting.put(job())
+        clock.put(job())
     assert len(waiting.take(running) or ()) == 6  # type: ignore[arg-type]  # full
     waiting.put(job(beams=2))
     assert waiting.take(running) == []
@@ -209,7 +240,7 @@ def test_the_oldest_uploads_make_room() -> None:
 class _Pictures(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/slow":
-            time.sleep(1.5)
+            self.connection.recv(1)  # until the client has had enough
         self.send_response(302 if self.path == "/moved" else 200)
         self.send_header("Location", "/here")
         self.end_headers()
@@ -228,15 +259,17 @@ def origin() -> Any:
 
 
 def test_pictures_are_fetched_from_allowed_hosts_within_limits(origin: str) -> None:
-    pictures = RemotePictures(["localhost"], 1000, seconds=0.7, reachable=lambda address: True)
+    pictures = RemotePictures(["localhost"], 1000, seconds=PATIENCE, reachable=lambda address: True)
     assert pictures.fetch(f"{origin}/a.png?size=1", "url") == b"x" * 10
     for url, told in (
-        (f"{origin}/large", "more than 1000 bytes"), (f"{origin}/moved", "localhost answered 302, expected 200"), (f"{origin}/slow", "did not send the picture within 0.7 s"),
+        (f"{origin}/large", "more than 1000 bytes"), (f"{origin}/moved", "localhost answered 302, expected 200"),
         ("http://other.example/a", "fetches no pictures from other.example"), ("http://user@localhost/a", "without a user name"), ("http://localhost/a b", "in ASCII"),
         ("http://localhost:1/", "could not be fetched from localhost"), ("http://localhost:99999/", "is no address"), ("http://[::1/", "is no address"),
     ):  # fmt: skip
         with pytest.raises(Refused, match=told):
             pictures.fetch(url, "url")
+    with pytest.raises(Refused, match=r"localhost did not send the picture within 0\.3 seconds"):
+        RemotePictures(["localhost"], 1000, seconds=0.3, reachable=lambda address: True).fetch(f"{origin}/slow", "url")
     with pytest.raises(Refused, match="this server fetches no pictures: send a data URL"):
         RemotePictures([], 1000).fetch(f"{origin}/a.png", "url")
 
@@ -244,28 +277,33 @@ def test_pictures_are_fetched_from_allowed_hosts_within_limits(origin: str) -> N
 def test_private_addresses_are_never_connected_to(origin: str) -> None:
     for url in (origin, "http://127.0.0.1/", "http://[::ffff:127.0.0.1]/", "http://0.0.0.0/", "http://169.254.169.254/latest", "http://10.1.2.3/", "http://2130706433/"):
         with pytest.raises(Refused, match=r"is not on the public internet|could not be fetched"):
-            RemotePictures(["*"], 1000, seconds=2).fetch(url, "url")
+            RemotePictures(["*"], 1000, seconds=PATIENCE).fetch(url, "url")
     assert [is_public(address) for address in ("8.8.8.8", "2606:4700::1111", "192.168.1.1", "::1", "::ffff:10.0.0.1", "224.0.0.1", "100.64.0.1", "2002:7f00:1::")] == [
         True, True, False, False, False, False, False, False]  # fmt: skip
 
 
-async def _echo(request: Request) -> PlainTextResponse:
-    body = await request.body()
-    await asyncio.sleep(0.3)
-    return PlainTextResponse(str(len(body)))
-
-
 async def _sent(limits: RequestLimits, sizes: list[int]) -> list[tuple[int, str]]:
-    app = Starlette(routes=[Route("/", _echo, methods=["POST", "GET"])])
+    """What requests get that are all there before the first is answered."""
+    read, may_answer = [], asyncio.Event()
+
+    async def echo(request: Request) -> PlainTextResponse:
+        read.append(len(await request.body()))
+        await may_answer.wait()
+        return PlainTextResponse(str(len(await request.body())))
 
     async def refused(request: Request, error: Exception) -> PlainTextResponse:
         assert isinstance(error, Refused)
         return PlainTextResponse(str(error), error.status)
 
+    app = Starlette(routes=[Route("/", echo, methods=["POST", "GET"])])
     app.add_exception_handler(Refused, refused)
     guard = BodyGuard(app, limits)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://x") as client:
-        replies = await asyncio.gather(*(client.post("/", content=b"x" * size) for size in sizes), client.get("/"))
+        requests = [asyncio.create_task(client.post("/", content=b"x" * size)) for size in sizes] + [asyncio.create_task(client.get("/"))]
+        while len(read) + sum(request.done() for request in requests) < len(requests):
+            await asyncio.sleep(0)
+        may_answer.set()
+        replies = await asyncio.gather(*requests)
         again = await client.post("/", content=b"x")
     assert replies[-1].status_code == again.status_code == 200  # a request without a body is not counted, and all counts go back
     assert (guard.n_requests, guard.n_bytes) == (0, 0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from composed_path import FAMILIES, compose, excite
 from served import picture
+from shared import PATIENCE
 
 from adalink import BASE_NAME, AdaLink, Bridge, Prompt
 from multimodal.generate import GenerationSettings
@@ -140,7 +141,7 @@ def test_a_batch_that_fails_is_told_and_the_next_one_runs() -> None:
     handle = model.language.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
     worker.waiting.put(bad)
     worker.start()
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + PATIENCE
     while bad.events.empty() and time.monotonic() < give_up:
         time.sleep(0.01)
     handle.remove()

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import torch
 from served import Server, messages, picture, serving
+from shared import PATIENCE
 
 from adalink import AdaLink, Bridge, LoRA
 from multimodal.images import decode_image
@@ -53,13 +54,13 @@ def server(model: VisionLanguageModel, folder: Path) -> Iterator[Server]:
 
 def test_what_is_served_is_what_the_adapted_encoder_sees(server: Server, model: VisionLanguageModel) -> None:
     for index in (0, 1, 0):  # the picture that was asked about before too
-        reply = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "seen", "messages": messages("", picture(index))}, timeout=60)
+        reply = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "seen", "messages": messages("", picture(index))}, timeout=PATIENCE)
         assert reply.json()["choices"][0]["message"]["content"] == model.generate([decode_image(picture(index))], [""])[0]
 
 
 def test_what_cannot_join_a_running_server_is_one_sentence(server: Server) -> None:
     for name, sentence in (("chosen", "chooses among 2 answers, and a server writes its texts"), ("seen", "is settled when a server starts: give it with --adapter")):
-        reply = httpx.post(f"{server.url}/v1/models", json={"id": "other", "folder": name}, timeout=60)
+        reply = httpx.post(f"{server.url}/v1/models", json={"id": "other", "folder": name}, timeout=PATIENCE)
         assert reply.status_code == 400
         assert sentence in reply.json()["error"]["message"]
-    assert [card["id"] for card in httpx.get(f"{server.url}/v1/models").json()["data"]] == ["seen", "__base__"]
+    assert [card["id"] for card in httpx.get(f"{server.url}/v1/models", timeout=PATIENCE).json()["data"]] == ["seen", "__base__"]
