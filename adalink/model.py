@@ -28,6 +28,7 @@ from adalink.errors import ConfigError
 from adalink.existing import check_trains, image_token_ids
 from adalink.hub import local_folder, upload
 from adalink.recompute import with_exact_cache
+from adalink.still import without_dropout
 from adalink.tokens import BASE_ROW, TokenMap
 
 __all__ = ["BASE_NAME", "AdaptedModel", "get_adalink_model"]
@@ -88,13 +89,13 @@ class AdaptedModel(nn.Module):
         adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,  # transformers' own arguments
     ) -> Any:
-        """int64 [B * returned, T']: transformers' own generation on edited activations, prompt first; kwargs are its own."""
+        """int64 [B * returned, T']: transformers' own generation on edited activations without dropout, prompt first; kwargs are its own."""
         if token_map is not None:
             _check_no_names(adapter_names)
-            with self.attachment.bind(token_map):
+            with without_dropout(self), self.attachment.bind(token_map):
                 return self.base.generate(input_ids=input_ids, **with_exact_cache(self.attachment, token_map, kwargs))  # type: ignore[operator]
         call = self._call({"input_ids": input_ids, **kwargs}, adapter_names, "left")
-        with self.attachment.bind(call.token_map):
+        with without_dropout(self), self.attachment.bind(call.token_map):
             return call.own_ids(self.base.generate(**with_exact_cache(self.attachment, call.token_map, call.arguments)))  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> AdaptedModel:
@@ -111,14 +112,14 @@ class AdaptedModel(nn.Module):
         return self._add(name, self._new(name, methods))
 
     def load_adapter(self, folder: str | Path, name: str) -> Adapter:
-        """Add an adapter from its folder or hub name, and make it the active one. A failure leaves everything as it was.
+        """Add an adapter from its folder or hub name in eval mode, and make it the active one. A failure leaves everything as it was.
 
         Raises CheckpointError where it is damaged, or was trained on other frozen parts.
         """
         path = local_folder(folder)
         config = read_config(path)
         config.check_base(self.parts, str(folder))
-        adapter = self._new(name, config.methods)
+        adapter = self._new(name, config.methods).eval()
         load_weights(path, adapter)
         self._add(name, adapter)
         self.tasks[name] = dict(config.task)

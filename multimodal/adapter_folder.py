@@ -31,7 +31,7 @@ def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, A
 
 
 def load_composed(model: VisionLanguageModel, folder: str | Path, name: str) -> Adapter:
-    """Add an adapter from its folder or hub name; a failure leaves the model as it was.
+    """Add an adapter from its folder or hub name, in eval mode; a failure leaves the model as it was.
 
     Raises ConfigError where it was trained on another layer's features, CheckpointError on other frozen parts or a damaged folder.
     """
@@ -50,5 +50,5 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str) -> 
     if head is not None:
         model.heads[name] = head
     if vision is not None:
-        model.tower.adapt(vision)
+        model.tower.adapt(vision.eval())
     return adapter

@@ -99,7 +99,7 @@ def run_generation(
         length_penalty=settings.length_penalty,
         do_sample=False,
         use_cache=use_cache,
-        past_key_values=cache,
+        **({} if cache is None else {"past_key_values": cache}),  # beams refuse one that is None
         stopping_criteria=stopping,
         logits_processor=processors,
         pad_token_id=language.tokenizer.pad_token_id,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap, fingerprint
 from adalink.errors import ConfigError
 from adalink.hub import upload
+from adalink.still import without_dropout
 from multimodal.adapter_folder import load_composed, save_composed
 from multimodal.batch import Batch, collate
 from multimodal.classify import AnswerHead, answer_loss, chosen_answers, new_head, pooled_state, use_for
@@ -107,15 +108,16 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate_batch(self, batch: Batch, settings: GenerationSettings, adapter_names: Sequence[str | None] | None = None) -> list[str]:
-        """One text for each row of a left-padded batch, whose rows were made by the row encoders of the adapters that serve them.
+        """One text for each row of a left-padded batch, whose rows were made by the row encoders of the adapters that serve them. Nothing is dropped.
 
         Written, or chosen where the adapters have heads; `settings` are then not used. Raises ConfigError for rows of both kinds.
         """
-        token_map = self.token_map(batch, adapter_names)
         names = [self.adapted.active] * len(batch.ids) if adapter_names is None else adapter_names
-        if any(heads := [self._head(name) for name in names]):
-            return chosen_answers(heads, pooled_state(self.adapted, self.language, batch, token_map))
-        return written_texts(self.language, self.adapted.attachment, batch, token_map, settings)
+        with without_dropout(self):
+            token_map = self.token_map(batch, adapter_names)
+            if any(heads := [self._head(name) for name in names]):
+                return chosen_answers(heads, pooled_state(self.adapted, self.language, batch, token_map))
+            return written_texts(self.language, self.adapted.attachment, batch, token_map, settings)
 
     def row_encoder(self, adapter: str | None = None) -> RowEncoder:
         """Makes the rows that an adapter reads: its slots, its template, this model's tokenizer. The active one, where none is named."""

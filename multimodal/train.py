@@ -81,7 +81,7 @@ def train(
     """
     with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_told():
         torch.manual_seed(settings.seed)
-        model.to(accelerator.device)
+        model.to(accelerator.device).train()  # one that was loaded is in eval mode
         if patches is None and settings.features == "fill":
             raise ConfigError("train.features is fill, and no folder is given to fill: give patches, a FeatureWriter")
         if patches is None and settings.features == "memory":

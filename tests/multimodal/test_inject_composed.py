@@ -119,6 +119,9 @@ def test_where_no_cache_is_exact_none_is_used() -> None:
     deep.generate(pictures(1), ["is it ?"], settings=GenerationSettings(max_new_tokens=3))
     assert seen
     assert not any(seen)
+    one_beam, beams = (deep.generate(pictures(2), ["is it ?", ""], settings=GenerationSettings(max_new_tokens=3, num_beams=n)) for n in (1, 2))
+    assert one_beam != ["", ""]
+    assert beams != ["", ""]
 
 
 def test_the_slots_and_features_are_those_of_the_encoder() -> None:
