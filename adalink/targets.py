@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy, Linear
 from adalink.errors import AttachError
 
-__all__ = ["Target", "find_targets"]
+__all__ = ["Target", "find_targets", "layers_left"]
 
 PARTS = ("query", "key", "value")  # of self-attention, also where one linear makes all three (GPT-2)
 DOWN = "down"  # the linear that closes the feed-forward network
@@ -38,6 +38,16 @@ class Target:
         return change if self.width == self.linear.n_out else nn.functional.pad(change, (self.start, self.linear.n_out - self.stop))
 
 
+def layers_left(anatomy: Anatomy, exclude_layers: Sequence[int]) -> tuple[int, ...]:
+    """The numbers of the layers that are not excluded, in order. Raises AttachError where one is outside the model, or none is left."""
+    n = len(anatomy.layers)
+    if outside := [layer for layer in exclude_layers if not 0 <= layer < n]:
+        raise AttachError(f"excluded layers {outside} are outside this model, which has {n}: give numbers of 0 to {n - 1}")
+    if not (left := tuple(layer for layer in range(n) if layer not in exclude_layers)):
+        raise AttachError(f"all {n} layers of this model are excluded, and none is left to edit: exclude fewer")
+    return left
+
+
 def find_targets(anatomy: Anatomy, names: Sequence[str], exclude: Sequence[str] = (), exclude_layers: Sequence[int] = ()) -> tuple[Target, ...]:
     """The targets of these names inside the layers, in the model's order.
 
@@ -49,15 +59,13 @@ def find_targets(anatomy: Anatomy, names: Sequence[str], exclude: Sequence[str] 
 
     Raises AttachError, with the names that would have worked, where a name fits nothing, a layer is outside the model, or nothing is left.
     """
-    n = len(anatomy.layers)
-    if outside := [layer for layer in exclude_layers if not 0 <= layer < n]:
-        raise AttachError(f"excluded layers {outside} are outside this model, which has {n}: give numbers of 0 to {n - 1}")
+    left = layers_left(anatomy, exclude_layers)
     unwanted = [target for name in exclude for target in _named(anatomy, name)]
     kept = {
         target: None
         for name in names
         for target in _named(anatomy, name)
-        if _layer(anatomy, target.linear.name) not in exclude_layers and not any(_overlap(target, other) for other in unwanted)
+        if _layer(anatomy, target.linear.name) in left and not any(_overlap(target, other) for other in unwanted)
     }
     if not kept:
         raise AttachError(

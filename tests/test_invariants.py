@@ -86,6 +86,7 @@ METHODS_UNDER_TEST = {
     "bottleneck": {"bottleneck": Bottleneck(width=4)},
     "prefix": {"prefix": Prefix(length=2, form="table", init_std=0.5)},
     "prefix_mlp": {"prefix": Prefix(length=2, form="mlp", init_std=0.5, hidden=6)},
+    "prefix_late": {"prefix": Prefix(length=2, form="table", init_std=0.5, exclude_layers=(0,)), "bottleneck": Bottleneck(width=4, exclude_layers=(0,))},
     "gated_adalink": {"gated": Gated(inner=AdaLink(rank=4, modalities=("text", "image")))},
     "unipelt_ap": {"unipelt": UniPELT(variant="AP", bottleneck=4, prefix_length=2, prefix_form="table", prefix_init_std=0.5)},
     "unipelt_apl": {"unipelt": UniPELT(variant="APL", bottleneck=4, prefix_length=2, prefix_hidden=6, lora_rank=2)},

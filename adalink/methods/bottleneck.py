@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import ConfigError
+from adalink.targets import layers_left
 from adalink.tokens import ANSWER, IMAGE, N_DOMAINS, PROMPT, TEXT, Tokens
 
 __all__ = ["SEQUENCE", "Bottleneck"]
@@ -36,7 +37,7 @@ class Adapted(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck:
-    """One adapter for each layer, after its feed-forward network only.
+    """One adapter for each layer that is not excluded, after its feed-forward network only.
 
     Where a layer ends with a norm (post-LN: BERT, OPT-350M), the adapter reads the norm's output and its change is added before that norm,
     which then runs on the changed sum: LN(h + change(LN(h))). Elsewhere (pre-LN: GPT-2, OPT, Llama, T5) it reads the layer's un-normalised
@@ -45,6 +46,7 @@ class Bottleneck:
 
     width: int  # R; 48 in UniPELT
     domains: tuple[int, ...] = SEQUENCE
+    exclude_layers: tuple[int, ...] = ()  # layers that are left alone, counted from 0
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
@@ -58,6 +60,7 @@ class Bottleneck:
         return ()
 
     def place(self, anatomy: Anatomy) -> Sequence[Placement]:
-        """One adapter for each layer."""
+        """One adapter for each layer. Raises AttachError where an excluded one is not there, or none is left."""
         ports = [Port(norm, "foreseen") for norm in anatomy.closing] or [Port(layer, "returned") for layer in anatomy.layers]
-        return [Placement(str(i), port, Adapted(anatomy.layer_width, self.width), self.domains) for i, port in enumerate(ports)]
+        left = layers_left(anatomy, self.exclude_layers)
+        return [Placement(str(i), ports[i], Adapted(anatomy.layer_width, self.width), self.domains) for i in left]

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import AttachError, ConfigError
+from adalink.masks import HideKeys
 from adalink.outside import outside_sequence
 from adalink.projections import Part, Projections
+from adalink.targets import layers_left
 from adalink.tokens import PREFIX, Tokens
 
 __all__ = ["Prefix"]
@@ -86,13 +88,15 @@ class Prefix:
     form    mlp     embed [P, D] -> Linear(D, hidden) -> tanh -> Linear(hidden, 2 layers D_kv), shared by all layers: how it is trained
             table   the keys and values themselves: what is left of the network once it is trained, and all that serving needs
 
-    The features of layer i are chunk 2i, its keys, and chunk 2i + 1, its values.
+    The features of the i-th layer that is not excluded are chunk 2i, its keys, and chunk 2i + 1, its values. In an excluded layer no token
+    reads the slots.
     """
 
     length: int  # P; 10 in UniPELT
     form: Literal["mlp", "table"]
     init_std: float  # of the embeddings, or of the table
     hidden: int = 512  # of the mlp; 512 in UniPELT
+    exclude_layers: tuple[int, ...] = ()  # layers that are left alone, counted from 0
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
@@ -110,17 +114,26 @@ class Prefix:
         return (Slots(PREFIX, self.length),)
 
     def place(self, anatomy: Anatomy) -> Sequence[Placement]:
-        """Keys and values of each layer, and nothing that counts the slots. Raises AttachError where keys cannot be written."""
+        """Keys and values of each layer, and nothing that counts the slots.
+
+        Raises AttachError where keys cannot be written, an excluded layer is not there, or none is left.
+        """
         _check(anatomy)
-        parts = [part for one in anatomy.projections for part in (one.key, one.value)]
+        left = layers_left(anatomy, self.exclude_layers)
+        parts = [part for i in left for part in (anatomy.projections[i].key, anatomy.projections[i].value)]
         starts = [sum(part.stop - part.start for part in parts[:i]) for i in range(len(parts) + 1)]
         table = (
             Direct(self.length, starts[-1], self.init_std)
             if self.form == "table"
             else Reparametrised(self.length, anatomy.layer_width, self.hidden, starts[-1], self.init_std)
         )
-        layers = [_layer(i, one, starts[2 * i], table, self.length) for i, one in enumerate(anatomy.projections)]
-        return [*(placement for layer in layers for placement in layer), *outside_sequence(anatomy, (PREFIX,))]
+        layers = [_layer(i, anatomy.projections[i], starts[2 * chunk], table, self.length) for chunk, i in enumerate(left)]
+        hide = HideKeys()
+        return [
+            *(placement for layer in layers for placement in layer),
+            *(Placement("hidden", Port(layer, "mask"), hide, (PREFIX,)) for i, layer in enumerate(anatomy.layers) if i not in left),
+            *outside_sequence(anatomy, (PREFIX,)),
+        ]
 
 
 def _layer(i: int, one: Projections, start: int, table: Direct | Reparametrised, length: int) -> list[Placement]:

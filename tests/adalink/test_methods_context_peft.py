@@ -9,7 +9,7 @@ import torch
 from tiny import excite, tiny
 from torch import nn
 
-from adalink import ANSWER, IA3, IMAGE, PAD, PROMPT, TEXT, Adapter, Anatomy, BitFit, LoRA, TokenMap
+from adalink import ANSWER, IA3, IMAGE, PAD, PROMPT, TEXT, Adapter, Anatomy, BitFit, Bottleneck, LoRA, Prefix, TokenMap
 from adalink.errors import AttachError, ConfigError
 
 GROUPS = {"image": ("image",), "text": ("text",)}
@@ -207,7 +207,12 @@ UNFIT: list[tuple[Any, Anatomy, str]] = [
     (lora(targets=("proj",)), LLAMA, f"no linear of this model is named proj; its linears are named {LLAMAS}"),
     (lora(exclude=("fc1",)), LLAMA, f"no linear of this model is named fc1; its linears are named {LLAMAS}"),
     (lora(targets=()), LLAMA, "no linear is left to edit: the targets are none, and nothing is excluded; its linears are named"),
-    (lora(exclude_layers=(0, 1)), LLAMA, "no linear is left to edit: the targets are all, and 0, 1 is excluded"),
+    (lora(exclude_layers=(0, 1)), LLAMA, "all 2 layers of this model are excluded, and none is left to edit: exclude fewer"),
+    (lora(targets=("q_proj",), exclude=("query",), exclude_layers=(1,)), LLAMA, "no linear is left to edit: the targets are q_proj, and query, 1 is excluded"),
+    (Bottleneck(width=2, exclude_layers=(0, 1)), LLAMA, "all 2 layers of this model are excluded, and none is left to edit: exclude fewer"),
+    (Bottleneck(width=2, exclude_layers=(2,)), LLAMA, r"excluded layers \[2\] are outside this model, which has 2: give numbers of 0 to 1"),
+    (Prefix(length=2, form="table", init_std=0.1, exclude_layers=(1, 0)), LLAMA, "all 2 layers of this model are excluded"),
+    (Prefix(length=2, form="table", init_std=0.1, exclude_layers=(-1,)), LLAMA, r"excluded layers \[-1\] are outside this model"),
     (lora(exclude_layers=(1, 2)), LLAMA, r"excluded layers \[2\] are outside this model, which has 2: give numbers of 0 to 1"),
     (BitFit(groups=GROUPS, exclude_layers=(-1,)), OPT, r"excluded layers \[-1\] are outside this model"),
     (BitFit(groups=GROUPS), LLAMA, "BitFit finds no bias: none of down_proj, .* has one in this model: set force_bias to give them one"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,10 +24,12 @@ ENCODERS = {
     "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**SIZES, attn_implementation="eager"), add_pooling_layer=False),
     "t5": lambda: tiny("t5"),
 }
+MODELS = {**ENCODERS, **{family: partial(tiny, family) for family in ("llama", "opt", "gpt2")}}
 
 
-def prefixed(model: Any, form: Any = "mlp") -> Adapter:
-    adapter = Adapter({"prefix": Prefix(length=P, form=form, init_std=0.5, hidden=6)}, Anatomy.read(model)).double()
+def prefixed(model: Any, form: Any = "mlp", exclude: tuple[int, ...] = ()) -> Adapter:
+    method = Prefix(length=P, form=form, init_std=0.5, hidden=6, exclude_layers=exclude)
+    adapter = Adapter({"prefix": method}, Anatomy.read(model)).double()
     excite(adapter)
     return adapter
 
@@ -45,12 +48,13 @@ def with_slots(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, TokenMap]:
     return pad(ids, (P, 0), value=1), pad(mask, (P, 0), value=1), TokenMap(domain, torch.zeros(len(ids), dtype=torch.int64))
 
 
-def rows_of(adapter: Adapter, anatomy: Anatomy) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [P, D_kv] of each layer, in chunks: 2i keys, 2i + 1 values."""
+def rows_of(adapter: Adapter, anatomy: Anatomy, exclude: tuple[int, ...] = ()) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values [P, D_kv] of each layer that is not excluded, in chunks: 2i keys, 2i + 1 values of the i-th of them."""
     n = anatomy.projections[0].key.stop - anatomy.projections[0].key.start
     table = adapter.get_submodule("prefix.shared")
     assert isinstance(table, Direct | Reparametrised)
-    return [(table(2 * i * n, (2 * i + 1) * n), table((2 * i + 1) * n, (2 * i + 2) * n)) for i in range(len(anatomy.layers))]
+    left = [layer for layer in range(len(anatomy.layers)) if layer not in exclude]
+    return {layer: (table(2 * i * n, (2 * i + 1) * n), table((2 * i + 1) * n, (2 * i + 2) * n)) for i, layer in enumerate(left)}
 
 
 @pytest.mark.parametrize("form", ["mlp", "table"])
@@ -62,7 +66,7 @@ def test_a_decoder_with_slots_equals_one_whose_cache_begins_with_the_prefix(fami
     position = (mask.cumsum(1) - 1).clamp(min=0)
     heads = model.config.num_attention_heads
     cache = DynamicCache(config=model.config)
-    for i, (key, value) in enumerate(rows_of(adapter, anatomy)):
+    for i, (key, value) in rows_of(adapter, anatomy).items():
         width = model.config.hidden_size // heads
         split = [one.view(P, -1, width).transpose(0, 1).expand(3, -1, -1, -1).detach() for one in (key, value)]
         cache.update(split[0], split[1], i)
@@ -86,26 +90,29 @@ def model_alone(model: Any, attachment: Any, ids: Tensor, mask: Tensor, position
     return logits
 
 
-@pytest.mark.parametrize("family", ENCODERS)
-def test_an_encoder_with_slots_equals_the_published_concatenation(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "exclude"), [*((family, ()) for family in ENCODERS), *((family, (layer,)) for family in MODELS for layer in (0, 1))])
+def test_slots_equal_the_published_concatenation_in_the_layers_that_are_not_excluded(
+    family: str, exclude: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    model: Any = ENCODERS[family]().double().eval()
+    model: Any = MODELS[family]().double().eval()
     model.set_attn_implementation("eager")
-    adapter, anatomy = prefixed(model), Anatomy.read(model)
+    adapter, anatomy = prefixed(model, exclude=exclude), Anatomy.read(model)
     ids, mask = batch()
     ids, mask = ids.flip(1), mask.flip(1)  # padded on the right, as encoders are
     decoder = {"decoder_input_ids": torch.tensor([[0, 5, 6]]).expand(3, -1)} if family == "t5" else {}
-    reference = concatenated(copy.deepcopy(model), rows_of(adapter, anatomy), monkeypatch, {"input_ids": ids, "attention_mask": mask, **decoder})
+    reference = concatenated(copy.deepcopy(model), rows_of(adapter, anatomy, exclude), monkeypatch, {"input_ids": ids, "attention_mask": mask, **decoder})
     attachment = attach(model, adapter)
     long_ids, long_mask, token_map = with_slots(ids, mask)
     with torch.no_grad(), attachment.bind(token_map):
         output = model(input_ids=long_ids, attention_mask=long_mask, **decoder)
-    actual = output.logits if family == "t5" else output.last_hidden_state[:, P:][mask.bool()]
+    given = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    actual = given if family == "t5" else given[:, P:][mask.bool()]
     torch.testing.assert_close(actual, reference if family == "t5" else reference[mask.bool()], rtol=0, atol=EXACT.get(family, 1e-10))
 
 
-def concatenated(model: Any, rows: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Tensor]) -> Tensor:
-    """The frozen model's output where each self-attention of the encoder reads [P_K ; K] and [P_V ; V], with mask and bias 0."""
+def concatenated(model: Any, rows: dict[int, tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Tensor]) -> Tensor:
+    """The frozen model's output where the self-attention of each layer in `rows` reads [P_K ; K] and [P_V ; V], with mask and bias 0."""
     module = __import__(type(model).__module__, fromlist=["x"])
     plain = module.eager_attention_forward
     anatomy = Anatomy.read(model)
@@ -113,7 +120,7 @@ def concatenated(model: Any, rows: list[tuple[Tensor, Tensor]], monkeypatch: pyt
     layer_of = {stack.get_submodule(one.key.linear.rpartition(".")[0]): i for i, one in enumerate(anatomy.projections)}
 
     def eager(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Any:
-        if attention in layer_of:
+        if layer_of.get(attention) in rows:
             more = [one.view(P, key.shape[1], -1).transpose(0, 1).expand(len(key), -1, -1, -1) for one in rows[layer_of[attention]]]
             key, value = torch.cat([more[0], key], 2), torch.cat([more[1], value], 2)
             mask = nn.functional.pad(mask, (P, 0))

@@ -74,6 +74,11 @@ def test_adapters_are_where_layers_end_before_a_closing_norm_or_after_the_sum() 
     assert [p.port for p in method.place(Anatomy.read(tiny("opt")))] == [Port("layers.0", "returned"), Port("layers.1", "returned")]
 
 
+def test_an_excluded_layer_has_no_adapter() -> None:
+    (placed,) = Bottleneck(width=2, exclude_layers=(0,)).place(Anatomy.read(tiny("opt")))
+    assert (placed.role, placed.port) == ("1", Port("layers.1", "returned"))
+
+
 def whole_and_stepped(family: str, method: Any) -> tuple[Tensor, Tensor]:
     model = tiny(family)
     ids, domain, mask = rows()

@@ -44,6 +44,11 @@ def test_a_method_says_its_formula_its_places_and_its_count(listed: dict[str, di
     assert rank == {"name": "rank", "type": "int", "default": None, "about": "R; 4 to 256 were published, with little between them"}
 
 
+def test_every_method_inside_the_layers_can_leave_some_of_them_alone(listed: dict[str, dict[str, Any]]) -> None:
+    told = {name: setting["about"] for name, one in listed.items() for setting in one["settings"] if setting["name"] == "exclude_layers"}
+    assert told == dict.fromkeys(("bitfit", "bottleneck", "ia3", "lora", "prefix"), "layers that are left alone, counted from 0")
+
+
 def test_settings_that_are_given_are_counted() -> None:
     done = adalink("methods", "--json", "--methods.adalink", "{rank: 7, modalities: [text]}")
     (one,) = [one for one in json.loads(done.out) if one["name"] == "adalink"]
