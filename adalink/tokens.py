@@ -79,7 +79,7 @@ class Tokens:
         """
         index = self.ordinal.clamp(max=values.shape[1] - 1)
         if self.entry is None:
-            return torch.take_along_dim(values, index[..., None], dim=1)
+            return values.expand(-1, index.shape[1], -1) if values.shape[1] == 1 else torch.take_along_dim(values, index[..., None], dim=1)
         entry = self.entry.gather(1, self.position.expand(len(self.row), -1))
         return values.flatten(0, 1)[entry * values.shape[1] + index]
 
