@@ -68,12 +68,15 @@ def test_a_server_that_is_asked_to_end_answers_what_it_accepted(model: VisionLan
 def test_a_server_that_says_that_it_serves_can_be_reached_and_ended_at_once() -> None:
     command = [sys.executable, "-c", "from tasks.cli import entry; entry()", "serve", "--port", "0", "--base", str(ROOT / "tasks" / "scenes" / "vqa.yaml")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        assert process.stdout is not None
-        address = next(line for line in process.stdout if "adalink serves" in line).partition("http://")[2].partition("/")[0]
-        host, port = address.split(":")
-        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
-        process.send_signal(signal.SIGTERM)
-        rest, _ = process.communicate(timeout=PATIENCE)
+        try:
+            assert process.stdout is not None
+            address = next(line for line in process.stdout if "adalink serves" in line).partition("http://")[2].partition("/")[0]
+            host, port = address.split(":")
+            socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+            process.send_signal(signal.SIGTERM)
+            rest, _ = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert rest == "adalink has ended: 0 of 0 accepted requests were answered\n"
 
