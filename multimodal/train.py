@@ -40,7 +40,7 @@ from multimodal.workers import dead_workers_told
 
 __all__ = ["Trained", "train"]
 
-CHOSEN = "one row per question: its answer is chosen from the state of its row"
+CHOSEN = "one row per question: its answer is chosen from the state of its row; loss: binary cross entropy in nats per question"
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def write_run_report(
         rows=[MetricRow(name=name, values=score.figures) for name, score in scores.items()],
         trained=[Trained(name=name, parameters=count) for name, count in counts.items()],
         frozen_parameters=frozen,
-        curves=_curves(folder / METRICS_FILE),
+        curves=_curves(folder / METRICS_FILE, "nats per token" if model.head is None else "nats per question, binary cross entropy"),
         cards=list(_cards(source, task, predictions, trained)),
         bad_samples=_bad(folder / BAD_FILE, predictions),
         config=config_text,
@@ -55,14 +55,15 @@ def write_run_report(
     write_report(report, folder / "report.html")
 
 
-def _curves(file: Path) -> list[Curve]:
+def _curves(file: Path, unit: str) -> list[Curve]:
+    """unit: of the loss."""
     if not file.exists():
         return []
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     names = {"loss": "loss", "rate": "learning rate"}  # and the task's headline figure, where it was measured
     keys = dict.fromkeys(key for line in lines for key in line if key != "step")
     points = {key: [(line["step"], line[key]) for line in lines if key in line] for key in keys}
-    return [Curve(name=names.get(key, key), points=points[key], unit="nats per token" if key == "loss" else "") for key in keys]
+    return [Curve(name=names.get(key, key), points=points[key], unit=unit if key == "loss" else "") for key in keys]
 
 
 def _cards(source: SampleSource, task: Task, predictions: Predictions, score: Score) -> Iterator[CaptionCard | AnswerCard]:

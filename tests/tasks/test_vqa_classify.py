@@ -48,7 +48,7 @@ def test_a_run_leaves_head_and_answers_with_its_adapter(run: tuple[Path, Done]) 
     out, done = run
     assert done.code == 0, done
     assert "in the head: 1,300 (20 answers)\n" in done.out
-    assert "one row per question: its answer is chosen from the state of its row" in done.out
+    assert "one row per question: its answer is chosen from the state of its row; loss: binary cross entropy in nats per question\n" in done.out
     answers = json.loads((out / "adapter" / "answers.json").read_text())
     assert len(answers) == 20
     weights = load_file(out / "adapter" / "answer_head.safetensors")
@@ -60,7 +60,10 @@ def test_a_run_leaves_head_and_answers_with_its_adapter(run: tuple[Path, Done]) 
     results = json.loads((out / "results.json").read_text())
     assert len(results) == 20
     assert {row["answer"] for row in results} <= set(answers)
-    assert "1,300" in (out / "report.html").read_text()
+    report = (out / "report.html").read_text()
+    assert "1,300" in report
+    assert "Curve of loss in nats per question, binary cross entropy" in report
+    assert "per token" not in report
 
 
 def test_evaluating_it_again_gives_the_same_answers(run: tuple[Path, Done], tmp_path: Path) -> None:
