@@ -23,17 +23,6 @@ OPTIONS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
-    out = tmp_path_factory.mktemp("runs") / "run"
-    return out, train("captioning", out, small=OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def run(trained: tuple[Path, Done]) -> Path:
-    return trained[0]
-
-
 def test_a_run_folder_holds_what_was_promised(trained: tuple[Path, Done]) -> None:
     out, done = trained
     assert done.code == 0, done
@@ -51,6 +40,7 @@ def test_the_screen_says_what_is_trained_how_it_goes_and_the_results(trained: tu
     assert done.out.startswith(share)
     assert all(row in done.out for row in (UNTRAINED, TRAINED, BLIND, "CIDEr"))
     assert done.out.endswith(f"report: {out / 'report.html'}\n")
+    assert "Curve of loss in nats per token" in (out / "report.html").read_text()
     assert [line.split("  ")[0] for line in done.err.splitlines()] == ["step 1/6", "step 2/6", "step 4/6", "step 6/6"]
 
 

@@ -32,18 +32,6 @@ OPTIONS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
-    out = tmp_path_factory.mktemp("runs") / "run"
-    return out, train("captioning", out, small=OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def run(trained: tuple[Path, Done]) -> Path:
-    assert trained[1].code == 0, trained[1]
-    return trained[0]
-
-
 def test_both_sides_are_trained_and_saved(trained: tuple[Path, Done], run: Path, tmp_path: Path) -> None:
     assert {path.name for path in (run / "adapter" / "vision").iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     counts = json.loads((run / "metrics.json").read_text())["trained_parameters"]
