@@ -19,6 +19,7 @@ from tiny import INPUTS, excite, tiny
 from torch import nn
 
 from adalink import AdaLink, Adapter, Anatomy, Bridge, Prompt
+from adalink.atomic import write_whole
 from adalink.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -90,9 +91,16 @@ def test_saving_again_replaces_and_leaves_nothing_beside(folder: Path) -> None:
     assert len(list(folder.iterdir())) == 3
 
 
-def test_the_config_comes_last_so_half_a_folder_is_no_adapter(folder: Path, tmp_path: Path) -> None:
-    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert max(times, key=lambda name: times[name]) == CONFIG_FILE
+def test_the_config_comes_last_so_half_a_folder_is_no_adapter(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[set[str]] = []
+
+    def looked_at(path: Path, content: bytes) -> None:
+        write_whole(path, content)
+        there.append({each.name for each in path.parent.iterdir()})
+
+    monkeypatch.setattr("adalink.checkpoint.write_whole", looked_at)
+    save_adapter(tmp_path / "new", adapter(1), CONFIG)
+    assert [CONFIG_FILE in names for names in there] == [False, False, True]
     (folder / CONFIG_FILE).unlink()
     with pytest.raises(CheckpointError, match=f"{re.escape(str(folder))} is no adapter folder: it has no adapter_config.json"):
         read_config(folder)

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from shared import PATIENCE
 from tiny import tiny
 
 from adalink import AdaLink, get_adalink_model
@@ -73,7 +74,7 @@ def test_push_to_hub_sends_the_three_files_of_the_adapter(hub: str, tmp_path: Pa
     root = Path(__file__).parents[2]
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1"}
     code = PUSH.format(root=str(root), tests=str(root / "tests"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith("/me/adapter/commit/1")
     created = json.loads(Hub.sent["/api/repos/create"])

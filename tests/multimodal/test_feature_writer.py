@@ -18,6 +18,7 @@ import torch
 from composed import Drawn, tower
 from feature_case import CONTENTS, N, binding, only_shard, records, written
 from made_shards import flip
+from shared import PATIENCE
 from torch import Tensor
 
 from adalink.errors import BudgetError, ConfigError, DataError
@@ -153,7 +154,7 @@ def forked(function: Callable[[], None]) -> Connection:
 
     process = multiprocessing.get_context("fork").Process(target=tell)
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == 0
     return here
 

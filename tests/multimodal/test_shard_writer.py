@@ -379,16 +379,17 @@ except DataError as error:
 def test_a_failing_shard_stops_the_others_at_their_next_sample(tmp_path: Path) -> None:
     class Slow(ListSource):
         def __getitem__(self, index: int) -> Sample:
+            read.append(index)
             time.sleep(0.01 if index >= 2 else 0)
             return super().__getitem__(index)
 
     samples = made_source(2000).samples
     for at in (1, 1003):  # in the first shard and in the second, which is written meanwhile
         twice = [*samples[:at], replace(samples[at], key=samples[at - 1].key), *samples[at + 1 :]]
-        started = time.perf_counter()
+        read: list[int] = []
         with pytest.raises(DataError, match="two samples have the key"):
             write_shards(Slow(twice), tmp_path, samples_per_shard=1000, workers=2)
-        assert time.perf_counter() - started < 4  # a whole shard takes ten seconds
+        assert sum(index // 1000 != at // 1000 for index in read) < 500  # of a thousand, and as fast as the machine lets both go
 
 
 def test_a_written_picture_decodes(tmp_path: Path) -> None:

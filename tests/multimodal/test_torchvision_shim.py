@@ -7,13 +7,14 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
+from shared import PATIENCE
 
 DEFINED = "hasattr(torch.ops.torchvision, 'nms')"
 
 
 def run(code: str, first_on_path: Path | None = None) -> subprocess.CompletedProcess[str]:
     setup = "" if first_on_path is None else f"import sys; sys.path.insert(0, {str(first_on_path)!r}); "
-    return subprocess.run([sys.executable, "-c", setup + code], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([sys.executable, "-c", setup + code], capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def fake_torchvision(folder: Path, extension: bytes | None) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared import PATIENCE
 from torch import Tensor
 
 from adalink.errors import DataError
@@ -97,7 +98,7 @@ def test_an_error_comes_in_its_turn(workers: int) -> None:
 
 def test_a_program_that_an_error_ends_does_not_wait_for_its_workers() -> None:
     code = "from multimodal.workers import made_in_order\nstream = made_in_order(str, range(9), workers=1)\nfor each in stream:\n    raise SystemError('of a step')"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == "SystemError: of a step"
 

@@ -61,7 +61,6 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("option", "value", "expected"), UNKNOWN, ids=[f"{option[2:]}={value}" for option, value, _ in UNKNOWN])
 def test_an_unknown_encoder_or_language_model_is_one_sentence(option: str, value: str, expected: str, tmp_path: Path) -> None:
     sentence = refused(train("captioning", tmp_path / "run", f"{option}={value}"))

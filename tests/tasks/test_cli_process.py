@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from cli_run import RECIPES, SMALL
+from shared import PATIENCE
 
 ADALINK = [sys.executable, "-c", "from tasks.cli import entry; entry()"]  # what the console script of pyproject.toml does
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def test_webdatasets_own_security_switch_is_on_in_the_commands_process() -> None
 
 
 def test_a_wrong_command_line_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path) -> None:
-    out, err = (process := start("train", "--config", RECIPES["vqa"], "--out", tmp_path / "run", "--train.learing_rate", "1")).communicate(timeout=120)
+    out, err = (process := start("train", "--config", RECIPES["vqa"], "--out", tmp_path / "run", "--train.learing_rate", "1")).communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert out == ""
     assert err == (
@@ -63,7 +64,7 @@ def test_a_wrong_command_line_is_one_line_on_stderr_and_exit_code_2(tmp_path: Pa
 
 def test_an_error_after_the_models_are_loaded_is_one_line_too_and_leaves_no_folder(tmp_path: Path) -> None:
     arguments = ("train", "--config", RECIPES["vqa"], "--out", tmp_path / "run", *SMALL, "--methods.prompt", "{length: 600, init_std: 0.1}")
-    out, err = (process := start(*arguments, "--train.bad_samples", "0")).communicate(timeout=120)
+    out, err = (process := start(*arguments, "--train.bad_samples", "0")).communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert out.startswith("trained: ")
     assert err.count("\n") == 1
@@ -75,13 +76,13 @@ def test_an_error_after_the_models_are_loaded_is_one_line_too_and_leaves_no_fold
 def test_an_interrupt_is_one_line_and_what_was_trained_can_be_resumed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start("train", "--config", RECIPES["vqa"], "--out", run, *SMALL, "--train.steps", "100000", "--train.checkpoint_every", "1")
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + PATIENCE
     while not list(run.glob("checkpoints/step_*")):
         assert time.monotonic() < give_up
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "adalink: interrupted"
     assert "Traceback" not in err

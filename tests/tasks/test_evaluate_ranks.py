@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared import PATIENCE
 
 from adalink import Bridge
 from multimodal.generate import GenerationSettings
@@ -59,8 +60,8 @@ def test_two_processes_give_the_figures_of_one_on_the_whole_corpus(tmp_path: Pat
     (tmp_path / "work.py").write_text(code)
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "work.py")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), str(Path(__file__).parent)])}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, cwd=root, env=environment)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), str(Path(__file__).parent), str(root / "tests")])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=root, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     shares = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     alone = evaluated()

@@ -14,19 +14,20 @@ import pytest
 import torch
 from cli_run import FIXED, RECIPES, adalink, refused, train
 from safetensors.torch import load_file
+from shared import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--data.train.scenes", "train/4", "--data.val.scenes", "val/2", "--train.steps", "2", "--train.batch_size", "2", "--generation.max_new_tokens", "2")
 
 
 def launched(*arguments: str, n: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tasks.cli", "launch", "--cpu", "--num_processes", str(n), "--mixed_precision", "no", "--", *arguments]
+    command = [sys.executable, "-m", "tasks.cli", "launch", "--cpu", "--num_processes", str(n), "--main_process_port", "0", "--mixed_precision", "no", "--", *arguments]
     return started(command)
 
 
 def started(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, cwd=ROOT, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=ROOT, env=environment)
 
 
 def test_a_command_is_needed() -> None:
@@ -71,7 +72,7 @@ def test_two_machines_with_one_command_equal_one_process_with_twice_the_batch(tm
     for rank in ("0", "1"):
         started = [sys.executable, "-m", "tasks.cli", "launch", *options, "--machine_rank", rank, "--mixed_precision", "no", "--", *command]
         nodes.append(subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment))
-    printed = [node.communicate(timeout=280) for node in nodes]
+    printed = [node.communicate(timeout=PATIENCE) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed[0][1][-2000:]
     assert ["trained: " in out for out, _ in printed] == [True, False]  # one process of all writes and tells
 

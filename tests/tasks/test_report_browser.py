@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from report_sample import EMPTY, HOSTILE, full
+from shared import PATIENCE
 
 from tasks.report.page import render
 
@@ -57,10 +58,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def dump(folder: Path, name: str) -> str:
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    options += ["--disable-component-update", "--disable-sync", "--hide-scrollbars", "--allow-file-access-from-files"]
+    options += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--allow-file-access-from-files"]
     options += [f"--user-data-dir={folder / 'profile'}"]
     command = [str(CHROMIUM), *options, "--dump-dom", f"file://{folder / name}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
 
 
 def test_the_page_fits_every_screen_without_scrolling_sideways(seen: dict[str, Any]) -> None:

@@ -10,13 +10,14 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 from cli_run import FIXED, RECIPES
 from safetensors.torch import load_file
+from shared import PATIENCE
 
 N_STEPS = 13
 OPTIONS = (
@@ -27,9 +28,18 @@ OPTIONS = (
 ACCUMULATED = ("--train.batch_size", "2", "--train.accumulation", "2")
 
 
-def _command(arguments: list[str], errors: str) -> None:
+def _command(arguments: list[str], errors: str, last: float) -> None:
+    from multimodal.run_log import RunLog
     from tasks.cli import main
 
+    write = RunLog.write
+
+    def written_or_waited_with(log: RunLog, values: Mapping[str, float]) -> None:
+        while values["step"] > last:  # until the process is killed: it never ends before that, however late the kill comes
+            time.sleep(1)
+        write(log, values)
+
+    RunLog.write = written_or_waited_with  # type: ignore[method-assign]
     multiprocessing.set_start_method("fork", force=True)  # of its own workers, as in a process that a person starts
     sys.stderr = sys.stdout = open(errors, "a", buffering=1)  # noqa: SIM115 (the process ends with it)
     sys.exit(main(arguments))
@@ -43,22 +53,23 @@ class Machine:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["tasks.commands", "cli_run"])
 
-    def start(self, out: Path, *options: str) -> BaseProcess:
+    def start(self, out: Path, *options: str, last: float = N_STEPS) -> BaseProcess:
+        """last: the step that it writes a line of, and goes no further."""
         arguments = ["train", "--config", str(RECIPES["captioning"]), "--out", str(out), *FIXED, *OPTIONS, *options]
-        process = self.context.Process(target=_command, args=(arguments, str(self.folder / "errors.txt")))
+        process = self.context.Process(target=_command, args=(arguments, str(self.folder / "errors.txt"), last))
         process.start()
         return process
 
     def run(self, out: Path, *options: str) -> Path:
         process = self.start(out, *options)
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode == 0, (self.folder / "errors.txt").read_text()[-2000:]
         return out
 
     def killed_after(self, step: int, out: Path, *options: str) -> None:
-        """Start, and SIGKILL as soon as a line of this step is in metrics.jsonl, wherever the process is then."""
-        process = self.start(out, *options)
-        give_up = time.monotonic() + 120
+        """Start, and SIGKILL as soon as a line of this step is in metrics.jsonl, wherever the process is then: before its last line in any case."""
+        process = self.start(out, *options, last=N_STEPS - 1)
+        give_up = time.monotonic() + PATIENCE
         while process.is_alive() and steps(out)[-1:] < [step]:
             assert time.monotonic() < give_up
             time.sleep(0.002)
@@ -94,7 +105,7 @@ def same(run: Path, unbroken: Path) -> None:
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).parents[2]), str(Path(__file__).parent)))
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(__file__).parents[n]) for n in (2, 1, 0))
     yield Machine(tmp_path_factory.mktemp("machine"))
     for name, value in before.items():
         if value is None:
