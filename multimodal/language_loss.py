@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,7 @@ from multimodal.activations import Activations
 from multimodal.batch import Batch
 from multimodal.fork import ModelCall, calls_of
 from multimodal.last_layer import LastLayer
+from multimodal.lower_states import LowerStates
 from multimodal.packing import check_packed
 from multimodal.word_head import WordHead, read_word_head
 
@@ -24,13 +26,15 @@ __all__ = ["LanguageLoss"]
 class LanguageLoss:
     """Runs an adapted language model on batches.
 
-    call  what runs the model: itself, or a compiled form of it
+    call   what runs the model: itself, or a compiled form of it
+    lower  what is kept of texts, and leaves the layers below it out; whole rows are then read at once
     """
 
     def __init__(self, adapted: AdaptedModel) -> None:
         self.adapted = adapted
         self.call: Callable[..., Any] = adapted.base
         self.last_layer, self.activations = LastLayer(adapted), Activations(adapted)
+        self.lower: LowerStates | None = None
 
     @cached_property
     def head(self) -> WordHead:
@@ -39,20 +43,20 @@ class LanguageLoss:
 
     @property
     def told(self) -> str:
-        """A line for the log: how the loss is computed, and how much of the last layer."""
+        """A line for the log: how much of the last layer is run."""
         why = self.last_layer.why_whole(self.adapted.serving(1).serving) if self.call is self.adapted.base else "the model is compiled"
-        last = "the last layer runs where something is predicted" if why is None else f"the last layer runs on every token: {why}"
-        return f"{self.head.told}; {last}"
+        return "the last layer runs where something is predicted" if why is None else f"the last layer runs on every token: {why}"
 
     def __call__(self, batch: Batch, token_map: TokenMap) -> Tensor:
         """float []: cross entropy summed over the batch's targets. Raises ConfigError for packed rows that an adapter would mix."""
         adapted = self.adapted
         if batch.segment is not None and adapted.active:
             check_packed(adapted.active_adapter(), batch.domain, batch.segment, batch.picture)
+        batch = batch if self.lower is None else replace(batch, beginning=None)
         head = self.head  # before the map is bound: it binds one of its own
         total = torch.zeros((), device=batch.ids.device)
         for one in calls_of(adapted, batch, token_map):
-            with one.bound(adapted), self._asked(one) as source:
+            with one.bound(adapted), self._asked(one) as source, self._started(batch, token_map):
                 total = total + head.loss(self.call, one.arguments, source, one.target)
         return total
 
@@ -64,3 +68,7 @@ class LanguageLoss:
             return
         with self.last_layer.at(call) as source, self.activations.made_again():
             yield source
+
+    def _started(self, batch: Batch, token_map: TokenMap) -> contextlib.AbstractContextManager[None]:
+        """Where the model starts above what is kept."""
+        return contextlib.nullcontext() if self.lower is None else self.lower.left_out(batch, token_map)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from tiny import INPUTS, excite, rows, run, tiny, token_map
 from torch import Tensor
 
-from adalink import EPALM, IA3, AdaLink, Adapter, Anatomy, Attachment, BitFit, Bridge, LoRA, Prefix, Prompt, attach
+from adalink import EPALM, IA3, AdaLink, Adapter, Anatomy, Attachment, BitFit, Bridge, LoRA, Port, Prefix, Prompt, attach
+from adalink.lowest import lowest_edit
 
 N_LAYERS = 4
 ALL = {"all": ("all",)}
@@ -124,3 +125,21 @@ def test_checkpointing_runs_no_layer_below_the_lowest_edit_again(family: str, ca
     plain, again = done(family, methods, checkpointed=False), done(family, methods, checkpointed=True)
     assert again.runs == Counter({layer: 2 if layer >= lowest else 1 for layer in range(N_LAYERS)})
     assert all(torch.equal(a, b) for a, b in zip(plain.results, again.results, strict=True))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_lowest_edit_is_known_before_anything_runs(family: str, case: str) -> None:
+    methods, lowest = CASES[case]
+    anatomy = Anatomy.read(tiny(family, n_layers=N_LAYERS), INPUTS)
+    found, placement = lowest_edit(anatomy, Adapter(methods, anatomy))
+    assert found == lowest
+    assert placement.role.split(".")[0] in methods
+
+
+def test_an_edit_above_the_layers_is_told_by_their_number() -> None:
+    anatomy = Anatomy.read(tiny("opt", n_layers=N_LAYERS), INPUTS)
+    adapter = Adapter({"adalink": AdaLink(rank=2, modalities=("text",))}, anatomy)
+    assert anatomy.final_norm is not None
+    adapter.placements = tuple(replace(placement, port=Port(anatomy.final_norm, "output")) for placement in adapter.placements)
+    assert lowest_edit(anatomy, adapter)[0] == N_LAYERS

@@ -1,0 +1,151 @@
+"""What enters a layer of a frozen language model, kept for each text: below the lowest edit it depends on the text's tokens alone.
+
+A text is run alone, in a call whose shape is its own: what is kept of it is the same bits whatever batch it comes in, in whatever row,
+before or after a resume. Texts of a packed row are kept apart, so that they may come in other rows together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adalink import BASE_ROW, PAD, TokenMap
+from adalink.errors import ConfigError
+from multimodal.batch import Batch, collate
+from multimodal.encode import Row
+from multimodal.layers_below import LayersBelow
+
+__all__ = ["LowerStates"]
+
+# A text is padded to a multiple of it: matrix products of fewer tokens take another way on a CPU, and round otherwise than in a batch.
+TOKENS = 16
+# How many texts a call has: always so many, the last repeated, since a product's shape decides how it is rounded. A GPU is idle with one.
+AT_ONCE = {"cpu": 1}
+AT_ONCE_ELSEWHERE = 16
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text of a batch: what its states depend on, its places in the flattened batch, and how many of the first of them hold states already."""
+
+    key: bytes
+    places: np.ndarray[Any, Any]
+    n_written: int
+
+
+class LowerStates:
+    """What enters a layer, for each text that one adapter was given.
+
+    row          the adapter's index in token maps, BASE_ROW for none
+    most         bytes that are kept; texts beyond them are run at each reading
+    n_pictures   of the data, to tell after the first batch whether their texts can be kept; 0: nothing is told
+    positions    how many the model has; None without a limit
+    """
+
+    def __init__(self, below: LayersBelow, row: int, *, most: int, n_pictures: int = 0, positions: int | None = None) -> None:
+        self.below, self.row, self.most, self.n_pictures, self.positions = below, row, most, n_pictures, positions
+        self.n_bytes, self.is_full = 0, False
+        self._kept: dict[bytes, Tensor] = {}
+
+    def __len__(self) -> int:
+        """How many texts are kept."""
+        return len(self._kept)
+
+    def left_out(self, batch: Batch, token_map: TokenMap) -> AbstractContextManager[None]:
+        """Where the model is called on this batch, and the layers below are left out. Raises as `of`."""
+        return self.below.left_out(self.of(batch, token_map))
+
+    def of(self, batch: Batch, token_map: TokenMap) -> Tensor:
+        """float [B, T, D]: what enters the layer; zeros at padding, which nothing reads.
+
+        Raises ConfigError for a batch that another adapter serves, and where the first batch tells that the texts need more than there is.
+        """
+        if set(token_map.row.tolist()) != {self.row}:
+            raise ConfigError("the states of texts are kept for the adapter that was active, and the batch is served by another: keep them for each apart")
+        tokens = torch.stack([batch.ids, batch.domain, batch.position]).cpu().numpy()
+        texts = list(_texts(tokens, *(None if value is None else value.cpu().numpy() for value in (batch.segment, batch.picture))))
+        states = self._states(dict.fromkeys(text.key for text in texts), batch.ids.device)
+        n_rows, length = batch.ids.shape
+        found = torch.cat([states[text.key][text.n_written :] for text in texts])
+        whole = found.new_zeros(n_rows * length, found.shape[1])
+        whole[torch.from_numpy(np.concatenate([text.places[text.n_written :] for text in texts]))] = found
+        self._check_room(sum(states[key].nbytes for key in states), int(batch.image.max()) + 1 if batch.picture is None else int(batch.picture.max()) + 1)
+        return whole.view(n_rows, length, -1).to(batch.ids.device, non_blocking=True)
+
+    def _states(self, keys: dict[bytes, None], device: torch.device) -> dict[bytes, Tensor]:
+        """[T, D] of each text, on the CPU."""
+        states = {key: self._kept[key] for key in keys if key in self._kept}
+        by_length: dict[int, list[bytes]] = {}
+        for key in keys:
+            if key not in states:
+                by_length.setdefault(self._padded(len(_tokens_of(key)[0])), []).append(key)
+        n = AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE)
+        for length, new in by_length.items():
+            for start in range(0, len(new), n):
+                group = new[start : start + n]
+                read = self._run([*group, *[group[-1]] * (n - len(group))], length, device)
+                states |= {key: state[: len(_tokens_of(key)[0])].clone() for key, state in zip(group, read, strict=False)}
+        for key, state in states.items():
+            self._keep(key, state)
+        return states
+
+    def _run(self, keys: Sequence[bytes], length: int, device: torch.device) -> Tensor:
+        rows = []
+        for ids, domain, position in map(_tokens_of, keys):
+            n_more = length - len(ids)
+            rows.append(Row((*ids, *[0] * n_more), (*domain, *[PAD] * n_more), position=(*position, *[0] * n_more)))
+        batch = collate(rows, [0] * len(rows), torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0).to(device)
+        own = TokenMap(batch.domain, torch.full_like(batch.image, self.row), serving=frozenset({self.row}) - {BASE_ROW})
+        return self.below.run(batch, own).cpu()
+
+    def _keep(self, key: bytes, state: Tensor) -> None:
+        if key in self._kept:
+            return
+        if self.n_bytes + state.nbytes > self.most:
+            self.is_full = True
+            return
+        self._kept[key] = state
+        self.n_bytes += state.nbytes
+
+    def _padded(self, length: int) -> int:
+        padded = -(-length // TOKENS) * TOKENS
+        return padded if self.positions is None else max(length, min(padded, self.positions))
+
+    def _check_room(self, n_bytes: int, n_pictures: int) -> None:
+        needed, self.n_pictures = n_bytes / n_pictures * self.n_pictures, 0
+        if needed > self.most:
+            raise ConfigError(
+                f"the states of the texts take about {needed / 2**30:.2g} GiB in each process, as far as the first batch tells, and train.states_gib is "
+                f"{self.most / 2**30:.2g}: give as much, or 0 to keep none"
+            )
+
+
+def _tokens_of(key: bytes) -> tuple[list[int], list[int], list[int]]:
+    """Ids, domains and positions."""
+    ids, domain, position = np.frombuffer(key, dtype=np.int64).reshape(3, -1).tolist()
+    return ids, domain, position
+
+
+def _texts(tokens: np.ndarray[Any, Any], segment: np.ndarray[Any, Any] | None, picture: np.ndarray[Any, Any] | None) -> Iterator[_Text]:
+    """The texts of a batch, each with what it shares with others. tokens: int64 [3, B, T], ids, domains, positions; the others as in Batch.
+
+    A row with the segments [0 0 1 2] holds two texts, at [0 1 2] and at [0 1 3]; the second shares two tokens.
+    """
+    n_rows, length = tokens.shape[1:]
+    for b in range(n_rows):
+        real = np.flatnonzero(tokens[1, b] != PAD)
+        pictures = np.zeros_like(real) if picture is None else picture[b, real]
+        segments = np.zeros_like(real) if segment is None else segment[b, real]
+        for one in dict.fromkeys(pictures.tolist()):
+            places, own = real[pictures == one], segments[pictures == one]
+            n_written = 0
+            for number in [number for number in dict.fromkeys(own.tolist()) if number] or [0]:
+                at = places[(own == 0) | (own == number)]
+                yield _Text(np.ascontiguousarray(tokens[:, b, at]).tobytes(), b * length + at, n_written)
+                n_written = int((own == 0).sum())
