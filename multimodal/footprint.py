@@ -1,13 +1,18 @@
-"""What a language model needs while it runs: counted on the meta device, tensor by tensor, so that no weights are needed."""
+"""What frozen models need while they run: counted on the meta device, tensor by tensor, so that no weights are needed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["cache_bytes", "parameter_bytes", "saved_bytes"]
+from adalink import Adapter
+from adalink.vision import attach_vision
+from multimodal.blueprint import DrawnTower
+
+__all__ = ["cache_bytes", "parameter_bytes", "saved_bytes", "seen_bytes"]
 
 
 def parameter_bytes(module: nn.Module) -> int:
@@ -21,6 +26,25 @@ def saved_bytes(model: Any, *, rows: int, tokens: int) -> int:
     rows, tokens  B and T of the batch; an encoder-decoder model writes as many tokens as it reads
     model         on the meta device. Attention is counted with its whole matrix of weights, which fused kernels do not keep
     """
+    return _kept(lambda: model(**_call(model, rows, tokens), use_cache=False), model)
+
+
+def seen_bytes(tower: DrawnTower, adapter: Adapter, *, pictures: int) -> int:
+    """What autograd keeps of so many pictures in a frozen encoder that an adapter is trained in: nothing below its lowest edit.
+
+    adapter   on the meta device, as `draw_trained` makes it. Attention is counted as in `saved_bytes`
+    """
+    module: Any = tower.module
+    pixels = torch.empty(pictures, 3, *tower.pixels, device="meta", dtype=next(module.parameters()).dtype)
+    attachment = attach_vision(module.get_submodule("model"), adapter)
+    try:
+        return _kept(lambda: module.last(pixels), module, adapter)
+    finally:
+        attachment.detach()
+
+
+def _kept(call: Callable[[], object], *modules: nn.Module) -> int:
+    """The bytes that autograd keeps of a call beside the modules' weights."""
     kept: dict[int, tuple[Any, int]] = {}  # the storage itself stays here, so that no other takes its address
 
     def keep(tensor: Tensor) -> Tensor:
@@ -28,9 +52,9 @@ def saved_bytes(model: Any, *, rows: int, tokens: int) -> int:
         kept[storage._cdata] = (storage, storage.nbytes())
         return tensor
 
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    own = {parameter.untyped_storage()._cdata for module in modules for parameter in module.parameters()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**_call(model, rows, tokens), use_cache=False)
+        call()
     return sum(size for address, (_, size) in kept.items() if address not in own)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from adalink import IMAGE, PERCEPT, Anatomy, Method
 from multimodal.blueprint import DrawnLanguage, DrawnTower, draw_language, draw_tower, draw_trained
 from multimodal.encode import RowEncoder
-from multimodal.footprint import cache_bytes, parameter_bytes, saved_bytes
+from multimodal.footprint import cache_bytes, parameter_bytes, saved_bytes, seen_bytes
 from multimodal.generate import GenerationSettings, check_room
 from multimodal.parameter_groups import parameter_groups
 from multimodal.stored import language_fingerprint, tower_fingerprint
@@ -137,7 +137,7 @@ def make_plan(
         slots=slots_of(adapter.slots),
         tokens_per_image=sum(slot.count for slot in adapter.slots if slot.domain == IMAGE or slot.domain >= PERCEPT),
         prompt_tokens=n_prompt,
-        memory_to_train=_to_train(language.model, parts, trained, n_slots, assumed, train),
+        memory_to_train=_to_train(tower, language.model, parts, trained, n_slots, assumed, train),
         memory_to_serve=_to_serve(language.model, parts, trained, n_slots, assumed),
         assumed=assumed,
     )
@@ -149,14 +149,16 @@ def _places(trained: TrainedParts) -> dict[str, tuple[str, ...]]:
     return {**places_of(trained.edits), **seen, **head}
 
 
-def _to_train(model: Any, parts: int, parts_trained: TrainedParts, n_slots: int, assumed: Assumed, train: TrainSettings) -> dict[str, int]:
+def _to_train(
+    tower: DrawnTower, model: Any, parts: int, parts_trained: TrainedParts, n_slots: int, assumed: Assumed, train: TrainSettings
+) -> dict[str, int]:
     trained, anatomy = sum(parts_trained.counts().values()), Anatomy.read(model)
     length = n_slots + assumed.text
     activations = saved_bytes(model, rows=assumed.rows, tokens=length)
     if train.checkpointing:  # each layer's input, and one layer at a time
         n_layers = len(anatomy.layers)
         activations = activations // n_layers + n_layers * assumed.rows * length * anatomy.layer_width * model.dtype.itemsize
-    head = parts_trained.head
+    vision, head = parts_trained.vision, parts_trained.head
     at_once = min(assumed.rows * assumed.answer, targets_at_once(anatomy.vocabulary))
     logits = (at_once * anatomy.vocabulary if head is None else 2 * assumed.rows * len(head.answers)) * FLOAT
     return {
@@ -165,6 +167,7 @@ def _to_train(model: Any, parts: int, parts_trained: TrainedParts, n_slots: int,
         "gradients": trained * FLOAT,
         "optimizer state": trained * FLOAT * MOMENTS,
         "activations, estimated": activations,
+        **({} if vision is None else {"activations of the encoder, estimated": seen_bytes(tower, vision, pictures=assumed.rows)}),
         "logits held at once, estimated": logits,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from saved_encoders import save_clip, save_open_clip, save_siglip, save_timm, save_timm_vit
 from torch import nn
 
-from adalink import AdaLink, Bridge, fingerprint
+from adalink import AdaLink, Adapter, Bridge, LoRA, Prompt, fingerprint
 from adalink.errors import ConfigError, DataError
+from adalink.vision_anatomy import read_vision
 from multimodal.blueprint import draw_adapter, draw_language, draw_tower
-from multimodal.footprint import cache_bytes, parameter_bytes, saved_bytes
+from multimodal.footprint import cache_bytes, parameter_bytes, saved_bytes, seen_bytes
 from multimodal.model import VisionLanguageModel
 from multimodal.stored import language_fingerprint, stored_fingerprint, tower_fingerprint
 from multimodal.template import Template
@@ -114,29 +116,56 @@ def test_a_folder_without_a_config_or_a_picture_size_is_refused(tmp_path: Path) 
         draw_tower(tmp_path)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_activations_counted_are_near_those_that_autograd_keeps(family: str) -> None:
-    """On real tensors with eager attention, which keeps its matrices as the count assumes; the embedding's are the caller's."""
-    rows, tokens = 3, 24
-    real = tiny.tiny(family).float()
-    real.set_attn_implementation("eager")
+def measured_bytes(call: Callable[[], object], *modules: nn.Module) -> int:
+    """What autograd keeps of a call on real tensors, beside the modules' weights."""
     kept: dict[int, tuple[Any, int]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage()._cdata] = (tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return tensor
 
-    own = {parameter.untyped_storage()._cdata for parameter in real.parameters()}
+    own = {parameter.untyped_storage()._cdata for module in modules for parameter in module.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return sum(size for address, (_, size) in kept.items() if address not in own)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_activations_counted_are_near_those_that_autograd_keeps(family: str) -> None:
+    """On real tensors with eager attention, which keeps its matrices as the count assumes; the embedding's are the caller's."""
+    rows, tokens = 3, 24
+    real = tiny.tiny(family).float()
+    real.set_attn_implementation("eager")
     embeds = torch.randn(rows, tokens, tiny.WIDTH, requires_grad=True)
     more = {"decoder_input_ids": torch.ones(rows, tokens, dtype=torch.int64)} if family == "t5" else {"logits_to_keep": 1}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        real(inputs_embeds=embeds, use_cache=False, **more)
-    measured = sum(size for address, (_, size) in kept.items() if address not in own)
+    measured = measured_bytes(lambda: real(inputs_embeds=embeds, use_cache=False, **more), real)
     with torch.device("meta"):
         drawn = type(real)(real.config).float().eval().requires_grad_(False)
     counted = saved_bytes(drawn, rows=rows, tokens=tokens)
     assert 0.7 < counted / measured < 1.4
     assert saved_bytes(drawn, rows=2 * rows, tokens=tokens) > 1.8 * counted  # the control: it counts what a batch holds
+
+
+IMAGE_LORA = {"groups": {"image": ("image",)}, "rank": 2, "alpha": 4}
+IN_THE_ENCODER = {"lora": LoRA(**IMAGE_LORA), "late": LoRA(**IMAGE_LORA, exclude_layers=(0,)), "prompt": Prompt(length=2, init_std=0.5)}
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "timm", "open_clip"])
+def test_the_activations_of_a_trained_encoder_are_counted_near_those_that_autograd_keeps(name: str, folders: Path) -> None:
+    """Within a quarter. The control: nothing is kept below the lowest edit, and twice as many pictures keep twice as much."""
+    drawn, counted = draw_tower(folders / name), {}
+    for method, settings in IN_THE_ENCODER.items():
+        real = load_tower(folders / name)
+        real.adapt(Adapter({method: settings}, real.vision_anatomy()))
+        pixels = torch.randn(3, 3, *drawn.pixels)
+        measured = measured_bytes(partial(real, pixels), real)
+        with torch.device("meta"):
+            shapes = Adapter({method: settings}, read_vision(drawn.module.get_submodule("model")))
+        counted[method] = seen_bytes(drawn, shapes, pictures=3)
+        assert 0.8 < counted[method] / measured < 1.25
+        assert seen_bytes(drawn, shapes, pictures=6) > 1.9 * counted[method]
+    assert counted["late"] < 0.8 * counted["lora"]
+    assert seen_bytes(drawn, shapes, pictures=3) == counted[method]  # nothing stays attached
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -46,6 +46,16 @@ def test_memory_is_that_of_weights_gradients_and_moments() -> None:
     assert plan(*ADALINK, "--generation.num_beams", "3")["memory_to_serve"]["cache of one row, estimated"] == 3 * found["memory_to_serve"]["cache of one row, estimated"]
 
 
+def test_a_trained_encoder_keeps_activations_of_its_own() -> None:
+    lora = ("--vision_methods.lora", '{"groups": {"image": ["image"]}, "rank": 2, "alpha": 4}')
+    what = "activations of the encoder, estimated"
+    adapted, frozen = plan(*ADALINK, *lora)["memory_to_train"], plan(*ADALINK)["memory_to_train"]
+    assert what not in frozen
+    assert adapted["activations, estimated"] == frozen["activations, estimated"]
+    assert plan(*ADALINK, *lora, "--train.batch_size", "32")["memory_to_train"][what] > 1.9 * adapted[what] > 0
+    assert what in adalink("compose", *PARTS, *ADALINK, *lora).out
+
+
 def test_the_text_of_a_plan_says_it_all() -> None:
     done = adalink("compose", *PARTS, "--methods.bridge.kind", "linear", *ADALINK)
     assert done.code == 0
