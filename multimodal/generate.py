@@ -27,7 +27,7 @@ class GenerationSettings:
     """How texts are generated."""
 
     max_new_tokens: int = 30  # eP-ALM's captions; VQA answers end sooner by themselves
-    num_beams: int = 1  # 1 is greedy; 3 in eP-ALM, 5 in most captioning papers
+    num_beams: int = 1  # 1 is greedy; 3 in eP-ALM, 5 in most captioning papers; a weak adapter does worse with more (tests/benchmarks/RESULTS.md)
     length_penalty: float = 1.0  # of beams: above 1 prefers longer texts
 
     def __post_init__(self) -> None:
