@@ -1,6 +1,9 @@
 """Steps of training on pictures with several captions: separate rows, packed rows, forked rows, and adapters on text only.
 
     PYTHONPATH=. OMP_NUM_THREADS=1 nice -n 19 python tests/benchmarks/bench_packing.py --patches 50 256 --texts 5
+    PYTHONPATH=. OMP_NUM_THREADS=1 nice -n 19 python tests/benchmarks/bench_packing.py --patches 50 --row-tokens 256 512 1024 --pictures 8
+
+The second is of pictures with 1 to 12 texts each, packed: one picture a row against several, in rows of up to so many tokens.
 
 Sides take turns in every repetition, in one process and one thread; a ratio is of the two processor seconds of one repetition, since other
 work on the machine would change the clock's. Random weights of a real shape.
@@ -9,6 +12,7 @@ work on the machine would change the clock's. Random weights of a real shape.
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +25,7 @@ from adalink import IMAGE, AdaLink, AdaptedModel, Bridge, InputSpec, TokenMap
 from multimodal.batch import Batch, collate
 from multimodal.encode import Row
 from multimodal.fork import trained_domains
+from multimodal.joined_rows import joined_rows
 from multimodal.language_loss import LanguageLoss
 from multimodal.packing import fork_rows, pack_rows, separate_rows
 
@@ -50,6 +55,21 @@ def captions(patches: int, texts: int, seed: int) -> list[Row]:
     return rows
 
 
+def numbers_of_texts(pictures: int, seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randint(1, 12) for _ in range(pictures)]
+
+
+def ragged(patches: int, pictures: int, seed: int, row_tokens: int = 0) -> Batch:
+    """Packed rows of pictures with 1 to 12 texts each; several pictures a row where `row_tokens` says how long one may be."""
+    rows = [pack_rows(captions(patches, n, 1000 * seed + i))[0] for i, n in enumerate(numbers_of_texts(pictures, seed))]
+    image = list(range(pictures))
+    if row_tokens:
+        rows, image = joined_rows(rows, image, row_tokens)
+    features = torch.randn(pictures, patches, FEATURES, generator=torch.Generator().manual_seed(9))
+    return collate(rows, image, features, kind="patches", side="right", pad_id=0)
+
+
 def batch_of(arrange: Callable[[Sequence[Row]], Sequence[Row]], patches: int, texts: int, pictures: int) -> Batch:
     arranged = [arrange(captions(patches, texts, seed)) for seed in range(pictures)]
     image = [i for i, rows in enumerate(arranged) for _ in rows]
@@ -61,7 +81,8 @@ def step(model: AdaptedModel, loss: LanguageLoss, batch: Batch) -> float:
     """Processor seconds of a forward and a backward pass, the bridge and the adapter's gradients among them."""
     assert batch.patches is not None
     started = time.process_time()
-    token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), {"image": batch.patches[batch.image]})
+    image = batch.patches[batch.image] if batch.picture is None else batch.patches
+    token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), {"image": image}, entry=batch.picture)
     loss(batch, token_map).backward()
     seconds = time.process_time() - started
     model.active_adapter().zero_grad()
@@ -99,15 +120,43 @@ def measure(patches: int, texts: int, pictures: int, repetitions: int) -> None:
         print(f"| {name} | {1000 * median(seconds) / (texts * pictures):.0f} | {median(ratios):.2f} | {ratios[0]:.2f} | {ratios[-1]:.2f} |", flush=True)
 
 
+def measure_joined(patches: int, pictures: int, row_tokens: Sequence[int], repetitions: int) -> None:
+    """Each repetition draws other pictures, the same for all sides."""
+    model = AdaptedModel(llama(), inputs={"image": InputSpec(patches, FEATURES)})
+    model.add_adapter("a", {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=16, modalities=("image", "text"))})
+    loss = LanguageLoss(model)
+    found: dict[int, list[float]] = {limit: [] for limit in (0, *row_tokens)}
+    for repetition in range(repetitions + 1):
+        for limit, seconds in found.items():
+            took = step(model, loss, ragged(patches, pictures, repetition, limit))
+            if repetition:  # the first warms up
+                seconds.append(took)
+    print(f"\n### {patches} image tokens, 1 to 12 texts a picture, {pictures} pictures a step\n", flush=True)
+    print("| rows of up to | rows a step | padding | ms per text | times as fast | from | to |\n|---|---|---|---|---|---|---|")
+    for limit, seconds in found.items():
+        batches = [ragged(patches, pictures, seed, limit) for seed in range(1, 51)]
+        padding = 1 - sum(int(one.attention_mask.sum()) for one in batches) / sum(one.ids.numel() for one in batches)
+        n_rows = sum(len(one.ids) for one in batches) / len(batches)
+        n_texts = sum(sum(numbers_of_texts(pictures, seed)) for seed in range(1, repetitions + 1))
+        ratios = sorted(base / own for base, own in zip(found[0], seconds, strict=True))
+        name = f"{limit} tokens" if limit else "one picture"
+        print(f"| {name} | {n_rows:.1f} | {100 * padding:.1f} % | {1000 * sum(seconds) / n_texts:.0f} ", end="")
+        print(f"| {median(ratios):.2f} | {ratios[0]:.2f} | {ratios[-1]:.2f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--patches", type=int, nargs="+", default=[50, 256])
     parser.add_argument("--texts", type=int, nargs="+", default=[5])
     parser.add_argument("--pictures", type=int, default=1)
+    parser.add_argument("--row-tokens", type=int, nargs="+", default=[])
     parser.add_argument("--repetitions", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
     for patches in options.patches:
+        if options.row_tokens:
+            measure_joined(patches, options.pictures, options.row_tokens, options.repetitions)
+            continue
         for texts in options.texts:
             measure(patches, texts, options.pictures, options.repetitions)
 
