@@ -23,7 +23,7 @@ class TrainSettings:
     batch_size: int = 16  # pictures per process and micro-batch
     accumulation: int = 1  # micro-batches per optimizer step
     bucket_pool: int = 0  # batches (of all processes) within which pictures with texts of like length come together; less padding; 0: off
-    row_tokens: int = 0  # pictures of a micro-batch share rows of up to so many tokens, so that little is padding; 0: one picture a row
+    row_tokens: int = 0  # pictures of a micro-batch share rows of up to so many tokens: less padding; on a CPU two or three a row pay best; 0: one
     learning_rate: float = 1e-3  # peak; AdamW
     learning_rates: dict[str, float] = field(default_factory=dict)  # method -> a peak of its own
     weight_decay: float = 0.01  # of matrices; vectors (biases, norms) have none
