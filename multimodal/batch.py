@@ -27,7 +27,7 @@ class Batch:
     domain       int64 [B, T]        PAD for padding
     source       int64 [B, M]        position of the hidden state that predicts ...
     target       int64 [B, M]        ... this id; NO_TARGET for padding. Explicit pairs, so that one row may hold several texts
-    image        int64 [B]           which picture the row is about, or its first ones
+    image        int64 [B]           which picture the row, or the first part of it, is about
     pixels       float [I, 3, H, W]  the pictures, or
     patches      float [I, N + L, Dv]  their features, where they are kept: patches, then the pooled vector of each block (or none), or
     taps         float [I, L, Dv]    pooled vectors alone, of the last blocks
