@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,22 +26,23 @@ GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class Activations:
-    """The activation functions of an adapted language model that keep more than they need."""
+    """The activation functions of an adapted language model that keep more than they need. Runs the model on a few tokens, to try it out."""
 
     def __init__(self, adapted: AdaptedModel) -> None:
-        self.adapted = adapted
         self.layers = [adapted.attachment.stack.get_submodule(name) for name in adapted.anatomy.layers]
+        self.forwards = self._found()
+        if not self._is_exact(adapted):
+            self.forwards = {}
 
     @contextlib.contextmanager
     def made_again(self) -> Iterator[None]:
         """Inside the block the model keeps less for its backward pass. Nothing changes where its layers are checkpointed as they are."""
         # The last layer may be replaced itself. A checkpointed layer that runs again after the block would keep more than it did inside.
         runs_again = len(self.layers) == 1 or any(layer.training or "forward" in vars(layer) for layer in self.layers[:-1])
-        with contextlib.nullcontext() if runs_again or not torch.is_grad_enabled() or not self._is_exact else self._replaced():
+        with contextlib.nullcontext() if runs_again or not torch.is_grad_enabled() else self._replaced():
             yield
 
-    @cached_property
-    def _forwards(self) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    def _found(self) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
         found: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         for module in (part for layer in self.layers for part in layer.modules() if "forward" not in vars(part)):
             if {name for name, _ in module.named_children()} == GATED:
@@ -50,27 +51,26 @@ class Activations:
                 found[module] = partial(_again, module.forward)
         return found
 
-    @cached_property
     @torch.no_grad()
-    def _is_exact(self) -> bool:
-        """Whether feed-forward networks with these names do what is done here. Runs the model on a few tokens, without its adapters."""
-        call = trial_call(self.adapted)
+    def _is_exact(self, adapted: AdaptedModel) -> bool:
+        """Whether feed-forward networks with these names do what is done here."""
+        call = trial_call(adapted)
         try:
-            with call.bound(self.adapted):
-                whole = self.adapted.base(**call.arguments).logits
+            with call.bound(adapted):
+                whole = adapted.base(**call.arguments).logits
                 with self._replaced():
-                    return torch.equal(whole, self.adapted.base(**call.arguments).logits)
+                    return torch.equal(whole, adapted.base(**call.arguments).logits)
         except REFUSALS:
             return False
 
     @contextlib.contextmanager
     def _replaced(self) -> Iterator[None]:
-        for module, forward in self._forwards.items():
+        for module, forward in self.forwards.items():
             module.forward = forward  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for module in self._forwards:
+            for module in self.forwards:
                 del module.forward
 
 

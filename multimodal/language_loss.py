@@ -33,13 +33,18 @@ class LanguageLoss:
     def __init__(self, adapted: AdaptedModel) -> None:
         self.adapted = adapted
         self.call: Callable[..., Any] = adapted.base
-        self.last_layer, self.activations = LastLayer(adapted), Activations(adapted)
+        self.last_layer = LastLayer(adapted)
         self.lower: LowerStates | None = None
 
     @cached_property
     def head(self) -> WordHead:
         """The model's head, read at the first use: that runs the model on two tokens."""
         return read_word_head(self.adapted)
+
+    @cached_property
+    def activations(self) -> Activations:
+        """Its activation functions, tried at the first use."""
+        return Activations(self.adapted)
 
     @property
     def told(self) -> str:
@@ -53,7 +58,7 @@ class LanguageLoss:
         if batch.segment is not None and adapted.active:
             check_packed(adapted.active_adapter(), batch.domain, batch.segment, batch.picture)
         batch = batch if self.lower is None else replace(batch, beginning=None)
-        head = self.head  # before the map is bound: it binds one of its own
+        head, _ = self.head, self.activations  # before a map is bound, or the last layer shortened: to be read, they run the model
         total = torch.zeros((), device=batch.ids.device)
         for one in calls_of(adapted, batch, token_map):
             with one.bound(adapted), self._asked(one) as source, self._started(batch, token_map):

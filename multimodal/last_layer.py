@@ -135,7 +135,7 @@ class LastLayer:
         return (h, *others) if isinstance(output, tuple) else h
 
 
-class _Found(Exception):  # noqa: N818 (no error: it ends a run that has done what it was for)
+class _Found(Exception):
     """The keys and values are there."""
 
 

@@ -104,6 +104,8 @@ def train(
         loader.steps = (n_steps - first) * settings.accumulation
         started = time.perf_counter()
         with compiled(model, settings.compile), contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=accelerator.is_main_process)) as shown:
+            if model.head is None:
+                accelerator.print(model.language_loss.told)  # here, where it is known what is hooked, checkpointed and compiled
             for step, group in enumerate(_groups(iter(loader), settings.accumulation), start=first):
                 loss = run.step(group, step, settings.rate(step, n_steps))
                 shown.step()

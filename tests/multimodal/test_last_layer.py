@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,8 @@ from adalink import (
     ANSWER,
     EPALM,
     IA3,
-    TEXT,
     AdaLink,
     AdaptedModel,
-    Adapter,
     BitFit,
     Bottleneck,
     Bridge,
@@ -34,9 +33,11 @@ from adalink import (
     TokenMap,
     UniPELT,
 )
-from adalink.attach import attach
-from multimodal.batch import Batch, collate
-from multimodal.encode import Row
+from adalink.anatomy import Anatomy
+from adalink.edit import Slots
+from adalink.tokens import Tokens
+from multimodal import last_layer
+from multimodal.batch import Batch
 from multimodal.language_loss import LanguageLoss
 from multimodal.last_layer import LastLayer
 from multimodal.packing import fork_rows, pack_rows, separate_rows
@@ -97,7 +98,7 @@ def feed_forward(model: AdaptedModel) -> str:
 def check_short(model: AdaptedModel, batch: Batch) -> None:
     """Equal to the whole layer, whose feed-forward network then sees the sources alone."""
     loss = LanguageLoss(model)
-    assert loss.told.endswith("; the last layer runs where something is predicted")
+    assert loss.told == "the last layer runs where something is predicted"
     with rows_of_last(model) as short:
         found = learnt(model, batch, loss)
     with rows_of_last(model) as every:
@@ -133,3 +134,128 @@ def test_every_method_learns_the_same(family: str, methods: dict[str, Method]) -
     published = any(isinstance(method, EPALM) and method.mask == "published" for method in methods.values())
     for arrange in (separate_rows,) if published else (pack_rows, separate_rows):
         check_short(model, batch_of(arrange, slots_of(model)))
+
+
+def test_what_is_dropped_of_a_token_is_drawn_once_for_the_whole_layer() -> None:
+    """The last layer's own dropout is drawn for all tokens, and a token that is asked for twice has one draw."""
+    lora = LoRA(groups=ALL, rank=2, alpha=2.0, targets=("down_proj", "v_proj"), exclude_layers=(0,), dropout=0.5)
+    model = adapted("llama", {"bridge": BRIDGE, "lora": lora})
+    model.active_adapter().train()
+    batch = batch_of(pack_rows, slots_of(model))
+    draws = []
+    for loss in (LanguageLoss(model), whole(model)):
+        assert loss.head
+        assert loss.told
+        torch.manual_seed(3)
+        draws.append(learnt(model, batch, loss))
+    check_equal(*draws)
+
+
+def test_rows_of_several_adapters_learn_the_same() -> None:
+    model = adapted("llama", {"lora": LoRA(groups=ALL, rank=2, alpha=2.0, dropout=0.5)})
+    other = model.add_adapter("b", {"lora": LoRA(groups={"text": ("text",)}, rank=2, alpha=2.0)}).double()
+    batch = batch_of(separate_rows, slots_of(model))
+    rows = model.serving(len(batch.ids), [("a", "b")[i % 2] for i in range(len(batch.ids))])
+    token_map = TokenMap(batch.domain, rows.row, serving=rows.serving)
+    weights = [*model.adapters["a"].train().parameters(), *other.parameters()]
+    found = []
+    for loss in (LanguageLoss(model), whole(model)):
+        assert loss.head
+        assert loss.told == "the last layer runs where something is predicted" or loss.call is not model.base
+        torch.manual_seed(3)
+        total = loss(batch, token_map)
+        found.append([total.detach(), *torch.autograd.grad(total, weights)])
+    for one, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=EXACT, atol=EXACT)
+
+
+def why(model: AdaptedModel) -> str:
+    """Why the layer is run on every token, which it then is."""
+    batch, loss = batch_of(separate_rows, slots_of(model)), LanguageLoss(model)
+    said = loss.told
+    with rows_of_last(model) as seen:
+        learnt(model, batch, loss)
+    assert seen[feed_forward(model)][-1] == batch.ids.numel()
+    return said.removeprefix("the last layer runs on every token: ")
+
+
+@pytest.mark.parametrize("methods", [{"gated": Gated(inner=Bottleneck(width=4))}, {"unipelt": UniPELT(variant="AP", bottleneck=4, prefix_length=2, prefix_hidden=6)}])
+def test_gates_read_whole_rows(methods: dict[str, Method]) -> None:
+    assert why(adapted("llama", methods)) == "the adapter reads whole rows there"
+
+
+def test_gates_below_the_last_layer_are_none_of_its_business() -> None:
+    below = Gated(inner=LoRA(groups=ALL, rank=2, alpha=2.0, exclude_layers=(1,)))
+    check_short(adapted("llama", {"bridge": BRIDGE, "gated": below}), batch_of(separate_rows))
+
+
+def test_hooks_of_others_and_checkpointing_need_every_token() -> None:
+    said = "something else is hooked to it, or it is checkpointed"
+    for part in ("model.layers.1.mlp.down_proj", "model.norm"):
+        model = adapted("llama")
+        model.base.get_submodule(part).register_forward_hook(lambda *_: None)
+        assert why(model) == said
+    model = adapted("opt")
+    model.attachment.checkpoint_layers()
+    assert why(model) == said
+
+
+def test_a_compiled_model_and_a_family_that_counts_queries_need_every_token() -> None:
+    assert why(adapted("gpt_neo")) == "the model was tried so, and gave other scores"
+    assert whole(adapted("llama")).told == "the last layer runs on every token: the model is compiled"
+    t5 = AdaptedModel(tiny("t5"))
+    assert LastLayer(t5).why_whole() == "the model has a decoder of its own, or its attention takes no mask for each token"
+
+
+def test_a_wrong_short_layer_is_found_by_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the trial: GPT-Neo without it, and a mask whose rows are those of other tokens."""
+    model = adapted("gpt_neo")
+    batch, loss = batch_of(pack_rows, slots_of(model), texts=[(2, [4, 6, 2])]), LanguageLoss(model)  # captions: one token predicts three
+    vars(loss.last_layer)["_form"] = "filled up"
+    assert (learnt(model, batch, loss)[0] - learnt(model, batch)[0]).abs() > 1e-3
+    right = last_layer._queried
+    monkeypatch.setattr(last_layer, "_queried", lambda mask, tokens, source, dtype: right(mask, tokens, source.roll(1, 1), dtype))
+    assert "gave other scores" in LanguageLoss(adapted("llama")).told
+
+
+class Counted(nn.Module):
+    """Adds as many times a vector as tokens of the domain come before."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.zeros(width))
+
+    def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
+        return h + x * self.step * tokens.ordinal[..., None]
+
+
+@dataclass(frozen=True)
+class CountedAt:
+    """An edit of answers at a port: `norm` for the final norm, `layer` for the last layer."""
+
+    side: str
+
+    def slots(self, anatomy: Anatomy) -> tuple[Slots, ...]:
+        return ()
+
+    def place(self, anatomy: Anatomy) -> Sequence[Placement]:
+        name = anatomy.final_norm if self.side == "norm" else anatomy.layers[-1]
+        return [Placement("counted", Port(str(name), "output"), Counted(anatomy.width), (ANSWER,))]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_edit_after_the_layer_sees_the_tokens_that_were_asked_for(family: str) -> None:
+    model = adapted(family, {"bridge": BRIDGE, "counted": CountedAt("norm")})
+    for arrange in (pack_rows, separate_rows):
+        check_short(model, batch_of(arrange))
+    assert why(adapted(family, {"bridge": BRIDGE, "counted": CountedAt("layer")})) == "the adapter reads whole rows there"
+
+
+def test_a_call_that_fails_leaves_the_layer_as_it_was() -> None:
+    model = adapted("opt")
+    loss = LanguageLoss(model)
+    assert loss.told
+    model.base.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        learnt(model, batch_of(pack_rows, slots_of(model)), loss)
+    assert not any("forward" in vars(module) for module in model.modules())
