@@ -20,7 +20,6 @@ from multimodal.fork import calls_of
 from multimodal.layers_below import LayersBelow
 from multimodal.lower_states import LowerStates
 from multimodal.model import VisionLanguageModel
-from multimodal.processes import process_state
 
 __all__ = ["first_layer", "kept_states", "starts_exactly"]
 
@@ -49,9 +48,7 @@ def kept_states(model: VisionLanguageModel, gib: float, n_pictures: int) -> Iter
         kind = model.language.model.config.model_type
         raise ConfigError(f"{kind} was tried without its first {first} layers, given what they make of a text, and says something else then: {ADVICE}")
     below, positions = LayersBelow(adapted, first), model.row_encoder().max_positions
-    states = LowerStates(below, int(adapted.rows(1)), most=int(gib * 2**30), n_pictures=n_pictures, positions=positions)
-    process_state().print(f"the first {first} of {len(adapted.anatomy.layers)} layers are run once for each text, whose states are kept in {gib:g} GiB")
-    loss.lower = states
+    loss.lower = LowerStates(below, int(adapted.rows(1)), most=gib * 2**30, n_pictures=n_pictures, positions=positions)
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ class LowerStates:
     positions    how many the model has; None without a limit
     """
 
-    def __init__(self, below: LayersBelow, row: int, *, most: int, n_pictures: int = 0, positions: int | None = None) -> None:
+    def __init__(self, below: LayersBelow, row: int, *, most: float, n_pictures: int = 0, positions: int | None = None) -> None:
         self.below, self.row, self.most, self.n_pictures, self.positions = below, row, most, n_pictures, positions
         self.n_bytes, self.is_full = 0, False
         self._kept: dict[bytes, Tensor] = {}
@@ -56,6 +56,12 @@ class LowerStates:
     def __len__(self) -> int:
         """How many texts are kept."""
         return len(self._kept)
+
+    @property
+    def told(self) -> str:
+        """A line for the log."""
+        n_layers = len(self.below.adapted.anatomy.layers)
+        return f"the first {self.below.first} of {n_layers} layers run once for each text, as long as its states fit into {self.most / 2**30:.2g} GiB"
 
     def left_out(self, batch: Batch, token_map: TokenMap) -> AbstractContextManager[None]:
         """Where the model is called on this batch, and the layers below are left out. Raises as `of`."""

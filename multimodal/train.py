@@ -16,11 +16,11 @@ from torch import nn
 from adalink.errors import CheckpointError, ConfigError, TerminatedError
 from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.batch import Batch
-from multimodal.compiled import compiled
 from multimodal.feature_cache.fill import FillingLoader
 from multimodal.feature_cache.writer import FeatureWriter
 from multimodal.joined_rows import row_limit
 from multimodal.kept import Kept
+from multimodal.learner import learner
 from multimodal.loader import Loaded, Texts, TrainLoader, train_loader
 from multimodal.model import VisionLanguageModel
 from multimodal.packing import arrangement_of, separate_rows
@@ -103,7 +103,7 @@ def train(
             model.adapted.attachment.checkpoint_layers()
         loader.steps = (n_steps - first) * settings.accumulation
         started = time.perf_counter()
-        with compiled(model, settings.compile), contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=accelerator.is_main_process)) as shown:
+        with learner(model, settings, len(source)), contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=accelerator.is_main_process)) as shown:
             if model.head is None:
                 accelerator.print(model.language_loss.told)  # here, where it is known what is hooked, checkpointed and compiled
             for step, group in enumerate(_groups(iter(loader), settings.accumulation), start=first):

@@ -35,6 +35,7 @@ class TrainSettings:
     features: Literal["encode", "memory", "fill"] = "encode"  # memory: encoded once, kept in float16; fill: the first epoch fills the folder `features`
     checkpointing: bool = False  # recompute each layer's activations in the backward pass: memory for time
     compile: Compile = "no"  # torch.compile of the language model, with its adapters: minutes at the start for faster steps, on a GPU above all
+    states_gib: float = 0.0  # GiB in each process for what enters the lowest layer that the adapter writes, kept for each text (eP-ALM); 0: nothing is kept
     seed: int = 0  # of weights, order and drawn answers
     workers: int = 0  # processes that decode pictures
     checkpoint_every: int = 500  # optimizer steps; one is also written at the end
@@ -49,7 +50,7 @@ class TrainSettings:
         for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 1 or more")
-        for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "bad_samples", "seed", "row_tokens", "bucket_pool"):
+        for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "bad_samples", "seed", "states_gib", "row_tokens", "bucket_pool"):
             if not getattr(self, name) >= 0:  # also true of a NaN
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 0 or more")
         if self.seed > MAX_SEED:
@@ -62,6 +63,8 @@ class TrainSettings:
             raise ConfigError(f"train.warmup is {self.warmup} and train.final_rate {self.final_rate}: both are shares between 0 and 1")
         if self.compile != "no" and self.checkpointing:
             raise ConfigError(f"train.compile is {self.compile} and train.checkpointing true: a checkpointed layer is no part of one graph, so choose one")
+        if self.compile != "no" and self.states_gib:
+            raise ConfigError(f"train.compile is {self.compile} and train.states_gib {self.states_gib}: one graph holds every layer, so choose one")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"train.betas is {self.betas}: both are from 0 to below 1")
 

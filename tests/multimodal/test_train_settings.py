@@ -25,7 +25,7 @@ def test_the_number_of_steps_reads_every_picture_as_often_as_asked() -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, f"train.{name} is 0: give 1 or more") for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every")),
-    *(({name: -1}, f"train.{name} is -1: give 0 or more") for name in ("steps", "weight_decay", "clip", "workers", "bad_samples", "seed", "row_tokens", "bucket_pool")),
+    *(({name: -1}, f"train.{name} is -1: give 0 or more") for name in ("steps", "weight_decay", "clip", "workers", "bad_samples", "seed", "states_gib", "row_tokens", "bucket_pool")),
     ({"seed": 10**13}, "train.seed is 10000000000000: give at most 1099511627776"),
     ({"epochs": 0}, "train.epochs is 0 and train.steps 0: give a positive number of one of them"),
     ({"learning_rate": 0.0}, "train.learning_rate is 0.0"),
@@ -33,6 +33,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"warmup": 1.0}, "train.warmup is 1.0 and train.final_rate 0.0: both are shares between 0 and 1"),
     ({"final_rate": 1.5}, "train.final_rate 1.5"),
     ({"compile": "default", "checkpointing": True}, "train.compile is default and train.checkpointing true: a checkpointed layer is no part of one graph"),
+    ({"compile": "default", "states_gib": 2.0}, "train.compile is default and train.states_gib 2.0: one graph holds every layer, so choose one"),
     ({"betas": (0.9, 1.0)}, r"train.betas is \(0.9, 1.0\): both are from 0 to below 1"),
     ({"learning_rate": float("nan")}, "train.learning_rate is nan"),
 ]
