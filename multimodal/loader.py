@@ -99,10 +99,12 @@ class _Positions:
         return tuple(self.arrange([self.encoder.row(text) for text in texts]))
 
     def length(self, sample: Sample) -> int:
-        """Tokens of a sample's longest row, which where texts are drawn another draw makes shorter or longer; 0 where it is a bad one."""
-        texts = self.texts(sample, random.Random(0))
+        """Tokens of a sample's longest row; the mean of some draws where texts are drawn, which is rough; 0 where it is a bad one."""
+        draws = {tuple(self.texts(sample, random.Random(number))) for number in range(2)}
+        if len(draws) > 1:
+            draws |= {tuple(self.texts(sample, random.Random(number))) for number in range(2, 8)}
         try:
-            return max(len(row.ids) + len(row.decoder_ids) for row in self.rows(texts)) if texts else 0
+            return sum(max(len(row.ids) + len(row.decoder_ids) for row in self.rows(texts)) for texts in draws if texts) // len(draws)
         except TextTooLong:
             return 0
 

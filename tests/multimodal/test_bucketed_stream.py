@@ -94,6 +94,17 @@ def test_a_sample_is_as_long_as_its_longest_row() -> None:
     assert all(found == length for found, length, one in zip(packed, by_hand, words, strict=True) if len({*one}) > 1 or len(one) == 1)
 
 
+def drawn_text(sample: Sample, rng: random.Random) -> list[Text]:
+    return [rng.choice(all_texts(sample, rng))]
+
+
+def test_a_sample_whose_texts_are_drawn_is_about_as_long_as_they_are_on_average() -> None:
+    lengths = Ragged().text_lengths(loader(1, texts=drawn_text)._positions.length)
+    means = [np.mean([caption.count("is") for caption in sample.captions]) for sample in Ragged().samples]
+    one_draw = [drawn_text(sample, random.Random(0))[0].question.count("is") for sample in Ragged().samples]
+    assert np.corrcoef(lengths, means)[0, 1] > np.corrcoef(one_draw, means)[0, 1] + 0.1
+
+
 def test_every_sample_is_read_once_an_epoch_and_the_stream_is_the_same_for_any_number_of_workers() -> None:
     stream = list(loader(2 * N // 8))
     assert set(keys(stream)[:N]) == set(keys(stream)[N : 2 * N]) == {sample.key for sample in Ragged().samples}
