@@ -48,9 +48,10 @@ class LanguageLoss:
 
     @property
     def told(self) -> str:
-        """A line for the log: how much of the last layer is run."""
+        """A line for the log: how much of the last layer is run, and what is kept of the layers below the adapter."""
         why = self.last_layer.why_whole(self.adapted.serving(1).serving) if self.call is self.adapted.base else "the model is compiled"
-        return "the last layer runs where something is predicted" if why is None else f"the last layer runs on every token: {why}"
+        last = "the last layer runs where something is predicted" if why is None else f"the last layer runs on every token: {why}"
+        return last if self.lower is None else f"{last}; {self.lower.told}"
 
     def __call__(self, batch: Batch, token_map: TokenMap) -> Tensor:
         """float []: cross entropy summed over the batch's targets. Raises ConfigError for packed rows that an adapter would mix."""
