@@ -30,6 +30,7 @@ ADAPTERS: dict[str, dict[str, Method]] = {
     "prompt": {"bridge": BRIDGE, "prompt": Prompt(length=2, init_std=0.5, form="mlp", positions="none")},
     "unipelt": {"bridge": BRIDGE, "unipelt": UniPELT(variant="APL", bottleneck=4, prefix_length=2, prefix_hidden=6, lora_rank=2)},
 }
+STATES: dict[str, Any] = {"methods": {"epalm": EPALM(layers=(1, 2), n_taps=1, connector="per_tap")}, "kept": True, "steps": 3, "states_gib": 0.1}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "OPTDecoderLayer"}
 
 
@@ -43,8 +44,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
     with machine(folder) as one:
         groups = [
-            one.start(1, rank_jobs.several, jobs(folder / "alone", batch_size=4)),
-            one.start(2, rank_jobs.several, jobs(folder / "ddp")),
+            one.start(1, rank_jobs.several, [*jobs(folder / "alone", batch_size=4), {**STATES, "folder": folder / "alone" / "states", "batch_size": 4}]),
+            one.start(2, rank_jobs.several, [*jobs(folder / "ddp"), {**STATES, "folder": folder / "ddp" / "states"}]),
             one.start(2, rank_jobs.sharded, jobs(folder / "fsdp"), **FSDP),
         ]
         for group in groups:
@@ -67,6 +68,13 @@ def test_two_processes_train_every_method_as_one_does(name: str, engine: str, tr
         torch.testing.assert_close(together[own], value, rtol=0, atol=1e-10)
     moved = {own.split(".")[1] for own, value in alone.items() if not torch.equal(value, start[own.removeprefix("weight.")].detach())}
     assert moved == set(ADAPTERS[name])  # the control: there is something to differ in
+
+
+def test_two_processes_that_keep_the_states_of_their_texts_train_as_one_does(trained: Path) -> None:
+    alone, together = weights(trained / "alone" / "states"), weights(trained / "ddp" / "states")
+    assert alone
+    for own, value in alone.items():
+        torch.testing.assert_close(together[own], value, rtol=0, atol=1e-10)
 
 
 def test_every_name_of_methods_is_trained() -> None:
