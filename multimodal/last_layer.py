@@ -113,19 +113,20 @@ class LastLayer:
     def _run(self, forward: Callable[..., Any], source: Tensor, form: Form, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward: what it gives at `source`, int64 [B, M]. The edits after it see the tokens there."""
         names = tuple(inspect.signature(type(self.layer).forward).parameters)[1:]
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        call: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         name = next((name for name in CACHES if name in (*names, *call)), "")
         attachment, hidden, keys = self.adapted.attachment, call["hidden_states"], _Keys(call.get(name))
         tokens = attachment.tokens
         assert tokens is not None
         assert name
+        call |= {name: keys}
         with contextlib.suppress(_Found):
-            forward(**{**call, name: keys})
+            forward(**call)
         assert keys.found is not None
         attachment.tokens = tokens.at(source)
         mask = _queried(call.get("attention_mask"), attachment.tokens, source, hidden.dtype)
-        positions = {part: _picked(call[part], source) for part in ("position_ids", "position_embeddings") if part in call}
-        output = forward(**{**call, **positions, name: keys, "attention_mask": mask, "hidden_states": _picked(hidden, source)})
+        picked = {part: _picked(call[part], source) for part in ("hidden_states", "position_ids", "position_embeddings") if part in call}
+        output = forward(**call | picked | {"attention_mask": mask})
         if form == "short":
             return output
         n_more = hidden.shape[1] - source.shape[1]
