@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -93,7 +95,7 @@ def token_map(domain: Tensor, row: Tensor | None = None, seed: int = 3) -> Token
     return TokenMap(domain, row, {"image": features(len(domain), seed), "image_taps": taps(len(domain), seed)})
 
 
-def run(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+def run(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits [B, T, V]; of T5's decoder on a fixed start for the encoder-decoder family."""
     if model.config.is_encoder_decoder:
         decoder = torch.tensor([[0, 5, 6, 7]]).expand(len(ids), -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from context_peft_case import LEAVES, Case, close
 from double import InDouble
@@ -46,7 +48,8 @@ def check_routing(case: Case) -> None:
     """Which tokens each adaptor edits, in which linears, and by how much."""
     model = case.model()
     adapter, anatomy = case.adapter(model, case.routing), case.anatomy(model)
-    tokens = case.token_map(case.tensors["in.input_ids"], None).window(*case.tensors["in.input_ids"].shape[:1], 0, *case.tensors["in.input_ids"].shape[1:] * 2)
+    n_rows, length = case.tensors["in.input_ids"].shape
+    tokens = case.token_map(case.tensors["in.input_ids"], None).window(n_rows, 0, length, length)
     edited: dict[str, set[str]] = {name: set() for name in case.adaptors}
     for placement in adapter.placements:
         if placement.role == "bridge.image":
@@ -96,7 +99,7 @@ def check_generation(case: Case) -> None:
     ids, mask = case.tensors["gen.input_ids"], case.tensors["gen.attention_mask"]
     special = case.special_ids()
     with InDouble():
-        model = case.model()
+        model: Any = case.model()
         attachment = attach(model, case.adapter(model, case.routing), anatomy=case.anatomy(model))
         for padding in (TEXT, PAD):
             for beams, expected in case.generated():

@@ -22,7 +22,15 @@ SIZES: dict[str, dict[str, Any]] = {
 class Wrapped(nn.Module):
     """A linear with its adaptors, whose tensors have the official names. masks: adaptor -> [B, T, 1], set before each call."""
 
-    def __init__(self, linear: nn.Module, adaptors: dict[str, dict[str, Any]], feedforward: bool, masks: dict[str, Tensor]) -> None:
+    weight: Any
+    bias: Any
+    lora_A: Any  # noqa: N815  (nn.ModuleDict, as lora_B)
+    lora_B: Any  # noqa: N815
+    lora_bias: Any  # nn.ParameterDict, as the two after it
+    bitfit_bias: Any
+    ia3_l: Any
+
+    def __init__(self, linear: Any, adaptors: dict[str, dict[str, Any]], feedforward: bool, masks: dict[str, Tensor]) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.is_conv, self.masks, self.adaptors, self.feedforward = not isinstance(linear, nn.Linear), masks, adaptors, feedforward
@@ -62,7 +70,9 @@ class Wrapped(nn.Module):
 class Composite(nn.Module):
     def __init__(self, kind: str, adaptors: dict[str, dict[str, Any]]) -> None:
         super().__init__()
-        self.adaptors, self.masks, self.map = adaptors, {}, {}
+        self.adaptors = adaptors
+        self.masks: dict[str, Tensor] = {}
+        self.map: dict[str, Any] = {}
         ids = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         self.text_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES[kind], **ids), attn_implementation="eager")
         for name, module in list(self.text_model.named_modules()):
@@ -73,7 +83,7 @@ class Composite(nn.Module):
                 setattr(self.text_model.get_submodule(parent), last, Wrapped(module, inside, feedforward, self.masks))
                 self.map[name] = {"adaptors": list(inside), "feedforward": feedforward}
         names = {"norm": nn.LayerNorm(DV), "in_proj": nn.Linear(DV, D, bias=False), "out_proj": nn.Linear(D, D, bias=False)}
-        self.connector = nn.ModuleDict({"image": nn.ModuleDict(names)})
+        self.connector: Any = nn.ModuleDict({"image": nn.ModuleDict(names)})
         self.connector["image"].bos_bias, self.connector["image"].eos_bias = nn.Parameter(torch.zeros(D)), nn.Parameter(torch.zeros(D))
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():

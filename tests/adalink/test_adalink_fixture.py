@@ -83,9 +83,10 @@ def test_embeddings_logits_loss_and_gradients_equal_the_reference(name: str, var
 @pytest.mark.parametrize(("name", "variant"), [(name, key.split(".")[0]) for name in NAMES for key in case(name).tensors if key.endswith(".lookup_table")])
 def test_the_lookup_table_equals_the_module(name: str, variant: str) -> None:
     c = case(name)
-    model = c.model()
+    model: Any = c.model()
     adapter = c.adapter(model, c.tasks()[0], variant, "all", ("text",))
-    close(adapter.get_submodule("adalink_text.text").lookup_table(model.get_input_embeddings().weight), c.tensors[f"{variant}.lookup_table"])
+    edit: Any = adapter.get_submodule("adalink_text.text")
+    close(edit.lookup_table(model.get_input_embeddings().weight), c.tensors[f"{variant}.lookup_table"])
 
 
 @pytest.mark.parametrize(("name", "variant"), [(name, key.split(".")[0]) for name in NAMES for key in case(name).tensors if key.endswith("mixed_tasks.logits")])

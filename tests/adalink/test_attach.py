@@ -26,7 +26,8 @@ def test_a_model_that_is_compiled_already_is_refused() -> None:
     whole, in_place, one_layer = (tiny("llama") for _ in range(3))
     in_place.compile(backend="eager")
     one_layer.model.layers[1].compile(backend="eager")
-    for model in (torch.compile(whole, backend="eager"), in_place, one_layer):
+    compiled: list[Any] = [torch.compile(whole, backend="eager"), in_place, one_layer]
+    for model in compiled:
         with pytest.raises(AttachError, match=message):
             attach(model, adapter_for(tiny("llama")), anatomy=Anatomy.read(tiny("llama")))
         assert not any(module._forward_pre_hooks for module in model.modules())
@@ -35,12 +36,13 @@ def test_a_model_that_is_compiled_already_is_refused() -> None:
 @pytest.mark.parametrize(("settings", "kind"), [({"use_reentrant": True}, "reentrant"), ({"use_reentrant": False}, "without the context_fn of an attachment")])
 def test_checkpointing_that_forgets_the_tokens_is_refused(settings: dict[str, Any], kind: str) -> None:
     message = rf"the model's gradient checkpointing is {kind}.*gradient_checkpointing_disable\(\) before attaching, and attachment.checkpoint_layers\(\) after"
-    model = tiny("llama")
+    model: Any = tiny("llama")
     model.gradient_checkpointing_enable(settings)
     with pytest.raises(AttachError, match=message):
         attach(model, adapter_for(model))
-    adapted = AdaptedModel(tiny("llama"))
-    adapted.base.gradient_checkpointing_enable(settings)
+    model.gradient_checkpointing_disable()
+    adapted = AdaptedModel(model)
+    model.gradient_checkpointing_enable(settings)
     with pytest.raises(AttachError, match=message):
         adapted.add_adapter("late", LORA)
     model.gradient_checkpointing_disable()

@@ -177,7 +177,7 @@ def test_adalink_edits_the_patches_before_class_token_and_positions(family: str)
 def test_prompts_go_along_with_the_tokens_and_nobody_outside_sees_them(family: str) -> None:
     model = made(family)
     adapter = adapter_for("prompt", model)
-    table = adapter.placements[0].edit.table
+    table: Any = adapter.placements[0].edit.table
     into, out = layers(model)
     h = torch.cat([into[0], table.expand(3, -1, -1)], 1)  # the definition: more tokens in every layer
     wanted = []

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import INPUTS, excite, tiny
 from torch import nn
 
-from adalink import AdaLink, Adapter, Anatomy, Bridge, Prompt
+from adalink import AdaLink, Adapter, Anatomy, Bridge, Method, Prompt
 from adalink.atomic import write_whole
 from adalink.checkpoint import (
     CONFIG_FILE,
@@ -34,7 +34,7 @@ from adalink.checkpoint import (
 )
 from adalink.errors import CheckpointError, ConfigError
 
-METHODS = {
+METHODS: dict[str, Method] = {
     "adalink": AdaLink(rank=4, modalities=("text", "image"), activation="gelu", bias=True, scope="prompt"),
     "bridge": Bridge(kind="mlp", hidden=8, init_scale=0.5),
     "soft": Prompt(length=2, init_std=0.1),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tiny import INPUTS, excite, positions, rows, run, tiny, token_map
 
-from adalink import AdaptedModel, Adapter, Anatomy, Bridge, LoRA, attach
+from adalink import AdaptedModel, Adapter, Anatomy, Bridge, LoRA, Method, attach
 
 
 def test_dropout_of_tokens_trains_in_one_compiled_graph() -> None:
@@ -27,7 +27,7 @@ def test_dropout_of_tokens_trains_in_one_compiled_graph() -> None:
 
 def test_two_loras_of_one_adapter_with_a_group_and_a_rank_each_come_back_from_disk(tmp_path: Path) -> None:
     ids, domain, mask = rows()
-    methods = {
+    methods: dict[str, Method] = {
         "bridge": Bridge(kind="linear"),
         "deep": LoRA(groups={"image": ("image",), "shared": ("image", "text")}, rank={"image": 3, "shared": 1}, alpha=4, exclude_layers=(0,)),
         "wide": LoRA(groups={"text": ("text",)}, rank=8, alpha={"text": 1}, targets=("query", "down")),

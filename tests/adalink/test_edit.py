@@ -10,11 +10,11 @@ import torch
 from tiny import FEATURE_WIDTH, INPUTS, N_PATCHES, WIDTH, tiny
 from torch import nn
 
-from adalink import IMAGE, PROMPT, TEXT, AdaLink, Adapter, Anatomy, Bridge, Placement, Port, Prompt, Slots, attach
+from adalink import IMAGE, PROMPT, TEXT, AdaLink, Adapter, Anatomy, Bridge, Method, Placement, Port, Prompt, Slots, attach
 from adalink.errors import AttachError, ConfigError
 
 ANATOMY = Anatomy.read(tiny("opt"), INPUTS)
-METHODS = {"adalink": AdaLink(rank=4, modalities=("text", "image")), "bridge": Bridge(kind="linear"), "soft": Prompt(length=2, init_std=0.1)}
+METHODS: dict[str, Method] = {"adalink": AdaLink(rank=4, modalities=("text", "image")), "bridge": Bridge(kind="linear"), "soft": Prompt(length=2, init_std=0.1)}
 
 
 @dataclass(frozen=True)

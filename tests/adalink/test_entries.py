@@ -26,7 +26,7 @@ def joined(parts: list[list[int]], split: int) -> tuple[TokenMap, list[tuple[int
     rows = [parts[:split], parts[split:]] if 0 < split < len(parts) else [parts]
     length = max(sum(map(len, row)) for row in rows)
     domain, entry = torch.full((len(rows), length), PAD), torch.zeros(len(rows), length, dtype=torch.int64)
-    places = []
+    places: list[tuple[int, int]] = []
     for b, row in enumerate(rows):
         start = 0
         for part in row:

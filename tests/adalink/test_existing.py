@@ -28,7 +28,7 @@ ON_EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 ON_DECODERS = pytest.mark.parametrize("family", DECODERS)
 EVERY = pytest.mark.parametrize("name", METHODS)
 NEVER = [2, 60, IMAGE_ID]  # no end, and no token that would want a picture
-SETTINGS = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": NEVER}
+SETTINGS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": NEVER}
 
 
 def adapted(family: str, name: str, seed: int = 1) -> AdaptedModel:

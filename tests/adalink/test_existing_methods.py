@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from existing_models import DECODERS, FAMILIES, IMAGE_ID, answers, batch, excite, existing
@@ -22,7 +24,7 @@ METHODS: dict[str, dict[str, Method]] = {
     },
 }
 NEVER = [2, 60, IMAGE_ID]
-SETTINGS = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": NEVER}
+SETTINGS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": NEVER}
 NO_PREFIX = {
     "gemma3": "this model normalises its keys after their linear, so a prefix written there would be changed: use Prompt",
     "paligemma2": "this model's attention sees [0-9]+ tokens back, and every token must read a prefix, which is at the start of the row: use Prompt",

@@ -46,7 +46,7 @@ def auto(family: str) -> Any:
     return model.double().eval()
 
 
-def inputs(labelled: bool = False) -> dict[str, Tensor]:
+def inputs(labelled: bool = False) -> dict[str, Any]:
     ids = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
     mask = (ids != 0).long()
     return {"input_ids": ids, "attention_mask": mask, **({"labels": ids.masked_fill(mask == 0, -100)} if labelled else {})}
@@ -79,11 +79,13 @@ def test_gemma_is_edited_after_its_embeddings_are_scaled() -> None:
     model = get_adalink_model(auto("gemma"), TEXT)
     excite(model.active_adapter().double())
     seen: list[Tensor] = []
-    model.attachment.stack.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    stack: Any = model.attachment.stack
+    stack.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     ids = inputs()["input_ids"][1:]
     model(ids)
-    scaled = model.base.get_input_embeddings()(ids)  # outside the stack's call nothing is edited
-    torch.testing.assert_close(scaled, model.base.get_input_embeddings().weight[ids] * 32**0.5, rtol=1e-6, atol=0)  # its factor is kept in float32
+    words: Any = stack.get_input_embeddings()
+    scaled = words(ids)  # outside the stack's call nothing is edited
+    torch.testing.assert_close(scaled, words.weight[ids] * 32**0.5, rtol=1e-6, atol=0)  # its factor is kept in float32
     torch.testing.assert_close(seen[0], model.active_adapter().placements[0].edit(scaled, None, scaled), rtol=0, atol=1e-12)
 
 
@@ -133,7 +135,8 @@ def test_image_weights_that_nothing_would_train_are_refused() -> None:
 def test_a_model_with_pictures_needs_the_ids_that_say_where_they_are() -> None:
     model = get_adalink_model(existing("llava"), AdaLink(rank=4, modalities=("image",)))
     given = batch("llava")
-    embeds = model.base.get_input_embeddings()(given["input_ids"])
+    base: Any = model.base
+    embeds = base.get_input_embeddings()(given["input_ids"])
     with pytest.raises(ConfigError, match=r"cannot be told apart without input_ids \(embeddings do not say which of them are a picture's\): pass input_ids"):
         model(inputs_embeds=embeds, attention_mask=given["attention_mask"])
     with pytest.raises(ConfigError, match="cannot be told apart without input_ids"):

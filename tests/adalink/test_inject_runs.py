@@ -8,10 +8,25 @@ import pytest
 import torch
 from inject_models import LAYERS, attached, method
 from tiny import DECODERS, EXACT, INPUTS, excite, positions, rows, run, taps, tiny, token_map
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from adalink import BASE_ROW, PAD, PERCEPT, TEXT, AdaLink, AdaptedModel, Adapter, Anatomy, AttachError, Attachment, Prompt, TokenMap, attach
+from adalink import (
+    BASE_ROW,
+    PAD,
+    PERCEPT,
+    TEXT,
+    AdaLink,
+    AdaptedModel,
+    Adapter,
+    Anatomy,
+    AttachError,
+    Attachment,
+    Method,
+    Prompt,
+    TokenMap,
+    attach,
+)
 from adalink.recompute import needs_whole_sequence, reads_later_tokens
 
 ON_DECODERS = pytest.mark.parametrize("family", DECODERS)
@@ -55,7 +70,7 @@ def test_padding_on_the_right_is_read_as_published_and_padding_on_the_left_never
     assert ((right - alone).abs().max() > 1e-6) == sees
 
 
-def stepwise(model: nn.Module, attachment: Attachment, lengths: list[int], attention: str, row: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+def stepwise(model: Any, attachment: Attachment, lengths: list[int], attention: str, row: list[int]) -> tuple[list[Tensor], list[Tensor]]:
     """Logits of the last token after each chunk: with a cache, and of the whole sequence so far without one."""
     model.set_attn_implementation(attention)
     ids, domain, mask = rows()
@@ -79,7 +94,7 @@ def stepwise(model: nn.Module, attachment: Attachment, lengths: list[int], atten
 def test_every_step_with_a_cache_equals_the_whole_sequence(family: str, lengths: list[int], attention: str) -> None:
     """Two adapters and a row without one; chunks that begin inside the prompt, and of several tokens."""
     model = tiny(family, n_layers=LAYERS)
-    other = {"epalm": method((2, 3)), "adalink": AdaLink(rank=2, modalities=("text",)), "prompt": Prompt(length=2, init_std=0.5)}
+    other: dict[str, Method] = {"epalm": method((2, 3)), "adalink": AdaLink(rank=2, modalities=("text",)), "prompt": Prompt(length=2, init_std=0.5)}
     if attention == "eager":  # it computes its softmax in float32, where the least float64 of its mask is minus infinity, and padding NaN
         model = model.float()
     attachment = attached(model, {"epalm": method()}, other)

@@ -69,7 +69,7 @@ def test_a_pooled_slot_holds_the_projected_mean_of_its_region() -> None:
     anatomy = dataclasses.replace(ANATOMY, inputs={"image": InputSpec(16, FEATURE_WIDTH)})
     bridge = Bridge(kind="linear", norm="none", pool=2)
     assert bridge.slots(anatomy) == (Slots(IMAGE, 4),)
-    edit = bridge.place(anatomy)[0].edit.double()
+    edit: Any = bridge.place(anatomy)[0].edit.double()
     patches = torch.randn(2, 16, FEATURE_WIDTH, dtype=torch.float64)
     tokens = TokenMap(torch.full((2, 4), IMAGE), torch.zeros(2, dtype=torch.int64), {"image": patches}).window(2, 0, 4, 4)
     upper_right = edit.layers[-1](patches[:, [2, 3, 6, 7]].mean(1))  # rows of four patches

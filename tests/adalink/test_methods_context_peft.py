@@ -71,7 +71,8 @@ def test_where_each_goes_and_for_which_tokens() -> None:
 
 def test_ranks_and_scales_differ_by_group_where_that_is_asked() -> None:
     placed = lora(rank={"image": 1, "text": 8}, alpha={"image": 2, "text": 4}, multiplier={"image": 1, "text": 3}).place(LLAMA)
-    found = {p.role.split(".")[0]: (p.edit.down.out_features, p.edit.scale) for p in placed}  # type: ignore[union-attr]
+    edits: dict[str, Any] = {p.role.split(".")[0]: p.edit for p in placed}
+    found = {group: (edit.down.out_features, edit.scale) for group, edit in edits.items()}
     assert found == {"image": (1, 2.0), "text": (8, 1.5)}
 
 

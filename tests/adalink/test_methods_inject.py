@@ -9,7 +9,22 @@ import torch
 from tiny import FEATURE_WIDTH, INPUTS, N_TAPS, WIDTH, rows, run, taps, tiny, token_map
 from transformers import OPTConfig, OPTForCausalLM
 
-from adalink import EPALM, PERCEPT, PROMPT, Adapter, Anatomy, AttachError, ConfigError, InputSpec, Port, Prompt, Slots, TokenMap, attach
+from adalink import (
+    EPALM,
+    PERCEPT,
+    PROMPT,
+    Adapter,
+    Anatomy,
+    AttachError,
+    ConfigError,
+    InputSpec,
+    Method,
+    Port,
+    Prompt,
+    Slots,
+    TokenMap,
+    attach,
+)
 from adalink.methods.inject import Tap
 
 WIDTH_INSIDE = 48  # tiny OPT's layers are wider than its embedding
@@ -79,7 +94,7 @@ def test_trained_parameters_are_the_published_ones(
     with torch.device("meta"):
         config = OPTConfig(hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width, num_hidden_layers=32, num_attention_heads=32)
         read = Anatomy.read(OPTForCausalLM(config), {"image_taps": InputSpec(12, vision)})
-        methods = {
+        methods: dict[str, Method] = {
             "epalm": EPALM(layers=(19, 31), n_taps=6, connector=connector, mask="published"),
             "prompt": Prompt(length=10, init_std=1.0, form=form, positions="none"),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ ENCODERS = {
     "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**SIZES, attn_implementation="eager"), add_pooling_layer=False),
     "t5": lambda: tiny("t5"),
 }
-MODELS = {**ENCODERS, **{family: partial(tiny, family) for family in ("llama", "opt", "gpt2")}}
+MODELS: dict[str, Callable[[], Any]] = {**ENCODERS, **{family: partial(tiny, family) for family in ("llama", "opt", "gpt2")}}
 
 
 def prefixed(model: Any, form: Any = "mlp", exclude: tuple[int, ...] = ()) -> Adapter:

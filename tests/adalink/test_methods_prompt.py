@@ -16,18 +16,20 @@ def test_slots_get_their_vectors_in_order_and_other_tokens_stay_finite() -> None
     (placement,) = Prompt(length=3, init_std=1.0).place(ANATOMY)
     assert (placement.port, placement.domains) == (EMBEDDING, (PROMPT,))
     tokens = TokenMap(torch.tensor([[PROMPT, PROMPT, PROMPT, *[TEXT] * 5]]), torch.tensor([0])).window(1, 0, 8, 8)
-    written = placement.edit(torch.full((1, 8, WIDTH), float("nan")), tokens, None)
-    assert torch.equal(written[0, :3], placement.edit.table)
+    edit: Any = placement.edit
+    written = edit(torch.full((1, 8, WIDTH), float("nan")), tokens, None)
+    assert torch.equal(written[0, :3], edit.table)
     assert written.isfinite().all()
 
 
 def test_the_mlp_is_two_linears_around_a_tanh_as_wide_as_the_word_embedding() -> None:
     (placement,) = Prompt(length=3, init_std=1.0, form="mlp").place(ANATOMY)
     tokens = TokenMap(torch.tensor([[PROMPT, PROMPT, PROMPT]]), torch.tensor([0])).window(1, 0, 3, 3)
-    table, (first, _, second) = placement.edit.table, placement.edit.layers
+    edit: Any = placement.edit
+    table, (first, _, second) = edit.table, edit.layers
     assert first.weight.shape == second.weight.shape == (WIDTH, WIDTH)
     expected = torch.tanh(table @ first.weight.T + first.bias) @ second.weight.T + second.bias
-    torch.testing.assert_close(placement.edit(torch.zeros(1, 3, WIDTH), tokens, None)[0], expected)
+    torch.testing.assert_close(edit(torch.zeros(1, 3, WIDTH), tokens, None)[0], expected)
 
 
 def test_without_positions_it_is_placed_where_they_are_made_too() -> None:
@@ -39,8 +41,9 @@ def test_without_positions_it_is_placed_where_they_are_made_too() -> None:
 def test_the_start_has_the_spread_that_was_asked_for() -> None:
     torch.manual_seed(0)
     (placement,) = Prompt(length=200, init_std=0.02).place(ANATOMY)
-    assert placement.edit.table.shape == (200, WIDTH)
-    assert 0.019 < placement.edit.table.std().item() < 0.021
+    table: Any = placement.edit.table
+    assert table.shape == (200, WIDTH)
+    assert 0.019 < table.std().item() < 0.021
 
 
 def test_it_reserves_its_slots() -> None:

@@ -22,6 +22,7 @@ from adalink import (
     ConfigError,
     Gated,
     LoRA,
+    Method,
     Port,
     Prefix,
     Prompt,
@@ -40,7 +41,7 @@ HOSTS = {
     "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**SIZES)),
     "bert_words": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),
 }
-ON_ENCODERS = {
+ON_ENCODERS: dict[str, Method] = {
     "adalink": AdaLink(rank=4, modalities=("text",)),
     "lora": LoRA(groups={"text": ("text",)}, rank=2, alpha=2, targets=("query", "value")),
     "prompt": Prompt(length=2, init_std=0.5),
@@ -193,10 +194,10 @@ def test_what_a_model_pools_from_its_first_token_is_never_a_slots() -> None:
     [
         (lambda: Bottleneck(width=0), "the bottleneck's width is 0: give 1 or more"),
         (lambda: Bottleneck(width=1, domains=(99,)), r"the bottleneck's domains are \[99\]: give one or more of 0 to 15"),
-        (lambda: Gated(inner="lora"), "Gated wraps a method, got 'lora'"),
+        (lambda: Gated(inner="lora"), "Gated wraps a method, got 'lora'"),  # type: ignore[arg-type]
         (lambda: Gated(inner=Gated(inner=Bottleneck(width=1))), "already gated: gate it once"),
-        (lambda: Gated(inner=Bottleneck(width=1), mean="median"), "the gate's mean is over 'median': give prompt or sequence"),
-        (lambda: UniPELT(variant="P"), "UniPELT's variant is 'P': give AP"),
+        (lambda: Gated(inner=Bottleneck(width=1), mean="median"), "the gate's mean is over 'median': give prompt or sequence"),  # type: ignore[arg-type]
+        (lambda: UniPELT(variant="P"), "UniPELT's variant is 'P': give AP"),  # type: ignore[arg-type]
         (lambda: UniPELT(variant="AP", bottleneck=0), "the bottleneck's width is 0"),
     ],
 )

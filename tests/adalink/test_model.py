@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,9 +90,10 @@ def test_without_an_active_adapter_there_is_nothing_to_save(tmp_path: Path) -> N
 def test_padding_is_nobodys(model: AdaptedModel) -> None:
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     seen: list[Tensor] = []
-    model.attachment.stack.embed_tokens.register_forward_hook(lambda module, args, output: seen.append(output))
+    embedding: Any = model.attachment.stack.embed_tokens
+    embedding.register_forward_hook(lambda module, args, output: seen.append(output))
     model(IDS, attention_mask=mask)
-    words = model.base.get_input_embeddings().weight[IDS]
+    words = embedding.weight[IDS]
     assert torch.equal(seen[0][0, 0], words[0, 0])
     assert not torch.equal(seen[0][0, 1], words[0, 1])
 

@@ -90,7 +90,7 @@ def check(case: Case) -> None:
 
 def check_gates(case: Case, seen: dict[str, list[Tensor]]) -> None:
     """Authors: gate.layer0.lora_query; AdapterHub: the module's path. Both [B, gates of the module]."""
-    found = {"adapter": defaultdict(list), "prefix": defaultdict(list), "lora": defaultdict(list)}
+    found: dict[str, dict[int, list[tuple[str, Tensor]]]] = {"adapter": defaultdict(list), "prefix": defaultdict(list), "lora": defaultdict(list)}
     for name, values in seen.items():
         part, kind, *rest = name.split(".")
         if kind == "gates":

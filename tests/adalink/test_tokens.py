@@ -123,7 +123,7 @@ def test_the_first_token_of_a_domain_alone_is_what_it_was_in_its_row(token_map: 
     one = token_map.first_of(domain, n * beams, end, end + empty)
     whole = token_map.window(n * beams, 0, end, end + empty)
     assert torch.equal(one.keys, whole.keys)
-    assert (one.n_before, one.end, one.present) == (0, end, {domain})
+    assert (one.n_before, one.end, one.present) == (0, end, frozenset({domain}))
     for b, line in enumerate(whole.domain.tolist()):
         assert one.domain[b].item() == (domain if domain in line else PAD)
         if domain in line:
