@@ -15,6 +15,7 @@ from adalink.errors import ConfigError
 from adalink.lowest import lowest_edit
 from adalink.masks import ReadAll
 from multimodal.batch import Batch, collate
+from multimodal.classify import AnswerHead
 from multimodal.encode import Row
 from multimodal.fork import calls_of
 from multimodal.layers_below import LayersBelow
@@ -37,11 +38,9 @@ def kept_states(model: VisionLanguageModel, gib: float, n_pictures: int) -> Iter
         yield
         return
     adapted, loss = model.adapted, model.language_loss
-    if model.head is not None:
-        raise ConfigError(f"train.states_gib acts on models that write, and this one chooses among answers: {ADVICE}")
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ConfigError(f"train.states_gib runs texts in each process apart, and FSDP2 splits the model over them: train with DDP, or {ADVICE}")
-    first = first_layer(adapted.anatomy, adapted.active_adapter())
+    first = first_layer(adapted.anatomy, adapted.active_adapter(), model.head)
     if trained := next((name for name, parameter in adapted.base.named_parameters() if parameter.requires_grad), None):
         raise ConfigError(f"train.states_gib keeps what a frozen language model makes of its texts, and {trained} is trained: {ADVICE}")
     if not starts_exactly(adapted, first):
@@ -55,8 +54,10 @@ def kept_states(model: VisionLanguageModel, gib: float, n_pictures: int) -> Iter
         loss.lower = None
 
 
-def first_layer(anatomy: Anatomy, adapter: Adapter) -> int:
+def first_layer(anatomy: Anatomy, adapter: Adapter, head: AnswerHead | None) -> int:
     """The layer below which everything can be kept. Raises ConfigError where there is none."""
+    if head is not None:
+        raise ConfigError(f"train.states_gib acts on models that write, and this one chooses among answers: {ADVICE}")
     lowest, placement = lowest_edit(anatomy, adapter)
     if lowest < 1:
         where = "the first layer" if lowest == 0 else "what enters the layers"

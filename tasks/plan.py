@@ -13,6 +13,7 @@ from multimodal.blueprint import DrawnLanguage, DrawnTower, draw_language, draw_
 from multimodal.encode import RowEncoder
 from multimodal.footprint import cache_bytes, parameter_bytes, saved_bytes, seen_bytes
 from multimodal.generate import GenerationSettings, check_room
+from multimodal.kept_states import first_layer
 from multimodal.parameter_groups import parameter_groups
 from multimodal.stored import language_fingerprint, tower_fingerprint
 from multimodal.template import Template
@@ -120,6 +121,8 @@ def make_plan(
     trained = draw_trained(tower, language, methods, encoder_methods, n_answers)
     adapter = trained.edits
     parameter_groups(trained.parameters(), train)  # refuses a rate for a method that is not there
+    if train.states_gib:
+        first_layer(Anatomy.read(language.model), adapter, trained.head)  # refuses edits that are too low
     assumed = Assumed(
         rows=train.batch_size,
         text=text_tokens,
@@ -169,6 +172,7 @@ def _to_train(
         "activations, estimated": activations,
         **({} if vision is None else {"activations of the encoder, estimated": seen_bytes(tower, vision, pictures=assumed.rows)}),
         "logits held at once, estimated": logits,
+        **({"states kept of texts, at most": int(train.states_gib * 2**30)} if train.states_gib else {}),
     }
 
 
