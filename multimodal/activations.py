@@ -31,7 +31,7 @@ class Activations:
     def __init__(self, adapted: AdaptedModel) -> None:
         self.layers = [adapted.attachment.stack.get_submodule(name) for name in adapted.anatomy.layers]
         self.forwards = self._found()
-        if not self._is_exact(adapted):
+        if self.forwards and not self._is_exact(adapted):
             self.forwards = {}
 
     @contextlib.contextmanager
