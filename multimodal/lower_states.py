@@ -6,6 +6,7 @@ before or after a resume. Texts of a packed row are kept apart, so that they may
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ class LowerStates:
         if key in self._kept:
             return
         if self.n_bytes + state.nbytes > self.most:
+            if self.most and not self.is_full:
+                print(f"train.states_gib is full with the states of {len(self):,} texts: others are run at each reading", file=sys.stderr)
             self.is_full = True
             return
         self._kept[key] = state

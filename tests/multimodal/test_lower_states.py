@@ -117,7 +117,7 @@ def test_groups_of_texts_give_what_each_gives_alone(monkeypatch: pytest.MonkeyPa
     check_equal(learnt(model, batch, keeping(model)), alone)
 
 
-def test_what_does_not_fit_is_run_again_with_the_same_bits() -> None:
+def test_what_does_not_fit_is_run_again_with_the_same_bits(capsys: pytest.CaptureFixture[str]) -> None:
     model = deep()
     batch = batch_of(pack_rows, slots_of(model))
     all_kept, some = keeping(model), keeping(model, most=8_000)
@@ -130,6 +130,7 @@ def test_what_does_not_fit_is_run_again_with_the_same_bits() -> None:
     assert some.lower.n_bytes <= 8_000
     assert some.lower.is_full
     assert not all_kept.lower.is_full
+    assert capsys.readouterr().err == f"train.states_gib is full with the states of {len(some.lower)} texts: others are run at each reading\n"
 
 
 def test_checkpointed_layers_learn_the_same_and_are_left_as_they_were() -> None:
