@@ -25,7 +25,7 @@ OPTIONS = (
     "--train.batch_size", "4", "--train.checkpoint_every", "3", "--train.keep", "2", "--train.log_every", "1", "--train.features", "encode",
     "--train.measure_every", "6",
 )  # fmt: skip
-ACCUMULATED = ("--train.batch_size", "2", "--train.accumulation", "2")
+ACCUMULATED = ("--train.batch_size", "2", "--train.accumulation", "2", "--train.bucket_pool", "4")
 
 
 def _command(arguments: list[str], errors: str, last: float) -> None:
