@@ -133,3 +133,17 @@ def test_the_first_token_of_a_domain_alone_is_what_it_was_in_its_row(token_map: 
 def test_a_call_knows_how_much_came_before() -> None:
     tokens = TokenMap(torch.tensor([[TEXT, TEXT]]), torch.tensor([0])).window(1, 1, 3, 9)
     assert (tokens.n_before, tokens.end) == (1, 4)
+
+
+def test_tokens_at_some_places_are_those_tokens() -> None:
+    token_map = TokenMap(torch.tensor([[IMAGE, IMAGE, TEXT, TEXT], [TEXT, PAD, IMAGE, IMAGE]]), torch.tensor([0, 1]), serving=frozenset({0, 1}))
+    tokens = token_map.window(2, 0, 4, 4)
+    picked = tokens.at(torch.tensor([[3, 1, 1], [0, 3, 1]]))
+    assert picked.domain.tolist() == [[TEXT, IMAGE, IMAGE], [TEXT, IMAGE, PAD]]
+    assert picked.ordinal.tolist() == [[1, 1, 1], [0, 1, 0]]
+    assert picked.position.tolist() == [[3, 1, 1], [0, 3, 1]]
+    assert torch.equal(picked.keys, tokens.keys)
+    assert picked.select((IMAGE,), 0)[..., 0].tolist() == [[False, True, True], [False] * 3]
+    assert picked.of(1).position.tolist() == [[0, 3, 1]]
+    assert picked.of(1).origin is not None
+    assert picked.of(1).origin[0] is tokens.of(1)  # type: ignore[index]
