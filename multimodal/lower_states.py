@@ -82,7 +82,8 @@ class LowerStates:
         found = torch.cat([states[text.key][text.n_written :] for text in texts])
         whole = found.new_zeros(n_rows * length, found.shape[1])
         whole[torch.from_numpy(np.concatenate([text.places[text.n_written :] for text in texts]))] = found
-        self._check_room(sum(states[key].nbytes for key in states), int(batch.image.max()) + 1 if batch.picture is None else int(batch.picture.max()) + 1)
+        if self.n_pictures:
+            self._check_room(sum(state.nbytes for state in states.values()), int((batch.image if batch.picture is None else batch.picture).max()) + 1)
         return whole.view(n_rows, length, -1).to(batch.ids.device, non_blocking=True)
 
     def _states(self, keys: dict[bytes, None], device: torch.device) -> dict[bytes, Tensor]:
