@@ -51,7 +51,7 @@ def variants(adalink: AdaLink) -> dict[str, tuple[dict[str, Method], float]]:
         "LoRA-8 agnostic": (lora(8, AGNOSTIC), 3e-3),
         "LoRA-8 per domain": (lora(8, SPECIFIC), 3e-3),
         "bottleneck 16": ({"bottleneck": Bottleneck(width=16)}, 3e-3),
-        "UniPELT APL": ({"unipelt": UniPELT(variant="APL", bottleneck=16, prefix_hidden=64)}, 3e-3),
+        "UniPELT APL": ({"unipelt": UniPELT(variant="APL", bottleneck=16, prefix_hidden=64)}, 1e-2),
     }
 
 
