@@ -1,7 +1,7 @@
 """Activation functions whose results are made again in the backward pass, from inputs that are kept anyway.
 
 The feed-forward network of a Llama keeps its gate, its activated gate and what is gated; GPT-2's keeps four tensors of its activation function.
-They are the largest that a frozen layer keeps, and cost next to nothing to make: 22 of 121 MiB, for no time that could be measured
+They are the largest that a frozen layer keeps, and cost next to nothing to make: 22 of 121 MiB for at most 1 % of a step
 (tests/benchmarks/RESULTS.md). The same operations are run again, so gradients are the same bit for bit.
 """
 
