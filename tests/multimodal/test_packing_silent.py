@@ -68,9 +68,8 @@ def test_a_window_is_one_of_positions_and_not_of_columns(name: str, monkeypatch:
     assert error(model) < 1e-10
     right = packed_mask.additive
 
-    def in_columns(segment: Tensor, is_padding: Tensor, dtype: torch.dtype, *, position: Tensor, window: int | None, start: int) -> Tensor:
-        columns = torch.arange(segment.shape[1]).expand_as(segment)
-        return right(segment, is_padding, dtype, position=columns, window=window, start=start)
+    def in_columns(segment: Tensor, *args: Any, position: Tensor, **kwargs: Any) -> Tensor:
+        return right(segment, *args, position=torch.arange(segment.shape[1]).expand_as(segment), **kwargs)
 
     monkeypatch.setattr(packed_mask, "additive", in_columns)
     assert error(model) > WRONG
