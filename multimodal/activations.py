@@ -1,8 +1,9 @@
-"""Activation functions whose results are made again in the backward pass, from inputs that are kept anyway.
+"""Activation functions that keep less for the backward pass: results are made again from inputs that are kept anyway, or are not needed.
 
 The feed-forward network of a Llama keeps its gate, its activated gate and what is gated; GPT-2's keeps four tensors of its activation function.
 They are the largest that a frozen layer keeps, and cost next to nothing to make: 22 of 121 MiB for at most 1 % of a step
-(tests/benchmarks/RESULTS.md). The same operations are run again, so gradients are the same bit for bit.
+(tests/benchmarks/RESULTS.md). The same operations are run again, so gradients are the same bit for bit. OPT's ReLU keeps its result, of
+which its gradient reads where it is positive: one byte of each four tells that.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Activations:
                 found[module] = partial(_gated, module)
             elif type(module) is NewGELUActivation:
                 found[module] = partial(_again, module.forward)
+            elif type(module) is nn.ReLU:
+                found[module] = _Positive.apply
         return found
 
     @torch.no_grad()
@@ -72,6 +75,22 @@ class Activations:
         finally:
             for module in self.forwards:
                 del module.forward
+
+
+class _Positive(torch.autograd.Function):
+    """A ReLU that keeps where its input is positive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Any shape; NaN stays NaN, as in torch's."""
+        ctx.save_for_backward(~(x <= 0))
+        return torch.relu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """As torch's: the gradient where the result was not 0."""
+        (is_kept,) = ctx.saved_tensors
+        return torch.where(is_kept, grad, 0.0)
 
 
 def _gated(module: Any, x: Tensor) -> Tensor:
