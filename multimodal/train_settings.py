@@ -63,8 +63,8 @@ class TrainSettings:
             raise ConfigError(f"train.warmup is {self.warmup} and train.final_rate {self.final_rate}: both are shares between 0 and 1")
         if self.compile != "no" and self.checkpointing:
             raise ConfigError(f"train.compile is {self.compile} and train.checkpointing true: a checkpointed layer is no part of one graph, so choose one")
-        if self.states_gib == math.inf:
-            raise ConfigError("train.states_gib is inf: give a number of GiB, such as half of the memory that is free")
+        if self.states_gib * 2**30 == math.inf:  # in bytes
+            raise ConfigError(f"train.states_gib is {self.states_gib}: give a number of GiB, such as half of the memory that is free")
         if self.compile != "no" and self.states_gib:
             raise ConfigError(f"train.compile is {self.compile} and train.states_gib {self.states_gib}: one graph holds every layer, so choose one")
         if not all(0 <= beta < 1 for beta in self.betas):
