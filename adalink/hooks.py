@@ -130,7 +130,13 @@ def _position_hook(attachment: Attachment, port: Port, module: nn.Module, args: 
     """Edit the position ids [1 or B, T] on their way into the module that turns them into vectors, or rotations."""
     tokens = attachment._tokens_at(port)
     by_name = kwargs.get("position_ids")
-    place = None if by_name is not None else max(i for i, value in enumerate(args) if isinstance(value, Tensor) and not value.is_floating_point())
+    places = [i for i, value in enumerate(args) if isinstance(value, Tensor) and not value.is_floating_point()]
+    if by_name is None and not places:
+        raise AttachError(
+            f"{port.module} was given no position ids and counts tokens itself, expected ids that slots can be left out of: choose methods whose slots "
+            "are counted (a prompt with positions='counted'), or a model like OPT, GPT-2, Llama or Qwen2"
+        )
+    place = None if by_name is not None else places[-1]
     position = by_name if place is None else args[place]
     for index, placement in attachment.at[port]:
         if tokens.serving is None or index in tokens.serving:

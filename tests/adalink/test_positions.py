@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import tiny
 from torch import nn
 
-from adalink import ANSWER, BASE_ROW, PAD, PERCEPT, PROMPT, TEXT, Adapter, Anatomy, AttachError, Prompt, TokenMap
+from adalink import ANSWER, BASE_ROW, PAD, PERCEPT, PROMPT, TEXT, AdaptedModel, Adapter, Anatomy, AttachError, Prompt, TokenMap
 from adalink.anatomy import Positions
 from adalink.positions import Uncounted, ZeroVector, without_positions
 
@@ -56,6 +57,19 @@ def test_a_model_that_counts_elsewhere_is_refused(model: Any) -> None:
     with pytest.raises(AttachError, match="this model takes position ids, and neither a table nor a rotary module for them was found beside its layers"):
         Adapter({"prompt": Prompt(length=2, init_std=0.1, positions="none")}, anatomy)
     Adapter({"prompt": Prompt(length=2, init_std=0.1)}, anatomy)  # the control
+
+
+@pytest.mark.parametrize("positions", ["none", "counted"])
+def test_a_model_that_counts_by_the_shape_of_its_input_is_refused_when_it_runs(positions: Any) -> None:
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}
+    model = AdaptedModel(hf.BartForConditionalGeneration(hf.BartConfig(vocab_size=64, d_model=32, **sizes)))
+    model.add_adapter("a", {"prompt": Prompt(length=2, init_std=0.1, positions=positions)})
+    domain = torch.tensor([[PROMPT, PROMPT, TEXT, TEXT]])
+    token_map = TokenMap(domain, torch.zeros(1, dtype=torch.int64))
+    ids = torch.tensor([[0, 0, 5, 6]])
+    refused = pytest.raises(AttachError, match=r"embed_positions was given no position ids and counts tokens itself, expected ids that slots can be left out of")
+    with refused if positions == "none" else contextlib.nullcontext():  # the control: slots that are counted
+        model(ids, token_map=token_map, decoder_input_ids=ids)
 
 
 def test_ids_do_not_count_slots_of_served_rows() -> None:
