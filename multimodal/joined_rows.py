@@ -5,13 +5,17 @@ Each token knows its picture: a text reads what its own picture's texts share, a
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 from multimodal.encode import Row
 from multimodal.packing import Arrange, pack_rows
 
 __all__ = ["joined_rows", "row_limit"]
+
+TRIED = 4  # numbers of bins that fit, the smallest first: more bins hardly ever leave less padding
 
 
 def row_limit(arrange: Arrange, told: str, row_tokens: int, positions: int | None) -> tuple[int, str]:
@@ -46,20 +50,20 @@ def _bins(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """The rows of each bin, none of more than `limit` tokens, with as little padding as was found, and then as few bins."""
     least = -(-sum(lengths) // limit)
     # Twice as many are always enough: a row that does not fit into the emptiest bin would need all of them to be more than half full.
-    found = [_spread(lengths, n) for n in range(least, min(2 * least, len(lengths)) + 1)]
-    fitting = [(max(tokens), bins) for tokens, bins in found if max(tokens) <= limit]
+    found = (_spread(lengths, n) for n in range(least, min(2 * least, len(lengths)) + 1))
+    fitting = islice(((longest, bins) for longest, bins in found if longest <= limit), TRIED)
     return min(fitting, key=lambda one: (one[0] * len(one[1]), len(one[1])))[1]
 
 
-def _spread(lengths: Sequence[int], n: int) -> tuple[list[int], list[list[int]]]:
-    """The tokens and the rows of each of n bins: the longest row first, each into the emptiest bin."""
-    tokens = [0] * n
+def _spread(lengths: Sequence[int], n: int) -> tuple[int, list[list[int]]]:
+    """The tokens of the fullest and the rows of each of n bins: the longest row first, each into the emptiest bin."""
+    heap = [(0, number) for number in range(n)]
     bins: list[list[int]] = [[] for _ in range(n)]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        emptiest = min(range(n), key=tokens.__getitem__)
-        tokens[emptiest] += lengths[i]
-        bins[emptiest].append(i)
-    return tokens, bins
+        tokens, number = heap[0]
+        heapq.heapreplace(heap, (tokens + lengths[i], number))
+        bins[number].append(i)
+    return max(heap)[0], bins
 
 
 def _joined(parts: Sequence[tuple[int, Row]]) -> Row:
