@@ -44,15 +44,9 @@ def made_in_order(make: Callable[[Task], Made], tasks: Iterable[Task], *, worker
         worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # its seeds reach nobody; without one, the program's own random numbers would move
     )
-    with _started(loader) as given:
-        while True:
-            with dead_workers_told():
-                try:
-                    item = next(given)
-                except StopIteration:
-                    return
-                things = receiver.open(item) if isinstance(item, Parcel) else item
-            for made in things:
+    with dead_workers_told(), _started(loader) as given:
+        for item in given:
+            for made in receiver.open(item) if isinstance(item, Parcel) else item:
                 if isinstance(made, ExceptionWrapper):
                     made.reraise()
                 yield made
@@ -115,20 +109,27 @@ def _started(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
 def dead_workers_told() -> Iterator[None]:
     """Raises DataError where a worker process dies inside the block.
 
-    torch notices it in the middle of anything, as a RuntimeError of its own; or, where the worker died with tensors on their way, as the
-    end of the connection that was to bring them.
+    torch tells it in the middle of anything, of what is done about an error too, as a RuntimeError of its own; or, where the worker died with
+    tensors on their way, the connection that was to bring them ends.
     """
     try:
-        yield
-    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-        ours = str(error).startswith("DataLoader worker")
-        if not ours and (isinstance(error, RuntimeError) or not _between_processes(error)):
+        try:
+            yield
+        except (EOFError, ConnectionError, FileNotFoundError) as error:
+            if not _between_processes(error):
+                raise
+            raise _ended("with its samples on their way") from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
             raise
-        said = str(error).splitlines()[0].rstrip(". ") if ours else "with its samples on their way"
-        raise DataError(
-            f"a worker process that reads samples ended before its work ({said}): most often the memory "
-            "is too small; give fewer train.workers or a smaller train.batch_size, and go on with --resume"
-        ) from error
+        raise _ended(str(error).splitlines()[0].rstrip(". ")) from error
+
+
+def _ended(said: str) -> DataError:
+    return DataError(
+        f"a worker process that reads samples ended before its work ({said}): most often the memory "
+        "is too small; give fewer train.workers or a smaller train.batch_size, and go on with --resume"
+    )
 
 
 def _between_processes(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from multimodal.pixels import read_pixels
 from multimodal.sample import SampleSource
 from multimodal.shards import DamagedSample
 from multimodal.vision import VisionTower
-from multimodal.workers import made_in_order
+from multimodal.workers import dead_workers_told, made_in_order
 
 __all__ = ["GROUP", "encoded_groups"]
 
@@ -29,10 +29,11 @@ Encoded = tuple[list[int], Features | None, dict[int, BadSample]]
 def encoded_groups(tower: VisionTower, source: SampleSource, groups: Sequence[int], *, workers: int) -> Iterator[Encoded]:
     """The features of the pictures of each group, on the device of the encoder. Raises ConfigError where the encoder is adapted."""
     of_groups = (range(GROUP * group, min(GROUP * (group + 1), len(source))) for group in groups)
-    for items in made_in_order(partial(_read, source, tower.preprocess), of_groups, workers=workers):
-        good = {index: item for index, item in items if isinstance(item, Tensor)}
-        bad = {index: item for index, item in items if isinstance(item, BadSample)}
-        yield list(good), tower.encode(torch.stack(list(good.values()))) if good else None, bad
+    with dead_workers_told():  # while a group is encoded too
+        for items in made_in_order(partial(_read, source, tower.preprocess), of_groups, workers=workers):
+            good = {index: item for index, item in items if isinstance(item, Tensor)}
+            bad = {index: item for index, item in items if isinstance(item, BadSample)}
+            yield list(good), tower.encode(torch.stack(list(good.values()))) if good else None, bad
 
 
 def _read(source: SampleSource, preprocess: Any, indices: range) -> list[tuple[int, Tensor | BadSample]]:

@@ -19,6 +19,7 @@ from shared import PATIENCE
 from torch import Tensor
 
 from adalink.errors import DataError
+from multimodal import workers
 from multimodal.workers import dead_workers_told, made_in_order
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,6 +149,15 @@ def test_a_worker_that_dies_with_tensors_on_their_way_is_told() -> None:
     process.join()
     with pytest.raises(DataError, match=r"ended before its work \(with its samples on their way\).*go on with --resume"), dead_workers_told():
         queue.get()
+
+
+def test_a_death_that_torch_tells_while_another_sign_of_it_is_looked_at_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(error: BaseException) -> bool:  # by torch's handler of the signal, which comes when it comes
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(workers, "_between_processes", interrupted)
+    with pytest.raises(DataError, match=r"ended before its work \(DataLoader worker \(pid 7\)"), dead_workers_told():
+        raise ConnectionResetError("of a connection")
 
 
 def test_what_is_no_death_of_a_worker_is_not_told_as_one() -> None:
