@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, TokenMap
+from adalink import ANSWER, TEXT, AdaptedModel
 from multimodal.batch import Batch, collate
 from multimodal.encode import Row
 from multimodal.fork import calls_of
+from multimodal.trial_call import REFUSALS, unadapted
 
 __all__ = ["forks_exactly"]
 
@@ -23,7 +24,7 @@ def forks_exactly(adapted: AdaptedModel) -> bool:
     is_text = whole.attention_mask[:, SHARED:] == 1
     try:
         apart, after = (_scores(adapted, batch)[:, -is_text.shape[1] :][is_text].float() for batch in (whole, forked))
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):  # a cache of another kind
+    except REFUSALS:  # a cache of another kind
         return False
     return bool((after - apart).norm() <= NEAR * apart.norm())
 
@@ -36,8 +37,7 @@ def _batch(beginning: int) -> Batch:
 
 def _scores(adapted: AdaptedModel, batch: Batch) -> Tensor:
     """[B, T, V]: of the last call."""
-    token_map = TokenMap(batch.domain, torch.full_like(batch.image, BASE_ROW), serving=frozenset())
-    for one in calls_of(adapted, batch, token_map):
+    for one in calls_of(adapted, batch, unadapted(batch)):
         with one.bound(adapted):
             scores: Tensor = adapted.base(**one.arguments).logits
     return scores

@@ -21,6 +21,7 @@ from multimodal.fork import calls_of
 from multimodal.layers_below import LayersBelow
 from multimodal.lower_states import LowerStates
 from multimodal.model import VisionLanguageModel
+from multimodal.trial_call import REFUSALS, agree, unadapted
 
 __all__ = ["first_layer", "kept_states", "starts_exactly"]
 
@@ -74,16 +75,15 @@ def first_layer(anatomy: Anatomy, adapter: Adapter, head: AnswerHead | None) -> 
 def starts_exactly(adapted: AdaptedModel, first: int) -> bool:
     """Whether the model says the same of two short texts when it is started at a layer. Runs it on twenty tokens, without its adapters."""
     batch = _two_texts(adapted.base)
-    token_map = TokenMap(batch.domain, torch.full_like(batch.image, BASE_ROW), serving=frozenset())
+    token_map = unadapted(batch)
     below = LayersBelow(adapted, first)
     try:
         whole = _scores(adapted, batch, token_map)
         with LowerStates(below, BASE_ROW, most=0).left_out(batch, token_map):
             started = _scores(adapted, batch, token_map)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):  # layers of another kind
+    except REFUSALS:  # layers of another kind
         return False
-    near = max(torch.finfo(torch.float32).eps, torch.finfo(whole.dtype).eps) ** 0.5  # norms and softmax compute in float32
-    return bool((started - whole).double().norm() <= near * whole.double().norm())
+    return agree(started, whole)
 
 
 def _two_texts(model: Any) -> Batch:

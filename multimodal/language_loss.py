@@ -49,7 +49,7 @@ class LanguageLoss:
     @property
     def told(self) -> str:
         """A line for the log: how much of the last layer is run, and what is kept of the layers below the adapter."""
-        why = self.last_layer.why_whole(self.adapted.serving(1).serving) if self.call is self.adapted.base else "the model is compiled"
+        why = self.last_layer.why_whole(self.adapted.serving(1).serving) if self._is_eager else "the model is compiled"
         last = "the last layer runs where something is predicted" if why is None else f"the last layer runs on every token: {why}"
         return last if self.lower is None else f"{last}; {self.lower.told}"
 
@@ -59,17 +59,23 @@ class LanguageLoss:
         if batch.segment is not None and adapted.active:
             check_packed(adapted.active_adapter(), batch.domain, batch.segment, batch.picture)
         batch = batch if self.lower is None else replace(batch, beginning=None)
-        head, _ = self.head, self.activations  # before a map is bound, or the last layer shortened: to be read, they run the model
+        head = self.head  # before a map is bound: to be read, it runs the model
+        if self._is_eager:
+            _ = self.activations  # likewise, and before the last layer is shortened
         total = torch.zeros((), device=batch.ids.device)
         for one in calls_of(adapted, batch, token_map):
             with one.bound(adapted), self._asked(one) as source, self._started(batch, token_map):
                 total = total + head.loss(self.call, one.arguments, source, one.target)
         return total
 
+    @property
+    def _is_eager(self) -> bool:
+        return self.call is self.adapted.base
+
     @contextlib.contextmanager
     def _asked(self, call: ModelCall) -> Iterator[Tensor]:
         """int64 [B, M]: where the model gives what the call's sources ask for. A compiled model is one graph, and stays as it is."""
-        if self.call is not self.adapted.base:
+        if not self._is_eager:
             yield call.source
             return
         with self.last_layer.at(call) as source, self.activations.made_again():

@@ -22,7 +22,7 @@ from adalink import AdaptedModel, Port
 from adalink.masks import SERVED, whole_mask
 from adalink.tokens import Tokens
 from multimodal.fork import ModelCall
-from multimodal.trial_call import REFUSALS, trial_call
+from multimodal.trial_call import REFUSALS, agree, trial_call
 
 __all__ = ["LastLayer"]
 
@@ -79,10 +79,9 @@ class LastLayer:
                 whole = torch.take_along_dim(self.adapted.base(**call.arguments).logits, call.source[..., None], 1)
                 with self._replaced(call.source, form):
                     short = self.adapted.base(**call.arguments).logits[:, : call.source.shape[1]]
-            error = (short - whole).double().norm() / whole.double().norm()
+            return agree(short, whole)
         except REFUSALS:
             return False
-        return bool(error <= max(torch.finfo(torch.float32).eps, torch.finfo(whole.dtype).eps) ** 0.5)
 
     def _is_watched(self, module: nn.Module) -> bool:
         """Whether anything but the attachment acts on a module: it would see the layer run twice, or be skipped."""
