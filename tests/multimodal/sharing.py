@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adalink import EPALM, IMAGE, AdaLink, AdaptedModel, Bridge, InputSpec, LoRA, Method, Prompt, TokenMap
 from multimodal.batch import Batch, collate
+from multimodal.compiled import CompiledModel
 from multimodal.encode import Row
 from multimodal.families import EAGER_FAMILIES
 from multimodal.joined_rows import joined_rows
@@ -112,3 +113,17 @@ def check_equal(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     assert sum(bool(one.abs().max() > 0) for one in wanted) > 0.7 * len(wanted)  # nothing reads what the last layer makes of a picture
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=EXACT, atol=EXACT)
+
+
+def graphs_of(model: AdaptedModel, batches: Sequence[Batch]) -> int:
+    """How many graphs a compiled form of the model makes of the batches; it learns the same. Captured and run op by op, which needs no compiler."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # late: it loads the compiler
+
+    wanted = [learnt(model, batch) for batch in batches]
+    counter, loss = CompileCounterWithBackend("aot_eager"), LanguageLoss(model)
+    loss.call = CompiledModel(model, backend=counter)
+    for batch, plain in zip(batches, wanted, strict=True):
+        for one, other in zip(learnt(model, batch, loss), plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    torch._dynamo.reset()
+    return int(counter.frame_count)

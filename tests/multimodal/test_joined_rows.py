@@ -15,21 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from picture_rows import BRIDGE, METHODS, NOT_SHARED
 from sharing import TEXTS as LONG
-from sharing import adapted, check_equal, in_double, slots_of
+from sharing import adapted, check_equal, graphs_of, in_double, slots_of
 from sharing import batch_of as batch_of_texts
-from sharing import learnt as learnt_of
 from test_loader import ENCODER, keys
 from test_train import Stop, losses, stop_at, trained, weights
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from adalink import ANSWER, EPALM, IMAGE, TEXT, Bottleneck, Bridge, Gated, Method, Prefix
 from adalink.errors import ConfigError
 from multimodal.batch import Batch, collate
-from multimodal.compiled import CompiledModel
 from multimodal.encode import Row
 from multimodal.joined_rows import joined_rows, row_limit
-from multimodal.language_loss import LanguageLoss
 from multimodal.loader import train_loader
 from multimodal.model import VisionLanguageModel
 from multimodal.packing import arrangement, arrangement_of, pack_rows, separate_rows
@@ -204,7 +200,7 @@ def test_without_what_tells_the_pictures_apart_they_would_be_mixed() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_model_learns_the_same_from_rows_of_several_pictures() -> None:
-    """A graph for the first shape, one for any other, and one for a single row; captured and run op by op, which needs no compiler."""
+    """A graph for the first shape, one for any other, and one for a single row."""
     with in_double():
         model = adapted("llama")
         batches = [
@@ -212,12 +208,4 @@ def test_a_compiled_model_learns_the_same_from_rows_of_several_pictures() -> Non
             for row_tokens, texts in ((45, LONG), (40, LONG[1:] * 3), (1000, LONG), (1000, LONG[:2]), (30, LONG))
         ]
         assert [len(batch.ids) for batch in batches][:4] == [2, 3, 1, 1]
-        wanted = [learnt_of(model, batch) for batch in batches]
-        counter = CompileCounterWithBackend("aot_eager")
-        loss = LanguageLoss(model)
-        loss.call = CompiledModel(model, backend=counter)
-        for batch, plain in zip(batches, wanted, strict=True):
-            for one, other in zip(learnt_of(model, batch, loss), plain, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-        assert counter.frame_count <= 4
-        torch._dynamo.reset()
+        assert graphs_of(model, batches) <= 4
