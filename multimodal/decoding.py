@@ -13,6 +13,7 @@ from adalink import PAD, TokenMap
 from adalink.attach import Attachment
 from adalink.recompute import needs_whole_sequence
 from multimodal.batch import Batch
+from multimodal.known_prompt import KnownPrompt, known_prompts, read_on
 from multimodal.language import Language
 from multimodal.prefill import has_row_cache, prefill, read
 
@@ -52,7 +53,17 @@ class Decoding:
 
         may_share: whether rows about one picture have the same beginning (see `multimodal.prefill`).
         """
-        cache, scores = prefill(self.language, self.attachment, batch, token_map, n_left=0, may_share=may_share)
+        return self._add(batch, token_map, *prefill(self.language, self.attachment, batch, token_map, n_left=0, may_share=may_share))
+
+    def join_known(self, batch: Batch, token_map: TokenMap, known: Sequence[KnownPrompt], n_last: int) -> Tensor:
+        """As `join`, where each row but for its last `n_last` tokens begins like a prompt that was read before."""
+        return self._add(batch, token_map, *read_on(self.language, self.attachment, batch, token_map, known, n_last))
+
+    def prompts(self, batch: Batch) -> list[KnownPrompt]:
+        """The prompts of the batch that has joined last, before the next step."""
+        return known_prompts(self._cache, batch)
+
+    def _add(self, batch: Batch, token_map: TokenMap, cache: Any, scores: Tensor) -> Tensor:
         if self._cache is None:
             self._cache, self._map, self._mask = cache, token_map, batch.attention_mask
             return scores

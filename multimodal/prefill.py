@@ -23,7 +23,7 @@ from adalink.attach import Attachment
 from multimodal.batch import Batch
 from multimodal.language import Language
 
-__all__ = ["Fork", "has_row_cache", "plan_fork", "prefill", "read"]
+__all__ = ["Fork", "has_row_cache", "n_alike", "plan_fork", "prefill", "present", "read"]
 
 WORTH = 0.8  # of the tokens of a plain prefill: above it, a second call of the model costs more than it saves
 
@@ -70,7 +70,7 @@ def prefill(language: Language, attachment: Attachment, batch: Batch, token_map:
     with attachment.bind(_beginnings(token_map, leaders, n_first)):
         read(language, whole, ids[leaders, :n_first], mask[leaders, :n_first])
     _spread(whole, torch.tensor(fork.leader, device=ids.device), torch.tensor(fork.shift, device=ids.device))
-    with attachment.bind(replace(token_map, present=_present(domain[:, n_first:]))):
+    with attachment.bind(replace(token_map, present=present(domain[:, n_first:]))):
         return whole, read(language, whole, ids[:, n_first:], mask)
 
 
@@ -102,7 +102,7 @@ def plan_fork(rows: Sequence[Sequence[Hashable]], key: Sequence[Hashable]) -> Fo
         groups.setdefault(one, []).append(i)
     longest = max(len(row) for row in rows)
     # How many tokens each row of a group has to read for itself.
-    own = {one: max(max(len(rows[i]) for i in group) - _n_alike([rows[i] for i in group]), 1) for one, group in groups.items()}
+    own = {one: max(max(len(rows[i]) for i in group) - n_alike([rows[i] for i in group]), 1) for one, group in groups.items()}
     best, least = 0, WORTH * len(rows) * longest
     for n_last in sorted({own[one] for one, group in groups.items() if len(group) > 1}):
         n_beginnings = sum(1 if own[one] <= n_last else len(group) for one, group in groups.items())
@@ -120,9 +120,14 @@ def plan_fork(rows: Sequence[Sequence[Hashable]], key: Sequence[Hashable]) -> Fo
     )
 
 
-def _n_alike(rows: Sequence[Sequence[Hashable]]) -> int:
+def n_alike(rows: Sequence[Sequence[Hashable]]) -> int:
     """How many tokens all rows begin with."""
     return next((i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), min(len(row) for row in rows))
+
+
+def present(domain: Tensor) -> frozenset[int]:
+    """The domains that occur: a bridge is not run where no picture is read."""
+    return frozenset(domain.unique().tolist()) - {PAD}
 
 
 def _tokens(ids: Tensor, domain: Tensor) -> list[list[tuple[int, int]]]:
@@ -133,12 +138,7 @@ def _tokens(ids: Tensor, domain: Tensor) -> list[list[tuple[int, int]]]:
 def _beginnings(token_map: TokenMap, leaders: Tensor, n_first: int) -> TokenMap:
     domain = token_map.domain[leaders, :n_first]
     inputs = {name: value[leaders] for name, value in token_map.inputs.items()}
-    return replace(token_map, domain=domain, row=token_map.row[leaders], inputs=inputs, present=_present(domain))
-
-
-def _present(domain: Tensor) -> frozenset[int]:
-    """The domains that occur: a bridge is not run where no picture is read."""
-    return frozenset(domain.unique().tolist()) - {PAD}
+    return replace(token_map, domain=domain, row=token_map.row[leaders], inputs=inputs, present=present(domain))
 
 
 def _spread(cache: Any, leader: Tensor, shift: Tensor) -> None:

@@ -48,7 +48,8 @@ class Answer:
 
     text: str
     reason: str  # "stop" or "length"
-    n_prompt: int  # tokens read, the picture's among them
+    n_prompt: int  # tokens of the prompt, the picture's among them
+    n_known: int  # of these, tokens that were known from a prompt before and not read
     n_new: int  # tokens written, the end token among them
     waited: float  # seconds from the queue to the batch
     generated: float  # seconds from the batch to the end of the row

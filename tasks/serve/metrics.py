@@ -26,7 +26,7 @@ class Metrics:
         self._waited = Histogram("adalink_queue_seconds", "from the queue to the batch", buckets=SECONDS, registry=self.registry)
         self._rows = Histogram("adalink_batch_rows", "requests in the running batch when some join it", buckets=ROWS, registry=self.registry)
         self._adapters = Histogram("adalink_batch_adapters", "different adapters in the running batch when some join it", buckets=ROWS, registry=self.registry)
-        self._tokens = Counter("adalink_tokens", "tokens read (prompt) and written (new)", ("kind",), registry=self.registry)
+        self._tokens = Counter("adalink_tokens", "tokens of prompts, of these known from before, and new ones", ("kind",), registry=self.registry)
         self.waiting = Gauge("adalink_waiting", "requests that wait for a batch", registry=self.registry)
         self.models = Gauge("adalink_adapters", "adapters that are served", registry=self.registry)
 
@@ -40,6 +40,7 @@ class Metrics:
         self._seconds.labels(model).observe(answer.waited + answer.generated)
         self._waited.observe(answer.waited)
         self._tokens.labels("prompt").inc(answer.n_prompt)
+        self._tokens.labels("known").inc(answer.n_known)
         self._tokens.labels("new").inc(answer.n_new)
 
     def batch(self, jobs: Sequence[Job]) -> None:

@@ -76,5 +76,6 @@ def _chunk(delta: Mapping[str, str], reason: str | None) -> dict[str, Any]:
     return {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": reason}
 
 
-def _usage(answer: Answer) -> dict[str, int]:
-    return {"prompt_tokens": answer.n_prompt, "completion_tokens": answer.n_new, "total_tokens": answer.n_prompt + answer.n_new}
+def _usage(answer: Answer) -> dict[str, Any]:
+    counts = {"prompt_tokens": answer.n_prompt, "completion_tokens": answer.n_new, "total_tokens": answer.n_prompt + answer.n_new}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": answer.n_known}}

@@ -15,13 +15,14 @@ __all__ = ["JobRow"]
 class JobRow:
     """Takes the tokens of a job as they come, sends what is to be sent, and tells the end.
 
-    n_rows: of the batch, when the row came
+    n_rows    of the batch, when the row came
+    n_known   tokens of its prompt that were not read
     """
 
-    def __init__(self, job: Job, tokenizer: Any, n_rows: int) -> None:
+    def __init__(self, job: Job, tokenizer: Any, *, n_rows: int, n_known: int = 0) -> None:
         self.job = job
         self.draw = None if job.ask.sampling is None else Draw(job.ask.sampling)
-        self._tokenizer, self._n_rows, self._started = tokenizer, n_rows, time.perf_counter()
+        self._tokenizer, self._n_rows, self._n_known, self._started = tokenizer, n_rows, n_known, time.perf_counter()
         self._written = Written(tokenizer, job.ask.settings.max_new_tokens, job.ask.stop)
 
     @property
@@ -51,7 +52,7 @@ class JobRow:
         job, now = self.job, time.perf_counter()
         self.job.tell(
             Answer(
-                text=text, reason=reason, n_prompt=len(job.ask.row.ids), n_new=n_new, waited=self._started - job.queued,
+                text=text, reason=reason, n_prompt=len(job.ask.row.ids), n_known=self._n_known, n_new=n_new, waited=self._started - job.queued,
                 generated=now - self._started, n_rows=self._n_rows,
             )
         )  # fmt: skip

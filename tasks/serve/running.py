@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adalink.recompute import may_share_prompts
+from adalink import BASE_NAME, TokenMap
+from adalink.recompute import may_share_prompts, reads_later_tokens
 from multimodal.batch import Batch, collate
 from multimodal.decoding import Decoding, may_decode
 from multimodal.model import VisionLanguageModel
 from tasks.serve.generation import run_beams, run_greedy
 from tasks.serve.job import Job
 from tasks.serve.kept_features import KeptFeatures
+from tasks.serve.kept_prompts import KeptPrompts, Part
 from tasks.serve.row import JobRow
 
 __all__ = ["Running"]
@@ -22,9 +24,10 @@ __all__ = ["Running"]
 class Running:
     """Rows that are being written. Each is told its text as it comes and its end as it ends, and makes room for another at once."""
 
-    def __init__(self, model: VisionLanguageModel, features: KeptFeatures) -> None:
+    def __init__(self, model: VisionLanguageModel, features: KeptFeatures, prompts: KeptPrompts) -> None:
         self.model = model
         self.features = features
+        self.prompts = prompts
         self.rows: list[JobRow] = []
         self._decoding = Decoding(model.language, model.adapted.attachment)
         self._newest: Tensor  # int64 [B]: the token of each row that is read next
@@ -40,18 +43,17 @@ class Running:
 
         Where rows cannot come and go (beams, a model without a cache of rows), they are answered before this returns.
         """
-        model, attachment, batch = self.model, self.model.adapted.attachment, self._batch(jobs)
-        token_map = model.token_map(batch, [job.ask.adapter for job in jobs])
+        model = self.model
         if jobs[0].ask.settings.num_beams > 1:
-            run_beams(model, batch, jobs)
-        elif not may_decode(model.language.model, attachment, token_map):
-            run_greedy(model, batch, token_map, jobs)
-        else:
-            rows = [JobRow(job, model.language.tokenizer, len(self.rows) + len(jobs)) for job in jobs]
-            chosen = _chosen(rows, self._decoding.join(batch, token_map, may_share=may_share_prompts(attachment, token_map)))
-            self._newest = torch.cat([self._newest, chosen]) if self.rows else chosen
-            self.rows += rows
-            self._let_go()
+            run_beams(model, self._batch(jobs), jobs)
+            return
+        for part in self.prompts.parts(jobs):
+            batch = self._batch(part.jobs)
+            token_map = model.token_map(batch, [job.ask.adapter for job in part.jobs])
+            if may_decode(model.language.model, model.adapted.attachment, token_map):
+                self._add(part, batch, token_map)
+            else:
+                run_greedy(model, batch, token_map, part.jobs)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -64,6 +66,26 @@ class Running:
     def clear(self) -> None:
         """Let every row go."""
         self.rows, self._decoding = [], Decoding(self.model.language, self.model.adapted.attachment)
+
+    def _add(self, part: Part, batch: Batch, token_map: TokenMap) -> None:
+        if part.known:
+            scores = self._decoding.join_known(batch, token_map, part.known, part.n_last)
+        else:
+            scores = self._decoding.join(batch, token_map, may_share=may_share_prompts(self.model.adapted.attachment, token_map))
+            self._keep_prompts(part.jobs, batch)
+        rows = [JobRow(job, self.model.language.tokenizer, n_rows=len(self.rows) + len(part.jobs), n_known=part.n_known(job)) for job in part.jobs]
+        chosen = _chosen(rows, scores)
+        self._newest = torch.cat([self._newest, chosen]) if self.rows else chosen
+        self.rows += rows
+        self._let_go()
+
+    def _keep_prompts(self, jobs: Sequence[Job], batch: Batch) -> None:
+        if not self.prompts.most:
+            return
+        adapters = self.model.adapted.adapters
+        for job, prompt in zip(jobs, self._decoding.prompts(batch), strict=True):
+            if job.ask.adapter == BASE_NAME or not reads_later_tokens(adapters[job.ask.adapter]):  # type: ignore[arg-type]
+                self.prompts.add(job, prompt)
 
     def _batch(self, jobs: Sequence[Job]) -> Batch:
         patches, image = self.features.of([job.ask.picture for job in jobs])

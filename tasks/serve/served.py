@@ -91,7 +91,7 @@ class Served:
         with self._busy(name):
             while card.n_readers:
                 await asyncio.sleep(0.005)
-            await asyncio.wrap_future(self.worker.between_batches(lambda: self.model.delete_adapter(name), after=name))
+            await asyncio.wrap_future(self.worker.between_batches(lambda: self.worker.delete_adapter(name), after=name))
 
     @contextlib.contextmanager
     def _busy(self, name: str) -> Iterator[None]:

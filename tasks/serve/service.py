@@ -43,7 +43,7 @@ class Service:
     def of(model: VisionLanguageModel, settings: ServeSettings) -> Service:
         """The parts for a model with the adapters that it has. Raises ConfigError for a file of keys that cannot be read."""
         metrics, limits, access = Metrics(), settings.limits, settings.access
-        worker = Worker(model, settings.batching, limits.cached_pictures, metrics.batch)
+        worker = Worker(model, settings.batching, limits, metrics.batch)
         uploads, remote = Uploads(limits.upload_bytes), RemotePictures(access.image_hosts, limits.image_bytes)
         sources = Sources(lambda file_id, field: uploads.get(file_id, field).data, remote.fetch, worker.features.get)
         served = Served(model, worker)

@@ -44,12 +44,13 @@ class RequestLimits:
     upload_bytes: int = 256 * 2**20  # of all uploaded pictures; the oldest make room
     seconds: float = 30.0  # for a client to send its request, header and body
     cached_pictures: int = 256  # pictures whose features are kept, so that a second question about one costs no encoder
+    prompt_bytes: int = 256 * 2**20  # of keys and values kept of prompts, so that a second question about a picture is read from where it differs
 
     def __post_init__(self) -> None:
         """Check what a command line can get wrong."""
         for name, value in vars(self).items():
-            if value < (0 if name == "cached_pictures" else 1):
-                raise ConfigError(f"limits.{name} is {value}: give {0 if name == 'cached_pictures' else 1} or more")
+            if value < (least := 0 if name in ("cached_pictures", "prompt_bytes") else 1):
+                raise ConfigError(f"limits.{name} is {value}: give {least} or more")
         if self.pixels > PILLOW_PIXELS:
             raise ConfigError(f"limits.pixels is {self.pixels}: give at most {PILLOW_PIXELS}, Pillow's own limit")
 

@@ -14,8 +14,9 @@ from multimodal.generate import GenerationSettings, check_room
 from multimodal.model import VisionLanguageModel
 from tasks.serve.job import Job
 from tasks.serve.kept_features import KeptFeatures
+from tasks.serve.kept_prompts import KeptPrompts
 from tasks.serve.running import Running
-from tasks.serve.settings import Batching
+from tasks.serve.settings import Batching, RequestLimits
 from tasks.serve.waiting import Waiting
 
 __all__ = ["Worker"]
@@ -30,12 +31,13 @@ class Worker:
     So nothing is locked around the model, and no call of it ever sees an adapter come or go.
     """
 
-    def __init__(self, model: VisionLanguageModel, batching: Batching, n_kept: int, seen: Callable[[Sequence[Job]], None]) -> None:
+    def __init__(self, model: VisionLanguageModel, batching: Batching, limits: RequestLimits, seen: Callable[[Sequence[Job]], None]) -> None:
         self.model = model
         self.waiting = Waiting(batching, self._fits)
         self.seen = seen  # called with the jobs of the running batch whenever some join it
-        self.features = KeptFeatures(model, n_kept)
-        self.running = Running(model, self.features)
+        self.features = KeptFeatures(model, limits.cached_pictures)
+        self.prompts = KeptPrompts(limits.prompt_bytes)
+        self.running = Running(model, self.features, self.prompts)
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
 
     @property
@@ -64,6 +66,11 @@ class Worker:
 
         self.waiting.put_errand(run, after)
         return future
+
+    def delete_adapter(self, name: str) -> None:
+        """Take an adapter from the model, with what was read under it; an errand."""
+        self.model.delete_adapter(name)
+        self.prompts.forget(name)
 
     def _work(self) -> None:
         running = self.running
@@ -95,3 +102,4 @@ def _failed(jobs: Sequence[Job], error: Exception) -> None:
     logger.error("a batch of %d failed", len(jobs), exc_info=error)
     for job in jobs:
         job.tell(error)
+        job.cancelled = True  # a row that it has already goes with the next token

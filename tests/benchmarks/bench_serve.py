@@ -7,12 +7,14 @@
     PYTHONPATH=.:tests:tests/tasks/serve python tests/benchmarks/bench_serve.py end         # SIGTERM under load
     PYTHONPATH=.:tests:tests/tasks/serve python tests/benchmarks/bench_serve.py bad         # 10,000 bad requests
 
-The frozen parts are those that ship with the package; adapters have random weights, which cost what trained ones do.
+What follows is given to the servers: `varied --limits.prompt_bytes 0` for servers that read each prompt anew. The frozen parts are those that
+ship with the package; adapters have random weights, which cost what trained ones do.
 """
 
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import random
 import sys
@@ -38,7 +40,7 @@ from tasks.compose import compose, found_part
 N_CLIENTS, N_ADAPTERS, N_PICTURES = 32, 4, 64
 NAMES = tuple(f"caption{i}" for i in range(N_ADAPTERS))
 SECONDS = 20.0
-ROUNDS, WINDOW = 6, 5.0
+ROUNDS, WINDOW = 8, 5.0
 EVEN = (64,)  # tokens a text
 VARIED = (4, 8, 16, 32, 64)  # as the answers to questions, captions and descriptions
 NOISE = 0.4  # so strong that hardly a text ends by itself: each request then costs the same, whoever answers it
@@ -109,12 +111,13 @@ def save(folder: Path, language: str = "scenes:language") -> None:
 
 
 def uploaded(server: Server, lengths: Sequence[int] = EVEN) -> list[bytes]:
-    """A request for each adapter, picture and length. Each picture was asked about once, so that its features are kept."""
+    """A request for each adapter, picture and length. Each adapter was asked about each picture once: what a server keeps of them is kept."""
     with httpx.Client(base_url=server.url, timeout=60) as client:
         ids = [client.post("/v1/files", files={"file": ("p.png", picture(i))}).json()["id"] for i in range(N_PICTURES)]
         contents = [[{"role": "user", "content": [{"type": "file", "file": {"file_id": file_id}}]}] for file_id in ids]
-        for content in contents:
-            client.post("/v1/chat/completions", json={"model": NAMES[0], "messages": content}).raise_for_status()
+        for name, content in itertools.product(NAMES, contents):
+            status = client.post("/v1/chat/completions", json={"model": name, "messages": content, "max_tokens": 1}).status_code
+            assert status in (200, 404), status  # an adapter that is not served
     return [json.dumps({"model": name, "messages": content, "max_tokens": n}).encode() for name in NAMES for content in contents for n in lengths]
 
 
@@ -122,9 +125,9 @@ def percentile(seconds: Sequence[float], share: float) -> float:
     return sorted(seconds)[min(int(share * len(seconds)), len(seconds) - 1)]
 
 
-def mixing(folder: Path, lengths: Sequence[int] = EVEN) -> None:
+def mixing(folder: Path, *options: str, lengths: Sequence[int] = EVEN) -> None:
     """Throughput and latency of both ways to batch, on two servers that differ in nothing else, in short turns: other work hits both."""
-    with serving(folder, names=NAMES) as mixed, serving(folder, "--batching.mixing", "one_adapter", names=NAMES) as one:
+    with serving(folder, *options, names=NAMES) as mixed, serving(folder, *options, "--batching.mixing", "one_adapter", names=NAMES) as one:
         servers = {"mixed": mixed, "one_adapter": one}
         bodies = {way: uploaded(server, lengths) for way, server in servers.items()}
         turns: dict[str, list[Turn]] = {way: [] for way in servers}
@@ -169,9 +172,9 @@ def turn(server: Server, bodies: Sequence[bytes]) -> Turn:
     return Turn(load.seconds, elapsed, sum(load.statuses.values()) - load.statuses["200"], cpu, rows, batches)
 
 
-def reload(folder: Path) -> None:
+def reload(folder: Path, *options: str) -> None:
     """An adapter is loaded, asked and unloaded over and over, while others are asked."""
-    with serving(folder, "--access.adapters_folder", folder, names=NAMES[:3]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with serving(folder, *options, "--access.adapters_folder", folder, names=NAMES[:3]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         load = Load(server, [body for body in uploaded(server) if NAMES[3].encode() not in body])
         one = {"model": "guest", "messages": messages("", picture(0))}
         load.start()
@@ -185,10 +188,10 @@ def reload(folder: Path) -> None:
         print(f"{n_times} times loaded, asked and unloaded ({len(texts)} different answers); the others: {dict(load.statuses)}")
 
 
-def end(folder: Path) -> None:
+def end(folder: Path, *options: str) -> None:
     """SIGTERM, five times, at a random moment under load."""
     for turn in range(5):
-        with serving(folder, names=NAMES) as server:
+        with serving(folder, *options, names=NAMES) as server:
             load = Load(server, uploaded(server))
             before = server.metric("adalink_requests_total")
             load.start()
@@ -198,11 +201,11 @@ def end(folder: Path) -> None:
             print(f"exit code {server.process.returncode}; clients: {dict(load.statuses)}, and {before:.0f} before; server: {last}")
 
 
-def bad(folder: Path) -> None:
+def bad(folder: Path, *options: str) -> None:
     """10,000 requests of every bad kind, and the memory before and after."""
     from test_serve_bad_requests import BAD
 
-    with serving(folder, "--limits.pixels", "4000000", names=NAMES) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with serving(folder, *options, "--limits.pixels", "4000000", names=NAMES) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         good = {"model": NAMES[0], "messages": messages("", picture(0))}
         statuses: Counter[int] = Counter()
         for n in range(10_000):
@@ -218,4 +221,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         is_wide = sys.argv[1] in ("wide", "varied")
         save(Path(name), wide_language(Path(name) / "language") if is_wide else "scenes:language")
-        ways[sys.argv[1]](Path(name))
+        ways[sys.argv[1]](Path(name), *sys.argv[2:])

@@ -12,18 +12,20 @@ from composed_path import FAMILIES, compose, excite
 from served import picture
 from shared import PATIENCE
 
-from adalink import BASE_NAME, AdaLink, Bridge, Prompt
+from adalink import BASE_NAME, AdaLink, Bridge, Gated, Prompt
 from multimodal.generate import GenerationSettings
 from multimodal.images import decode_image
 from multimodal.model import VisionLanguageModel
 from tasks.serve.job import Answer, Ask, Job, Picture
 from tasks.serve.kept_features import KeptFeatures
+from tasks.serve.kept_prompts import KeptPrompts
 from tasks.serve.running import Running
 from tasks.serve.sampling import Sampling
-from tasks.serve.settings import Batching
+from tasks.serve.settings import Batching, RequestLimits
 from tasks.serve.worker import Worker
 
 QUESTIONS = ("is it red ?", "is it a big red ball ?", "is it ?", "a cube ?")
+MANY = 2**30
 METHODS: dict[str, dict[str, Any]] = {
     "one": {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"))},
     "two": {"bridge": Bridge(kind="linear"), "prompt": Prompt(length=3, init_std=0.5)},
@@ -44,42 +46,111 @@ def model_of(family: str) -> VisionLanguageModel:
     return model
 
 
-def job(model: VisionLanguageModel, name: str, index: int, n_new: int, **more: Any) -> Job:
+def job(model: VisionLanguageModel, name: str, index: int, n_new: int, question: int | None = None, **more: Any) -> Job:
     image = Picture(str(index), model.tower.preprocess(decode_image(picture(index))))
-    row = model.row_encoder(name).prompt(QUESTIONS[index % 4])
+    row = model.row_encoder(name).prompt(QUESTIONS[index % 4 if question is None else question])
     ask = Ask(adapter=name, row=row, picture=image, settings=GenerationSettings(max_new_tokens=n_new), **more)
     return Job(ask, streams=False, loop=Here(), events=asyncio.Queue())  # type: ignore[arg-type]
 
 
-def run_jobs(model: VisionLanguageModel, kept: KeptFeatures, jobs: list[Job]) -> None:
-    """All at once, to the end."""
-    running = Running(model, kept)
+def running_of(model: VisionLanguageModel, most: int = 0) -> Running:
+    """No prompts are kept unless told."""
+    return Running(model, KeptFeatures(model, 8), KeptPrompts(most))
+
+
+def run_jobs(running: Running, jobs: list[Job]) -> list[Answer]:
+    """All at once, to the end; the answers of those that nobody took away."""
     running.join(jobs)
     while running.rows:
         running.step()
-
-
-def answers(model: VisionLanguageModel, jobs: list[Job], kept: KeptFeatures | None = None) -> list[str]:
-    run_jobs(model, kept or KeptFeatures(model, 8), jobs)
-    found = [one.events.get_nowait() for one in jobs]
+    found = [one.events.get_nowait() for one in jobs if not one.cancelled]
     assert all(isinstance(answer, Answer) for answer in found)
-    return [answer.text for answer in found if isinstance(answer, Answer)]
+    return [answer for answer in found if isinstance(answer, Answer)]
+
+
+def answers(model: VisionLanguageModel, jobs: list[Job], running: Running | None = None) -> list[str]:
+    return [answer.text for answer in run_jobs(running or running_of(model), jobs)]
+
+
+def generated(model: VisionLanguageModel, name: str, index: int, n_new: int, question: int | None = None) -> str:
+    asked, settings = QUESTIONS[index % 4 if question is None else question], GenerationSettings(max_new_tokens=n_new)
+    (text,) = model.generate([decode_image(picture(index))], [asked], adapter_names=[name], settings=settings)
+    return text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_is_what_generate_gives_in_any_company(family: str) -> None:
     model = model_of(family)
     cases = [(name, index, n_new) for index, (name, n_new) in enumerate((("one", 7), ("two", 3), (BASE_NAME, 9), ("two", 8), ("one", 2), ("one", 9)))]
-    alone = [
-        model.generate([decode_image(picture(i))], [QUESTIONS[i % 4]], adapter_names=[name], settings=GenerationSettings(max_new_tokens=n))[0]
-        for name, i, n in cases
-    ]
+    alone = [generated(model, *case) for case in cases]
     assert answers(model, [job(model, *case) for case in cases]) == alone
     drawn = job(model, "one", 5, 12, sampling=Sampling(temperature=1.5, top_p=1.0, seed=3))
-    kept = KeptFeatures(model, 8)
-    assert answers(model, [drawn, *(job(model, *case) for case in reversed(cases))], kept)[1:] == alone[::-1]
-    assert answers(model, [job(model, *case) for case in cases], kept) == alone  # from kept features
+    running = running_of(model)
+    assert answers(model, [drawn, *(job(model, *case) for case in reversed(cases))], running)[1:] == alone[::-1]
+    assert answers(model, [job(model, *case) for case in cases], running) == alone  # from kept features
     assert len(set(alone)) > 3  # the control
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_prompt_shares_with_one_before_is_not_read_again_and_changes_no_text(family: str) -> None:
+    model = model_of(family)
+    running = running_of(model, MANY)
+    first = [("one", 0, 5), ("two", 0, 5), (BASE_NAME, 1, 5), ("one", 2, 5)]
+    # Other questions about known pictures, the same ones again, and new pictures, all in one batch.
+    second = [("one", 0, 6, 1), ("two", 0, 4), (BASE_NAME, 1, 6), ("one", 1, 6), ("two", 2, 5), ("one", 2, 7, 3), ("one", 2, 6)]
+    for cases, n_hits in ((first, 0), (second, 5), (second, 7)):
+        found = run_jobs(running, [job(model, *case) for case in cases])
+        assert [answer.text for answer in found] == [generated(model, *case) for case in cases]
+        assert sum(answer.n_known > 0 for answer in found) == (0 if family == "t5" else n_hits)
+
+
+def test_an_adapter_that_reads_later_tokens_has_no_known_prompts() -> None:
+    model = model_of("llama")
+    excite(model.add_adapter("gated", {"bridge": Bridge(kind="linear"), "gated": Gated(inner=AdaLink(rank=4, modalities=("text", "image")))}).double(), 7)
+    running = running_of(model, MANY)
+    cases = [("gated", 0, 6), ("one", 0, 6), ("gated", 1, 6)]
+    for _ in range(2):
+        found = run_jobs(running, [job(model, *case) for case in cases])
+        assert [answer.text for answer in found] == [generated(model, *case) for case in cases]
+    assert [answer.n_known > 0 for answer in found] == [False, True, False]
+
+
+def test_prompts_take_no_more_memory_than_was_given_and_the_least_recently_used_go() -> None:
+    model = model_of("llama")
+    running = running_of(model, MANY)
+    jobs = {(name, index): job(model, name, index, 1, 0) for name in ("one", "two") for index in range(4)}
+    run_jobs(running, [jobs["one", 0]])
+    each = running.prompts.n_bytes
+    assert each == 2 * 8 * model.language.model.config.num_hidden_layers * len(jobs["one", 0].ask.row.ids) * kv_width(model)
+    running = running_of(model, 3 * each)
+    for index in (0, 1, 2, 0, 3):  # 0 is used again, so that 1 makes room
+        run_jobs(running, [job(model, "one", index, 1, 0)])
+    assert running.prompts.n_bytes == 3 * each
+    assert [index for index in range(4) if running.prompts.parts([jobs["one", index]])[0].known] == [0, 2, 3]
+    assert not running.prompts.parts([jobs["two", 0]])[0].known  # another adapter's
+    running.prompts.forget("one")
+    assert running.prompts.n_bytes == 0
+    small = running_of(model, each - 1)
+    run_jobs(small, [job(model, "one", 0, 1, 0)])
+    assert small.prompts.n_bytes == 0
+
+
+def kv_width(model: VisionLanguageModel) -> int:
+    config = model.language.model.config
+    return int(config.num_key_value_heads * config.head_dim)
+
+
+def test_an_adapter_that_comes_under_a_name_that_was_known_is_not_answered_from_the_other() -> None:
+    model = model_of("llama")
+    worker = Worker(model, Batching(), RequestLimits(), lambda jobs: None)
+    texts = []
+    for seed in (1, 5):
+        excite(model.add_adapter("guest", METHODS["one"]).double(), seed)
+        for _ in range(2):
+            texts += [answers(model, [job(model, "guest", 0, 9)], worker.running)[0]]
+            assert texts[-1] == generated(model, "guest", 0, 9)
+        worker.delete_adapter("guest")
+    assert texts[1] != texts[2]  # the control
 
 
 def test_a_drawn_row_is_the_same_in_any_company() -> None:
@@ -100,7 +171,7 @@ def test_a_row_that_nobody_waits_for_ends_the_batch_early() -> None:
     handle = model.language.model.register_forward_hook(lambda *_: calls.append(1))
     gone.cancelled = True
     with torch.no_grad():
-        run_jobs(model, KeptFeatures(model, 8), [gone])
+        run_jobs(running_of(model), [gone])
     handle.remove()
     assert len(calls) == 1
     assert gone.events.empty()
@@ -108,7 +179,7 @@ def test_a_row_that_nobody_waits_for_ends_the_batch_early() -> None:
 
 def test_jobs_that_join_a_running_batch_are_answered_as_alone_and_one_that_leaves_makes_room() -> None:
     model = model_of("llama")
-    running = Running(model, KeptFeatures(model, 8))
+    running = running_of(model)
     cases = [("one", 0, 9), ("two", 1, 8), (BASE_NAME, 2, 9), ("two", 3, 4), ("one", 2, 1)]
     jobs = [job(model, *case) for case in cases]
     gone = job(model, "one", 0, 40)
@@ -124,10 +195,7 @@ def test_jobs_that_join_a_running_batch_are_answered_as_alone_and_one_that_leave
     while running.rows:
         running.step()
     found = [one.events.get_nowait() for one in jobs]
-    alone = [
-        model.generate([decode_image(picture(i))], [QUESTIONS[i % 4]], adapter_names=[name], settings=GenerationSettings(max_new_tokens=n))[0]
-        for name, i, n in cases
-    ]
+    alone = [generated(model, *case) for case in cases]
     assert [answer.text for answer in found if isinstance(answer, Answer)] == alone
     assert gone.events.empty()
     running.join([job(model, "two", 0, 3)])  # and the batch begins anew
@@ -136,7 +204,7 @@ def test_jobs_that_join_a_running_batch_are_answered_as_alone_and_one_that_leave
 
 def test_a_batch_that_fails_is_told_and_the_next_one_runs() -> None:
     model = model_of("llama")
-    worker = Worker(model, Batching(), 8, lambda jobs: None)
+    worker = Worker(model, Batching(), RequestLimits(), lambda jobs: None)
     bad, good = job(model, "one", 0, 5), job(model, "one", 0, 5)
     handle = model.language.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
     worker.waiting.put(bad)
