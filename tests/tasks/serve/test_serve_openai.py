@@ -82,6 +82,22 @@ def test_a_stream_comes_in_pieces_and_ends_with_its_usage(client: openai.OpenAI)
     assert last.usage.prompt_tokens > 36
 
 
+def test_what_is_known_of_a_prompt_is_told(client: openai.OpenAI, model: VisionLanguageModel, server: Server) -> None:
+    before = server.metric('adalink_tokens_total{kind="known"}')
+    known = []
+    for asked in (QUESTIONS[1], QUESTIONS[2], QUESTIONS[1]):
+        reply = client.chat.completions.create(model="vqa", messages=messages(asked, picture(77)))
+        (text,) = model.generate([decode_image(picture(77))], [asked], adapter_names=["vqa"])
+        assert reply.choices[0].message.content == text
+        assert reply.usage is not None
+        assert reply.usage.prompt_tokens_details is not None
+        known.append(reply.usage.prompt_tokens_details.cached_tokens)
+        last = reply.usage.prompt_tokens
+    assert known[0] == 0
+    assert 36 < known[1] < known[2] == last - 1  # the picture and the words before the question; then the whole prompt but its last token
+    assert server.metric('adalink_tokens_total{kind="known"}') - before == sum(known)
+
+
 def test_a_seed_decides_what_is_drawn(client: openai.OpenAI) -> None:
     texts = [said(client, "cap", 4, temperature=1.0, top_p=0.9, seed=seed) for seed in (7, 7, 8, 9)]
     assert texts[0] == texts[1]
