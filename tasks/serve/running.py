@@ -47,11 +47,13 @@ class Running:
         if jobs[0].ask.settings.num_beams > 1:
             run_beams(model, self._batch(jobs), jobs)
             return
+        n_rows = len(self.rows) + len(jobs)
         for part in self.prompts.parts(jobs):
             batch = self._batch(part.jobs)
             token_map = model.token_map(batch, [job.ask.adapter for job in part.jobs])
             if may_decode(model.language.model, model.adapted.attachment, token_map):
-                self._add(part, batch, token_map)
+                rows = [JobRow(job, model.language.tokenizer, n_rows=n_rows, n_known=part.n_known(job)) for job in part.jobs]
+                self._add(rows, part, batch, token_map)
             else:
                 run_greedy(model, batch, token_map, part.jobs)
 
@@ -67,16 +69,16 @@ class Running:
         """Let every row go."""
         self.rows, self._decoding = [], Decoding(self.model.language, self.model.adapted.attachment)
 
-    def _add(self, part: Part, batch: Batch, token_map: TokenMap) -> None:
+    def _add(self, rows: Sequence[JobRow], part: Part, batch: Batch, token_map: TokenMap) -> None:
         if part.known:
             scores = self._decoding.join_known(batch, token_map, part.known, part.n_last)
         else:
             scores = self._decoding.join(batch, token_map, may_share=may_share_prompts(self.model.adapted.attachment, token_map))
-            self._keep_prompts(part.jobs, batch)
-        rows = [JobRow(job, self.model.language.tokenizer, n_rows=len(self.rows) + len(part.jobs), n_known=part.n_known(job)) for job in part.jobs]
         chosen = _chosen(rows, scores)
         self._newest = torch.cat([self._newest, chosen]) if self.rows else chosen
         self.rows += rows
+        if not part.known:
+            self._keep_prompts(part.jobs, batch)
         self._let_go()
 
     def _keep_prompts(self, jobs: Sequence[Job], batch: Batch) -> None:

@@ -67,6 +67,14 @@ class Worker:
         self.waiting.put_errand(run, after)
         return future
 
+    def join(self, jobs: Sequence[Job]) -> None:
+        """Add jobs to the running batch; where that fails, they are told, and those that run already are not touched."""
+        self.seen([*self.running.jobs, *jobs])
+        try:
+            self.running.join(jobs)
+        except Exception as error:
+            _failed(jobs, error)
+
     def delete_adapter(self, name: str) -> None:
         """Take an adapter from the model, with what was read under it; an errand."""
         self.model.delete_adapter(name)
@@ -79,11 +87,7 @@ class Worker:
                 taken()
                 continue
             if taken:
-                self.seen([*running.jobs, *taken])
-                try:
-                    running.join(taken)
-                except Exception as error:  # those that run already are not touched before the new prompts are read
-                    _failed(taken, error)
+                self.join(taken)
             try:
                 running.step()
             except Exception as error:

@@ -217,3 +217,32 @@ def test_a_batch_that_fails_is_told_and_the_next_one_runs() -> None:
     worker.stop()
     assert isinstance(bad.events.get_nowait(), RuntimeError)
     assert isinstance(good.events.get_nowait(), Answer)
+
+
+def test_jobs_that_fail_after_some_of_them_have_joined_leave_no_row_behind() -> None:
+    model = model_of("llama")
+    worker = Worker(model, Batching(), RequestLimits(), lambda jobs: None)
+    other, first, known, new = (job(model, "one", index, 9) for index in (2, 0, 0, 1))
+    worker.running.join([first])
+    worker.running.clear()
+    with torch.no_grad():
+        worker.running.join([other])
+    calls: list[int] = []
+
+    def fail(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:  # new prompts were read, and their rows are there; now the known one
+            raise RuntimeError("out of memory")
+
+    handle = model.language.model.register_forward_pre_hook(fail)
+    worker.join([known, new])
+    handle.remove()
+    assert isinstance(known.events.get_nowait(), RuntimeError)
+    assert isinstance(new.events.get_nowait(), RuntimeError)
+    worker.running.step()
+    assert worker.running.jobs == [other]
+    while worker.running.rows:
+        worker.running.step()
+    answer = other.events.get_nowait()
+    assert isinstance(answer, Answer)
+    assert answer.text == generated(model, "one", 2, 9)
