@@ -13,7 +13,7 @@ from adalink import PAD, TokenMap
 from adalink.attach import Attachment
 from adalink.recompute import needs_whole_sequence
 from multimodal.batch import Batch
-from multimodal.known_prompt import KnownPrompt, known_prompts, read_on
+from multimodal.known_prompt import KnownPrompt, known_prompts, left_padded, read_on
 from multimodal.language import Language
 from multimodal.prefill import has_row_cache, prefill, read
 
@@ -59,9 +59,9 @@ class Decoding:
         """As `join`, where each row but for its last `n_last` tokens begins like a prompt that was read before."""
         return self._add(batch, token_map, *read_on(self.language, self.attachment, batch, token_map, known, n_last))
 
-    def prompts(self, batch: Batch) -> list[KnownPrompt]:
-        """The prompts of the batch that has joined last, before the next step."""
-        return known_prompts(self._cache, batch)
+    def prompts(self, batch: Batch, rows: Sequence[int]) -> list[KnownPrompt]:
+        """The prompts of some rows of the batch that has joined last, before the next step."""
+        return known_prompts(self._cache, batch, rows)
 
     def _add(self, batch: Batch, token_map: TokenMap, cache: Any, scores: Tensor) -> Tensor:
         if self._cache is None:
@@ -116,7 +116,7 @@ def _append(cache: Any, other: Any) -> None:
     length = max(cache.get_seq_length(), other.get_seq_length())
     for mine, new in zip(cache.layers, other.layers, strict=True):
         mine.keys, mine.values = (
-            torch.cat([nn.functional.pad(value, (0, 0, length - value.shape[2], 0)) for value in pair])
+            torch.cat([left_padded(value, length) for value in pair])
             for pair in ((mine.keys, new.keys), (mine.values, new.values))
         )
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from adalink import PAD, TokenMap
+from adalink import TokenMap
 from adalink.attach import Attachment
 from multimodal.batch import Batch
 from multimodal.language import Language
-from multimodal.prefill import n_alike, present, read
+from multimodal.prefill import n_alike, read_rest, tokens_of
 
-__all__ = ["KnownPrompt", "known_prompts", "read_on"]
+__all__ = ["KnownPrompt", "known_prompts", "left_padded", "read_on"]
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,16 @@ class KnownPrompt:
         return min(n_alike([self.tokens, tokens]), len(tokens) - 1)
 
 
-def known_prompts(cache: Any, batch: Batch) -> list[KnownPrompt]:
-    """The prompts of a batch, which were just read as the last rows of a cache. Copies: nothing else of the cache is kept in memory."""
-    found = []
-    for i, (ids, domain) in enumerate(zip(batch.ids.tolist(), batch.domain.tolist(), strict=True), start=-len(batch.ids)):
-        tokens = tuple((token, one) for token, one in zip(ids, domain, strict=True) if one != PAD)
-        states = tuple((layer.keys[i, :, -len(tokens) :].clone(), layer.values[i, :, -len(tokens) :].clone()) for layer in cache.layers)
-        found.append(KnownPrompt(tokens, states))
-    return found
+def known_prompts(cache: Any, batch: Batch, rows: Sequence[int]) -> list[KnownPrompt]:
+    """Prompts of some rows of a batch, which was just read as the last rows of a cache. Copies: nothing else of the cache is kept in memory."""
+    tokens, start = tokens_of(batch.ids, batch.domain), len(cache.layers[0].keys) - len(batch.ids)
+    return [
+        KnownPrompt(
+            tuple(tokens[i]),
+            tuple((layer.keys[start + i, :, -len(tokens[i]) :].clone(), layer.values[start + i, :, -len(tokens[i]) :].clone()) for layer in cache.layers),
+        )
+        for i in rows
+    ]
 
 
 def read_on(language: Language, attachment: Attachment, batch: Batch, token_map: TokenMap, known: Sequence[KnownPrompt], n_last: int) -> tuple[Any, Tensor]:
@@ -56,12 +58,11 @@ def read_on(language: Language, attachment: Attachment, batch: Batch, token_map:
     lengths = batch.attention_mask[:, :n_first].sum(1).tolist()
     cache: Any = DynamicCache()
     for index, layer in enumerate(zip(*(prompt.states for prompt in known), strict=True)):
-        keys, values = (torch.stack([_last(value[:, :n], n_first) for value, n in zip(side, lengths, strict=True)]) for side in zip(*layer, strict=True))
+        keys, values = (torch.stack([left_padded(value[:, :n], n_first) for value, n in zip(side, lengths, strict=True)]) for side in zip(*layer, strict=True))
         cache.update(keys, values, index)
-    with attachment.bind(replace(token_map, present=present(batch.domain[:, n_first:]))):
-        return cache, read(language, cache, batch.ids[:, n_first:], batch.attention_mask)
+    return cache, read_rest(language, attachment, cache, batch.ids, batch.domain, token_map)
 
 
-def _last(value: Tensor, length: int) -> Tensor:
-    """[heads, length, Dh]: padded on the left."""
-    return nn.functional.pad(value, (0, 0, length - value.shape[1], 0))
+def left_padded(states: Tensor, length: int) -> Tensor:
+    """[..., length, Dh] of keys or values [..., T, Dh]."""
+    return nn.functional.pad(states, (0, 0, length - states.shape[-2], 0))

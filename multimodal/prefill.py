@@ -23,7 +23,7 @@ from adalink.attach import Attachment
 from multimodal.batch import Batch
 from multimodal.language import Language
 
-__all__ = ["Fork", "has_row_cache", "n_alike", "plan_fork", "prefill", "present", "read"]
+__all__ = ["Fork", "has_row_cache", "n_alike", "plan_fork", "prefill", "read", "read_rest", "tokens_of"]
 
 WORTH = 0.8  # of the tokens of a plain prefill: above it, a second call of the model costs more than it saves
 
@@ -60,7 +60,7 @@ def prefill(language: Language, attachment: Attachment, batch: Batch, token_map:
     n = batch.ids.shape[1] - n_left
     ids, domain = batch.ids[:, :n], batch.domain[:, :n]
     mask = (domain != PAD).long()
-    fork = plan_fork(_tokens(ids, domain), list(zip(batch.image.tolist(), token_map.row.tolist(), strict=True))) if may_share else None
+    fork = plan_fork(tokens_of(ids, domain), list(zip(batch.image.tolist(), token_map.row.tolist(), strict=True))) if may_share else None
     whole: Any = DynamicCache()  # without the config: a cache with a sliding window drops tokens, and rows are not of one length
     if fork is None:
         with attachment.bind(token_map):
@@ -70,8 +70,14 @@ def prefill(language: Language, attachment: Attachment, batch: Batch, token_map:
     with attachment.bind(_beginnings(token_map, leaders, n_first)):
         read(language, whole, ids[leaders, :n_first], mask[leaders, :n_first])
     _spread(whole, torch.tensor(fork.leader, device=ids.device), torch.tensor(fork.shift, device=ids.device))
-    with attachment.bind(replace(token_map, present=present(domain[:, n_first:]))):
-        return whole, read(language, whole, ids[:, n_first:], mask)
+    return whole, read_rest(language, attachment, whole, ids, domain, token_map)
+
+
+def read_rest(language: Language, attachment: Attachment, past: Any, ids: Tensor, domain: Tensor, token_map: TokenMap) -> Tensor:
+    """As `read` of the tokens after those that `past` holds; ids, domain: int64 [B, T], of all of them."""
+    n_first = past.get_seq_length()
+    with attachment.bind(replace(token_map, present=_present(domain[:, n_first:]))):
+        return read(language, past, ids[:, n_first:], (domain != PAD).long())
 
 
 def read(language: Language, past: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -125,12 +131,8 @@ def n_alike(rows: Sequence[Sequence[Hashable]]) -> int:
     return next((i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), min(len(row) for row in rows))
 
 
-def present(domain: Tensor) -> frozenset[int]:
-    """The domains that occur: a bridge is not run where no picture is read."""
-    return frozenset(domain.unique().tolist()) - {PAD}
-
-
-def _tokens(ids: Tensor, domain: Tensor) -> list[list[tuple[int, int]]]:
+def tokens_of(ids: Tensor, domain: Tensor) -> list[list[tuple[int, int]]]:
+    """Id and domain of each token of each row, without padding."""
     pairs = [list(zip(a, b, strict=True)) for a, b in zip(ids.tolist(), domain.tolist(), strict=True)]
     return [[pair for pair in row if pair[1] != PAD] for row in pairs]
 
@@ -138,7 +140,12 @@ def _tokens(ids: Tensor, domain: Tensor) -> list[list[tuple[int, int]]]:
 def _beginnings(token_map: TokenMap, leaders: Tensor, n_first: int) -> TokenMap:
     domain = token_map.domain[leaders, :n_first]
     inputs = {name: value[leaders] for name, value in token_map.inputs.items()}
-    return replace(token_map, domain=domain, row=token_map.row[leaders], inputs=inputs, present=present(domain))
+    return replace(token_map, domain=domain, row=token_map.row[leaders], inputs=inputs, present=_present(domain))
+
+
+def _present(domain: Tensor) -> frozenset[int]:
+    """The domains that occur: a bridge is not run where no picture is read."""
+    return frozenset(domain.unique().tolist()) - {PAD}
 
 
 def _spread(cache: Any, leader: Tensor, shift: Tensor) -> None:

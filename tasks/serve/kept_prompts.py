@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from multimodal.known_prompt import KnownPrompt
 from tasks.serve.job import Job
 
 __all__ = ["KeptPrompts", "Part"]
 
-WORTH = 0.5  # of a prompt must be known: below it, a call of its own costs the model more than it saves
+WORTH = 0.5  # of a prompt must be known to be read in a call of its own; a round figure, not a measured one
 
 
 @dataclass(frozen=True)
 class Part:
     """Jobs whose prompts are read in one call.
 
-    known    of each, a prompt that begins alike; empty where all are new
-    n_last   how many tokens of each are read; those of the whole prompt where all are new
+    known   of each, a prompt that begins alike; empty where all are new
     """
 
     jobs: Sequence[Job]
     known: Sequence[KnownPrompt] = ()
-    n_last: int = 0
+
+    @cached_property
+    def n_last(self) -> int:
+        """How many tokens of each prompt are read, where they begin like known ones."""
+        return max(len(job.ask.row.ids) - prompt.n_alike(_tokens(job)) for job, prompt in zip(self.jobs, self.known, strict=True))
 
     def n_known(self, job: Job) -> int:
         """How many tokens of a job's prompt are not read."""
@@ -45,11 +49,8 @@ class KeptPrompts:
     def parts(self, jobs: Sequence[Job]) -> list[Part]:
         """The jobs whose prompts are new, and those that begin like a known one."""
         known = {job: prompt for job in jobs if (prompt := self._known(job)) is not None}
-        parts = [Part(new)] if (new := [job for job in jobs if job not in known]) else []
-        if known:
-            n_last = max(len(job.ask.row.ids) - prompt.n_alike(_tokens(job)) for job, prompt in known.items())
-            parts.append(Part(list(known), list(known.values()), n_last))
-        return parts
+        parts = [Part([job for job in jobs if job not in known]), Part(list(known), list(known.values()))]
+        return [part for part in parts if part.jobs]
 
     def add(self, job: Job, prompt: KnownPrompt) -> None:
         """Keep the prompt of a job, unless it alone is too much."""

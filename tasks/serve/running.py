@@ -82,12 +82,14 @@ class Running:
         self._let_go()
 
     def _keep_prompts(self, jobs: Sequence[Job], batch: Batch) -> None:
-        if not self.prompts.most:
-            return
         adapters = self.model.adapted.adapters
-        for job, prompt in zip(jobs, self._decoding.prompts(batch), strict=True):
-            if job.ask.adapter == BASE_NAME or not reads_later_tokens(adapters[job.ask.adapter]):  # type: ignore[arg-type]
-                self.prompts.add(job, prompt)
+        kept = [
+            i
+            for i, job in enumerate(jobs)
+            if self.prompts.most and (job.ask.adapter == BASE_NAME or not reads_later_tokens(adapters[job.ask.adapter]))  # type: ignore[arg-type]
+        ]
+        for i, prompt in zip(kept, self._decoding.prompts(batch, kept), strict=True):
+            self.prompts.add(jobs[i], prompt)
 
     def _batch(self, jobs: Sequence[Job]) -> Batch:
         patches, image = self.features.of([job.ask.picture for job in jobs])

@@ -13,11 +13,11 @@ ship with the package; adapters have random weights, which cost what trained one
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import itertools
 import json
 import random
-import sys
 import tempfile
 import threading
 import time
@@ -218,7 +218,9 @@ def bad(folder: Path, *options: str) -> None:
 
 if __name__ == "__main__":
     ways = {"mixing": mixing, "wide": mixing, "varied": partial(mixing, lengths=VARIED), "reload": reload, "end": end, "bad": bad}
+    parser = argparse.ArgumentParser(description="What is not known here is given to the servers.")
+    parser.add_argument("way", choices=ways)
+    given, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
-        is_wide = sys.argv[1] in ("wide", "varied")
-        save(Path(name), wide_language(Path(name) / "language") if is_wide else "scenes:language")
-        ways[sys.argv[1]](Path(name), *sys.argv[2:])
+        save(Path(name), wide_language(Path(name) / "language") if given.way in ("wide", "varied") else "scenes:language")
+        ways[given.way](Path(name), *options)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from composed import tower
 
@@ -26,6 +29,16 @@ NOT_SHARED: dict[str, dict[str, Method]] = {
     "gated": {"bridge": BRIDGE, "gated": Gated(inner=AdaLink(rank=4, modalities=("text", "image")))},
     "unipelt": {"bridge": BRIDGE, "unipelt": UniPELT(variant="APL", bottleneck=4, prefix_length=2, prefix_hidden=6, lora_rank=2)},
 }
+
+
+@contextlib.contextmanager
+def tokens_read(model: VisionLanguageModel) -> Iterator[list[int]]:
+    """How many tokens each call of the language model inside the block had."""
+    calls: list[int] = []
+    stack = model.adapted.attachment.stack
+    handle = stack.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args[0] if args else kwargs["input_ids"]).numel()), with_kwargs=True)
+    yield calls
+    handle.remove()
 
 
 def asked(model: VisionLanguageModel, names: list[str], about: list[int], which: list[int]) -> Batch:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from composed import N_POSITIONS, WORDS, compose, excite, tokenizer, tower
-from picture_rows import METHODS, NOT_SHARED, QUESTIONS, alone, asked
+from picture_rows import METHODS, NOT_SHARED, QUESTIONS, alone, asked, tokens_read
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
@@ -30,22 +30,11 @@ from transformers import (
 )
 
 from adalink import EPALM
-from multimodal.batch import Batch
 from multimodal.generate import GenerationSettings
 from multimodal.language import Language
 from multimodal.model import VisionLanguageModel
 from multimodal.prefill import Fork, has_row_cache, plan_fork, prefill
 from multimodal.template import Template
-
-
-def tokens_read(model: VisionLanguageModel, batch: Batch, settings: GenerationSettings, names: list[str]) -> tuple[list[str], list[int]]:
-    """The texts, and how many tokens each call of the language model had."""
-    calls: list[int] = []
-    stack = model.adapted.attachment.stack
-    handle = stack.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args[0] if args else kwargs["input_ids"]).numel()), with_kwargs=True)
-    texts = model.generate_batch(batch, settings, names)
-    handle.remove()
-    return texts, calls
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -57,7 +46,8 @@ def test_questions_about_one_picture_read_it_once_and_are_answered_alike(family:
     excite(model.add_adapter("two", METHODS["adalink"]).double(), 2)
     names, about, which = ["one"] * 5 + ["two"] * 4, [0, 0, 0, 0, 0, 0, 0, 1, 1], [0, 1, 2, 3, 4, 0, 1, 1, 2]
     batch = asked(model, names, about, which)
-    texts, calls = tokens_read(model, batch, settings, names)
+    with tokens_read(model) as calls:
+        texts = model.generate_batch(batch, settings, names)
     assert texts == alone(model, names, about, which, settings)
     assert len(set(texts)) > 1  # the control: rows differ
     if method != "epalm":  # without slots for the picture, there is little to share
@@ -88,7 +78,8 @@ def test_rows_that_read_what_follows_share_nothing_and_are_answered_alike(method
     excite(model.add_adapter("two", METHODS["adalink"]).double(), 2)
     names, about, which = ["one"] * 5 + ["two"], [0, 0, 0, 1, 1, 0], [0, 1, 2, 3, 4, 0]
     batch = asked(model, names, about, which)
-    texts, calls = tokens_read(model, batch, settings, names)
+    with tokens_read(model) as calls:
+        texts = model.generate_batch(batch, settings, names)
     assert texts == alone(model, names, about, which, settings)
     assert calls[0] == batch.ids.numel() * beams
 
@@ -97,7 +88,8 @@ def test_a_slot_that_several_layers_read_has_no_cache_and_is_answered_alike() ->
     model, settings = compose("deep_opt"), GenerationSettings(max_new_tokens=5)
     excite(model.add_adapter("one", {"epalm": EPALM(layers=(0, 1), n_taps=2, connector="shared", mask="published")}).double())
     names, about, which = ["one"] * 3, [0, 0, 1], [0, 1, 2]
-    texts, calls = tokens_read(model, asked(model, names, about, which), settings, names)
+    with tokens_read(model) as calls:
+        texts = model.generate_batch(asked(model, names, about, which), settings, names)
     assert texts == alone(model, names, about, which, settings, use_cache=False)
     assert calls[-1] > calls[0]  # whole sequences
 
@@ -156,7 +148,8 @@ def test_every_family_that_keeps_keys_and_values_shares_them(family: str) -> Non
     batch = asked(model, names, about, which)
     for beams in (1, 3):
         settings = GenerationSettings(max_new_tokens=6, num_beams=beams)
-        texts, calls = tokens_read(model, batch, settings, names)
+        with tokens_read(model) as calls:
+            texts = model.generate_batch(batch, settings, names)
         assert texts == alone(model, names, about, which, settings)
         assert sum(calls[:2]) < 0.6 * batch.ids.numel()
 
