@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: import direction, small files, and what is public."""
+"""The house rules that a machine can check: import direction, how long files and functions may be, and what is public."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ PACKAGES = ("adalink", "multimodal", "tasks")
 MAY_IMPORT = {"adalink": {"adalink"}, "multimodal": {"adalink", "multimodal"}, "tasks": set(PACKAGES)}
 ADALINK_NEEDS = {"torch", "safetensors"}  # and huggingface_hub, late, for hub names
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-MOST_LINES, MOST_FUNCTION_LINES, MOST_PUBLIC_METHODS = 250, 40, 5
-# The methods that users of this field look for on a model with adapters are more than five.
-FIELD_NAMES = {"AdaptedModel", "VisionLanguageModel"}
+MOST_LINES, MOST_FUNCTION_LINES = 500, 40
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -69,7 +67,7 @@ def test_no_import_cycles() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_functions_and_classes_are_small(path: Path) -> None:
+def test_files_and_functions_are_small(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= MOST_LINES
     for node in ast.walk(ast.parse(text)):
@@ -77,9 +75,6 @@ def test_files_functions_and_classes_are_small(path: Path) -> None:
             assert node.end_lineno is not None
             docstring = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.body[0].lineno - 1
             assert node.end_lineno - (docstring or 0) <= MOST_FUNCTION_LINES, f"{node.name} is long"
-        if isinstance(node, ast.ClassDef) and node.name not in FIELD_NAMES:
-            public = [item.name for item in node.body if isinstance(item, ast.FunctionDef) and not item.name.startswith("_") and not _is_property(item)]
-            assert len(public) <= MOST_PUBLIC_METHODS, f"{node.name} has {public}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -102,7 +97,3 @@ def test_the_public_surface_is_what_it_was_meant_to_be() -> None:
         "adalink", "bitfit", "bottleneck", "bridge", "epalm", "gated", "ia3", "lora", "prefix", "prompt", "unipelt",
     }  # fmt: skip
     assert [name for name in adalink.__all__ if not hasattr(adalink, name)] == []
-
-
-def _is_property(function: ast.FunctionDef) -> bool:
-    return any(getattr(d, "id", "") in ("property", "cached_property") for d in function.decorator_list)
