@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from adalink.edit import Adapter, Placement
 from adalink.errors import CheckpointError, ConfigError
 from adalink.groups import DOMAINS
 from adalink.methods.lora import LoRA, LowRank
+from adalink.renamed import renamings
 
 __all__ = ["from_peft", "to_peft"]
 
@@ -42,17 +43,18 @@ Tensors = Mapping[str, Mapping[str, Tensor]]  # linear -> `A.weight`, `B.weight`
 def from_peft(folder: str | Path, model: nn.Module) -> Adapter:
     """A peft LoRA as an adapter for every token of the model. One LoRA method for each rank and alpha that occurs.
 
-    model: the frozen model, of the class that the LoRA was trained on. Its dropout, which acts in peft's training alone, is not taken over.
+    model: the frozen model, of the class that the LoRA was trained on. Its modules may have had other names then: those that transformers
+    knows are read. Its dropout, which acts in peft's training alone, is not taken over.
     Raises CheckpointError for a damaged folder, for what has no counterpart here (DoRA, trained copies of modules, ...), and for linears
     outside the layers that adapters reach (the head; the decoder of an encoder-decoder model).
     """
     path = Path(folder)
     config, anatomy = _config(path), Anatomy.read(model)
-    tensors = _tensors(path, anatomy)
+    tensors, written = _tensors(path, model, anatomy)
     alike: dict[tuple[int, float, bool], list[str]] = defaultdict(list)
     for linear, parts in tensors.items():
-        name = f"{anatomy.stack}.{linear}".lstrip(".")
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        names = (f"{anatomy.stack}.{linear}".lstrip("."), written[linear])
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, names, config["lora_alpha"])
         alike[len(parts["A.weight"]), alpha, "B.bias" in parts].append(linear)
     methods = {
         f"lora{i or ''}": LoRA(
@@ -120,7 +122,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(folder: Path, anatomy: Anatomy) -> Tensors:
+def _tensors(folder: Path, model: nn.Module, anatomy: Anatomy) -> tuple[Tensors, Mapping[str, str]]:
+    """The tensors of each linear, and the linear's name in the file, which is an older one of the same module in some."""
     path = folder / WEIGHTS_FILE
     try:
         stored = load_file(path)
@@ -129,17 +132,19 @@ def _tensors(folder: Path, anatomy: Anatomy) -> Tensors:
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}): copy it again") from None
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    linears, prefix = {linear.name for linear in anatomy.linears}, f"{anatomy.stack}." if anatomy.stack else ""
+    written: dict[str, str] = {}
+    linear_of = {f"{anatomy.stack}.{linear.name}".lstrip("."): linear.name for linear in anatomy.linears}
+    renamed = renamings(model)
     for key, value in stored.items():
         found = TENSOR.fullmatch(key)
-        linear = found[1].removeprefix(prefix) if found and found[1].startswith(prefix) else ""
-        if found is None or linear not in linears:
+        linear = found and (linear_of.get(found[1]) or linear_of.get(renamed(found[1])))
+        if not found or not linear:
             raise CheckpointError(f"{path} holds {key}, which is no LoRA of a linear inside the layers under {anatomy.stack or 'the model'}")
-        tensors[linear][f"{found[2]}.{found[3]}"] = value
+        tensors[linear][f"{found[2]}.{found[3]}"], written[linear] = value, found[1]
     incomplete = [linear for linear, parts in tensors.items() if not {"A.weight", "B.weight"} <= set(parts)]
     if incomplete or not tensors:
         raise CheckpointError(f"{path} lacks A or B of {', '.join(incomplete) or 'every linear'}: copy it again")
-    return tensors
+    return tensors, written
 
 
 def _fill(placement: Placement, parts: Mapping[str, Tensor], path: Path) -> None:
@@ -165,9 +170,9 @@ def _low_rank(placement: Placement) -> LowRank:
     return edit
 
 
-def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """peft's rule: a pattern is a regular expression for the end of a module's name, on a component's boundary."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
+def _by_pattern(patterns: Mapping[str, float], names: Sequence[str], default: float) -> float:
+    """peft's rule: a pattern is a regular expression for the end of a module's name (any of them), on a component's boundary."""
+    return next((value for pattern, value in patterns.items() if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)), default)
 
 
 def _short(anatomy: Anatomy, linears: list[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from existing_models import existing
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import excite, rows, run, tiny
@@ -66,6 +67,49 @@ def test_a_lora_of_peft_gives_pefts_logits(name: str, tmp_path: Path) -> None:
     logits = ours(model, from_peft(tmp_path, model))
     close(logits, expected)
     assert not torch.allclose(logits, plain)  # control
+
+
+# The prefix of the language model's layers now, and before transformers 4.52.
+EARLIER_NAMES = {
+    "llava": ("model.language_model.layers", "language_model.model.layers"),
+    "paligemma": ("model.language_model.layers", "language_model.model.layers"),
+    "gemma3": ("model.language_model.layers", "language_model.model.layers"),
+    "internvl": ("model.language_model.layers", "language_model.model.layers"),
+    "qwen2_vl": ("model.language_model.layers", "model.layers"),
+    "qwen2_5_vl": ("model.language_model.layers", "model.layers"),
+}
+
+
+@pytest.mark.parametrize("family", EARLIER_NAMES)
+def test_the_names_that_modules_had_before_are_read(family: str, tmp_path: Path) -> None:
+    now, before = EARLIER_NAMES[family]
+    settings: dict[str, Any] = {"target_modules": rf"{now}.*(q_proj|up_proj)", "alpha_pattern": {f"{now}.1.mlp.up_proj": 3}}
+    saved = get_peft_model(existing(family), LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **settings))
+    saved.save_pretrained(tmp_path)
+    expected = from_peft(tmp_path, existing(family))
+    rename_layers(tmp_path, now, before)
+    read = from_peft(tmp_path, existing(family))
+    assert read.methods == expected.methods
+    assert len(read.methods) == 2  # two alphas
+    assert all(torch.equal(value, read.state_dict()[name]) for name, value in expected.state_dict().items())
+
+
+def test_a_lora_of_the_model_without_its_head_is_read(tmp_path: Path) -> None:
+    expected = theirs("llama", tmp_path)
+    rename_layers(tmp_path, "model.layers", "layers")
+    model = tiny("llama")
+    close(ours(model, from_peft(tmp_path, model)), expected)
+
+
+def rename_layers(folder: Path, now: str, before: str) -> None:
+    """Changes the names of a peft folder, in weights and patterns."""
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    stored = load_file(weights)
+    save_file({key.replace(f"base_model.model.{now}.", f"base_model.model.{before}."): value for key, value in stored.items()}, weights)
+    assert set(load_file(weights)) != set(stored)
+    content = json.loads(config.read_text())
+    content["alpha_pattern"] = {key.replace(now, before): value for key, value in content["alpha_pattern"].items()}
+    config.write_text(json.dumps(content))
 
 
 def test_it_is_one_adapter_of_many_and_is_saved_as_such(tmp_path: Path) -> None:
