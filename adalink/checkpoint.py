@@ -1,4 +1,7 @@
-"""Adapter folders: adapter_config.json, adapter_model.safetensors, README.md. Strict, atomic, and bound to their frozen parts.
+"""Adapter folders: adalink_config.json, adapter_model.safetensors, README.md. Strict, atomic, and bound to their frozen parts.
+
+The config does not have peft's file name, adapter_config.json, since transformers and peft take whatever has it for a folder of peft:
+so a folder may hold a model and an adapter of it. Folders written before that are read all the same.
 
 Tensors are named by role (`adalink.image.down.weight`), not by the host's module path. The config holds a fingerprint of each
 frozen part; another base is refused with a sentence that names both.
@@ -25,9 +28,14 @@ from adalink.edit import Adapter, Method
 from adalink.errors import CheckpointError, ConfigError
 from adalink.methods import METHODS
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "FrozenPart", "fingerprint", "load_weights", "part_of", "read_config", "save_adapter"]
+__all__ = [
+    "CONFIG_FILE", "PEFT_CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "FrozenPart", "fingerprint", "is_file_with", "load_weights", "part_of",
+    "read_config", "save_adapter",
+]  # fmt: skip
 
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adalink_config.json", "adapter_model.safetensors", "README.md"
+PEFT_CONFIG_FILE = "adapter_config.json"  # peft's; also what CONFIG_FILE was called in earlier versions
+CARD_MARK = "library_name: adalink"
 FORMAT = 1
 N_SAMPLED = 1024  # values of each tensor that go into a fingerprint: 7 B parameters take a second, not a minute
 
@@ -42,7 +50,7 @@ class FrozenPart:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter_config.json holds.
+    """What adalink_config.json holds.
 
     methods   name in the adapter -> method
     base      role (`language_model`, `encoder`) -> frozen part
@@ -87,11 +95,17 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
-    """Write the adapter folder; each file appears whole or not at all, the config last."""
+    """Write the adapter folder; each file appears whole or not at all, the config last. A README.md that is not an adapter's own stays.
+
+    Raises CheckpointError for a folder that holds an adapter of peft.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if is_file_with(folder / PEFT_CONFIG_FILE, '"peft_type"'):
+        raise CheckpointError(f"{folder} holds an adapter of the peft library, whose {WEIGHTS_FILE} would be overwritten: save to another folder")
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in adapter.named_parameters()}
     write_whole(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-    write_whole(folder / CARD_FILE, _card(adapter, config).encode())
+    if not (folder / CARD_FILE).exists() or is_file_with(folder / CARD_FILE, CARD_MARK):
+        write_whole(folder / CARD_FILE, _card(adapter, config).encode())
     content = {
         "format": FORMAT,
         "methods": {name: method_to_json(method) for name, method in config.methods.items()},
@@ -99,13 +113,19 @@ def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
         "task": dict(config.task),
     }
     write_whole(folder / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    if is_file_with(folder / PEFT_CONFIG_FILE, '"methods"'):
+        (folder / PEFT_CONFIG_FILE).unlink()  # an earlier version's
 
 
 def read_config(folder: Path) -> AdapterConfig:
     """The config of an adapter folder. Raises CheckpointError where it is missing, damaged, or of another format."""
     path = folder / CONFIG_FILE
     try:
+        if not path.is_file() and (folder / PEFT_CONFIG_FILE).is_file():
+            path = folder / PEFT_CONFIG_FILE
         content = json.loads(path.read_text())
+        if "peft_type" in content:
+            raise CheckpointError(f"{path} is of the peft library ({content['peft_type']}): read its folder with adalink.from_peft")
         if content["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {content['format']}, and this version of adalink reads {FORMAT}: update adalink")
         return AdapterConfig(
@@ -165,12 +185,20 @@ def method_from_json(content: Any) -> Any:
     return METHODS[name](**{key: method_from_json(value) for key, value in fields.items()})
 
 
+def is_file_with(path: Path, mark: str) -> bool:
+    """Whether a text file is there and holds the mark."""
+    try:
+        return mark in path.read_text(errors="replace")
+    except OSError:
+        return False
+
+
 def _card(adapter: Adapter, config: AdapterConfig) -> str:
     bases = "".join(f"\n- {part.name}" for part in config.base.values())
     rows = "\n".join(f"| {name} | {type(config.methods[name]).__name__} | {n:,} |" for name, n in adapter.n_parameters().items())
     task = config.task.get("task", "")
     return f"""---
-library_name: adalink
+{CARD_MARK}
 base_model:{bases}
 tags:
 - adalink

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
 from adalink.atomic import write_whole
-from adalink.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from adalink.checkpoint import CONFIG_FILE, PEFT_CONFIG_FILE, WEIGHTS_FILE
 from adalink.edit import Adapter, Placement
 from adalink.errors import CheckpointError, ConfigError
 from adalink.groups import DOMAINS
@@ -98,17 +98,20 @@ def to_peft(adapter: Adapter, model: nn.Module, folder: str | Path) -> None:
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
     }  # fmt: skip
     path = Path(folder)
+    if (path / CONFIG_FILE).exists():
+        raise ConfigError(f"{path} holds an adapter of this package, whose {WEIGHTS_FILE} would be overwritten: export to another folder")
     path.mkdir(parents=True, exist_ok=True)
     write_whole(path / WEIGHTS_FILE, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}))
-    write_whole(path / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    write_whole(path / PEFT_CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
+    path = folder / PEFT_CONFIG_FILE
     try:
         config = json.loads(path.read_text())
     except OSError:
-        raise CheckpointError(f"{folder} is no peft folder: it has no {CONFIG_FILE} that can be read") from None
+        advice = ", and is an adapter of this package: load it with AdaptedModel.from_pretrained" if (folder / CONFIG_FILE).is_file() else ""
+        raise CheckpointError(f"{folder} is no peft folder: it has no {PEFT_CONFIG_FILE} that can be read{advice}") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): was it cut off?") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not isinstance(config.get("lora_alpha"), int | float):

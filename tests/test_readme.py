@@ -36,7 +36,7 @@ def test_the_lines_of_python_train_and_save_an_adapter(tmp_path: Path) -> None:
         exec(compile(code, "README.md", "exec"), {})
     finally:
         os.chdir(before)
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= {p.name for p in (tmp_path / "runs" / "caption" / "adapter").iterdir()}
+    assert {"adalink_config.json", "adapter_model.safetensors", "README.md"} <= {p.name for p in (tmp_path / "runs" / "caption" / "adapter").iterdir()}
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^    adalink ((?:[a-z]+ ?)+)(?=[ -]|$)", README, flags=re.MULTILINE))))

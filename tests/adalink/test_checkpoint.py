@@ -13,15 +13,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import INPUTS, excite, tiny
 from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
 
-from adalink import AdaLink, Adapter, Anatomy, Bridge, Method, Prompt
+from adalink import AdaLink, AdaptedModel, Adapter, Anatomy, Bridge, LoRA, Method, Prompt, from_peft, get_adalink_model, to_peft
 from adalink.atomic import write_whole
 from adalink.checkpoint import (
     CONFIG_FILE,
+    PEFT_CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterConfig,
     FrozenPart,
@@ -58,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_an_adapter_folder_holds_three_files(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adalink_config.json", "adapter_model.safetensors"]
 
 
 def test_what_was_saved_comes_back(folder: Path) -> None:
@@ -102,7 +105,7 @@ def test_the_config_comes_last_so_half_a_folder_is_no_adapter(folder: Path, tmp_
     save_adapter(tmp_path / "new", adapter(1), CONFIG)
     assert [CONFIG_FILE in names for names in there] == [False, False, True]
     (folder / CONFIG_FILE).unlink()
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(folder))} is no adapter folder: it has no adapter_config.json"):
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(folder))} is no adapter folder: it has no adalink_config.json"):
         read_config(folder)
     with pytest.raises(CheckpointError, match="is no adapter folder"):
         read_config(tmp_path / "nothing")
@@ -113,7 +116,7 @@ BROKEN = {
     "\x00": "is not an adapter config",
     "null": "is not an adapter config",
     "{}": "is not an adapter config",
-    '{"peft_type": "LORA", "r": 8}': "is not an adapter config",
+    '{"peft_type": "LORA", "r": 8}': r"is of the peft library \(LORA\): read its folder with adalink.from_peft",
     '{"format": 1, "methods": [], "base": {}, "task": {}}': "is not an adapter config",
     '{"format": 1, "methods": {}, "base": {"encoder": {"name": "x"}}, "task": {}}': "is not an adapter config",
     '{"format": 1, "methods": {}, "base": {"encoder": "x"}, "task": {}}': "is not an adapter config",
@@ -132,6 +135,43 @@ def test_a_config_of_bytes_that_are_no_text_is_refused(folder: Path) -> None:
     (folder / CONFIG_FILE).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match="is not an adapter config"):
         read_config(folder)
+
+
+def test_a_model_and_its_adapter_may_lie_in_one_folder(tmp_path: Path) -> None:
+    tiny("opt").save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# My model\n")
+    adapted = get_adalink_model(AutoModelForCausalLM.from_pretrained(tmp_path), AdaLink(rank=4, modalities=("text",)))
+    excite(adapted.active_adapter(), 0)
+    adapted.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert fingerprint(model) == fingerprint(adapted.base)
+    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "OPTModel"
+    assert (tmp_path / "README.md").read_text() == "# My model\n"
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
+        PeftModel.from_pretrained(model, tmp_path)
+    again = AdaptedModel.from_pretrained(model, tmp_path).active_adapter()
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), adapted.active_adapter().parameters(), strict=True))
+
+
+def test_a_folder_of_an_earlier_version_is_read_and_renamed_when_it_is_saved_again(folder: Path) -> None:
+    (folder / CONFIG_FILE).rename(folder / PEFT_CONFIG_FILE)
+    assert read_config(folder) == CONFIG
+    save_adapter(folder, adapter(1), CONFIG)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", CONFIG_FILE, WEIGHTS_FILE]
+
+
+def test_folders_of_peft_are_told_apart_and_never_overwritten(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / PEFT_CONFIG_FILE).write_text('{"peft_type": "LORA", "r": 8}')
+    with pytest.raises(CheckpointError, match=r"is of the peft library \(LORA\): read its folder with adalink.from_peft"):
+        read_config(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match=r"holds an adapter of the peft library, whose adapter_model.safetensors would be overwritten"):
+        save_adapter(tmp_path / "theirs", adapter(1), CONFIG)
+    with pytest.raises(CheckpointError, match=r"is no peft folder: .* load it with AdaptedModel.from_pretrained"):
+        from_peft(folder, tiny("opt"))
+    lora = Adapter({"lora": LoRA(groups={"all": ("all",)}, rank=2, alpha=2)}, ANATOMY)
+    with pytest.raises(ConfigError, match=r"holds an adapter of this package, whose adapter_model.safetensors would be overwritten"):
+        to_peft(lora, tiny("opt"), folder)
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_an_adapted_encoder_is_saved_and_loaded_with_its_adapter(tmp_path: Path)
     again.load_adapter(tmp_path, "one").double()
     assert torch.equal(again.tower(pixels(model)).patches, model.tower(pixels(model)).patches)
     assert again.generate(PICTURES, ["is it red ?"] * 2) == model.generate(PICTURES, ["is it red ?"] * 2)
-    assert {path.name for path in (tmp_path / "vision").iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "vision").iterdir()} == {"README.md", "adalink_config.json", "adapter_model.safetensors"}
 
 
 def test_adapters_that_saw_another_encoder_are_refused_and_nothing_stays(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_an_adapter_of_another_base_is_refused_naming_both(runs: Path, picture: 
 
 
 def test_a_missing_adapter_is_one_sentence(picture: Path, tmp_path: Path) -> None:
-    assert refused(caption(tmp_path / "no", picture)).startswith(f"{tmp_path / 'no'} is no adapter folder: it has no adapter_config.json")
+    assert refused(caption(tmp_path / "no", picture)).startswith(f"{tmp_path / 'no'} is no adapter folder: it has no adalink_config.json")
     assert "is no adapter folder" in refused(caption(picture, picture))
     assert "is no adapter folder" in refused(caption(tmp_path, picture))
     sentence = refused(adalink("evaluate", "--config", RECIPES["vqa"], "--adapter", tmp_path / "no", "--out", tmp_path / "out", *SMALL))
@@ -194,7 +194,7 @@ CONFIGS = {
     "cut off": ('{"format": 1, "methods": {', "is not an adapter config"),
     "not JSON": ("\x00\x01", "is not an adapter config"),
     "a list": ("[1, 2]", "is not an adapter config"),
-    "of peft": ('{"peft_type": "LORA", "r": 8, "base_model_name_or_path": "x"}', "is not an adapter config"),
+    "of peft": ('{"peft_type": "LORA", "r": 8, "base_model_name_or_path": "x"}', "is of the peft library (LORA): read its folder with adalink.from_peft"),
     "of a later version": ('{"format": 2}', "has format 2, and this version of adalink reads 1: update adalink"),
 }
 

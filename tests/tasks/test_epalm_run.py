@@ -27,7 +27,7 @@ def test_it_trains_and_is_evaluated(task: str, settings: dict[str, object], told
     done = train(task, tmp_path / "run", *WITHOUT, *epalm(**settings))
     assert done.code in (0, None), done
     assert told in done.out + done.err
-    saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    saved = json.loads((tmp_path / "run" / "adapter" / "adalink_config.json").read_text())
     assert saved["methods"]["epalm"]["mask"] == settings.get("mask", "causal")
     again = adalink("evaluate", "--config", RECIPES[task], "--adapter", tmp_path / "run" / "adapter", "--out", tmp_path / "again", *SMALL)
     assert again.code in (0, None), again

@@ -30,7 +30,7 @@ def test_a_plan_counts_what_a_run_then_trains(tmp_path: Path) -> None:
     assert train("captioning", tmp_path / "run").code == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {method["name"]: method["trained"] for method in planned["methods"]} == metrics["trained_parameters"]
-    saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base"]
+    saved = json.loads((tmp_path / "run" / "adapter" / "adalink_config.json").read_text())["base"]
     assert {role: planned[role]["fingerprint"] for role in saved} == {role: part["fingerprint"] for role, part in saved.items()}
 
 

@@ -27,7 +27,7 @@ def test_a_run_folder_holds_what_was_promised(trained: tuple[Path, Done]) -> Non
     out, done = trained
     assert done.code == 0, done
     assert {path.name for path in out.iterdir()} == {"adapter", "checkpoints", "config.yaml", "metrics.json", "metrics.jsonl", "report.html", "results.json"}
-    assert {path.name for path in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in (out / "adapter").iterdir()} == {"adalink_config.json", "adapter_model.safetensors", "README.md"}
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
 
 

@@ -33,7 +33,7 @@ OPTIONS = (
 
 
 def test_both_sides_are_trained_and_saved(trained: tuple[Path, Done], run: Path, tmp_path: Path) -> None:
-    assert {path.name for path in (run / "adapter" / "vision").iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (run / "adapter" / "vision").iterdir()} == {"README.md", "adalink_config.json", "adapter_model.safetensors"}
     counts = json.loads((run / "metrics.json").read_text())["trained_parameters"]
     assert {"adalink", "bridge", "vision.lora", "vision.prompt"} == set(counts)
     assert "in the encoder: " in trained[1].out

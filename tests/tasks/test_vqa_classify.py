@@ -53,7 +53,7 @@ def test_a_run_leaves_head_and_answers_with_its_adapter(run: tuple[Path, Done]) 
     assert len(answers) == 20
     weights = load_file(out / "adapter" / "answer_head.safetensors")
     assert {name: tuple(value.shape) for name, value in weights.items()} == {"linear.weight": (20, WIDTH), "linear.bias": (20,)}
-    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["task"]["answers"] == 20
+    assert json.loads((out / "adapter" / "adalink_config.json").read_text())["task"]["answers"] == 20
     metrics = json.loads((out / "metrics.json").read_text())
     assert list(metrics["rows"]) == [UNTRAINED, TRAINED, BLIND]
     assert metrics["trained_parameters"]["head"] == 1300
@@ -110,7 +110,7 @@ def test_a_yaml_file_says_it_all(readers: dict[str, Path], tmp_path: Path) -> No
     assert {method["name"]: method["trained"] for method in json.loads(planned.out)["methods"]}["head"] == 12 * WIDTH + 12
     done = adalink("train", "--config", tmp_path / "vqa_classify.yaml", "--out", tmp_path / "run")
     assert done.code == 0, done
-    saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base"]["language_model"]
+    saved = json.loads((tmp_path / "run" / "adapter" / "adalink_config.json").read_text())["base"]["language_model"]
     assert saved["fingerprint"] == json.loads(planned.out)["language_model"]["fingerprint"]
 
 
