@@ -9,7 +9,8 @@ from typing import Any
 from adalink import ANSWER, IMAGE, TEXT, Slots
 from adalink.errors import ConfigError, DataError
 from multimodal.language import Language
-from multimodal.template import Template, Text
+from multimodal.template import Filled, Template, Text
+from multimodal.text_tokens import TextTokens
 
 __all__ = ["Row", "RowEncoder", "TextTooLong"]
 
@@ -55,6 +56,7 @@ class RowEncoder:
     def __init__(self, template: Template, language: Language, slots: Sequence[Slots], n_answers: int = 0) -> None:
         self.template = template
         self.tokenizer = language.tokenizer
+        self._tokens = TextTokens(language.tokenizer)
         config: Any = language.model.config
         limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self.max_positions = limit and limit - language.first_position
@@ -69,7 +71,7 @@ class RowEncoder:
         """The row that a text is generated from. Raises ConfigError where it has no token, TextTooLong where it has too many."""
         ids, domain = [self.placeholder] * len(self.leading), list(self.leading)
         for part in self.template.prompt_parts(question):
-            if part == "<image>":
+            if part == "<image>" and not isinstance(part, Filled):
                 ids += [self.placeholder] * self.image_slots
                 domain += [IMAGE] * self.image_slots
             else:
@@ -100,11 +102,10 @@ class RowEncoder:
         return Row(ids, domain, tuple(range(first, first + len(target))), target)
 
     def _ids(self, part: str) -> list[int]:
-        if part in self.special:
-            special = self.special[part]
-            return [] if special is None else [special]
-        ids: list[int] = self.tokenizer(part, add_special_tokens=False)["input_ids"]
-        return ids
+        if isinstance(part, Filled):
+            return self._tokens.ids(part.wording, part.fill)
+        special = self.special[part]
+        return [] if special is None else [special]
 
     def _check(self, length: int, text: str) -> None:
         if self.max_positions is not None and self.decoder_start is None and length > self.max_positions:

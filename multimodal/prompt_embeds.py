@@ -15,6 +15,7 @@ from multimodal.batch import collate
 from multimodal.images import decode_image
 from multimodal.language import Language
 from multimodal.model import VisionLanguageModel
+from multimodal.text_tokens import TextTokens
 
 __all__ = ["image_prompt_embeds", "text_prompt_embeds"]
 
@@ -35,11 +36,15 @@ def image_prompt_embeds(model: VisionLanguageModel, images: Sequence[Path | byte
 
 
 @torch.no_grad()
-def text_prompt_embeds(model: AdaptedModel, language: Language, prompts: Sequence[str]) -> list[Tensor]:
-    """The same of prompts that are words alone, as the tokenizer makes them (with its own special tokens), after the adapter's slots."""
-    found = []
+def text_prompt_embeds(model: AdaptedModel, language: Language, prompts: Sequence[str | Sequence[int]]) -> list[Tensor]:
+    """The same of prompts that are words alone, between the special tokens that the tokenizer puts around a text, after the adapter's slots.
+
+    A special token's spelling inside a text is letters. A prompt that needs special tokens in its middle (a chat template's) is given as ids.
+    """
+    found, tokens = [], TextTokens(language.tokenizer)
     for prompt in prompts:
-        ids = torch.tensor([language.tokenizer(prompt)["input_ids"]], device=next(model.base.parameters()).device)
+        row = tokens.whole(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = torch.tensor([row], device=next(model.base.parameters()).device)
         call = Call.make(model.base, ids, {"input_ids": ids}, model.serving(1), model.image_ids, "left")
         found.append(prompt_embeds(model, call.arguments["input_ids"], call.token_map)[0])
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from adalink.errors import ConfigError
 
-__all__ = ["Template", "Text"]
+__all__ = ["Filled", "Template", "Text"]
 
 MARKERS = ("<image>", "<bos>", "<eos>")
 FIELD = re.compile(r"\{(\w*)\}")
@@ -26,12 +26,32 @@ class Text:
     scores: tuple[tuple[int, float], ...] | None = None
 
 
+class Filled(str):
+    """A piece of a prompt or target between markers: the template's own wording, with what people wrote between.
+
+    wording  what stands before, between and after the places that were filled; one piece where there is none
+    fill     what was filled in
+    """
+
+    wording: tuple[str, ...]
+    fill: str
+
+    @classmethod
+    def of(cls, template: str, field: str, fill: str) -> Filled:
+        """The template's piece with `fill` at each `{field}`."""
+        wording = tuple(template.split(f"{{{field}}}"))
+        piece = cls(fill.join(wording))
+        piece.wording, piece.fill = wording, fill
+        return piece
+
+
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """The words around a question and an answer.
 
     <image> is where the picture's slots go, <bos> and <eos> are the language model's own tokens (left out where it has none);
-    {question} and {text} are filled in. A question that contains a marker stays text: markers are read before anything is filled in.
+    {question} and {text} are filled in. A question that contains a marker, or a special token of the language model in the model's own
+    spelling, stays text; the template's own words may hold such a spelling (`<|user|>`), and it is that token there.
 
     `"<image><bos>question: {question} answer:"` and `" {text}<eos>"` make, of "is it red?" and "yes",
     [the picture], <bos>, "question: is it red? answer:", and then " yes", <eos>.
@@ -52,9 +72,9 @@ class Template:
                 raise ConfigError(f"the {part} template {template!r} has a place {{{unknown[0]}}} that nothing fills: it may have {{{field}}}")
 
     def prompt_parts(self, question: str) -> list[str]:
-        """The prompt as text pieces and markers, in order."""
-        return [part if part in MARKERS else part.replace("{question}", question) for part in _SPLIT.split(self.prompt) if part]
+        """The prompt in order: markers, and `Filled` pieces of text."""
+        return [part if part in MARKERS else Filled.of(part, "question", question) for part in _SPLIT.split(self.prompt) if part]
 
     def target_parts(self, text: str) -> list[str]:
-        """The target as text pieces and markers, in order."""
-        return [part if part in MARKERS else part.replace("{text}", text) for part in _SPLIT.split(self.target) if part]
+        """The target in order: markers, and `Filled` pieces of text."""
+        return [part if part in MARKERS else Filled.of(part, "text", text) for part in _SPLIT.split(self.target) if part]

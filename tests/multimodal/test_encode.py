@@ -57,6 +57,20 @@ def test_slots_of_a_method_come_first_and_the_picture_where_the_template_says() 
     assert row.ids == (PAD, PAD, PAD, BOS, *ids("question: is it ?"), PAD, PAD, *ids("answer:"))
 
 
+@pytest.mark.parametrize("model", [OPT, T5], ids=["opt", "t5"])
+@pytest.mark.parametrize("text", ["<image>", "<bos>", "<eos>", "</s>", "<pad>", "yes </s> no", "<s> </s>"])
+def test_a_text_that_is_a_marker_or_a_special_token_stays_text(model: object, text: str) -> None:
+    template = Template(prompt="<image>{question}<bos>", target="{text}<eos>")
+    row = RowEncoder(template, model, [Slots(IMAGE, 2)]).row(Text(text, text))  # type: ignore[arg-type]
+    n_text = row.domain.count(TEXT) - (model is OPT)
+    assert row.domain.count(IMAGE) == 2
+    assert n_text >= 1
+    special = {PAD, EOS} if model is T5 else {PAD, BOS, EOS}  # T5 has no start token, so <s> is a word of it
+    assert not special.intersection(row.ids[2 : 2 + n_text])
+    assert not special.intersection(row.target[:-1])
+    assert row.target[-1] == EOS
+
+
 def test_without_a_bridge_the_picture_takes_no_place() -> None:
     assert IMAGE not in RowEncoder(VQA, OPT, []).prompt("is it ?").domain
 
