@@ -55,6 +55,7 @@ class Comparison:
     differences  every corpus figure, those of types included
     right_from   the figure from which on an item counts as right
     scorer       what computed the figures, with its version
+    notes        sentences about what was scored
     """
 
     unit: str
@@ -62,6 +63,7 @@ class Comparison:
     differences: Sequence[Difference]
     right_from: float
     scorer: str
+    notes: Sequence[str] = ()
 
     @property
     def right_to_wrong(self) -> list[Pair]:

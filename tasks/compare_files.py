@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tasks.compare import ANSWER_IS_RIGHT, CAPTION_IS_RIGHT, Comparison, compare_answers, compare_captions
 from tasks.compare_listing import write_pairs
 from tasks.metrics.answer_files import check_questions, read_answer_results, read_graded_questions
 from tasks.metrics.bootstrap import Resampling
-from tasks.metrics.caption_files import check_split, read_caption_results, read_references, refuse_empty
+from tasks.metrics.caption_files import check_split, empty_captions, read_caption_results, read_references
 from tasks.metrics.vqa import VqaScorer
 
 __all__ = ["compare_coco", "compare_vqa"]
@@ -38,11 +39,11 @@ def compare_coco(
     expected = read_references(references, split)
     runs = {path: read_caption_results(path) for path in (before, after)}
     for path, given in runs.items():
-        refuse_empty(given, path)
         check_split(given, expected, path, references)
     comparison = compare_captions(
         runs[before], runs[after], expected, resampling=Resampling(n_resamples=resamples), right_from=right_from
     )
+    comparison = replace(comparison, notes=[note for path, given in runs.items() for note in empty_captions(given, path)])
     if items is not None:
         write_pairs(items, comparison)
     return comparison

@@ -26,6 +26,7 @@ def comparison_table(comparison: Comparison) -> str:
     lines = [
         f"scorer: {comparison.scorer}; computed by {software()}",
         f"{len(comparison.pairs)} {comparison.unit}; * where the interval does not hold zero",
+        *comparison.notes,
         "",
         *aligned(rows),
     ]
@@ -60,6 +61,7 @@ def comparison_json(comparison: Comparison) -> str:
         "scorer": comparison.scorer,
         "n_items": len(comparison.pairs),
         "unit": comparison.unit,
+        "notes": list(comparison.notes),
         "figures": figures,
         "right_from": comparison.right_from,
         "negative_flip_rate": comparison.negative_flip_rate,

@@ -10,7 +10,7 @@ from typing import Literal
 from adalink.atomic import write_whole
 from tasks.metrics.answer_files import check_questions, read_answer_results, read_graded_questions, read_question_ids
 from tasks.metrics.bootstrap import Figures, Resampling, answer_figures, caption_figures, intervals
-from tasks.metrics.caption_files import check_split, read_caption_results, read_references, refuse_empty
+from tasks.metrics.caption_files import check_split, empty_captions, read_caption_results, read_references
 from tasks.metrics.captions import score_captions
 from tasks.metrics.java_captions import JavaScores, meteor, spice
 from tasks.metrics.listing import Figure, Listing
@@ -42,14 +42,14 @@ def score_coco(
     """
     expected = read_references(references, split)
     given = read_caption_results(results)
-    refuse_empty(given, results)
     check_split(given, expected, results, references)
     scores = score_captions(given, expected)
     extra: dict[str, JavaScores] = {name: _JAVA[name](given, expected) for name in java or ()}
     values = {name: (value, scores.scorer) for name, value in scores.corpus.items()}
     values |= {name: (java_scores.corpus, java_scores.scorer) for name, java_scores in extra.items()}
     source = {"references": str(references), "results": str(results)} | ({"split": split} if split else {})
-    listing = _listing(source, values, caption_figures(scores), "images", Resampling(n_resamples=resamples))
+    notes = empty_captions(given, results)
+    listing = _listing(source, values, caption_figures(scores), "images", Resampling(n_resamples=resamples), notes)
     if items is not None:
         rows = [{"image_id": image, "caption": given[image], **row, **_of_image(extra, image)} for image, row in scores.per_image.items()]
         _write_items(items, rows)
@@ -91,11 +91,11 @@ def score_vqa(
 
 
 def _listing(
-    source: Mapping[str, str], values: Mapping[str, tuple[float, str]], figures: Figures, unit: str, resampling: Resampling
+    source: Mapping[str, str], values: Mapping[str, tuple[float, str]], figures: Figures, unit: str, resampling: Resampling, notes: Sequence[str] = ()
 ) -> Listing:
     found = intervals(figures, resampling)
     rows = [Figure(name=name, value=value, scorer=scorer, interval=found.get(name)) for name, (value, scorer) in values.items()]
-    return Listing(source=source, n_items=figures.items, unit=unit, figures=rows, resampling=resampling)
+    return Listing(source=source, n_items=figures.items, unit=unit, figures=rows, resampling=resampling, notes=notes)
 
 
 def _of_image(extra: Mapping[str, JavaScores], image: int) -> dict[str, float]:

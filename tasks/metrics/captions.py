@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 
@@ -12,10 +13,10 @@ from tasks.metrics.bleu import BleuSums, bleu, bleu_sums
 from tasks.metrics.cider import cider
 from tasks.metrics.ngrams import MAX_N, Corpus, Floats, count_ngrams, cut_at_spaces
 from tasks.metrics.offenders import refuse
-from tasks.metrics.ptb import tokenize
+from tasks.metrics.ptb import tokenize_captions
 from tasks.metrics.rouge import rouge_l
 
-__all__ = ["CAPTION_SCORER", "CaptionScores", "same_images", "score_captions"]
+__all__ = ["CAPTION_SCORER", "CaptionScores", "same_images", "score_captions", "tokenized"]
 
 # Named beside every figure: what it equals, and the version it was checked against.
 CAPTION_SCORER = "COCO caption evaluation (equal to pycocoevalcap 1.2)"
@@ -39,14 +40,23 @@ class CaptionScores:
 def score_captions(hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> CaptionScores:
     """Scores of one generated caption per image against the references of the same images.
 
+    The references' order of images is that of the annotation file, as the official evaluation has it: its tokenizer reads all captions as
+    one text, so a few figures depend on it.
+
     Raises DataError where the two do not hold the same images, or an image has no reference.
     """
     images = same_images(hypotheses, references)
-    corpus = Corpus(
-        hypotheses=[tokenize(hypotheses[image]) for image in images],
-        references=[[tokenize(text) for text in references[image]] for image in images],
-    )
+    corpus = tokenized(hypotheses, references)
     return _score(images, corpus, cut_at_spaces(corpus))
+
+
+def tokenized(hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> Corpus:
+    """The words of both sides, image by image in the order of the references; each side is one file to the official tokenizer."""
+    words = iter(tokenize_captions(chain.from_iterable(references.values())))
+    return Corpus(
+        hypotheses=tokenize_captions(hypotheses[image] for image in references),
+        references=[list(islice(words, len(texts))) for texts in references.values()],
+    )
 
 
 def _score(images: Sequence[int], tokens: Corpus, corpus: Corpus) -> CaptionScores:

@@ -13,8 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from adalink.errors import ConfigError, DataError
-from tasks.metrics.captions import same_images
-from tasks.metrics.ptb import tokenize
+from tasks.metrics.captions import same_images, tokenized
 
 __all__ = ["JavaScores", "meteor", "spice"]
 
@@ -74,8 +73,10 @@ def _official(module: str, metric: str) -> Any:
 
 def _tokenized(images: Sequence[int], hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> tuple[Any, Any]:
     """References and hypotheses as the official code hands them over: tokenised, by image."""
-    words = {image: [" ".join(tokenize(text)) for text in references[image]] for image in images}
-    return words, {image: [" ".join(tokenize(hypotheses[image]))] for image in images}
+    corpus = tokenized(hypotheses, references)
+    words = {image: [" ".join(text) for text in texts] for image, texts in zip(references, corpus.references, strict=True)}
+    given = {image: [" ".join(text)] for image, text in zip(references, corpus.hypotheses, strict=True)}
+    return {image: words[image] for image in images}, {image: given[image] for image in images}
 
 
 def _scorer(name: str) -> str:

@@ -33,6 +33,7 @@ class Listing:
 
     source   what was compared with what, for the heading: {"references": "captions_val2014.json", ...}
     unit     of what: "images" or "questions"
+    notes    sentences about what was scored
     """
 
     source: Mapping[str, str]
@@ -40,6 +41,7 @@ class Listing:
     unit: str
     figures: Sequence[Figure]
     resampling: Resampling
+    notes: Sequence[str] = ()
 
 
 def software() -> str:
@@ -54,6 +56,7 @@ def as_table(listing: Listing) -> str:
     """Lines for the screen; the scorers stand above the figures that they made."""
     lines = [f"{name}: {value}" for name, value in listing.source.items()]
     lines.append(f"{listing.n_items} {listing.unit}; computed by {software()}")
+    lines += listing.notes
     level = f"{100 * listing.resampling.level:g} % interval"
     for scorer in dict.fromkeys(figure.scorer for figure in listing.figures):
         rows = [("figure", "value", level)]
@@ -66,7 +69,7 @@ def as_table(listing: Listing) -> str:
 
 
 def as_json(listing: Listing) -> str:
-    """One object: software, source, n_items, resampling, and figures by name, each with value, scorer, and interval (low, high) or null."""
+    """One object: software, source, n_items, resampling, notes, and figures by name, each with value, scorer, and interval (low, high) or null."""
     figures = {
         figure.name: {
             "value": figure.value,
@@ -76,7 +79,7 @@ def as_json(listing: Listing) -> str:
         for figure in listing.figures
     }
     about = {"software": software(), **listing.source, "n_items": listing.n_items, "unit": listing.unit, "resampling": vars(listing.resampling)}
-    return json.dumps({**about, "figures": figures}, indent=2)
+    return json.dumps({**about, "notes": list(listing.notes), "figures": figures}, indent=2)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

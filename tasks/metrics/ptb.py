@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import chain
 
@@ -12,13 +12,10 @@ from tasks.metrics.ptb_letters import stand_in
 from tasks.metrics.ptb_rules import LINE_BREAK, RULES
 from tasks.metrics.ptb_written import lower
 
-__all__ = ["tokenize", "tokenize_last"]
+__all__ = ["tokenize_captions"]
 
 # Left out by pycocoevalcap 1.2 (ptbtokenizer.py) after the lexer. The words are lower case by then, so its names of brackets never match.
 _PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
-# Officially all captions are one file, one per line, and in a few odd endings the next line matters ("... fig." before "7 dogs").
-# Here every caption has the same next line, so that no figure depends on the order of images.
-_NEXT_LINE = "\nx"
 _MOST_CHUNKS = 1 << 18
 _MOST_WAITING = 200  # letters; an open tag may want all that follows, and asking again at each space would take quadratic time
 
@@ -27,39 +24,55 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONE_SURROGATE = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
 
 
-def tokenize(caption: str) -> list[str]:
-    """The words of a caption, in lower case and without punctuation: ["a", "dog", "'s", "bed"] for "A dog's bed.".
+def tokenize_captions(captions: Iterable[str]) -> list[list[str]]:
+    """The words of each caption, in lower case and without punctuation: [["a", "dog", "'s", "bed"]] for ["A dog's bed."].
 
-    Equal to pycocoevalcap 1.2 for a caption that another one follows. A line break other than a newline ends the caption, as it does
-    officially, where the rest would moreover be taken for the next caption. A word may hold an unbreakable space ("2 1/2").
+    Equal to pycocoevalcap 1.2, which writes all captions of one side (references or hypotheses) into one file, one per line, and reads it
+    as one text. After a few endings the next line matters ("Plan A." before "The dogs", "fig." before "7 dogs"), or that there is none
+    ("so you're"), so `captions` are all those of a side, in the order of the images.
+
+    A line break other than a newline ends the caption, as it does officially, where the rest would moreover be taken for the next caption.
+    A word may hold an unbreakable space ("2 1/2").
     """
-    text = _in_halves(caption.replace("\n", " ")) + _NEXT_LINE
-    found = [_CHUNKS[chunk] for chunk in text.split(" ")]
-    return _joined(text) if None in found else list(chain.from_iterable(found))  # type: ignore[arg-type]
+    lines = [_in_halves(caption.replace("\n", " ")) for caption in captions]
+    text, letters = "\n".join(lines), "\n".join(map(stand_in, lines))
+    words: list[list[str]] = []
+    begin = at = 0  # of the line; of the next word, which is further on where one reaches over the end of its line
+    reached: list[str] = []  # the parts of such a word on this line and those after it
+    for line in lines:
+        end = begin + len(line)
+        found = None if reached or end == len(text) else _from_chunks(line)
+        if found is None:
+            tokens = [reached.pop(0)] if reached else []
+            if not reached:
+                more, at, _ = _lexer().tokens(text, letters, max(at, begin), end)
+                tokens += more
+            if tokens and not reached:
+                tokens[-1], *reached = tokens[-1].split("\n")
+            found = _finish(tokens)
+        words.append(found)
+        begin = end + 1
+    return words
 
 
-def _joined(text: str) -> list[str]:
-    """The words where some chunk cannot be cut without those after it."""
+def _from_chunks(line: str) -> list[str] | None:
+    """The words of a line that another one follows; None where they depend on that one, or on very many letters."""
+    chunks = f"{line}\n".split(" ")
+    found = [_CHUNKS[chunk] for chunk in chunks]
+    if None not in found:
+        return list(chain.from_iterable(found))  # type: ignore[arg-type]
     words: list[str] = []
     waiting = ""
-    left = len(text)
-    for chunk in text.split(" "):
-        left -= len(chunk) + 1
+    for chunk in chunks:
         piece = f"{waiting} {chunk}" if waiting else chunk
-        if (found := _CHUNKS[piece]) is not None:
-            words += found
+        if (known := _CHUNKS[piece]) is not None:
+            words += known
             waiting = ""
         elif len(piece) <= _MOST_WAITING:
             waiting = piece
         else:
-            return words + _last_words(text[len(text) - left - len(piece) - 1 :])
-    return words
-
-
-def tokenize_last(caption: str) -> list[str]:
-    """The words of the last caption of a file, which rules that want another letter treat differently: "you", "re" for "you're"."""
-    text = _in_halves(caption.replace("\n", " "))
-    return _finish(_lexer().tokens(text, len(text))[0])
+            return None
+    return None if waiting else words
 
 
 class _Lexer:
@@ -70,11 +83,13 @@ class _Lexer:
         self.ahead = {index: (Scanner([rule.pattern]), Scanner([rule.ahead])) for index, rule in enumerate(RULES) if rule.ahead}
         self.line_break = [rule.pattern for rule in RULES].index(LINE_BREAK)
 
-    def tokens(self, text: str, until: int) -> tuple[list[str], int]:
-        """The words of the first line that begin before `until`, as the lexer writes them, and how much of the text was read for them."""
-        letters = stand_in(text)
+    def tokens(self, text: str, letters: str, at: int, until: int) -> tuple[list[str], int, int]:
+        """The words that begin from `at` to `until` on one line, as the lexer writes them; where the next begins; how much of the text was read.
+
+        letters   the text in stand-ins
+        """
         words: list[str] = []
-        at = furthest = 0
+        furthest = at
         while at < until:
             index, end, reach = self.scanner.scan(letters, at)
             furthest = max(furthest, reach)
@@ -83,8 +98,8 @@ class _Lexer:
             if index in self.ahead:
                 end = self._split(letters, at, end, index)
             words.append(RULES[index].written(text[at:end]))
-            at = end
-        return [word for word in words if word], furthest
+            at = end - RULES[index].reread
+        return [word for word in words if word], at, furthest
 
     def _split(self, letters: str, begin: int, end: int, index: int) -> int:
         """Where the word ends and what must follow begins: as far right as both fit."""
@@ -101,25 +116,25 @@ def _lexer() -> _Lexer:
 class _Chunks(dict[str, "list[str] | None"]):
     """Words of what stands between two spaces, found once: captions repeat their words, and few of these depend on their neighbours.
 
-    None for those that do: the caller asks again with the next chunk joined. What ends a caption never is None.
+    A chunk that ends in a newline is the last of its caption. None for those that depend on what follows: the caller asks again with the
+    next chunk joined.
     """
 
     def __missing__(self, chunk: str) -> list[str] | None:
         if len(self) >= _MOST_CHUNKS:
             self.clear()
-        self[chunk] = _last_words(chunk) if chunk.endswith(_NEXT_LINE) else _inner_words(chunk)
+        self[chunk] = _words_of(chunk)
         return self[chunk]
 
 
-def _last_words(chunk: str) -> list[str]:
-    return _finish(_lexer().tokens(chunk, len(chunk) - len(_NEXT_LINE))[0])
-
-
-def _inner_words(chunk: str) -> list[str] | None:
-    text = chunk + " "
-    tokens, reach = _lexer().tokens(text, len(chunk))
-    # The last token must not want more text, nor end in a space that only the end of a caption would take off.
-    if reach > len(text) or _has_line_break(text) or any(token != token.rstrip() for token in tokens):
+def _words_of(chunk: str) -> list[str] | None:
+    is_last = chunk.endswith("\n")
+    text = chunk if is_last else chunk + " "
+    tokens, _, reach = _lexer().tokens(text, stand_in(text), 0, len(text) - 1)
+    if reach > len(text):  # a word wants more text
+        return None
+    # A line break ends the caption, and a last space is taken off at the end of a caption alone.
+    if not is_last and (_has_line_break(text) or any(token != token.rstrip() for token in tokens)):
         return None
     return _finish(tokens)
 

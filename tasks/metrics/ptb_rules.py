@@ -24,11 +24,13 @@ class Rule:
     pattern  what the word is made of
     ahead    what must follow and is left for the next word; empty if anything may
     written  gives the word for the matched text; "" for none
+    reread   how many letters at the end of the word the next word begins with as well
     """
 
     pattern: str
     ahead: str = ""
     written: Callable[[str], str] = write.same
+    reread: int = 0
 
 
 # Letters by kind; each is the inside of a class.
@@ -122,7 +124,7 @@ def _abbreviations() -> Sequence[Rule]:
         Rule(pattern=f"({initials})\\.", ahead=f"{_GAP}+({openers}|{_TAG}){_GAP}", written=write.undotted_initial),
         Rule(pattern=f"({short.BEFORE_NUMBERS})\\.", ahead=f"{_GAP}?{_NUMERAL}"),
         Rule(pattern=f"({short.BEFORE_LOWER_CASE})\\.", ahead="[^][^]"),
-        Rule(pattern=f"({short.BEFORE_LOWER_CASE})\\."),
+        Rule(pattern=f"({short.BEFORE_LOWER_CASE})\\.", reread=1),  # at the end of the file: "etc." and the dot of the sentence
         Rule(pattern=f"({short.BEFORE_UPPER_CASE}|{initials})\\."),
         Rule(pattern=initials, ahead=_GAP),
         Rule(pattern=f"{_APOSTROPHE}[0-9][0-9]", ahead=_GAP),

@@ -21,10 +21,9 @@ from pathlib import Path
 from plain_vqa import evaluate
 
 from tasks.metrics import ptb, vqa_words
-from tasks.metrics.captions import score_captions
+from tasks.metrics.captions import score_captions, tokenized
 from tasks.metrics.cider import cider
-from tasks.metrics.ngrams import Corpus, count_ngrams, cut_at_spaces
-from tasks.metrics.ptb import tokenize
+from tasks.metrics.ngrams import count_ngrams, cut_at_spaces
 from tasks.metrics.vqa import GradedQuestion, score_answers
 
 N_CAPTIONS, N_REFERENCES, N_QUESTIONS, N_PEOPLE = 5_000, 5, 200_000, 10
@@ -63,8 +62,7 @@ def caption_corpus(file: Path | None) -> tuple[dict[int, str], dict[int, list[st
 def ours_captions(hypotheses: dict[int, str], references: dict[int, list[str]]) -> float:
     """CIDEr from raw captions: words, counts, score; nothing of what the official side leaves out."""
     ptb._CHUNKS.clear()
-    tokens = Corpus(hypotheses=[tokenize(text) for text in hypotheses.values()], references=[[tokenize(t) for t in ts] for ts in references.values()])
-    corpus = cut_at_spaces(tokens)
+    corpus = cut_at_spaces(tokenized(hypotheses, references))
     return float(cider(corpus, count_ngrams(corpus)).mean())
 
 

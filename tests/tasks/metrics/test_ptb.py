@@ -9,8 +9,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shared import fixtures
 
-from tasks.metrics.ptb import tokenize, tokenize_last
+from tasks.metrics.ptb import tokenize_captions
 from tasks.metrics.ptb_written import lower
+
+
+def tokenize(caption: str) -> list[str]:
+    """The words of a caption that another one follows."""
+    return tokenize_captions([caption, "x"])[0]
+
+
+def tokenize_last(caption: str) -> list[str]:
+    """The words of the only caption of a file."""
+    return tokenize_captions([caption])[0]
 
 
 def files() -> list[Path]:
@@ -66,9 +76,60 @@ def test_words_are_those_of_the_java_tokenizer(caption: str, words: str) -> None
     assert " ".join(tokenize(caption)) == words
 
 
-def test_a_word_that_wants_a_letter_after_it_differs_at_the_end_of_a_file() -> None:
-    assert tokenize("so you're") == ["so", "you", "'re"]
-    assert tokenize_last("so you're") == ["so", "you", "re"]
+# Each file was given to the Java tokenizer as pycocoevalcap 1.2 does it: captions joined by newlines, none at the end.
+@pytest.mark.parametrize(
+    ("captions", "words"),
+    [
+        # An acronym ends its sentence where the next line, however far down, opens one.
+        (["a street sign that reads K.", "A sign."], ["a street sign that reads k", "a sign"]),
+        (["a street sign that reads K.", "a sign."], ["a street sign that reads k.", "a sign"]),
+        (["a sign that reads K.", "A"], ["a sign that reads k.", "a"]),
+        (["a sign that reads K."], ["a sign that reads k."]),
+        (["near 12th Ave S.", "", "", "The corner"], ["near 12th ave s", "", "", "the corner"]),
+        (["near 12th Ave S. ", "\tThe corner of it"], ["near 12th ave s", "the corner of it"]),
+        (["on CTH D.", "Mr. Smith"], ["on cth d", "mr. smith"]),
+        (["on CTH D.", "Mr."], ["on cth d.", "mr."]),
+        (["plan B.", "<b> bold"], ["plan b", "<b> bold"]),
+        (["plan B.", "You"], ["plan b.", "you"]),
+        (["plan B.", "Your dog"], ["plan b.", "your dog"]),
+        (["K.", "The\u00a0dog"], ["k", "the dog"]),
+        (["A.B.", "The dog"], ["a.b.", "the dog"]),
+        # An abbreviation before a number.
+        (["see fig.", "7 dogs"], ["see fig.", "7 dogs"]),
+        (["see fig.", "seven dogs"], ["see fig", "seven dogs"]),
+        (["see no.", " 7"], ["see no", "7"]),
+        # The end of the file, or a last line that is empty.
+        (["a dog, etc.", ""], ["a dog etc.", ""]),
+        (["a dog, etc.9"], ["a dog etc. .9"]),
+        (["a dog, etc.9", ""], ["a dog etc. 9", ""]),
+        (["a dog, etc.99"], ["a dog etc. 99"]),
+        (["so you're"], ["so you re"]),
+        (["so you're", ""], ["so you 're", ""]),
+        (["they'll"], ["they ll"]),
+        (["we've"], ["we ve"]),
+        (["he's"], ["he 's"]),
+        (["in '90"], ["in 90"]),
+        (["in '90", ""], ["in '90", ""]),
+        ([":-)"], ["-rrb-"]),
+        (["smile :-)", ""], ["smile :--rrb-", ""]),
+        ([""], [""]),
+        (["", ""], ["", ""]),
+        # A tag that reaches over lines.
+        (["<a b='c d", "e f'> g", "h"], ["<a\u00a0b='c\u00a0d", "e\u00a0f'> g", "h"]),
+        (["<a b='", "", "S.", "c'> d", "The x"], ["<a\u00a0b='", "", "s.", "c'> d", "the x"]),
+        (['<a b="c', "d"], ["< a b = c", "d"]),
+    ],
+)
+def test_a_file_of_captions_has_the_words_of_the_java_tokenizer(captions: list[str], words: list[str]) -> None:
+    assert [" ".join(found) for found in tokenize_captions(captions)] == words
+
+
+def test_a_line_break_inside_a_caption_ends_it_and_moves_no_other() -> None:
+    assert tokenize_captions(["one\rtwo", "K.\rThe dog", "three"]) == [["one"], ["k"], ["three"]]
+
+
+def test_no_captions_have_no_words() -> None:
+    assert tokenize_captions([]) == []
 
 
 @given(st.text())
