@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Literal
+
+from multimodal.image_parts import ImageKind, jpeg_segments
 
 __all__ = ["ImageHeader", "ImageKind", "image_kind", "read_image_header"]
 
-ImageKind = Literal["jpg", "png", "webp"]
-
 # JPEG markers that hold the frame's size: SOF0..SOF15 without DHT (C4), JPG (C8) and DAC (CC).
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# JPEG markers without a length: TEM, RST0..7, SOI.
-_BARE = frozenset((0x01, *range(0xD0, 0xD9)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +57,12 @@ def _png_size(data: bytes) -> tuple[int, int]:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Walks the segments from the start to the first frame header."""
-    at = 2
-    while True:
-        (lead, marker) = struct.unpack_from("BB", data, at)
-        if lead != 0xFF:
-            raise ValueError
-        if marker == 0xFF:  # fill bytes may stand before a marker
-            at += 1
-        elif marker in _BARE:
-            at += 2
-        elif marker in _FRAMES:
-            height, width = struct.unpack_from(">HH", data, at + 5)
+    """Of the first frame header."""
+    for marker, start, _ in jpeg_segments(data):
+        if marker in _FRAMES:
+            height, width = struct.unpack_from(">HH", data, start + 5)
             return width, height
-        else:
-            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    raise ValueError
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

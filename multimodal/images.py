@@ -10,23 +10,19 @@ from __future__ import annotations
 import io
 import stat
 import struct
-import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from adalink.errors import ConfigError, DataError
 from multimodal.image_header import ImageHeader, ImageKind, image_kind, read_image_header
+from multimodal.image_parts import ImageParts, TooManyParts, image_parts, orientation
 
 __all__ = ["BadImage", "ImageLimits", "check_header", "decode_image", "read_image_bytes"]
 
-# Web pictures often have damaged EXIF data, and Pillow prints a warning about each.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
-
-_ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,7 +40,8 @@ PILLOW_PIXELS = 89_478_485  # Pillow itself warns from here on, on standard erro
 class BadImage(DataError):
     """A picture that cannot be used; `reason` is short and stable, so that reports can count by it.
 
-    Reasons: missing file, unreadable file, empty file, not an image, truncated, corrupt, too many bytes, too many pixels.
+    Reasons: missing file, unreadable file, empty file, not an image, truncated, corrupt, too many bytes, too many pixels, too many scans,
+    too many chunks.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -81,14 +78,15 @@ def decode_image(image: bytes | Path, *, limits: ImageLimits = ImageLimits(), at
     """
     name = str(image) if isinstance(image, Path) else f"a picture of {len(image)} bytes"
     data = read_image_bytes(image, limits=limits)
-    header = check_header(data, limits=limits, name=name)
+    header, parts = _checked(data, limits, name)
     try:
-        return _decode(data, limits, name, at_least)
+        return _decode(parts, limits, name, at_least)
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels", f"{name} has more pixels than its first header says: {error}") from error
     except _DECODER_ERRORS as error:
         reason = "truncated" if _ends_early(data, header.kind) or "truncated" in str(error) else "corrupt"
-        raise BadImage(reason, f"{name} is {reason}: {header.kind} of {header.width} x {header.height} pixels, {error}") from error
+        told = "which its decoder does not recognise" if isinstance(error, UnidentifiedImageError) else error  # Pillow's has a memory address
+        raise BadImage(reason, f"{name} is {reason}: {header.kind} of {header.width} x {header.height} pixels, {told}") from error
 
 
 def read_image_bytes(image: bytes | Path, *, limits: ImageLimits = ImageLimits()) -> bytes:
@@ -120,13 +118,21 @@ def read_image_bytes(image: bytes | Path, *, limits: ImageLimits = ImageLimits()
 def check_header(data: bytes, *, limits: ImageLimits = ImageLimits(), name: str = "a picture") -> ImageHeader:
     """Kind and size of a picture that is worth a decoder's time; nothing is decoded.
 
-    Raises BadImage where the bytes begin as none of the three kinds, end within the header, or promise too many pixels.
+    Raises BadImage where the bytes begin as none of the three kinds, end within the header, or promise too many pixels
+    or more passes over them than any camera or encoder writes.
     """
-    header = read_image_header(data)
-    if header is None:
-        raise _headless(data, name)
-    _check_pixels(header.width, header.height, limits, name)
-    return header
+    return _checked(data, limits, name)[0]
+
+
+def _checked(data: bytes, limits: ImageLimits, name: str) -> tuple[ImageHeader, ImageParts]:
+    try:
+        header = read_image_header(data)
+        if header is None:
+            raise _headless(data, name)
+        _check_pixels(header.width, header.height, limits, name)
+        return header, image_parts(data, header.kind)
+    except TooManyParts as error:
+        raise BadImage(error.reason, f"{name} is {error.detail}: save it anew") from None
 
 
 def _check_bytes(size: int, limits: ImageLimits, name: str) -> None:
@@ -154,24 +160,15 @@ def _ends_early(data: bytes, kind: ImageKind) -> bool:
     return (b"\xff\xd9" if kind == "jpg" else b"IEND") not in data
 
 
-def _decode(data: bytes, limits: ImageLimits, name: str, at_least: int | None) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
+def _decode(parts: ImageParts, limits: ImageLimits, name: str, at_least: int | None) -> Image.Image:
+    with Image.open(io.BytesIO(parts.pixels), formats=("JPEG", "PNG", "WEBP")) as opened:
         _check_pixels(*opened.size, limits, name)  # Pillow's own reading of the header, in case it differs
         if at_least is not None:
             opened.draft(None, (at_least, at_least))  # does nothing to other kinds
         opened.load()
-        turn = _UPRIGHT.get(_orientation(opened))
+        turn = _UPRIGHT.get(orientation(parts.exif, parts.xmp))
         picture = _to_rgb(opened)
         return picture.transpose(turn) if turn is not None else picture
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none; a picture does not become bad through damaged EXIF data."""
-    try:
-        found = image.getexif().get(_ORIENTATION, 1)
-    except _DECODER_ERRORS:
-        return 1
-    return found if isinstance(found, int) else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
