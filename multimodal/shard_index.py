@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,7 @@ def index_shard(path: Path, limits: ShardLimits) -> IndexedShard:
     Raises DataError where the tar file is not whole (see `scan_tar`), has more members than the limit, or one member twice.
     """
     samples: dict[str, dict[Part, TarMember]] = {}
+    dotted: dict[str, list[TarMember]] = {}
     ignored: Counter[str] = Counter()
     skipped: dict[str, BadSample] = {}
     for count, member in enumerate(scan_tar(path), start=1):
@@ -56,6 +57,9 @@ def index_shard(path: Path, limits: ShardLimits) -> IndexedShard:
             raise DataError(f"the shard {path} has more than {limits.max_members} members; write smaller shards")
         key, suffix = split_name(member.name)
         part = SUFFIXES.get(suffix)
+        if part is None and suffix.rpartition(".")[2] in SUFFIXES:
+            dotted.setdefault(_stem(key, suffix), []).append(member)
+            continue
         if part is None:
             ignored[suffix] += 1
             continue
@@ -64,6 +68,11 @@ def index_shard(path: Path, limits: ShardLimits) -> IndexedShard:
             twice = f"{sample[part].name!r} and {member.name!r}"
             raise DataError(f"the shard {path} has the {part} of the sample {key!r} twice ({twice}); keys must be unique in a shard")
         sample[part] = member
+    for stem, members in dotted.items():
+        if (bad := _lost(stem, members, samples, path)) is not None:
+            skipped[stem] = bad
+        else:
+            ignored.update(split_name(member.name)[1] for member in members)
     for key, sample in samples.items():
         bad = _bad(key, sample, limits, path)
         if bad is not None:
@@ -82,6 +91,24 @@ def split_name(name: str) -> tuple[str, str]:
     stem, _, suffix = last.partition(".")
     key = (folder + slash + stem).encode("utf-8", "backslashreplace").decode("utf-8")
     return key, suffix.lower().encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _stem(key: str, suffix: str) -> str:
+    """What stands before the last dot: ("a/b", "2014.1.jpg") gives "a/b.2014.1"."""
+    return f"{key}.{suffix.rpartition('.')[0]}"
+
+
+def _lost(stem: str, members: Sequence[TarMember], samples: Mapping[str, Mapping[Part, TarMember]], path: Path) -> BadSample | None:
+    """A sample whose members nobody finds because its key was given dots; None for further members of another (`cat.seg.png`)."""
+    parts = {SUFFIXES[member.name.rpartition(".")[2].lower()]: member for member in members}
+    key, _ = split_name(members[0].name)
+    own = samples.get(key, {})
+    if "image" not in parts or "image" in own or (own and len(parts) == 1):
+        return None
+    name = parts["image"].name
+    better = stem.rpartition("/")[2].replace(".", "_") + "." + name.rpartition(".")[2]
+    detail = f"{name!r} of {path} is the member {split_name(name)[1]!r} of a sample {key!r}, since a key ends at the first dot, as in webdataset"
+    return BadSample(key=stem, reason="dots in the name", detail=f"{detail}: write names without dots, such as {better}")
 
 
 def _bad(key: str, sample: Mapping[Part, TarMember], limits: ShardLimits, path: Path) -> BadSample | None:

@@ -22,6 +22,7 @@ from multimodal.language import Language, load_language
 from multimodal.prompt_embeds import image_prompt_embeds, text_prompt_embeds
 from multimodal.vision_adapter import has_vision_adapter
 from tasks.compose import found_part, load_adapted
+from tasks.text_lines import text_lines
 
 __all__ = ["export_embeds", "export_folded", "export_merged"]
 
@@ -143,7 +144,7 @@ def _save(language: Language, folder: Path) -> None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return text_lines(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the prompts {path} cannot be read ({error}): give a text file in UTF-8, one prompt a line") from None
 

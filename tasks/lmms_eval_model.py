@@ -17,6 +17,7 @@ from adalink.errors import ConfigError, DataError
 from multimodal.generate import GenerationSettings
 from multimodal.processes import process_state
 from tasks.compose import load_adapted
+from tasks.text_lines import text_lines
 
 try:
     from lmms_eval.api.model import lmms
@@ -100,7 +101,7 @@ class LmmsEvalModel(lmms):  # type: ignore[misc]  # the suite takes subclasses o
         if not self._asks:
             return ""
         text = context.replace("<image>", " ").strip()
-        return text.splitlines()[0].strip() if self._question == "first_line" and text else text
+        return text_lines(text)[0] if self._question == "first_line" and text else text
 
 
 def _settings(given: dict[str, Any]) -> GenerationSettings:

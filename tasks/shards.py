@@ -99,9 +99,10 @@ def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
     if (shards / MANIFEST).exists():
         raise ConfigError(f"{shards / MANIFEST} is there already; run `adalink shards check`, or delete it to index the shards again")
     found = index_shards(shards, ShardLimits())
-    BadSamples(budget=bad_samples, found=found.manifest.skipped).check()
     if len(found.manifest) == 0:
-        raise DataError(f"the shards in {shards} hold no sample: none has a picture and a text")
+        reason = found.manifest.skipped[0].detail if found.manifest.skipped else "none has a picture and a text"
+        raise DataError(f"the shards in {shards} hold no sample: {reason}")
+    BadSamples(budget=bad_samples, found=found.manifest.skipped).check()
     known = tuple(checksummed(shards / shard.file, shard) for shard in found.manifest.shards)
     manifest = replace(found.manifest, shards=known)
     write_manifest(manifest, shards)
@@ -121,7 +122,8 @@ def shards_check(*, shards: Path) -> None:
     if faults:
         shown = "; ".join(fault.detail for fault in faults[:_FAULTS_SHOWN])
         more = f"; and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        raise DataError(f"{len(faults)} things are wrong with the shards in {shards}: {shown}{more}")
+        wrong = "1 thing is" if len(faults) == 1 else f"{len(faults)} things are"
+        raise DataError(f"{wrong} wrong with the shards in {shards}: {shown}{more}")
     print(f"the shards in {shards} are what their manifest says")
 
 
@@ -133,7 +135,9 @@ def _write(source: FileSource, out: Path, samples_per_shard: int, bad_samples: i
 
 def _report(verb: str, manifest: Manifest, folder: Path) -> None:
     size = sum(shard.size for shard in manifest.shards) / 2**20
-    print(f"{verb} {len(manifest.shards)} shards with {len(manifest)} pictures ({size:.1f} MiB) in {folder}")
+    shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
+    pictures = "1 picture" if len(manifest) == 1 else f"{len(manifest)} pictures"
+    print(f"{verb} {shards} with {pictures} ({size:.1f} MiB) in {folder}")
     if manifest.skipped:
         print(f"skipped: {BadSamples(budget=0, found=manifest.skipped).summary()}")
     if manifest.ignored:

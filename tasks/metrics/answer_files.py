@@ -11,6 +11,7 @@ from tasks.annotation_files import Rows, answer_marks, integer, read_annotation_
 from tasks.metrics.documents import Row, read_document, rows_of
 from tasks.metrics.offenders import refuse, refuse_repeated
 from tasks.metrics.vqa import GradedQuestion, QuestionId
+from tasks.text_lines import text_lines
 
 __all__ = ["check_questions", "read_answer_results", "read_graded_questions", "read_question_ids"]
 
@@ -136,7 +137,7 @@ def _gqa(name: str, row: Row, where: str) -> GradedQuestion:
 
 def _daquar(path: Path) -> list[GradedQuestion]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = text_lines(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"the file {path} cannot be read: {error}; expected a text file of questions and answers in turn") from error
     if not lines or len(lines) % 2:

@@ -9,6 +9,7 @@ from fastapi import Request
 
 from adalink.errors import ConfigError
 from tasks.serve.refusal import Refused
+from tasks.text_lines import text_lines
 
 __all__ = ["Keys"]
 
@@ -33,7 +34,7 @@ class Keys:
 
 def _read(path: Path) -> tuple[bytes, ...]:
     try:
-        keys = tuple(line.strip().encode() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#"))
+        keys = tuple(line.encode() for line in text_lines(path.read_text(encoding="utf-8-sig")) if not line.startswith("#"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the file of keys {path} cannot be read: {error}") from None
     if not keys:

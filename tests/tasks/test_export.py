@@ -20,6 +20,7 @@ from multimodal.images import decode_image
 from multimodal.language import Language, load_language
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
+from multimodal.text_tokens import TextTokens
 from tasks.captioning import Captioning
 from tasks.compose import compose
 from tasks.export import EMBEDS_FILE, PROMPTS_FILE
@@ -92,7 +93,7 @@ def test_a_tied_model_is_exported_only_where_it_is_untied(tmp_path: Path) -> Non
 @pytest.mark.parametrize("method", [AdaLink(rank=4, modalities=("text",), scope="prompt"), Prompt(length=3, init_std=0.5)], ids=["adalink", "prompt"])
 def test_embeddings_of_words_generate_the_adapters_ids_in_transformers_alone(method: Method, tmp_path: Path) -> None:
     language, model = saved(tmp_path / "adapter", method)
-    prompts = ["a red", "question: is there a circle? answer:", "the"]
+    prompts = ["a red", "question: is there a\u2028circle? answer:", "the</s>"]  # Unicode's line boundary ends no line
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     done = adalink("export", "embeds", "--adapter", tmp_path / "adapter", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out")
     assert done.code == 0, done.err
@@ -100,7 +101,7 @@ def test_embeddings_of_words_generate_the_adapters_ids_in_transformers_alone(met
     plain = AutoModelForCausalLM.from_pretrained(language_folder()).eval()
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": language.tokenizer.pad_token_id}
     for i, prompt in enumerate(prompts):
-        ids = torch.tensor([language.tokenizer(prompt)["input_ids"]])
+        ids = torch.tensor([TextTokens(language.tokenizer).whole(prompt)])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :]
         value = embeds[str(i)][None]
         own = plain.generate(inputs_embeds=value, attention_mask=torch.ones(value.shape[:2], dtype=torch.int64), **settings)[0]

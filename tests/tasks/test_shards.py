@@ -39,7 +39,7 @@ def test_coco_captions_become_shards_and_what_is_missing_is_counted(root: Path, 
     ]
     assert [(bad.key, bad.reason) for bad in manifest.skipped] == [("3", "missing file")]
     printed = capsys.readouterr().out
-    assert printed == f"wrote 1 shards with 2 pictures (0.0 MiB) in {root / 'out'}\nskipped: 1 missing file (3)\n"
+    assert printed == f"wrote 1 shard with 2 pictures (0.0 MiB) in {root / 'out'}\nskipped: 1 missing file (3)\n"
 
 
 def test_questions_become_shards_with_and_without_answers(root: Path) -> None:
@@ -71,6 +71,28 @@ def test_a_folder_of_pictures_and_texts_becomes_shards(tmp_path: Path) -> None:
     assert [(sample.key, sample.image_id, sample.captions) for sample in found] == [("a", 0, ("three",)), ("b/x", 2, ("one", "two"))]
 
 
+@pytest.mark.parametrize("boundary", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
+def test_what_unicode_calls_a_line_boundary_does_not_end_a_caption(tmp_path: Path, boundary: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "in" / "a.txt").write_bytes(f"one{boundary}line\ntwo\r\nthree\rfour".encode())
+    shards_folder(images=tmp_path / "in", out=tmp_path / "out")
+    assert everything(ShardSource(tmp_path / "out"))[0].captions == (f"one{boundary}line", "two", "three", "four")
+
+
+@pytest.mark.parametrize("ending", ["JPG", "JPEG", "Jpg", "PNG", "WEBP", "Webp"])
+def test_endings_in_capital_letters_are_endings(tmp_path: Path, ending: str) -> None:
+    kind = {"jpg": "JPEG", "jpeg": "JPEG"}.get(ending.lower(), ending.upper())
+    for name, text in (("a", "a.TXT"), ("b.2", "b.2.txt")):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{name}.{ending}").write_bytes(picture(1, kind))
+        (tmp_path / "in" / text).write_text("one")
+    shards_folder(images=tmp_path / "in", out=tmp_path / "out")
+    assert [(sample.key, sample.captions) for sample in everything(ShardSource(tmp_path / "out"))] == [("a", ("one",)), ("b.2", ("one",))]
+    tar_of(tmp_path / "foreign.tar", [(f"a.{ending}", picture(1, kind)), ("a.TXT", b"one")])
+    assert [sample.captions for sample in everything(ShardSource([tmp_path / "foreign.tar"]))] == [("one",)]
+
+
 def test_a_folder_that_cannot_be_read_as_captions_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"images folder .*absent does not exist"):
         shards_folder(images=tmp_path / "absent", out=tmp_path / "out")
@@ -95,7 +117,7 @@ def test_foreign_shards_are_indexed_once_and_then_checked(tmp_path: Path, capsys
         shards_img2dataset(shards=tmp_path)
     assert os.listdir(tmp_path) == ["00000.tar"]
     shards_img2dataset(shards=tmp_path, bad_samples=1)
-    assert "indexed 1 shards with 2 pictures" in (printed := capsys.readouterr().out)
+    assert "indexed 1 shard with 2 pictures" in (printed := capsys.readouterr().out)
     assert "skipped: 1 no image (2)\nmembers that no sample uses: 1 .cls\n" in printed
     shards_check(shards=tmp_path)
     source = ShardSource(tmp_path)
@@ -103,7 +125,7 @@ def test_foreign_shards_are_indexed_once_and_then_checked(tmp_path: Path, capsys
     with pytest.raises(ConfigError, match=r"manifest.json is there already; run `adalink shards check`, or delete it"):
         shards_img2dataset(shards=tmp_path)
     flip(tmp_path / "00000.tar", 600)
-    with pytest.raises(DataError, match=r"1 things are wrong with the shards in .*: .*00000.tar has 1 damaged samples: '0'"):
+    with pytest.raises(DataError, match=r"1 thing is wrong with the shards in .*: .*00000.tar has 1 damaged samples: '0'"):
         shards_check(shards=tmp_path)
 
 
@@ -112,6 +134,22 @@ def test_foreign_shards_without_a_sample_are_not_indexed(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"hold no sample: none has a picture and a text"):
         shards_img2dataset(shards=tmp_path)
     assert os.listdir(tmp_path) == ["a.tar"]
+
+
+def test_foreign_names_with_dots_are_told_by_one_that_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dotted = [(f"trip.2014.{n}.{suffix}", data) for n in (1, 2) for suffix, data in (("JPG", picture(n)), ("txt", b"a square"))]
+    path = tar_of(tmp_path / "a.tar", dotted)
+    why = r"'trip.2014.1.JPG' of .*a.tar is the member '2014.1.jpg' of a sample 'trip', since a key ends at the first dot, as in webdataset"
+    for read in (lambda: shards_img2dataset(shards=tmp_path), lambda: ShardSource(tmp_path)):
+        with pytest.raises(DataError, match=f"hold no sample.*{why}: write names without dots, such as trip_2014_1.JPG"):
+            read()
+    # Beside samples that can be read they are samples that cannot, and further members of a sample are none.
+    others = [("b.jpg", picture(3)), ("b.txt", b"three"), ("b.seg.png", b"4"), ("c.seg.png", b"5"), ("c.json", b"{}")]
+    tar_of(path, [*dotted, *others])
+    with pytest.raises(BudgetError, match=r"2 dots in the name \(trip.2014.1, trip.2014.2\), 1 no image \(c\)"):
+        shards_img2dataset(shards=tmp_path)
+    shards_img2dataset(shards=tmp_path, bad_samples=3)
+    assert "members that no sample uses: 2 .seg.png\n" in capsys.readouterr().out
 
 
 def test_a_check_names_the_first_faults_and_counts_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
