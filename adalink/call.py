@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from adalink.anatomy import Anatomy
 from adalink.edit import Slots
 from adalink.errors import ConfigError
 from adalink.existing import NO_LABEL, domains, is_encoder_decoder, padding_mask, placeholder_id, positions
 from adalink.reserve import Reserved
+from adalink.stack_slots import PER_TOKEN, slots_inside
 from adalink.tokens import ANSWER, IMAGE, TEXT, TokenMap
 
-__all__ = ["Call", "Rows", "given_ids"]
+__all__ = ["Call", "Rows", "given_ids", "n_choices"]
 
-# Values that a model takes for each token: what a slot has, and what fills a row up.
-PER_TOKEN = {"attention_mask": (1, 0), "labels": (NO_LABEL, NO_LABEL), "token_type_ids": (0, 0), "mm_token_type_ids": (0, 0)}
 NOT_WITH_SLOTS = ("inputs_embeds", "past_key_values", "cache_position", "logits_to_keep")
 
 
@@ -39,65 +40,75 @@ class Rows:
 
 @dataclass(frozen=True)
 class Call:
-    """A token map, and the arguments that fit it."""
+    """A token map, and the arguments that fit it.
+
+    reserved      None where no row has slots, and arguments and results are the caller's own
+    writes_apart  an encoder-decoder model: labels, logits and generated ids are not for the tokens that the edits see
+    inside        what the stack is given in place of the caller's own, where the slots never leave the stack; None where the whole model has them
+    """
 
     token_map: TokenMap
     arguments: Mapping[str, Any]
-    reserved: Reserved | None = None  # None where no row has slots, and arguments and results are the caller's own
-    writes_apart: bool = False  # an encoder-decoder model: labels, logits and generated ids are not for the tokens that the edits see
+    reserved: Reserved | None = None
+    writes_apart: bool = False
+    inside: Mapping[str, Tensor] | None = None
 
     @staticmethod
     def make(
-        model: nn.Module, ids: Tensor, arguments: Mapping[str, Any], rows: Rows, image_ids: Sequence[int], side: Literal["left", "right"]
+        model: nn.Module, anatomy: Anatomy, arguments: Mapping[str, Any], rows: Rows, image_ids: Sequence[int], side: Literal["left", "right"]
     ) -> Call:
-        """The call of a model on `arguments`, among them the tokens `ids`, int64 [B, T].
+        """The call of a model on `arguments`, with input_ids int64 [B, T], or [B, C, T] where each of B has C choices: then rows are B * C.
 
         `side` is where rows with fewer slots are filled up: right to be read, left to be continued. Raises ConfigError for arguments
         that do not tell what the tokens are, or that slots cannot be put into.
         """
         _check_continued(arguments)
-        writes_apart = is_encoder_decoder(model)
-        mask = arguments.get("attention_mask")
-        labels = arguments.get("labels")
-        is_answer = labels if labels is not None and not writes_apart and labels.shape == ids.shape else None
-        domain = domains(ids, mask if mask is not None and mask.ndim == 2 and mask.shape == ids.shape else None, is_answer, image_ids)
-        present = frozenset({TEXT}) | ({ANSWER} if is_answer is not None else set()) | ({IMAGE} if image_ids else set())
-        plain = TokenMap(domain, rows.row, present=present, serving=rows.serving)
+        ids, has_words, writes_apart = _flat(given_ids(arguments, image_ids)), _has_words(model), is_encoder_decoder(model)
+        is_written = has_words and not writes_apart and (anatomy.attention == "causal" or hasattr(model, "generate"))  # elsewhere a label only marks
+        plain = _plain_map(ids, arguments, rows, image_ids, is_written)
         if not rows.has_slots:
             return Call(plain, arguments)
-        _check_slots_fit(arguments, ids, writes_apart)
+        _check_one_reader(model, arguments, has_words, writes_apart)
+        inside = not (writes_apart or has_words or image_ids)
+        _check_slots_fit(arguments, arguments.get("input_ids", ids), writes_apart or inside)
+        mask = _flat(arguments.get("attention_mask"))
         if mask is None:
             mask = padding_mask(model, ids, arguments.get("pad_token_id")) if side == "left" else torch.ones_like(ids)
         reserved, placeholder = Reserved(mask, rows.slots, "right" if writes_apart else side), placeholder_id(model, image_ids)
         changed = {"input_ids": reserved.widened(ids, placeholder, placeholder), "attention_mask": reserved.widened(mask, 1, 0)}
-        for name, (slot, padding) in PER_TOKEN.items():
-            if name not in changed and arguments.get(name) is not None and not (writes_apart and name == "labels"):
-                changed[name] = reserved.widened(arguments[name], slot, padding)
+        for name, (slot, padding) in {**PER_TOKEN, **({} if writes_apart or inside else {"labels": (NO_LABEL, NO_LABEL)})}.items():
+            if name not in changed and arguments.get(name) is not None:
+                changed[name] = reserved.widened(_flat(arguments[name]), slot, padding)
         if arguments.get("position_ids") is not None:
-            changed["position_ids"] = reserved.widened_positions(arguments["position_ids"])
-        elif side == "right" and not writes_apart and (found := positions(model, changed["input_ids"], changed["attention_mask"])) is not None:
-            changed["position_ids"] = found
+            changed["position_ids"] = reserved.widened_positions(_flat(arguments["position_ids"]))
+        elif side == "right" and not writes_apart and (has_words or anatomy.attention == "causal"):
+            found = positions(model, changed["input_ids"], changed["attention_mask"])
+            changed |= {} if found is None else {"position_ids": found}
+        here = {slot.domain for slots in rows.slots for slot in slots}
+        token_map = dataclasses.replace(plain, domain=reserved.widened_domains(plain.domain), present=plain.present | here)
+        if inside:
+            return Call(token_map, arguments, reserved, inside=changed)
         for name in ("max_length", "min_length"):  # of transformers' generation, which counts the prompt
             if arguments.get(name) is not None and not writes_apart:
                 changed[name] = arguments[name] + reserved.n_slots
-        here = {slot.domain for slots in rows.slots for slot in slots}
-        token_map = dataclasses.replace(plain, domain=reserved.widened_domains(domain), present=present | here)
         return Call(token_map, {**arguments, **changed}, reserved, writes_apart)
+
+    @contextlib.contextmanager
+    def around(self, model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
+        """Where the model runs: with the slots inside its stack, if that is where they are."""
+        if self.inside is None or self.reserved is None:
+            yield
+        else:
+            with slots_inside(model, anatomy, self.reserved, self.inside):
+                yield
 
     def own_output(self, output: Any) -> Any:
         """The model's output with the logits (of a bare model: the last hidden states) of the caller's own tokens, [B, T, ...].
 
         What else it holds is for all positions. What a model pools from its first token is taken from a slot, and is left out.
-        Raises ConfigError where that is all it gives.
         """
-        if self.reserved is None or self.writes_apart:
+        if self.reserved is None or self.writes_apart or self.inside is not None:
             return output
-        logits = getattr(output, "logits", None)
-        if isinstance(logits, Tensor) and logits.ndim == 2:
-            raise ConfigError(
-                f"this model gives one result for each row, {tuple(logits.shape)}, from its first token, which is now a slot of an adapter: "
-                "use an adapter without slots, or the bare model and its last hidden states"
-            )
         for name in ("logits", "last_hidden_state"):
             value = getattr(output, name, None)
             if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == self.reserved.n_tokens + self.reserved.n_slots:
@@ -131,6 +142,42 @@ def given_ids(arguments: Mapping[str, Any], image_ids: Sequence[int]) -> Tensor:
     )
 
 
+def n_choices(arguments: Mapping[str, Any]) -> int:
+    """C of input_ids [B, C, T]; 1 of others."""
+    ids = arguments.get("input_ids")
+    return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.ndim == 3 else 1
+
+
+def _flat(value: Any) -> Any:
+    """[B, C, T] -> [B * C, T], as models with several choices make it."""
+    return value.flatten(0, 1) if isinstance(value, Tensor) and value.ndim == 3 and not value.is_floating_point() else value
+
+
+def _plain_map(ids: Tensor, arguments: Mapping[str, Any], rows: Rows, image_ids: Sequence[int], is_written: bool) -> TokenMap:
+    """What the caller's own tokens are, without slots. is_written: whether a token with a label is an answer's."""
+    mask, labels = _flat(arguments.get("attention_mask")), arguments.get("labels")
+    is_answer = labels if is_written and labels is not None and labels.shape == ids.shape else None
+    domain = domains(ids, mask if mask is not None and mask.ndim == 2 and mask.shape == ids.shape else None, is_answer, image_ids)
+    present = frozenset({TEXT}) | ({ANSWER} if is_answer is not None else set()) | ({IMAGE} if image_ids else set())
+    return TokenMap(domain, rows.row, present=present, serving=rows.serving)
+
+
+def _check_one_reader(model: nn.Module, arguments: Mapping[str, Any], has_words: bool, writes_apart: bool) -> None:
+    """Raise ConfigError for an encoder-decoder model whose decoder, or whose head, reads input_ids, where there would be slots."""
+    is_bare = getattr(model, "base_model", model) is model
+    if writes_apart and not has_words and not (is_bare and arguments.get("decoder_input_ids") is not None):
+        raise ConfigError(
+            f"{type(model).__name__} reads its input ids in its decoder too, and an adapter of this batch puts slots into its encoder's rows alone: "
+            "use an adapter without slots (AdaLink, LoRA, Bottleneck, ...)"
+        )
+
+
+def _has_words(model: nn.Module) -> bool:
+    """Whether a head gives a score to each word of the vocabulary; others classify, or there is none."""
+    read = getattr(model, "get_output_embeddings", None)
+    return hasattr(model, "generate") or (callable(read) and read() is not None)
+
+
 def _check_continued(arguments: Mapping[str, Any]) -> None:
     """Raise ConfigError for several tokens after a cache: are they a prompt's second part, or an answer's?"""
     cache, ids = arguments.get("past_key_values"), arguments.get("input_ids")
@@ -141,14 +188,14 @@ def _check_continued(arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _check_slots_fit(arguments: Mapping[str, Any], ids: Tensor, writes_apart: bool) -> None:
+def _check_slots_fit(arguments: Mapping[str, Any], ids: Tensor, has_own_labels: bool) -> None:
     """Raise ConfigError for an argument that says something of each token, and that slots cannot be put into."""
     wrong = [name for name in NOT_WITH_SLOTS if arguments.get(name) is not None] + ["return_dict=False"] * (arguments.get("return_dict") is False)
     for name, value in arguments.items():
-        is_known = name in ("input_ids", "position_ids", *PER_TOKEN)
+        is_known = name in ("input_ids", "position_ids", "labels", *PER_TOKEN)
         if isinstance(value, Tensor) and value.ndim > 1 and name not in wrong:
-            is_per_token = value.shape[:2] == ids.shape and not (writes_apart and (name.startswith("decoder_") or name == "labels"))
-            if (is_per_token and not is_known) or (is_known and value.shape != ids.shape and not (writes_apart and name == "labels")):
+            is_apart = has_own_labels and (name.startswith("decoder_") or name == "labels")
+            if not is_apart and (value.shape != ids.shape if is_known else value.shape[:2] == ids.shape[:2]):
                 wrong.append(name)
     if wrong:
         raise ConfigError(

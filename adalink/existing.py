@@ -62,6 +62,8 @@ def positions(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Te
     if knows or "position_ids" not in inspect.signature(host.forward).parameters or bool(attention_mask[:, 0].all()):
         return None
     position = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    if not hasattr(host, "prepare_inputs_for_generation"):  # a head that classifies
+        return position
     # PaliGemma counts from 1 there.
     prepared = host.prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, position_ids=position, use_cache=False)
     found: Tensor = prepared.get("position_ids", position)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy, InputSpec
 from adalink.attach import Attachment, attach
-from adalink.call import Call, Rows, given_ids
+from adalink.call import Call, Rows, given_ids, n_choices
 from adalink.checkpoint import AdapterConfig, FrozenPart, load_weights, part_of, read_config, save_adapter
 from adalink.edit import Adapter, Method
 from adalink.errors import ConfigError
@@ -78,7 +78,7 @@ class AdaptedModel(nn.Module):
             with self.attachment.bind(token_map):
                 return self.base(input_ids=input_ids, **kwargs)
         call = self._call({"input_ids": input_ids, **kwargs}, adapter_names, "right")
-        with self.attachment.bind(call.token_map):
+        with self.attachment.bind(call.token_map), call.around(self.base, self.anatomy):
             return call.own_output(self.base(**call.arguments))
 
     def generate(
@@ -214,8 +214,10 @@ class AdaptedModel(nn.Module):
         return f"trained: {trained:,} || all: {trained + frozen:,} || trained share: {100 * trained / (trained + frozen):.4f} % ({parts})"
 
     def _call(self, arguments: Mapping[str, Any], names: Sequence[str | None] | None, side: Literal["left", "right"]) -> Call:
-        ids = given_ids(arguments, self.image_ids)
-        return Call.make(self.base, ids, arguments, self.serving(len(ids), names), self.image_ids, side)
+        n_rows, n = len(given_ids(arguments, self.image_ids)), n_choices(arguments)
+        if n > 1 and names is not None:
+            names = [name for name in names for _ in range(n)]
+        return Call.make(self.base, self.anatomy, arguments, self.serving(n_rows * n, names), self.image_ids, side)
 
     def _new(self, name: str, methods: Mapping[str, Method]) -> Adapter:
         """An adapter that is not attached yet, so that nothing has to be undone where it cannot be used."""
