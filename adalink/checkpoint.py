@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from adalink.atomic import write_whole
-from adalink.edit import Adapter, Method
+from adalink.edit import COPIES, Adapter, Method
 from adalink.errors import CheckpointError, ConfigError
 from adalink.methods import METHODS
 
@@ -55,11 +55,13 @@ class AdapterConfig:
     methods   name in the adapter -> method
     base      role (`language_model`, `encoder`) -> frozen part
     task      what whoever trained it wants to find again: the task's name, its templates
+    modules_to_save  dotted names of the frozen model's modules that the adapter has trained copies of
     """
 
     methods: Mapping[str, Method]
     base: Mapping[str, FrozenPart]
     task: Mapping[str, Any] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
 
     def check_base(self, present: Mapping[str, FrozenPart], folder: str) -> None:
         """Raise CheckpointError, naming both, where a frozen part is not the one that the adapter was trained on."""
@@ -79,14 +81,16 @@ def part_of(model: nn.Module) -> FrozenPart:
     return FrozenPart(getattr(config, "name_or_path", "") or type(model).__name__, fingerprint(model))
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, *, without: Sequence[str] = ()) -> str:
     """16 hex digits that stand for a model's weights: names, shapes, and 1,024 evenly spaced values of each tensor.
 
     Values are compared in bfloat16, so a model loaded in float32 and in bfloat16 has one fingerprint; loaded in float16, which rounds
-    otherwise, it has another. Buffers do not count.
+    otherwise, it has another. Buffers do not count, nor does what lies in the modules `without`, by their dotted names.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
+        if any(name.startswith(f"{module}.") for module in without):
+            continue
         flat = tensor.detach().reshape(-1)
         step = max(flat.numel() // N_SAMPLED, 1)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -111,6 +115,7 @@ def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
         "methods": {name: method_to_json(method) for name, method in config.methods.items()},
         "base": {role: dataclasses.asdict(part) for role, part in config.base.items()},
         "task": dict(config.task),
+        **({COPIES: list(config.modules_to_save)} if config.modules_to_save else {}),
     }
     write_whole(folder / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
     if is_file_with(folder / PEFT_CONFIG_FILE, '"methods"'):
@@ -132,6 +137,7 @@ def read_config(folder: Path) -> AdapterConfig:
             methods={name: method_from_json({"method": None, **method}) for name, method in content["methods"].items()},
             base={role: FrozenPart(**part) for role, part in content["base"].items()},
             task=content["task"],
+            modules_to_save=tuple(content.get(COPIES, ())),
         )
     except OSError:
         raise CheckpointError(f"{folder} is no adapter folder: it has no {CONFIG_FILE} that can be read") from None
@@ -195,7 +201,8 @@ def is_file_with(path: Path, mark: str) -> bool:
 
 def _card(adapter: Adapter, config: AdapterConfig) -> str:
     bases = "".join(f"\n- {part.name}" for part in config.base.values())
-    rows = "\n".join(f"| {name} | {type(config.methods[name]).__name__} | {n:,} |" for name, n in adapter.n_parameters().items())
+    kinds = {name: type(method).__name__ for name, method in config.methods.items()} | {COPIES: f"trained copy of {', '.join(config.modules_to_save)}"}
+    rows = "\n".join(f"| {name} | {kinds[name]} | {n:,} |" for name, n in adapter.n_parameters().items())
     task = config.task.get("task", "")
     return f"""---
 {CARD_MARK}

@@ -15,7 +15,7 @@ from adalink.anatomy import Anatomy
 from adalink.errors import ConfigError
 from adalink.tokens import DOMAIN_NAMES, N_DOMAINS, PERCEPT, PREFIX, Tokens
 
-__all__ = ["EMBEDDING", "Adapter", "Edit", "Method", "Placement", "Port", "Slots"]
+__all__ = ["COPIES", "EMBEDDING", "Adapter", "Edit", "Method", "Placement", "Port", "Slots"]
 
 
 class Port(NamedTuple):
@@ -39,6 +39,7 @@ class Port(NamedTuple):
 
 
 EMBEDDING = Port("", "embedding")
+COPIES = "modules_to_save"  # peft's word for them
 
 
 class Edit(Protocol):
@@ -90,12 +91,16 @@ class Adapter(nn.Module):
     Methods that fill slots are placed first, whatever their order, so that others edit what they filled: AdaLink edits the
     projected picture, not the placeholder. Slots of a prefix come first in a row, since every token reads them, and those of
     percepts before a prompt's. Tensors are named METHOD.ROLE.TENSOR, for instance `adalink.image.down.weight`.
+
+    copies   trained copies of the frozen model's modules, by their dotted names; their tensors are named `modules_to_save.classifier.weight`
     """
 
-    def __init__(self, methods: Mapping[str, Method], anatomy: Anatomy) -> None:
+    def __init__(self, methods: Mapping[str, Method], anatomy: Anatomy, copies: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
         if not methods:
             raise ConfigError("an adapter needs at least one method, got none: give for instance AdaLink(rank=16, modalities=('text',))")
+        if COPIES in methods:
+            raise ConfigError(f"a method is called {COPIES!r}, which names the trained copies of modules: give it another name")
         self.methods = dict(methods)
         reserved = {name: method.slots(anatomy) for name, method in methods.items()}
         self.slots = tuple(sorted((slot for slots in reserved.values() for slot in slots), key=_place_in_row))
@@ -109,10 +114,13 @@ class Adapter(nn.Module):
         for placement in self.placements:
             for role, module in {**placement.shared, placement.role: placement.edit}.items():
                 _register(self, role.split("."), module)
+        self.copies = dict(copies or {})
+        for path, module in self.copies.items():
+            _register(self, [COPIES, *path.split(".")], module)
 
     def n_parameters(self) -> dict[str, int]:
-        """Trained parameters of each method, a shared one counted once."""
-        counts = dict.fromkeys(self.methods, 0)
+        """Trained parameters of each method and of the copies, a shared one counted once."""
+        counts = dict.fromkeys([*self.methods, *([COPIES] if self.copies else [])], 0)
         for name, parameter in self.named_parameters():
             counts[name.split(".", 1)[0]] += parameter.numel()
         return counts

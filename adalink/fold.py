@@ -17,6 +17,7 @@ from adalink.errors import AttachError, ConfigError
 from adalink.existing import image_token_ids, is_encoder_decoder
 from adalink.methods.adalink import AdaLink, Bottleneck
 from adalink.methods.lora import LoRA, LowRank
+from adalink.module_copies import write_copies
 from adalink.tokens import ANSWER, IMAGE, TEXT
 
 __all__ = ["check_foldable", "check_mergeable", "fold_embedding", "is_tied", "merge_linears", "untie"]
@@ -42,6 +43,8 @@ def check_mergeable(methods: Mapping[str, Method]) -> None:
 def fold_embedding(model: nn.Module, adapter: Adapter) -> None:
     """Write E + up(act(down(E))) over the rows of the embedding table [V, D] of a frozen model, which no adapter is attached to.
 
+    Trained copies of modules are written over the modules themselves.
+
     Exact for an adapter that is AdaLink on text with scope `all` and nothing else: the edit reads no context, so it is a table.
     Logits equal those with the adapter attached to rounding (bit for bit where the table's dtype is the edit's).
 
@@ -62,6 +65,7 @@ def fold_embedding(model: nn.Module, adapter: Adapter) -> None:
             "untie them first, which stores the table twice, or keep the adapter beside the model"
         )
     table, dtype = _table(model).weight, bottleneck.down.weight.dtype
+    write_copies(model, adapter)
     with torch.no_grad():
         for rows in table.split(ROWS_AT_ONCE):
             rows.copy_(bottleneck.lookup_table(rows.to(dtype)))
@@ -69,6 +73,8 @@ def fold_embedding(model: nn.Module, adapter: Adapter) -> None:
 
 def merge_linears(model: nn.Module, adapter: Adapter) -> None:
     """Add s B A to the weight of every linear that a LoRA edits, and its bias to the linear's, of a model that no adapter is attached to.
+
+    Trained copies of modules are written over the modules themselves.
 
     Exact to rounding for an adapter that is LoRA alone whose groups each edit every token of the model: `all`, or `text` in a model that
     reads nothing else. Of an encoder-decoder model the encoder is merged, since its linears are what was edited.
@@ -82,6 +88,7 @@ def merge_linears(model: nn.Module, adapter: Adapter) -> None:
     placed = [(placement, stack.get_submodule(placement.port.module)) for placement in adapter.placements]
     for placement, linear in placed:
         _check_merge(placement, linear, needed)
+    write_copies(model, adapter)
     with torch.no_grad():
         for placement, linear in placed:
             _merge(placement.edit, linear)  # type: ignore[arg-type]  # checked above

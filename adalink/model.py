@@ -12,6 +12,7 @@ The frozen model may be a text-only one or an existing vision-language model, wh
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy, InputSpec
 from adalink.attach import Attachment, attach
 from adalink.call import Call, Rows, given_ids, n_choices
-from adalink.checkpoint import AdapterConfig, FrozenPart, load_weights, part_of, read_config, save_adapter
+from adalink.checkpoint import AdapterConfig, FrozenPart, fingerprint, load_weights, part_of, read_config, save_adapter
 from adalink.edit import Adapter, Method
 from adalink.errors import ConfigError
 from adalink.existing import check_trains, image_token_ids
+from adalink.fields import names_of
 from adalink.hub import local_folder, upload
+from adalink.module_copies import ServedCopies, copied
 from adalink.recompute import with_exact_cache
 from adalink.still import without_dropout
 from adalink.tokens import BASE_ROW, TokenMap
@@ -37,10 +40,10 @@ DEFAULT = "default"
 BASE_NAME = "__base__"  # a row that no adapter serves, as the field writes it
 
 
-def get_adalink_model(model: nn.Module, methods: Mapping[str, Method] | Method) -> AdaptedModel:
-    """A frozen model with one adapter, called `default`, on it: the one line that most users need."""
+def get_adalink_model(model: nn.Module, methods: Mapping[str, Method] | Method, *, modules_to_save: Sequence[str] = ()) -> AdaptedModel:
+    """A frozen model with one adapter, called `default`, on it: the one line that most users need. Arguments as in `add_adapter`."""
     adapted = AdaptedModel(model)
-    adapted.add_adapter(DEFAULT, methods if isinstance(methods, Mapping) else {type(methods).__name__.lower(): methods})
+    adapted.add_adapter(DEFAULT, methods, modules_to_save=modules_to_save)
     return adapted
 
 
@@ -59,6 +62,7 @@ class AdaptedModel(nn.Module):
         self.indices: dict[str, int] = {}  # by adapter: the row index that means it, never given to another
         self._n_ever = 0
         self.attachment: Attachment = attach(base, anatomy=self.anatomy)
+        self._copies = ServedCopies(self.attachment)
 
     def forward(
         self,
@@ -104,12 +108,16 @@ class AdaptedModel(nn.Module):
         self.base.eval()
         return self
 
-    def add_adapter(self, name: str, methods: Mapping[str, Method]) -> Adapter:
-        """Add a new adapter and make it the active one; the others stay as they are.
+    def add_adapter(self, name: str, methods: Mapping[str, Method] | Method, *, modules_to_save: Sequence[str] = ()) -> Adapter:
+        """Add a new adapter, of one method or of several by name, and make it the active one; the others stay as they are.
 
-        Raises ConfigError where the name is taken, or a method is for tokens that this model never sees.
+        modules_to_save: modules above the layers that are trained and saved with the adapter, such as a new classifier's head
+        ("classifier", "score"). The model's own stay as they are: each adapter has a copy, which serves its rows.
+
+        Raises ConfigError where the name is taken, a method is for tokens that this model never sees, or a module is not there.
         """
-        return self._add(name, self._new(name, methods))
+        by_name = methods if isinstance(methods, Mapping) else {type(methods).__name__.lower(): methods}
+        return self._add(name, self._new(name, by_name, modules_to_save))
 
     def load_adapter(self, folder: str | Path, name: str) -> Adapter:
         """Add an adapter from its folder or hub name in eval mode, and make it the active one. A failure leaves everything as it was.
@@ -118,8 +126,8 @@ class AdaptedModel(nn.Module):
         """
         path = local_folder(folder)
         config = read_config(path)
-        config.check_base(self.parts, str(folder))
-        adapter = self._new(name, config.methods).eval()
+        config.check_base(self._parts(config.modules_to_save), str(folder))
+        adapter = self._new(name, config.methods, config.modules_to_save).eval()
         load_weights(path, adapter)
         self._add(name, adapter)
         self.tasks[name] = dict(config.task)
@@ -128,7 +136,7 @@ class AdaptedModel(nn.Module):
     def delete_adapter(self, name: str) -> None:
         """Take an adapter away; the others stay as they are. Where it was the active one, none is."""
         self._index(name)
-        self.attachment.serve({self.indices[other]: self._adapter(other) for other in self.adapters if other != name})
+        self._serve({self.indices[other]: self._adapter(other) for other in self.adapters if other != name})
         del self.adapters[name], self.indices[name]
         self.tasks.pop(name, None)
         self.active = None if self.active == name else self.active
@@ -183,7 +191,8 @@ class AdaptedModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the active adapter's folder: config, weights, model card."""
         adapter = self.active_adapter()
-        save_adapter(Path(folder), adapter, AdapterConfig(adapter.methods, self.parts, self.task))
+        copies = tuple(adapter.copies)
+        save_adapter(Path(folder), adapter, AdapterConfig(adapter.methods, self._parts(copies), self.task, copies))
 
     @staticmethod
     def read_config(folder: str | Path) -> AdapterConfig:
@@ -219,19 +228,30 @@ class AdaptedModel(nn.Module):
             names = [name for name in names for _ in range(n)]
         return Call.make(self.base, self.anatomy, arguments, self.serving(n_rows * n, names), self.image_ids, side)
 
-    def _new(self, name: str, methods: Mapping[str, Method]) -> Adapter:
+    def _parts(self, copies: Sequence[str]) -> dict[str, FrozenPart]:
+        """The frozen parts of an adapter that has trained copies of these modules, which then are no part of them."""
+        if not copies:
+            return self.parts
+        role = "language_model"
+        return {**self.parts, role: dataclasses.replace(self.parts[role], fingerprint=fingerprint(self.base, without=copies))}
+
+    def _new(self, name: str, methods: Mapping[str, Method], modules_to_save: Sequence[str]) -> Adapter:
         """An adapter that is not attached yet, so that nothing has to be undone where it cannot be used."""
         if not name.isidentifier() or name in self.adapters or name == BASE_NAME:
             raise ConfigError(f"the adapter's name is {name!r}: give an identifier that is not one of {list(self.adapters)}")
-        adapter = Adapter(methods, self.anatomy)
+        adapter = Adapter(methods, self.anatomy, copied(self.base, self.anatomy, names_of("modules_to_save", modules_to_save)))
         check_trains(adapter, self.image_ids)
         return adapter.to(next(self.base.parameters()).device)
 
     def _add(self, name: str, adapter: Adapter) -> Adapter:
-        self.attachment.serve({**{self.indices[other]: self._adapter(other) for other in self.adapters}, self._n_ever: adapter})
+        self._serve({**{self.indices[other]: self._adapter(other) for other in self.adapters}, self._n_ever: adapter})
         self.adapters[name], self.indices[name], self.active = adapter, self._n_ever, name
         self._n_ever += 1
         return adapter
+
+    def _serve(self, adapters: Mapping[int, Adapter]) -> None:
+        self.attachment.serve(adapters)  # refuses before anything has changed
+        self._copies.serve(adapters)
 
     def _active(self) -> str:
         if self.active is None:

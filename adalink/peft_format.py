@@ -1,6 +1,7 @@
 """LoRA folders of the peft library: read one as a LoRA on every token, or write such a LoRA for peft to load.
 
-    adapter = from_peft("their-lora", model)        # attach(model, adapter), or add_adapter(name, adapter.methods) and load its state dict
+    adapter = from_peft("their-lora", model)        # attach(model, adapter), or, with its copies of modules (a classifier's head):
+    model.add_adapter(name, adapter.methods, modules_to_save=tuple(adapter.copies)).load_state_dict(adapter.state_dict())
     to_peft(adapter, model, "for-peft")             # PeftModel.from_pretrained(model, "for-peft")
 """
 
@@ -25,12 +26,13 @@ from adalink.edit import Adapter, Placement
 from adalink.errors import CheckpointError, ConfigError
 from adalink.groups import DOMAINS
 from adalink.methods.lora import LoRA, LowRank
+from adalink.module_copies import copied
 from adalink.renamed import renamings
 
 __all__ = ["from_peft", "to_peft"]
 
 # What is read, and what says nothing of the result; anything else that is set changes what peft computes, and is refused by name.
-READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias"}
+READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "modules_to_save"}
 SILENT = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
@@ -50,7 +52,8 @@ def from_peft(folder: str | Path, model: nn.Module) -> Adapter:
     """
     path = Path(folder)
     config, anatomy = _config(path), Anatomy.read(model)
-    tensors, written = _tensors(path, model, anatomy)
+    copies = copied(model, anatomy, [name for name in config.get("modules_to_save") or () if _has_module(model, name)])
+    tensors, written = _tensors(path, model, anatomy, copies)
     alike: dict[tuple[int, float, bool], list[str]] = defaultdict(list)
     for linear, parts in tensors.items():
         names = (f"{anatomy.stack}.{linear}".lstrip("."), written[linear])
@@ -64,7 +67,7 @@ def from_peft(folder: str | Path, model: nn.Module) -> Adapter:
         for i, ((rank, alpha, bias), linears) in enumerate(alike.items())
     }  # fmt: skip
     dtypes = {value.dtype for parts in tensors.values() for value in parts.values()}
-    adapter = Adapter(methods, anatomy).to(torch.float64 if torch.float64 in dtypes else torch.float32)
+    adapter = Adapter(methods, anatomy, copies).to(torch.float64 if torch.float64 in dtypes else torch.float32)
     with torch.no_grad():
         for placement in adapter.placements:
             _fill(placement, tensors[placement.port.module], path)
@@ -89,9 +92,10 @@ def to_peft(adapter: Adapter, model: nn.Module, folder: str | Path) -> None:
         tensors |= {f"{key}A.weight": edit.down.weight, f"{key}B.weight": edit.up.weight}
         if has_bias:  # peft scales it
             tensors[f"{key}B.bias"] = torch.zeros(edit.target.width) if edit.bias is None else edit.bias / edit.scale
+    copies = {f"base_model.model.{path}.{name}": value for path, copy in adapter.copies.items() for name, value in copy.state_dict().items()}
     settings: Any = getattr(model, "config", None)
     config = {
-        "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM" if getattr(settings, "is_encoder_decoder", False) else "CAUSAL_LM", "inference_mode": True,
+        "peft_type": "LORA", "task_type": _task_type(model), "inference_mode": True, "modules_to_save": list(adapter.copies) or None,
         "base_model_name_or_path": getattr(settings, "name_or_path", "") or None, "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
         "lora_bias": has_bias, "target_modules": list(edits), "fan_in_fan_out": any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in edits),
         "rank_pattern": {name: len(edit.down.weight) for name, edit in edits.items() if len(edit.down.weight) != r},
@@ -101,8 +105,19 @@ def to_peft(adapter: Adapter, model: nn.Module, folder: str | Path) -> None:
     if (path / CONFIG_FILE).exists():
         raise ConfigError(f"{path} holds an adapter of this package, whose {WEIGHTS_FILE} would be overwritten: export to another folder")
     path.mkdir(parents=True, exist_ok=True)
-    write_whole(path / WEIGHTS_FILE, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}))
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | copies).items()}
+    write_whole(path / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
     write_whole(path / PEFT_CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """peft's word for what the model is for; None for heads that it wraps in no class of its own."""
+    kind = type(model).__name__
+    if kind.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if hasattr(model, "generate"):
+        return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
+    return {"ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}.get(kind[kind.find("For") :])
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -125,8 +140,13 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(folder: Path, model: nn.Module, anatomy: Anatomy) -> tuple[Tensors, Mapping[str, str]]:
-    """The tensors of each linear, and the linear's name in the file, which is an older one of the same module in some."""
+def _has_module(model: nn.Module, name: str) -> bool:
+    """Whether a module's name ends so; peft names the heads of all architectures at once (classifier, score)."""
+    return any(path == name or path.endswith(f".{name}") for path, _ in model.named_modules())
+
+
+def _tensors(folder: Path, model: nn.Module, anatomy: Anatomy, copies: Mapping[str, nn.Module]) -> tuple[Tensors, Mapping[str, str]]:
+    """The tensors of each linear, and the linear's name in the file, which is an older one of the same module in some; copies are filled."""
     path = folder / WEIGHTS_FILE
     try:
         stored = load_file(path)
@@ -138,7 +158,13 @@ def _tensors(folder: Path, model: nn.Module, anatomy: Anatomy) -> tuple[Tensors,
     written: dict[str, str] = {}
     linear_of = {f"{anatomy.stack}.{linear.name}".lstrip("."): linear.name for linear in anatomy.linears}
     renamed = renamings(model)
+    own = {f"base_model.model.{module}.{name}": value for module, copy in copies.items() for name, value in copy.state_dict().items()}
+    if missing := sorted(set(own) - set(stored)):
+        raise CheckpointError(f"{path} lacks {', '.join(missing)} of the modules that its config names in modules_to_save: copy it again")
     for key, value in stored.items():
+        if key in own:
+            _copy_into(own[key], value, key, path)
+            continue
         found = TENSOR.fullmatch(key)
         linear = found and (linear_of.get(found[1]) or linear_of.get(renamed(found[1])))
         if not found or not linear:
@@ -150,17 +176,21 @@ def _tensors(folder: Path, model: nn.Module, anatomy: Anatomy) -> tuple[Tensors,
     return tensors, written
 
 
+def _copy_into(parameter: Tensor, value: Tensor, name: str, path: Path) -> None:
+    if value.shape != parameter.shape:
+        raise CheckpointError(
+            f"{path}: {name} is {tuple(value.shape)}, and this model needs {tuple(parameter.shape)}: load it with the model it was trained on"
+        )
+    parameter.copy_(value)
+
+
 def _fill(placement: Placement, parts: Mapping[str, Tensor], path: Path) -> None:
     edit = placement.edit
     assert isinstance(edit, LowRank)
     wanted = {"A.weight": edit.down.weight, "B.weight": edit.up.weight, **({"B.bias": edit.bias} if edit.bias is not None else {})}
     for name, parameter in wanted.items():
-        if parts[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{path}: {name} of {placement.port.module} is {tuple(parts[name].shape)}, and this model needs {tuple(parameter.shape)}: "
-                "load it with the model it was trained on"
-            )
-        parameter.copy_(parts[name] * edit.scale if name == "B.bias" else parts[name])  # peft scales the bias with the rest
+        value = parts[name] * edit.scale if name == "B.bias" else parts[name]  # peft scales the bias with the rest
+        _copy_into(parameter, value, f"{name} of {placement.port.module}", path)
 
 
 def _low_rank(placement: Placement) -> LowRank:

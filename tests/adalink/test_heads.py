@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tiny import excite
 from torch import Tensor, nn
 
-from adalink import AdaLink, AdaptedModel, Method, Prefix, Prompt, UniPELT, get_adalink_model
-from adalink.errors import ConfigError
+from adalink import AdaLink, AdaptedModel, Method, Prefix, Prompt, UniPELT, from_peft, get_adalink_model, to_peft
+from adalink.checkpoint import WEIGHTS_FILE
+from adalink.errors import CheckpointError, ConfigError
+from adalink.fold import merge_linears
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40}
 IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -154,3 +159,118 @@ def test_a_label_of_a_token_that_is_only_marked_makes_it_no_answer() -> None:
     marked, plain = model.eval()(**inputs, **own), model(**inputs)
     assert torch.equal(marked.logits, plain.logits)
     torch.testing.assert_close(marked.loss, nn.functional.cross_entropy(plain.logits.flatten(0, 1), own["labels"].flatten()))
+
+
+HEADS = {"Bert": "classifier", "DistilBert": "classifier", "Roberta": "classifier", "GPT2": "score", "Llama": "score"}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_a_head_is_trained_saved_and_loaded_with_its_adapter(family: str, tmp_path: Path) -> None:
+    base, inputs = host(family, "SequenceClassification"), batch("SequenceClassification")
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    plain = base(**inputs).logits
+    model = get_adalink_model(base, METHODS["unipelt"], modules_to_save=(HEADS[family],))
+    optimizer = torch.optim.AdamW(model.active_adapter().parameters(), lr=0.05)
+    start = model.eval()(**inputs, **labels("SequenceClassification")).loss.item()
+    for _ in range(8):
+        model(**inputs, **labels("SequenceClassification")).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = model.eval()(**inputs, **labels("SequenceClassification"))
+    assert trained.loss < start
+    assert model.active_adapter().n_parameters().keys() == {"unipelt", "modules_to_save"}
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, plain)
+    model.save_pretrained(tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in model.unload().state_dict().items())
+    other = host(family, "SequenceClassification")
+    with torch.no_grad():
+        other.get_submodule(HEADS[family]).apply(lambda module: [parameter.normal_() for parameter in module.parameters(recurse=False)])
+    again = AdaptedModel.from_pretrained(other, tmp_path)
+    again.active_adapter().double()
+    torch.testing.assert_close(again(**inputs).logits, trained.logits, rtol=1e-5, atol=1e-5)  # the edits are float32 there
+    stored, own = load_file(tmp_path / WEIGHTS_FILE), again.active_adapter().state_dict()
+    assert all(torch.equal(value.double(), own[name]) for name, value in stored.items())
+    assert f"| modules_to_save | trained copy of {HEADS[family]} |" in (tmp_path / "README.md").read_text()
+    with pytest.raises(CheckpointError, match="was trained on the language model"):  # control: another model below the head
+        AdaptedModel.from_pretrained(host(family, "SequenceClassification", seed=1), tmp_path)
+
+
+def test_each_row_has_the_head_of_its_own_adapter() -> None:
+    base, inputs = host("Bert", "SequenceClassification"), batch("SequenceClassification")
+    plain, model = base(**inputs).logits, AdaptedModel(base)
+    for name, modules in (("one", ("classifier",)), ("two", ("classifier",)), ("none", ())):
+        excite(model.add_adapter(name, METHODS["prompt"], modules_to_save=modules).double(), seed=len(model.adapters))
+    by_name = {}
+    for name in ("one", "two", "none"):
+        model.set_adapter(name)
+        by_name[name] = model.eval()(**inputs).logits
+    assert len({tuple(logits[0].tolist()) for logits in (plain, *by_name.values())}) == 4
+    mixed = model(**inputs, adapter_names=["two", "none", "one"]).logits
+    torch.testing.assert_close(mixed, torch.stack([by_name["two"][0], by_name["none"][1], by_name["one"][2]]))
+    model.delete_adapter("one")
+    assert torch.equal(model(**inputs, adapter_names=["two"] * 3).logits, by_name["two"])
+    model.delete_adapter("two")
+    assert not base.classifier._forward_hooks
+
+
+def test_a_language_models_head_is_untied_by_its_copy_and_writes_with_beams() -> None:
+    torch.manual_seed(0)
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **IDS, tie_word_embeddings=True)).double()
+    words = base.model.embed_tokens.weight.clone()
+    model = get_adalink_model(base, METHODS["adalink"], modules_to_save=("lm_head",))
+    excite(model.active_adapter().double(), 3)
+    assert torch.equal(base.model.embed_tokens.weight, words)
+    inputs: dict[str, Any] = {name: value.flip(1) for name, value in batch("").items()}
+    cached, uncached = (model.generate(**inputs, max_new_tokens=4, num_beams=3, do_sample=False, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, uncached)
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(**inputs, max_new_tokens=4, num_beams=3, do_sample=False), cached)
+
+
+def test_a_head_in_lower_precision_has_a_copy_in_float32() -> None:
+    model = get_adalink_model(host("Bert", "SequenceClassification").bfloat16(), METHODS["adalink"], modules_to_save=("classifier",))
+    assert {parameter.dtype for parameter in model.active_adapter().parameters()} == {torch.float32}
+    assert model(**batch("SequenceClassification")).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("score",), "modules_to_save names 'score', and BertForSequenceClassification has no such module: its heads are classifier"),
+        ("classifier", r"modules_to_save is the text 'classifier', expected a tuple of names: give \('classifier',\)"),
+        (("encoder",), "modules_to_save names bert.encoder, which is where an adapter's methods edit"),
+        (("word_embeddings",), "modules_to_save names bert.embeddings.word_embeddings, which is where"),
+        (("query",), r"modules_to_save names bert\.encoder\.layer\.0\.attention\.self\.query, which is where"),
+    ],
+)
+def test_modules_that_cannot_be_copied_are_refused(names: Any, message: str) -> None:
+    model = AdaptedModel(host("Bert", "SequenceClassification"))
+    with pytest.raises(ConfigError, match=message):
+        model.add_adapter("x", METHODS["adalink"], modules_to_save=names)
+    assert not model.adapters
+
+
+@pytest.mark.parametrize("family", ["Bert", "Llama"])
+def test_a_classifier_goes_to_peft_and_comes_back(family: str, tmp_path: Path) -> None:
+    inputs = batch("SequenceClassification")
+    targets = {"Bert": ["query", "value"], "Llama": ["q_proj", "down_proj"]}[family]
+    settings = LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=targets)
+    theirs: Any = get_peft_model(host(family, "SequenceClassification"), settings).double()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    expected = theirs.eval()(**inputs).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = from_peft(tmp_path / "theirs", host(family, "SequenceClassification"))
+    assert tuple(read.copies) == (HEADS[family],)
+    model = AdaptedModel(host(family, "SequenceClassification"))
+    model.add_adapter("lora", read.methods, modules_to_save=tuple(read.copies)).double().load_state_dict(read.state_dict())
+    torch.testing.assert_close(model.eval()(**inputs).logits, expected)
+    to_peft(model.active_adapter(), model.base, tmp_path / "ours")
+    back = PeftModel.from_pretrained(host(family, "SequenceClassification"), tmp_path / "ours").double().eval()
+    torch.testing.assert_close(back(**inputs).logits, expected)
+    adapter, base = model.active_adapter(), model.unload()
+    merge_linears(base, adapter)
+    torch.testing.assert_close(base(**inputs).logits, expected)

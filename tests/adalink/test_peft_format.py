@@ -154,7 +154,7 @@ def test_an_exported_lora_gives_our_logits_in_peft_and_comes_back(name: str, tmp
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True}, "uses use_dora of peft, which a LoRA here does not have"),
-    ({"modules_to_save": ["lm_head"]}, "uses modules_to_save of peft"),
+    ({"modules_to_save": ["lm_head"]}, r"lacks base_model\.model\.lm_head\.weight of the modules that its config names in modules_to_save"),
     ({"bias": "all", "trainable_token_indices": [1]}, "uses bias, trainable_token_indices of peft"),
     ({"peft_type": "IA3"}, "is of the peft type 'IA3', and only a LORA with its lora_alpha can be read"),
     ({"lora_alpha": None}, "is of the peft type 'LORA', and only a LORA with its lora_alpha can be read"),
