@@ -21,7 +21,10 @@ from adalink.errors import ConfigError, DataError
 from multimodal.image_header import ImageHeader, ImageKind, image_kind, read_image_header
 from multimodal.image_parts import ImageParts, TooManyParts, image_parts, orientation
 
-__all__ = ["BadImage", "ImageLimits", "check_header", "decode_image", "read_image_bytes"]
+__all__ = ["BadImage", "ImageLimits", "ImageOrFile", "check_header", "decode_image", "read_image_bytes"]
+
+ImageOrFile = bytes | str | Path | Image.Image
+"""An encoded image, the path of one (also as text), or one that is decoded already."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -67,7 +70,7 @@ class ImageLimits:
             raise ConfigError(f"max_pixels is {self.max_pixels}; it must be from 1 to {PILLOW_PIXELS}, Pillow's own limit")
 
 
-def decode_image(image: bytes | Path, *, limits: ImageLimits = ImageLimits(), at_least: int | None = None) -> Image.Image:
+def decode_image(image: ImageOrFile, *, limits: ImageLimits = ImageLimits(), at_least: int | None = None) -> Image.Image:
     """The picture in mode RGB, turned upright by its EXIF orientation; of an animation, the first frame.
 
     Transparent pixels show white, as on a page; a 16-bit greyscale picture keeps its high byte.
@@ -76,7 +79,9 @@ def decode_image(image: bytes | Path, *, limits: ImageLimits = ImageLimits(), at
 
     Raises BadImage.
     """
-    name = str(image) if isinstance(image, Path) else f"a picture of {len(image)} bytes"
+    if isinstance(image, Image.Image):
+        return _upright(image, limits)
+    name = f"a picture of {len(image)} bytes" if isinstance(image, bytes) else str(image)
     data = read_image_bytes(image, limits=limits)
     header, parts = _checked(data, limits, name)
     try:
@@ -89,11 +94,16 @@ def decode_image(image: bytes | Path, *, limits: ImageLimits = ImageLimits(), at
         raise BadImage(reason, f"{name} is {reason}: {header.kind} of {header.width} x {header.height} pixels, {told}") from error
 
 
-def read_image_bytes(image: bytes | Path, *, limits: ImageLimits = ImageLimits()) -> bytes:
-    """The encoded bytes, not decoded, of a regular file no larger than the limit.
+def read_image_bytes(image: ImageOrFile, *, limits: ImageLimits = ImageLimits()) -> bytes:
+    """The encoded bytes, not decoded, of a regular file no larger than the limit; of an image that is decoded already, those of a PNG.
 
     Raises BadImage; a folder, a pipe or a device is not opened, because reading one could wait forever.
     """
+    if isinstance(image, Image.Image):
+        png = io.BytesIO()
+        _upright(image, limits).save(png, "PNG")
+        return png.getvalue()
+    image = Path(image) if isinstance(image, str) else image
     name = str(image) if isinstance(image, Path) else "a picture"
     try:
         if isinstance(image, Path):
@@ -169,6 +179,18 @@ def _decode(parts: ImageParts, limits: ImageLimits, name: str, at_least: int | N
         turn = _UPRIGHT.get(orientation(parts.exif, parts.xmp))
         picture = _to_rgb(opened)
         return picture.transpose(turn) if turn is not None else picture
+
+
+def _upright(image: Image.Image, limits: ImageLimits) -> Image.Image:
+    """What `decode_image` gives of an image that a program holds, perhaps one whose file is not read yet."""
+    _check_pixels(*image.size, limits, "an image")
+    try:
+        exif = image.info.get("exif", b"")
+        turn = _UPRIGHT.get(orientation(exif if isinstance(exif, bytes) else b"", b""))
+        picture = _to_rgb(image)
+        return picture.transpose(turn) if turn is not None else picture
+    except _DECODER_ERRORS as error:
+        raise BadImage("corrupt", f"an image of {image.width} x {image.height} pixels cannot be read: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

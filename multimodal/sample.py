@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from PIL import Image
+
+from adalink.errors import DataError
+
 __all__ = ["Decode", "Question", "Sample", "SampleSource"]
 
 Decode = Literal["exact", "draft"]  # draft: JPEGs at a fraction of their size (multimodal.pixels.Drafted)
@@ -33,16 +37,26 @@ class Sample:
 
     key        unique in its data set; what logs and reports name
     image_id   the id in the official result files
-    image      encoded bytes (from a shard) or the path of a file; decoded by `multimodal.images.decode_image`
+    image      encoded bytes (from a shard), a PIL image, or the path of a file, also as text; decoded by `multimodal.images.decode_image`
     decode     how, where an encoder is to see it
+
+    Raises DataError for an image of another type.
     """
 
     key: str
     image_id: int
-    image: bytes | Path
+    image: bytes | str | Path | Image.Image
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
     decode: Decode = "exact"
+
+    def __post_init__(self) -> None:
+        """Refuse at once what no sample of a whole data set could be decoded from."""
+        if not isinstance(self.image, (bytes, str, Path, Image.Image)):
+            raise DataError(
+                f"the image of sample {self.key!r} is a {type(self.image).__name__}: give the path of a file, the bytes of one, or a PIL image "
+                "(Image.fromarray makes one of an array)"
+            )
 
 
 class SampleSource(Protocol):

@@ -14,6 +14,7 @@ from threading import Event, Lock
 from typing import BinaryIO
 
 import numpy as np
+from PIL import Image
 
 from adalink.errors import AdalinkError, DataError
 from multimodal.bad_samples import BadSample, BadSamples
@@ -102,7 +103,7 @@ class ShardJob:
     def _add(self, tar: TarFile, key: str, sample: Sample) -> tuple[tuple[int, int, int], ...]:
         """The places of image, json and txt in the tar file."""
         image = read_image_bytes(sample.image, limits=self.pictures)
-        kind = check_header(image, limits=self.pictures, name=str(sample.image) if isinstance(sample.image, Path) else "its picture").kind
+        kind = check_header(image, limits=self.pictures, name=str(sample.image) if isinstance(sample.image, (str, Path)) else "its picture").kind
         record = encode_record(sample)
         if len(record) > self.limits.max_text_bytes:
             raise BadImage("too much text", f"{sample.key} has {len(record)} bytes of text, and the limit is {self.limits.max_text_bytes}")
@@ -125,7 +126,9 @@ class _MadeOf:
 
     def add(self, sample: Sample) -> None:
         stamp: object = None
-        if isinstance(sample.image, Path):
+        if isinstance(sample.image, Image.Image):
+            sample = replace(sample, image=read_image_bytes(sample.image))
+        if isinstance(sample.image, (str, Path)):
             with suppress(OSError, ValueError):
                 status = os.stat(sample.image)
                 stamp = status.st_size, status.st_mtime_ns

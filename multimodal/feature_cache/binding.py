@@ -154,10 +154,11 @@ def _fingerprint_of_pictures(source: SampleSource) -> str:
 
 def _told(sample: Sample, *, is_read: bool) -> bytes:
     key = sample.key if sample.decode == "exact" else f"{sample.key}\0{sample.decode}"
-    if isinstance(sample.image, bytes):
-        return f"{key}\0{hashlib.sha256(sample.image).hexdigest()}\0".encode()
-    size, read = -1, b""
+    if isinstance(sample.image, (bytes, Image.Image)):
+        content = sample.image if isinstance(sample.image, bytes) else sample.image.tobytes()
+        return f"{key}\0{hashlib.sha256(content).hexdigest()}\0".encode()
+    path, size, read = Path(sample.image), -1, b""
     with suppress(OSError, ValueError):  # a missing picture is told where it is encoded
-        size = sample.image.stat().st_size
-        read = hashlib.sha256(sample.image.read_bytes()).digest() if is_read else b""
-    return f"{key}\0{sample.image.name}\0{size}\0".encode() + read
+        size = path.stat().st_size
+        read = hashlib.sha256(path.read_bytes()).digest() if is_read else b""
+    return f"{key}\0{path.name}\0{size}\0".encode() + read
