@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from multimodal.bad_samples import BadSample
+from multimodal.feature_cache.contents import StoredDtype, all_contents
 from multimodal.feature_cache.encoding import GROUP, encoded_groups
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
@@ -22,7 +23,7 @@ _SHARED_AT_ONCE = 1024  # pictures; their features pass through the memory of th
 
 
 class PatchTable:
-    """Features by sample index: float16 [N + L, Dv], as `Features.joined` has them, or the bad sample that has none.
+    """Features by sample index: [N + L, Dv] in the dtype that is kept, as `Features.joined` has them, or the bad sample that has none.
 
     float16 moves gradients by about 3e-4 of their size.
     """
@@ -51,18 +52,20 @@ class PatchTable:
         return PatchTable(self.patches[list(indices)], {i: self.bad[index] for i, index in enumerate(indices) if index in self.bad})
 
 
-def encode_all(model: VisionLanguageModel, source: SampleSource, *, workers: int = 0, label: str = "encoding") -> PatchTable:
+def encode_all(
+    model: VisionLanguageModel, source: SampleSource, *, workers: int = 0, label: str = "encoding", dtype: StoredDtype = "float16"
+) -> PatchTable:
     """The features of every picture, each encoded once, with a progress bar. Memory: 2 (N + L) Dv bytes a picture (128 KB for 7 x 7 x 1280).
 
-    Each of several processes encodes its share, and all get the whole.
+    Each of several processes encodes its share, and all get the whole. Raises DataError for a feature that the dtype cannot hold.
     """
-    tower, state = model.tower, process_state()
-    table = torch.zeros(len(source), tower.n_kept, tower.width, dtype=torch.float16)
+    tower, state, contents = model.tower, process_state(), all_contents(model.tower, dtype)
+    table = torch.zeros(len(source), *contents.shape, dtype=contents.torch_dtype)
     bad: dict[int, BadSample] = {}
     own = range(state.process_index, -(-len(source) // GROUP), state.num_processes)
     for pictures, features, found in progress(encoded_groups(tower, source, own, workers=workers), label, len(own)):
         if features is not None:
-            table[pictures] = features.joined.to("cpu", torch.float16)
+            table[pictures] = contents.of(features).cpu()
         bad.update(found)
     if state.num_processes > 1:
         bad = dict(sorted(((index, sample) for part in gather_object([bad]) for index, sample in part.items()), key=lambda pair: pair[0]))

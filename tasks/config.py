@@ -65,7 +65,7 @@ class RunConfig:
     train: TrainSettings = field(default_factory=TrainSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     features: Path | None = None  # kept features, in FOLDER/train and FOLDER/val, which `adalink features` or train.features: fill writes; none: encode
-    features_dtype: StoredDtype = "float16"  # what is written; float16 moves gradients by up to 3e-4 of their size, bfloat16 by up to 2e-3, float32 not at all
+    features_dtype: StoredDtype = "float16"  # what is kept; float16 moves gradients by up to 3e-4 of their size, bfloat16 by up to 2e-3, float32 not at all
     out: Path | None = None  # the run folder
 
     def __post_init__(self) -> None:

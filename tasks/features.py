@@ -27,12 +27,13 @@ __all__ = ["features_to_learn", "features_to_show", "say", "size_of"]
 
 @contextlib.contextmanager
 def features_to_learn(model: VisionLanguageModel, source: SampleSource, config: RunConfig) -> Iterator[Kept | FeatureWriter | None]:
-    """The kept features of the training pictures, or the folder to fill with them; None where the config names no folder.
+    """The kept features of the training pictures, or the folder to fill with them; None where the config keeps none.
 
     Raises ConfigError and DataError where the features are not there, or not those of this model and these pictures.
     """
     if config.features is None:
-        yield None
+        is_kept = config.train.features == "memory"
+        yield encode_all(model, source, workers=config.train.workers, label="encoding each image once", dtype=config.features_dtype) if is_kept else None
         return
     folder = config.features / "train"
     if is_finished(folder) or config.train.features != "fill":
@@ -65,7 +66,7 @@ def features_to_show(model: VisionLanguageModel, source: SampleSource, config: R
         if not is_finished(config.features / "train"):
             raise ConfigError(f"{config.features} holds no features, neither in train nor in val: write them with `adalink features`, or give features: null")
         say(f"features: there is no {folder}, so the pictures that are evaluated on are encoded")
-    return encode_all(model, source, workers=config.train.workers, label=label)
+    return encode_all(model, source, workers=config.train.workers, label=label, dtype=config.features_dtype)
 
 
 def say(line: str) -> None:

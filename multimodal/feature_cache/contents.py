@@ -72,7 +72,7 @@ class Contents:
         if not rounded.isfinite().all() and exact.isfinite().all():
             raise DataError(
                 f"an encoder's feature is {float(exact.abs().max()):.3g}, and {self.dtype} holds at most {torch.finfo(self.torch_dtype).max:.0f}: "
-                "keep the features in bfloat16 or float32"
+                "keep the features in bfloat16 or float32 (features_dtype)"
             )
         return rounded
 

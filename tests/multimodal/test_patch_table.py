@@ -10,11 +10,13 @@ from torch import Tensor
 
 from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
+from multimodal.features import Features
 from multimodal.images import decode_image
 from multimodal.model import VisionLanguageModel
 from multimodal.patch_table import PatchTable, encode_all
 from multimodal.sample import Sample
 from multimodal.shards import DamagedSample
+from multimodal.vision import VisionTower
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,21 @@ def test_features_are_kept_in_sixteen_bits(model: VisionLanguageModel) -> None:
     table = encode_all(model, Drawn(2))
     assert table.patches.dtype == torch.float16
     assert table.patches.nbytes == 2 * tower().n_kept * tower().width * 2  # two pictures, two bytes a value
+
+
+def test_a_feature_that_sixteen_bits_cannot_hold_is_refused_and_kept_in_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compose("opt")
+    encode = type(model.tower).encode
+
+    def large(tower: VisionTower, pixels: Tensor) -> Features:
+        found = encode(tower, pixels)
+        return Features(patches=found.patches * 1e6, pooled=found.pooled)
+
+    monkeypatch.setattr(type(model.tower), "encode", large)
+    with pytest.raises(DataError, match=r"an encoder's feature is .*, and float16 holds at most 65504: keep the features in bfloat16 or float32 \(features_dtype\)"):
+        encode_all(model, Drawn(2))
+    for dtype in ("bfloat16", "float32"):
+        assert kept(encode_all(model, Drawn(2), dtype=dtype), 0).isfinite().all()  # type: ignore[arg-type]
 
 
 def test_a_table_of_some_samples_counts_them_anew() -> None:
