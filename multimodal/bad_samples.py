@@ -65,6 +65,12 @@ class BadSamples:
         """The first few of each reason."""
         return {reason: tuple(bad) for reason, bad in self._first.items()}
 
+    def __repr__(self) -> str:
+        return f"BadSamples({self})"
+
+    def __str__(self) -> str:
+        return self.summary() or "none"
+
     def summary(self) -> str:
         """For a log line: `3 truncated (12, 40, 41), 1 missing file (7)`; empty where nothing was added."""
         parts = []

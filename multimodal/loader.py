@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -40,11 +40,15 @@ Preprocess = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What one step reads: a batch (None where every sample of it was bad), its pictures by index, and the bad samples that it would have held."""
+    """What one step reads: a batch (None where every sample of it was bad), its pictures by index, and the bad samples that it would have held.
+
+    asked   the indices of all samples of the step, good and bad
+    """
 
     batch: Batch | None
     bad: tuple[BadSample, ...]
     pictures: tuple[int, ...] = ()
+    asked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,11 @@ class _Positions:
             sample = self.source[index]
         except DamagedSample as error:
             return error.bad
-        texts = self.texts(sample, random.Random(self.seed * 1_000_003 + position))
-        if not texts:
-            return BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from")
+        texts = self.texts_of(sample, self.seed * 1_000_003 + position)
         try:
-            rows = self.rows(texts)
+            rows = self.rows(texts) if texts else ()
+            if not any(row.target or row.score is not None for row in rows):
+                return BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from")
             if self.patches is None:
                 return _Item(sample.key, index, read_pixels(sample, self.preprocess), rows)
         except BadImage as error:
@@ -94,15 +98,19 @@ class _Positions:
         kept = self.patches[index]  # damage in features that can be made again ends the run: no picture is left out for it
         return kept if isinstance(kept, BadSample) else _Item(sample.key, index, kept, rows)
 
+    def texts_of(self, sample: Sample, seed: int) -> list[Text]:
+        """What is learnt from a sample, without texts that say nothing: those would teach a model to be silent."""
+        return [text for text in self.texts(sample, random.Random(seed)) if text.scores is not None or (text.target or "").strip()]
+
     def rows(self, texts: Sequence[Text]) -> tuple[Row, ...]:
         """The rows of one picture; raises TextTooLong."""
         return tuple(self.arrange([self.encoder.row(text) for text in texts]))
 
     def length(self, sample: Sample) -> int:
         """Tokens of a sample's longest row; the mean of some draws where texts are drawn, which is rough; 0 where it is a bad one."""
-        draws = {tuple(self.texts(sample, random.Random(number))) for number in range(2)}
+        draws = {tuple(self.texts_of(sample, number)) for number in range(2)}
         if len(draws) > 1:
-            draws |= {tuple(self.texts(sample, random.Random(number))) for number in range(2, 8)}
+            draws |= {tuple(self.texts_of(sample, number)) for number in range(2, 8)}
         try:
             return sum(max(len(row.ids) + len(row.decoder_ids) for row in self.rows(texts)) for texts in draws if texts) // len(draws)
         except TextTooLong:
@@ -236,4 +244,4 @@ def train_loader(
 
 
 def _load(positions: _Positions, collate: _Collate, step: range) -> Loaded:
-    return collate([positions[position] for position in step])
+    return replace(collate([positions[position] for position in step]), asked=tuple(positions.order.sample(position) for position in step))

@@ -18,7 +18,7 @@ from multimodal.order import MixedOrder, Order, SampleOrder
 from multimodal.sample import Sample, SampleSource
 from multimodal.shards import DamagedSample
 
-__all__ = ["MixedSet", "Mixture", "fingerprint_of", "order_of"]
+__all__ = ["MixedSet", "Mixture", "fingerprint_of", "order_of", "set_sizes"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Mixture:
     def __init__(self, sets: Mapping[str, MixedSet]) -> None:
         if not sets:
             raise ConfigError("there are no data sets to mix: give one or more, each with a weight")
-        self._names = tuple(sets)
+        self.names = tuple(sets)
         self._sources = tuple(each.source for each in sets.values())
         self._ends = list(accumulate(len(source) for source in self._sources))
         self.sizes = tuple(len(source) for source in self._sources)
@@ -63,8 +63,8 @@ class Mixture:
         try:
             sample = self._sources[number][index - self._ends[number] + self.sizes[number]]
         except DamagedSample as error:
-            raise DamagedSample(replace(error.bad, key=f"{self._names[number]}:{error.bad.key}")) from error
-        return replace(sample, key=f"{self._names[number]}:{sample.key}")
+            raise DamagedSample(replace(error.bad, key=f"{self.names[number]}:{error.bad.key}")) from error
+        return replace(sample, key=f"{self.names[number]}:{sample.key}")
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """As `multimodal.lengths.TextLengths`; sets whose lengths differ, or are told in other units, mostly come in batches of their own."""
@@ -84,6 +84,11 @@ class Fingerprinted(Protocol):
 def fingerprint_of(source: SampleSource) -> str:
     """A data set's fingerprint; empty where it has none, as files on disk."""
     return source.fingerprint if isinstance(source, Fingerprinted) else ""
+
+
+def set_sizes(source: SampleSource) -> dict[str, int]:
+    """Name -> number of samples of each set of a mixture, in the order of its indices; of any other data set one entry without a name."""
+    return dict(zip(source.names, source.sizes, strict=True)) if isinstance(source, Mixture) else {"": len(source)}
 
 
 def order_of(source: SampleSource, seed: int) -> Order:

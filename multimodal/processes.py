@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,24 +33,41 @@ T = TypeVar("T")
 class Agreed:
     """What all processes know about a step before they take it.
 
-    n_targets   what the loss is divided by: the targets of all processes and micro-batches, at least 1
+    n_targets   what the loss is divided by: the targets of all processes and micro-batches; 0 where there is nothing to learn
+    asked       how many samples of each set of the data were asked for
+    good        how many of them could be used
     bad         the bad samples of all processes, in the order of their ranks: each counts and stops as one does
     stop        whether any of them was asked to end
     """
 
     n_targets: float
+    asked: tuple[int, ...]
+    good: tuple[int, ...]
     bad: tuple[BadSample, ...]
     stop: bool
 
 
-def agree(accelerator: Accelerator, group: Sequence[Loaded], stop: bool) -> Agreed:
-    """One exchange of three numbers, and of the bad samples themselves in the rare step that has some."""
+def agree(accelerator: Accelerator, group: Sequence[Loaded], stop: bool, ends: Sequence[int]) -> Agreed:
+    """One exchange of a few numbers, and of the bad samples themselves in the rare step that has some.
+
+    ends: the index after the last sample of each set of the data.
+    """
     bad = [sample for loaded in group for sample in loaded.bad]
     n_targets = sum(loaded.batch.n_targets for loaded in group if loaded.batch)
     # A process alone asks no device: that would wait for all that the device has still to do.
-    own = torch.tensor([float(n_targets), float(len(bad)), float(stop)], device=accelerator.device if accelerator.num_processes > 1 else "cpu")
-    targets, n_bad, stops = accelerator.reduce(own, "sum").tolist()
-    return Agreed(max(targets, 1.0), tuple(gathered(accelerator, bad)) if n_bad else (), stops > 0)
+    counted = [*_per_set([loaded.asked for loaded in group], ends), *_per_set([loaded.pictures for loaded in group], ends)]
+    own = torch.tensor([float(n_targets), float(len(bad)), float(stop), *counted], device=accelerator.device if accelerator.num_processes > 1 else "cpu")
+    targets, n_bad, stops, *counts = accelerator.reduce(own, "sum").tolist()
+    asked, good = tuple(map(int, counts[: len(ends)])), tuple(map(int, counts[len(ends) :]))
+    return Agreed(targets, asked, good, tuple(gathered(accelerator, bad)) if n_bad else (), stops > 0)
+
+
+def _per_set(indices: Sequence[Sequence[int]], ends: Sequence[int]) -> list[float]:
+    """How many of the indices are of each set."""
+    found = [0.0] * len(ends)
+    for index in chain.from_iterable(indices):
+        found[bisect_right(ends, index)] += 1
+    return found
 
 
 def gathered(accelerator: Accelerator, items: list[T]) -> list[T]:

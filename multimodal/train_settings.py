@@ -79,8 +79,11 @@ class TrainSettings:
         left = math.ceil(self.epochs * n_samples) - position
         return self.steps or step + max(0, -(-left // (self.batch_size * self.accumulation * world)))
 
-    def rate(self, step: int, n_steps: int) -> float:
-        """The share of the peak rate at a step: linear warm-up, then a cosine. 0-based; warm-up's first step is not 0."""
+    def rate(self, step: float, n_steps: float) -> float:
+        """The share of the peak rate at a step: linear warm-up, then a cosine. 0-based; warm-up's first step is not 0.
+
+        Fractions of a step come up where a run goes on with another number of samples in a step.
+        """
         n_warm = int(self.warmup * n_steps)
         if step < n_warm:
             return (step + 1) / (n_warm + 1)

@@ -10,18 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from composed import Drawn, compose, excite, two_texts
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from adalink import AdaLink, Bridge, Prompt
-from adalink.errors import BudgetError, CheckpointError, ConfigError
+from adalink.errors import BudgetError, CheckpointError, ConfigError, DataError
 from multimodal.bad_samples import BadSample
+from multimodal.mixing import MixedSet, Mixture
 from multimodal.model import VisionLanguageModel
+from multimodal.order import SampleOrder
 from multimodal.parameter_groups import parameter_groups
 from multimodal.processes import step_seed
 from multimodal.sample import Sample
@@ -195,11 +199,92 @@ def test_bad_samples_are_counted_once_and_stop_the_run_over_the_budget(tmp_path:
         trained(tmp_path / "b", Drawn(4, bad=[1, 2]), steps=6, batch_size=2, bad_samples=2, known_bad=[known])
 
 
-def test_a_step_without_a_good_sample_is_survived(tmp_path: Path) -> None:
-    model, done = trained(tmp_path, Drawn(2, bad=[0, 1]), steps=2, batch_size=2)
-    assert done.bad.counts == {"not an image": 2}
-    assert losses(tmp_path) == [0.0, 0.0]
-    assert all(value.isfinite().all() for value in weights(model).values())
+def test_a_step_without_a_good_sample_is_no_step(tmp_path: Path) -> None:
+    """Neither weights nor moments nor the schedule move, and it is counted; a run that goes on after it ends as an unbroken one."""
+    order = SampleOrder(6, seed=0)
+    bad = [order.sample(position) for position in (2, 3)]  # the whole second step of the first epoch
+    rates: list[float] = []
+    with looked_at_before_each_step(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])):
+        whole, done = trained(tmp_path / "a", Drawn(6, bad=bad), steps=4, batch_size=2, warmup=0.5)
+    assert (done.skipped, done.bad.counts) == (1, {"not an image": 2})
+    assert rates == pytest.approx([1e-2 * TrainSettings(warmup=0.5).rate(step, 4) for step in (0,)] + [1e-2 * TrainSettings(warmup=0.5).rate(step, 3) for step in (1, 2)])
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3, 4]
+    with pytest.raises(Stop):
+        trained(tmp_path / "b", Drawn(6, bad=bad), steps=4, batch_size=2, warmup=0.5, measure_every=1, measure=stop_at(3))
+    again, _ = trained(tmp_path / "b", Drawn(6, bad=bad), steps=4, batch_size=2, warmup=0.5, resume=True)
+    assert close(whole, again, 0)
+
+
+class Given:
+    """A data set of samples that a test makes."""
+
+    def __init__(self, *samples: Sample) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+def huge() -> bytes:
+    """The header of a PNG of 2 ** 20 pixels a side."""
+    return b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (2**20).to_bytes(4) * 2 + b"\x08\2\0\0\0" + bytes(8)
+
+
+def said(*targets: str) -> Callable[[Sample, random.Random], list[Text]]:
+    return lambda sample, rng: [Text("is it red ?", target) for target in targets]
+
+
+NOTHING: list[tuple[str, Any, Any]] = [
+    ("6 not an image", Drawn(6, bad=range(6)), two_texts),
+    ("6 no text", Drawn(6), said()),
+    ("6 no text", Drawn(6), said("", "  \n")),
+    ("6 text too long", Drawn(6), said("yes " * 200)),
+    ("2 too many pixels", Given(*(Sample(key=f"{i}", image_id=i, image=huge()) for i in range(2))), two_texts),
+    ("2 missing file", Given(*(Sample(key=f"{i}", image_id=i, image="no/such.jpg") for i in range(2))), two_texts),
+    ("the 2 samples of dead", Mixture({"dead": MixedSet(Drawn(2, bad=[0, 1]), 1), "good": MixedSet(Drawn(4), 1)}), two_texts),
+]
+
+
+@pytest.mark.parametrize("features", ["encode", "memory"])
+@pytest.mark.parametrize(("found", "source", "texts"), NOTHING, ids=[f"{i}-{found[:9]}" for i, (found, _, _) in enumerate(NOTHING)])
+def test_a_run_that_learns_from_nothing_is_refused(found: str, source: Any, texts: Any, features: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of the . .* can be used") as raised:
+        trained(tmp_path, source, texts, steps=6, batch_size=2, checkpoint_every=1, features=features)
+    assert found in str(raised.value)
+    assert isinstance(source, Mixture) or not (tmp_path / "checkpoints").exists()
+
+
+def test_data_without_a_sample_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the training data holds no sample: give data with one or more"):
+        train(model_of(), Given(), two_texts, TrainSettings(), tmp_path)
+
+
+def test_less_than_an_epoch_that_learns_nothing_is_refused_at_its_end(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none of the 2 samples that were read can be used, so nothing was learnt: 2 not an image"):
+        trained(tmp_path, Drawn(6, bad=range(6)), steps=1, batch_size=2)
+
+
+def test_an_empty_text_among_others_is_left_out(tmp_path: Path) -> None:
+    plain, _ = trained(tmp_path / "plain", texts=said("yes"))
+    with_empty, done = trained(tmp_path / "empty", texts=said("yes", "", " "))
+    assert close(plain, with_empty, 0)
+    assert not done.bad.counts
+
+
+def test_images_are_taken_as_files_text_bytes_and_in_memory(tmp_path: Path) -> None:
+    """The same picture in four forms gives the same weights; anything else is refused where the sample is made."""
+    path = tmp_path / "one.png"
+    path.write_bytes(Drawn(1)[0].image)
+    forms: list[Any] = [path, str(path), path.read_bytes(), Image.open(path), Image.open(path).convert("RGBA")]
+    models = [trained(tmp_path / f"{i}", Given(Sample(key="one", image_id=1, image=form)), steps=2, batch_size=1)[0] for i, form in enumerate(forms)]
+    assert all(close(models[0], other, 0) for other in models[1:])
+    for wrong in (torch.zeros(3, 4, 4), np.zeros((4, 4, 3)), None, 7):
+        with pytest.raises(DataError, match=f"the image of sample 'one' is a {type(wrong).__name__}: give the path of a file, the bytes of one, or a PIL image"):
+            Sample(key="one", image_id=1, image=wrong)  # type: ignore[arg-type]
 
 
 def no_number(sample: Sample, rng: random.Random) -> list[Text]:
@@ -209,6 +294,24 @@ def no_number(sample: Sample, rng: random.Random) -> list[Text]:
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the loss is not a number at step \d: lower train.learning_rate, or set train.clip"):
         trained(tmp_path, texts=no_number, learning_rate=1e200, clip=0.0)
+
+
+@pytest.mark.parametrize(("value", "found"), [(float("nan"), "not a number"), (float("inf"), "infinite|not a number")])
+@pytest.mark.parametrize("at", [5, 6])
+def test_what_is_not_finite_is_found_between_logged_steps_and_puts_out_no_good_checkpoint(at: int, value: float, found: str, tmp_path: Path) -> None:
+    """Step 5 poisons what step 6 learns with; step 6 poisons what is saved after it."""
+    steps = iter(range(1, 100))
+
+    def poison(optimizer: torch.optim.Optimizer) -> None:
+        if next(steps) == at:
+            optimizer.param_groups[0]["params"][0].data.fill_(value)
+
+    expected = f"the loss is ({found}) at step 6: lower train.learning_rate" if at == 5 else "after step 6 .* not finite, such as weight.*no checkpoint is written"
+    with looked_at_before_each_step(poison), pytest.raises(ConfigError, match=expected):
+        trained(tmp_path, steps=20, log_every=100, checkpoint_every=2, keep=2)
+    checkpoints = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["step_00000002", "step_00000004"]
+    assert all(tensor.isfinite().all() for path in checkpoints for tensor in load_file(path / "state.safetensors").values() if tensor.is_floating_point())
 
 
 def test_trackers_that_are_not_installed_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -146,6 +147,9 @@ def test_another_number_of_processes_goes_on_at_the_next_picture(machine: Machin
         assert len(losses(tmp_path / f"to{world}")) == steps
         content = json.loads((tmp_path / f"to{world}" / "checkpoints" / f"step_{steps:08d}" / "state.json").read_text())
         assert content["data"]["position"] == 28
+        rates = [line["rate"] for line in map(json.loads, (tmp_path / f"to{world}" / "metrics.jsonl").read_text().splitlines()) if "rate" in line]
+        read = [12 + 2 * world * step for step in range(steps - 3)]  # samples, before each step after the change
+        assert rates[3:] == pytest.approx([1e-2 * 0.5 * (1 + math.cos(math.pi * n / 28)) for n in read])
 
 
 def test_each_process_encodes_its_share_and_has_every_picture(machine: Machine, tmp_path: Path) -> None:

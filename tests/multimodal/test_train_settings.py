@@ -15,6 +15,14 @@ def test_warm_up_and_cosine_by_hand() -> None:
     assert TrainSettings(warmup=0.0).rate(0, 10) == 1.0
 
 
+@pytest.mark.parametrize(("share", "warmup"), [(0.5, 0.03), (0.01, 0.03), (0.02, 0.5)])
+def test_the_rate_does_not_jump_where_a_step_reads_another_number_of_samples(share: float, warmup: float) -> None:
+    settings = TrainSettings(warmup=warmup)
+    before = settings.rate(share * 12_500, 12_500)
+    for times in (1, 2, 4, 8, 0.5, 0.25):
+        assert settings.rate(share * 12_500 * times, 12_500 * times) == pytest.approx(before, abs=0.011)  # a step of the shortest warm-up: 1 / 94
+
+
 def test_the_number_of_steps_reads_every_picture_as_often_as_asked() -> None:
     assert TrainSettings(epochs=2, batch_size=4).n_steps(10, world=1) == 5
     assert TrainSettings(epochs=1, batch_size=4).n_steps(10, world=1) == 3

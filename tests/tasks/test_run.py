@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_run import FEATURE_WIDTH, WIDTH, Done, adalink, refused, train
+from cli_run import FEATURE_WIDTH, WIDTH, Done, Files, adalink, refused, train
 from safetensors.torch import load_file
 
 from multimodal.vision import load_tower
@@ -128,6 +128,16 @@ def test_a_run_folder_that_is_taken_is_refused_and_left_alone(run: Path) -> None
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert "is there already: give another `out`, or --resume" in refused(train("captioning", run, small=OPTIONS))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_whose_training_images_are_all_bad_ends_with_2_and_leaves_nothing(tmp_path: Path) -> None:
+    files = Files(tmp_path / "data", n=3)
+    for i in range(3):
+        files.picture(i).write_bytes(b"no picture")
+    done = train("captioning", tmp_path / "run", *files.as_data("train"), "--data.val.scenes", "val/2", "--train.steps", "3", "--train.batch_size", "2")
+    assert "none of the 3 images can be used" in refused(done)
+    assert "3 not an image (" in done.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_folder_may_become_a_run_folder(tmp_path: Path) -> None:
