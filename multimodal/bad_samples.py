@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from adalink.errors import BudgetError, ConfigError
+from multimodal.counted import counted
 
 __all__ = ["BadSample", "BadSamples"]
 
@@ -53,7 +54,8 @@ class BadSamples:
         total = sum(self._counts.values())
         if total > self._budget:
             advice = "mend or remove them, or allow more bad samples"
-            raise BudgetError(f"{total} bad samples, and at most {self._budget} are allowed: {self.summary()}; {advice}")
+            allowed = f"at most {self._budget} {'is' if self._budget == 1 else 'are'} allowed"
+            raise BudgetError(f"{counted(total, 'bad sample')}, and {allowed}: {self.summary()}; {advice}")
 
     @property
     def counts(self) -> Mapping[str, int]:

@@ -24,7 +24,7 @@ from multimodal.bad_samples import BadSample
 from multimodal.loader import Loaded
 from multimodal.train_settings import TrainSettings
 
-__all__ = ["Agreed", "agree", "done_by_main", "gathered", "opened_accelerator", "process_state", "step_seed"]
+__all__ = ["Agreed", "agree", "check_trackers", "done_by_main", "gathered", "opened_accelerator", "process_state", "step_seed"]
 
 T = TypeVar("T")
 
@@ -107,14 +107,19 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8]) >> 1
 
 
+def check_trackers(settings: TrainSettings) -> None:
+    """Raises ConfigError where a tracker is not installed, which accelerate would leave out without a word."""
+    if missing := [name for name in settings.trackers if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"train.trackers names {', '.join(missing)}, and no such package is here: pip install 'adalink[trackers]', or leave it out")
+
+
 @contextlib.contextmanager
 def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) -> Iterator[Accelerator]:
     """An accelerator that leaves nothing behind: accelerate keeps one precision for a whole process, and wraps the model's forward in it.
 
-    Raises ConfigError where a tracker is not installed, which accelerate would leave out without a word.
+    Raises as `check_trackers`.
     """
-    if missing := [name for name in settings.trackers if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"train.trackers names {', '.join(missing)}, and no such package is here: pip install 'adalink[trackers]', or leave it out")
+    check_trackers(settings)
     folder.mkdir(parents=True, exist_ok=True)
     process_state()
     is_first = not AcceleratorState._shared_state

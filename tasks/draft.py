@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import typing
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from adalink.errors import ConfigError, DataError
-from multimodal.images import decode_image
+from adalink.errors import BudgetError, ConfigError, DataError
+from multimodal.bad_samples import BadSample, BadSamples
+from multimodal.counted import counted
+from multimodal.feature_cache.manifest import read_manifest
+from multimodal.images import BadImage, decode_image
+from multimodal.sample import SampleSource
+from multimodal.shards import DamagedSample
 from tasks.config import RunConfig
 from tasks.data import DataConfig
+from tasks.run_folder import refuse_taken
+from tasks.task import Task
 
-__all__ = ["Draft", "check_data", "name_both_parts", "only_named_data"]
+__all__ = ["Draft", "check_data", "check_folders", "name_both_parts", "only_named_data"]
 
 SOURCES = ("images", "shards", "mix", "scenes")  # one of them says where a data set is
 SPLITS = ("train", "val")
@@ -57,22 +65,59 @@ def name_both_parts(draft: Any) -> None:
         raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given: name both frozen parts, such as --encoder scenes:encoder")
 
 
-def check_data(data: Any) -> Sequence[str]:
+def check_folders(draft: Any) -> None:
+    """Raises ConfigError as a run would where its folder is taken or cannot be made, and where a folder of features holds none."""
+    if draft.out is not None:
+        refuse_taken(draft.out, resume=False)
+        if (above := next((path for path in draft.out.absolute().parents if path.exists()), None)) is not None and not above.is_dir():
+            raise ConfigError(f"the run folder {draft.out} cannot be made: {above} is no folder")
+    if draft.features is not None and draft.train.features != "fill":
+        read_manifest(draft.features / "train")
+
+
+def check_data(draft: Any) -> Sequence[str]:
     """One line for each data set: what was found where it is given, a word where it is not.
 
-    Reads annotations or manifests and the first picture. Raises DataError and ConfigError as a run would.
+    Reads annotations or manifests, and images up to the first that can be used. Raises DataError, BudgetError and ConfigError as a run would.
     """
     lines = []
     for split in SPLITS:
-        config: DataConfig | None = getattr(data, split)
+        config: DataConfig | None = getattr(draft.data, split)
         if config is None:
             lines.append(f"data.{split}: not given, and not checked")
             continue
         opened = config.open()
-        sample = opened.source[0]
-        try:
-            decode_image(sample.image)
-        except DataError as error:
-            raise DataError(f"the first picture of data.{split} cannot be read: {error}") from error
-        lines.append(f"data.{split}: {len(opened.source):,} pictures, {len(opened.problems):,} known to be bad; the first one can be read")
+        bad = BadSamples(budget=draft.train.bad_samples, found=opened.problems)
+        place = _first_usable(opened.source, draft.chosen_task(), split, bad)
+        n_bad, which = sum(bad.counts.values()), "the first one" if place == 0 else f"number {place + 1}"
+        lines.append(f"data.{split}: {counted(len(opened.source), 'picture')}, {n_bad:,} known to be bad; {which} can be read")
     return lines
+
+
+def _first_usable(source: SampleSource, task: Task, split: str, bad: BadSamples) -> int:
+    """The index of the first sample that a run can use. Raises BudgetError where too many come before it, DataError where there is none."""
+    _check_budget(bad, split)
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+            decode_image(sample.image)
+        except DamagedSample as error:
+            bad.add(error.bad)
+        except BadImage as error:
+            bad.add(BadSample(key=sample.key, reason=error.reason, detail=str(error)))
+        else:
+            if split == "val":
+                task.score({asked.item: "a" for asked in task.asked(sample)}, [sample])  # raises where there is nothing to score against
+                return index
+            if any((text.target or "").strip() for text in task.texts(sample, random.Random(0))):
+                return index
+            bad.add(BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from"))
+        _check_budget(bad, split)
+    raise DataError(f"data.{split}: none of the {counted(len(source), 'image')} can be used: {bad.summary()}; mend the data, or give other data")
+
+
+def _check_budget(bad: BadSamples, split: str) -> None:
+    try:
+        bad.check()
+    except BudgetError as error:
+        raise BudgetError(f"data.{split}: {error}") from None

@@ -6,9 +6,10 @@ from typing import Any
 
 from adalink.errors import ConfigError
 from multimodal.blueprint import draw_language, draw_tower
+from multimodal.processes import check_trackers
 from tasks.compose import found_part
 from tasks.config import chosen_methods
-from tasks.draft import Draft, check_data, name_both_parts
+from tasks.draft import Draft, check_data, check_folders, name_both_parts
 from tasks.methods_list import listed_methods
 from tasks.methods_text import methods_as_json, methods_as_text
 from tasks.plan import Plan, make_plan
@@ -47,23 +48,30 @@ def compose_command(values: Any, plain: Any) -> None:
 
 
 def dry_run_command(values: Any, plain: Any) -> None:
-    """Check the settings, the data where it is given, and print the plan. Raises what a run would, and ConfigError with --resume."""
+    """Check the settings, the folders, the data where it is given, and print the plan. Raises what a run would, and ConfigError with --resume."""
     if values.resume:
         raise ConfigError("--dry-run builds nothing and --resume goes on with what was built: give one of them")
-    plan = _plan(values)
+    draft, plan = _draft(values), _plan(values)
+    check_trackers(draft.train)
+    check_folders(draft)
+    data = check_data(draft)
     if values.json:
         print(plan_as_json(plan))
         return
-    for line in check_data(values.data):
+    for line in data:
         print(line)
-    out = "not given" if values.out is None else f"{values.out}{' (is there already)' if values.out.exists() else ''}"
+    out = "not given" if values.out is None else f"{values.out}{' (is there already, and empty)' if values.out.exists() else ''}"
     print(f"run folder: {out}\n")
     print(plan_as_text(plan))
     print("\nnothing was loaded, trained or written")
 
 
+def _draft(values: Any) -> Any:
+    return Draft(**{name: values[name] for name in Draft.__dataclass_fields__})
+
+
 def _plan(values: Any) -> Plan:
-    draft = Draft(**{name: values[name] for name in Draft.__dataclass_fields__})
+    draft = _draft(values)
     name_both_parts(draft)
     if values.text_tokens < 1:
         raise ConfigError(f"text_tokens is {values.text_tokens}: give 1 or more")

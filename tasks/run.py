@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from adalink.atomic import write_whole
-from adalink.errors import AdalinkError, ConfigError
+from adalink.errors import ConfigError
 from multimodal.bad_samples import BadSamples
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
@@ -24,6 +22,7 @@ from tasks.config import RunConfig
 from tasks.evaluate import Pictures, Predictions, is_graded, predict, read_pictures
 from tasks.features import features_to_learn, features_to_show
 from tasks.new_model import new_model
+from tasks.run_folder import refuse_taken, run_folder
 from tasks.run_metrics import write_card_figures, write_metrics
 from tasks.run_report import write_run_report
 from tasks.sameness import told_sameness
@@ -51,14 +50,14 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
     """
     if config.out is None or config.data.train is None:
         raise ConfigError("training needs `out`, the run folder, and `data.train`: give both")
-    _refuse_taken(config.out, resume=resume)  # before the models are loaded, which takes a while
+    refuse_taken(config.out, resume=resume)  # before the models are loaded, which takes a while
     task = config.chosen_task()
     opened, val = config.data.train.open(), config.data.val.open()
     torch.manual_seed(config.train.seed)
     model, texts = new_model(config, opened.source)
     if is_main():
         model.print_trainable_parameters()
-    with _run_folder(config.out) as folder, features_to_learn(model, opened.source, config) as learnt:
+    with run_folder(config.out) as folder, features_to_learn(model, opened.source, config) as learnt:
         config_file = folder / "config.yaml"
         if not config_file.exists():
             config_file.write_text(config_text)
@@ -98,7 +97,7 @@ def evaluate_run(config: RunConfig, config_text: str, adapter: Path, out: Path, 
     if saved["task"] != task.name:
         raise ConfigError(f"the adapter in {adapter} was trained for {saved['task']}, and the config's task is {task.name}: give the config of its run")
     val = config.data.val.open()
-    with _run_folder(out) as folder:
+    with run_folder(out) as folder:
         pictures = read_pictures(val, features_to_show(model, val.source, config, "encoding the pictures"))
         refuse_gaps(task, val, pictures.source, pictures.bad, submission)
         evaluation = _evaluate(model, pictures, task, config, {})
@@ -153,11 +152,6 @@ def _say(sentence: str) -> None:
         print(sentence, file=sys.stderr)
 
 
-def _refuse_taken(out: Path, *, resume: bool) -> None:
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not resume)):
-        raise ConfigError(f"the run folder {out} is there already: give another `out`, or --resume to go on with it")
-
-
 def _write(folder: Path, model: VisionLanguageModel, task: Task, config_text: str, evaluation: Evaluation, pictures: Pictures) -> None:
     if not is_main():
         return
@@ -167,19 +161,3 @@ def _write(folder: Path, model: VisionLanguageModel, task: Task, config_text: st
         folder / "metrics.json", task, evaluation.scores, items=len(said.texts), trained=trained, seconds=evaluation.seconds, bad=said.bad
     )  # fmt: skip
     write_run_report(folder, model, task, config_text, evaluation.scores, evaluation.predictions, pictures.source, warning=evaluation.warning)
-
-
-@contextlib.contextmanager
-def _run_folder(out: Path) -> Iterator[Path]:
-    """The run folder, made if need be; one that was made here and holds no checkpoint is removed where the run fails."""
-    is_new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the run folder {out} cannot be made: {error.strerror}") from None
-    try:
-        yield out
-    except AdalinkError:
-        if is_new and not (out / "checkpoints").exists():
-            shutil.rmtree(out, ignore_errors=True)  # other processes of the run remove it too
-        raise

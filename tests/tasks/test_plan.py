@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,55 @@ def test_a_dry_run_checks_the_data_that_is_given_and_says_what_is_not(tmp_path: 
     assert done.code == 0, done.err
     assert "data.train: not given, and not checked" in done.out
     assert "data.val: 6 pictures, 0 known to be bad; the first one can be read" in done.out
-    files.picture(0).write_bytes(b"no picture")
-    assert "the first picture of data.val cannot be read: " in refused(adalink(*half))
+    files.picture(0).write_bytes(b"no picture")  # a run leaves it out
+    assert "data.val: 6 pictures, 1 known to be bad; number 2 can be read" in adalink(*half).out
     (tmp_path / "files" / "captions.json").unlink()
     assert "captions.json does not exist" in refused(adalink(*half))
 
 
-def test_a_dry_run_of_a_taken_run_folder_says_so(tmp_path: Path) -> None:
-    done = adalink("train", "--dry-run", *PARTS, *ADALINK, "--out", tmp_path)
-    assert f"run folder: {tmp_path} (is there already)" in done.out
+def test_a_dry_run_of_a_taken_run_folder_is_refused_as_the_run_is(tmp_path: Path) -> None:
+    dry = ("train", "--dry-run", *PARTS, *ADALINK, "--out")
+    assert f"run folder: {tmp_path} (is there already, and empty)" in adalink(*dry, tmp_path).out
+    (tmp_path / "file").touch()
+    for json_too in ((), ("--json",)):
+        assert f"the run folder {tmp_path} is there already" in refused(adalink(*dry, tmp_path, *json_too))
+    assert f"cannot be made: {tmp_path / 'file'} is no folder" in refused(adalink(*dry, tmp_path / "file" / "run"))
+
+
+def spoil_images(files: Files) -> None:
+    for i in range(files.n):
+        files.picture(i).write_bytes(b"no picture")
+
+
+def spoil_two_images(files: Files) -> None:
+    for i in range(2):
+        files.picture(i).unlink()
+
+
+def take_captions(files: Files) -> None:
+    for annotation in files.captions["annotations"]:
+        annotation["caption"] = " "
+    files.save()
+
+
+DISAGREED = [
+    ("train", spoil_images, 10, "none of the 6 images can be used"),
+    ("val", spoil_images, 10, "none of the 6"),
+    ("train", spoil_images, 3, "bad samples, and at most 3 are allowed: "),
+    ("train", spoil_two_images, 1, "2 bad samples, and at most 1 is allowed: "),
+    ("train", take_captions, 10, "gives no sample"),
+    ("val", spoil_two_images, 1, "2 bad samples, and at most 1 is allowed: "),
+]
+
+
+@pytest.mark.parametrize(("split", "spoil", "budget", "expected"), DISAGREED, ids=[f"{split}-{spoil.__name__}-{budget}" for split, spoil, budget, _ in DISAGREED])
+def test_a_dry_run_refuses_what_the_run_refuses(split: str, spoil: Callable[[Files], None], budget: int, expected: str, tmp_path: Path) -> None:
+    files = Files(tmp_path / "files")
+    spoil(files)
+    options = (*files.as_data(split), "--train.bad_samples", str(budget))
+    for dry in (("--dry-run",), ("--dry-run", "--json"), ()):
+        assert expected in refused(train("captioning", tmp_path / "run", *options, *dry)), dry
+    assert not (tmp_path / "run").exists()
 
 
 BAD = [

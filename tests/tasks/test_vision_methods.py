@@ -45,7 +45,7 @@ def test_both_sides_are_trained_and_saved(trained: tuple[Path, Done], run: Path,
 
 
 def test_a_plan_counts_what_the_run_trained(run: Path) -> None:
-    planned = adalink("train", "--config", run / "config.yaml", "--dry-run", "--json")
+    planned = adalink("train", "--config", run / "config.yaml", "--out", run / "other", "--dry-run", "--json")
     assert planned.code == 0, planned
     counted = {method["name"]: method["trained"] for method in json.loads(planned.out)["methods"]}
     assert counted == json.loads((run / "metrics.json").read_text())["trained_parameters"]
