@@ -165,6 +165,7 @@ class _Run:
             raise ConfigError("FSDP2 splits the encoder over processes, so its features cannot be filled in while training: run `adalink features` first")
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
         self.learnt, self.is_stopping = learnt, False
+        self.is_due = False  # a line of the log: of a step that learns nothing it waits for the next
         self.first = self.read = 0  # the run's first step, and the samples that all processes had read before it
         # The first step whose loss was not finite, negative where it was infinite; asked for seldom, since asking waits for the device.
         self.broken = torch.zeros((), dtype=torch.int64, device=accelerator.device)
@@ -232,8 +233,9 @@ class _Run:
         """
         if step == n_steps:
             self.learnt.check(self.log.bad, is_end=True)
-        due = step % self.settings.log_every == 0 or step == n_steps
-        if loss is not None and (due or step == 1):
+        self.is_due |= step % self.settings.log_every == 0 or step in (1, n_steps)
+        if loss is not None and self.is_due:
+            self.is_due = False
             self._refuse_broken()
             value = float(loss)
             rate = self.optimizer.param_groups[0]["lr"]

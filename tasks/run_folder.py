@@ -20,7 +20,10 @@ def refuse_taken(out: Path, *, resume: bool) -> None:
 
 @contextlib.contextmanager
 def run_folder(out: Path) -> Iterator[Path]:
-    """The run folder, made if need be; one that was made here and holds no checkpoint is removed where the run fails."""
+    """The run folder, made if need be; one that was made here and holds no checkpoint is removed where the run fails.
+
+    Raises ConfigError where it cannot be made.
+    """
     is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)

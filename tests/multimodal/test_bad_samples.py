@@ -18,7 +18,7 @@ def test_a_budget_lets_exactly_its_number_pass() -> None:
 
 def test_no_budget_stops_at_the_first() -> None:
     BadSamples(budget=0).check()
-    with pytest.raises(BudgetError, match="1 bad samples, and at most 0"):
+    with pytest.raises(BudgetError, match="1 bad sample, and at most 0"):
         BadSamples(budget=0, found=[BadSample(key="a", reason="corrupt")]).check()
 
 

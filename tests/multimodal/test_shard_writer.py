@@ -129,7 +129,7 @@ def test_bad_pictures_are_left_out_counted_and_named_in_the_manifest(tmp_path: P
 def test_a_budget_that_is_spent_stops_the_writing_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match=r"5 bad samples, and at most 4 are allowed: .*1 truncated \(truncated\)"):
         write_shards(with_bad(), tmp_path / "out", budget=4)
-    with pytest.raises(BudgetError, match=r"1 bad samples, and at most 0 are allowed: 1 no text \(7\)"):
+    with pytest.raises(BudgetError, match=r"1 bad sample, and at most 0 are allowed: 1 no text \(7\)"):
         write_shards(made_source(2), tmp_path / "out", skipped=[BadSample(key="7", reason="no text")])
     assert not (tmp_path / "out").exists()
 
@@ -260,7 +260,7 @@ def test_bad_pictures_of_the_part_that_was_written_before_count_again(tmp_path: 
     samples = [replace(made_sample(0), image=b""), *made_source(4).samples[1:]]
     with pytest.raises(KeyboardInterrupt):
         write_shards(Interrupted(samples, 3), tmp_path, samples_per_shard=2, budget=1)
-    with pytest.raises(BudgetError, match="1 bad samples"):
+    with pytest.raises(BudgetError, match="1 bad sample"):
         write_shards(ListSource(samples), tmp_path, samples_per_shard=2)
     with pytest.raises(KeyboardInterrupt):
         write_shards(Interrupted(samples, 3), tmp_path, samples_per_shard=2, budget=1)

@@ -134,7 +134,7 @@ def test_bad_pictures_are_counted_and_named(tmp_path: Path) -> None:
     files.picture(2).write_bytes(b"none")
     data = (*files.as_data("train"), *files.as_data("val"))
     said = refused(features(tmp_path / "few", *data, "--train.bad_samples", "0"))
-    assert said.startswith("1 bad samples, and at most 0 are allowed: 1 not an image (2)")
+    assert said.startswith("1 bad sample, and at most 0 are allowed: 1 not an image (2)")
     done = features(tmp_path / "features", *data, "--train.bad_samples", "1")
     assert f"{tmp_path}/features/train: 5 pictures have features; skipped: 1 not an image (2)" in done.err
 
