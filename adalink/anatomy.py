@@ -10,7 +10,8 @@ from typing import Literal
 from torch import nn
 
 from adalink.errors import AttachError
-from adalink.projections import Projections, closing_norms, read_projections, reader_of
+from adalink.host_config import setting
+from adalink.projections import Projections, closing_norms, read_elsewhere, read_projections, reader_of
 
 __all__ = ["Anatomy", "InputSpec", "Linear", "Positions"]
 
@@ -50,7 +51,7 @@ class Anatomy:
     embedding    dotted name in the stack
     layers       dotted names in the stack, in the order they run
     final_norm   dotted name in the stack, None where there is none
-    linears      every linear inside the layers
+    linears      every linear inside the layers that runs on the stack's own tokens: in cross-attention, not those of keys and values
     width        D, of the embedding's output (OPT-350M's embedding is narrower than its layers)
     vocabulary   V
     inputs       what a composed model feeds beside the ids, for instance `image`
@@ -59,6 +60,8 @@ class Anatomy:
     projections  queries, keys and values of each layer; () where they were not found
     closing      the norm that ends each layer of a post-LN model; () where layers end with the sum
     reader       dotted name, in the model, of the decoder that reads what the stack gives; None where none does
+    images       where an image's features meet the words: `before` the stack, in embeddings that it is given (LLaVA); `inside` it, before its
+                 layers (Chameleon, GIT); `across`, read by cross-attention, so that every token is a word (BLIP, IDEFICS)
     """
 
     stack: str
@@ -74,11 +77,17 @@ class Anatomy:
     projections: tuple[Projections, ...] = ()
     closing: tuple[str, ...] = ()
     reader: str | None = None
+    images: Literal["before", "inside", "across"] = "before"
 
     @property
     def layer_width(self) -> int:
         """D inside the layers: what their first linear reads."""
         return self.linears[0].n_in
+
+    @property
+    def merges_late(self) -> bool:
+        """Whether the words' embeddings meet the image's features inside the stack: the first layer's input is then where every token is."""
+        return self.images == "inside" and self.positions is not None and self.positions.kind == "rotary"
 
     @staticmethod
     def read(model: nn.Module, inputs: Mapping[str, InputSpec] | None = None) -> Anatomy:
@@ -87,10 +96,12 @@ class Anatomy:
         Raises AttachError where the model has no word embedding or no list of layers that follows it.
         """
         words = _word_embedding(model)
-        stack, embedding, layers = _stack(model, words.num_embeddings)
+        stack, embedding, layers = _stack(model, words)
         module = model.get_submodule(stack)
         names = tuple(f"{layers}.{i}" for i in range(len(_layer_list(module, layers))))
-        linears = tuple(linear for name, child in module.named_modules() if name.startswith(layers + ".") and (linear := _linear(name, child)))
+        found = [linear for name, child in module.named_modules() if name.startswith(layers + ".") and (linear := _linear(name, child))]
+        elsewhere = read_elsewhere(module, [linear.name for linear in found])
+        linears = tuple(linear for linear in found if linear.name not in elsewhere)
         final_norm = _final_norm(module, layers)
         return Anatomy(
             stack=stack,
@@ -106,6 +117,7 @@ class Anatomy:
             projections=read_projections(module, names, {linear.name: (linear.n_in, linear.n_out) for linear in linears}),
             closing=closing_norms(module, names, final_norm),
             reader=reader_of(model, stack),
+            images=_images(module, bool(elsewhere)),
         )
 
     def linears_named(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:
@@ -127,44 +139,79 @@ def _word_embedding(model: nn.Module) -> nn.Embedding:
         found = None
     if not isinstance(found, nn.Embedding):
         raise AttachError(
-            f"{type(model).__name__} has no word embedding: expected a transformers model whose get_input_embeddings() gives an nn.Embedding"
+            f"{type(model).__name__} has no word embedding: expected a transformers model whose get_input_embeddings() gives an nn.Embedding; "
+            "of a model of several parts give the one that reads words"
         )
     return found
 
 
-def _stack(model: nn.Module, vocabulary: int) -> tuple[str, str, str]:
-    """(stack, embedding in it, layers in it): the smallest module that holds a word embedding and a list of layers after it.
+def _stack(model: nn.Module, words: nn.Embedding) -> tuple[str, str, str]:
+    """(stack, embedding in it, layers in it): the smallest module that holds the word embedding and a list of layers after it.
 
-    Encoder-decoder models have two of the same depth; the first is the encoder. A vision tower inside an existing model has
-    layers but no word embedding, so the smallest module around both is the language part.
+    Encoder-decoder models have two of the same depth; the first is the encoder. A tower for images or sounds has an embedding of its
+    own nearer to its layers than the words are; of lists as near to the words, layers that read words alone come first, then as many
+    as the config says.
     """
-    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary]
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and _is_layers(module)}
-    alike = [name for name, module in lists.items() if len(_kinds(module)) == 1]
-    best = _deepest(alike, embeddings)
-    mixed = _deepest([name for name in lists if name not in alike], embeddings)
-    if mixed is not None and (best is None or _depth(mixed[0]) > _depth(best[0])):
-        name = f"{mixed[0]}.{mixed[2]}".lstrip(".")
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    tied = [name for name, module in tables.items() if module is words or module.weight is words.weight]
+    found = _nearest(model, tied)
+    if words.weight.is_meta:  # weights that are kept elsewhere are not seen to be tied
+        alike = [name for name, module in tables.items() if module.weight.shape == words.weight.shape]
+        found = _nearest(model, [name for name in alike if f".{name}".startswith(f".{_common(*found)}".rstrip(".") + ".")])
+    layers, embedding = found
+    if len(kinds := _kinds(_layer_list(model, layers))) > 1:
         raise AttachError(
-            f"the layers {name} of {type(model).__name__} are of several kinds ({', '.join(_kinds(lists[name]))}), as where pictures are read by "
-            "cross-attention: expected a model whose layers are alike and which holds its pictures as tokens, such as LLaVA or Qwen2-VL"
+            f"the layers {layers} of {type(model).__name__} are of several kinds ({', '.join(kinds)}), and edits are placed alike in each: "
+            "expected a model whose layers are alike and which holds its images as tokens, such as LLaVA or Qwen2-VL"
         )
-    if best is None:
-        raise AttachError(f"{type(model).__name__} has no list of transformer layers beside its word embedding: this structure is not supported")
-    return best
-
-
-def _deepest(lists: list[str], embeddings: list[str]) -> tuple[str, str, str] | None:
-    """Of all pairs, the one whose common module is deepest in the model; the first of equals."""
-    pairs = [(_common(layers, embedding), embedding, layers) for layers in lists for embedding in embeddings]
-    if not pairs:
-        return None
-    common, embedding, layers = max(pairs, key=lambda pair: _depth(pair[0]))
+    common = _common(layers, embedding)
     return common, _relative(embedding, common), _relative(layers, common)
 
 
+def _nearest(model: nn.Module, words: list[str]) -> tuple[str, str]:
+    """(layers, embedding): the list of layers that has most of its path in common with a word embedding. Raises AttachError for none."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and _is_layers(module)}
+    lists = {name: module for name, module in lists.items() if not _in_tower(model, name, words)} or lists
+    n_layers = setting(getattr(model, "config", None), "num_hidden_layers")
+    pairs = [
+        ((_depth(_common(name, embedding)), _reads_words_alone(module[0]), len(module) == n_layers, -_depth(name)), name, embedding)
+        for name, module in lists.items()
+        for embedding in words
+    ]
+    if not pairs:
+        raise AttachError(f"{type(model).__name__} has no list of transformer layers beside its word embedding: this structure is not supported")
+    return max(pairs, key=lambda pair: pair[0])[1:]  # the first of equals
+
+
+def _in_tower(model: nn.Module, layers: str, words: list[str]) -> bool:
+    """Whether what is nearest to the layers is an embedding of something else than words: patches, frames, another vocabulary."""
+    depth = max(_depth(_common(layers, embedding)) for embedding in words)
+    return any(
+        _depth(_common(layers, name)) > depth
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding) and name not in words and not name.startswith(layers + ".")
+    )
+
+
 def _kinds(module: nn.ModuleList) -> list[str]:
-    return sorted({type(layer).__name__ for layer in module})
+    """The classes of the layers; one where all hold linears of the same names, whatever their classes."""
+    linears = {tuple(name for name, child in layer.named_modules() if _linear(name, child)) for layer in module}
+    return sorted({type(layer).__name__ for layer in module})[: None if len(linears) > 1 else 1]
+
+
+def _reads_words_alone(layer: nn.Module) -> bool:
+    """Not so for a layer that is given an image's features beside the hidden states (IDEFICS has such between its own), or the parts of a resampler."""
+    return not isinstance(layer, nn.ModuleList) and not any(
+        name.startswith(("image", "vision", "visual", "media")) for name in inspect.signature(type(layer).forward).parameters
+    )
+
+
+def _images(stack: nn.Module, is_across: bool) -> Literal["before", "inside", "across"]:
+    """Where an image's features meet the words."""
+    takes = inspect.signature(type(stack).forward).parameters
+    if is_across or any(isinstance(child, nn.ModuleList) and len(child) and not _reads_words_alone(child[0]) for child in stack.children()):
+        return "across"
+    return "inside" if any(word in name for name in takes for word in ("pixel_values", "image", "video", "patches")) else "before"
 
 
 def _is_layers(module: nn.ModuleList) -> bool:
@@ -189,10 +236,12 @@ def _linear(name: str, module: nn.Module) -> Linear | None:
 
 
 def _final_norm(stack: nn.Module, layers: str) -> str | None:
-    """The norm beside the layers that is not the embedding's: the last direct child of their parent that is a norm."""
-    parent = layers.rpartition(".")[0]
-    norms = [name for name, child in stack.get_submodule(parent).named_children() if "norm" in type(child).__name__.lower() and "emb" not in name]
-    return f"{parent}.{norms[-1]}".lstrip(".") if norms else None
+    """The norm beside the layers that is not the embedding's: of the direct children of their parent, the first after the layers, or else the last."""
+    parent, _, last = layers.rpartition(".")
+    named = stack.get_submodule(parent).named_children()
+    children = [name for name, child in named if name == last or ("norm" in type(child).__name__.lower() and "emb" not in name)]
+    norms = [*children[children.index(last) + 1 :], *reversed(children[: children.index(last)])]
+    return f"{parent}.{norms[0]}".lstrip(".") if norms else None
 
 
 def _attention(layer: nn.Module) -> Literal["causal", "bidirectional"]:
@@ -202,7 +251,7 @@ def _attention(layer: nn.Module) -> Literal["causal", "bidirectional"]:
 
 
 def _positions(stack: nn.Module, embedding: str) -> Positions | None:
-    """A learned table beside the word embedding (the longest: BERT has one of segments too), or a module of rotations in the stack.
+    """A learned table of positions beside the word embedding (others are of segments, or of words again), or a module of rotations in the stack.
 
     A table with a padding row counts from the ids (RoBERTa): tokens with the padding id are not counted, and have that row.
     """
@@ -210,7 +259,7 @@ def _positions(stack: nn.Module, embedding: str) -> Positions | None:
     tables = {
         f"{beside}.{name}".lstrip("."): child
         for name, child in stack.get_submodule(beside).named_children()
-        if isinstance(child, nn.Embedding) and name != embedding.rpartition(".")[2]
+        if isinstance(child, nn.Embedding) and name != embedding.rpartition(".")[2] and ("pos" in name or "wpe" in name)
     }
     if tables:
         longest = max(tables, key=lambda name: tables[name].num_embeddings)

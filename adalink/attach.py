@@ -152,7 +152,7 @@ class Attachment:
             kwargs = {**kwargs, "use_cache": False}  # a recompute would write the cache a second time
         tokens = self.map.window(ids.shape[0], start, length, max(visible, start + length))
         self.tokens = replace(tokens, kept=self.kept.get(cache, {}) if start else None if kwargs.get("use_cache") is False else {})
-        if embeds is not None and EMBEDDING in self.at:
+        if embeds is not None and EMBEDDING in self.at and not self.anatomy.merges_late:
             kwargs = {**kwargs, "inputs_embeds": self._edited(EMBEDDING, embeds, embeds)}
         return args, kwargs
 
@@ -169,6 +169,8 @@ class Attachment:
     def _edited(self, port: Port, h: Tensor, x: Tensor) -> Tensor:
         """h after every edit placed at the port, each on its own tokens only."""
         tokens = self._tokens_at(port)
+        if h.shape[:-1].numel() != tokens.domain.numel():
+            raise AttachError(_of_other_tokens(port, h, tokens))
         for index, placement in self.at[port]:
             if tokens.present.isdisjoint(placement.domains) or (tokens.serving is not None and index not in tokens.serving):
                 continue
@@ -190,19 +192,34 @@ class Attachment:
         return self.tokens
 
     def _hook(self, port: Port) -> torch.utils.hooks.RemovableHandle:
+        if port.side == "embedding" and self.anatomy.merges_late:
+            return hook_at(self, Port(self.anatomy.layers[0], "input"), port)
         if port.side == "embedding":
             return self.stack.get_submodule(self.anatomy.embedding).register_forward_hook(self._embedding)
         return hook_at(self, port)
 
     def _embedding(self, module: nn.Module, args: tuple[Any, ...], h: Tensor) -> Tensor:
-        """Edit the embeddings of the stack's own call; a look-up from outside it is none of ours (existing VLMs merge theirs first)."""
-        return h if self.tokens is None else self._edited(EMBEDDING, h, h)
+        """Edit the embeddings of the stack's own call; a look-up from outside it is none of ours (existing VLMs merge theirs first).
+
+        Nor is one of something else inside it: BERT-like models look up more than the row.
+        """
+        return h if self.tokens is None or h.shape[:-1] != self.tokens.domain.shape else self._edited(EMBEDDING, h, h)
 
 
 def _checkpointed(attachment: Attachment, forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=attachment.checkpoint_contexts, **kwargs)
+
+
+def _of_other_tokens(port: Port, h: Tensor, tokens: Tokens) -> str:
+    """The sentence for a module that ran on more, or fewer, tokens than the row has."""
+    ran_on, have = (" x ".join(map(str, shape)) for shape in (h.shape[:-1], tokens.domain.shape))
+    return (
+        f"{port.module or 'the embedding'} ran on {ran_on} tokens, and the rows of the call have {have}: the model puts an image's features among the words, "
+        "and no id says which tokens they are; adapt its word embeddings (AdaLink for text), call it without an image, or choose a model whose image tokens "
+        "have an id, such as LLaVA or Qwen2-VL"
+    )
 
 
 def _where(placement: Placement, index: int, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from adalink.errors import ConfigError
 from adalink.existing import NO_LABEL, domains, is_encoder_decoder, padding_mask, placeholder_id, positions
 from adalink.reserve import Reserved
 from adalink.stack_slots import PER_TOKEN, slots_inside
-from adalink.tokens import ANSWER, IMAGE, TEXT, TokenMap
+from adalink.tokens import ANSWER, TEXT, TokenMap
 
 __all__ = ["Call", "Rows", "given_ids", "n_choices"]
 
@@ -65,22 +65,24 @@ class Call:
         _check_continued(arguments)
         ids, has_words, writes_apart = _flat(given_ids(arguments, image_ids)), _has_words(model), is_encoder_decoder(model)
         is_written = has_words and not writes_apart and (anatomy.attention == "causal" or hasattr(model, "generate"))  # elsewhere a label only marks
-        plain = _plain_map(ids, arguments, rows, image_ids, is_written)
+        flat = {name: _flat(value) for name, value in arguments.items()}
+        domain, present = domains(model, ids, flat if is_written else {**flat, "labels": None}, image_ids)
+        plain = TokenMap(domain, rows.row, present=present, serving=rows.serving)
         if not rows.has_slots:
             return Call(plain, arguments)
         _check_one_reader(model, arguments, has_words, writes_apart)
         inside = not (writes_apart or has_words or image_ids)
         _check_slots_fit(arguments, arguments.get("input_ids", ids), writes_apart or inside)
-        mask = _flat(arguments.get("attention_mask"))
+        mask = flat.get("attention_mask")
         if mask is None:
             mask = padding_mask(model, ids, arguments.get("pad_token_id")) if side == "left" else torch.ones_like(ids)
         reserved, placeholder = Reserved(mask, rows.slots, "right" if writes_apart else side), placeholder_id(model, image_ids)
         changed = {"input_ids": reserved.widened(ids, placeholder, placeholder), "attention_mask": reserved.widened(mask, 1, 0)}
         for name, (slot, padding) in {**PER_TOKEN, **({} if writes_apart or inside else {"labels": (NO_LABEL, NO_LABEL)})}.items():
             if name not in changed and arguments.get(name) is not None:
-                changed[name] = reserved.widened(_flat(arguments[name]), slot, padding)
+                changed[name] = reserved.widened(flat[name], slot, padding)
         if arguments.get("position_ids") is not None:
-            changed["position_ids"] = reserved.widened_positions(_flat(arguments["position_ids"]))
+            changed["position_ids"] = reserved.widened_positions(flat["position_ids"])
         elif side == "right" and not writes_apart and (has_words or anatomy.attention == "causal"):
             found = positions(model, changed["input_ids"], changed["attention_mask"])
             changed |= {} if found is None else {"position_ids": found}
@@ -92,6 +94,15 @@ class Call:
             if arguments.get(name) is not None and not writes_apart:
                 changed[name] = arguments[name] + reserved.n_slots
         return Call(token_map, {**arguments, **changed}, reserved, writes_apart)
+
+    @staticmethod
+    def of_writer(domain: Tensor, arguments: Mapping[str, Any], rows: Rows) -> Call:
+        """The call of a model that reads an image alone, with the domains of what its decoder writes. Raises ConfigError for slots."""
+        if rows.has_slots:
+            raise ConfigError(
+                "an adapter of this batch puts slots into its rows, and this model's rows are what it writes itself: use an adapter without slots"
+            )
+        return Call(TokenMap(domain, rows.row, present=frozenset({TEXT, ANSWER}), serving=rows.serving), arguments)
 
     @contextlib.contextmanager
     def around(self, model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
@@ -151,15 +162,6 @@ def n_choices(arguments: Mapping[str, Any]) -> int:
 def _flat(value: Any) -> Any:
     """[B, C, T] -> [B * C, T], as models with several choices make it."""
     return value.flatten(0, 1) if isinstance(value, Tensor) and value.ndim == 3 and not value.is_floating_point() else value
-
-
-def _plain_map(ids: Tensor, arguments: Mapping[str, Any], rows: Rows, image_ids: Sequence[int], is_written: bool) -> TokenMap:
-    """What the caller's own tokens are, without slots. is_written: whether a token with a label is an answer's."""
-    mask, labels = _flat(arguments.get("attention_mask")), arguments.get("labels")
-    is_answer = labels if is_written and labels is not None and labels.shape == ids.shape else None
-    domain = domains(ids, mask if mask is not None and mask.ndim == 2 and mask.shape == ids.shape else None, is_answer, image_ids)
-    present = frozenset({TEXT}) | ({ANSWER} if is_answer is not None else set()) | ({IMAGE} if image_ids else set())
-    return TokenMap(domain, rows.row, present=present, serving=rows.serving)
 
 
 def _check_one_reader(model: nn.Module, arguments: Mapping[str, Any], has_words: bool, writes_apart: bool) -> None:

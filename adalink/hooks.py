@@ -23,8 +23,8 @@ __all__ = ["hook_at"]
 MASKS = ("attention_mask", "mask")  # what layers call theirs
 
 
-def hook_at(attachment: Attachment, port: Port) -> torch.utils.hooks.RemovableHandle:
-    """Register the hook of a port other than the embedding."""
+def hook_at(attachment: Attachment, port: Port, served: Port | None = None) -> torch.utils.hooks.RemovableHandle:
+    """Register the hook of a port other than the embedding. served: the port whose edits it makes, where that is another one."""
     if port.side == "reader":
         reader = attachment.model.get_submodule(attachment.anatomy.reader or "")
         return reader.register_forward_pre_hook(partial(_reader_hook, attachment, port), with_kwargs=True)
@@ -37,7 +37,7 @@ def hook_at(attachment: Attachment, port: Port) -> torch.utils.hooks.RemovableHa
         return module.register_forward_hook(partial(_vectors_hook, attachment, port))
     names = tuple(inspect.signature(type(module).forward).parameters)[1:]
     before = {
-        "input": partial(_input_hook, attachment, port),
+        "input": partial(_input_hook, attachment, served or port),
         "foreseen": partial(_foreseen_hook, attachment, port),
         "distances": partial(_distances_hook, attachment, port),
         "position": partial(_position_hook, attachment, port),

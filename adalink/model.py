@@ -26,7 +26,7 @@ from adalink.call import Call, Rows, given_ids, n_choices
 from adalink.checkpoint import AdapterConfig, FrozenPart, fingerprint, load_weights, part_of, read_config, save_adapter
 from adalink.edit import Adapter, Method
 from adalink.errors import ConfigError
-from adalink.existing import check_trains, image_token_ids
+from adalink.existing import check_images_known, check_trains, image_token_ids, writes_without_reading, written_domains
 from adalink.fields import names_of
 from adalink.hub import local_folder, upload
 from adalink.module_copies import ServedCopies, copied
@@ -223,6 +223,10 @@ class AdaptedModel(nn.Module):
         return f"trained: {trained:,} || all: {trained + frozen:,} || trained share: {100 * trained / (trained + frozen):.4f} % ({parts})"
 
     def _call(self, arguments: Mapping[str, Any], names: Sequence[str | None] | None, side: Literal["left", "right"]) -> Call:
+        check_images_known(self.base, self.anatomy, arguments, self.image_ids)
+        if writes_without_reading(self.base):
+            domain = written_domains(arguments)
+            return Call.of_writer(domain, {name: value for name, value in arguments.items() if name != "input_ids"}, self.serving(len(domain), names))
         n_rows, n = len(given_ids(arguments, self.image_ids)), n_choices(arguments)
         if n > 1 and names is not None:
             names = [name for name in names for _ in range(n)]
@@ -240,7 +244,7 @@ class AdaptedModel(nn.Module):
         if not name.isidentifier() or name in self.adapters or name == BASE_NAME:
             raise ConfigError(f"the adapter's name is {name!r}: give an identifier that is not one of {list(self.adapters)}")
         adapter = Adapter(methods, self.anatomy, copied(self.base, self.anatomy, names_of("modules_to_save", modules_to_save)))
-        check_trains(adapter, self.image_ids)
+        check_trains(self.base, self.anatomy, adapter, self.image_ids)
         return adapter.to(next(self.base.parameters()).device)
 
     def _add(self, name: str, adapter: Adapter) -> Adapter:

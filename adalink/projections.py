@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["Part", "Projections", "closing_norms", "read_projections", "reader_of"]
+__all__ = ["Part", "Projections", "closing_norms", "read_elsewhere", "read_projections", "reader_of"]
 
 # By the last path component, whatever the architecture. The field has no others for three linears of their own.
 SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("q_lin", "k_lin", "v_lin"))
 FUSED = ("c_attn", "qkv")  # one linear gives [queries | keys | values]; others (query_key_value) mix them by head, and are not taken
+
+# Modules whose queries are the stack's tokens and whose keys and values are an encoder's, by their names and classes, and the linears of those.
+CROSS = re.compile("cross|encdec|encoder_attn|encoder_decoder", re.IGNORECASE)
+ENCODERS_SIDE = re.compile("(k|v|kv|key|value)(_|$)|(c_attn|kv_proj|to_kv)$")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,18 @@ def read_projections(stack: nn.Module, layers: Sequence[str], widths: Mapping[st
     """One for each layer, or () where a layer has no self-attention that is understood. widths: linear -> (n_in, n_out)."""
     found = [_projections(stack, layer, widths) for layer in layers]
     return tuple(one for one in found if one is not None) if all(found) else ()
+
+
+def read_elsewhere(stack: nn.Module, linears: Sequence[str]) -> frozenset[str]:
+    """Of these linears, those that run on what an encoder gave (an image's features): the keys and values of cross-attention."""
+    found = set()
+    for name in linears:
+        parent, _, last = name.rpartition(".")
+        above = [parent[: match.start()] for match in re.finditer(r"\.|$", parent)]
+        is_cross = any(CROSS.search(path.rpartition(".")[2]) or CROSS.search(type(stack.get_submodule(path)).__name__) for path in above)
+        if is_cross and ENCODERS_SIDE.match(last):
+            found.add(name)
+    return frozenset(found)
 
 
 def closing_norms(stack: nn.Module, layers: Sequence[str], final_norm: str | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adalink.errors import ConfigError
 
-__all__ = ["ANSWER", "BASE_ROW", "DOMAIN_NAMES", "IMAGE", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "TokenMap", "Tokens", "counted"]
+__all__ = ["ANSWER", "BASE_ROW", "DOMAIN_NAMES", "IMAGE", "OTHER", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "TokenMap", "Tokens", "counted"]
 
 PAD = -1  # no domain: no edit touches a padding token
 TEXT = 0  # text of the prompt: instruction, question, special tokens
@@ -23,7 +23,8 @@ IMAGE = 2  # slots that a bridge fills, or the image tokens of an existing model
 PROMPT = 3  # slots of soft prompts
 PREFIX = 4  # slots of prefix tuning, written in each layer's keys and values
 PERCEPT = 5  # the slot of injected encoder features (eP-ALM)
-N_DOMAINS = 16  # 6..15 are free for other modalities
+N_DOMAINS = 16  # 6..14 are free for other modalities
+OTHER = 15  # what is neither text nor image in an existing model: the tokens of a sound
 
 DOMAIN_NAMES = {"text": TEXT, "answer": ANSWER, "image": IMAGE, "prompt": PROMPT, "prefix": PREFIX, "percept": PERCEPT}
 BASE_ROW = -1  # a row that no adapter serves

@@ -99,8 +99,14 @@ def test_image_ids_are_read_by_either_name_and_none_where_there_are_none() -> No
 def test_domains_by_example() -> None:
     ids, mask = torch.tensor([[0, 63, 5, 6, 63, 7]]), torch.tensor([[0, 1, 1, 1, 1, 1]])
     labels = torch.tensor([[-100, -100, -100, 6, 63, 7]])
-    assert domains(ids, mask, labels, (63,)).tolist() == [[-1, 2, 0, 1, 2, 1]]
-    assert domains(ids, None, None, ()).tolist() == [[0] * 6]
+    domain, present = domains(tiny("llama"), ids, {"attention_mask": mask, "labels": labels}, (63,))
+    assert domain.tolist() == [[-1, 2, 0, 1, 2, 1]]
+    assert present == {0, 1, 2}
+    domain, present = domains(tiny("llama"), ids, {}, ())
+    assert domain.tolist() == [[0] * 6]
+    assert present == {0}
+    told_by_a_mask = {"image_embeds_position_mask": torch.tensor([[0, 0, 1, 1, 0, 0]])}
+    assert domains(tiny("llama"), ids, told_by_a_mask, ())[0].tolist() == [[0, 0, 2, 2, 0, 0]]
 
 
 def test_the_id_in_slots_is_padding_or_one_that_is_no_picture() -> None:
@@ -121,8 +127,8 @@ def test_the_mask_that_generation_assumes() -> None:
 
 def test_image_weights_that_nothing_would_train_are_refused() -> None:
     message = (
-        "the edit adalink.image is for image tokens, and rows of this model with this adapter hold only text, answer: put a bridge in the same adapter, "
-        "or attach to a model whose config names an image token"
+        "the edit adalink.image is for image tokens, and rows of this model with this adapter hold only text, answer: a language model gets image tokens when "
+        "a bridge in the same adapter brings them from a vision encoder; in a model that reads images itself, set model.config.image_token_id to the id"
     )
     model = AdaptedModel(tiny("llama"))
     for modalities in (("image",), ("text", "image")):
@@ -159,7 +165,8 @@ def test_models_that_cannot_be_served_are_refused_at_attach() -> None:
     with pytest.raises(AttachError, match=r"the layers model.language_model.layers of MllamaForConditionalGeneration are of several kinds \(MllamaCross.*such as LLaVA or Qwen2-VL"):
         get_adalink_model(AutoModelForImageTextToText.from_config(mllama), TEXT)
     git = AutoModelForImageTextToText.from_config(GitConfig(**SIZES, vision_config={**small, "image_size": 8, "patch_size": 4}))
-    with pytest.raises(ConfigError, match=r"the edit adalink\.image is for image tokens"):
+    message = r"the edit adalink\.image is for image tokens, .* hold only text, answer: it puts an image's features among the words where no id says which"
+    with pytest.raises(ConfigError, match=message):
         get_adalink_model(git, AdaLink(rank=4, modalities=("image",)))  # its pictures have no tokens among the ids
 
 
