@@ -137,7 +137,8 @@ def domains(model: nn.Module, input_ids: Tensor, arguments: Mapping[str, Any], i
 def check_images_known(model: nn.Module, anatomy: Anatomy, arguments: Mapping[str, Any], image_ids: Sequence[int]) -> None:
     """Raise ConfigError where a call brings an image whose tokens among the ids nothing tells: edits of text would reach them."""
     is_known = anatomy.images != "before" or image_ids or token_ids(getattr(model, "config", None), *SOUND_KEYS)
-    brought = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point() and BROUGHT.search(name)]
+    tensors = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    brought = [name for name in tensors if BROUGHT.search(name) and "mask" not in name]
     if brought and not is_known:
         raise ConfigError(
             f"{', '.join(brought)} was given, and the config of {type(model).__name__} names no image token, so the image's tokens cannot be told from text: "
