@@ -41,38 +41,41 @@ def tokenize_captions(captions: Iterable[str]) -> list[list[str]]:
     reached: list[str] = []  # the parts of such a word on this line and those after it
     for line in lines:
         end = begin + len(line)
-        found = None if reached or end == len(text) else _from_chunks(line)
-        if found is None:
+        found, n_read = ([], 0) if reached or end == len(text) else _from_chunks(line)
+        if n_read <= len(line):
             tokens = [reached.pop(0)] if reached else []
             if not reached:
-                more, at, _ = _lexer().tokens(text, letters, max(at, begin), end)
+                more, at, _ = _lexer().tokens(text, letters, max(at, begin + n_read), end)
                 tokens += more
             if tokens and not reached:
                 tokens[-1], *reached = tokens[-1].split("\n")
-            found = _finish(tokens)
+            found += _finish(tokens)
         words.append(found)
         begin = end + 1
     return words
 
 
-def _from_chunks(line: str) -> list[str] | None:
-    """The words of a line that another one follows; None where they depend on that one, or on very many letters."""
+def _from_chunks(line: str) -> tuple[list[str], int]:
+    """The words of a line that another one follows, as far as they depend on neither that one nor on very many letters; how far that is.
+
+    All of the line and its end: len(line) + 1.
+    """
     chunks = f"{line}\n".split(" ")
     found = [_CHUNKS[chunk] for chunk in chunks]
     if None not in found:
-        return list(chain.from_iterable(found))  # type: ignore[arg-type]
+        return list(chain.from_iterable(found)), len(line) + 1  # type: ignore[arg-type]
     words: list[str] = []
-    waiting = ""
+    waiting, n_read = "", 0
     for chunk in chunks:
         piece = f"{waiting} {chunk}" if waiting else chunk
         if (known := _CHUNKS[piece]) is not None:
             words += known
-            waiting = ""
+            waiting, n_read = "", n_read + len(piece) + 1
         elif len(piece) <= _MOST_WAITING:
             waiting = piece
         else:
-            return None
-    return None if waiting else words
+            break
+    return words, min(n_read, len(line) + 1)
 
 
 class _Lexer:
