@@ -13,7 +13,7 @@ from multimodal.progress import progress
 from multimodal.sample import Question, Sample, SampleSource
 from multimodal.shards import DamagedSample
 from multimodal.template import Text
-from tasks.metrics.vqa import score_answers
+from tasks.metrics.vqa import VqaScorer, has_few_answers, score_answers
 from tasks.metrics.vqa_words import clean, normalize
 from tasks.vqa import Vqa, graded_question, learnt_questions, most_common
 
@@ -37,12 +37,13 @@ class AnswerVocabulary:
     def scores(self, question: Question) -> tuple[tuple[int, float], ...]:
         """(number of an answer, its VQA accuracy from above 0 to 1) for the answers that people gave; those outside are no target.
 
-        Four of ten people or more: 1; three: 0.9; two: 0.6; one: 0.3.
+        Four of ten people or more: 1; three: 0.9; two: 0.6; one: 0.3. Each answer to a question that has too few for that: 1.
         """
         graded = graded_question(question)
+        scorer: VqaScorer = "exact" if has_few_answers(graded) else "normalized"
         given = dict.fromkeys(normalize(clean(answer)) for answer in question.answers)
         known = {self._numbers[answer]: answer for answer in given if answer in self._numbers}
-        scores = {number: score_answers({question.question_id: answer}, [graded], "normalized").overall / 100 for number, answer in known.items()}
+        scores = {number: score_answers({question.question_id: answer}, [graded], scorer).overall / 100 for number, answer in known.items()}
         return tuple((number, score) for number, score in scores.items() if score > 0)
 
     @cached_property

@@ -73,7 +73,9 @@ class Captioning:
         scores = score_captions(dict(predictions), references)
         figures = {name: 100 * scores.corpus[name] for name in _FIGURES}
         items = {item: 100 * row["CIDEr"] for item, row in scores.per_image.items()}
-        return Score(figures=figures, items=items, scorer=scores.scorer, resampled=caption_figures(scores).chosen(_FIGURES, scale=100))
+        return Score(
+            figures=figures, headline=self.headline, items=items, scorer=scores.scorer, resampled=caption_figures(scores).chosen(_FIGURES, scale=100)
+        )  # fmt: skip
 
     def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
         """COCO's result file."""

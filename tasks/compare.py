@@ -8,7 +8,16 @@ from typing import TypeVar, cast
 
 from tasks.metrics.bootstrap import Figures, Interval, Resampling, answer_figures, caption_figures, paired_intervals
 from tasks.metrics.captions import score_captions
-from tasks.metrics.vqa import GradedQuestion, Predictions, QuestionId, VqaScorer, named_accuracies, score_answers
+from tasks.metrics.vqa import (
+    GradedQuestion,
+    Predictions,
+    QuestionId,
+    VqaScorer,
+    few_answers_note,
+    fitting_scorer,
+    named_accuracies,
+    score_answers,
+)
 
 __all__ = ["ANSWER_IS_RIGHT", "CAPTION_IS_RIGHT", "Comparison", "Difference", "Pair", "compare_answers", "compare_captions"]
 
@@ -124,11 +133,13 @@ def compare_answers(
 ) -> Comparison:
     """The answers of two runs.
 
+    scorer       gives way to `exact` where most of the questions have too few answers for it
     right_from   a question is right from this accuracy on, in percent
 
     Raises DataError where one of the runs does not answer exactly these questions.
     """
-    scores = score_answers(before, questions, scorer), score_answers(after, questions, scorer)
+    fitting = fitting_scorer(scorer, questions)
+    scores = score_answers(before, questions, fitting), score_answers(after, questions, fitting)
     said = cast("Mapping[QuestionId, str]", before), cast("Mapping[QuestionId, str]", after)
     figures = [answer_figures(run, questions) for run in scores]
     return Comparison(
@@ -137,6 +148,7 @@ def compare_answers(
         differences=_differences([named_accuracies(run) for run in scores], figures, resampling or Resampling()),
         right_from=right_from,
         scorer=scores[0].scorer,
+        notes=few_answers_note(scorer, questions),
     )
 
 

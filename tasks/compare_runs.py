@@ -82,10 +82,11 @@ def _same_items(first: SavedRun, second: SavedRun) -> dict[int, Asked]:
 def _scorer(runs: Sequence[SavedRun], given: VqaScorer | None) -> VqaScorer:
     chosen = {given} if given is not None else {run.scorer for run in runs}
     if len(chosen) > 1:
-        raise ConfigError(f"{runs[0].folder} was scored as {runs[0].scorer} and {runs[1].folder} as {runs[1].scorer}; give --scorer official or normalized")
+        found = " and ".join(f"{run.folder} was scored as {run.scorer}" for run in runs)
+        raise ConfigError(f"{found}; give --scorer official, normalized or exact")
     name = chosen.pop()
     if name not in get_args(VqaScorer):
-        raise DataError(f"the runs chose the scorer {name!r}, which there is not; give --scorer official or normalized")
+        raise DataError(f"the runs chose the scorer {name!r}, which there is not; give --scorer official, normalized or exact")
     return cast("VqaScorer", name)
 
 

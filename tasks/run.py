@@ -65,12 +65,14 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
         untrained = _predict(model, pictures, task, config)
         _check_bad(pictures, untrained, config)  # not first after the training
         before = {UNTRAINED: task.score(untrained.texts, pictures.source)}
+        _say(before[UNTRAINED].note)
 
         said: dict[int, str] = {}  # by the last measurement
 
         def measure() -> dict[str, float]:
             said.update(_predict(model, pictures, task, config).texts)
-            return {task.headline: task.score(said, pictures.source).figures[task.headline]}
+            score = task.score(said, pictures.source)
+            return {score.headline: score.figures[score.headline]}
 
         trained = train(
             model, opened.source, texts, config.train, folder, resume=resume, patches=learnt, known_bad=opened.problems, measure=measure,
@@ -117,13 +119,16 @@ def _evaluate(model: VisionLanguageModel, pictures: Pictures, task: Task, config
     seconds = time.perf_counter() - started
     _say_skipped("evaluation", _check_bad(pictures, own, config))
     said = Predictions(own.texts, (*pictures.bad, *own.bad))
-    if warning := told_sameness(own.texts.values(), config.generation) if model.head is None else "":
-        _say(warning)
+    warning = told_sameness(own.texts.values(), config.generation) if model.head is None else ""
+    _say(warning)
     if not before and own.texts and not is_graded(task, pictures.source):
         return Evaluation({}, said, seconds, warning)
     other = _predict(model, pictures, task, config, shift=max(len(pictures.source) // 2, 1))
     scores = {**before, TRAINED: task.score(own.texts, pictures.source), BLIND: task.score(other.texts, pictures.source)}
-    return Evaluation(scores, said, seconds, warning)
+    note = scores[TRAINED].note
+    if not before:
+        _say(note)
+    return Evaluation(scores, said, seconds, "; ".join(filter(None, (warning, note))))
 
 
 def _predict(model: VisionLanguageModel, pictures: Pictures, task: Task, config: RunConfig, shift: int = 0) -> Predictions:
@@ -148,7 +153,7 @@ def _say_skipped(what: str, bad: BadSamples) -> None:
 
 
 def _say(sentence: str) -> None:
-    if is_main():
+    if sentence and is_main():
         print(sentence, file=sys.stderr)
 
 

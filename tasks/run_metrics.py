@@ -33,16 +33,16 @@ def write_metrics(
     rows        by what was done to the model, the figures by name
     intervals   the same, each figure's bootstrap interval (low, high)
     scorers     by figure, what it equals, with the version; `software` computed it
-    note        in place of figures, where there is nothing to score against
+    note        about what was scored; in place of figures, where there is nothing to score against
     """
     resampling = Resampling()
     intervals = {row: score.intervals(resampling) for row, score in scores.items()}
     metrics = {
         "task": task.name,
-        "headline": task.headline,
+        "headline": scores[TRAINED].headline if scores else task.headline,
         "software": software(),
         "scorer": scores[TRAINED].scorer if scores else None,
-        "scorers": {name: score.scorer for score in scores.values() for name in score.figures},
+        "scorers": {name: score.other_scorers.get(name, score.scorer) for score in scores.values() for name in score.figures},
         "items": items,
         "rows": {row: dict(score.figures) for row, score in scores.items()},
         "intervals": {row: {name: [found.low, found.high] for name, found in figures.items()} for row, figures in intervals.items()},
@@ -51,12 +51,13 @@ def write_metrics(
         "seconds_to_generate": round(seconds, 2),
         "bad_samples": [vars(sample) for sample in bad],
     }
-    if not scores:
-        metrics["note"] = UNSCORED
+    if note := scores[TRAINED].note if scores else UNSCORED:
+        metrics["note"] = note
     write_whole(path, (json.dumps(metrics, indent=2) + "\n").encode())
 
 
 def write_card_figures(folder: Path, score: Score, *, split: str, items: int) -> None:
     """Put the trained adapter's figures into its model card."""
     data = f"the validation data of the run ({split}, {items:,} items)"
-    add_figures(folder, score.figures, score.intervals(Resampling()), scorer=score.scorer, software=software(), data=data)
+    figures = {name: value for name, value in score.figures.items() if name not in score.other_scorers}
+    add_figures(folder, figures, score.intervals(Resampling()), scorer=score.scorer, software=software(), data=data)

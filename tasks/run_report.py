@@ -18,7 +18,7 @@ from tasks.task import TRAINED, Score, Task
 
 __all__ = ["write_run_report"]
 
-_UNSCORED = Score(figures={}, items={}, scorer="nothing")  # a test split
+_UNSCORED = Score(figures={}, headline="", items={}, scorer="nothing")  # a test split
 N_CARDS = 24  # pictures on the page: enough to judge by, about half a megabyte
 
 
@@ -38,7 +38,7 @@ def write_run_report(
     counts = TrainedParts.of(model).counts()
     frozen = sum(parameter.numel() for part in (model.tower.encoder, model.adapted.base) for parameter in part.parameters())
     trained = scores.get(TRAINED, _UNSCORED)
-    headline = f"{task.headline} {trained.figures[task.headline]:.1f} on" if trained.figures else "not scored, for want of references:"
+    headline = f"{trained.headline} {trained.figures[trained.headline]:.1f} on" if trained.figures else "not scored, for want of references:"
     report = Report(
         title=f"{task.name}: {' + '.join(type(method).__name__ for method in adapter.methods.values())}",
         summary=f"{model.tower.name} and {model.language.name}, both frozen; {sum(counts.values()):,} trained parameters; "

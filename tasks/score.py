@@ -14,7 +14,7 @@ from tasks.metrics.caption_files import check_split, empty_captions, read_captio
 from tasks.metrics.captions import score_captions
 from tasks.metrics.java_captions import JavaScores, meteor, spice
 from tasks.metrics.listing import Figure, Listing
-from tasks.metrics.vqa import GradedQuestion, QuestionId, VqaScorer, named_accuracies, score_answers
+from tasks.metrics.vqa import GradedQuestion, QuestionId, VqaScorer, few_answers_note, fitting_scorer, named_accuracies, score_answers
 
 __all__ = ["score_coco", "score_vqa"]
 
@@ -45,14 +45,16 @@ def score_coco(
     check_split(given, expected, results, references)
     scores = score_captions(given, expected)
     extra: dict[str, JavaScores] = {name: _JAVA[name](given, expected) for name in java or ()}
-    values = {name: (value, scores.scorer) for name, value in scores.corpus.items()}
-    values |= {name: (java_scores.corpus, java_scores.scorer) for name, java_scores in extra.items()}
+    resampling = Resampling(n_resamples=resamples)
+    rows = _rows(scores.corpus, scores.scorer, caption_figures(scores), resampling)
+    rows += [Figure(name=name, value=java_scores.corpus, scorer=java_scores.scorer) for name, java_scores in extra.items()]
     source = {"references": str(references), "results": str(results)} | ({"split": split} if split else {})
-    notes = empty_captions(given, results)
-    listing = _listing(source, values, caption_figures(scores), "images", Resampling(n_resamples=resamples), notes)
+    listing = Listing(
+        source=source, n_items=len(given), unit="images", figures=rows, resampling=resampling, notes=empty_captions(given, results)
+    )  # fmt: skip
     if items is not None:
-        rows = [{"image_id": image, "caption": given[image], **row, **_of_image(extra, image)} for image, row in scores.per_image.items()]
-        _write_items(items, rows)
+        figures = scores.per_image.items()
+        _write_items(items, [{"image_id": image, "caption": given[image], **row, **_of_image(extra, image)} for image, row in figures])
     return listing
 
 
@@ -71,7 +73,8 @@ def score_vqa(
         annotations: People's answers, in the format of VQAv2, OK-VQA, A-OKVQA, TextVQA, VizWiz, GQA or DAQUAR.
         results: Predicted answers in the official result format, a list of question_id and answer, one for every question.
         questions: The questions file of VQAv2's format; it must ask what the annotations answer.
-        scorer: official normalises answers only where people disagree, as the official script does; normalized does so always.
+        scorer: official normalises answers only where people disagree, as the official script does; normalized does so always; exact is the
+            exact match with one of the answers, which is given beside the others where questions have too few answers for them.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         items: A file to write each question's accuracy to, as JSON.
     """
@@ -82,20 +85,26 @@ def score_vqa(
     given = read_answer_results(results)
     check_questions(given, ids, results, annotations)
     scores = score_answers(given, graded, scorer)
-    values = {name: (value, scores.scorer) for name, value in named_accuracies(scores).items()}
+    found = {"accuracy": scores}
+    rows = _rows(named_accuracies(scores), scores.scorer, answer_figures(scores, graded), Resampling(n_resamples=resamples))
+    if scorer != fitting_scorer(scorer, graded):
+        found["exact_match"] = exact = score_answers(given, graded, "exact")
+        names = {name: "exact match" if name == "overall" else f"exact match, {name}" for name in named_accuracies(exact)}
+        values = {names[name]: value for name, value in named_accuracies(exact).items()}
+        figures = answer_figures(exact, graded).chosen({new: old for old, new in names.items()})
+        rows += _rows(values, exact.scorer, figures, Resampling(n_resamples=resamples))
     source = {"annotations": str(annotations), "results": str(results)} | ({"questions": str(questions)} if questions else {})
-    listing = _listing(source, values, answer_figures(scores, graded), "questions", Resampling(n_resamples=resamples))
+    listing = Listing(
+        source=source, n_items=len(graded), unit="questions", figures=rows, resampling=Resampling(n_resamples=resamples), notes=few_answers_note(scorer, graded)
+    )  # fmt: skip
     if items is not None:
-        _write_items(items, _question_rows(graded, given, scores.per_question))
+        _write_items(items, _question_rows(graded, given, {name: one.per_question for name, one in found.items()}))
     return listing
 
 
-def _listing(
-    source: Mapping[str, str], values: Mapping[str, tuple[float, str]], figures: Figures, unit: str, resampling: Resampling, notes: Sequence[str] = ()
-) -> Listing:
+def _rows(values: Mapping[str, float], scorer: str, figures: Figures, resampling: Resampling) -> list[Figure]:
     found = intervals(figures, resampling)
-    rows = [Figure(name=name, value=value, scorer=scorer, interval=found.get(name)) for name, (value, scorer) in values.items()]
-    return Listing(source=source, n_items=figures.items, unit=unit, figures=rows, resampling=resampling, notes=notes)
+    return [Figure(name=name, value=value, scorer=scorer, interval=found.get(name)) for name, value in values.items()]
 
 
 def _of_image(extra: Mapping[str, JavaScores], image: int) -> dict[str, float]:
@@ -103,13 +112,13 @@ def _of_image(extra: Mapping[str, JavaScores], image: int) -> dict[str, float]:
 
 
 def _question_rows(
-    graded: Sequence[GradedQuestion], given: Mapping[QuestionId, str], accuracy: Mapping[QuestionId, float]
+    graded: Sequence[GradedQuestion], given: Mapping[QuestionId, str], figures: Mapping[str, Mapping[QuestionId, float]]
 ) -> list[Mapping[str, object]]:
     return [
         {
             "question_id": question.question_id,
             "answer": given[question.question_id],
-            "accuracy": accuracy[question.question_id],
+            **{name: by_question[question.question_id] for name, by_question in figures.items()},
             "answer_type": question.answer_type,
             "question_type": question.question_type,
         }

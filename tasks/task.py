@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -31,15 +31,21 @@ class Score:
     """A task's figures on a whole data set.
 
     figures   name -> figure, in the unit that papers print (CIDEr 25.5, accuracy 40.1)
+    headline  the figure that the run is judged by: the task's, or the one that these data allow
     items     item -> the headline figure of one item
     scorer    what computed them, with its version
+    other_scorers   by figure, what computed it, where that is another one
     resampled the same figures of resampled items, for intervals; None where they cannot be resampled
+    note      a sentence about what was scored, or empty
     """
 
     figures: Mapping[str, float]
+    headline: str
     items: Mapping[int, float]
     scorer: str
+    other_scorers: Mapping[str, str] = field(default_factory=dict)
     resampled: Figures | None = None
+    note: str = ""
 
     def intervals(self, resampling: Resampling) -> dict[str, Interval]:
         """The bootstrap interval of every figure that has one."""
@@ -55,7 +61,7 @@ class Task(Protocol):
 
     @property
     def headline(self) -> str:
-        """The figure that a run is judged by."""
+        """The figure that a run is judged by, where the data allow it (`Score.headline`)."""
 
     @property
     def template(self) -> Template:

@@ -13,7 +13,7 @@ from adalink.errors import ConfigError, DataError
 from multimodal.sample import Question, Sample, SampleSource
 from multimodal.template import Template, Text
 from tasks.metrics.bootstrap import answer_figures
-from tasks.metrics.vqa import GradedQuestion, score_answers
+from tasks.metrics.vqa import VQA_SCORERS, AnswerScores, GradedQuestion, VqaScorer, few_answers_note, fitting_scorer, score_answers
 from tasks.result_files import vqa_results_name, write_vqa_results
 from tasks.task import Asked, Score
 
@@ -31,7 +31,7 @@ class Vqa:
     learn: Literal["common", "drawn"] = "common"  # of ten answers: the most common one, or one drawn anew each epoch
     questions_per_image: int = 0  # how many of a picture's questions each step learns; 0: all of them
     answers: int = 0  # a trained head chooses among so many most frequent answers of the training data (3129 for VQAv2); 0: the answer is written
-    scorer: Literal["official", "normalized"] = "official"  # see `adalink score vqa --help`
+    scorer: VqaScorer = "official"  # see `adalink score vqa --help`; where most questions have too few answers for it, the exact match is given
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
@@ -43,8 +43,8 @@ class Vqa:
             raise ConfigError(f"of ten answers, {self.learn!r} cannot be learnt: give common or drawn")
         if self.answers and self.learn == "drawn":
             raise ConfigError(f"learn is drawn, and a head of {self.answers} answers learns the scores of all ten: leave one of learn and answers out")
-        if self.scorer not in ("official", "normalized"):
-            raise ConfigError(f"there is no scorer {self.scorer!r}: give official or normalized")
+        if self.scorer not in VQA_SCORERS:
+            raise ConfigError(f"there is no scorer {self.scorer!r}: give official, normalized or exact")
 
     @property
     def results_name(self) -> Callable[[str, str], str]:
@@ -67,21 +67,40 @@ class Vqa:
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
         """Accuracy in percent, overall and per answer type, over the questions that were predicted.
 
+        The exact match stands before it where most of these questions have too few answers for the official accuracy.
+
         Raises DataError where none was, or they have no answers.
         """
         questions = [question for i in range(len(source)) for question in source[i].questions if question.question_id in predictions]
         if not questions or not questions[0].answers:
             raise DataError("these questions cannot be scored: none was predicted, or the data set has no answers (a test split?)")
         graded = [graded_question(question) for question in questions]
-        scores = score_answers(dict(predictions), graded, self.scorer)
-        named = {"accuracy": "overall", **{f"accuracy ({kind})": f"answer type: {kind or '(none)'}" for kind in scores.per_answer_type}}
-        figures = {"accuracy": scores.overall, **{f"accuracy ({kind})": value for kind, value in scores.per_answer_type.items()}}
-        resampled = answer_figures(scores, graded).chosen(named)
-        return Score(figures=figures, items={int(k): v for k, v in scores.per_question.items()}, scorer=scores.scorer, resampled=resampled)
+        fitting = fitting_scorer(self.scorer, graded)
+        scores = score_answers(dict(predictions), graded, fitting)
+        headline = "exact match" if fitting == "exact" else self.headline
+        figures, other = _named(headline, scores), {}
+        if fitting != self.scorer:
+            official = score_answers(dict(predictions), graded, self.scorer)
+            other = dict.fromkeys(_named(self.headline, official), official.scorer)
+            figures |= _named(self.headline, official)
+        named = {headline: "overall", **{f"{headline} ({kind})": f"answer type: {kind or '(none)'}" for kind in scores.per_answer_type}}
+        return Score(
+            figures=figures,
+            headline=headline,
+            items={int(item): value for item, value in scores.per_question.items()},
+            scorer=scores.scorer,
+            other_scorers=other,
+            resampled=answer_figures(scores, graded).chosen(named),
+            note="; ".join(few_answers_note(self.scorer, graded)),
+        )
 
     def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
         """The VQA challenge's result file."""
         write_vqa_results(path, predictions)
+
+
+def _named(name: str, scores: AnswerScores) -> dict[str, float]:
+    return {name: scores.overall, **{f"{name} ({kind})": value for kind, value in scores.per_answer_type.items()}}
 
 
 def learnt_questions(task: Vqa, sample: Sample, rng: random.Random) -> list[Question]:

@@ -1,4 +1,4 @@
-"""The official VQA accuracy, and the variant that always normalises."""
+"""The official VQA accuracy, the variant that always normalises, and the exact match where people gave too few answers for either."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ from adalink.errors import ConfigError, DataError
 from tasks.metrics.offenders import refuse, refuse_repeated
 from tasks.metrics.vqa_words import clean, normalize
 
-__all__ = ["VQA_SCORERS", "AnswerScores", "GradedQuestion", "Predictions", "QuestionId", "VqaScorer", "named_accuracies", "score_answers"]
+__all__ = [
+    "VQA_SCORERS",
+    "AnswerScores",
+    "GradedQuestion",
+    "Predictions",
+    "QuestionId",
+    "VqaScorer",
+    "few_answers_note",
+    "fitting_scorer",
+    "has_few_answers",
+    "named_accuracies",
+    "score_answers",
+]
 
-VqaScorer: TypeAlias = Literal["official", "normalized"]
+VqaScorer: TypeAlias = Literal["official", "normalized", "exact"]
 QuestionId: TypeAlias = int | str  # numbers everywhere but in A-OKVQA (strings) and VizWiz (file names)
 Predictions: TypeAlias = Mapping[int, str] | Mapping[str, str] | Mapping[QuestionId, str]
 
@@ -20,7 +32,10 @@ Predictions: TypeAlias = Mapping[int, str] | Mapping[str, str] | Mapping[Questio
 VQA_SCORERS: dict[VqaScorer, str] = {
     "official": "VQA accuracy, official (equal to GT-Vision-Lab/VQA a013f004)",
     "normalized": "VQA accuracy, normalized (GT-Vision-Lab/VQA a013f004, but every answer is normalised)",
+    "exact": "exact match with one of the answers, all normalised as GT-Vision-Lab/VQA a013f004 does",
 }
+_NO_MARK = "{}"  # of a record that has nothing beside the answer
+_FULL = 4  # equal answers: each then has three others that agree, which is what makes it fully right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +83,43 @@ def named_accuracies(scores: AnswerScores) -> dict[str, float]:
     return figures
 
 
+def has_few_answers(question: GradedQuestion) -> bool:
+    """Whether the people who answered are too few for the official accuracy: what all of them say is not fully right.
+
+    It compares with the answers of the other people, three of whom must agree: one answer has no others (0 whatever is said), two or three
+    have too few. Records that are equal in all count as one: those with nothing beside the answer, and those of one mark and one answer.
+    """
+    if len(question.answers) < _FULL:
+        return True
+    is_one = len({normalize(clean(answer)) for answer in question.answers}) == 1
+    return len(set(question.marks)) == 1 and (question.marks[0] == _NO_MARK or is_one)
+
+
+def fitting_scorer(scorer: VqaScorer, questions: Sequence[GradedQuestion]) -> VqaScorer:
+    """The scorer itself; `exact` where most of the questions have too few answers for it."""
+    return "exact" if 2 * sum(map(has_few_answers, questions)) > len(questions) else scorer
+
+
+def few_answers_note(scorer: VqaScorer, questions: Sequence[GradedQuestion]) -> list[str]:
+    """A sentence where questions have too few answers for the official accuracy, and about what is done then."""
+    few = [question for question in questions if has_few_answers(question)]
+    if not few or scorer == "exact":
+        return []
+    is_exact = fitting_scorer(scorer, questions) == "exact"
+    done = "so the exact match after the official normalisation is given" if is_exact else "and --scorer exact gives the exact match"
+    return [
+        f"too few answers for the official accuracy, which counts how many of the other people agree: {len(few)} of {len(questions)} questions "
+        f"(first: question {few[0].question_id}, with {len(few[0].answers)}), {done}"
+    ]
+
+
 def score_answers(predictions: Predictions, questions: Sequence[GradedQuestion], scorer: VqaScorer = "official") -> AnswerScores:
     """Accuracy of one predicted answer per question.
 
     official    normalises both sides only where the human answers differ, as the official script does; with all equal it wants the
                 very same string
     normalized  normalises both sides always
+    exact       100 where the prediction equals one of the answers, both normalised, else 0; for data with one answer to each question
 
     Raises DataError where questions have no prediction, predictions no question, or a question no answers.
     """
@@ -104,6 +150,8 @@ def _accuracy(prediction: str, question: GradedQuestion, scorer: VqaScorer) -> f
     """The mean over human answers of min(1, how many of the OTHER answers equal the prediction / 3)."""
     answers = [clean(answer) for answer in question.answers]
     prediction = clean(prediction)
+    if scorer == "exact":
+        return float(normalize(prediction) in map(normalize, answers))
     if scorer == "normalized" or len(set(answers)) > 1:
         answers = [normalize(answer) for answer in answers]
         prediction = normalize(prediction)

@@ -45,6 +45,16 @@ def test_scores_are_the_official_accuracy_and_answers_outside_are_no_target() ->
     assert outside.scores == ()  # still a question to learn from: no answer is right
 
 
+def test_questions_with_one_answer_have_it_as_their_target() -> None:
+    found = answer_vocabulary(Vqa(answers=9), [sample(("The cat",), ("2", "two"), ("dog", "cat"))])
+    assert [dict(text.scores or ()) for text in found.texts(sample(("cat",), ("2", "two"), ("dog", "cat"), ("bird",)), random.Random(0))] == [
+        {found.answers.index("The cat"): 1.0},
+        {found.answers.index("2"): 1.0},
+        {found.answers.index("dog"): 1.0, found.answers.index("The cat"): 1.0},
+        {},
+    ]
+
+
 def test_what_is_learnt_is_what_the_scorer_gives_for_saying_it() -> None:
     scenes = Scenes(split="train", size=8)
     found = answer_vocabulary(Vqa(answers=1000), scenes)

@@ -142,6 +142,25 @@ def test_the_recorded_official_files_give_the_official_figures() -> None:
         assert round(found["figures"]["overall"]["value"], 12) == cases["aggregates"]["n12"]["overall"]
 
 
+ONE_EACH = {"annotations": [{"question_id": i, "answers": [{"answer": text, "answer_id": 1}]} for i, text in ((1, "yes"), (2, "liver"))]}
+
+
+def test_a_file_with_one_answer_each_is_scored_by_the_exact_match_too(write: Write, tmp_path: Path) -> None:
+    files = {"annotations": write("ann.json", ONE_EACH), "results": write("res.json", [{"question_id": 1, "answer": "Yes!"}, {"question_id": 2, "answer": "heart"}])}
+    done = scored("vqa", "--items", tmp_path / "items.json", **files)
+    assert "2 of 2 questions (first: question 1, with 1), so the exact match after the official normalisation is given" in done.out
+    found = figures(scored("vqa", "--json", **files))
+    assert {name: figure["value"] for name, figure in found["figures"].items()} == {"overall": 0.0, "exact match": 50.0}
+    assert found["figures"]["exact match"]["scorer"].startswith("exact match with one of the answers")
+    assert found["figures"]["exact match"]["interval"] is not None
+    assert [(row["accuracy"], row["exact_match"]) for row in json.loads((tmp_path / "items.json").read_text())] == [(0.0, 100.0), (0.0, 0.0)]
+    asked = figures(scored("vqa", "--json", "--scorer", "exact", **files))
+    assert (asked["figures"]["overall"]["value"], asked["notes"]) == (50.0, [])
+    compared = adalink("compare", "vqa", "--before", files["results"], "--after", write("b.json", [{"question_id": 1, "answer": "no"}, {"question_id": 2, "answer": "liver"}]), "--annotations", files["annotations"])
+    assert "exact match with one of the answers" in compared.out
+    assert "wrong to right: 1 of 2 questions" in compared.out
+
+
 def test_an_empty_caption_is_scored_and_said(write: Write) -> None:
     files = {"references": write("refs.json", REFERENCES), "results": write("res.json", [DOG, {"image_id": 7, "caption": " \n"}])}
     sentence = f"empty captions in {files['results']}: 1 of 2 (first: image 7), scored as the official evaluation does; did the model end at once?"

@@ -9,7 +9,9 @@ import pytest
 from adalink.errors import ConfigError, DataError
 from multimodal.sample import Question, Sample
 from multimodal.template import Text
-from tasks.task import Asked
+from tasks.metrics.bootstrap import Resampling
+from tasks.run_metrics import write_metrics
+from tasks.task import TRAINED, Asked
 from tasks.vqa import Vqa, most_common
 
 RED = Question(question_id=1, text="is it red?", answers=("yes",) * 7 + ("no",) * 3, question_type="is it", answer_type="yes/no")
@@ -52,6 +54,37 @@ def test_accuracy_is_the_official_one_overall_and_per_type() -> None:
     assert score.scorer != Vqa(scorer="normalized").score({1: "no"}, [SCENE]).scorer
 
 
+ONE = Sample(
+    key="b",
+    image_id=6,
+    image=b"",
+    questions=(
+        Question(question_id=7, text="which organ?", answers=("liver",), answer_type="other"),
+        Question(question_id=8, text="is it?", answers=("yes",), answer_type="yes/no"),
+    ),
+)
+
+
+def test_data_with_one_answer_each_is_judged_by_the_exact_match_and_says_so(tmp_path: Path) -> None:
+    score = Vqa().score({7: "The liver.", 8: "no"}, [ONE])
+    exact = {"exact match": 50.0, "exact match (other)": 100.0, "exact match (yes/no)": 0.0}
+    assert score.figures == {**exact, "accuracy": 0.0, "accuracy (other)": 0.0, "accuracy (yes/no)": 0.0}
+    assert (score.headline, score.items) == ("exact match", {7: 100.0, 8: 0.0})
+    assert list(score.intervals(Resampling(n_resamples=5))) == list(exact)
+    assert "2 of 2 questions (first: question 7, with 1)" in score.note
+    write_metrics(tmp_path / "metrics.json", Vqa(), {TRAINED: score}, items=2, trained={}, seconds=1, bad=())
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert (written["headline"], written["note"]) == ("exact match", score.note)
+    assert written["scorers"]["exact match"].startswith("exact match with one of the answers")
+    assert written["scorers"]["accuracy"].startswith("VQA accuracy, official")
+
+
+def test_the_exact_match_can_be_asked_for() -> None:
+    score = Vqa(scorer="exact").score({1: "Yes!", 2: "4"}, [SCENE])
+    assert score.figures == {"exact match": 50.0, "exact match (yes/no)": 100.0, "exact match (number)": 0.0}
+    assert score.note == Vqa().score({1: "yes", 2: "2"}, [SCENE]).note == ""
+
+
 def test_what_cannot_be_scored_is_one_sentence() -> None:
     for predictions in ({}, {99: "yes"}, {3: "because"}):
         with pytest.raises(DataError, match="these questions cannot be scored: none was predicted, or the data set has no answers"):
@@ -68,5 +101,5 @@ def test_wrong_settings_are_refused() -> None:
         Vqa(questions_per_image=-1)
     with pytest.raises(ConfigError, match="of ten answers, 'all' cannot be learnt: give common or drawn"):
         Vqa(learn="all")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="there is no scorer 'mine': give official or normalized"):
+    with pytest.raises(ConfigError, match="there is no scorer 'mine': give official, normalized or exact"):
         Vqa(scorer="mine")  # type: ignore[arg-type]

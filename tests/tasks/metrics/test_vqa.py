@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shared import fixtures
 
 from adalink.errors import ConfigError, DataError
-from tasks.metrics.vqa import GradedQuestion, score_answers
+from tasks.metrics.vqa import GradedQuestion, few_answers_note, fitting_scorer, has_few_answers, score_answers
 from tasks.metrics.vqa_words import clean, normalize
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -103,6 +103,46 @@ def test_equal_records_without_an_id_drop_out_together() -> None:
     assert score_answers({1: "dog"}, [question(answers)]).overall == pytest.approx(100)
 
 
+def test_one_answer_is_matched_exactly_after_the_official_normalisation() -> None:
+    assert accuracy("The Dog!", ["dog"]) == 0  # nobody else is left to agree
+    assert accuracy("The Dog!", ["dog"], "exact") == 100
+    assert accuracy("two dogs", ["cat", "2 dogs"], "exact") == 100
+    assert accuracy("dogs", ["cat", "2 dogs"], "exact") == 0
+    assert score_answers({1: "x"}, [question(["x"])], "exact").scorer.startswith("exact match with one of the answers")
+
+
+@pytest.mark.parametrize(
+    ("answers", "marks", "is_few"),
+    [
+        (["yes"], (), True),
+        (["yes"] * 3, (), True),
+        (["yes"] * 4, (), False),
+        (["a", "b", "c", "d"], (), False),
+        (["yes"] * 10, ("{}",) * 10, True),  # equal records count as one, so all ten are left out together
+        (["yes"] * 9 + ["no"], ("{}",) * 10, True),
+        (["yes"] * 10, ("sure",) * 10, True),
+        (["yes"] * 9 + ["no"], ("sure",) * 10, False),
+        (["yes"] * 10, ("sure",) * 9 + ("{}",), False),
+    ],
+)
+def test_questions_with_too_few_answers_are_recognised(answers: list[str], marks: tuple[str, ...], is_few: bool) -> None:
+    assert has_few_answers(question(answers, marks=marks)) == is_few
+
+
+def test_the_exact_match_fits_where_most_questions_have_too_few_answers() -> None:
+    many, one = question(["x"] * 10, question_id=1), question(["x"], question_id=2)
+    other = question(["y", "y"], question_id="3")
+    assert fitting_scorer("official", [many]) == "official"
+    assert few_answers_note("official", [many]) == []
+    assert fitting_scorer("official", [many, one]) == "official"
+    assert few_answers_note("official", [many, one])[0].endswith("1 of 2 questions (first: question 2, with 1), and --scorer exact gives the exact match")
+    assert fitting_scorer("normalized", [many, one, other]) == "exact"
+    assert few_answers_note("official", [many, one, other])[0].endswith(
+        "2 of 3 questions (first: question 2, with 1), so the exact match after the official normalisation is given"
+    )
+    assert few_answers_note("exact", [one]) == []
+
+
 def test_figures_name_their_scorer() -> None:
     assert "official (equal to GT-Vision-Lab/VQA a013f004)" in score_answers({1: "x"}, [question(["x"] * 10)]).scorer
     assert "normalized" in score_answers({1: "x"}, [question(["x"] * 10)], "normalized").scorer
@@ -136,7 +176,7 @@ def test_predictions_that_do_not_fit_are_named(predictions: dict[int, str], ques
 
 
 def test_an_unknown_scorer_and_missing_marks_are_named() -> None:
-    with pytest.raises(ConfigError, match="no VQA scorer 'best'; expected one of official, normalized"):
+    with pytest.raises(ConfigError, match="no VQA scorer 'best'; expected one of official, normalized, exact"):
         accuracy("a", ["a"], "best")
     with pytest.raises(ConfigError, match="question 1 has 1 marks for 2 answers"):
         question(["a", "b"], marks=("yes",))
