@@ -104,6 +104,17 @@ class Attachment:
             layer.forward = partial(_checkpointed, self, layer.forward)  # type: ignore[method-assign]
             self._forwards.append(layer)
 
+    @property
+    def is_checkpointed(self) -> bool:
+        """Whether layers are recomputed in the backward pass."""
+        return bool(self._forwards)
+
+    def keep_activations(self) -> None:
+        """The reverse of `checkpoint_layers`."""
+        for layer in self._forwards:
+            del layer.forward
+        self._forwards = []
+
     def checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
         """Give this as `context_fn` to non-reentrant checkpointing: the recompute sees the tokens of its own forward."""
         return contextlib.nullcontext(), self._rebound(self.tokens)
@@ -113,9 +124,7 @@ class Attachment:
         for handle in [*self._handles, *self._ports.values()]:
             handle.remove()
         self._handles, self._ports = [], {}
-        for layer in self._forwards:
-            del layer.forward
-        self._forwards = []
+        self.keep_activations()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         for module, mode in self._modes:

@@ -21,20 +21,22 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
+from adalink.as_transformers import EXTRA
 from adalink.atomic import write_whole
 from adalink.edit import COPIES, Adapter, Method
 from adalink.errors import CheckpointError, ConfigError
 from adalink.methods import METHODS
 
 __all__ = [
-    "CONFIG_FILE", "PEFT_CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "FrozenPart", "fingerprint", "is_file_with", "load_weights", "part_of",
-    "read_config", "save_adapter",
+    "CONFIG_FILE", "PEFT_CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "FrozenPart", "config_to_json", "configs_to_tensor", "fingerprint", "is_file_with",
+    "load_weights", "part_of", "read_config", "save_adapter",
 ]  # fmt: skip
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adalink_config.json", "adapter_model.safetensors", "README.md"
 PEFT_CONFIG_FILE = "adapter_config.json"  # peft's; also what CONFIG_FILE was called in earlier versions
+TRAINER_FILE = "model.safetensors"  # of a checkpoint of transformers' Trainer: the state dict of the adapted model
 CARD_MARK = "library_name: adalink"
 FORMAT = 1
 N_SAMPLED = 1024  # values of each tensor that go into a fingerprint: 7 B parameters take a second, not a minute
@@ -110,37 +112,27 @@ def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
     write_whole(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     if not (folder / CARD_FILE).exists() or is_file_with(folder / CARD_FILE, CARD_MARK):
         write_whole(folder / CARD_FILE, _card(adapter, config).encode())
-    content = {
-        "format": FORMAT,
-        "methods": {name: method_to_json(method) for name, method in config.methods.items()},
-        "base": {role: dataclasses.asdict(part) for role, part in config.base.items()},
-        "task": dict(config.task),
-        **({COPIES: list(config.modules_to_save)} if config.modules_to_save else {}),
-    }
-    write_whole(folder / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    write_whole(folder / CONFIG_FILE, (json.dumps(config_to_json(config), indent=2) + "\n").encode())
     if is_file_with(folder / PEFT_CONFIG_FILE, '"methods"'):
         (folder / PEFT_CONFIG_FILE).unlink()  # an earlier version's
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """The config of an adapter folder. Raises CheckpointError where it is missing, damaged, or of another format."""
+    """The config of an adapter folder, or of a checkpoint of transformers' Trainer.
+
+    Raises CheckpointError where it is missing, damaged, or of another format.
+    """
     path = folder / CONFIG_FILE
     try:
+        if not path.is_file() and (folder / TRAINER_FILE).is_file() and (found := _trainers(folder)):
+            return _config_from_json(found.config, folder / TRAINER_FILE)
         if not path.is_file() and (folder / PEFT_CONFIG_FILE).is_file():
             path = folder / PEFT_CONFIG_FILE
-        content = json.loads(path.read_text())
-        if "peft_type" in content:
-            raise CheckpointError(f"{path} is of the peft library ({content['peft_type']}): read its folder with adalink.from_peft")
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {content['format']}, and this version of adalink reads {FORMAT}: update adalink")
-        return AdapterConfig(
-            methods={name: method_from_json({"method": None, **method}) for name, method in content["methods"].items()},
-            base={role: FrozenPart(**part) for role, part in content["base"].items()},
-            task=content["task"],
-            modules_to_save=tuple(content.get(COPIES, ())),
-        )
+        return _config_from_json(json.loads(path.read_text()), path)
     except OSError:
         raise CheckpointError(f"{folder} is no adapter folder: it has no {CONFIG_FILE} that can be read") from None
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{folder / TRAINER_FILE} is damaged ({error}): copy or train it again") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not an adapter config ({error}): was it changed by hand, or cut off?") from None
 
@@ -149,7 +141,10 @@ def load_weights(folder: Path, adapter: Adapter) -> None:
     """Copy the folder's tensors into the adapter. Strict: a missing, unknown or misshapen tensor is a CheckpointError, and nothing is loaded."""
     path = folder / WEIGHTS_FILE
     try:
-        stored = load_file(path)
+        if not (folder / CONFIG_FILE).is_file() and (folder / TRAINER_FILE).is_file() and (found := _trainers(folder)):
+            path, stored = folder / TRAINER_FILE, found.tensors
+        else:
+            stored = load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}") from None
     except safetensors.SafetensorError as error:
@@ -164,6 +159,63 @@ def load_weights(folder: Path, adapter: Adapter) -> None:
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(stored[name])
+
+
+def config_to_json(config: AdapterConfig) -> dict[str, Any]:
+    """A config as plain data."""
+    return {
+        "format": FORMAT,
+        "methods": {name: method_to_json(method) for name, method in config.methods.items()},
+        "base": {role: dataclasses.asdict(part) for role, part in config.base.items()},
+        "task": dict(config.task),
+        **({COPIES: list(config.modules_to_save)} if config.modules_to_save else {}),
+    }
+
+
+def configs_to_tensor(configs: Mapping[str, AdapterConfig], active: str | None) -> Tensor:
+    """uint8 [N]: the configs of a model's adapters, for its state dict."""
+    content = {"active": active, "adapters": {name: config_to_json(config) for name, config in configs.items()}}
+    return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+def _config_from_json(content: Any, path: Path) -> AdapterConfig:
+    if "peft_type" in content:
+        raise CheckpointError(f"{path} is of the peft library ({content['peft_type']}): read its folder with adalink.from_peft")
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {content['format']}, and this version of adalink reads {FORMAT}: update adalink")
+    return AdapterConfig(
+        methods={name: method_from_json({"method": None, **method}) for name, method in content["methods"].items()},
+        base={role: FrozenPart(**part) for role, part in content["base"].items()},
+        task=content["task"],
+        modules_to_save=tuple(content.get(COPIES, ())),
+    )
+
+
+@dataclass(frozen=True)
+class _Trainers:
+    """The active adapter in a checkpoint of transformers' Trainer."""
+
+    config: Any
+    tensors: Mapping[str, Tensor]
+
+
+def _trainers(folder: Path) -> _Trainers | None:
+    """What a model's state dict in the folder says of its active adapter; None where it is some other model's."""
+    with safetensors.safe_open(folder / TRAINER_FILE, "pt") as file:  # type: ignore[no-untyped-call]
+        names = list(file.keys())
+        extra = next((name for name in names if name.rpartition(".")[2] == EXTRA), None)
+        if extra is None:
+            return None
+        content = json.loads(bytes(file.get_tensor(extra).tolist()))
+        name = content["active"] or next(iter(content["adapters"]))
+        prefix = f"{extra.removesuffix(EXTRA)}adapters.{name}."
+        if beside := [each for each in names if not each.startswith(extra.removesuffix(EXTRA))]:
+            raise CheckpointError(
+                f"{folder} is a checkpoint of a composed model that trained more than its adapter ({beside[0]}, ...): go on from it with Trainer, "
+                "and write the whole with save_pretrained"
+            )
+        tensors = {each.removeprefix(prefix): file.get_tensor(each) for each in names if each.startswith(prefix)}
+    return _Trainers(content["adapters"][name], tensors)
 
 
 def method_to_json(method: Any) -> Any:

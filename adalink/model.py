@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy, InputSpec
+from adalink.as_transformers import class_like, of_base, state_of_trained
 from adalink.attach import Attachment, attach
 from adalink.call import Call, Rows, given_ids, n_choices
-from adalink.checkpoint import AdapterConfig, FrozenPart, fingerprint, load_weights, part_of, read_config, save_adapter
+from adalink.checkpoint import AdapterConfig, FrozenPart, configs_to_tensor, fingerprint, load_weights, part_of, read_config, save_adapter
 from adalink.edit import Adapter, Method
 from adalink.errors import ConfigError
 from adalink.existing import check_images_known, check_trains, image_token_ids, writes_without_reading, written_domains
@@ -48,7 +49,16 @@ def get_adalink_model(model: nn.Module, methods: Mapping[str, Method] | Method, 
 
 
 class AdaptedModel(nn.Module):
-    """A frozen model, and adapters on it by name. Called like the model itself; its methods are those that users of this field look for."""
+    """A frozen model, and adapters on it by name. Called like the model itself; its methods are those that users of this field look for.
+
+    transformers' Trainer takes it as it is. Its state dict is the adapters alone, so a checkpoint of Trainer is an adapter folder too:
+    `load_adapter` and `from_pretrained` read it.
+    """
+
+    config, dtype, generation_config, main_input_name = of_base("config"), of_base("dtype"), of_base("generation_config"), of_base("main_input_name")
+    can_generate, get_input_embeddings, get_output_embeddings = of_base("can_generate"), of_base("get_input_embeddings"), of_base("get_output_embeddings")
+    loss_type, accepts_loss_kwargs, hf_device_map = of_base("loss_type"), of_base("accepts_loss_kwargs"), of_base("hf_device_map")
+    _keys_to_ignore_on_save: None = None
 
     def __init__(self, base: nn.Module, *, inputs: Mapping[str, InputSpec] | None = None, parts: Mapping[str, FrozenPart] | None = None) -> None:
         super().__init__()
@@ -63,6 +73,9 @@ class AdaptedModel(nn.Module):
         self._n_ever = 0
         self.attachment: Attachment = attach(base, anatomy=self.anatomy)
         self._copies = ServedCopies(self.attachment)
+        self._fingerprints: dict[tuple[str, ...], str] = {}
+        state_of_trained(self, {"base": base})
+        self.__class__ = class_like(type(self), type(base))  # type: ignore[assignment]  # a subclass of this one
 
     def forward(
         self,
@@ -175,6 +188,55 @@ class AdaptedModel(nn.Module):
     def task(self, task: Mapping[str, Any]) -> None:
         self.tasks[self._active()] = dict(task)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the frozen model begins."""
+        return next(self.base.parameters()).device
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are recomputed in the backward pass."""
+        return self.attachment.is_checkpointed
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Recompute each layer's activations in the backward pass: memory for time, with the same gradients.
+
+        Raises ConfigError for what that is not: reentrant checkpointing, only some of the layers, activations that are moved elsewhere.
+        """
+        other = {name: value for name, value in (gradient_checkpointing_kwargs or {}).items() if (name, value) != ("use_reentrant", False)}
+        if other or every_n_layers != 1 or offload:
+            found = {**other, **({"every_n_layers": every_n_layers} if every_n_layers != 1 else {}), **({"offload": True} if offload else {})}
+            raise ConfigError(
+                f"gradient checkpointing was asked for with {', '.join(f'{name}={value}' for name, value in found.items())}, and an adapted model recomputes "
+                "every layer, without reentrance: leave that out"
+            )
+        if not self.is_gradient_checkpointing:
+            self.attachment.checkpoint_layers()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """transformers' newer name for `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again, as it is from the start."""
+        self.attachment.keep_activations()
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many parameters, frozen and trained: of the active adapter and the others."""
+        words = {id(parameter) for parameter in self.get_input_embeddings().parameters()} if exclude_embeddings else set()
+        return sum(p.numel() for p in self.parameters() if id(p) not in words and (p.requires_grad or not only_trainable))
+
+    def get_extra_state(self) -> Tensor:
+        """uint8 [N]: in the state dict, what the adapters' tensors are of, as JSON: the config of each adapter's folder."""
+        return configs_to_tensor({name: self._config_of(name) for name in self.adapters}, self.active)
+
+    def set_extra_state(self, state: object) -> None:
+        """Nothing: the adapters that a state dict is loaded into are there already."""
+
     def rows(self, n_rows: int, names: Sequence[str | None] | None = None) -> Tensor:
         """int64 [B]: which adapter serves each row; the active one where no names are given, none for "__base__" and None."""
         return self.serving(n_rows, names).row
@@ -191,8 +253,7 @@ class AdaptedModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the active adapter's folder: config, weights, model card."""
         adapter = self.active_adapter()
-        copies = tuple(adapter.copies)
-        save_adapter(Path(folder), adapter, AdapterConfig(adapter.methods, self._parts(copies), self.task, copies))
+        save_adapter(Path(folder), adapter, self._config_of(self._active()))
 
     @staticmethod
     def read_config(folder: str | Path) -> AdapterConfig:
@@ -236,8 +297,14 @@ class AdaptedModel(nn.Module):
         """The frozen parts of an adapter that has trained copies of these modules, which then are no part of them."""
         if not copies:
             return self.parts
-        role = "language_model"
-        return {**self.parts, role: dataclasses.replace(self.parts[role], fingerprint=fingerprint(self.base, without=copies))}
+        role, names = "language_model", tuple(copies)
+        if names not in self._fingerprints:
+            self._fingerprints[names] = fingerprint(self.base, without=names)
+        return {**self.parts, role: dataclasses.replace(self.parts[role], fingerprint=self._fingerprints[names])}
+
+    def _config_of(self, name: str) -> AdapterConfig:
+        copies = tuple(self._adapter(name).copies)
+        return AdapterConfig(self._adapter(name).methods, self._parts(copies), self.tasks.get(name, {}), copies)
 
     def _new(self, name: str, methods: Mapping[str, Method], modules_to_save: Sequence[str]) -> Adapter:
         """An adapter that is not attached yet, so that nothing has to be undone where it cannot be used."""
