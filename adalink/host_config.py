@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["max_positions", "setting", "text_config", "token_ids"]
 
 # Where models of several parts keep what speaks of the words, beside those that transformers itself looks through.
 TEXT_PARTS = ("thinker_config", "language_config", "llm_config", "lm_config", "vlm_config")
-# Settings that are a limit; T5's `n_positions` is not one, its distances have no last.
-LIMITS = ("max_position_embeddings", "n_positions", "max_encoder_position_embeddings")
 
 
-def text_config(config: Any) -> Any:
-    """The part of a model's config that speaks of the words that it reads: the encoder's of an encoder-decoder model. The config itself mostly."""
+def text_config(config: Any, side: Literal["read", "written"] = "read") -> Any:
+    """The part of a model's config that speaks of the words that it reads, or of those that its decoder writes. The config itself mostly."""
     encoder = getattr(config, "encoder", None)
     if getattr(config, "is_encoder_decoder", False) and hasattr(encoder, "model_type"):
-        return encoder if getattr(encoder, "vocab_size", None) is not None else config.decoder  # an encoder without words reads images
+        return encoder if side == "read" and getattr(encoder, "vocab_size", None) is not None else config.decoder  # without words it reads images
     found = config
     if hasattr(config, "get_text_config"):
         try:
@@ -26,20 +24,23 @@ def text_config(config: Any) -> Any:
     if found is not config:
         return found
     nested = next((getattr(config, name) for name in TEXT_PARTS if hasattr(getattr(config, name, None), "model_type")), None)
-    return config if nested is None else text_config(nested)
+    return config if nested is None else text_config(nested, side)
 
 
-def setting(config: Any, *names: str) -> Any:
+def setting(config: Any, *names: str, side: Literal["read", "written"] = "read") -> Any:
     """The first of these settings that is not None: of the part that speaks of the words, then of the whole. None where neither says it."""
-    found = (getattr(part, name, None) for part in (text_config(config), config) for name in names)
+    found = (getattr(part, name, None) for part in (text_config(config, side), config) for name in names)
     return next((value for value in found if value is not None), None)
 
 
-def max_positions(config: Any) -> int | None:
+def max_positions(config: Any, side: Literal["read", "written"] = "read") -> int | None:
     """How many positions a model has for the words of a row; None where there is no last one (T5, Bloom)."""
-    names = LIMITS if getattr(config, "model_type", "") not in ("t5", "mt5", "umt5", "longt5", "switch_transformers") else LIMITS[:1]
-    limit = setting(config, *names)
-    return limit if isinstance(limit, int) else None
+    part = {"read": "encoder", "written": "decoder"}[side]
+    names = ("max_position_embeddings", f"max_{part}_position_embeddings", "n_positions", "max_sequence_length")
+    if getattr(text_config(config, side), "relative_attention_num_buckets", None) is not None:  # T5's old configs hold an `n_positions` all the same
+        names = names[:1]
+    limit = setting(config, *names, side=side)
+    return limit if isinstance(limit, int) and limit > 0 else None  # DeBERTa writes -1 for none
 
 
 def token_ids(config: Any, *names: str) -> tuple[int, ...]:

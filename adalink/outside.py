@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port
 from adalink.errors import AttachError
+from adalink.host_config import text_config
 from adalink.positions import without_positions
 from adalink.tokens import Tokens
 
@@ -46,7 +47,7 @@ def outside_sequence(anatomy: Anatomy, domains: tuple[int, ...]) -> list[Placeme
 
 def check_reach(stack: nn.Module) -> None:
     """Raise AttachError where attention has a window: tokens beyond it would not read slots at the start of their row, and nobody would know."""
-    config = getattr(stack, "config", None)
+    config = text_config(getattr(stack, "config", None))
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True):
         raise AttachError(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from adalink import PAD, TEXT, AdaptedModel, TokenMap
 from adalink.atomic import write_whole
 from adalink.errors import CheckpointError, ConfigError
+from adalink.host_config import setting
 from multimodal.batch import NO_TARGET, Batch
 from multimodal.language import READER_ADVICE, Language, LanguageUse
 
@@ -60,7 +61,7 @@ def use_for(task: Mapping[str, Any]) -> LanguageUse:
 def state_width(model: Any) -> int:
     """D of the pooled state: what the model's own head reads, where it has one."""
     head = model.get_output_embeddings()
-    return int(model.config.hidden_size if head is None else head.weight.shape[1])
+    return int(setting(model.config, "hidden_size") if head is None else head.weight.shape[1])
 
 
 def new_head(adapted: AdaptedModel, answers: Sequence[str]) -> AnswerHead:

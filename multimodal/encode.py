@@ -8,6 +8,7 @@ from typing import Any
 
 from adalink import ANSWER, IMAGE, TEXT, Slots
 from adalink.errors import ConfigError, DataError
+from adalink.host_config import setting
 from multimodal.language import Language
 from multimodal.template import Filled, Template, Text
 from multimodal.text_tokens import TextTokens
@@ -58,8 +59,8 @@ class RowEncoder:
         self.tokenizer = language.tokenizer
         self._tokens = TextTokens(language.tokenizer)
         config: Any = language.model.config
-        limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        self.max_positions = limit and limit - language.first_position
+        self.max_positions = language.max_positions
+        self.max_written = language.max_written if config.is_encoder_decoder else None
         self.n_answers = n_answers
         self.decoder_start: int | None = _decoder_start(config) if config.is_encoder_decoder else None
         self.special = {"<bos>": self.tokenizer.bos_token_id, "<eos>": self.tokenizer.eos_token_id}
@@ -80,7 +81,7 @@ class RowEncoder:
                 domain += [TEXT] * len(pieces)
         if not ids:
             raise ConfigError(f"the prompt template {self.template.prompt!r} gives no token at all with this model: add a word or a bridge")
-        self._check(len(ids), question)
+        self._check(len(ids), question, self.max_positions)
         return Row(tuple(ids), tuple(domain))
 
     def row(self, text: Text) -> Row:
@@ -93,10 +94,11 @@ class RowEncoder:
         if text.target is None:
             return prompt
         target = tuple(piece for part in self.template.target_parts(text.target) for piece in self._ids(part))
-        self._check(len(prompt.ids) + len(target), text.question + text.target)
         if self.decoder_start is not None:
+            self._check(len(target), text.target, self.max_written)
             return Row(prompt.ids, prompt.domain, tuple(range(len(target))), target, (self.decoder_start, *target[:-1]))
         # The last token of the target is only ever predicted, so it is not read.
+        self._check(len(prompt.ids) + len(target), text.question + text.target, self.max_positions)
         first = len(prompt.ids) - 1
         ids, domain = prompt.ids + target[:-1], prompt.domain + (ANSWER,) * (len(target) - 1)
         return Row(ids, domain, tuple(range(first, first + len(target))), target)
@@ -107,15 +109,13 @@ class RowEncoder:
         special = self.special[part]
         return [] if special is None else [special]
 
-    def _check(self, length: int, text: str) -> None:
-        if self.max_positions is not None and self.decoder_start is None and length > self.max_positions:
-            raise TextTooLong(
-                f"a text needs {length} tokens with its picture, and the language model has {self.max_positions} positions: shorten it ({text[:60]!r}...)"
-            )
+    def _check(self, length: int, text: str, limit: int | None) -> None:
+        if limit is not None and length > limit:
+            raise TextTooLong(f"a text needs {length} tokens with its picture, and the language model has {limit} positions: shorten it ({text[:60]!r}...)")
 
 
 def _decoder_start(config: object) -> int:
-    start = getattr(config, "decoder_start_token_id", None)
+    start = setting(config, "decoder_start_token_id", side="written")
     if start is None:
         raise ConfigError("this encoder-decoder model names no decoder_start_token_id in its config: add it there")
     return int(start)

@@ -39,17 +39,18 @@ class GenerationSettings:
 def check_room(language: Language, n_prompt: int, settings: GenerationSettings) -> None:
     """Raise TextTooLong where a prompt of so many tokens, or the text after it, has more positions than the model.
 
-    An encoder-decoder model counts them apart. T5 has no last position, though its old configs hold an `n_positions`.
+    An encoder-decoder model counts them apart.
     """
-    config: Any = language.model.config
-    limit = getattr(config, "max_position_embeddings", None) or (None if config.is_encoder_decoder else getattr(config, "n_positions", None))
-    # The last token is only ever predicted, so it is not read.
-    needed = max(n_prompt, settings.max_new_tokens) if config.is_encoder_decoder else n_prompt + settings.max_new_tokens - 1
-    if limit is not None and needed > limit:
-        raise TextTooLong(
-            f"a prompt of {n_prompt} tokens and {settings.max_new_tokens} new ones need {needed} positions, and the language model has {limit}: "
-            "shorten the prompt or lower generation.max_new_tokens"
-        )
+    if language.model.config.is_encoder_decoder:
+        limits = [(n_prompt, language.max_positions), (settings.max_new_tokens, language.max_written)]
+    else:
+        limits = [(n_prompt + settings.max_new_tokens - 1, language.max_positions)]  # the last token is only ever predicted, so it is not read
+    for needed, limit in limits:
+        if limit is not None and needed > limit:
+            raise TextTooLong(
+                f"a prompt of {n_prompt} tokens and {settings.max_new_tokens} new ones need {needed} positions, and the language model has {limit}: "
+                "shorten the prompt or lower generation.max_new_tokens"
+            )
 
 
 def written_texts(language: Language, attachment: Attachment, batch: Batch, token_map: TokenMap, settings: GenerationSettings) -> list[str]:
@@ -103,7 +104,7 @@ def run_generation(
         stopping_criteria=stopping,
         logits_processor=processors,
         pad_token_id=language.tokenizer.pad_token_id,
-        eos_token_id=language.tokenizer.eos_token_id,
+        eos_token_id=list(language.end_ids),
         synced_gpus=False,  # where weights are split, transformers would else wait at each token for processes that generate other rows
     )
     return ids
@@ -117,20 +118,21 @@ def generated_texts(language: Language, batch: Batch, ids: Tensor) -> list[str]:
 
 
 def _texts(language: Language, ids: Sequence[Sequence[int]]) -> list[str]:
-    texts: list[str] = language.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    ended = [row[: next((i for i, token in enumerate(row) if token in language.end_ids), None)] for row in ids]  # not every end token is a special one
+    texts: list[str] = language.tokenizer.batch_decode(ended, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
 def _greedy(language: Language, attachment: Attachment, batch: Batch, token_map: TokenMap, n_new: int, *, may_share: bool) -> list[list[int]]:
     """The tokens of each row, its end token among them."""
-    decoding, end = Decoding(language, attachment), language.tokenizer.eos_token_id
+    decoding, ends = Decoding(language, attachment), language.end_ids
     texts: list[list[int]] = [[] for _ in batch.ids]
     going = list(texts)
     chosen = decoding.join(batch, token_map, may_share=may_share).argmax(-1)
     while True:
         for text, token in zip(going, chosen.tolist(), strict=True):
             text.append(token)
-        left = [i for i, text in enumerate(going) if text[-1] != end and len(text) < n_new]
+        left = [i for i, text in enumerate(going) if text[-1] not in ends and len(text) < n_new]
         if not left:
             return texts
         if len(left) < len(going):

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 from adalink import Anatomy
 from adalink.errors import ConfigError, DataError
+from adalink.host_config import max_positions, token_ids
 from multimodal.frozen import existing_folder, freeze, loading, quiet, split_revision
 
 __all__ = ["LANGUAGE_ADVICE", "Language", "LanguageUse", "family_of", "load_language", "settle_tokens"]
@@ -46,6 +47,32 @@ class Language:
     model: Any  # an nn.Module of transformers; the library is untyped here
     tokenizer: Any  # likewise
     name: str
+
+    @cached_property
+    def max_positions(self) -> int | None:
+        """How many tokens a row can have, slots among them; None where the model has no last position."""
+        return self._limit("read")
+
+    @cached_property
+    def max_written(self) -> int | None:
+        """How many tokens a decoder of an encoder-decoder model can have; None where it has no last position."""
+        return self._limit("written")
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text: the tokenizer's first, which ends what is learnt, then all that the model's configs name (Llama 3 has three)."""
+        configs = (getattr(self.model, "generation_config", None), self.model.config)
+        named = next((ids for config in configs if (ids := token_ids(config, "eos_token_id"))), ())
+        n_rows = self.model.get_input_embeddings().weight.shape[0]
+        return tuple(dict.fromkeys(token for token in (self.tokenizer.eos_token_id, *named) if token < n_rows))
+
+    def _limit(self, side: Literal["read", "written"]) -> int | None:
+        """What the config says, or the table of learned positions where it has fewer rows: RoBERTa's first are for padding."""
+        limit = max_positions(self.model.config, side)
+        positions = Anatomy.read(self.model).positions
+        if side == "written" or positions is None or positions.padding_row is None:
+            return limit
+        return limit and limit - positions.padding_row - 1
 
     @cached_property
     def first_position(self) -> int:
@@ -140,10 +167,8 @@ def settle_tokens(tokenizer: Any, model: Any, name: str) -> None:
 
 
 def _configured(model: Any, key: str, n_rows: int) -> int | None:
-    """An id of generation_config.json or config.json; the first where there are several (Llama 3 has three end tokens)."""
+    """An id of generation_config.json or config.json, or of the part that speaks of the words; the first where there are several."""
     for config in (getattr(model, "generation_config", None), model.config):
-        value = getattr(config, key, None)
-        token = value[0] if isinstance(value, list) and value else value
-        if isinstance(token, int) and 0 <= token < n_rows:
-            return token
+        if found := [token for token in token_ids(config, key) if token < n_rows]:
+            return found[0]
     return None

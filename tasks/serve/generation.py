@@ -36,7 +36,7 @@ class _Rows(StoppingCriteria):  # type: ignore[misc]  # untyped here
 
 def run_greedy(model: VisionLanguageModel, batch: Batch, token_map: TokenMap, jobs: Sequence[Job]) -> None:
     """Generate step by step, and tell each its answer: the tokens that `VisionLanguageModel.generate` gives."""
-    asks, rows = [job.ask for job in jobs], [JobRow(job, model.language.tokenizer, n_rows=len(jobs)) for job in jobs]
+    asks, rows = [job.ask for job in jobs], [JobRow(job, model.language, n_rows=len(jobs)) for job in jobs]
     with model.adapted.attachment.bind(token_map):
         run_generation(
             model.language,
@@ -50,6 +50,6 @@ def run_greedy(model: VisionLanguageModel, batch: Batch, token_map: TokenMap, jo
 
 def run_beams(model: VisionLanguageModel, batch: Batch, jobs: Sequence[Job]) -> None:
     """Tell each job the text that `VisionLanguageModel.generate_batch` gives, with beams that are the same for all."""
-    rows = [JobRow(job, model.language.tokenizer, n_rows=len(jobs)) for job in jobs]
+    rows = [JobRow(job, model.language, n_rows=len(jobs)) for job in jobs]
     for row, text in zip(rows, model.generate_batch(batch, jobs[0].ask.settings, [job.ask.adapter for job in jobs]), strict=True):
         row.end(text)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
+from multimodal.language import Language
 from tasks.serve.job import Answer, Job
 from tasks.serve.sampling import Draw
 from tasks.serve.written import Written
@@ -19,11 +19,11 @@ class JobRow:
     n_known   tokens of its prompt that were not read
     """
 
-    def __init__(self, job: Job, tokenizer: Any, *, n_rows: int, n_known: int = 0) -> None:
+    def __init__(self, job: Job, language: Language, *, n_rows: int, n_known: int = 0) -> None:
         self.job = job
         self.draw = None if job.ask.sampling is None else Draw(job.ask.sampling)
-        self._tokenizer, self._n_rows, self._n_known, self._started = tokenizer, n_rows, n_known, time.perf_counter()
-        self._written = Written(tokenizer, job.ask.settings.max_new_tokens, job.ask.stop)
+        self._tokenizer, self._n_rows, self._n_known, self._started = language.tokenizer, n_rows, n_known, time.perf_counter()
+        self._written = Written(language.tokenizer, job.ask.settings.max_new_tokens, job.ask.stop, language.end_ids)
 
     @property
     def has_ended(self) -> bool:

@@ -52,7 +52,7 @@ class Running:
             batch = self._batch(part.jobs)
             token_map = model.token_map(batch, [job.ask.adapter for job in part.jobs])
             if may_decode(model.language.model, model.adapted.attachment, token_map):
-                rows = [JobRow(job, model.language.tokenizer, n_rows=n_rows, n_known=part.n_known(job)) for job in part.jobs]
+                rows = [JobRow(job, model.language, n_rows=n_rows, n_known=part.n_known(job)) for job in part.jobs]
                 self._add(rows, part, batch, token_map)
             else:
                 run_greedy(model, batch, token_map, part.jobs)

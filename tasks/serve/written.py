@@ -15,9 +15,10 @@ class Written:
     pieces that join to the same text: whole words, because a later token may change the last one (half of a letter, a space before a mark).
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, max_tokens: int, stop: Sequence[str] = (), ends: Sequence[int] = ()) -> None:
+        """`ends`: the tokens that end a text, beside the tokenizer's own."""
         self.tokenizer = tokenizer
-        self.end: int = tokenizer.eos_token_id  # which the tokenizer looks up each time
+        self.ends = frozenset([tokenizer.eos_token_id, *ends])
         self.max_tokens = max_tokens
         self.stop = tuple(stop)
         self.ids: list[int] = []
@@ -27,7 +28,7 @@ class Written:
     def add(self, token: int) -> None:
         """Take the next token."""
         self.ids.append(token)
-        if token == self.end or (self.stop and self._stop_at(self._decoded()) is not None):
+        if token in self.ends or (self.stop and self._stop_at(self._decoded()) is not None):
             self.reason = "stop"
         elif len(self.ids) >= self.max_tokens:
             self.reason = "length"
@@ -49,7 +50,8 @@ class Written:
         return piece
 
     def _decoded(self) -> str:
-        decoded: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        written = self.ids[:-1] if self.ids and self.ids[-1] in self.ends else self.ids
+        decoded: str = self.tokenizer.decode(written, skip_special_tokens=True)
         return decoded
 
     def _stop_at(self, text: str) -> int | None:

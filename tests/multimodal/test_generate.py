@@ -107,3 +107,23 @@ def test_an_encoder_decoder_model_counts_what_it_reads_and_what_it_writes_apart(
 def test_settings_that_generate_nothing_are_refused(fields: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=r"max_new_tokens is \d+ and num_beams \d+: give 1 or more of each"):
         GenerationSettings(**fields)  # type: ignore[arg-type]
+
+
+def test_every_end_token_of_the_model_ends_a_text_and_none_of_them_is_in_it() -> None:
+    def written(model: VisionLanguageModel, beams: int) -> tuple[list[int], str, str]:
+        """New tokens, and the text by transformers' generation and by the running batch."""
+        settings = GenerationSettings(max_new_tokens=6, num_beams=beams)
+        row = model.row_encoder().prompt(QUESTIONS[0])
+        ids, (text,) = generated(model, [0], settings)
+        batch = collate([row], [0], patches(5)[:1], kind="patches", side="left", pad_id=0)
+        return ids[0, len(row.ids) :].tolist(), text, model.generate_batch(batch, settings)[0]
+
+    model = model_of("llama")
+    new, _, _ = written(model, 1)
+    end = new[2]
+    model.language.model.generation_config.eos_token_id = [model.language.tokenizer.eos_token_id, end]
+    model.language.__dict__.pop("end_ids", None)  # which is read once
+    expected = model.language.tokenizer.decode(new[: new.index(end)], skip_special_tokens=True).strip()
+    assert written(model, 1) == (new[: new.index(end) + 1], expected, expected)
+    _, by_beams, _ = written(model, 2)
+    assert model.language.tokenizer.decode([end]) not in by_beams.split()

@@ -16,7 +16,10 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    BloomConfig,
+    Gemma3Config,
     GPT2Config,
+    LEDConfig,
     LlamaConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
@@ -30,7 +33,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from adalink.errors import ConfigError, DataError
-from multimodal.language import load_language
+from multimodal.encode import RowEncoder, TextTooLong
+from multimodal.language import Language, load_language
+from multimodal.template import Template, Text
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "circle", "?"]
 IDS = {"vocab_size": len(VOCABULARY), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
@@ -96,7 +101,62 @@ def test_the_first_of_several_end_tokens_ends_a_text(tmp_path: Path) -> None:
     save(tmp_path, FAMILIES["llama"])
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [7, 2]}))
-    assert load_language(tmp_path).tokenizer.eos_token_id == 7
+    language = load_language(tmp_path)
+    assert language.tokenizer.eos_token_id == 7
+    assert language.end_ids == (7, 2)
+
+
+def test_all_end_tokens_that_a_model_names_end_a_text(tmp_path: Path) -> None:
+    save(tmp_path, FAMILIES["llama"], eos_token="</s>")
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [7, 2, 99]}))
+    assert load_language(tmp_path).end_ids == (2, 7)  # the tokenizer's own first; 99 is no row of the embedding
+
+
+NESTED: dict[str, Any] = {"vision_config": {**SMALL, "image_size": 8, "patch_size": 4}, "image_token_index": 7}
+
+
+def test_limits_and_ids_are_read_where_a_config_of_several_parts_keeps_them(tmp_path: Path) -> None:
+    text = {**SMALL, **IDS, "eos_token_id": [2, 5], "max_position_embeddings": 12, "num_key_value_heads": 2, "head_dim": 4, "sliding_window": 8, "layer_types": ["full_attention"] * SMALL["num_hidden_layers"]}
+    save(tmp_path, Gemma3Config(text_config=text, **NESTED, eos_token_id=None), pad_token="</s>")
+    language = load_language(tmp_path)
+    assert not hasattr(language.model.config, "max_position_embeddings")
+    assert (language.max_positions, language.end_ids) == (12, (2, 5))
+    assert (language.tokenizer.bos_token_id, language.tokenizer.eos_token_id) == (1, 2)
+    encoder = RowEncoder(Template(prompt="<image><bos>{question}", target="{text}<eos>"), language, [])
+    encoder.row(Text("a " * 5, "a " * 5))
+    with pytest.raises(TextTooLong, match="a text needs 13 tokens with its picture, and the language model has 12 positions: shorten it"):
+        encoder.row(Text("a " * 6, "a " * 5))
+
+
+def test_limits_of_both_sides_of_an_encoder_decoder_are_kept(tmp_path: Path) -> None:
+    sizes = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = LEDConfig(
+        vocab_size=len(VOCABULARY), d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, **sizes, max_encoder_position_embeddings=16, max_decoder_position_embeddings=6,
+        attention_window=2, decoder_start_token_id=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    save(tmp_path, config, eos_token="</s>")
+    language = load_language(tmp_path)
+    assert (language.max_positions, language.max_written) == (16, 6)
+    encoder = RowEncoder(Template(prompt="<image>{question}", target="{text}<eos>"), language, [])
+    encoder.row(Text("a " * 16, "a " * 5))
+    for question, answer in (("a " * 17, "a"), ("a", "a " * 6)):
+        with pytest.raises(TextTooLong, match="positions: shorten it"):
+            encoder.row(Text(question, answer))
+
+
+@pytest.mark.parametrize(("config", "limit"), [
+    (OPTConfig(hidden_size=8, word_embed_proj_dim=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=10, max_position_embeddings=9), 9),
+    (RobertaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=10, max_position_embeddings=9, is_decoder=True), 7),
+    (BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=10), None),
+])  # fmt: skip
+def test_learned_positions_are_those_that_words_can_have(config: Any, limit: int | None) -> None:
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    assert Language(model=model, tokenizer=None, name="it").max_positions == limit
+    if limit:
+        model(torch.full((1, limit), 5))
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            model(torch.full((1, limit + 1), 5))
 
 
 def test_a_pad_token_outside_the_embedding_is_not_used(tmp_path: Path) -> None:
