@@ -36,7 +36,7 @@ def setting(config: Any, *names: str, side: Literal["read", "written"] = "read")
 def max_positions(config: Any, side: Literal["read", "written"] = "read") -> int | None:
     """How many positions a model has for the words of a row; None where there is no last one (T5, Bloom)."""
     part = {"read": "encoder", "written": "decoder"}[side]
-    names = ("max_position_embeddings", f"max_{part}_position_embeddings", "n_positions", "max_sequence_length")
+    names: tuple[str, ...] = ("max_position_embeddings", f"max_{part}_position_embeddings", "n_positions", "max_sequence_length")
     if getattr(text_config(config, side), "relative_attention_num_buckets", None) is not None:  # T5's old configs hold an `n_positions` all the same
         names = names[:1]
     limit = setting(config, *names, side=side)
