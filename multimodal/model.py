@@ -25,7 +25,7 @@ from multimodal.adapter_folder import load_composed, save_composed
 from multimodal.batch import Batch, collate
 from multimodal.classify import AnswerHead, answer_loss, chosen_answers, new_head, pooled_state, use_for
 from multimodal.encode import RowEncoder
-from multimodal.generate import GenerationSettings, written_texts
+from multimodal.generate import GenerationSettings, saved_generation, written_texts
 from multimodal.language import Language, LanguageUse, load_language
 from multimodal.language_loss import LanguageLoss
 from multimodal.template import Template
@@ -89,8 +89,10 @@ class VisionLanguageModel(nn.Module):
     ) -> list[str]:
         """One text for each picture and prompt; a prompt is the question that the template asks (empty in captioning).
 
+        settings: those that the adapter was saved with, where none are given; an adapter made here has the defaults.
         adapter_names: one for each row, "__base__" for none; without them the active adapter serves all. Each row is worded by its own
-        adapter's template and has its own adapter's slots. Raises ConfigError for an unknown name and for lists of unequal length.
+        adapter's template and has its own adapter's slots. Raises ConfigError for an unknown name, for lists of unequal length, and where
+        adapters that were saved with different settings serve one call without settings.
         """
         if len(images) != len(prompts):
             raise ConfigError(f"{len(images)} pictures and {len(prompts)} prompts were given: give one prompt for each picture")
@@ -104,7 +106,7 @@ class VisionLanguageModel(nn.Module):
         encoders = {name: self.row_encoder(BASE_NAME if name is None else name) for name in set(names)}
         rows = [encoders[name].prompt(prompt) for name, prompt in zip(names, prompts, strict=True)]
         batch = collate(rows, [place[id(image)] for image in images], pixels, kind="pixels", side="left", pad_id=self.language.tokenizer.pad_token_id)
-        return self.generate_batch(batch.to(self.device), settings or GenerationSettings(), adapter_names)
+        return self.generate_batch(batch.to(self.device), settings or self._generation_of(names), adapter_names)
 
     @torch.no_grad()
     def generate_batch(self, batch: Batch, settings: GenerationSettings, adapter_names: Sequence[str | None] | None = None) -> list[str]:
@@ -210,6 +212,14 @@ class VisionLanguageModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print how many parameters the active adapter trains, and their share of all; and what is trained in the encoder and in the head."""
         print(trained_summary(self))
+
+    def _generation_of(self, names: Sequence[str | None]) -> GenerationSettings:
+        """The settings that the adapters of all rows were saved with."""
+        found = {saved_generation(self.adapted.tasks.get(name or "", {})): name for name in names if name != BASE_NAME}
+        if len(found) > 1:
+            listed = " and ".join(str(name) for name in found.values())
+            raise ConfigError(f"the adapters {listed} were saved with different generation settings: give `settings` for this call")
+        return next(iter(found), GenerationSettings())
 
     def _head(self, name: str | None) -> AnswerHead | None:
         return dict(self.heads.items()).get(name or "")  # type: ignore[return-value]  # a ModuleDict holds modules

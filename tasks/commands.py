@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from adalink import METHODS
 from adalink.errors import ConfigError
-from multimodal.generate import GenerationSettings
+from multimodal.generate import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.images import decode_image
 from multimodal.template import Template
 from multimodal.train_settings import TrainSettings
@@ -26,10 +27,12 @@ from tasks.draft import Draft, only_named_data
 from tasks.export import export_embeds, export_folded, export_merged
 from tasks.feature_command import FEATURES_HELP, add_features_options, features_command
 from tasks.figure_commands import add_compared_runs, add_scored, run_compared, run_compared_runs, run_scored
+from tasks.given_images import images_and_questions, images_of
 from tasks.help import comments_as_help
 from tasks.plan_commands import add_methods_options, add_plan_options, compose_command, dry_run_command, methods_command
 from tasks.run import Evaluation, evaluate_run, is_main, train_run
 from tasks.run_metrics import UNSCORED
+from tasks.saved_settings import SAVED, EvaluationSettings, settings_of
 from tasks.score import score_coco, score_vqa
 from tasks.serve.command import add_serve, serve
 from tasks.shards import shards_check, shards_coco, shards_folder, shards_img2dataset, shards_vqa
@@ -57,7 +60,7 @@ class Command:
 
 
 def _train(values: Any, plain: Any) -> None:
-    evaluation = train_run(_config(values), _config_text(plain), resume=values.resume)
+    evaluation = train_run(_config(values), _config_text(plain.as_dict()), resume=values.resume)
     _show(evaluation, values.out)
 
 
@@ -65,7 +68,9 @@ def _evaluate(values: Any, plain: Any) -> None:
     run = values.adapter.resolve().parent
     # The config of the run names the run's own folder, whose metrics and report stay what the training made them.
     out = values.out if values.out is not None and values.out.resolve() != run else values.adapter.parent / "evaluation"
-    _show(evaluate_run(_config(values), _config_text(plain), values.adapter, out, values.submission), out)
+    settings = settings_of(values.adapter, values)
+    text = _config_text({**plain.as_dict(), **{name: settings[name] for name in SAVED}})
+    _show(evaluate_run(RunConfig(**settings), text, values.adapter, out, values.submission), out)
 
 
 def _show(evaluation: Evaluation, folder: Path) -> None:
@@ -79,23 +84,34 @@ def _caption(values: Any, plain: Any) -> None:
     model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model)
     if saved["task"] != "captioning":
         raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink ask`")
-    for path in values.images:
+    settings = values.generation.over(saved_generation(saved))
+    images = images_of(values.images)
+    for path in images:
         decode_image(path)  # before the first is captioned: a wrong path is told at once
-    for start in range(0, len(values.images), CAPTIONED_AT_ONCE):
-        paths = values.images[start : start + CAPTIONED_AT_ONCE]
-        texts = model.generate([decode_image(path) for path in paths], [""] * len(paths), settings=values.generation)
+    for start in range(0, len(images), CAPTIONED_AT_ONCE):
+        paths = images[start : start + CAPTIONED_AT_ONCE]
+        texts = model.generate([decode_image(path) for path in paths], [""] * len(paths), settings=settings)
         for path, text in zip(paths, texts, strict=True):
-            print(f"{path}\t{text}" if len(values.images) > 1 else text)
+            print(f"{path}\t{text}" if len(images) > 1 else text)
 
 
 def _ask(values: Any, plain: Any) -> None:
+    images, questions = images_and_questions([values.image, *values.question])
+    if not questions:
+        raise ConfigError(f"no question is given after {images[-1]}: write one, such as 'what is on the table?'")
     model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model)
     if saved["task"] != "vqa":
         raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink caption`")
-    picture = decode_image(values.image)  # the same for all questions, so it is read once
-    texts = model.generate([picture] * len(values.question), values.question, settings=values.generation)
-    for question, text in zip(values.question, texts, strict=True):
-        print(f"{question}\t{text}" if len(texts) > 1 else text)
+    settings = values.generation.over(saved_generation(saved))
+    for path in images:
+        decode_image(path)  # before the first question is answered
+    for start in range(0, len(images), CAPTIONED_AT_ONCE):
+        paths = images[start : start + CAPTIONED_AT_ONCE]
+        shown = [decode_image(path) for path in paths]  # each once for all its questions, so it is read once
+        asked = [(path, image, question) for path, image in zip(paths, shown, strict=True) for question in questions]
+        texts = model.generate([image for _, image, _ in asked], [question for _, _, question in asked], settings=settings)
+        for (path, _, question), text in zip(asked, texts, strict=True):
+            print("\t".join([*[str(path)] * (len(images) > 1), *[question] * (len(questions) > 1), text]))
 
 
 def _add_run(parser: Any, settings: Any = RunConfig) -> None:
@@ -137,7 +153,8 @@ def _add_methods(parser: Any) -> None:
 
 
 def _add_evaluate(parser: Any) -> None:
-    _add_run(parser)
+    comments_as_help(GenerationChoice)
+    _add_run(parser, EvaluationSettings)
     parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder; results go to `out`, or to `evaluation` beside it")
     comments_as_help(Submission)
     parser.add_class_arguments(Submission, "submission")
@@ -147,18 +164,19 @@ def _add_adapter(parser: Any) -> None:
     parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder that `adalink train` wrote")
     parser.add_argument("--encoder", type=str | None, default=None, help="where the encoder is, if not where the adapter says")
     parser.add_argument("--language_model", type=str | None, default=None, help="where the language model is, if not where the adapter says")
-    parser.add_class_arguments(GenerationSettings, "generation")
+    comments_as_help(GenerationChoice)
+    parser.add_class_arguments(GenerationChoice, "generation")
 
 
 def _add_caption(parser: Any) -> None:
     _add_adapter(parser)
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="picture files: JPEG, PNG or WebP")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="images: files (JPEG, PNG or WebP), folders of them, or patterns")
 
 
 def _add_ask(parser: Any) -> None:
     _add_adapter(parser)
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture file: JPEG, PNG or WebP")
-    parser.add_argument("question", type=str, nargs="+", metavar="QUESTION", help="what to ask about it; several are answered in one batch")
+    parser.add_argument("image", type=str, metavar="IMAGE ...", help="images: files (JPEG, PNG or WebP), folders of them, or patterns")
+    parser.add_argument("question", type=str, nargs="+", metavar="QUESTION", help="what to ask about each of them; several are answered in one batch")
 
 
 def _add_demo(parser: Any) -> None:
@@ -183,9 +201,9 @@ def _config(values: Any) -> RunConfig:
     return RunConfig(**{name: values[name] for name in names})
 
 
-def _config_text(plain: Any) -> str:
+def _config_text(plain: Mapping[str, Any]) -> str:
     """The settings as they were used, as YAML that `--config` reads again."""
-    content = {name: value for name, value in plain.as_dict().items() if name in RunConfig.__dataclass_fields__}
+    content = {name: value for name, value in plain.items() if name in RunConfig.__dataclass_fields__}
     return yaml.safe_dump(_plain(content), sort_keys=False)
 
 
@@ -194,6 +212,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return vars(value)
     return str(value) if isinstance(value, Path) else value
 
 

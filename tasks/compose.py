@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adalink import AdaptedModel
+from adalink.checkpoint import AdapterConfig
 from adalink.errors import CheckpointError, ConfigError
 from multimodal.classify import use_for
 from multimodal.language import LanguageUse, load_language
@@ -16,7 +17,7 @@ from multimodal.template import Template
 from multimodal.vision import VisionTower, load_tower
 from tasks.scenes.parts import encoder_folder, language_folder
 
-__all__ = ["compose", "composed_tower", "found_part", "load_adapted"]
+__all__ = ["compose", "composed_tower", "found_part", "load_adapted", "read_saved"]
 
 
 def compose(encoder: str, language_model: str, *, template: Template, layer: int = -1, use: LanguageUse = "write") -> VisionLanguageModel:
@@ -41,14 +42,20 @@ def found_part(name: str) -> str | Path:
     return embedded[name]() if name in embedded else name
 
 
+def read_saved(folder: Path) -> AdapterConfig:
+    """The config of an adapter that `adalink train` saved: it names both frozen parts and the task. Raises CheckpointError for another one."""
+    config = AdaptedModel.read_config(folder)
+    if not {"encoder", "language_model"} <= set(config.base) or not {"task", "prompt", "target", "layer"} <= set(config.task):
+        raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no encoder, language model and task")
+    return config
+
+
 def load_adapted(folder: Path, *, encoder: str | None, language_model: str | None) -> tuple[VisionLanguageModel, dict[str, Any]]:
     """The composed model of a saved adapter, and what its config says of its task.
 
     The frozen parts are those that the adapter names unless others are given; others than it was trained on are refused.
     """
-    config = AdaptedModel.read_config(folder)
-    if not {"encoder", "language_model"} <= set(config.base) or not {"task", "prompt", "target", "layer"} <= set(config.task):
-        raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no encoder, language model and task")
+    config = read_saved(folder)
     model = compose(
         encoder or config.base["encoder"].name,
         language_model or config.base["language_model"].name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
         )  # fmt: skip
         _say_skipped("training", trained.bad)
         config_file.write_text(config_text)  # of a resumed run first here: one that is refused leaves the old one
-        model.save_pretrained(folder / "adapter", task={"task": task.name})
+        model.save_pretrained(folder / "adapter", task={"task": task.name, "generation": asdict(config.generation)})
         evaluation = _evaluate(model, pictures, task, config, before)
         _write(folder, model, task, config_text, evaluation, pictures)
         if is_main():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adalink.errors import ConfigError
-from multimodal.generate import GenerationSettings
+from multimodal.generate import GenerationChoice
 from tasks.help import comments_as_help
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
@@ -15,7 +15,7 @@ __all__ = ["add_serve", "serve"]
 
 def add_serve(parser: Any) -> None:
     """The arguments of the command."""
-    for kind in (ServeSettings, GenerationSettings, Batching, RequestLimits, Access):
+    for kind in (ServeSettings, GenerationChoice, Batching, RequestLimits, Access):
         comments_as_help(kind)
     parser.add_argument("--adapter", type=str, nargs="+", action="extend", default=[], metavar="NAME=DIR", help="adapters to serve, each under a name")
     parser.add_class_arguments(ServeSettings, None)

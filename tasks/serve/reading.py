@@ -16,7 +16,7 @@ from torch import Tensor
 from adalink import BASE_NAME
 from adalink.errors import ConfigError
 from multimodal.encode import Row, TextTooLong
-from multimodal.generate import GenerationSettings, check_room
+from multimodal.generate import GenerationChoice, GenerationSettings, check_room, saved_generation
 from multimodal.images import BadImage, ImageLimits, decode_image
 from multimodal.model import VisionLanguageModel
 from tasks.serve.chat import ChatRequest, FilePart, ImagePart, TextPart, UserMessage
@@ -43,7 +43,7 @@ class Sources:
 class Reader:
     """Makes asks of requests; called from several threads."""
 
-    def __init__(self, model: VisionLanguageModel, limits: RequestLimits, default: GenerationSettings, sources: Sources) -> None:
+    def __init__(self, model: VisionLanguageModel, limits: RequestLimits, default: GenerationChoice, sources: Sources) -> None:
         self.model = model
         self.limits = limits
         self.default = default
@@ -54,7 +54,7 @@ class Reader:
 
     def ask(self, request: ChatRequest, card: Card) -> tuple[Ask, str | None]:
         """What is asked, and the question that is read: None where the adapter's template has no place for one. Raises Refused."""
-        settings = self._settings(request)
+        settings = self._settings(request, card)
         question = self._question(request, card)
         row = self._row(card, question, settings)
         picture = self._picture(request, card)
@@ -66,17 +66,23 @@ class Reader:
         ask = Ask(adapter=card.name, row=row, picture=picture, settings=settings, stop=stop, sampling=sampling)
         return ask, question if card.asks else None
 
-    def _settings(self, request: ChatRequest) -> GenerationSettings:
+    def _settings(self, request: ChatRequest, card: Card) -> GenerationSettings:
+        """What the request says, else what the operator chose, else what the adapter was saved with, as far as the limits go."""
+        saved = saved_generation(self.model.adapted.tasks.get(card.name, {}))
+        within = replace(
+            saved, max_new_tokens=min(saved.max_new_tokens, self.limits.new_tokens), num_beams=min(saved.num_beams, self.limits.beams)
+        )  # fmt: skip
+        default = self.default.over(within)
         field = TOKENS if request.max_completion_tokens is not None else "max_tokens"
-        n_new = request.max_completion_tokens or request.max_tokens or self.default.max_new_tokens
+        n_new = request.max_completion_tokens or request.max_tokens or default.max_new_tokens
         if n_new > self.limits.new_tokens:
             raise Refused(400, f"{field} is {n_new}, and the limit is {self.limits.new_tokens}: ask for fewer", field=field, code="too_long")
         # A request that draws its tokens has no use for the beams that the operator made the default.
-        beams = request.num_beams or (1 if request.temperature or request.stop else self.default.num_beams)
+        beams = request.num_beams or (1 if request.temperature or request.stop else default.num_beams)
         if beams > self.limits.beams:
             raise Refused(400, f"num_beams is {beams}, and the limit is {self.limits.beams}: ask for fewer", field="num_beams")
-        penalty = self.default.length_penalty if request.length_penalty is None else request.length_penalty
-        return replace(self.default, max_new_tokens=n_new, num_beams=beams, length_penalty=penalty)
+        penalty = default.length_penalty if request.length_penalty is None else request.length_penalty
+        return replace(default, max_new_tokens=n_new, num_beams=beams, length_penalty=penalty)
 
     def _question(self, request: ChatRequest, card: Card) -> str:
         """The texts of the last message, which must be the user's."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from adalink.errors import ConfigError
-from multimodal.generate import GenerationSettings
+from multimodal.generate import GenerationChoice
 from multimodal.images import PILLOW_PIXELS
 
 __all__ = ["Access", "Batching", "RequestLimits", "ServeSettings"]
@@ -74,7 +74,7 @@ class ServeSettings:
     base: Path | None = None  # a run's config.yaml, for the frozen parts; without it they are those that the first adapter names
     encoder: str | None = None  # where the encoder is, if not where the config or the adapter says
     language_model: str | None = None  # where the language model is, if not where the config or the adapter says
-    generation: GenerationSettings = field(default_factory=GenerationSettings)  # what a request gets that does not say
+    generation: GenerationChoice = field(default_factory=GenerationChoice)  # what a request gets that does not say; without it, what the adapter was saved with
     batching: Batching = field(default_factory=Batching)
     limits: RequestLimits = field(default_factory=RequestLimits)
     access: Access = field(default_factory=Access)
@@ -83,7 +83,7 @@ class ServeSettings:
         """Check what a command line can get wrong."""
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}: give 0 (any free one) to 65535")
-        if self.generation.max_new_tokens > self.limits.new_tokens:
+        if (self.generation.max_new_tokens or 0) > self.limits.new_tokens:
             raise ConfigError(
                 f"generation.max_new_tokens is {self.generation.max_new_tokens}, above limits.new_tokens, {self.limits.new_tokens}: raise the limit too"
             )

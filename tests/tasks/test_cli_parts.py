@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from cli_run import RECIPES, SMALL, WIDTH, Done, adalink, refused, train
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from adalink.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from multimodal.batch import Batch
+from multimodal.generate import GenerationChoice, GenerationSettings
+from multimodal.model import VisionLanguageModel
 from tasks.scenes import encoder_folder, language_folder
 from tasks.scenes.dataset import Scenes
 
@@ -120,6 +127,36 @@ def test_many_pictures_are_captioned_in_parts_and_in_order(runs: Path, tmp_path:
     assert caption(runs / "captioning" / "adapter", paths[17]).out.strip() == lines[17][1]
 
 
+def test_a_folder_and_a_pattern_stand_for_their_images(runs: Path, picture: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "some [images]"
+    folder.mkdir()
+    for name in ("b.PNG", "a.png"):
+        (folder / name).write_bytes(picture.read_bytes())
+    (folder / "notes.txt").write_text("no image")
+    adapter = runs / "captioning" / "adapter"
+    expected = [str(folder / "a.png"), str(folder / "b.PNG")]
+    for given in (folder, tmp_path / "*" / "?.[pP][nN][gG]"):
+        assert [line.split("\t")[0] for line in caption(adapter, given).out.splitlines()] == expected
+    (tmp_path / "empty").mkdir()
+    assert f"the folder {tmp_path / 'empty'} holds no image" in refused(caption(adapter, tmp_path / "empty"))
+    assert refused(caption(adapter, tmp_path / "*.jpg")) == f"no file matches {tmp_path / '*.jpg'}: check the pattern"
+
+
+def test_one_question_about_several_images_and_several_about_each(runs: Path, picture: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.png"
+    image = Scenes(split="val", size=18)[7].image
+    assert isinstance(image, bytes)
+    other.write_bytes(image)
+    adapter, what, how = runs / "vqa" / "adapter", "what is in the middle?", "how many circles are there?"
+    alone = {(path, question): adalink("ask", "--adapter", adapter, path, question).out.strip() for path in (picture, other) for question in (what, how)}
+    one = adalink("ask", "--adapter", adapter, picture, other, what)
+    assert one.out.splitlines() == [f"{path}\t{alone[path, what]}" for path in (picture, other)]
+    both = adalink("ask", "--adapter", adapter, picture, other, what, how)
+    assert both.out.splitlines() == [f"{path}\t{question}\t{alone[path, question]}" for path in (picture, other) for question in (what, how)]
+    assert refused(adalink("ask", "--adapter", adapter, picture, other)).startswith(f"no question is given after {other}")
+    assert refused(adalink("ask", "--adapter", adapter, picture, tmp_path / "no.png", what)) == f"{tmp_path / 'no.png'} is missing"
+
+
 def test_a_picture_that_cannot_be_read_is_told_before_anything_is_captioned(runs: Path, picture: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.png"
     cut.write_bytes(picture.read_bytes()[:200])
@@ -137,6 +174,53 @@ def test_a_picture_that_cannot_be_read_is_told_before_anything_is_captioned(runs
 def test_the_wrong_command_for_an_adapter_names_the_right_one(runs: Path, picture: Path) -> None:
     assert "was trained for captioning: use `adalink caption`" in refused(adalink("ask", "--adapter", runs / "captioning" / "adapter", picture, "is it?"))
     assert "was trained for vqa: use `adalink ask`" in refused(caption(runs / "vqa" / "adapter", picture))
+
+
+def test_what_a_run_generated_with_is_saved_with_its_adapter_and_the_command_line_overrides(
+    runs: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = runs / "captioning" / "adapter"
+    config = adapter / "adalink_config.json"
+    saved = json.loads(config.read_text())
+    assert saved["task"]["generation"] == {"max_new_tokens": 3, "num_beams": 1, "length_penalty": 1.0}
+    saved["task"]["generation"] |= {"num_beams": 3, "later": True}  # a setting of a later version is passed over
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    (copy / config.name).write_text(json.dumps(saved))
+    used: list[GenerationSettings] = []
+    generate = VisionLanguageModel.generate_batch
+
+    def watched(self: VisionLanguageModel, batch: Batch, settings: GenerationSettings, *more: Any) -> list[str]:
+        used.append(settings)
+        return generate(self, batch, settings, *more)
+
+    monkeypatch.setattr(VisionLanguageModel, "generate_batch", watched)
+    data = ("--data.val.scenes", "val/2")
+    for given, beams in (((), 3), (("--generation.num_beams", "2"), 2)):
+        assert adalink("caption", "--adapter", copy, *given, picture).code == 0
+        done = adalink("evaluate", "--adapter", copy, "--out", tmp_path / f"out{beams}", *data, *given)
+        assert done.code == 0, done
+        assert set(used) == {GenerationSettings(max_new_tokens=3, num_beams=beams)}
+        used.clear()
+        settings = yaml.safe_load((tmp_path / f"out{beams}" / "config.yaml").read_text())
+        assert settings["generation"] == {"max_new_tokens": 3, "num_beams": beams, "length_penalty": 1.0}
+        assert (settings["task"], settings["encoder"], settings["language_model"]) == ("captioning", "scenes:encoder", "scenes:language")
+    VisionLanguageModel.from_pretrained(copy, encoder=encoder_folder(), language_model=language_folder()).generate([Image.open(picture).convert("RGB")], [""])
+    assert used == [GenerationSettings(max_new_tokens=3, num_beams=3)]
+    assert adalink("evaluate", "--config", tmp_path / "out3" / "config.yaml", "--adapter", copy, "--out", tmp_path / "again").code == 0
+    del saved["task"]["generation"]  # as adapters were saved before
+    (copy / config.name).write_text(json.dumps(saved))
+    used.clear()
+    assert adalink("caption", "--adapter", copy, picture).code == 0
+    assert used == [GenerationSettings()]
+    saved["task"]["generation"] = {"num_beams": "many"}
+    (copy / config.name).write_text(json.dumps(saved))
+    assert refused(adalink("caption", "--adapter", copy, picture)).startswith("the generation settings of the adapter's config are {'num_beams': 'many'}")
+
+
+def test_what_may_be_chosen_of_generation_is_what_there_is_to_choose() -> None:
+    names = [[(field.name, field.default) for field in dataclasses.fields(kind)] for kind in (GenerationSettings, GenerationChoice)]
+    assert [name for name, _ in names[0]] == [name for name, _ in names[1]]
+    assert GenerationChoice().over(GenerationSettings(num_beams=4)) == GenerationSettings(num_beams=4)
 
 
 def test_a_captioning_adapter_is_not_evaluated_with_a_vqa_config(runs: Path, tmp_path: Path) -> None:
