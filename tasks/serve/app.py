@@ -36,7 +36,7 @@ def make_app(service: Service) -> FastAPI:
         service.worker.start()
         yield
         await service.in_thread(service.worker.stop)
-        service.readers.shutdown()
+        service.close()
 
     # No pages of documentation: they load scripts from elsewhere. /openapi.json is there.
     app = FastAPI(title="adalink", lifespan=lifespan, docs_url=None, redoc_url=None)

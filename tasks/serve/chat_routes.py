@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -43,7 +44,9 @@ async def _chat(service: Service, request: Request) -> Response:
     with service.worker.waiting.arriving():
         asked = read_json(body, ChatRequest) if len(body) < SMALL else await service.in_thread(lambda: read_json(body, ChatRequest))
         with service.served.using(asked.model) as card:
-            ask, question = await service.in_thread(lambda: service.reader.ask(asked, card))
+            ask, question, source = await service.in_thread(lambda: service.reader.ask(asked, card))
+            if source is not None:
+                ask = replace(ask, picture=await service.picture(source))
             job = Job(ask, streams=bool(asked.stream))
             service.worker.waiting.put(job)
     service.metrics.n_accepted += 1

@@ -9,6 +9,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
+from tasks.serve.reading import Source
 from tasks.serve.refusal import Refused
 from tasks.serve.service import Service
 from tasks.serve.uploads import Upload
@@ -24,7 +25,7 @@ def file_routes(service: Service) -> APIRouter:
     async def add(request: Request) -> dict[str, Any]:
         name, data = await _uploaded(request)
         with service.worker.waiting.arriving():
-            await service.in_thread(lambda: service.reader.decoded(data, "file"))  # what is no picture is refused now, not when it is asked about
+            await service.picture(Source("file", data=data))  # what is no picture is refused now, not when it is asked about
         upload = Upload(name, data)
         service.uploads.add(upload)
         return _entry(upload)

@@ -17,7 +17,7 @@ from adalink import BASE_NAME
 from adalink.errors import ConfigError
 from multimodal.encode import Row, TextTooLong
 from multimodal.generate import GenerationChoice, GenerationSettings, check_room, saved_generation
-from multimodal.images import BadImage, ImageLimits, decode_image
+from multimodal.images import BadImage
 from multimodal.model import VisionLanguageModel
 from tasks.serve.chat import ChatRequest, FilePart, ImagePart, TextPart, UserMessage
 from tasks.serve.job import Ask, Picture
@@ -26,45 +26,61 @@ from tasks.serve.sampling import Sampling
 from tasks.serve.served import Card
 from tasks.serve.settings import RequestLimits
 
-__all__ = ["Reader", "Sources"]
+__all__ = ["Reader", "Source"]
 
 TOKENS = "max_completion_tokens"
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Where pictures come from: bytes, by an id or address and the field that names it; and features of those that were seen before."""
+class Source:
+    """Where the picture of a request is: its bytes, or the id of an upload, or an address; and the field that names it."""
 
-    upload: Callable[[str, str], bytes]
-    remote: Callable[[str, str], bytes]
-    features: Callable[[str], Tensor | None]
+    field: str
+    data: bytes | None = None
+    file_id: str | None = None
+    url: str | None = None
 
 
 class Reader:
-    """Makes asks of requests; called from several threads."""
+    """Makes asks of requests; called from several threads.
 
-    def __init__(self, model: VisionLanguageModel, limits: RequestLimits, default: GenerationChoice, sources: Sources) -> None:
+    features   of a picture that was seen before, by the sum of its bytes
+    decode     a picture; raises BadImage
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        limits: RequestLimits,
+        default: GenerationChoice,
+        *,
+        features: Callable[[str], Tensor | None],
+        decode: Callable[[bytes], Image.Image],
+    ) -> None:
         self.model = model
         self.limits = limits
         self.default = default
-        self.sources = sources
-        self._image_limits = ImageLimits(max_bytes=limits.image_bytes, max_pixels=limits.pixels)
+        self.features = features
+        self.decode = decode
         self._blank = Picture("", model.tower.preprocess(Image.new("RGB", (64, 64), "white")))
         self._tokenizing = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
 
-    def ask(self, request: ChatRequest, card: Card) -> tuple[Ask, str | None]:
-        """What is asked, and the question that is read: None where the adapter's template has no place for one. Raises Refused."""
+    def ask(self, request: ChatRequest, card: Card) -> tuple[Ask, str | None, Source | None]:
+        """What is asked, the question that is read, and where its picture is. Raises Refused.
+
+        The question is None where the adapter's template has no place for one, the source where there is no picture: the ask has a blank one.
+        """
         settings = self._settings(request, card)
         question = self._question(request, card)
         row = self._row(card, question, settings)
-        picture = self._picture(request, card)
+        source = self._source(request, card)
         stop = () if request.stop is None else (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
         sampling = _sampling(request)
         for field, is_given in (("temperature", sampling), ("stop", stop)):
             if is_given and settings.num_beams > 1:
                 raise Refused(400, f"{field} and num_beams were both given, and beams know no {field}: leave one of them out", field=field)
-        ask = Ask(adapter=card.name, row=row, picture=picture, settings=settings, stop=stop, sampling=sampling)
-        return ask, question if card.asks else None
+        ask = Ask(adapter=card.name, row=row, picture=self._blank, settings=settings, stop=stop, sampling=sampling)
+        return ask, question if card.asks else None, source
 
     def _settings(self, request: ChatRequest, card: Card) -> GenerationSettings:
         """What the request says, else what the operator chose, else what the adapter was saved with, as far as the limits go."""
@@ -106,8 +122,22 @@ class Reader:
             raise Refused(400, str(error).replace("generation.max_new_tokens", "max_tokens"), field="messages", code="too_long") from None
         return row
 
-    def _picture(self, request: ChatRequest, card: Card) -> Picture:
-        """The one picture of the conversation, decoded."""
+    def known(self, data: bytes) -> Picture:
+        """A picture of its bytes, with its features where they are known, else with neither features nor pixels."""
+        key = hashlib.sha256(data).hexdigest()
+        return Picture(key, None, self.features(key))
+
+    def decoded(self, data: bytes, key: str, field: str) -> Picture:
+        """A picture of its bytes. Raises Refused."""
+        try:
+            image = self.decode(data)
+        except BadImage as error:
+            status = 413 if error.reason.startswith("too ") else 400
+            raise Refused(status, f"{field}: {error.detail}", field=field, code=error.reason.replace(" ", "_")) from None
+        return Picture(key, self.model.tower.preprocess(image))
+
+    def _source(self, request: ChatRequest, card: Card) -> Source | None:
+        """The one picture of the conversation."""
         found = [
             (part, f"messages[{i}].content[{j}]")
             for i, message in enumerate(request.messages)
@@ -119,29 +149,18 @@ class Reader:
             raise Refused(400, f"{found[1][1]} is a second picture, and an adapter reads one: start a new conversation for it", field=found[1][1])
         if not found:
             if card.name == BASE_NAME:
-                return self._blank
+                return None
             raise Refused(400, "the messages hold no picture: add a content part of type image_url (a data URL) or file", field="messages", code="missing")
         part, field = found[0]
-        field += ".image_url.url" if isinstance(part, ImagePart) else ".file.file_id"
-        data = self._linked(part.image_url.url, field) if isinstance(part, ImagePart) else self.sources.upload(part.file.file_id, field)
-        return self.decoded(data, field)
-
-    def decoded(self, data: bytes, field: str) -> Picture:
-        """A picture of its bytes; one whose features are known is not decoded again. Raises Refused."""
-        key = hashlib.sha256(data).hexdigest()
-        if (features := self.sources.features(key)) is not None:
-            return Picture(key, None, features)
-        try:
-            image = decode_image(data, limits=self._image_limits)
-        except BadImage as error:
-            status = 413 if error.reason in ("too many bytes", "too many pixels") else 400
-            raise Refused(status, f"{field}: {error.detail}", field=field, code=error.reason.replace(" ", "_")) from None
-        return Picture(key, self.model.tower.preprocess(image))
-
-    def _linked(self, url: str, field: str) -> bytes:
-        """The bytes behind a data URL or an address."""
+        if isinstance(part, FilePart):
+            return Source(f"{field}.file.file_id", file_id=part.file.file_id)
+        field, url = f"{field}.image_url.url", part.image_url.url
         if url[:8].lower().startswith(("http://", "https://")):
-            return self.sources.remote(url, field)
+            return Source(field, url=url)
+        return Source(field, data=self._embedded(url, field))
+
+    def _embedded(self, url: str, field: str) -> bytes:
+        """The bytes in a data URL."""
         head, comma, payload = url.partition(",")
         if not (head.lower().startswith("data:") and head.lower().endswith(";base64") and comma):
             raise Refused(400, f"{field} is {url[:30]!r}...: expected data:image/...;base64,... (jpg, png or webp)", field=field)

@@ -19,6 +19,7 @@ from multimodal.template import Template
 from tasks.captioning import Captioning
 from tasks.compose import compose
 from tasks.serve.app import make_app
+from tasks.serve.decoders import start_early
 from tasks.serve.patience import patient_protocol
 from tasks.serve.served import check_served
 from tasks.serve.service import Service
@@ -36,6 +37,7 @@ def run_server(settings: ServeSettings, adapters: Mapping[str, Path]) -> None:
     """Serve until SIGTERM or an interrupt; what was accepted by then is answered first. Raises ConfigError before anything is served."""
     listening = _listening(settings.host, settings.port)
     with listening:
+        start_early()
         service = Service.of(served_model(settings, adapters), settings)
         config = uvicorn.Config(
             make_app(service),

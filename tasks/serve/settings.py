@@ -36,6 +36,7 @@ class RequestLimits:
     body_bytes: int = 16 * 2**20  # of a request's body; a picture in base64 is a third larger than its file
     image_bytes: int = 10 * 2**20  # of a picture's file
     pixels: int = 2**24  # width x height of a picture, checked before it is decoded
+    decode_seconds: float = 10.0  # of processor time to decode a picture; then its process is ended, and the picture refused
     text_bytes: int = 32_768  # of all texts of a conversation; the model's positions limit the question that is read besides
     new_tokens: int = 512  # most tokens that a request may ask for
     beams: int = 8  # most beams that a request may ask for
