@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 
@@ -16,6 +17,7 @@ from tasks.serve.chat_routes import chat_routes
 from tasks.serve.file_routes import file_routes
 from tasks.serve.guard import BodyGuard
 from tasks.serve.model_routes import model_routes
+from tasks.serve.origin import OriginGuard
 from tasks.serve.refusal import Refused
 from tasks.serve.service import Service
 
@@ -39,8 +41,11 @@ def make_app(service: Service) -> FastAPI:
         service.close()
 
     # No pages of documentation: they load scripts from elsewhere. /openapi.json is there.
-    app = FastAPI(title="adalink", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="adalink", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyGuard, limits=service.settings.limits)
+    app.add_middleware(OriginGuard, settings=service.settings)
+    if origins := service.settings.access.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"], expose_headers=["Retry-After"])
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _left)
@@ -52,7 +57,7 @@ def make_app(service: Service) -> FastAPI:
 
 
 def _add_open_routes(app: FastAPI, service: Service) -> None:
-    """What needs no key: the page, and what a machine asks to know whether and how the server works."""
+    """What needs no key: the page, and whether the server works. How it works, and for whom, is behind the keys where there are keys."""
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -69,10 +74,14 @@ def _add_open_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         works = service.worker.is_alive
-        content = {"status": "ok" if works else "the generation thread has ended", "models": list(service.served.cards)}
-        return JSONResponse({**content, "waiting": len(service.worker.waiting.jobs)}, 200 if works else 503)
+        content = {"status": "ok" if works else "the generation thread has ended", "waiting": len(service.worker.waiting.jobs)}
+        return JSONResponse({**content, **({} if service.keys.keys else {"models": list(service.served.cards)})}, 200 if works else 503)
 
-    @app.get("/metrics")
+    @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(service.keys)])
+    async def schema() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+    @app.get("/metrics", dependencies=[Depends(service.keys)])
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

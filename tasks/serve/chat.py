@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from tasks.serve.refusal import Refused
 
-__all__ = ["AssistantMessage", "ChatRequest", "FilePart", "ImagePart", "LoadRequest", "TextPart", "UserMessage", "read_json"]
+__all__ = ["AssistantMessage", "ChatRequest", "FilePart", "ImagePart", "LoadRequest", "SystemMessage", "TextPart", "UserMessage", "read_json"]
 
 N_SHOWN = 60  # characters of a wrong value
 N_COMMAS = 50_000  # of a body; a wrong one gets an error object for each of its values, and a picture in base64 has none
@@ -23,6 +23,10 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+Nothing = Annotated[list[None], Field(max_length=0)] | None  # asks for nothing: an empty list or null
+NoWords = Annotated[dict[str, None], Field(max_length=0)] | None
+
+
 class TextPart(_Body):
     """A piece of text."""
 
@@ -30,9 +34,14 @@ class TextPart(_Body):
     text: str
 
 
+class _RefusalPart(_Body):
+    type: Literal["refusal"]
+    refusal: str
+
+
 class _ImageUrl(_Body):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"  # the encoder has one size, so all are the same
+    detail: Literal["auto", "low", "high", "original"] | None = None  # the encoder has one size, so all are the same
 
 
 class ImagePart(_Body):
@@ -42,15 +51,17 @@ class ImagePart(_Body):
     image_url: _ImageUrl
 
 
-class _FileId(_Body):
-    file_id: str
+class _File(_Body):
+    file_id: str | None = None
+    file_data: str | None = None
+    filename: str | None = None
 
 
 class FilePart(_Body):
-    """A picture that was uploaded to /v1/files."""
+    """A picture that was uploaded to /v1/files, or its data URL."""
 
     type: Literal["file"]
-    file: _FileId
+    file: _File
 
 
 _Part = Annotated[TextPart | ImagePart | FilePart, Field(discriminator="type")]
@@ -64,9 +75,14 @@ _Content = Annotated[
     Annotated[str, Tag("a text")] | Annotated[list[_Part], Field(max_length=64), Tag("a list of parts")],
     Discriminator(_form),
 ]
+_Words = Annotated[
+    Annotated[str, Tag("a text")] | Annotated[list[TextPart], Field(max_length=64), Tag("a list of parts")],
+    Discriminator(_form),
+]
+_Said = Annotated[TextPart | _RefusalPart, Field(discriminator="type")]
 _StopText = Annotated[str, Field(min_length=1, max_length=64)]
 _Stop = Annotated[
-    Annotated[_StopText, Tag("a text")] | Annotated[list[_StopText], Field(max_length=4), Tag("a list of texts")],
+    Annotated[str, Field(max_length=64), Tag("a text")] | Annotated[list[_StopText], Field(max_length=4), Tag("a list of texts")],
     Discriminator(lambda stop: "a list of texts" if isinstance(stop, list) else "a text"),
 ]
 
@@ -85,27 +101,46 @@ class UserMessage(_Body):
 
 
 class AssistantMessage(_Body):
-    """What was answered before; an adapter does not read it."""
+    """What was answered before, in all the fields in which a client sends an answer back; an adapter does not read it."""
 
     role: Literal["assistant"]
-    content: str | None = None
-    refusal: None = None
+    content: str | Annotated[list[_Said], Field(max_length=64)] | None = None
+    refusal: str | None = None
+    name: str | None = None
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
+
+
+class SystemMessage(_Body):
+    """Instructions, which an adapter does not read: its template has no place for them."""
+
+    role: Literal["system", "developer"]
+    content: _Words
     name: str | None = None
 
 
 class _StreamOptions(_Body):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # pieces are not padded to hide their lengths
 
 
 class _Plain(_Body):
     type: Literal["text"]
 
 
+class _NoCache(_Body):
+    """Settings of a cache of prompts, which this server has by itself."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 class ChatRequest(_Body):
     """A chat request. Fields that stand for something no adapter can do may be given with the value that asks nothing of them."""
 
     model: str
-    messages: list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]] = Field(min_length=1, max_length=256)
+    messages: list[Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]] = Field(min_length=1, max_length=256)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)  # 0, and without it: greedy
@@ -116,12 +151,41 @@ class ChatRequest(_Body):
     stream_options: _StreamOptions | None = None
     num_beams: int | None = Field(default=None, ge=1)  # beyond OpenAI's
     length_penalty: float | None = Field(default=None, ge=-10, le=10, allow_inf_nan=False)  # beyond OpenAI's, of beams
-    user: str | None = None  # names the caller's own user, and changes nothing
+    # What names the caller's own things, and changes nothing.
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: _NoCache | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    # What asks for nothing that an adapter does not do.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    logit_bias: NoWords = None
     response_format: _Plain | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    store: Literal[False] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    moderation: None = None
+    web_search_options: None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Nothing = None
+    function_call: Literal["none", "auto"] | None = None
+
+    @property
+    def has_instructions(self) -> bool:
+        """Whether a system message says anything."""
+        said = [message.content for message in self.messages if isinstance(message, SystemMessage)]
+        return any(content.strip() if isinstance(content, str) else any(part.text.strip() for part in content) for content in said)
 
 
 class LoadRequest(_Body):
@@ -150,9 +214,6 @@ def _refused(error: ValidationError) -> Refused:
         return Refused(400, f"{field} is missing: give it", field=field, code="missing")
     if first["type"] == "extra_forbidden":
         return Refused(400, f"there is no field {field}, or no adapter can honour it: leave it out", field=field, code="unknown_field")
-    if first["type"] == "union_tag_invalid" and isinstance(value, dict) and value.get("role") in ("system", "developer"):
-        field += ".role"
-        return Refused(400, f"{field} is {value['role']!r}, and an adapter's template has no place for instructions: leave the message out", field=field)
     if first["type"].startswith("union_tag") and isinstance(value, dict):
         name = str(first["ctx"]["discriminator"]).strip("'")
         expected = first["ctx"].get("expected_tags", "'role' or 'type'")

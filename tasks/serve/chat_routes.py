@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from tasks.serve.chat import ChatRequest, read_json
 from tasks.serve.job import Answer, Job
+from tasks.serve.origin import check_json
 from tasks.serve.refusal import Refused
 from tasks.serve.replies import Reply, event
 from tasks.serve.service import Service
@@ -19,6 +20,7 @@ from tasks.serve.service import Service
 __all__ = ["chat_routes"]
 
 CLIENT_LEFT = 499
+NO_PLACE = "not read: the adapter's template has no place for instructions"
 SMALL = 65_536  # bytes: read at once; a larger body would hold up the event loop
 FAILED = Refused(500, "the model failed on the batch of this request; the server's log says why", code="internal_error")
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ def chat_routes(service: Service) -> APIRouter:
 
 
 async def _chat(service: Service, request: Request) -> Response:
+    check_json(request.headers.get("content-type", "application/json"))  # many a small program gives none; a page cannot leave out its origin
     body = await request.body()
     with service.worker.waiting.arriving():
         asked = read_json(body, ChatRequest) if len(body) < SMALL else await service.in_thread(lambda: read_json(body, ChatRequest))
@@ -47,10 +50,10 @@ async def _chat(service: Service, request: Request) -> Response:
             ask, question, source = await service.in_thread(lambda: service.reader.ask(asked, card))
             if source is not None:
                 ask = replace(ask, picture=await service.picture(source))
-            job = Job(ask, streams=bool(asked.stream))
+            job = Job(replace(ask, owner=request.state.owner), streams=bool(asked.stream))
             service.worker.waiting.put(job)
     service.metrics.n_accepted += 1
-    reply = Reply(asked.model, question, len(asked.messages) - 1)
+    reply = Reply(asked.model, question, len(asked.messages) - 1, NO_PLACE if asked.has_instructions else None)
     if asked.stream:
         include_usage = asked.stream_options is not None and asked.stream_options.include_usage
         events = _stream(service, job, reply, include_usage=include_usage)

@@ -35,6 +35,7 @@ class Ask:
     settings: GenerationSettings
     stop: tuple[str, ...] = ()
     sampling: Sampling | None = None
+    owner: str = ""  # whose request it is: what others asked is not told by the tokens that need not be read
 
     @property
     def kind(self) -> object:

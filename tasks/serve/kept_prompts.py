@@ -36,7 +36,9 @@ class Part:
 
 
 class KeptPrompts:
-    """One prompt for each picture and adapter that was asked about it; the least recently used are forgotten. Used by the generation thread alone.
+    """One prompt for each picture, adapter that was asked about it and owner; the least recently used are forgotten.
+
+    Used by the generation thread alone.
 
     most   bytes of keys and values
     """
@@ -44,7 +46,7 @@ class KeptPrompts:
     def __init__(self, most: int) -> None:
         self.most = most
         self.n_bytes = 0
-        self._kept: OrderedDict[tuple[str, str], KnownPrompt] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str, str], KnownPrompt] = OrderedDict()
 
     def parts(self, jobs: Sequence[Job]) -> list[Part]:
         """The jobs whose prompts are new, and those that begin like a known one."""
@@ -74,13 +76,13 @@ class KeptPrompts:
         self._kept.move_to_end(_key(job))
         return prompt
 
-    def _forget(self, key: tuple[str, str]) -> None:
+    def _forget(self, key: tuple[str, str, str]) -> None:
         if (prompt := self._kept.pop(key, None)) is not None:
             self.n_bytes -= prompt.n_bytes
 
 
-def _key(job: Job) -> tuple[str, str]:
-    return job.ask.adapter, job.ask.picture.key
+def _key(job: Job) -> tuple[str, str, str]:
+    return job.ask.adapter, job.ask.picture.key, job.ask.owner
 
 
 def _tokens(job: Job) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from pathlib import Path
 
@@ -21,15 +22,18 @@ class Keys:
         self.keys = _read(path) if path is not None else ()
 
     def __call__(self, request: Request) -> None:
-        """Raise Refused for a request without one of the keys."""
+        """Raise Refused for a request without one of the keys; note in its state whose it is."""
+        request.state.owner = ""
         if not self.keys:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not given.strip():
             raise Refused(401, "a key is needed: send the header `Authorization: Bearer KEY`", field="authorization", code="missing_key")
-        # Every key is compared, each in the same time, so that the time tells nothing.
-        if not sum(hmac.compare_digest(given.strip().encode(), key) for key in self.keys):
+        # Every key is compared, each in the same time, so that the time tells nothing. Headers are read as latin-1, whatever they are.
+        secret = given.strip().encode("latin-1")
+        if not sum(hmac.compare_digest(secret, key) for key in self.keys):
             raise Refused(401, "the key is not one of this server's: ask its operator for one", field="authorization", code="wrong_key")
+        request.state.owner = hashlib.sha256(secret).hexdigest()
 
 
 def _read(path: Path) -> tuple[bytes, ...]:

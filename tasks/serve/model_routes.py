@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from tasks.serve.chat import LoadRequest, read_json
+from tasks.serve.origin import check_json
 from tasks.serve.refusal import Refused
 from tasks.serve.replies import model_entry
 from tasks.serve.service import Service
@@ -32,8 +33,7 @@ def model_routes(service: Service) -> APIRouter:
     @routes.post("", dependencies=admin, status_code=201)
     async def load(request: Request) -> dict[str, Any]:
         _check_may_change(root)
-        if not request.headers.get("content-type", "").startswith("application/json"):  # what a foreign page cannot send without being asked
-            raise Refused(400, "the content type is not application/json: send the body as JSON", field="content-type")
+        check_json(request.headers.get("content-type", ""))
         asked = read_json(await request.body(), LoadRequest)
         return model_entry(await service.served.load(asked.id, _inside(root, asked.folder)))
 

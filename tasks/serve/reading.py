@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 from torch import Tensor
@@ -19,7 +20,7 @@ from multimodal.encode import Row, TextTooLong
 from multimodal.generate import GenerationChoice, GenerationSettings, check_room, saved_generation
 from multimodal.images import BadImage
 from multimodal.model import VisionLanguageModel
-from tasks.serve.chat import ChatRequest, FilePart, ImagePart, TextPart, UserMessage
+from tasks.serve.chat import ChatRequest, FilePart, ImagePart, SystemMessage, TextPart, UserMessage
 from tasks.serve.job import Ask, Picture
 from tasks.serve.refusal import Refused
 from tasks.serve.sampling import Sampling
@@ -29,6 +30,7 @@ from tasks.serve.settings import RequestLimits
 __all__ = ["Reader", "Source"]
 
 TOKENS = "max_completion_tokens"
+_FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Reader:
         question = self._question(request, card)
         row = self._row(card, question, settings)
         source = self._source(request, card)
-        stop = () if request.stop is None else (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+        stop = () if not request.stop else (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
         sampling = _sampling(request)
         for field, is_given in (("temperature", sampling), ("stop", stop)):
             if is_given and settings.num_beams > 1:
@@ -105,9 +107,10 @@ class Reader:
         texts = [part.text for message in request.messages if isinstance(message, UserMessage) for part in message.parts if isinstance(part, TextPart)]
         if (n_bytes := sum(len(text.encode()) for text in texts)) > self.limits.text_bytes:
             raise Refused(400, f"messages hold {n_bytes} bytes of text, and the limit is {self.limits.text_bytes}", field="messages", code="too_long")
-        at, last = len(request.messages) - 1, request.messages[-1]
+        others = [(at, message) for at, message in enumerate(request.messages) if not isinstance(message, SystemMessage)]
+        at, last = others[-1] if others else (0, request.messages[0])
         if not isinstance(last, UserMessage):
-            raise Refused(400, f"messages[{at}].role is 'assistant', expected the last message to be the user's", field=f"messages[{at}].role")
+            raise Refused(400, f"messages[{at}].role is {last.role!r}, expected the last message to be the user's", field=f"messages[{at}].role")
         question = " ".join(part.text for part in last.parts if isinstance(part, TextPart)).strip()
         if card.asks and not question and card.name != BASE_NAME:
             raise Refused(400, f"the model {card.name} answers questions, and the last message has none: add a text part", field=f"messages[{at}].content")
@@ -153,21 +156,31 @@ class Reader:
             raise Refused(400, "the messages hold no picture: add a content part of type image_url (a data URL) or file", field="messages", code="missing")
         part, field = found[0]
         if isinstance(part, FilePart):
-            return Source(f"{field}.file.file_id", file_id=part.file.file_id)
-        field, url = f"{field}.image_url.url", part.image_url.url
+            return self._file(part, f"{field}.file")
+        field, url = f"{field}.image_url.url", part.image_url.url.strip()
         if url[:8].lower().startswith(("http://", "https://")):
             return Source(field, url=url)
         return Source(field, data=self._embedded(url, field))
 
+    def _file(self, part: FilePart, field: str) -> Source:
+        """An upload, or a file in the request itself."""
+        if part.file.file_data is not None and part.file.file_id is None:
+            return Source(f"{field}.file_data", data=self._embedded(part.file.file_data.strip(), f"{field}.file_data"))
+        if part.file.file_id is None or part.file.file_data is not None:
+            raise Refused(400, f"{field} holds neither or both of file_id and file_data: give one of them", field=field, code="missing")
+        return Source(f"{field}.file_id", file_id=part.file.file_id)
+
     def _embedded(self, url: str, field: str) -> bytes:
-        """The bytes in a data URL."""
+        """The bytes in a data URL, read as browsers read it: with white space in its base64, percent signs, or without the padding."""
         head, comma, payload = url.partition(",")
-        if not (head.lower().startswith("data:") and head.lower().endswith(";base64") and comma):
+        form = head.lower().replace(" ", "")
+        if not (form.startswith("data:") and form.endswith(";base64") and comma):
             raise Refused(400, f"{field} is {url[:30]!r}...: expected data:image/...;base64,... (jpg, png or webp)", field=field)
-        if len(payload) > self.limits.image_bytes // 3 * 4 + 4:
-            raise Refused(413, f"{field}: the picture has more than {self.limits.image_bytes} bytes, the limit", field=field, code="too_many_bytes")
         try:
-            return base64.b64decode(payload, validate=True)
+            digits = unquote_to_bytes(payload).translate(_FROM_URL_SAFE, b" \t\r\n\f").rstrip(b"=")
+            if len(digits) > self.limits.image_bytes // 3 * 4 + 4:
+                raise Refused(413, f"{field}: the picture has more than {self.limits.image_bytes} bytes, the limit", field=field, code="too_many_bytes")
+            return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
         except (binascii.Error, ValueError) as error:
             raise Refused(400, f"{field} is no base64: {error}", field=field, code="not_base64") from None
 

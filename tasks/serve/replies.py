@@ -26,12 +26,14 @@ class Reply:
     """The reply to one request.
 
     question   what the adapter was asked; None where its template has no place for a question
-    n_unread   messages before the last, which an adapter does not read
+    n_unread   messages besides the last, which an adapter does not read
+    system     what became of the instructions of a system message; None where there are none
     """
 
     model: str
     question: str | None
     n_unread: int
+    system: str | None = None
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -60,6 +62,7 @@ class Reply:
         return {
             "question": self.question,
             "messages_not_read": self.n_unread,
+            "system_message": self.system,
             "waited_ms": round(1000 * answer.waited, 1),
             "generated_ms": round(1000 * answer.generated, 1),
             "batch_rows": answer.n_rows,

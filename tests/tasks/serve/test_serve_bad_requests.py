@@ -60,7 +60,7 @@ BAD = (
     Case({"model": 5}, 400, "model", "model is 5"),
     Case({"messages": []}, 400, "messages", "at least 1"),
     Case({"messages": "hello"}, 400, "messages", "messages is 'hello'"),
-    Case({"messages": [{"role": "system", "content": "be brief"}]}, 400, "messages[0].role", "no place for instructions"),
+    Case({"messages": [{"role": "system", "content": "be brief"}]}, 400, "messages[0].role", "is 'system', expected the last message to be the user's"),
     Case({"messages": [{"role": "king", "content": "x"}]}, 400, "messages[0].role", "messages[0].role is 'king': expected one of 'user', 'assistant'"),
     Case({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0].text", "is missing"),
     Case({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, 400, "messages[0].content[0].type", "is 'sound'"),
@@ -73,7 +73,12 @@ BAD = (
     Case({"messages": image("ftp://example.com/a.png")}, 400, URL, "expected data:image/"),
     Case({"messages": image("http://127.0.0.1/a.png")}, 400, URL, "fetches no pictures"),
     Case({"messages": image(data_url(bomb()))}, 413, URL, "20000 x 20000 pixels, and the limit is 4000000"),
-    Case({"tools": []}, 400, "tools", "there is no field tools"),
+    Case({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "tools is [{'type': 'function'"),
+    Case({"colour": 1}, 400, "colour", "there is no field colour"),
+    Case({"logprobs": True}, 400, "logprobs", "logprobs is True"),
+    Case({"store": True}, 400, "store", "store is True"),
+    Case({"response_format": {"type": "json_object"}}, 400, "response_format.type", "response_format.type is 'json_object'"),
+    Case({"messages": [{"role": "user", "content": [{"type": "file", "file": {}}, {"type": "text", "text": "is it red?"}]}]}, 400, "messages[0].content[0].file", "neither"),
     Case({"n": 2}, 400, "n", "n is 2"),
     Case({"temperature": -1}, 400, "temperature", "temperature is -1"),
     Case({"top_p": 0}, 400, "top_p", "top_p is 0"),
@@ -161,7 +166,7 @@ def answered(server: Server, sent: bytes) -> bytes:
 @pytest.mark.usefixtures("model")
 def test_a_client_that_sends_too_slowly_is_told_and_let_go(adapters: Path) -> None:
     """By a server of its own: one that is so impatient may let go of any client of a machine that is busy, so here they try again."""
-    header = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+    header = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 
     def in_the_end(happens: Callable[[], bool]) -> None:
         give_up = time.monotonic() + PATIENCE
@@ -183,7 +188,7 @@ def test_a_connection_that_is_cut_leaves_nothing_behind(server: Server, client: 
     for sent in (good, good[: len(good) // 2]):
         for _ in range(5):
             with opened(server) as connection:
-                connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(good) + sent)
+                connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(good) + sent)
                 time.sleep(0.02)
     give_up = time.monotonic() + PATIENCE
     while server.metric('adalink_requests_total{model="cap",status="499"}') == 0 and server.metric("adalink_waiting"):

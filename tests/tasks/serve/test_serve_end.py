@@ -48,7 +48,10 @@ def test_a_server_that_is_asked_to_end_answers_what_it_accepted(model: VisionLan
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "wrong_key")
         loaded = asked.post("/v1/models", json={"id": "x", "folder": "cap"}, headers={"Authorization": "Bearer secret-1"})
         assert (loaded.status_code, loaded.json()["error"]["code"]) == (403, "not_allowed")
-        assert asked.get("/health").json()["status"] == "ok"  # needs no key
+        assert set(asked.get("/health").json()) == {"status", "waiting"}  # needs no key, and names no adapters
+        for path in ("/metrics", "/openapi.json"):
+            assert asked.get(path).status_code == 401
+            assert asked.get(path, headers={"Authorization": "Bearer secret-2"}).status_code == 200
         threads = [threading.Thread(target=client, args=(server.url.removeprefix("http://"),)) for _ in range(8)]
         for thread in threads:
             thread.start()
