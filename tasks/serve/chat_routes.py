@@ -55,7 +55,7 @@ async def _chat(service: Service, request: Request) -> Response:
     service.metrics.n_accepted += 1
     reply = Reply(asked.model, question, len(asked.messages) - 1, NO_PLACE if asked.has_instructions else None)
     if asked.stream:
-        include_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         events = _stream(service, job, reply, include_usage=include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     answer = await _end_of(job, request)

@@ -63,9 +63,15 @@ class Access:
     api_keys: Path | None = None  # a file with one key a line; requests then need `Authorization: Bearer KEY`
     admin_keys: Path | None = None  # a file with one key a line, for loading and unloading adapters; without it, the api keys do
     adapters_folder: Path | None = None  # adapters may be loaded at run time from folders in this one; without it, none can be
-    hosts: tuple[str, ...] = ()  # names of this server besides localhost and --host, which requests may ask for; "*" for every one
-    origins: tuple[str, ...] = ()  # origins of other web pages that may use the API, such as https://app.example.org; "*" for every one
-    image_hosts: tuple[str, ...] = ()  # hosts that pictures may be fetched from; "*" for every public one. Private addresses never
+    hosts: tuple[str, ...] | str = ()  # names of this server besides localhost and --host, which requests may ask for; "*" for every one
+    origins: tuple[str, ...] | str = ()  # origins of other web pages that may use the API, such as https://app.example.org; "*" for every one
+    image_hosts: tuple[str, ...] | str = ()  # hosts that pictures may be fetched from; "*" for every public one. Private addresses never
+
+    def __post_init__(self) -> None:
+        """Take a list with commas for a list."""
+        for name in ("hosts", "origins", "image_hosts"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, tuple(one.strip() for one in value.split(",") if one.strip()))
 
 
 @dataclass(frozen=True, kw_only=True)

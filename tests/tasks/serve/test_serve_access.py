@@ -26,7 +26,7 @@ def guarded(adapters: Path, model: object, tmp_path_factory: pytest.TempPathFact
     """A server with two keys, one of them no ASCII, a name of its own and a page of another origin that may use it."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text("first\nclé-2\n", encoding="utf-8")
-    with serving(adapters, "--access.api_keys", keys, "--access.hosts", '["demo.example"]', "--access.origins", f'["{APP}"]', names=("vqa",)) as found:
+    with serving(adapters, "--access.api_keys", keys, "--access.hosts", "demo.example", "--access.origins", f'["{APP}"]', names=("vqa",)) as found:
         yield found
 
 

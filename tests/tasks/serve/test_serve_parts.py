@@ -333,3 +333,4 @@ def test_settings_that_cannot_be_are_told() -> None:
     with pytest.raises(ConfigError, match="port is -1"):
         ServeSettings(port=-1)
     assert ServeSettings().access == Access()
+    assert Access(hosts="a.example, b.example", origins="*") == Access(hosts=("a.example", "b.example"), origins=("*",))
