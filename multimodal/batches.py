@@ -39,20 +39,21 @@ class Learns(Protocol):
 
 
 class Batches:
-    """Batches on the model's device. Each loop over it reads `epochs` passes more of an endless stream, in an order that only seed and data decide.
+    """Batches on the model's device. Each loop over it reads `epochs` passes more of the data, in an order that only seed and data decide.
 
     loader   what `train` reads: the same batches with the samples that were left out of each, and a state to go on from
     told     how texts share rows, a line for a log
     bad      the samples that were left out so far
     """
 
-    def __init__(self, model: VisionLanguageModel, loader: TrainLoader, told: str, bad: BadSamples) -> None:
+    def __init__(self, model: VisionLanguageModel, loader: TrainLoader, told: str, bad: BadSamples, n_samples: int) -> None:
         self.loader, self.told, self.bad = loader, told, bad
-        self._model = model
+        self._model, self._n_samples = model, n_samples
         self._seen: set[tuple[str, str]] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises BudgetError over the budget of bad samples. A batch without a good sample is left out."""
+        self.loader.end = self.loader.position + self._n_samples
         for loaded in self.loader:
             for sample in loaded.bad:
                 if (sample.key, sample.reason) not in self._seen:  # once, whatever the number of epochs that meet it
@@ -63,7 +64,7 @@ class Batches:
                 yield loaded.batch.to(self._model.device)
 
     def __len__(self) -> int:
-        return self.loader.steps
+        return self.loader.steps  # fewer where a batch has no good sample
 
 
 def new_batches(
@@ -96,8 +97,9 @@ def new_batches(
     arrange, told = (separate_rows, CHOSEN) if model.head is not None else arrangement_of(model, weights)
     encoder = model.row_encoder()
     row_tokens, told = row_limit(arrange, told, row_tokens, encoder.max_positions)
+    n_samples = math.ceil(epochs * len(source))
     loader = train_loader(
-        source, texts, encoder, arrange, model.tower.preprocess, steps=math.ceil(epochs * len(source) / (batch_size * world)), batch_size=batch_size,
+        source, texts, encoder, arrange, model.tower.preprocess, steps=-(-n_samples // (batch_size * world)), batch_size=batch_size,
         seed=seed, workers=workers, rank=rank, world=world, patches=features, row_tokens=row_tokens, bucket_pool=bucket_pool,
     )  # fmt: skip
-    return Batches(model, loader, told, BadSamples(budget=bad_samples))
+    return Batches(model, loader, told, BadSamples(budget=bad_samples), n_samples)

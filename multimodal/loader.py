@@ -120,13 +120,14 @@ class _Positions:
 class _Steps:
     """The positions of each step of one rank, from a position on: rank r of W reads every step's r-th part of the global batch."""
 
-    def __init__(self, first: int, steps: int, batch_size: int, rank: int, world: int) -> None:
-        self.first, self.steps, self.batch_size, self.rank, self.world = first, steps, batch_size, rank, world
+    def __init__(self, first: int, steps: int, batch_size: int, rank: int, world: int, end: int | None) -> None:
+        self.first, self.steps, self.batch_size, self.rank, self.world, self.end = first, steps, batch_size, rank, world, end
 
     def __iter__(self) -> Iterator[range]:
         for step in range(self.steps):
             start = self.first + (step * self.world + self.rank) * self.batch_size
-            yield range(start, start + self.batch_size)
+            stop = start + self.batch_size
+            yield range(start, stop if self.end is None else max(start, min(stop, self.end)))
 
 
 class _Collate:
@@ -167,13 +168,20 @@ class TrainLoader:
         self._positions, self._collate = positions, collate
         self._batch_size, self._workers, self._rank, self._world = batch_size, workers, rank, world
         self._position = 0
+        self.end: int | None = None  # the stream's, where it has one: its last steps are then smaller
 
     def __iter__(self) -> Iterator[Loaded]:
         """The next `steps` steps. Raises DataError where a worker process dies, or a shard is gone."""
-        steps = _Steps(self._position, self.steps, self._batch_size, self._rank, self._world)
+        steps = _Steps(self._position, self.steps, self._batch_size, self._rank, self._world, self.end)
         for loaded in made_in_order(partial(_load, self._positions, self._collate), steps, workers=self._workers):
-            self._position += self._batch_size * self._world
+            after = self._position + self._batch_size * self._world
+            self._position = after if self.end is None else min(after, self.end)
             yield loaded
+
+    @property
+    def position(self) -> int:
+        """How many samples of the stream all ranks together were handed."""
+        return self._position
 
     def blank(self) -> Batch:
         """One row about a black picture: what a rank runs, and learns nothing from, where every sample of its part of a step is bad."""

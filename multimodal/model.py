@@ -23,11 +23,15 @@ from adalink.hub import upload
 from adalink.still import without_dropout
 from multimodal.adapter_folder import load_composed, save_composed
 from multimodal.batch import Batch, collate
+from multimodal.batches import Batches, Learns, new_batches
 from multimodal.classify import AnswerHead, answer_loss, chosen_answers, new_head, pooled_state, use_for
 from multimodal.encode import RowEncoder
 from multimodal.generate import GenerationSettings, saved_generation, written_texts
+from multimodal.kept import Kept
 from multimodal.language import Language, LanguageUse, load_language
 from multimodal.language_loss import LanguageLoss
+from multimodal.loader import Texts
+from multimodal.sample import SampleSource
 from multimodal.template import Template
 from multimodal.trained import trained_summary
 from multimodal.vision import VisionTower, load_tower
@@ -144,6 +148,35 @@ class VisionLanguageModel(nn.Module):
         if features.shape[1] > n_patches:
             inputs["image_taps"] = features[entries, n_patches:]
         return TokenMap(batch.domain, rows.row, inputs, serving=rows.serving, entry=batch.picture)
+
+    def batches(
+        self,
+        source: SampleSource,
+        task: Learns | Texts,
+        *,
+        epochs: float = 1.0,
+        batch_size: int = 16,
+        seed: int = 0,
+        workers: int = 0,
+        features: Kept | None = None,
+        bad_samples: int = 10,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Batches:
+        """What the active adapter learns from: batches for a training loop of one's own, the same that `train` reads.
+
+        source       samples: a data set of tasks.*, or a list of `Sample`s
+        task         such as Captioning(), or a function of a sample and a random generator that gives its `Text`s
+        features     kept ones (`multimodal.patch_table.encode_all`); without, images are decoded anew, and encoded in the model's call
+        bad_samples  how many may be left out before BudgetError is raised; `Batches.bad` has them
+        rank         reads the rank-th of `world` parts of each step
+
+        Raises ConfigError where no adapter is active.
+        """
+        return new_batches(
+            self, source, task, epochs=epochs, batch_size=batch_size, seed=seed, workers=workers, features=features, bad_samples=bad_samples,
+            rank=rank, world=world,
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:

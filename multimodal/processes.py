@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import signal
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,17 +38,17 @@ class Agreed:
     asked       how many samples of each set of the data were asked for
     good        how many of them could be used
     bad         the bad samples of all processes, in the order of their ranks: each counts and stops as one does
-    stop        whether any of them was asked to end
+    stop        the signal by which any of them was asked to end; 0 where none was
     """
 
     n_targets: float
     asked: tuple[int, ...]
     good: tuple[int, ...]
     bad: tuple[BadSample, ...]
-    stop: bool
+    stop: int
 
 
-def agree(accelerator: Accelerator, group: Sequence[Loaded], stop: bool, ends: Sequence[int]) -> Agreed:
+def agree(accelerator: Accelerator, group: Sequence[Loaded], stop: int, ends: Sequence[int]) -> Agreed:
     """One exchange of a few numbers, and of the bad samples themselves in the rare step that has some.
 
     ends: the index after the last sample of each set of the data.
@@ -56,10 +57,12 @@ def agree(accelerator: Accelerator, group: Sequence[Loaded], stop: bool, ends: S
     n_targets = sum(loaded.batch.n_targets for loaded in group if loaded.batch)
     # A process alone asks no device: that would wait for all that the device has still to do.
     counted = [*_per_set([loaded.asked for loaded in group], ends), *_per_set([loaded.pictures for loaded in group], ends)]
-    own = torch.tensor([float(n_targets), float(len(bad)), float(stop), *counted], device=accelerator.device if accelerator.num_processes > 1 else "cpu")
-    targets, n_bad, stops, *counts = accelerator.reduce(own, "sum").tolist()
+    signals = [float(stop == number) for number in (signal.SIGTERM, signal.SIGINT)]
+    own = torch.tensor([float(n_targets), float(len(bad)), *signals, *counted], device=accelerator.device if accelerator.num_processes > 1 else "cpu")
+    targets, n_bad, n_terminated, n_interrupted, *counts = accelerator.reduce(own, "sum").tolist()
     asked, good = tuple(map(int, counts[: len(ends)])), tuple(map(int, counts[len(ends) :]))
-    return Agreed(targets, asked, good, tuple(gathered(accelerator, bad)) if n_bad else (), stops > 0)
+    ended_by = signal.SIGTERM if n_terminated else signal.SIGINT if n_interrupted else 0
+    return Agreed(targets, asked, good, tuple(gathered(accelerator, bad)) if n_bad else (), ended_by)
 
 
 def _per_set(indices: Sequence[Sequence[int]], ends: Sequence[int]) -> list[float]:

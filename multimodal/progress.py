@@ -1,10 +1,11 @@
-"""How far a long loop is: a bar on a terminal, a line now and then in a log file."""
+"""How far a long loop is: a bar on a terminal, a line every half minute in a log file."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -13,32 +14,63 @@ __all__ = ["StepProgress", "progress"]
 
 T = TypeVar("T")
 
+EVERY = 30.0  # seconds between two lines where there is no terminal
+
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """The items, with a bar on a terminal and nothing in a log file. total: how many, where the items do not say it."""
-    yield from tqdm(items, desc=label, total=total, unit="batch", leave=False, disable=None, dynamic_ncols=True)
+    """The items, with a bar on a terminal, and a line every half minute in a log file. total: how many, where the items do not say it."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=label, total=total, unit="batch", leave=False, dynamic_ncols=True)
+        return
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    started = said = time.monotonic()
+    for number, item in enumerate(items):
+        if (now := time.monotonic()) - said >= EVERY and _is_main():
+            said, left = now, f", {(now - started) / number * (total - number):.0f} s left" if total and number else ""
+            print(f"{label}: {number} of {total if total is not None else 'unknown'} batches{left}", file=sys.stderr)
+        yield item
+
+
+def _is_main() -> bool:
+    """Whether this process, of those that a launcher started together, is the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class StepProgress:
-    """Training steps: a bar with loss, rate and time left on a terminal; a line each time that something is logged elsewhere."""
+    """Training steps: a bar with loss, rate and time left on a terminal; elsewhere a line each time that something is logged, and every half minute."""
 
     def __init__(self, *, first: int, last: int, is_shown: bool) -> None:
         self._is_terminal = sys.stderr.isatty()
-        self._is_shown, self._last, self._first = is_shown, last, first
-        self._started = time.perf_counter()
+        self._is_shown, self._last, self._first, self._step = is_shown, last, first, first
+        self._started = self._said = time.monotonic()
         self._bar = tqdm(total=last, initial=first, desc="training", unit="step", dynamic_ncols=True, disable=not (is_shown and self._is_terminal))
 
     def step(self) -> None:
         """One step is done."""
+        self._step += 1
         self._bar.update()
+        if time.monotonic() - self._said >= EVERY:
+            self._say("")
 
     def logged(self, step: int, loss: float, rate: float) -> None:
         """Say how the training goes."""
         self._bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}")
+        self._say(f"loss {loss:.3f}  rate {rate:.1e}  ")
+
+    def measured(self, step: int, figures: Mapping[str, float], is_best: bool) -> None:
+        """Say what was measured."""
+        if self._is_shown and figures:
+            best = "  best so far" if is_best else ""
+            line = f"step {step}/{self._last}  validation: {'  '.join(f'{name} {value:.3f}' for name, value in figures.items())}{best}"
+            tqdm.write(line, file=sys.stderr)
+
+    def _say(self, what: str) -> None:
         if self._is_shown and not self._is_terminal:
-            speed = (step - self._first) / max(time.perf_counter() - self._started, 1e-9)
-            left = (self._last - step) / speed if speed else 0.0
-            print(f"step {step}/{self._last}  loss {loss:.3f}  rate {rate:.1e}  {speed:.2f} steps/s  {left:.0f} s left", file=sys.stderr)
+            self._said = time.monotonic()
+            speed = (self._step - self._first) / max(self._said - self._started, 1e-9)
+            left = (self._last - self._step) / speed if speed else 0.0
+            print(f"step {self._step}/{self._last}  {what}{speed:.2f} steps/s  {left:.0f} s left", file=sys.stderr)
 
     def close(self) -> None:
         """Leave the line."""

@@ -13,6 +13,7 @@ from multimodal.bad_samples import BadSample, BadSamples
 __all__ = ["RunLog"]
 
 METRICS_FILE, BAD_FILE = "metrics.jsonl", "bad_samples.jsonl"
+VAL_LOSS = "val_loss"  # in a measurement: the loss on the validation data
 
 
 class RunLog:

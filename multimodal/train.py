@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +12,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from adalink.errors import CheckpointError, ConfigError, DataError, TerminatedError
 from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.batch import Batch
 from multimodal.batches import new_batches
+from multimodal.best import Best
+from multimodal.counted import counted
 from multimodal.feature_cache.fill import FillingLoader
 from multimodal.feature_cache.writer import FeatureWriter
 from multimodal.kept import Kept
@@ -24,21 +28,22 @@ from multimodal.learner import learner
 from multimodal.learnt import Learnt
 from multimodal.loader import Loaded, Texts, TrainLoader
 from multimodal.model import VisionLanguageModel
-from multimodal.parameter_groups import new_optimizer
+from multimodal.parameter_groups import new_optimizer, parameter_groups
 from multimodal.patch_table import encode_all
-from multimodal.processes import agree, opened_accelerator, step_seed
+from multimodal.processes import agree, check_trackers, opened_accelerator, step_seed
 from multimodal.progress import StepProgress
+from multimodal.run_facts import changed_settings, refuse_another_model, run_facts
 from multimodal.run_log import RunLog
 from multimodal.sample import SampleSource
 from multimodal.sharding import take_off, together
-from multimodal.stop_signal import StopSignal, sigterm_noted
+from multimodal.stop_signal import StopSignal, interrupts_noted, sigterm_noted
 from multimodal.trackers import Shown, track
 from multimodal.train_settings import TrainSettings
-from multimodal.train_state import latest_checkpoint, load_state, state_tensors, write_state
+from multimodal.train_state import BEST, latest_checkpoint, load_state, read_state, state_tensors, write_state
 from multimodal.trained import TrainedParts
 from multimodal.workers import dead_workers_told
 
-__all__ = ["Trained", "train"]
+__all__ = ["Trained", "check_training", "train"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,14 @@ class Trained:
     """What a run did: its steps, the seconds that they took (loading and encoding apart), and what it skipped.
 
     skipped   steps without anything to learn, which every sample of was bad: no optimizer step was taken
+    best      with train.keep_best, the step that the weights are of, and the figure that was best there; None: the weights are the last
     """
 
     steps: int
     seconds: float
     bad: BadSamples
     skipped: int = 0
+    best: tuple[int, str, float] | None = None
 
 
 def train(
@@ -65,6 +72,7 @@ def train(
     patches: Kept | FeatureWriter | None = None,
     known_bad: Sequence[BadSample] = (),
     measure: Callable[[], Mapping[str, float]] | None = None,
+    judged_by: str | None = None,
     samples: Callable[[], Sequence[Shown]] | None = None,
     also_trained: Mapping[str, nn.Parameter] | None = None,
 ) -> Trained:
@@ -75,47 +83,75 @@ def train(
     patches        features that are kept already, or the folder that the first epoch fills with them; encoded here where settings.features is
                    `memory` and none are given
     known_bad      samples that the source left out already; they count towards the budget
-    measure        figures for metrics.jsonl, asked for every `settings.measure_every` steps
+    measure        figures for the screen and metrics.jsonl, asked for every `settings.measure_every` steps
+    judged_by      the one of them, of which more is better, that settings.keep_best and settings.patience go by; the first where none is named
     samples        pictures with what was said about them, for the trackers; asked for after each measurement, where there are trackers
     also_trained   further parameters by name, for baselines that fine-tune a frozen part
 
-    Raises TerminatedError, with a checkpoint written, where SIGTERM asked to end; DataError where a worker process died, or where there was
-    nothing to learn: no sample of the data, or of one set of a mixture, can be used.
+    Raises TerminatedError, with a checkpoint written, where SIGTERM or Ctrl-C asked to end; DataError where a worker process died, or where
+    there was nothing to learn: no sample of the data, or of one set of a mixture, can be used; and as `check_training`.
     """
     if not len(source):
         raise DataError("the training data holds no sample: give data with one or more")
     with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_told():
         torch.manual_seed(settings.seed)
         model.to(accelerator.device).train()  # one that was loaded is in eval mode
+        check_training(model, settings, folder, resume=resume, also_trained=also_trained)
         if patches is None and settings.features == "fill":
             raise ConfigError("train.features is fill, and no folder is given to fill: give patches, a FeatureWriter")
+        if measure is None and (settings.keep_best or settings.patience):
+            raise ConfigError("train.keep_best and train.patience judge what `measure` gives, and there is none: give measure")
         if patches is None and settings.features == "memory":
             patches = encode_all(model, source, workers=settings.workers, label="encoding each picture once")
         if patches is not None and not isinstance(patches, FeatureWriter):
-            _refuse_all_bad(patches, known_bad, settings)
+            _refuse_all_bad(patches)
         loader = _loader(accelerator, model, source, texts, settings, patches)
-        run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), loader, stop, Learnt(source))
+        run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), loader, stop, Learnt(source), Best(settings, judged_by))
         first, n_steps = run.restore(len(source)) if resume else (0, settings.n_steps(len(source), accelerator.num_processes))
         run.log.skip(known_bad)
         if settings.checkpointing:
             model.adapted.attachment.checkpoint_layers()
         loader.steps = (n_steps - first) * settings.accumulation
         started = time.perf_counter()
-        with learner(model, settings, len(source)), contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=accelerator.is_main_process)) as shown:
+        with learner(model, settings, len(source)), interrupts_noted(stop):
             if model.head is None:
                 accelerator.print(model.language_loss.told)  # here, where it is known what is hooked, checkpointed and compiled
-            for step, group in enumerate(_groups(iter(loader), settings.accumulation), start=first):
-                loss = run.step(group, step, n_steps)
-                shown.step()
-                # Before the checkpoint: a run that is killed between the two measures again.
-                if measure is not None and settings.measure_every and (step + 1) % settings.measure_every == 0:
-                    with together(model):
-                        run.measured(step + 1, measure(), samples)
-                run.after(step + 1, n_steps, loss, shown)
+            n_steps = run.learn(first, n_steps, measure, samples)
+        seconds = time.perf_counter() - started
         take_off(model)
+        best = run.best.put_back({**TrainedParts.of(model).parameters(), **(also_trained or {})})
         if skipped := run.learnt.skipped:
-            accelerator.print(f"{skipped} of {n_steps} steps had nothing to learn, and were skipped")
-        return Trained(n_steps, time.perf_counter() - started, run.log.bad, skipped)
+            accelerator.print(f"{counted(skipped, 'step')} of {n_steps} had nothing to learn, and {'was' if skipped == 1 else 'were'} skipped")
+        return Trained(n_steps, seconds, run.log.bad, skipped, best)
+
+
+def check_training(
+    model: VisionLanguageModel, settings: TrainSettings, folder: Path, *, resume: bool = False, also_trained: Mapping[str, nn.Parameter] | None = None
+) -> None:
+    """Refuse, before any image is read, what a training with these settings would refuse.
+
+    Raises ConfigError for learning rates of methods that are not there, trackers that are not installed, and settings that the model does not
+    bear; CheckpointError where the run to go on with trained another model.
+    """
+    check_trackers(settings)
+    parameters = {**TrainedParts.of(model).parameters(), **(also_trained or {})}
+    parameter_groups(parameters, settings)
+    with learner(model, settings, 0):
+        pass
+    checkpoint = latest_checkpoint(folder / "checkpoints") if resume else None
+    if checkpoint is not None:
+        facts = read_state(checkpoint, parameters)[0].get("facts", {})
+        with _continued(checkpoint):
+            refuse_another_model(facts, run_facts(model, settings))
+
+
+@contextlib.contextmanager
+def _continued(checkpoint: Path) -> Iterator[None]:
+    """Inside the block it is said which checkpoint is refused."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint} cannot be continued exactly: {error}; resume with the config and the data of its run") from None
 
 
 def _loader(
@@ -133,12 +169,10 @@ def _loader(
     return batches.loader
 
 
-def _refuse_all_bad(patches: Kept, known_bad: Sequence[BadSample], settings: TrainSettings) -> None:
-    """Raise, before the first step, BudgetError for more bad images than the budget, and DataError where no image is left."""
-    bad = BadSamples(budget=settings.bad_samples, found=[*known_bad, *patches.bad.values()])
-    bad.check()
+def _refuse_all_bad(patches: Kept) -> None:
     if not patches.usable():
-        raise DataError(f"none of the {len(patches)} images can be used, so there is nothing to learn: {bad.summary()}; mend the data")
+        bad = BadSamples(budget=0, found=patches.bad.values())
+        raise DataError(f"none of the {counted(len(patches), 'image')} can be used, so there is nothing to learn: {bad.summary()}; mend the data")
 
 
 class _Run:
@@ -154,6 +188,7 @@ class _Run:
         loader: TrainLoader | FillingLoader,
         stop: StopSignal,
         learnt: Learnt,
+        best: Best,
     ) -> None:
         if also_trained and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 trains adapters alone, and also_trained names other weights: train those with DDP")
@@ -164,7 +199,8 @@ class _Run:
         if isinstance(loader, FillingLoader) and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 splits the encoder over processes, so its features cannot be filled in while training: run `adalink features` first")
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
-        self.learnt, self.is_stopping = learnt, False
+        self.learnt, self.best, self.ended_by = learnt, best, 0
+        self.bare, self.facts = model, run_facts(model, settings)
         self.is_due = False  # a line of the log: of a step that learns nothing it waits for the next
         self.first = self.read = 0  # the run's first step, and the samples that all processes had read before it
         # The first step whose loss was not finite, negative where it was infinite; asked for seldom, since asking waits for the device.
@@ -180,10 +216,33 @@ class _Run:
         if settings.trackers:
             accelerator.init_trackers("adalink")
 
+    def learn(
+        self, first: int, n_steps: int, measure: Callable[[], Mapping[str, float]] | None, samples: Callable[[], Sequence[Shown]] | None
+    ) -> int:
+        """Take the steps from `first` on; the last one comes back, which may be earlier than `n_steps` where patience ends the run."""
+        every, judges = self.settings.measure_every, self.settings.keep_best or self.settings.patience > 0
+        with contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=self.accelerator.is_main_process)) as shown:
+            for step, group in enumerate(_groups(iter(self.loader), self.settings.accumulation), start=first):
+                loss = self.step(group, step, n_steps)
+                shown.step()
+                # Before the checkpoint: a run that is killed between the two measures again.
+                if measure is not None and every and ((step + 1) % every == 0 or (judges and step + 1 == n_steps)):
+                    self._refuse_broken()
+                    with together(self.bare):
+                        figures = measure()
+                    self.measured(step + 1, figures, samples, shown)
+                    if self.best.is_over:
+                        self.accelerator.print(f"{self.settings.patience} measurements were no better than that of step {self.best.step}: the run ends")
+                        n_steps = step + 1
+                self.after(step + 1, n_steps, loss, shown)
+                if self.best.is_over:
+                    break
+        return n_steps
+
     def step(self, group: list[Loaded], step: int, n_steps: int) -> torch.Tensor | None:
         """One optimizer step over a group of micro-batches; the mean loss per target comes back, over all ranks. None where there is no target."""
-        agreed = agree(self.accelerator, group, self.stop.is_set, self.learnt.ends)
-        self.is_stopping = agreed.stop
+        agreed = agree(self.accelerator, group, self.stop.number, self.learnt.ends)
+        self.ended_by = agreed.stop
         self.log.skip(agreed.bad)
         rate = self.rate(step, n_steps)
         self.learnt.add(agreed)
@@ -220,8 +279,13 @@ class _Run:
         done = (self.read - self.learnt.skipped_samples) / size + step - self.first
         return self.settings.rate(done, done + n_steps - step)
 
-    def measured(self, step: int, figures: Mapping[str, float], samples: Callable[[], Sequence[Shown]] | None) -> None:
-        """Log figures of the validation pictures, and show some of them to the trackers."""
+    def measured(self, step: int, figures: Mapping[str, float], samples: Callable[[], Sequence[Shown]] | None, shown: StepProgress) -> None:
+        """Log figures of the validation pictures, judge them, and show some pictures to the trackers."""
+        if self.accelerator.num_processes > 1:
+            figures, *_ = broadcast_object_list([dict(figures)])  # all decide by the same numbers
+        judges = self.settings.keep_best or self.settings.patience > 0
+        is_best = judges and self.best.judge(step, figures, self.parameters)
+        shown.measured(step, figures, is_best)
         self.log.write({"step": step, **figures})
         if self.settings.trackers:
             track(self.accelerator, step, figures, samples() if samples is not None else ())
@@ -242,11 +306,12 @@ class _Run:
             shown.logged(step, value, rate)
             self.log.write({"step": step, "loss": value, "rate": rate})
             self.accelerator.log({"loss": value, "rate": rate}, step=step)
-        if (step % self.settings.checkpoint_every == 0 and not self.learnt.is_nothing) or step == n_steps or self.is_stopping:
+        if (step % self.settings.checkpoint_every == 0 and not self.learnt.is_nothing) or step == n_steps or self.ended_by:
             self._refuse_broken()
             self._save(step)
-        if self.is_stopping and step < n_steps:
-            raise TerminatedError(f"ended by SIGTERM after step {step} of {n_steps}, which is saved in {self.folder / 'checkpoints'}: go on with --resume")
+        if self.ended_by and step < n_steps:
+            by, saved = "Ctrl-C" if self.ended_by == signal.SIGINT else "SIGTERM", self.folder / "checkpoints"
+            raise TerminatedError(f"ended by {by} after step {step} of {n_steps}, which is saved in {saved}: go on with --resume", 128 + self.ended_by)
 
     def restore(self, n_samples: int) -> tuple[int, int]:
         """The step that the newest checkpoint was written after (0 where there is none), and the run's last step.
@@ -259,12 +324,14 @@ class _Run:
         checkpoint = latest_checkpoint(self.folder / "checkpoints")
         if checkpoint is None:
             self.log.rewind(0)
+            self.accelerator.print(f"there is no checkpoint in {self.folder / 'checkpoints'}: the run begins anew")
             return 0, n_steps
         content = load_state(checkpoint, self.parameters, self.optimizer.optimizer)
         first, found, own = content["step"], content["stream"], self._stream()
         self.first, self.read = first, content["data"]["position"]
         self.learnt.load_state_dict(content.get("learnt", {}))
-        try:
+        self.best.load_state_dict(content.get("best", {}), read_state(checkpoint, self.parameters)[1])
+        with _continued(checkpoint):
             self.loader.load_state_dict(content["data"])
             if found["processes"] != world:
                 n_steps = self.settings.n_steps_from(first, content["data"]["position"], n_samples, world)
@@ -273,12 +340,18 @@ class _Run:
                 raise CheckpointError(f"{name} was {found[name]} and is {own[name]}")
             if first > n_steps:
                 raise CheckpointError(f"it was written after step {first}, and this config ends at {n_steps}")
-        except CheckpointError as error:
-            raise CheckpointError(f"{checkpoint} cannot be continued exactly: {error}; resume with the config and the data of its run") from None
         if self.accelerator.scaler is not None and content["scaler"]:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.log.rewind(first)
-        return first, n_steps
+        self._say_resumed(checkpoint, first, n_steps, content.get("facts"))
+        return first, first if self.best.is_over else n_steps
+
+    def _say_resumed(self, checkpoint: Path, first: int, n_steps: int, facts: Mapping[str, Any] | None) -> None:
+        self.accelerator.print(f"resumed after step {first} of {n_steps}, from {checkpoint}")
+        if facts is None:
+            self.accelerator.print("an earlier version wrote that checkpoint, so its settings cannot be compared with these")
+        elif changed := changed_settings(facts, self.facts):
+            self.accelerator.print(f"settings that are not those of the checkpoint: {'; '.join(changed)}")
 
     def _loss(self, batch: Batch | None, n_targets: float) -> torch.Tensor:
         if batch is None:  # every sample of it was bad: nothing to learn, but the other ranks wait for this one's gradients
@@ -292,6 +365,7 @@ class _Run:
 
     def _save(self, step: int) -> None:
         tensors = state_tensors(self.parameters, self.optimizer.optimizer)
+        tensors |= {f"{BEST}{name}": weight for name, weight in self.best.tensors().items()}
         if broken := [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
             raise ConfigError(
                 f"after step {step} {len(broken)} of {len(tensors)} tensors hold values that are not finite, such as {broken[0]}: no checkpoint is written, "
@@ -299,7 +373,8 @@ class _Run:
             )
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-            extra: dict[str, Any] = {"stream": self._stream(), "data": self.loader.state_dict(), "learnt": self.learnt.state_dict(), "scaler": scaler}
+            states = {"data": self.loader.state_dict(), "learnt": self.learnt.state_dict(), "best": self.best.state_dict()}
+            extra: dict[str, Any] = {"stream": self._stream(), **states, "facts": self.facts, "scaler": scaler}
             write_state(self.folder / "checkpoints", step, tensors, extra, self.settings.keep)
         self.accelerator.wait_for_everyone()
 

@@ -41,7 +41,9 @@ class TrainSettings:
     checkpoint_every: int = 500  # optimizer steps; one is also written at the end
     keep: int = 2  # checkpoints kept
     log_every: int = 20  # optimizer steps
-    measure_every: int = 0  # optimizer steps between two measurements on the validation pictures, for the report's curve; 0: none
+    measure_every: int = 0  # optimizer steps between two measurements on the validation pictures, printed and drawn in the report; 0: none
+    keep_best: bool = False  # end with the weights of the best measurement, by the task's metric, instead of the last ones; needs measure_every
+    patience: int = 0  # end after so many measurements in a row that were no better; needs measure_every; 0: go on to the end
     bad_samples: int = 10  # how many may be skipped before the run stops
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # off by default
 
@@ -50,9 +52,12 @@ class TrainSettings:
         for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 1 or more")
-        for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "bad_samples", "seed", "states_gib", "row_tokens", "bucket_pool"):
+        for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "patience", "bad_samples", "seed", "states_gib", "row_tokens", "bucket_pool"):
             if not getattr(self, name) >= 0:  # also true of a NaN
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 0 or more")
+        if (self.keep_best or self.patience) and not self.measure_every:
+            name = "keep_best" if self.keep_best else "patience"
+            raise ConfigError(f"train.{name} judges measurements, and train.measure_every is 0: give the steps between two of them, such as 100")
         if self.seed > MAX_SEED:
             raise ConfigError(f"train.seed is {self.seed}: give at most {MAX_SEED}, so that epochs have seeds of their own")
         if not self.steps and not self.epochs > 0:

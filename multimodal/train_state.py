@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from adalink.errors import CheckpointError, DataError
 
-__all__ = ["latest_checkpoint", "load_state", "save_state", "state_tensors", "write_state"]
+__all__ = ["BEST", "latest_checkpoint", "load_state", "put_whole", "read_state", "save_state", "state_tensors", "whole", "write_state"]
 
 PREFIX = "step_"
+BEST = "best."  # tensors of a checkpoint that are the best weights so far
 
 
 def save_state(
@@ -38,9 +39,9 @@ def state_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
-        tensors[f"weight.{name}"] = _whole(parameter)
+        tensors[f"weight.{name}"] = whole(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = _whole(torch.as_tensor(value))
+            tensors[f"optimizer.{name}.{key}"] = whole(torch.as_tensor(value))
     return tensors
 
 
@@ -85,18 +86,11 @@ def load_state(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimiz
     Raises CheckpointError, with nothing loaded, where the checkpoint is damaged or holds other weights.
     """
     tensors, content = _read(checkpoint)
-    stored = {name.removeprefix("weight.") for name in tensors if name.startswith("weight.")}
-    if stored != set(parameters):
-        raise CheckpointError(
-            f"{checkpoint} holds other weights than this config trains: {sorted(stored ^ set(parameters))[:4]} differ; resume with the config of the run"
-        )
-    for name, parameter in parameters.items():
-        if tensors[f"weight.{name}"].shape != parameter.shape:
-            raise CheckpointError(f"{checkpoint}: {name} is {list(tensors[f'weight.{name}'].shape)}, this config makes it {list(parameter.shape)}")
+    _check_weights(checkpoint, tensors, parameters)
     is_fused = any(group.get("fused") for group in optimizer.param_groups)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(_like(tensors[f"weight.{name}"].to(parameter.device), parameter))
+            put_whole(parameter, tensors[f"weight.{name}"])
             prefix = f"optimizer.{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             # AdamW keeps its moments beside the parameter, and its step count on the CPU unless it is fused.
@@ -110,9 +104,34 @@ def load_state(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimiz
     return content
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def read_state(checkpoint: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What was given as `extra`, with `step`, and the best weights by name; nothing is changed. Raises CheckpointError as `load_state`."""
+    tensors, content = _read(checkpoint)
+    _check_weights(checkpoint, tensors, parameters)
+    return content, {name.removeprefix(BEST): tensor for name, tensor in tensors.items() if name.startswith(BEST)}
+
+
+@torch.no_grad()
+def put_whole(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter a whole tensor's values; its part of them where it is split."""
+    parameter.copy_(_like(value.to(parameter.device), parameter))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """On the CPU, put together where FSDP2 splits it: every process must call this."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def _check_weights(checkpoint: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    stored = {name.removeprefix("weight.") for name in tensors if name.startswith("weight.")}
+    if stored != set(parameters):
+        raise CheckpointError(
+            f"{checkpoint} holds other weights than this config trains: {sorted(stored ^ set(parameters))[:4]} differ; resume with the config of the run"
+        )
+    for name, parameter in parameters.items():
+        if tensors[f"weight.{name}"].shape != parameter.shape:
+            raise CheckpointError(f"{checkpoint}: {name} is {list(tensors[f'weight.{name}'].shape)}, this config makes it {list(parameter.shape)}")
 
 
 def _like(whole: Tensor, parameter: Tensor) -> Tensor:

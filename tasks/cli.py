@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except TerminatedError as error:
         print(f"adalink: {error}", file=sys.stderr)
-        return 143
+        return error.exit_code
     except AdalinkError as error:
         print(f"adalink: {worker_sentence(str(error))}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from multimodal.train_settings import TrainSettings
 from tasks.bench.command import bench
 from tasks.captioning import Captioning
 from tasks.compare_files import compare_coco, compare_vqa
-from tasks.compose import load_adapted
+from tasks.compose import load_adapted, located
 from tasks.config import Data, RunConfig
 from tasks.data import DataConfig
 from tasks.demo import run_demo
@@ -202,19 +202,25 @@ def _config(values: Any) -> RunConfig:
 
 
 def _config_text(plain: Mapping[str, Any]) -> str:
-    """The settings as they were used, as YAML that `--config` reads again."""
+    """The settings as they were used, as YAML that `--config` reads again, from any folder: paths are absolute."""
     content = {name: value for name, value in plain.items() if name in RunConfig.__dataclass_fields__}
     return yaml.safe_dump(_plain(content), sort_keys=False)
 
 
-def _plain(value: Any) -> Any:
+# Settings that are a name or a local folder, as a text.
+_NAMES_OR_FOLDERS = ("encoder", "language_model", "shards", "mix")
+
+
+def _plain(value: Any, name: str = "") -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {located(str(key)) if name == "mix" else str(key): _plain(item, str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value):
-        return vars(value)
-    return str(value) if isinstance(value, Path) else value
+        return _plain(vars(value))
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return located(value) if isinstance(value, str) and name in _NAMES_OR_FOLDERS else value
 
 
 COMMANDS: dict[str, Command | Mapping[str, Command]] = {

@@ -17,20 +17,20 @@ from multimodal.template import Template
 from multimodal.vision import VisionTower, load_tower
 from tasks.scenes.parts import encoder_folder, language_folder
 
-__all__ = ["compose", "composed_tower", "found_part", "load_adapted", "read_saved"]
+__all__ = ["compose", "composed_tower", "found_part", "load_adapted", "located", "read_saved"]
 
 
 def compose(encoder: str, language_model: str, *, template: Template, layer: int = -1, use: LanguageUse = "write") -> VisionLanguageModel:
     """The composed model, on this process's device; `scenes:encoder` and `scenes:language` are the parts that ship with the package."""
     tower = composed_tower(encoder, layer)
     language = load_language(found_part(language_model), use=use)
-    return VisionLanguageModel(tower, dataclasses.replace(language, name=language_model), template).to(process_state().device)
+    return VisionLanguageModel(tower, dataclasses.replace(language, name=located(language_model)), template).to(process_state().device)
 
 
 def composed_tower(encoder: str, layer: int = -1) -> VisionTower:
     """The encoder of a composed model, on this process's device."""
     tower = load_tower(found_part(encoder), layer=layer)
-    tower.name = encoder  # an adapter remembers its parts by the names that were given, not by where they were found
+    tower.name = located(encoder)  # an adapter remembers its parts by the names that were given, not by where they were found
     return tower.to(process_state().device)
 
 
@@ -48,6 +48,11 @@ def read_saved(folder: Path) -> AdapterConfig:
     if not {"encoder", "language_model"} <= set(config.base) or not {"task", "prompt", "target", "layer"} <= set(config.task):
         raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no encoder, language model and task")
     return config
+
+
+def located(name: str) -> str:
+    """The absolute path of what lies in a local folder, so that it is found from another one; a hub's name, an address or an embedded part as it is."""
+    return str(Path(name).absolute()) if ":" not in name and Path(name).exists() else name
 
 
 def load_adapted(folder: Path, *, encoder: str | None, language_model: str | None) -> tuple[VisionLanguageModel, dict[str, Any]]:

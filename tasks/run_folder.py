@@ -7,15 +7,28 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from adalink.errors import AdalinkError, ConfigError
+import yaml
 
-__all__ = ["refuse_taken", "run_folder"]
+from adalink.errors import AdalinkError, ConfigError
+from multimodal.run_facts import flat
+
+__all__ = ["changed_config", "refuse_taken", "run_folder"]
 
 
 def refuse_taken(out: Path, *, resume: bool) -> None:
     """Raises ConfigError where the folder holds something already and is not to be gone on with."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not resume)):
         raise ConfigError(f"the run folder {out} is there already: give another `out`, or --resume to go on with it")
+
+
+def changed_config(file: Path, config_text: str) -> list[str]:
+    """`generation.num_beams 3 -> 1` for each setting of a run's config.yaml that is another now; of those that its checkpoints hold, training tells."""
+    try:
+        was, now = (flat(yaml.safe_load(text) or {}) for text in (file.read_text(encoding="utf-8"), config_text))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return []  # a process that was killed while it wrote it
+    names = [name for name in {**was, **now} if was and not name.startswith(("train.", "methods.", "vision_methods.")) and name != "out"]
+    return [f"{name} {was.get(name)} -> {now.get(name)}" for name in names if was.get(name) != now.get(name)]
 
 
 @contextlib.contextmanager

@@ -56,8 +56,8 @@ def write_metrics(
     write_whole(path, (json.dumps(metrics, indent=2) + "\n").encode())
 
 
-def write_card_figures(folder: Path, score: Score, *, split: str, items: int) -> None:
-    """Put the trained adapter's figures into its model card."""
-    data = f"the validation data of the run ({split}, {items:,} items)"
+def write_card_figures(folder: Path, score: Score, *, split: str, items: int, best: str = "") -> None:
+    """Put the trained adapter's figures into its model card. best: which step its weights are of, where that is not the last one."""
+    data = f"the validation data of the run ({split}, {items:,} items{best and ', '}{best})"
     figures = {name: value for name, value in score.figures.items() if name not in score.other_scorers}
     add_figures(folder, figures, score.intervals(Resampling()), scorer=score.scorer, software=software(), data=data)

@@ -9,7 +9,7 @@ from pathlib import Path
 from adalink.errors import DataError
 from multimodal.images import read_image_bytes
 from multimodal.model import VisionLanguageModel
-from multimodal.run_log import BAD_FILE, METRICS_FILE
+from multimodal.run_log import BAD_FILE, METRICS_FILE, VAL_LOSS
 from multimodal.sample import Sample, SampleSource
 from multimodal.trained import TrainedParts
 from tasks.evaluate import Predictions
@@ -60,10 +60,10 @@ def _curves(file: Path, unit: str) -> list[Curve]:
     if not file.exists():
         return []
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    names = {"loss": "loss", "rate": "learning rate"}  # and the task's headline figure, where it was measured
+    names = {"loss": "loss", "rate": "learning rate", VAL_LOSS: "validation loss"}  # and the task's headline figure, where it was measured
     keys = dict.fromkeys(key for line in lines for key in line if key != "step")
     points = {key: [(line["step"], line[key]) for line in lines if key in line] for key in keys}
-    return [Curve(name=names.get(key, key), points=points[key], unit=unit if key == "loss" else "") for key in keys]
+    return [Curve(name=names.get(key, key), points=points[key], unit=unit if key in ("loss", VAL_LOSS) else "") for key in keys]
 
 
 def _cards(source: SampleSource, task: Task, predictions: Predictions, score: Score) -> Iterator[CaptionCard | AnswerCard]:

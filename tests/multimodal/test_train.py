@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ def trained(
 ) -> tuple[VisionLanguageModel, Trained]:
     folder.mkdir(exist_ok=True, parents=True)
     model = model_of(family)
-    options = {name: fields.pop(name) for name in ("resume", "measure", "known_bad", "also_trained") if name in fields}
+    options = {name: fields.pop(name) for name in ("resume", "measure", "judged_by", "known_bad", "also_trained") if name in fields}
     return model, train(model, source or Drawn(8), texts, TrainSettings(**{**SETTINGS, **fields}), folder, **options)
 
 
@@ -312,6 +313,104 @@ def test_what_is_not_finite_is_found_between_logged_steps_and_puts_out_no_good_c
     checkpoints = sorted((tmp_path / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["step_00000002", "step_00000004"]
     assert all(tensor.isfinite().all() for path in checkpoints for tensor in load_file(path / "state.safetensors").values() if tensor.is_floating_point())
+
+
+def measured(*values: float) -> Callable[[], dict[str, float]]:
+    given = iter(values)
+    return lambda: {"other": 0.0, "figure": next(given)}
+
+
+def test_a_run_ends_with_the_weights_of_its_best_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of a run that stopped after it and went on, and without the setting with the last ones."""
+    fields: dict[str, Any] = {"steps": 5, "checkpoint_every": 1, "measure_every": 1, "judged_by": "figure"}
+    upto3, _ = trained(tmp_path / "upto3", steps=5, checkpoint_every=1, measure_every=1, keep=9)
+    third = {name.removeprefix("weight."): value for name, value in load_file(tmp_path / "upto3/checkpoints/step_00000003/state.safetensors").items()}
+    best, done = trained(tmp_path / "best", **fields, keep_best=True, measure=measured(1, 2, 5, 5, 4))
+    assert done.best == (3, "figure", 5.0)
+    assert all(torch.equal(value, third[name]) for name, value in weights(best).items())
+    assert "step 3/5  validation: other 0.000  figure 5.000  best so far\nstep 4" in re.sub(r"step \d/5  loss.*\n", "", capsys.readouterr().err)
+    with pytest.raises(StopIteration):
+        trained(tmp_path / "again", **fields, keep_best=True, measure=measured(1, 2, 5, 5))
+    again, done = trained(tmp_path / "again", **fields, keep_best=True, measure=measured(4), resume=True)
+    assert done.best == (3, "figure", 5.0)
+    assert close(best, again, 0)
+    last, done = trained(tmp_path / "last", **fields, measure=measured(1, 2, 5, 5, 4))
+    assert done.best is None
+    assert close(last, upto3, 0)
+
+
+def test_patience_ends_a_run_and_a_resume_of_it_takes_no_step(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"steps": 9, "measure_every": 1, "judged_by": "figure", "patience": 2, "checkpoint_every": 4}
+    ended, done = trained(tmp_path, **fields, keep_best=True, measure=measured(1, 3, 3, 2))
+    assert (done.steps, done.best) == (4, (2, "figure", 3.0))
+    again, done = trained(tmp_path, **fields, keep_best=True, measure=measured(), resume=True)
+    assert (done.steps, done.best) == (4, (2, "figure", 3.0))
+    assert close(ended, again, 0)
+    _, done = trained(tmp_path, **{**fields, "patience": 0}, keep_best=True, measure=measured(1, 2, 3, 4, 5), resume=True)
+    assert (done.steps, done.best) == (9, (9, "figure", 5.0))
+
+
+def test_a_figure_that_is_not_measured_cannot_judge(tmp_path: Path) -> None:
+    for measure, expected in ((lambda: {"loss": 1.0}, "need CIDEr, and the measurement gave loss"), (None, "there is none: give measure")):
+        with pytest.raises(ConfigError, match=expected):
+            trained(tmp_path / expected[:4], measure_every=1, keep_best=True, measure=measure, judged_by="CIDEr")
+
+
+def test_a_resume_says_from_where_it_goes_on_and_with_which_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(tmp_path)
+    capsys.readouterr()
+    trained(tmp_path, resume=True, steps=6, learning_rate=5e-3, learning_rates={"bridge": 1e-3}, log_every=2)
+    out = capsys.readouterr().out
+    assert f"resumed after step 4 of 6, from {tmp_path / 'checkpoints' / 'step_00000004'}\n" in out
+    said = next(line for line in out.splitlines() if line.startswith("settings that are not those of the checkpoint: "))
+    expected = "train.steps 4 -> 6; train.learning_rate 0.01 -> 0.005; train.learning_rates {} -> {'bridge': 0.001}; train.log_every 1 -> 2"
+    assert said.split(": ", 1)[1] == expected
+    trained(tmp_path, resume=True, steps=6, learning_rate=5e-3, learning_rates={"bridge": 1e-3}, log_every=2)
+    assert "settings that" not in capsys.readouterr().out
+    trained(tmp_path / "new", resume=True)
+    assert f"there is no checkpoint in {tmp_path / 'new' / 'checkpoints'}: the run begins anew" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_model_is_not_continued(tmp_path: Path) -> None:
+    trained(tmp_path)
+    other = compose("opt")
+    excite(other.add_adapter("one", {**METHODS, "prompt": Prompt(length=2, init_std=0.2)}).double())
+    with pytest.raises(CheckpointError, match=r"cannot be continued exactly: methods.prompt.init_std was 0.1 and is 0.2; resume with the config"):
+        train(other, Drawn(8), two_texts, TrainSettings(**SETTINGS), tmp_path, resume=True)
+    with torch.no_grad():
+        other = model_of()
+        next(iter(other.language.model.parameters())).mul_(2.0)
+    again = VisionLanguageModel(other.tower, other.language, other.template)
+    excite(again.add_adapter("one", METHODS).double())
+    with pytest.raises(CheckpointError, match="cannot be continued exactly: language_model was "):
+        train(again, Drawn(8), two_texts, TrainSettings(**SETTINGS), tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, _ = trained(tmp_path / "whole", steps=6)
+    trained(tmp_path / "old")
+    for path in (tmp_path / "old" / "checkpoints").glob("*/state.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({name: content[name] for name in ("step", "stream", "data", "scaler")}))
+    trained(tmp_path / "six", steps=6)
+    again, _ = trained(tmp_path / "old", steps=6, resume=True)
+    assert "an earlier version wrote that checkpoint" in capsys.readouterr().out
+    assert len(losses(tmp_path / "old")) == 6
+    assert not close(whole, again, 0)  # its first four steps had the schedule of a run of four
+    assert close(whole, again, 1e-1)
+
+
+def test_settings_that_no_image_is_needed_for_are_refused_before_one_is_read(tmp_path: Path) -> None:
+    class Unread(Drawn):
+        def __getitem__(self, index: int) -> Sample:
+            raise AssertionError
+
+    for fields, expected in (
+        ({"learning_rates": {"lora": 1.0}}, "train.learning_rates names lora"), ({"states_gib": 1.0}, "train.states_gib keeps what the layers below"),
+        ({"keep_best": True, "measure_every": 1}, "there is none: give measure"), ({"trackers": ("wandb",)}, "train.trackers names wandb"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=expected):
+            trained(tmp_path, Unread(8), features="memory", **fields)
 
 
 def test_trackers_that_are_not_installed_are_refused(tmp_path: Path) -> None:

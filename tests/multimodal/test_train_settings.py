@@ -34,6 +34,8 @@ def test_the_number_of_steps_reads_every_picture_as_often_as_asked() -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, f"train.{name} is 0: give 1 or more") for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every")),
     *(({name: -1}, f"train.{name} is -1: give 0 or more") for name in ("steps", "weight_decay", "clip", "workers", "bad_samples", "seed", "states_gib", "row_tokens", "bucket_pool")),
+    ({"keep_best": True}, "train.keep_best judges measurements, and train.measure_every is 0"),
+    ({"patience": 3}, "train.patience judges measurements, and train.measure_every is 0"),
     ({"seed": 10**13}, "train.seed is 10000000000000: give at most 1099511627776"),
     ({"epochs": 0}, "train.epochs is 0 and train.steps 0: give a positive number of one of them"),
     ({"learning_rate": 0.0}, "train.learning_rate is 0.0"),

@@ -151,3 +151,59 @@ def test_a_run_that_fails_after_a_checkpoint_keeps_it(tmp_path: Path) -> None:
     done = train("captioning", out, "--train.learning_rate", "1e30", "--train.clip", "0", "--train.checkpoint_every", "1", "--train.log_every", "1", small=OPTIONS)
     assert "the loss is not a number at step" in refused(done)
     assert list((out / "checkpoints").glob("step_*"))
+
+
+def test_what_is_measured_is_printed_drawn_and_judged_and_the_card_names_the_step(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = train("captioning", out, "--train.measure_every", "2", "--train.keep_best", "true", small=OPTIONS)
+    assert done.code == 0, done
+    measured = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "CIDEr" in line]
+    assert [line["step"] for line in measured] == [2, 4, 6]
+    assert all(0 < line["val_loss"] < 20 for line in measured)
+    for line in measured:
+        assert f"step {line['step']}/6  validation: CIDEr {line['CIDEr']:.3f}  val_loss {line['val_loss']:.3f}" in done.err
+    page = (out / "report.html").read_text()
+    assert "Curve of validation loss in nats per token" in page
+    assert "Curve of CIDEr" in page
+    best = max(measured, key=lambda line: line["CIDEr"])  # the first of equal ones
+    card = (out / "adapter" / "README.md").read_text()
+    assert f"weights of step {best['step']}, the best of the run by CIDEr ({best['CIDEr']:.2f})" in card
+    assert json.loads((out / "metrics.json").read_text())["rows"][TRAINED]["CIDEr"] == pytest.approx(best["CIDEr"])
+
+
+def test_the_config_of_a_run_keeps_paths_that_work_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = Files(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lm").symlink_to(language_folder())
+    files.folder = Path("data")
+    small = ("--train.steps", "1", "--train.batch_size", "2", "--generation.max_new_tokens", "2", "--language_model", "lm")
+    assert train("captioning", Path("run"), *files.as_data("train"), *files.as_data("val"), small=small).code == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["out"] == str(tmp_path / "run")
+    assert config["data"]["val"]["images"] == str(tmp_path / "data" / "pictures")
+    assert (config["language_model"], config["encoder"]) == (str(tmp_path / "lm"), "scenes:encoder")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert adalink("evaluate", "--config", "../run/config.yaml", "--adapter", "../run/adapter", "--out", "again").code == 0
+
+
+def test_a_resume_says_what_differs_outside_of_the_training(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    done = adalink("train", "--config", run / "config.yaml", "--out", copy, "--resume", "--generation.num_beams", "2", "--train.learning_rate", "0.5")
+    assert done.code == 0, done
+    assert f"settings that are not those of {copy / 'config.yaml'}: generation.num_beams 1 -> 2\n" in done.err
+    assert "settings that are not those of the checkpoint: train.learning_rate 0.002 -> 0.5\n" in done.out
+    assert f"resumed after step 6 of 6, from {copy / 'checkpoints' / 'step_00000006'}\n" in done.out
+
+
+def test_what_needs_no_image_is_refused_before_one_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*arguments: object, **options: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("multimodal.feature_cache.encoding.read_pixels", read)
+    for option, expected in (
+        (("--train.learning_rates", "{lora: 0.1}"), "train.learning_rates names lora"), (("--train.states_gib", "1"), "train.states_gib keeps what the layers below"),
+        (("--train.patience", "2"), "train.patience judges measurements"),
+    ):  # fmt: skip
+        assert expected in refused(train("captioning", tmp_path / "run", *option, small=OPTIONS))
+    assert not (tmp_path / "run").exists()
