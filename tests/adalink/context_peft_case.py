@@ -7,14 +7,17 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+from double import FREQUENCIES, InDouble, rounded_frequencies, set_frequencies
 from fixture_file import FixtureFile
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from adalink import ANSWER, IA3, IMAGE, PAD, TEXT, Adapter, Anatomy, BitFit, Bridge, InputSpec, LoRA, Method, TokenMap
+from adalink import ANSWER, IA3, IMAGE, PAD, TEXT, Adapter, Anatomy, BitFit, Bridge, InputSpec, LoRA, Method, TokenMap, attach
+from adalink.attach import Attachment
 
 LEAVES = re.compile(r"\.(lora_A|lora_B|lora_bias|bitfit_bias|ia3_l)\.([^.]+)(\.weight)?$")
 OURS = {"down.weight": "lora_A.{}.weight", "up.weight": "lora_B.{}.weight", "gain": "ia3_l.{}"}
@@ -63,10 +66,31 @@ class Case(FixtureFile):
         kind = settings.pop("model_type", self.config.get("text_kind"))
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), attn_implementation="eager").double().eval()
         weights = {name: value for name, value in self.under("w.text_model.").items() if not LEAVES.search(name)}
+        frequencies = {name: weights.pop(name) for name in list(weights) if name.endswith(FREQUENCIES)}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         assert not unexpected
         assert set(missing) <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+        set_frequencies(model, frequencies)
+        if not frequencies and self._rounds_frequencies:
+            rounded_frequencies(model)
         return model
+
+    @cached_property
+    def _rounds_frequencies(self) -> bool:
+        """Whether the file was made with frequencies in float32: it then fits rounded ones better than exact ones."""
+        off = []
+        for rounds in (False, True):
+            self.__dict__["_rounds_frequencies"] = rounds
+            with InDouble(), torch.no_grad():
+                off.append((self.logits(self.model())[0] - self.tensors["out.logits"]).abs().max())
+        return bool(off[1] < off[0])
+
+    def logits(self, model: nn.Module, adapter: Adapter | None = None, *, padding: int = TEXT) -> tuple[Tensor, Attachment]:
+        """Of the training batch, and what the adapter is attached with."""
+        attachment = attach(model, adapter or self.adapter(model, self.routing), anatomy=self.anatomy(model))
+        ids = self.tensors["in.input_ids"]
+        with attachment.bind(self.token_map(ids, self.tensors["in.attention_mask"], padding=padding)):
+            return model(input_ids=ids).logits, attachment  # without an attention mask, as the released trainer
 
     def features(self) -> Tensor:
         """[B, N, Dv]: the penultimate states of the patches."""
@@ -158,6 +182,12 @@ class Case(FixtureFile):
         labels = self.tensors["in.labels"]
         each = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
         return each.sum(1) / (labels != -100).sum(1)
+
+    def metrics(self, logits: Tensor) -> dict[str, Tensor]:
+        """What the released trainer prints: the share of labelled tokens that are the likeliest, and the mean of exp(loss) over samples."""
+        labels = self.tensors["in.labels"]
+        right, labelled = (logits.argmax(-1) == labels) & (labels != -100), labels != -100
+        return {"acc": (right.sum(1) / labelled.sum(1)).mean(), "ppl": self.losses(logits).exp().mean()}
 
     def generated(self) -> Iterator[tuple[int, Tensor]]:
         """(beams, ids) of every generation stored."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from context_peft_case import LEAVES, Case, close
 from double import InDouble
+from fixture_file import refuse_unchecked
 from torch import Tensor, nn
 
 from adalink import IMAGE, PAD, TEXT, attach
@@ -26,13 +27,18 @@ def check_training(case: Case) -> None:
         model = case.model()
         adapter = case.adapter(model, case.routing)
         attachment = attach(model, adapter, anatomy=case.anatomy(model))
-        seen = _layer_taps(attachment)
+        seen = _taps(attachment, case)
         logits = _logits(case, model, attachment, padding=TEXT)
         losses = case.losses(logits)
         losses.mean().backward()
     close(logits, case.tensors["out.logits"])
     close(losses, case.tensors["out.loss_per_sample"])
     close(losses.mean(), case.tensors["out.loss"])
+    compared = case.metrics(logits)
+    for name in compared.keys() & case.under("out.").keys():
+        close(compared[name], case.tensors[f"out.{name}"])
+    refuse_unchecked(case.under("out."), {"logits", "loss", "loss_per_sample", "grad_norm_total", *compared}, case.spec)
+    assert {"connector_out"} & case.under("tap.").keys() <= seen.keys()
     assert {f"layer{len(attachment.anatomy.layers) - 1}_out", "layer0_in"} <= seen.keys() & case.under("tap.").keys()
     for name in seen.keys() & case.under("tap.").keys():
         close(seen[name], case.tensors[f"tap.{name}"])
@@ -125,12 +131,15 @@ def _logits(case: Case, model: nn.Module, attachment: Attachment, padding: int) 
         return model(input_ids=ids).logits  # without an attention mask, as the released trainer
 
 
-def _layer_taps(attachment: Attachment) -> dict[str, Tensor]:
+def _taps(attachment: Attachment, case: Case) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor | tuple[Tensor, ...]) -> None:
         seen[name] = value[0] if isinstance(value, tuple) else value
 
+    is_image = case.tensors["in.input_ids"] == case.config["image_pad_token_id"]
+    embedding = attachment.stack.get_submodule(attachment.anatomy.embedding)
+    embedding.register_forward_hook(lambda m, args, out: keep("connector_out", out[is_image].reshape(len(out), -1, out.shape[-1])))
     layers = [attachment.stack.get_submodule(name) for name in attachment.anatomy.layers]
     layers[0].register_forward_pre_hook(lambda m, args, kwargs: keep("layer0_in", args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
     for i, layer in enumerate(layers):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from context_peft_case import Case
-from double import InDouble
+from double import InDouble, rounded_frequencies, set_frequencies
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -107,9 +107,14 @@ class Composite(nn.Module):
         return self.text_model(inputs_embeds=embedded, use_cache=False, **extra).logits
 
 
-def make(kind: str, adaptors: dict[str, dict[str, Any]]) -> Case:
+def make(kind: str, adaptors: dict[str, dict[str, Any]], frequencies: Literal["exact", "rounded", "stored"] = "exact") -> Case:
+    """frequencies: of rotary positions: exact, rounded to float32, or others than usual, which the file holds."""
     with InDouble():
         model = Composite(kind, adaptors).double().eval()
+        rotary = {f"text_model.{name}": 1.25 * value for name, value in model.text_model.named_buffers() if frequencies == "stored" and name.endswith("rotary_emb.inv_freq")}
+        set_frequencies(model, rotary)
+        if frequencies == "rounded":
+            rounded_frequencies(model)
         generator = torch.Generator().manual_seed(3)
         ids = torch.randint(3, 40, (2, 18), generator=generator)
         ids[0, 2 : 2 + PATCHES + 2], ids[1, 6 : 6 + PATCHES + 2], ids[0, 15:] = PAD_IMAGE, PAD_IMAGE, 0
@@ -131,18 +136,22 @@ def make(kind: str, adaptors: dict[str, dict[str, Any]]) -> Case:
                 tensors |= {f"variant.{name}.logits": logits[:, tensors["variant.positions"]], f"variant.{name}.loss": each.mean()}
                 continue
             tensors |= {f"tap.mask.{a}": value.clone() for a, value in model.masks.items()} | {f"tap.{key}": value for key, value in seen.items()}
+            right = [logits[i, labels[i] != -100].argmax(-1) == labels[i][labels[i] != -100] for i in range(2)]
+            tensors |= {"tap.connector_out": model.connected(features), "out.acc": torch.stack([row.double().mean() for row in right]).mean()}
+            tensors |= {"out.ppl": each.exp().mean(), "out.gap": logits[0, 0, 0] - logits[0, 0, 1], "out.sums": logits.sum(-1)}
             tensors |= {"out.logits": logits, "out.loss_per_sample": each, "out.loss": each.mean()}
             trained = {n: p for n, p in model.named_parameters() if n.startswith("connector") or any(f".{leaf}." in n for leaf in ("lora_A", "lora_B", "lora_bias", "bitfit_bias", "ia3_l"))}  # fmt: skip
             gradients = dict(zip(trained, torch.autograd.grad(each.mean(), list(trained.values())), strict=True))
             tensors |= {f"grad.{n}": g for n, g in gradients.items()} | {"out.grad_norm_total": torch.stack([g.norm() for g in gradients.values()]).norm()}
         tensors |= _generated(model, ids, features, own)
+    tensors |= {f"w.{name}": value for name, value in rotary.items()}
     tensors |= {f"w.{name}": value for name, value in model.state_dict().items() if not (name.endswith("lm_head.weight") and SIZES[kind].get("tie_word_embeddings", True))}  # fmt: skip
     config = {
         "adaptors": adaptors, "active_adaptors": list(adaptors), "text_config": {**model.text_model.config.to_dict(), "model_type": kind}, "image_pad_token_id": PAD_IMAGE,
         "connector": {"activation": "gelu", "bias": False, "dropout": 0.0, "layernorm_eps": 1e-5},
     }  # fmt: skip
     counts = {name: sum(p.numel() for n, p in trained.items() if n.endswith((f".{name}", f".{name}.weight"))) for name in adaptors}
-    spec = {"config": config, "wrapped_modules": model.map, "trainable": list(trained), "exactly_zero_grads": [], "n_adaptor_params": counts, "keys": {"gen": "eos=2, pad=0"}}  # fmt: skip
+    spec = {"config": config, "wrapped_modules": model.map, "trainable": list(trained), "exactly_zero_grads": [], "n_adaptor_params": counts, "keys": {"gen": "eos=2, pad=0", "out.sums": "for information only"}}  # fmt: skip
     return Case(spec, {name: value.detach() for name, value in tensors.items()})
 
 

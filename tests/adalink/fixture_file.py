@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,3 +27,15 @@ class FixtureFile:
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin so, under the rest of their names."""
         return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
+
+
+def refuse_unchecked(outputs: Mapping[str, Tensor], checked: Collection[str], spec: Mapping[str, Any]) -> None:
+    """Fails on an output that a test does not compare, unless it is for information only.
+
+    That is a single number (a statistic of the run), or what the .json says so of: among its `keys`, with the word "information".
+    """
+    told = [key for key, words in spec.get("keys", {}).items() if "information" in str(words).lower()]
+    patterns = [re.sub(r"<[^>]*>|\\\*|I\b", ".*", re.escape(key.removeprefix("out."))) for key in told]
+    left = [name for name, value in outputs.items() if name not in checked and value.numel() > 1]
+    unknown = [name for name in left if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    assert not unknown, f"outputs that this test does not check: {', '.join(unknown)}"

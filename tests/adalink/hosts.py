@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from double import FREQUENCIES, set_frequencies
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -28,6 +29,8 @@ def host(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
     has_head = "lm_head.weight" in weights or any(name.startswith(("transformer.", "model.", "decoder.block")) for name in weights)
     bare = {"add_pooling_layer": False} if kind in ("bert", "roberta") else {}
     maker: Any = AutoModel if not has_head else AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    frequencies = {name: value for name, value in weights.items() if name.endswith(FREQUENCIES)}
+    weights = {name: value for name, value in weights.items() if name not in frequencies}
     model = maker.from_config(made, attn_implementation="eager", **({} if has_head else bare)).double()
     missing, unexpected = model.load_state_dict(dict(weights), strict=False)
     assert set(missing) <= {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}, missing
@@ -35,6 +38,7 @@ def host(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
     for module in model.modules():
         if kind == "opt" and isinstance(module, nn.LayerNorm):  # OPT has no setting for it
             module.eps = _said(config, EPS, 1e-5)
+    set_frequencies(model, frequencies)
     return model.eval()
 
 

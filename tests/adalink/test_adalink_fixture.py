@@ -52,6 +52,7 @@ def computed_in(c: Case) -> Any:
         adapter = c.adapter(model, c.tasks()[0], variant, scope, c.trained(variant, scope))
         return real(c, run(c, model, zeros(c), adapter)[1] - c.tensors[f"{variant}.{scope}.logits"])
 
+    c.fit(difference)
     return arithmetic(difference)
 
 
@@ -107,6 +108,16 @@ def test_without_a_row_of_its_own_the_model_is_the_frozen_one(name: str) -> None
         model = c.model()
         adapter = c.adapter(model, c.tasks()[0], *c.runs()[0], c.trained(*c.runs()[0]))
         close(run(c, model, zeros(c) - 1, adapter)[1], c.tensors["out.base.logits"])
+
+
+def test_pictures_are_not_taken_for_embeddings_of_the_text_and_frequencies_not_for_exact_ones() -> None:
+    """The control: what the files say otherwise matters."""
+    c = case("made_opt_pictures_and_embeddings_of_the_models_width")
+    assert c.pictures is c.tensors["in.image_features"]
+    assert c.pictures.shape[2] == c.tensors["in.embeds"].shape[2]
+    exact, rounded, stored = (case(f"made_llama_text{which}").tensors["out.base.logits"] for which in ("", "_rounded_frequencies", "_stored_frequencies"))
+    assert (rounded - exact).abs().max() > 1e-9
+    assert (stored - exact).abs().max() > 1e-4
 
 
 def test_a_picture_edited_as_text_is_seen() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
 from context_peft_case import Case
 from context_peft_checks import check_generation, check_padding, check_routing, check_training, check_variants
 from context_peft_made import make
@@ -48,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "llama_ia3_and_lora": ("llama", {"gain": ia3(["image"], "down_proj"), "low": lora("llama", ["text"], target_modules=["q_proj", "up_proj"])}),
     "gpt2_lora": ("gpt2", {"image": lora("gpt2", ["image"]), "text": lora("gpt2", ["text"], r=1)}),
 }
+FREQUENCIES: dict[str, Literal["rounded", "stored"]] = {"llama_lora_shared_group": "rounded", "llama_ia3_and_lora": "stored"}
 CHECKS = (check_routing, check_training, check_padding, check_variants, check_generation)
 
 
@@ -60,6 +62,28 @@ def made(name: str) -> Case:
 @pytest.mark.parametrize("name", CASES)
 def test_it_equals_the_formulas(name: str, check: Callable[[Case], None]) -> None:
     check(made(name))
+
+
+@pytest.mark.parametrize("name", FREQUENCIES)
+def test_rotary_frequencies_are_those_of_the_file(name: str) -> None:
+    case = make(*CASES[name], FREQUENCIES[name])
+    assert (case.tensors["out.logits"] - made(name).tensors["out.logits"]).abs().max() > 1e-9  # the control: it matters
+    check_training(case)
+    check_generation(case)
+
+
+def test_an_output_that_nobody_compares_is_refused_unless_it_is_for_information() -> None:
+    case = made("gpt2_lora")
+    check_training(Case(case.spec, {**case.tensors, "out.extra": torch.tensor(3.0)}))
+    with pytest.raises(AssertionError, match="outputs that this test does not check: states"):
+        check_training(Case(case.spec, {**case.tensors, "out.states": torch.zeros(2, 3)}))
+
+
+@pytest.mark.parametrize("name", ["out.acc", "out.ppl", "tap.connector_out"])
+def test_what_the_trainer_prints_and_the_connector_gives_is_compared(name: str) -> None:
+    case = made("gpt2_lora")
+    with pytest.raises(AssertionError, match="not close"):
+        check_training(Case(case.spec, {**case.tensors, name: case.tensors[name] + 1e-6}))
 
 
 def test_a_wrong_scale_is_seen() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import unipelt_made
 from double import arithmetic
+from fixture_file import refuse_unchecked
 from shared import fixtures, fixtures_root
 from torch import Tensor
 from unipelt_case import Case, read, role
@@ -40,6 +41,18 @@ def test_outputs_gates_attention_loss_and_every_gradient_equal_the_published_cod
         check(Case(*file))
 
 
+@pytest.mark.parametrize("key", ["adapter_out.layer1", "adapter_residual.layer1", "out.other"])
+def test_each_of_these_is_compared(key: str) -> None:
+    """The control: another number is seen, and an output that nobody compares is refused unless the file says what it is for."""
+    names = [name for name in FILES if key in stored(name)[1]] or list(FILES)[:1] * (key == "out.other")
+    for spec, tensors in map(stored, names):
+        changed = {**tensors, key: tensors[key] + 1e-6 if key in tensors else torch.ones(2, 3)}
+        with pytest.raises(AssertionError, match=r"not close|does not check: other"):
+            check(Case(spec, changed))
+        if key == "out.other":
+            check(Case({**spec, "keys": {**spec["keys"], "out.other": "For information: of a model without it"}}, changed))
+
+
 def test_the_authors_files_are_found() -> None:
     """Skips, saying so, where they are absent; the cases that are made here run everywhere."""
     assert sorted(fixtures("unipelt").glob("*.safetensors")) == list(FILES.values()) != []
@@ -61,6 +74,7 @@ def check(case: Case) -> None:
         if isinstance(module, Adapted):
             module.register_forward_hook(lambda m, args, out, name=name: seen[f"{name}:in"].append(args[2]))
     attachment = attach(case.model, case.adapter)
+    residual, change = watched_adapters(case)
     biases = {name: case.model.get_parameter(name).requires_grad_() for name in case.under("grad_bias.")}
     with attachment.bind(case.token_map()):
         output = case.model(**case.inputs(), output_hidden_states=True, output_attentions=True, use_cache=False)
@@ -72,9 +86,9 @@ def check(case: Case) -> None:
     checked |= {"logits": output.logits[:, n:]} if "logits" in output else {}
     checked |= {f"hidden_states.{i}": h[:, n:] for i, h in enumerate(output.hidden_states)}
     checked |= {f"attentions.{i}": a[:, :, n:] for i, a in enumerate(output.attentions)}
-    assert set(expected) <= set(checked), f"outputs that this test does not check: {set(expected) - set(checked)}"
-    for name, value in expected.items():
-        close(checked[name], value)
+    refuse_unchecked(expected, checked, case.spec)
+    for name in expected.keys() & checked.keys():
+        close(checked[name], expected[name].reshape(checked[name].shape) if name == "loss" else expected[name])
     for name, value in case.under("grad_bias.").items():
         close(biases[name].grad, value)
     gradients = case.under("grad.")
@@ -86,6 +100,24 @@ def check(case: Case) -> None:
         if f"adapter_in.layer{i}" in case.tensors:
             found = next(values[0] for name, values in seen.items() if name.startswith(f"adapter.{i}") and name.endswith(":in"))
             close(found[:, n:], case.tensors[f"adapter_in.layer{i}"])
+        if f"adapter_residual.layer{i}" in case.tensors:
+            close(residual[i][:, n:], case.tensors[f"adapter_residual.layer{i}"])
+        if f"adapter_out.layer{i}" in case.tensors:
+            close((residual[i] + change[i])[:, n:], case.tensors[f"adapter_out.layer{i}"])
+
+
+def watched_adapters(case: Case) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """By layer, filled as the model runs: what its feed-forward network gives (its last linear), and what the adapter adds, gate included."""
+    residual, change = dict[int, Tensor](), dict[int, Tensor]()
+    stack = case.model.get_submodule(case.anatomy.stack) if case.anatomy.stack else case.model
+    for i, name in enumerate(case.anatomy.layers):
+        linear = [module for module in stack.get_submodule(name).modules() if getattr(getattr(module, "weight", None), "ndim", 0) == 2][-1]
+        linear.register_forward_hook(lambda m, args, out, i=i: residual.__setitem__(i, out))
+    for placement in case.adapter.placements:
+        if placement.role.startswith("adapter."):
+            layer = int(placement.role.split(".")[1])
+            placement.edit.register_forward_hook(lambda m, args, out, i=layer: change.__setitem__(i, out - args[0]))
+    return residual, change
 
 
 def check_gates(case: Case, seen: dict[str, list[Tensor]]) -> None:
