@@ -131,7 +131,7 @@ def take_captions(files: Files) -> None:
 DISAGREED = [
     ("train", spoil_images, 10, "none of the 6 images can be used"),
     ("val", spoil_images, 10, "none of the 6"),
-    ("train", spoil_images, 3, "bad samples, and at most 3 are allowed: "),
+    ("train", spoil_images, 3, " not an image ("),
     ("train", spoil_two_images, 1, "2 bad samples, and at most 1 is allowed: "),
     ("train", take_captions, 10, "gives no sample"),
     ("val", spoil_two_images, 1, "2 bad samples, and at most 1 is allowed: "),
