@@ -68,17 +68,16 @@ class Decoding:
             self._cache, self._map, self._mask = cache, token_map, batch.attention_mask
             return scores
         before, kept, n_old = self._now(), self.attachment.kept, len(self._mask)
-        _append(self._cache, cache)
-        kept[self._cache] = _beside(kept.get(self._cache, {}), n_old, kept.get(cache, {}), len(scores))
         length = max(before.domain.shape[1], batch.ids.shape[1])
-        self._bind(
-            TokenMap(
-                torch.cat([_padded(before.domain, length, PAD), _padded(token_map.domain, length, PAD)]),
-                torch.cat([before.row, token_map.row]),
-                {name: torch.cat([value, token_map.inputs[name]]) for name, value in before.inputs.items()},
-                serving=None if before.serving is None or token_map.serving is None else before.serving | token_map.serving,
-            )
+        states = _joined(self._cache, cache)
+        beside = _beside(kept.get(self._cache, {}), n_old, kept.get(cache, {}), len(scores))
+        joined = TokenMap(
+            torch.cat([_padded(before.domain, length, PAD), _padded(token_map.domain, length, PAD)]),
+            torch.cat([before.row, token_map.row]),
+            {name: torch.cat([value, token_map.inputs[name]]) for name, value in before.inputs.items()},
+            serving=None if before.serving is None or token_map.serving is None else before.serving | token_map.serving,
         )
+        self._set(states, beside, joined)
         return scores
 
     def step(self, ids: Tensor) -> Tensor:
@@ -95,30 +94,37 @@ class Decoding:
         chosen = torch.tensor(rows, device=self._mask.device)
         now, kept = self._now(), self.attachment.kept
         n_empty = int(self._mask[chosen].any(0).long().argmax())  # columns on the left that only rows which go had
-        for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[chosen, :, n_empty:], layer.values[chosen, :, n_empty:]
-        kept[self._cache] = {edit: value[chosen] for edit, value in kept.get(self._cache, {}).items()}
+        states = [(layer.keys[chosen, :, n_empty:], layer.values[chosen, :, n_empty:]) for layer in self._cache.layers]
+        beside = {edit: value[chosen] for edit, value in kept.get(self._cache, {}).items()}
         row = now.row[chosen]
         inputs = {name: value[chosen] for name, value in now.inputs.items()}
-        self._bind(TokenMap(now.domain[chosen, n_empty:], row, inputs, serving=None if now.serving is None else now.serving & frozenset(row.tolist())))
+        serving = None if now.serving is None else now.serving & frozenset(row.tolist())
+        self._set(states, beside, TokenMap(now.domain[chosen, n_empty:], row, inputs, serving=serving))
 
     def _now(self) -> TokenMap:
         """The map with the tokens that were generated since it was made."""
         n_new = self._mask.shape[1] - self._map.domain.shape[1]
         return replace(self._map, domain=nn.functional.pad(self._map.domain, (0, n_new), value=self._map.generated))
 
-    def _bind(self, token_map: TokenMap) -> None:
-        self._map, self._mask = token_map, (token_map.domain != PAD).long()
+    def _set(self, states: Sequence[tuple[Tensor, Tensor]], beside: Mapping[nn.Module, Tensor], token_map: TokenMap) -> None:
+        """Take keys and values, what edits keep, and a map, once all of them are made: where memory ends before, the rows stay as they were."""
+        mask = (token_map.domain != PAD).long()
+        for layer, (keys, values) in zip(self._cache.layers, states, strict=True):
+            layer.keys, layer.values = keys, values
+        self.attachment.kept[self._cache] = dict(beside)
+        self._map, self._mask = token_map, mask
 
 
-def _append(cache: Any, other: Any) -> None:
-    """Put the rows of another cache after those of this one, the shorter rows padded on the left."""
+def _joined(cache: Any, other: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer: the rows of a cache, then those of another, the shorter rows padded on the left."""
     length = max(cache.get_seq_length(), other.get_seq_length())
-    for mine, new in zip(cache.layers, other.layers, strict=True):
-        mine.keys, mine.values = (
-            torch.cat([left_padded(value, length) for value in pair])
-            for pair in ((mine.keys, new.keys), (mine.values, new.values))
+    return [
+        (
+            torch.cat([left_padded(mine.keys, length), left_padded(new.keys, length)]),
+            torch.cat([left_padded(mine.values, length), left_padded(new.values, length)]),
         )
+        for mine, new in zip(cache.layers, other.layers, strict=True)
+    ]
 
 
 def _beside(old: Mapping[nn.Module, Tensor], n_old: int, new: Mapping[nn.Module, Tensor], n_new: int) -> dict[nn.Module, Tensor]:

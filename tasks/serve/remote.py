@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import http.client
+import io
 import ipaddress
+import queue
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from tasks.serve.refusal import Refused
 
 __all__ = ["RemotePictures", "is_public"]
 
-SECONDS = 10.0  # for all of one fetch
+SECONDS = 10.0  # for all of one fetch: the name, the connection, the header and the body, however slowly each of their bytes comes
 BLOCK = 65_536
+# Where hosts of the internet are. Not in it: what stands for an IPv4 address, which may be a private one (::/96, NAT64's 64:ff9b::/96 and
+# 64:ff9b:1::/48), site-local addresses (fec0::/10), and all that is reserved. In it, and known to Python as such: Teredo.
+UNICAST = ipaddress.IPv6Network("2000::/3")
+DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")
+RELAY = ipaddress.IPv4Network("192.88.99.0/24")
 
 
 def is_public(address: str) -> bool:
     """Whether an IP address belongs to a host on the internet, and not to this machine, its networks or anything reserved."""
     found = ipaddress.ip_address(address)
-    inner = found.ipv4_mapped or found.sixtofour if isinstance(found, ipaddress.IPv6Address) else None
-    return found.is_global and not found.is_multicast and (inner is None or inner.is_global)
+    if isinstance(found, ipaddress.IPv4Address):
+        return found.is_global and not found.is_multicast and found not in RELAY
+    if found.ipv4_mapped is not None:
+        return is_public(str(found.ipv4_mapped))
+    if found not in UNICAST or found in DOCUMENTATION or not found.is_global:
+        return False
+    return found.sixtofour is None or is_public(str(found.sixtofour))
 
 
 class RemotePictures:
@@ -43,14 +57,16 @@ class RemotePictures:
         parts, host, port = self._checked(url, field)
         deadline = time.monotonic() + self.seconds
         try:
-            address = self._resolved(host, port, field)
-            with socket.create_connection((address, port), timeout=self._left(deadline)) as plain:
+            address = self._resolved(host, port, deadline, field)
+            with socket.create_connection((address, port), timeout=_left(deadline)) as plain:
+                plain.settimeout(_left(deadline))
                 stream = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if parts.scheme == "https" else plain
                 return self._read(stream, parts, deadline, field)
         except TimeoutError:
             raise Refused(400, f"{field}: {host} did not send the picture within {self.seconds:g} seconds", field=field, code="fetch_failed") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise Refused(400, f"{field}: the picture could not be fetched from {host}: {error}", field=field, code="fetch_failed") from None
+        except (OSError, http.client.HTTPException) as error:  # not what a service that is no web server said
+            told = (error.strerror or "the connection failed") if isinstance(error, OSError) else "what it sent is no HTTP"
+            raise Refused(400, f"{field}: the picture could not be fetched from {host}: {told}", field=field, code="fetch_failed") from None
 
     def _checked(self, url: str, field: str) -> tuple[SplitResult, str, int]:
         if not self.hosts:
@@ -66,18 +82,18 @@ class RemotePictures:
             raise Refused(400, f"{field}: this server fetches no pictures from {host[:60]}: send a data URL", field=field, code="remote_not_allowed")
         return parts, host, port or (443 if parts.scheme == "https" else 80)
 
-    def _resolved(self, host: str, port: int, field: str) -> str:
+    def _resolved(self, host: str, port: int, deadline: float, field: str) -> str:
         """The first address of a host. Raises Refused where any of its addresses is private."""
-        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        found = _addresses(host, port, deadline)
         if not all(self.reachable(address.partition("%")[0]) for address in found):
             raise Refused(400, f"{field}: {host[:60]} is not on the public internet", field=field, code="remote_not_allowed")
         return found[0]
 
     def _read(self, stream: socket.socket, parts: SplitResult, deadline: float, field: str) -> bytes:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        stream.settimeout(self._left(deadline))
+        stream.settimeout(_left(deadline))
         stream.sendall(f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: image/*\r\nUser-Agent: adalink\r\nConnection: close\r\n\r\n".encode())
-        response = http.client.HTTPResponse(stream, method="GET")
+        response = http.client.HTTPResponse(_InTime(stream, deadline), method="GET")  # type: ignore[arg-type]  # all of a socket that it uses
         response.begin()
         if response.status != 200:
             raise Refused(400, f"{field}: {parts.hostname} answered {response.status}, expected 200 and a picture", field=field, code="fetch_failed")
@@ -86,11 +102,52 @@ class RemotePictures:
             data += block
             if len(data) > self.most_bytes:
                 raise Refused(413, f"{field}: the picture has more than {self.most_bytes} bytes, the limit", field=field, code="too_many_bytes")
-            stream.settimeout(self._left(deadline))
         return bytes(data)
 
-    def _left(self, deadline: float) -> float:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
+
+class _InTime(io.RawIOBase):
+    """A socket as a file that is read until a time and no longer, in whatever pieces it comes: a socket's own timeout begins anew with each."""
+
+    def __init__(self, stream: socket.socket, deadline: float) -> None:
+        self.stream = stream
+        self.deadline = deadline
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """As `socket.makefile`."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Bytes that were read. Raises TimeoutError."""
+        self.stream.settimeout(_left(self.deadline))
+        return self.stream.recv_into(buffer)
+
+
+def _addresses(host: str, port: int, deadline: float) -> list[str]:
+    """All addresses of a host, asked for in a thread that is left alone where no answer comes in time: a resolver has no timeout to set."""
+    answer: queue.SimpleQueue[list[str] | OSError] = queue.SimpleQueue()
+
+    def resolve() -> None:
+        try:
+            answer.put([str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)])
+        except (OSError, UnicodeError) as error:
+            answer.put(error if isinstance(error, OSError) else OSError(0, "the name is none"))
+
+    threading.Thread(target=resolve, name="resolver", daemon=True).start()
+    try:
+        found = answer.get(timeout=_left(deadline))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(found, OSError):
+        raise found
+    return found
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left

@@ -30,7 +30,7 @@ class Running:
         self.prompts = prompts
         self.rows: list[JobRow] = []
         self._decoding = Decoding(model.language, model.adapted.attachment)
-        self._newest: Tensor  # int64 [B]: the token of each row that is read next
+        self._newest = torch.zeros(0, dtype=torch.long)  # int64 [B]: the token of each row that is read next
 
     @property
     def jobs(self) -> list[Job]:
@@ -74,9 +74,10 @@ class Running:
             scores = self._decoding.join_known(batch, token_map, part.known, part.n_last)
         else:
             scores = self._decoding.join(batch, token_map, may_share=may_share_prompts(self.model.adapted.attachment, token_map))
+        newest = self._newest if self.rows else None
+        self.rows += rows  # first: where anything below fails, these rows go with the next token, and the others stay
         chosen = _chosen(rows, scores)
-        self._newest = torch.cat([self._newest, chosen]) if self.rows else chosen
-        self.rows += rows
+        self._newest = chosen if newest is None else torch.cat([newest, chosen])
         if not part.known:
             self._keep_prompts(part.jobs, batch)
         self._let_go()

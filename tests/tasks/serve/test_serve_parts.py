@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -274,12 +277,65 @@ def test_pictures_are_fetched_from_allowed_hosts_within_limits(origin: str) -> N
         RemotePictures([], 1000).fetch(f"{origin}/a.png", "url")
 
 
+TRICKLES = {
+    "the status line": (b"", b"H"),
+    "a header": (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+    "continuations": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "the size of a chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    "trailers": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X: y\r\n"),
+    "the body": (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),
+}
+
+
+@pytest.mark.parametrize("name", TRICKLES)
+def test_a_host_that_sends_a_byte_now_and_then_is_let_go_in_time(name: str) -> None:
+    begins, goes_on = TRICKLES[name]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def trickle() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(begins)
+                while True:
+                    connection.sendall(goes_on)
+                    time.sleep(0.03)
+
+        threading.Thread(target=trickle, daemon=True).start()
+        pictures = RemotePictures(["localhost"], 10**6, seconds=0.3, reachable=lambda address: True)
+        with pytest.raises(Refused, match=r"did not send the picture within|is no HTTP"):  # http.client allows a hundred headers
+            pictures.fetch(f"http://localhost:{listening.getsockname()[1]}/a.png", "url")
+
+
+def test_a_name_that_nobody_resolves_is_let_go_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [] * answer.wait(PATIENCE))
+    with pytest.raises(Refused, match=r"did not send the picture within 0\.2 seconds"):
+        RemotePictures(["*"], 1000, seconds=0.2).fetch("http://slow.example/a.png", "url")
+    answer.set()
+
+
 def test_private_addresses_are_never_connected_to(origin: str) -> None:
     for url in (origin, "http://127.0.0.1/", "http://[::ffff:127.0.0.1]/", "http://0.0.0.0/", "http://169.254.169.254/latest", "http://10.1.2.3/", "http://2130706433/"):
         with pytest.raises(Refused, match=r"is not on the public internet|could not be fetched"):
             RemotePictures(["*"], 1000, seconds=PATIENCE).fetch(url, "url")
     assert [is_public(address) for address in ("8.8.8.8", "2606:4700::1111", "192.168.1.1", "::1", "::ffff:10.0.0.1", "224.0.0.1", "100.64.0.1", "2002:7f00:1::")] == [
         True, True, False, False, False, False, False, False]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", [
+    "64:ff9b::a9fe:a9fe", "64:ff9b::7f00:1", "64:ff9b:1::7f00:1", "64:ff9b:1:2::a00:1", "fec0::1", "feff::1", "::7f00:1", "::a9fe:a9fe", "::ffff:0:7f00:1", "::", "::1",
+    "2002:a00:1::", "2002:a9fe:a9fe::1", "2002:c0a8:101::", "2001:0:4136:e378:8000:63bf:3fff:fdd2", "2001:db8::1", "3fff::1", "5f00::1", "fe80::1", "fe80::1%eth0",
+    "fd00::1", "ff02::1", "100::1", "::ffff:169.254.169.254", "0.0.0.0", "127.1.2.3", "169.254.169.254", "192.88.99.1", "198.18.0.1", "240.0.0.1", "255.255.255.255",
+])  # fmt: skip
+def test_an_address_that_stands_for_a_private_one_or_for_none_is_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "2001:4860:4860::8888", "2a00:1450:4001::1", "::ffff:8.8.8.8", "2002:808:808::1"])
+def test_an_address_of_the_internet_is_public(address: str) -> None:
+    assert is_public(address)
 
 
 async def _sent(limits: RequestLimits, sizes: list[int]) -> list[tuple[int, str]]:

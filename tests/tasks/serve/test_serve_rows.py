@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from typing import Any
 
@@ -246,3 +247,44 @@ def test_jobs_that_fail_after_some_of_them_have_joined_leave_no_row_behind() -> 
     answer = other.events.get_nowait()
     assert isinstance(answer, Answer)
     assert answer.text == generated(model, "one", 2, 9)
+
+
+class MemoryEnds:
+    """Stands for a function that makes tensors, and raises what torch raises at the n-th call."""
+
+    def __init__(self, function: Any, n: int) -> None:
+        self.function, self.left = function, n
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.function(*arguments, **named)
+
+
+@pytest.mark.parametrize("place", ["multimodal.decoding.left_padded", "multimodal.decoding._padded", "multimodal.decoding._beside", "tasks.serve.running._chosen"])
+def test_where_memory_ends_while_a_row_joins_the_rows_that_run_are_not_touched(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    module, _, name = place.rpartition(".")
+    alone = [generated(model, "one", 0, 9), generated(model, "two", 1, 9)]
+    for n in range(1, 30):
+        worker = Worker(model, Batching(), RequestLimits(), lambda jobs: None)
+        others = [job(model, "one", 0, 9), job(model, "two", 1, 9)]
+        worker.join(others)
+        with torch.no_grad():
+            worker.running.step()
+        late = job(model, "one", 2, 9)
+        ends = MemoryEnds(getattr(sys.modules[module], name), n)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, ends)
+            worker.join([late])
+        while worker.running.rows:
+            worker.running.step()
+        assert [one.events.get_nowait().text for one in others] == alone  # type: ignore[union-attr]
+        end = late.events.get_nowait()
+        if ends.left > 0:  # all calls went through
+            assert isinstance(end, Answer)
+            assert n > 1
+            return
+        assert isinstance(end, torch.OutOfMemoryError)
+    raise AssertionError("never got through")
