@@ -5,6 +5,8 @@
         model(input_ids=...)            # or model.generate(...)
     attachment.detach()
 
+Outside of `bind` the model is the frozen one, untouched. Each thread binds for itself.
+
 Hooks carry no state of their own: where a call starts is read from its cache, what its tokens are from the bound map. What an edit
 keeps of a prompt for the steps after it (a frozen gate) is kept beside the cache of that prompt, and goes with it. Only the
 attachment applies `h = where(select, edit(h), h)`, so an edit cannot touch a token that is not its own.
@@ -28,11 +30,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adalink.anatomy import Anatomy
+from adalink.bound import Bound
 from adalink.edit import EMBEDDING, Adapter, Placement, Port
 from adalink.errors import AttachError
+from adalink.freezing import freeze, give_back
 from adalink.hooks import hook_at
 from adalink.ports import by_port
-from adalink.tokens import TokenMap, Tokens
+from adalink.tokens import BASE_ROW, TokenMap, Tokens
 
 __all__ = ["Attachment", "attach"]
 
@@ -52,8 +56,7 @@ class Attachment:
         self.model = model
         self.anatomy = anatomy
         self.stack = model.get_submodule(anatomy.stack)
-        self.map: TokenMap | None = None
-        self.tokens: Tokens | None = None
+        self._map, self._tokens = Bound[TokenMap](), Bound[Tokens]()
         self.at: Mapping[Port, list[tuple[int, Placement]]] = {}
         self.served: frozenset[int] = frozenset()
         self._ports: dict[Port, torch.utils.hooks.RemovableHandle] = {}
@@ -62,14 +65,34 @@ class Attachment:
         self._forwards: list[nn.Module] = []  # layers whose forward is wrapped by checkpoint_layers
         self._may_cache = "use_cache" in inspect.signature(type(self.stack).forward).parameters
         at = by_port(model, self.stack, dict(enumerate(adapters)))
-        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._modes = [(module, module.training) for module in model.modules()]
-        model.requires_grad_(False).eval()
-        self._handles += [
-            self.stack.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.stack.register_forward_hook(self._leave, always_call=True),
-        ]
-        self._place(at, frozenset(range(len(adapters))))
+        freeze(model)
+        try:
+            self._handles += [
+                self.stack.register_forward_pre_hook(self._enter, with_kwargs=True),
+                self.stack.register_forward_hook(self._leave, always_call=True),
+            ]
+            self._place(at, frozenset(range(len(adapters))))
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def map(self) -> TokenMap | None:
+        """What is bound in this thread; None outside of `bind`."""
+        return self._map.get()
+
+    @map.setter
+    def map(self, token_map: TokenMap | None) -> None:
+        self._map.set(token_map)
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """The tokens of the stack's call that runs in this thread; None outside of one."""
+        return self._tokens.get()
+
+    @tokens.setter
+    def tokens(self, tokens: Tokens | None) -> None:
+        self._tokens.set(tokens)
 
     def serve(self, adapters: Mapping[int, Adapter]) -> None:
         """From now on these adapters, each by its row index, in place of those before. Modes, flags and checkpointing stay as they are.
@@ -112,7 +135,7 @@ class Attachment:
     def keep_activations(self) -> None:
         """The reverse of `checkpoint_layers`."""
         for layer in self._forwards:
-            del layer.forward
+            layer.__dict__.pop("forward", None)
         self._forwards = []
 
     def checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
@@ -120,15 +143,14 @@ class Attachment:
         return contextlib.nullcontext(), self._rebound(self.tokens)
 
     def detach(self) -> None:
-        """Take everything back: hooks, checkpointing, requires_grad flags and modes are as they were."""
+        """Take everything back: hooks, checkpointing, requires_grad flags and modes are as they were. A second time changes nothing."""
+        if not self._handles:
+            return
         for handle in [*self._handles, *self._ports.values()]:
             handle.remove()
         self._handles, self._ports = [], {}
         self.keep_activations()
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        for module, mode in self._modes:
-            module.training = mode
+        give_back(self.model)
 
     @contextlib.contextmanager
     def _rebound(self, tokens: Tokens | None) -> Iterator[None]:
@@ -140,18 +162,25 @@ class Attachment:
 
     def _place(self, at: Mapping[Port, list[tuple[int, Placement]]], served: frozenset[int]) -> None:
         """Hooks at these ports and no others; a hook that stays keeps its place among the hooks of its module."""
+        new: dict[Port, torch.utils.hooks.RemovableHandle] = {}
+        try:
+            for port in at:
+                if port not in self._ports:
+                    new[port] = self._hook(port)
+        except BaseException:
+            for handle in new.values():
+                handle.remove()
+            raise
         for port in self._ports.keys() - at.keys():
             self._ports.pop(port).remove()
+        self._ports.update(new)
         self.at, self.served = at, served
-        for port in at:
-            if port not in self._ports:
-                self._ports[port] = self._hook(port)
 
     def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.map is None:
-            raise AttachError("no token map is bound: call the model inside `with attachment.bind(token_map):`")
-        embeds = kwargs.get("inputs_embeds")
+        token_map, embeds = self.map, kwargs.get("inputs_embeds")
         ids = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+        if ids is None and token_map is None:
+            return args, kwargs  # the frozen model says itself what it lacks
         if ids is None:
             raise AttachError(f"{type(stack).__name__} was called without input_ids or inputs_embeds: pass one of them")
         cache, length = kwargs.get("past_key_values"), ids.shape[1]
@@ -159,7 +188,7 @@ class Attachment:
         visible = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
         if self._forwards and torch.is_grad_enabled() and self._may_cache:  # unasked too, inside an existing vision-language model
             kwargs = {**kwargs, "use_cache": False}  # a recompute would write the cache a second time
-        tokens = self.map.window(ids.shape[0], start, length, max(visible, start + length))
+        tokens = (token_map or _of_nobody(ids)).window(ids.shape[0], start, length, max(visible, start + length))
         self.tokens = replace(tokens, kept=self.kept.get(cache, {}) if start else None if kwargs.get("use_cache") is False else {})
         if embeds is not None and EMBEDDING in self.at and not self.anatomy.merges_late:
             kwargs = {**kwargs, "inputs_embeds": self._edited(EMBEDDING, embeds, embeds)}
@@ -178,11 +207,11 @@ class Attachment:
     def _edited(self, port: Port, h: Tensor, x: Tensor) -> Tensor:
         """h after every edit placed at the port, each on its own tokens only."""
         tokens = self._tokens_at(port)
-        if h.shape[:-1].numel() != tokens.domain.numel():
-            raise AttachError(_of_other_tokens(port, h, tokens))
         for index, placement in self.at[port]:
             if tokens.present.isdisjoint(placement.domains) or (tokens.serving is not None and index not in tokens.serving):
                 continue
+            if h.shape[:-1].numel() != tokens.domain.numel():
+                raise AttachError(_of_other_tokens(port, h, tokens))
             whole, read = (value.reshape(*tokens.domain.shape, -1) for value in (h, x))  # OPT flattens [B, T] before its feed-forward
             # Of one token a row, picking rows costs more than editing them all.
             rows = None if placement.reads_row or whole.shape[1] == 1 else tokens.rows_of.get(index)
@@ -219,6 +248,12 @@ def _checkpointed(attachment: Attachment, forward: Any, *args: Any, **kwargs: An
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=attachment.checkpoint_contexts, **kwargs)
+
+
+def _of_nobody(ids: Tensor) -> TokenMap:
+    """The map of a call that is not bound: no adapter serves its rows. ids [B, T] or [B, T, D]."""
+    domain = torch.zeros(len(ids), 1, dtype=torch.int64, device=ids.device)
+    return TokenMap(domain, torch.full_like(domain[:, 0], BASE_ROW), present=frozenset(), serving=frozenset())
 
 
 def _of_other_tokens(port: Port, h: Tensor, tokens: Tokens) -> str:

@@ -86,12 +86,11 @@ def _distances_hook(attachment: Attachment, port: Port, module: nn.Module, args:
 def _reader_hook(attachment: Attachment, port: Port, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Edit the mask of what the stack gave. The stack has run, so its tokens are made again from the map."""
     encoded, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-    if encoded is None:
+    token_map = attachment.map
+    if encoded is None or token_map is None:
         return args, kwargs
-    if attachment.map is None:
-        raise AttachError("no token map is bound: call the model inside `with attachment.bind(token_map):`")
     length = encoded.shape[1]
-    tokens = attachment.map.window(len(encoded), 0, length, length)
+    tokens = token_map.window(len(encoded), 0, length, length)
     mask = torch.ones_like(tokens.domain) if mask is None else mask
     for index, placement in attachment.at[port]:
         if tokens.serving is None or index in tokens.serving:

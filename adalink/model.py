@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +45,8 @@ BASE_NAME = "__base__"  # a row that no adapter serves, as the field writes it
 def get_adalink_model(model: nn.Module, methods: Mapping[str, Method] | Method, *, modules_to_save: Sequence[str] = ()) -> AdaptedModel:
     """A frozen model with one adapter, called `default`, on it: the one line that most users need. Arguments as in `add_adapter`."""
     adapted = AdaptedModel(model)
-    adapted.add_adapter(DEFAULT, methods, modules_to_save=modules_to_save)
+    with _unloaded_on_error(adapted):
+        adapted.add_adapter(DEFAULT, methods, modules_to_save=modules_to_save)
     return adapted
 
 
@@ -71,8 +73,10 @@ class AdaptedModel(nn.Module):
         self.tasks: dict[str, dict[str, Any]] = {}  # by adapter: saved with it, for whoever loads it
         self.indices: dict[str, int] = {}  # by adapter: the row index that means it, never given to another
         self._n_ever = 0
+        self._resting: dict[str, list[str]] = {}  # by adapter that is not active: its parameters that are trained when it is
         self.attachment: Attachment = attach(base, anatomy=self.anatomy)
         self._copies = ServedCopies(self.attachment)
+        weakref.finalize(self, _leave, self.attachment, self._copies).atexit = False
         self._fingerprints: dict[tuple[str, ...], str] = {}
         state_of_trained(self, {"base": base})
         self.__class__ = class_like(type(self), type(base))  # type: ignore[assignment]  # a subclass of this one
@@ -152,6 +156,7 @@ class AdaptedModel(nn.Module):
         self._serve({self.indices[other]: self._adapter(other) for other in self.adapters if other != name})
         del self.adapters[name], self.indices[name]
         self.tasks.pop(name, None)
+        self._resting.pop(name, None)
         self.active = None if self.active == name else self.active
 
     def unload(self) -> nn.Module:
@@ -162,9 +167,9 @@ class AdaptedModel(nn.Module):
         return self.base
 
     def set_adapter(self, name: str) -> None:
-        """Make an adapter the active one: it serves every row that names no other."""
+        """Make an adapter the active one: it serves every row that names no other, and it alone is trained (requires_grad)."""
         self._index(name)
-        self.active = name
+        self._activate(name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -264,7 +269,8 @@ class AdaptedModel(nn.Module):
     def from_pretrained(cls, base: nn.Module, folder: str | Path) -> AdaptedModel:
         """A frozen model with the adapter of a folder or hub name on it."""
         model = cls(base)
-        model.load_adapter(folder, DEFAULT)
+        with _unloaded_on_error(model):
+            model.load_adapter(folder, DEFAULT)
         return model
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
@@ -308,17 +314,28 @@ class AdaptedModel(nn.Module):
 
     def _new(self, name: str, methods: Mapping[str, Method], modules_to_save: Sequence[str]) -> Adapter:
         """An adapter that is not attached yet, so that nothing has to be undone where it cannot be used."""
-        if not name.isidentifier() or name in self.adapters or name == BASE_NAME:
-            raise ConfigError(f"the adapter's name is {name!r}: give an identifier that is not one of {list(self.adapters)}")
+        if not name.isidentifier() or name == BASE_NAME or hasattr(self.adapters, name):  # a ModuleDict has attributes of its own: `keys`
+            raise ConfigError(f"the adapter's name is {name!r}: give an identifier that is not one of {list(self.adapters)}, nor a method of dictionaries")
         adapter = Adapter(methods, self.anatomy, copied(self.base, self.anatomy, names_of("modules_to_save", modules_to_save)))
         check_trains(self.base, self.anatomy, adapter, self.image_ids)
         return adapter.to(next(self.base.parameters()).device)
 
     def _add(self, name: str, adapter: Adapter) -> Adapter:
         self._serve({**{self.indices[other]: self._adapter(other) for other in self.adapters}, self._n_ever: adapter})
-        self.adapters[name], self.indices[name], self.active = adapter, self._n_ever, name
+        self.adapters[name], self.indices[name] = adapter, self._n_ever
         self._n_ever += 1
+        self._activate(name)
         return adapter
+
+    def _activate(self, name: str) -> None:
+        """Others require no gradient, which DDP would wait for and an optimizer would decay; what an adapter had frozen stays frozen in it."""
+        for other in self.adapters:
+            if other != name and other not in self._resting:
+                self._resting[other] = [key for key, parameter in self._adapter(other).named_parameters() if parameter.requires_grad]
+                self._adapter(other).requires_grad_(False)
+        for key in self._resting.pop(name, ()):
+            self._adapter(name).get_parameter(key).requires_grad_(True)
+        self.active = name
 
     def _serve(self, adapters: Mapping[int, Adapter]) -> None:
         self.attachment.serve(adapters)  # refuses before anything has changed
@@ -336,6 +353,22 @@ class AdaptedModel(nn.Module):
         if name not in self.adapters:
             raise ConfigError(f"there is no adapter {name!r}: this model has {', '.join(self.adapters) or 'none'} (and {BASE_NAME} for none of them)")
         return self.indices[name]
+
+
+@contextlib.contextmanager
+def _unloaded_on_error(model: AdaptedModel) -> Iterator[None]:
+    """A frozen model is given back where its first adapter fails; the error itself may keep the adapted one alive."""
+    try:
+        yield
+    except BaseException:
+        model.unload()
+        raise
+
+
+def _leave(attachment: Attachment, copies: ServedCopies) -> None:
+    """The frozen model of an adapted one that is no more, as it was before."""
+    copies.serve({})
+    attachment.detach()
 
 
 def _check_no_names(adapter_names: Sequence[str | None] | None) -> None:

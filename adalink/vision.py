@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from adalink.edit import EMBEDDING, Adapter, Placement, Port
 from adalink.errors import AttachError, ConfigError
+from adalink.freezing import freeze, give_back
 from adalink.ports import by_port
 from adalink.tokens import DOMAIN_NAMES, IMAGE, TokenMap, Tokens
 from adalink.vision_anatomy import read_vision
@@ -49,26 +50,27 @@ class VisionAttachment:
             self.at[port] = [placement for _, placement in placed]
         self._tokens: Tokens | None = None
         self._carried: Tensor | None = None  # the slots between two layers [B, S, D]
-        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._modes = [(module, module.training) for module in model.modules()]
-        model.requires_grad_(False).eval()
         self._handles: list[Any] = []
-        for i, name in enumerate(self.anatomy.layers):
-            layer = model.get_submodule(name)
-            self._handles.append(layer.register_forward_pre_hook(partial(self._into_layer, i == 0), with_kwargs=True))
-            # Before every other hook: transformers collects what layers give with hooks of its own.
-            self._handles.append(layer.register_forward_hook(self._out_of_layer, prepend=True))
-        self._handles += [self._hook(port) for port in self.at]
+        freeze(model)
+        try:
+            for i, name in enumerate(self.anatomy.layers):
+                layer = model.get_submodule(name)
+                self._handles.append(layer.register_forward_pre_hook(partial(self._into_layer, i == 0), with_kwargs=True))
+                # Before every other hook: transformers collects what layers give with hooks of its own.
+                self._handles.append(layer.register_forward_hook(self._out_of_layer, prepend=True))
+            self._handles += [self._hook(port) for port in self.at]
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
-        """Take everything back: hooks, requires_grad flags and modes are as they were."""
+        """Take everything back: hooks, requires_grad flags and modes are as they were. A second time changes nothing."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        for module, mode in self._modes:
-            module.training = mode
+        give_back(self.model)
 
     def _hook(self, port: Port) -> torch.utils.hooks.RemovableHandle:
         if port == EMBEDDING:
