@@ -154,6 +154,7 @@ def test_what_is_dropped_of_a_token_is_drawn_once_for_the_whole_layer() -> None:
 def test_rows_of_several_adapters_learn_the_same() -> None:
     model = adapted("llama", {"lora": LoRA(groups=ALL, rank=2, alpha=2.0, dropout=0.5)})
     other = model.add_adapter("b", {"lora": LoRA(groups={"text": ("text",)}, rank=2, alpha=2.0)}).double()
+    model.adapters.requires_grad_(True)  # both are trained here, not the active one alone
     batch = batch_of(separate_rows, slots_of(model))
     rows = model.serving(len(batch.ids), [("a", "b")[i % 2] for i in range(len(batch.ids))])
     token_map = TokenMap(batch.domain, rows.row, serving=rows.serving)
