@@ -214,7 +214,7 @@ class _Run:
         self.parameters |= dict(model.adapted.active_adapter().named_parameters())
         self.log = RunLog(folder, budget=settings.bad_samples, is_main=accelerator.is_main_process)
         if settings.trackers:
-            accelerator.init_trackers("adalink")
+            accelerator.init_trackers("adalink", init_kwargs={"wandb": {"dir": str(folder)}})  # TensorBoard's files lie in FOLDER/adalink
 
     def learn(
         self, first: int, n_steps: int, measure: Callable[[], Mapping[str, float]] | None, samples: Callable[[], Sequence[Shown]] | None

@@ -13,17 +13,20 @@ from torch import Tensor
 from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
 from multimodal.batch import collate
+from multimodal.counted import counted
 from multimodal.encode import Row, TextTooLong
-from multimodal.generate import GenerationSettings, check_room
+from multimodal.generate import GenerationSettings, check_room, saved_generation
 from multimodal.kept import Kept
 from multimodal.model import VisionLanguageModel
+from multimodal.patch_table import encode_all
+from multimodal.pixel_table import pixel_table
 from multimodal.processes import process_state
 from multimodal.progress import progress
 from multimodal.sample import SampleSource
 from tasks.data import Chosen, Opened
-from tasks.task import Task
+from tasks.task import Score, Task
 
-__all__ = ["Pictures", "Predictions", "is_graded", "predict", "read_pictures"]
+__all__ = ["Pictures", "Predictions", "evaluate", "is_graded", "predict", "read_pictures"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,22 @@ def read_pictures(opened: Opened, table: Kept) -> Pictures:
     indices = table.usable()
     bad = (*opened.problems, *table.bad.values())
     if not indices:
-        raise DataError(f"none of the {len(opened.source)} pictures can be used: {bad[0].detail}")
+        raise DataError(f"none of the {counted(len(opened.source), 'picture')} can be used: {bad[0].detail}")
     if len(indices) == len(opened.source):
         return Pictures(opened.source, table, bad)
     return Pictures(Chosen(opened.source, indices), table.only(indices), bad)
+
+
+def evaluate(model: VisionLanguageModel, source: SampleSource, task: Task, *, settings: GenerationSettings | None = None) -> tuple[Score, Predictions]:
+    """What the active adapter says about every sample of a data set, and what a task scores it: `adalink evaluate` without its files.
+
+    settings: those that the adapter was saved with, where none are given. Raises DataError where nothing can be used or scored.
+    """
+    encoded = encode_all(model, source) if model.tower.adapter is None else pixel_table(source, model.tower.preprocess, label="reading")
+    pictures = read_pictures(Opened(source, ()), encoded)
+    settings = settings or saved_generation(model.adapted.tasks.get(model.adapted.active or "", {}))
+    said = predict(model, pictures.source, task, pictures.patches, settings=settings)
+    return task.score(said.texts, pictures.source), Predictions(said.texts, (*pictures.bad, *said.bad))
 
 
 def is_graded(task: Task, source: SampleSource) -> bool:

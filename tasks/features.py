@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adalink.errors import ConfigError
+from multimodal.counted import counted
 from multimodal.feature_cache.contents import Contents, all_contents, as_size, needed_contents
 from multimodal.feature_cache.manifest import UNFINISHED, is_finished
 from multimodal.feature_cache.match import matching_features
@@ -77,7 +78,8 @@ def say(line: str) -> None:
 
 def _matching(folder: Path, model: VisionLanguageModel, source: SampleSource) -> Kept:
     cache = matching_features(folder, model.tower, source, needed_contents(model.adapted.active_adapter(), all_contents(model.tower)))
-    say(f"features: {len(cache):,} pictures are read from {folder}, {cache.contents} of {model.tower.name}; {len(cache.bad):,} have none")
+    many = f"{counted(len(cache), 'picture')} {'is' if len(cache) == 1 else 'are'}"
+    say(f"features: {many} read from {folder}, {cache.contents} of {model.tower.name}; {len(cache.bad):,} have none")
     return cache
 
 

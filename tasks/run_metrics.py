@@ -8,6 +8,7 @@ from pathlib import Path
 
 from adalink.atomic import write_whole
 from multimodal.bad_samples import BadSample
+from multimodal.counted import counted
 from tasks.metrics.bootstrap import Resampling
 from tasks.metrics.listing import software
 from tasks.model_card import add_figures
@@ -58,6 +59,6 @@ def write_metrics(
 
 def write_card_figures(folder: Path, score: Score, *, split: str, items: int, best: str = "") -> None:
     """Put the trained adapter's figures into its model card. best: which step its weights are of, where that is not the last one."""
-    data = f"the validation data of the run ({split}, {items:,} items{best and ', '}{best})"
+    data = f"the validation data of the run ({split}, {counted(items, 'item')}{best and ', '}{best})"
     figures = {name: value for name, value in score.figures.items() if name not in score.other_scorers}
     add_figures(folder, figures, score.intervals(Resampling()), scorer=score.scorer, software=software(), data=data)

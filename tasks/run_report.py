@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from adalink.errors import DataError
+from multimodal.counted import counted
 from multimodal.images import read_image_bytes
 from multimodal.model import VisionLanguageModel
 from multimodal.run_log import BAD_FILE, METRICS_FILE, VAL_LOSS
@@ -42,7 +43,7 @@ def write_run_report(
     report = Report(
         title=f"{task.name}: {' + '.join(type(method).__name__ for method in adapter.methods.values())}",
         summary=f"{model.tower.name} and {model.language.name}, both frozen; {sum(counts.values()):,} trained parameters; "
-        f"{headline} {len(predictions.texts):,} items{'; ' * bool(warning)}{warning}",
+        f"{headline} {counted(len(predictions.texts), 'item')}{'; ' * bool(warning)}{warning}",
         scorer=trained.scorer,
         rows=[MetricRow(name=name, values=score.figures) for name, score in scores.items()],
         trained=[Trained(name=name, parameters=count) for name, count in counts.items()],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 from multimodal.bad_samples import BadSample
+from multimodal.counted import counted
 from multimodal.sample import Question, Sample
 from tasks.annotation_files import Rows, answer_marks, integer, read_annotation_file, text
 from tasks.file_source import FileSource
@@ -44,7 +45,7 @@ def read_vqa(*, images: Path, questions: Path, annotations: Path | None, image_n
         key = str(image_id)
         path = folder.find(name(image_id), f"{questions} with the image name pattern")
         if path is None:
-            detail = f"{images / name(image_id)} is missing ({len(of_image)} questions)"
+            detail = f"{images / name(image_id)} is missing ({counted(len(of_image), 'question')})"
             problems.append(BadSample(key=key, reason="missing file", detail=detail))
         elif not of_image:
             problems.append(BadSample(key=key, reason="no text", detail=f"image {image_id} has no question"))
