@@ -106,8 +106,8 @@ def test_absent_pictures_and_empty_questions_are_counted_and_the_rest_stays(root
     assert [question.question_id for question in source[0].questions] == [71]
     assert [(bad.key, bad.reason, bad.detail) for bad in source.problems] == [
         ("7", "empty question", "question 70 of image 7 is empty"),
-        ("3", "missing file", f"{root / 'images' / 'image3.jpg'} is missing (1 questions)"),
-        ("9", "missing file", f"{root / 'images' / 'image9.jpg'} is missing (1 questions)"),
+        ("3", "missing file", f"{root / 'images' / 'image3.jpg'} is missing (1 question)"),
+        ("9", "missing file", f"{root / 'images' / 'image9.jpg'} is missing (1 question)"),
     ]
 
 
