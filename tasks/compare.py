@@ -23,17 +23,19 @@ __all__ = ["ANSWER_IS_RIGHT", "CAPTION_IS_RIGHT", "Comparison", "Difference", "P
 
 Item = TypeVar("Item", bound=QuestionId)
 
-# From which figure on an item counts as right. An answer: at least two of ten people gave it. A caption: a CIDEr of 1, about what one
-# person's caption reaches against those of others (corpus CIDEr of human captions is near 0.9).
+# From which figure on an item counts as right. An answer: at least two of ten people gave it. A caption: a CIDEr of 100 percent, about what one
+# person's caption reaches against those of others (corpus CIDEr of human captions is near 90 percent).
 ANSWER_IS_RIGHT = 50.0
-CAPTION_IS_RIGHT = 1.0
+CAPTION_IS_RIGHT = 100.0
+_NOTHING = 1e-9  # percent; BLEU of no word in common is a little above 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A corpus figure of both runs; interval is that of after - before, paired, None without resamples."""
+    """A corpus figure of both runs in percent, of n items; interval is that of after - before, paired, None without resamples or for one item."""
 
     name: str
+    n: int
     before: float
     after: float
     interval: Interval | None
@@ -41,12 +43,12 @@ class Difference:
     @property
     def is_sure(self) -> bool:
         """True where the interval of the difference does not hold zero."""
-        return self.interval is not None and not self.interval.low <= 0 <= self.interval.high
+        return self.interval is not None and (self.interval.low > _NOTHING or self.interval.high < -_NOTHING)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One item in both runs: what each said, and its figure (CIDEr, or accuracy in percent)."""
+    """One item in both runs: what each said, and its figure (CIDEr or accuracy, in percent)."""
 
     item: QuestionId
     said_before: str
@@ -107,16 +109,18 @@ def compare_captions(
 ) -> Comparison:
     """The captions of two runs.
 
-    right_from   an image is right from this CIDEr on
+    right_from   an image is right from this CIDEr on, in percent
 
     Raises DataError where one of the runs is not for exactly the images of the references.
     """
     scores = score_captions(before, references), score_captions(after, references)
-    items = [{image: row["CIDEr"] for image, row in run.per_image.items()} for run in scores]
+    items = [{image: 100 * row["CIDEr"] for image, row in run.per_image.items()} for run in scores]
+    corpora = [{name: 100 * value for name, value in run.corpus.items()} for run in scores]
+    figures = [caption_figures(run).chosen(tuple(run.corpus), scale=100) for run in scores]
     return Comparison(
         unit="images",
         pairs=_pairs(before, after, items[0], items[1]),
-        differences=_differences([run.corpus for run in scores], [caption_figures(run) for run in scores], resampling or Resampling()),
+        differences=_differences(corpora, figures, resampling or Resampling()),
         right_from=right_from,
         scorer=scores[0].scorer,
     )
@@ -155,7 +159,7 @@ def compare_answers(
 def _differences(corpora: Sequence[Mapping[str, float]], figures: Sequence[Figures], resampling: Resampling) -> list[Difference]:
     before, after = corpora
     found = paired_intervals(figures[0], figures[1], resampling)
-    return [Difference(name=name, before=value, after=after[name], interval=found.get(name)) for name, value in before.items()]
+    return [Difference(name=name, n=figures[0].n_of(name), before=value, after=after[name], interval=found.get(name)) for name, value in before.items()]
 
 
 def _pairs(

@@ -33,7 +33,7 @@ def compare_coco(
         references: Human captions in COCO's format; with a split, Karpathy's dataset_coco.json.
         split: The part of Karpathy's file that was captioned, such as test.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
-        right_from: The CIDEr from which on an image counts as right.
+        right_from: The CIDEr in percent from which on an image counts as right.
         items: A file to write both figures of each image to, as JSON.
     """
     expected = read_references(references, split)

@@ -18,11 +18,11 @@ _MOST_FLIPS = 5  # of each direction on the screen; the report shows more, with 
 
 def comparison_table(comparison: Comparison) -> str:
     """Lines for the screen: every figure with its difference and paired interval, then the flips."""
-    rows = [("figure", "before", "after", "difference", "95 % paired interval", "")]
+    rows = [("metric, in percent", "n", "before", "after", "difference", "95 % paired interval", "")]
     shown, hidden = shown_differences(comparison)
     for row in shown:
         between = f"{row.interval.low:+.4f} .. {row.interval.high:+.4f}" if row.interval else ""
-        rows.append((row.name, f"{row.before:.4f}", f"{row.after:.4f}", f"{row.after - row.before:+.4f}", between, "*" if row.is_sure else ""))
+        rows.append((row.name, f"{row.n:,}", f"{row.before:.4f}", f"{row.after:.4f}", f"{row.after - row.before:+.4f}", between, "*" if row.is_sure else ""))
     lines = [
         f"scorer: {comparison.scorer}; computed by {software()}",
         f"{len(comparison.pairs)} {comparison.unit}; * where the interval does not hold zero",
@@ -49,6 +49,7 @@ def comparison_json(comparison: Comparison) -> str:
     """One object: software, scorer, n_items, figures by name (before, after, difference, interval), and the flips with their rates."""
     figures = {
         row.name: {
+            "n": row.n,
             "before": row.before,
             "after": row.after,
             "difference": row.after - row.before,

@@ -40,7 +40,7 @@ def compare_runs(
         after: The run folder of the second run, on the same data.
         scorer: The VQA accuracy of both; by default the one that both runs chose.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
-        right_from: The figure from which on an item counts as right; by default a CIDEr of 1, an accuracy of 50 percent.
+        right_from: The figure from which on an item counts as right; in percent; by default a CIDEr of 100, an accuracy of 50.
         items: A file to write both figures of each item to, as JSON.
         report: The page; by default comparison.html in the second folder.
     """
@@ -102,6 +102,7 @@ def _page(comparison: Comparison, before: Path, after: Path, asked: Mapping[int,
         rows=[
             DifferenceRow(
                 name=row.name,
+                n=row.n,
                 before=row.before,
                 after=row.after,
                 interval=(row.interval.low, row.interval.high) if row.interval else None,

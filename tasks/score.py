@@ -18,6 +18,7 @@ from tasks.metrics.vqa import GradedQuestion, QuestionId, VqaScorer, few_answers
 
 __all__ = ["score_coco", "score_vqa"]
 
+_FRACTION = 100.0  # the official caption figures are fractions
 _JAVA = {"METEOR": meteor, "SPICE": spice}
 
 
@@ -46,8 +47,8 @@ def score_coco(
     scores = score_captions(given, expected)
     extra: dict[str, JavaScores] = {name: _JAVA[name](given, expected) for name in java or ()}
     resampling = Resampling(n_resamples=resamples)
-    rows = _rows(scores.corpus, scores.scorer, caption_figures(scores), resampling)
-    rows += [Figure(name=name, value=java_scores.corpus, scorer=java_scores.scorer) for name, java_scores in extra.items()]
+    rows = _rows(scores.corpus, scores.scorer, caption_figures(scores), resampling, _FRACTION)
+    rows += [Figure(name=name, value=java_scores.corpus, scorer=java_scores.scorer, scale=_FRACTION) for name, java_scores in extra.items()]
     source = {"references": str(references), "results": str(results)} | ({"split": split} if split else {})
     listing = Listing(
         source=source, n_items=len(given), unit="images", figures=rows, resampling=resampling, notes=empty_captions(given, results)
@@ -102,9 +103,9 @@ def score_vqa(
     return listing
 
 
-def _rows(values: Mapping[str, float], scorer: str, figures: Figures, resampling: Resampling) -> list[Figure]:
+def _rows(values: Mapping[str, float], scorer: str, figures: Figures, resampling: Resampling, scale: float = 1.0) -> list[Figure]:
     found = intervals(figures, resampling)
-    return [Figure(name=name, value=value, scorer=scorer, interval=found.get(name)) for name, value in values.items()]
+    return [Figure(name=name, value=value, scorer=scorer, scale=scale, interval=found.get(name)) for name, value in values.items()]
 
 
 def _of_image(extra: Mapping[str, JavaScores], image: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -49,12 +49,18 @@ class Figures:
 
     names    of the figures
     items    how many items the corpus has
+    counts   how many items a figure is of, by name, where not all of them
     of       float64[draws, items] -> float64[draws, names]: with all ones, the corpus figures; NaN where nothing of a kind is drawn
     """
 
     names: tuple[str, ...]
     items: int
     of: Callable[[Floats], Floats]
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def n_of(self, name: str) -> int:
+        """How many items a figure is of."""
+        return self.counts.get(name, self.items)
 
     def chosen(self, names: Iterable[str] | Mapping[str, str], scale: float = 1.0) -> Figures:
         """Some of the figures in another order and unit; a mapping gives each a new name: {"accuracy": "overall"}.
@@ -64,7 +70,8 @@ class Figures:
         new = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
         places = {name: self.names.index(old) for name, old in new.items() if old in self.names}
         columns = list(places.values())
-        return Figures(names=tuple(places), items=self.items, of=lambda weights: scale * self.of(weights)[:, columns])
+        counts = {name: self.n_of(new[name]) for name in places}
+        return Figures(names=tuple(places), items=self.items, of=lambda weights: scale * self.of(weights)[:, columns], counts=counts)
 
 
 def caption_figures(scores: CaptionScores) -> Figures:
@@ -101,18 +108,21 @@ def answer_figures(scores: AnswerScores, questions: Sequence[GradedQuestion]) ->
             found.append(np.divide(sums, counts, out=np.full(counts.shape, np.nan), where=counts > 0))
         return np.hstack(found)
 
-    return Figures(names=tuple(named_accuracies(scores)), items=len(questions), of=of)
+    n_items = [len(questions), *(int(n) for place in places for n in np.bincount(place))]
+    names = tuple(named_accuracies(scores))
+    return Figures(names=names, items=len(questions), of=of, counts=dict(zip(names, n_items, strict=True)))
 
 
 def intervals(figures: Figures, settings: Resampling) -> dict[str, Interval]:
     """The interval of each figure; none with no resamples."""
-    return _percentiles(figures.names, [figures.of], figures.items, settings)
+    return _percentiles(figures, [figures.of], settings)
 
 
 def paired_intervals(before: Figures, after: Figures, settings: Resampling) -> dict[str, Interval]:
     """The interval of each difference, after minus before, both of the same items in the same order, drawn together.
 
-    Pairing takes out what makes items easy or hard for both, so it finds differences that two separate intervals would hide.
+    Pairing takes out what makes items easy or hard for both, so it finds differences that two separate intervals would hide. A metric of
+    one item has none: every draw repeats that item, and its difference would seem sure.
     Raises DataError where the two are not of the same figures and items.
     """
     if (before.names, before.items) != (after.names, after.items):
@@ -120,13 +130,13 @@ def paired_intervals(before: Figures, after: Figures, settings: Resampling) -> d
             f"the two runs cannot be paired: {len(before.names)} figures of {before.items} items, and {len(after.names)} of {after.items}; "
             "expected the same of both"
         )
-    return _percentiles(before.names, [before.of, after.of], before.items, settings)
+    found = _percentiles(before, [before.of, after.of], settings)
+    return {name: interval for name, interval in found.items() if before.n_of(name) > 1}
 
 
-def _percentiles(
-    names: Sequence[str], of: Sequence[Callable[[Floats], Floats]], n_items: int, settings: Resampling
-) -> dict[str, Interval]:
+def _percentiles(figures: Figures, of: Sequence[Callable[[Floats], Floats]], settings: Resampling) -> dict[str, Interval]:
     """Of the last function's figures, less the first's where there are two."""
+    n_items = figures.items
     if settings.n_resamples == 0:
         return {}
     generator = np.random.default_rng(settings.seed)
@@ -138,4 +148,4 @@ def _percentiles(
         drawn.append(of[-1](weights) - (of[0](weights) if len(of) > 1 else 0))
     outside = 50 * (1 - settings.level)
     low, high = np.nanpercentile(np.concatenate(drawn), [outside, 100 - outside], axis=0)
-    return {name: Interval(low=float(a), high=float(b)) for name, a, b in zip(names, low, high, strict=True)}
+    return {name: Interval(low=float(a), high=float(b)) for name, a, b in zip(figures.names, low, high, strict=True)}

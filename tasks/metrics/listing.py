@@ -17,6 +17,7 @@ class Figure:
     """One number of a corpus.
 
     value     in the unit of the official code: a fraction for captions (CIDEr of 10), percent for answers
+    scale     what makes it percent, as papers and all other commands have it
     scorer    what computed it, with its version
     interval  None where none was asked for or none can be found
     """
@@ -24,7 +25,13 @@ class Figure:
     name: str
     value: float
     scorer: str
+    scale: float = 1.0
     interval: Interval | None = None
+
+    @property
+    def percent(self) -> float:
+        """The value in percent."""
+        return self.scale * self.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +66,26 @@ def as_table(listing: Listing) -> str:
     lines += listing.notes
     level = f"{100 * listing.resampling.level:g} % interval"
     for scorer in dict.fromkeys(figure.scorer for figure in listing.figures):
-        rows = [("figure", "value", level)]
-        for figure in listing.figures:
-            if figure.scorer == scorer:
-                between = f"{figure.interval.low:.4f} .. {figure.interval.high:.4f}" if figure.interval else ""
-                rows.append((figure.name, f"{figure.value:.4f}", between))
+        figures = [figure for figure in listing.figures if figure.scorer == scorer]
+        rows: list[tuple[str, ...]] = [("figure", "value", level, "in percent")]
+        for figure in figures:
+            between = f"{figure.interval.low:.4f} .. {figure.interval.high:.4f}" if figure.interval else ""
+            rows.append((figure.name, f"{figure.value:.4f}", between, f"{figure.percent:.2f}"))
+        if all(figure.scale == 1 for figure in figures):  # they are percent
+            rows = [row[:3] for row in rows]
         lines += ["", f"scorer: {scorer}", *aligned(rows)]
     return "\n".join(lines)
 
 
 def as_json(listing: Listing) -> str:
-    """One object: software, source, n_items, resampling, notes, and figures by name, each with value, scorer, and interval (low, high) or null."""
+    """One object: software, source, n_items, resampling, notes, and figures by name.
+
+    Each has its value and interval (low, high, or null) in the unit of the official code, the value in percent, and the scorer.
+    """
     figures = {
         figure.name: {
             "value": figure.value,
+            "percent": figure.percent,
             "interval": [figure.interval.low, figure.interval.high] if figure.interval else None,
             "scorer": figure.scorer,
         }

@@ -23,9 +23,10 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, kw_only=True)
 class DifferenceRow:
-    """One figure of both runs; interval: of after - before, (low, high), None where none was drawn."""
+    """One metric of both runs, of n items; interval: of after - before, (low, high), None where none was drawn."""
 
     name: str
+    n: int
     before: float
     after: float
     interval: tuple[float, float] | None

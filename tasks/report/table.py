@@ -9,6 +9,9 @@ from dataclasses import dataclass
 __all__ = ["Cell", "columns", "metric_cells"]
 
 
+_NOTHING = 1e-6  # BLEU of no word in common is a little above 0, by the constants that it adds
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """The figure as written, and the length of its bar: its share of the largest of its column, 0..100, or None where no bar fits."""
@@ -29,6 +32,7 @@ def metric_cells(rows: Sequence[Mapping[str, float | None]]) -> list[list[Cell]]
 
 
 def _column(values: Sequence[float | None]) -> list[Cell]:
+    values = [0.0 if value is not None and abs(value) < _NOTHING else value for value in values]
     finite = [float(value) for value in values if value is not None and math.isfinite(value)]
     largest = max(map(abs, finite), default=0.0)
     has_bars = largest > 0 and all(value >= 0 for value in finite)
@@ -40,6 +44,6 @@ def _cell(value: float | None, largest: float, has_bars: bool) -> Cell:
         return Cell(text="–")
     if not math.isfinite(value):
         return Cell(text="not a number" if math.isnan(value) else "∞" if value > 0 else "-∞")
-    decimals = 1 if largest >= 100 else 2 if largest >= 10 else 3
+    decimals = 1 if largest >= 100 else 2 if largest >= 10 or largest == 0 else 3
     text = f"{value:,.{decimals}f}" if largest == 0 or 1e-2 <= largest < 1e9 else f"{value:.3g}"
     return Cell(text=text, bar=round(100 * value / largest, 1) if has_bars else None)

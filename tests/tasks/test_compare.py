@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from cli_run import Done, adalink, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.compare import compare_answers, compare_captions
-from tasks.compare_listing import comparison_table
-from tasks.metrics.bootstrap import Resampling
+from tasks.compare import Difference, compare_answers, compare_captions
+from tasks.compare_listing import comparison_json, comparison_table
+from tasks.metrics.bootstrap import Interval, Resampling
 from tasks.metrics.vqa import GradedQuestion
 
 FEW = Resampling(n_resamples=50)
@@ -84,7 +85,25 @@ def test_identical_captions_give_no_flip_and_no_difference(said: list[str]) -> N
     texts = dict(enumerate(said))
     found = compare_captions(texts, texts, {i: ["a dog runs", "a brown dog"] for i in texts}, resampling=Resampling(n_resamples=5))
     assert found.right_to_wrong == found.wrong_to_right == []
-    assert all(row.before == row.after and row.interval is not None and (row.interval.low, row.interval.high) == (0, 0) for row in found.differences)
+    for row in found.differences:
+        assert (row.before, row.n) == (row.after, len(said))
+        assert (row.interval is None) == (len(said) == 1)
+        assert row.interval is None or (row.interval.low, row.interval.high) == (0, 0)
+
+
+def test_a_metric_of_one_question_has_no_interval_and_no_star_and_n_stands_in_every_row() -> None:
+    asked = [GradedQuestion(question_id=i, answers=("yes",) * 10, question_type="one" if i == 0 else "more") for i in range(4)]
+    found = compare_answers(dict.fromkeys(range(4), "no"), dict.fromkeys(range(4), "yes"), asked, resampling=FEW)
+    assert [(row.name, row.n, row.is_sure) for row in found.differences] == [("overall", 4, True), ("question type: one", 1, False), ("question type: more", 3, True)]
+    table = comparison_table(found)
+    assert re.search(r"^question type: one +1 +0.0000 +100.0000 +\+100.0000$", table, re.MULTILINE)
+    assert re.search(r"^question type: more +3 +0.0000 .*\*$", table, re.MULTILINE)
+    assert [figure["n"] for figure in json.loads(comparison_json(found))["figures"].values()] == [4, 1, 3]
+
+
+def test_what_bleu_adds_to_nothing_is_no_difference() -> None:
+    interval = Interval(low=-9.68e-18, high=-1e-18)
+    assert not Difference(name="Bleu_4", n=9, before=9.68e-18, after=0.0, interval=interval).is_sure
 
 
 def test_the_table_shows_the_types_that_changed_most_and_counts_the_others() -> None:
@@ -134,7 +153,8 @@ def test_two_files_of_captions_are_compared_from_the_command_line(write: Write) 
     good = write("a.json", [{"image_id": 1, "caption": "a dog runs on grass"}, {"image_id": 2, "caption": "a cow"}])
     bad = write("b.json", [{"image_id": 2, "caption": "a cow"}, {"image_id": 1, "caption": "a cow"}])
     done = adalink("compare", "coco", "--before", good, "--after", bad, *files)
-    assert "right to wrong: 1 of 2 images, negative flip rate 50.00 % (right from 1 on)" in done.out, done
+    assert "right to wrong: 1 of 2 images, negative flip rate 50.00 % (right from 100 on)" in done.out, done
+    assert re.search(r"^CIDEr +2 +[56]\d\d\.\d{4} +\d+\.\d{4} +-[45]\d\d\.\d{4} ", done.out, re.MULTILINE)
     empty = write("c.json", [{"image_id": 2, "caption": ""}, {"image_id": 1, "caption": "x"}])
     assert f"empty captions in {empty}: 1 of 2 (first: image 2)" in adalink("compare", "coco", "--before", good, "--after", empty, *files).out
 

@@ -43,5 +43,6 @@ def test_a_column_of_the_metric_table_is_written_alike() -> None:
     assert columns(rows) == ["CIDEr-D", "a", "b", "c"]
     texts = [[cell.text for cell in row] for row in metric_cells(rows)]
     assert texts == [["25.13", "0.500", "–", "–"], ["3.40", "–", "∞", "0.000"], ["–", "–", "not a number", "-1.000"]]
+    assert [cell.text for (cell,) in metric_cells([{"Bleu_4": 9.68e-18}, {"Bleu_4": 0.0}])] == ["0.00", "0.00"]  # of no word in common
     assert [row[0].bar for row in metric_cells(rows)] == [100.0, 13.5, None]
     assert [row[3].bar for row in metric_cells(rows)] == [None, None, None]  # a bar from a negative length says nothing

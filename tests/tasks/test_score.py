@@ -67,8 +67,10 @@ def test_captions_are_scored_into_a_table_that_names_scorer_version_and_files(wr
     assert "2 images; computed by adalink " in done.out
     assert "res.json" in done.out
     for name, value in expected.corpus.items():
-        assert re.search(rf"^{name} +{value:.4f}  +[0-9.]+ \.\. [0-9.]+$", done.out, re.MULTILINE)
+        assert re.search(rf"^{name} +{value:.4f}  +[0-9.]+ \.\. [0-9.]+ +{100 * value:.2f}$", done.out, re.MULTILINE)
     assert "95 % interval" in done.out
+    found = figures(scored("coco", "--json", references=write("refs.json", REFERENCES), results=write("res.json", RESULTS)))["figures"]
+    assert {name: figure["percent"] for name, figure in found.items()} == {name: 100 * value for name, value in expected.corpus.items()}
 
 
 def test_json_holds_every_figure_with_its_scorer_and_interval(write: Write) -> None:
