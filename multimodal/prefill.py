@@ -25,6 +25,7 @@ from multimodal.language import Language
 
 __all__ = ["Fork", "has_row_cache", "n_alike", "plan_fork", "prefill", "read", "read_rest", "tokens_of"]
 
+AT_ONCE = 2**25  # rows x tokens x keys of one call: what a mask or attention holds grows with it. 128 MiB of float32 for each head, at most
 WORTH = 0.8  # of the tokens of a plain prefill: above it, a second call of the model costs more than it saves
 
 
@@ -59,25 +60,34 @@ def prefill(language: Language, attachment: Attachment, batch: Batch, token_map:
     """
     n = batch.ids.shape[1] - n_left
     ids, domain = batch.ids[:, :n], batch.domain[:, :n]
-    mask = (domain != PAD).long()
     fork = plan_fork(tokens_of(ids, domain), list(zip(batch.image.tolist(), token_map.row.tolist(), strict=True))) if may_share else None
     whole: Any = DynamicCache()  # without the config: a cache with a sliding window drops tokens, and rows are not of one length
-    if fork is None:
+    if not may_share:
         with attachment.bind(token_map):
-            return whole, read(language, whole, ids, mask)
+            return whole, read(language, whole, ids, (domain != PAD).long())
+    if fork is None:
+        return whole, read_rest(language, attachment, whole, ids, domain, token_map)
     n_first = n - fork.n_last
     leaders = torch.tensor(fork.leaders, device=ids.device)
-    with attachment.bind(_beginnings(token_map, leaders, n_first)):
-        read(language, whole, ids[leaders, :n_first], mask[leaders, :n_first])
+    beginnings = _beginnings(token_map, leaders, n_first)
+    read_rest(language, attachment, whole, ids[leaders, :n_first], beginnings.domain, beginnings)
     _spread(whole, torch.tensor(fork.leader, device=ids.device), torch.tensor(fork.shift, device=ids.device))
     return whole, read_rest(language, attachment, whole, ids, domain, token_map)
 
 
 def read_rest(language: Language, attachment: Attachment, past: Any, ids: Tensor, domain: Tensor, token_map: TokenMap) -> Tensor:
-    """As `read` of the tokens after those that `past` holds; ids, domain: int64 [B, T], of all of them."""
-    n_first = past.get_seq_length()
-    with attachment.bind(replace(token_map, present=_present(domain[:, n_first:]))):
-        return read(language, past, ids[:, n_first:], (domain != PAD).long())
+    """As `read` of the tokens after those that `past` holds; ids, domain: int64 [B, T], of all of them.
+
+    Long prompts are read in pieces, so that memory grows with their length and not with its square.
+    """
+    n, mask = ids.shape[1], (domain != PAD).long()
+    size = max(AT_ONCE // (len(ids) * n), 1)
+    scores = torch.empty(0)
+    for start in range(past.get_seq_length(), n, size):
+        end = min(start + size, n)
+        with attachment.bind(replace(token_map, present=_present(domain[:, start:end]))):
+            scores = read(language, past, ids[:, start:end], mask[:, :end])
+    return scores
 
 
 def read(language: Language, past: Any, ids: Tensor, mask: Tensor) -> Tensor:

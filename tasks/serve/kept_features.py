@@ -20,11 +20,16 @@ __all__ = ["KeptFeatures"]
 
 
 class KeptFeatures:
-    """Encodes pictures, each once; the least recently asked about are forgotten. `get` is for any thread, `of` for the generation thread."""
+    """Encodes pictures, each once; above a number and a sum of bytes, those least recently asked about are forgotten.
 
-    def __init__(self, model: VisionLanguageModel, n_kept: int) -> None:
+    `get` is for any thread, `of` for the generation thread.
+    """
+
+    def __init__(self, model: VisionLanguageModel, n_kept: int, most_bytes: int = 2**28) -> None:
         self.model = model
         self.n_kept = n_kept
+        self.most_bytes = most_bytes
+        self.n_bytes = 0
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -50,8 +55,10 @@ class KeptFeatures:
             # Copies: a row of the batch would keep all of it in memory.
             features |= {picture.key: row.clone() for picture, row in zip(new, encoded, strict=True)}
         with self._lock:
-            self._kept.update(features)
-            while len(self._kept) > self.n_kept:
-                self._kept.popitem(last=False)
+            for key, value in features.items():
+                self.n_bytes += value.nbytes - (self._kept[key].nbytes if key in self._kept else 0)
+                self._kept[key] = value
+            while len(self._kept) > self.n_kept or self.n_bytes > self.most_bytes:
+                self.n_bytes -= self._kept.popitem(last=False)[1].nbytes
         order = {key: i for i, key in enumerate(different)}
         return torch.stack([features[key] for key in different]), [order[picture.key] for picture in pictures]

@@ -20,7 +20,7 @@ from tasks.captioning import Captioning
 from tasks.compose import compose
 from tasks.serve.app import make_app
 from tasks.serve.decoders import start_early
-from tasks.serve.patience import patient_protocol
+from tasks.serve.patience import BACKLOG, patient_protocol, room_for_connections
 from tasks.serve.served import check_served
 from tasks.serve.service import Service
 from tasks.serve.settings import ServeSettings
@@ -41,7 +41,8 @@ def run_server(settings: ServeSettings, adapters: Mapping[str, Path]) -> None:
         service = Service.of(served_model(settings, adapters), settings)
         config = uvicorn.Config(
             make_app(service),
-            http=patient_protocol(settings.limits.seconds),
+            http=patient_protocol(settings.limits.seconds, room_for_connections(settings.limits.connections)),
+            backlog=BACKLOG,
             ws="none",
             log_level="warning",
             access_log=False,

@@ -18,6 +18,7 @@ class Batching:
     """How waiting requests become batches."""
 
     size: int = 32  # most requests in the running batch
+    tokens: int = 65_536  # most tokens of the running batch: rows x the longest with what is yet to be written; a longer request runs alone
     wait_ms: int = 20  # the longest that a request waits for company, to start or to join the running batch; one that nobody follows does not wait
     mixing: Literal["mixed", "one_adapter"] = "mixed"  # one_adapter: rows of a batch share their adapter, as without mixing; to compare
 
@@ -25,6 +26,8 @@ class Batching:
         """Check what a command line can get wrong."""
         if self.size < 1 or self.wait_ms < 0:
             raise ConfigError(f"batching.size is {self.size} and batching.wait_ms {self.wait_ms}: give at least 1 request and 0 milliseconds")
+        if self.tokens < 1:
+            raise ConfigError(f"batching.tokens is {self.tokens}: give 1 or more")
         if self.mixing not in ("mixed", "one_adapter"):
             raise ConfigError(f"batching.mixing is {self.mixing!r}: give mixed or one_adapter")
 
@@ -44,13 +47,15 @@ class RequestLimits:
     buffered_bytes: int = 512 * 2**20  # of all bodies in memory at once; more is refused with 429
     upload_bytes: int = 256 * 2**20  # of all uploaded pictures; the oldest make room
     seconds: float = 30.0  # for a client to send its request, header and body
+    connections: int = 512  # open ones; for one more, the one that has waited longest without a request is closed, or it gets 503
+    feature_bytes: int = 256 * 2**20  # of features kept of pictures, in the memory of the device
     cached_pictures: int = 256  # pictures whose features are kept, so that a second question about one costs no encoder
     prompt_bytes: int = 256 * 2**20  # of keys and values kept of prompts, so that a second question about a picture is read from where it differs
 
     def __post_init__(self) -> None:
         """Check what a command line can get wrong."""
         for name, value in vars(self).items():
-            if value < (least := 0 if name in ("cached_pictures", "prompt_bytes") else 1):
+            if value < (least := 0 if name in ("cached_pictures", "feature_bytes", "prompt_bytes") else 1):
                 raise ConfigError(f"limits.{name} is {value}: give {least} or more")
         if self.pixels > PILLOW_PIXELS:
             raise ConfigError(f"limits.pixels is {self.pixels}: give at most {PILLOW_PIXELS}, Pillow's own limit")

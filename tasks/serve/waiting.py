@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tasks.serve.job import Job
 from tasks.serve.settings import Batching
 
-__all__ = ["Waiting", "chosen", "joining"]
+__all__ = ["Waiting", "chosen", "joining", "n_tokens"]
 
 
 def chosen(jobs: Sequence[Job], batching: Batching, fits: Callable[[int, int], bool]) -> list[Job]:
@@ -25,7 +25,8 @@ def chosen(jobs: Sequence[Job], batching: Batching, fits: Callable[[int, int], b
     for job in jobs:
         ask = job.ask
         longest, most = max(n_prompt, len(ask.row.ids)), max(n_new, ask.settings.max_new_tokens)
-        if not _go_together(job, jobs[0], batching) or (batch and not fits(longest, most)):
+        is_too_much = batch and not (fits(longest, most) and n_tokens([*batch, job]) <= batching.tokens)
+        if is_too_much or not _go_together(job, jobs[0], batching):
             continue
         batch.append(job)
         n_prompt, n_new = longest, most
@@ -36,8 +37,16 @@ def chosen(jobs: Sequence[Job], batching: Batching, fits: Callable[[int, int], b
 
 def joining(jobs: Sequence[Job], running: Sequence[Job], batching: Batching, fits: Callable[[int, int], bool]) -> list[Job]:
     """The jobs that may join a running batch, in order. None is overtaken: behind one that cannot join, all wait until the batch has ended."""
-    alike = itertools.takewhile(lambda job: _go_together(job, running[0], batching), jobs[: max(batching.size - len(running), 0)])
-    return chosen(list(alike), batching, fits)
+    alike = list(itertools.takewhile(lambda job: _go_together(job, running[0], batching), jobs[: max(batching.size - len(running), 0)]))
+    while alike and n_tokens([*running, *alike]) > batching.tokens:
+        alike.pop()
+    return chosen(alike, batching, fits)
+
+
+def n_tokens(jobs: Sequence[Job]) -> int:
+    """What a batch of jobs holds when it is longest: its rows, each beam one, times the longest of them with its new tokens."""
+    rows = sum(job.ask.settings.num_beams for job in jobs)
+    return rows * max(len(job.ask.row.ids) + job.ask.settings.max_new_tokens for job in jobs)
 
 
 def _go_together(job: Job, other: Job, batching: Batching) -> bool:

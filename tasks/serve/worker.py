@@ -35,7 +35,7 @@ class Worker:
         self.model = model
         self.waiting = Waiting(batching, self._fits)
         self.seen = seen  # called with the jobs of the running batch whenever some join it
-        self.features = KeptFeatures(model, limits.cached_pictures)
+        self.features = KeptFeatures(model, limits.cached_pictures, limits.feature_bytes)
         self.prompts = KeptPrompts(limits.prompt_bytes)
         self.running = Running(model, self.features, self.prompts)
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)

@@ -11,7 +11,7 @@ from adalink.recompute import may_share_prompts
 from multimodal.decoding import Decoding, may_decode
 from multimodal.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
-from multimodal.prefill import tokens_of
+from multimodal.prefill import AT_ONCE, prefill, tokens_of
 
 N_NEW = 7
 
@@ -116,3 +116,40 @@ def test_an_encoder_decoder_model_and_a_slot_without_a_cache_are_not_decoded_row
         maps = [model.token_map(asked(model, [name], [0], [0]), [name]) for name in ("one", "two")]
         decoded = [may_decode(model.language.model, model.adapted.attachment, token_map) for token_map in maps]
         assert decoded == [False, family == "deep_opt"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_prompt_that_is_read_in_pieces_is_what_it_is_read_whole(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compose(family)
+    excite(model.add_adapter("one", METHODS[method]).double())
+    excite(model.add_adapter("two", METHODS["adalink"]).double(), 2)
+    names, about, which = ["two", "one", "two", "one"], [0, 0, 1, 1], [1, 0, 3, 2]
+    batch = asked(model, names, about, which)
+    token_map, attachment = model.token_map(batch, names), model.adapted.attachment
+    assert may_share_prompts(attachment, token_map)
+    found = []
+    for at_once in (2**25, 600, 1):
+        monkeypatch.setattr("multimodal.prefill.AT_ONCE", at_once)
+        sizes: list[int] = []
+        count = model.language.model.register_forward_pre_hook(lambda _, __, given, sizes=sizes: sizes.append(given["input_ids"].numel()), with_kwargs=True)
+        with torch.no_grad():
+            cache, scores = prefill(model.language, attachment, batch, token_map, n_left=0, may_share=True)
+        count.remove()
+        found.append((scores, [(layer.keys, layer.values) for layer in cache.layers], sizes))
+    assert max(found[2][2]) <= 4  # one token of each row
+    assert len(found[0][2]) < len(found[1][2]) < len(found[2][2])
+    real = batch.attention_mask.bool()
+    for scores, states, _ in found[1:]:
+        # float64, but for the rounding of transformers' softmax, which is of float32 in some models.
+        torch.testing.assert_close(scores, found[0][0], rtol=1e-4, atol=1e-4)
+        for layer, other in zip(states, found[0][1], strict=True):
+            for one, two in zip(layer, other, strict=True):
+                torch.testing.assert_close(one.transpose(1, 2)[real], two.transpose(1, 2)[real], rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_call_holds_does_not_grow_with_the_square_of_a_long_prompt() -> None:
+    for rows, length in ((1, 100), (8, 268), (32, 268), (8, 8063), (32, 32_768), (1, 131_072)):
+        size = max(AT_ONCE // (rows * length), 1)
+        assert rows * size * length <= max(AT_ONCE, rows * length)
+        assert size >= length or rows * length > 8000  # prompts of the usual lengths are read in one call

@@ -209,3 +209,19 @@ def test_memory_stays_bounded_over_bad_requests(server: Server, client: httpx.Cl
     assert send(6) - before < 60 * 2**20
     assert works(client)
     assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.usefixtures("model")
+def test_connections_that_never_ask_hold_up_nobody_and_fill_no_log(adapters: Path) -> None:
+    with serving(adapters, "--limits.connections", "20", "--limits.seconds", PATIENCE, names=("vqa",)) as server, contextlib.ExitStack() as stack:
+        before = server.log.stat().st_size
+        idle = [stack.enter_context(opened(server)) for _ in range(100)]
+        for connection in idle:
+            with contextlib.suppress(OSError):  # closed already, to make room
+                connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
+        with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
+            assert client.get("/health").status_code == 200
+            assert works(client)
+        with contextlib.suppress(ConnectionError):  # or it was told and closed before it sent anything
+            assert idle[0].recv(65536).startswith((b"HTTP/1.1 503 ", b""))
+        assert server.log.stat().st_size == before

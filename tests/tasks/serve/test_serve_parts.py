@@ -25,6 +25,7 @@ from multimodal.generate import GenerationSettings
 from tasks.scenes import language_folder
 from tasks.serve.guard import BodyGuard
 from tasks.serve.job import Ask, Job, Picture
+from tasks.serve.patience import room_for_connections
 from tasks.serve.refusal import Refused
 from tasks.serve.remote import RemotePictures, is_public
 from tasks.serve.sampling import DrawnRows, Sampling
@@ -60,6 +61,34 @@ def test_every_row_has_room_for_the_longest_text_of_its_batch() -> None:
     jobs = [job(n_prompt=80, n_new=10), job(n_prompt=5, n_new=60), job(n_prompt=5, n_new=20)]
     assert chosen(jobs, Batching(), fits) == [jobs[0], jobs[2]]
     assert chosen(jobs[1:], Batching(), fits) == jobs[1:]
+
+
+def test_a_batch_holds_no_more_tokens_than_its_budget_and_a_longer_request_runs_alone() -> None:
+    def anything(n_prompt: int, n_new: int) -> bool:
+        return True
+
+    budget = Batching(tokens=100)
+    short, long, huge = job(n_prompt=10, n_new=10), job(n_prompt=40, n_new=10), job(n_prompt=400, n_new=10)
+    assert chosen([short] * 9, budget, anything) == [short] * 5
+    assert chosen([short, long, short, short], budget, anything) == [short, long]  # each row is as long as the longest
+    assert chosen([huge, short], budget, anything) == [huge]
+    assert chosen([short, huge, short], budget, anything) == [short, short]
+    beams = [job(n_prompt=10, n_new=10, beams=2) for _ in range(4)]
+    assert chosen(beams, budget, anything) == beams[:2]
+    assert joining([short, short, short], [short] * 3, budget, anything) == [short] * 2
+    assert joining([long, short], [short] * 3, budget, anything) == []  # nobody overtakes it
+    assert joining([short], [huge], budget, anything) == []
+    assert joining([], [short], budget, anything) == []
+    with pytest.raises(ConfigError, match=r"batching.tokens is 0"):
+        Batching(tokens=0)
+
+
+@pytest.mark.parametrize(("limits", "wanted", "room"), [((256, 256), 512, 32), ((1024, 1024), 512, 512), ((1024, 4096), 2000, 2000), ((100, 100), 512, 16), ((-1, -1), 512, 512)])
+def test_there_are_no_more_connections_than_files_may_be_open(limits: tuple[int, int], wanted: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [limits]
+    monkeypatch.setattr("resource.getrlimit", lambda _: now[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda _, value: now.append(value))
+    assert room_for_connections(wanted) == room
 
 
 class Clock:

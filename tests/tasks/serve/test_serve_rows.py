@@ -288,3 +288,17 @@ def test_where_memory_ends_while_a_row_joins_the_rows_that_run_are_not_touched(p
             return
         assert isinstance(end, torch.OutOfMemoryError)
     raise AssertionError("never got through")
+
+
+def test_features_take_no_more_memory_than_was_given_and_the_least_recently_used_go() -> None:
+    model = model_of("llama")
+    pictures = [job(model, "one", index, 1).ask.picture for index in range(4)]
+    each = KeptFeatures(model, 8).of(pictures[:1])[0].nbytes
+    kept = KeptFeatures(model, 8, 2 * each)
+    for index in (0, 1, 0, 2, 0, 3):
+        kept.of([pictures[index]])
+        assert kept.n_bytes <= 2 * each
+    assert [index for index in range(4) if kept.get(str(index)) is not None] == [0, 3]
+    kept = KeptFeatures(model, 8, each - 1)
+    features, image = kept.of(pictures[:2])
+    assert (len(features), image, kept.n_bytes) == (2, [0, 1], 0)
