@@ -73,7 +73,7 @@ def run(
     folder: Path, resume: bool = False, held: int = 0, bad: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0,
     methods: Mapping[str, Method] | None = None, **fields: Any,
 ) -> int:  # fmt: skip
-    """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did. held: the step at which it waits, where any, see `holding`."""
+    """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did, 8 where there was nothing to learn. held: the step at which it waits, where any, see `holding`."""
     made = model(methods)
 
     settings = TrainSettings(**{**SETTINGS, **fields, "workers": workers, "measure_every": int(held > 0)})
@@ -85,6 +85,9 @@ def run(
     except BudgetError as error:
         print(f"adalink: {error}")
         return 9
+    except DataError as error:
+        print(f"adalink: {error}")
+        return 8
     return 0
 
 

@@ -127,6 +127,17 @@ def test_bad_samples_of_all_ranks_count_once_and_stop_all_of_them_at_the_same_st
     assert difference(state(tmp_path / "allowed", 5), state(tmp_path / "one", 5)) < 1e-4  # the encoder is in float32
 
 
+def test_a_step_that_is_bad_on_every_rank_is_skipped_on_all_and_a_run_of_such_steps_is_refused_on_all(machine: Machine, tmp_path: Path) -> None:
+    """Of 7 pictures 6 are bad: of 7 steps of two ranks only those of picture 0 are steps."""
+    fields = {"steps": 7, "batch_size": 1, "bad_samples": 20, "checkpoint_every": 1}
+    jobs = [{"folder": tmp_path / "few", "bad": (1, 2, 3, 4, 5, 6), **fields}, {"folder": tmp_path / "none", "bad": tuple(range(7)), "code": 8, **fields}]
+    printed = machine.start(2, rank_jobs.several, jobs).ended()
+    assert printed.count("adalink: none of the 7 samples can be used, so nothing is learnt from them: 7 not an image") == 2
+    assert len(losses(tmp_path / "few")) == 2
+    assert "5 steps of 7 had nothing to learn, and were skipped" in printed
+    assert not (tmp_path / "none" / "checkpoints").exists()
+
+
 def test_a_killed_worker_is_one_sentence_and_its_run_goes_on_with_resume(machine: Machine, tmp_path: Path) -> None:
     printed = machine.start(1, rank_jobs.worker_killed, tmp_path / "run").ended(5)
     found = re.search(r"a worker process that reads samples ended before its work \((DataLoader worker \(pid.*|with its samples on their way)\):", printed)
