@@ -62,7 +62,7 @@ class Attachment:
         self._ports: dict[Port, torch.utils.hooks.RemovableHandle] = {}
         self.kept: WeakKeyDictionary[Any, dict[nn.Module, Tensor]] = WeakKeyDictionary()  # by cache: what edits keep of its prompt, for each row
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._forwards: list[nn.Module] = []  # layers whose forward is wrapped by checkpoint_layers
+        self._forwards: list[tuple[nn.Module, Any]] = []  # layers whose forward is wrapped by checkpoint_layers, and one that was there before
         self._may_cache = "use_cache" in inspect.signature(type(self.stack).forward).parameters
         at = by_port(model, self.stack, dict(enumerate(adapters)))
         freeze(model)
@@ -124,8 +124,8 @@ class Attachment:
         """
         for name in self.anatomy.layers:
             layer = self.stack.get_submodule(name)
+            self._forwards.append((layer, layer.__dict__.get("forward")))
             layer.forward = partial(_checkpointed, self, layer.forward)  # type: ignore[method-assign]
-            self._forwards.append(layer)
 
     @property
     def is_checkpointed(self) -> bool:
@@ -134,8 +134,10 @@ class Attachment:
 
     def keep_activations(self) -> None:
         """The reverse of `checkpoint_layers`."""
-        for layer in self._forwards:
+        for layer, before in self._forwards:
             layer.__dict__.pop("forward", None)
+            if before is not None:  # accelerate's, which brings the layer's weights
+                layer.forward = before
         self._forwards = []
 
     def checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
@@ -206,13 +208,13 @@ class Attachment:
 
     def _edited(self, port: Port, h: Tensor, x: Tensor) -> Tensor:
         """h after every edit placed at the port, each on its own tokens only."""
-        tokens = self._tokens_at(port)
+        tokens = self._tokens_at(port).on(h.device)
         for index, placement in self.at[port]:
             if tokens.present.isdisjoint(placement.domains) or (tokens.serving is not None and index not in tokens.serving):
                 continue
             if h.shape[:-1].numel() != tokens.domain.numel():
                 raise AttachError(_of_other_tokens(port, h, tokens))
-            whole, read = (value.reshape(*tokens.domain.shape, -1) for value in (h, x))  # OPT flattens [B, T] before its feed-forward
+            whole, read = (value.reshape(*tokens.domain.shape, -1) for value in (h, x.to(h.device)))  # OPT flattens [B, T] before its feed-forward
             # Of one token a row, picking rows costs more than editing them all.
             rows = None if placement.reads_row or whole.shape[1] == 1 else tokens.rows_of.get(index)
             if rows is None:
@@ -268,11 +270,12 @@ def _of_other_tokens(port: Port, h: Tensor, tokens: Tokens) -> str:
 
 def _where(placement: Placement, index: int, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
     """h [B, T, D], edited at the tokens of the placement's domains on rows served by the adapter."""
-    return torch.where(tokens.select(placement.domains, index), _in_its_dtype(placement.edit, h, tokens, x), h)
+    return torch.where(tokens.select(placement.domains, index), _as_it_computes(placement, h, tokens, x), h)
 
 
-def _in_its_dtype(edit: nn.Module, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
-    """The edit computed in the dtype of its own weights; its result in h's."""
-    dtype = next((p.dtype for p in edit.parameters()), h.dtype)
-    result: Tensor = edit(h.to(dtype), tokens, x.to(dtype))
-    return result.to(h.dtype)
+def _as_it_computes(placement: Placement, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
+    """The edit computed in the dtype of its own weights, and where they (or those that it shares) are; its result as h is."""
+    dtype = next(placement.edit.parameters(), h).dtype
+    device = next((one.device for module in (placement.edit, *placement.shared.values()) for one in module.parameters()), h.device)
+    result: Tensor = placement.edit(h.to(device, dtype), tokens.on(device), x.to(device, dtype))
+    return result.to(h.device, h.dtype)

@@ -28,6 +28,7 @@ from adalink.atomic import write_whole
 from adalink.edit import COPIES, Adapter, Method
 from adalink.errors import CheckpointError, ConfigError
 from adalink.methods import METHODS
+from adalink.offloaded import tied_names, weight_of
 
 __all__ = [
     "CONFIG_FILE", "PEFT_CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "FrozenPart", "config_to_json", "configs_to_tensor", "fingerprint", "is_file_with",
@@ -89,11 +90,11 @@ def fingerprint(model: nn.Module, *, without: Sequence[str] = ()) -> str:
     Values are compared in bfloat16, so a model loaded in float32 and in bfloat16 has one fingerprint; loaded in float16, which rounds
     otherwise, it has another. Buffers do not count, nor does what lies in the modules `without`, by their dotted names.
     """
-    digest = hashlib.sha256()
+    digest, tied = hashlib.sha256(), tied_names(model)
     for name, tensor in sorted(model.named_parameters()):
-        if any(name.startswith(f"{module}.") for module in without):
+        if name in tied or any(name.startswith(f"{module}.") for module in without):
             continue
-        flat = tensor.detach().reshape(-1)
+        flat = weight_of(model, name).reshape(-1)
         step = max(flat.numel() // N_SAMPLED, 1)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())

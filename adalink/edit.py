@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
 from adalink.errors import ConfigError
+from adalink.offloaded import execution_device
 from adalink.tokens import DOMAIN_NAMES, N_DOMAINS, PERCEPT, PREFIX, Tokens
 
 __all__ = ["COPIES", "EMBEDDING", "Adapter", "Edit", "Method", "Placement", "Port", "Slots"]
@@ -117,6 +118,20 @@ class Adapter(nn.Module):
         self.copies = dict(copies or {})
         for path, module in self.copies.items():
             _register(self, [COPIES, *path.split(".")], module)
+
+    def beside(self, model: nn.Module, anatomy: Anatomy) -> Adapter:
+        """Each edit where the module of its port computes; what several edits share, beside the first of them."""
+        placed: set[int] = set()
+        for placement in self.placements:
+            stack = anatomy.reader if placement.port.side == "reader" else f"{anatomy.stack}.{placement.port.module or anatomy.embedding}".lstrip(".")
+            device = execution_device(model, stack or "")
+            for module in (placement.edit, *placement.shared.values()):
+                if id(module) not in placed:
+                    placed.update(map(id, module.modules()))
+                    module.to(device)
+        for path, copy in self.copies.items():
+            copy.to(execution_device(model, path))
+        return self
 
     def n_parameters(self) -> dict[str, int]:
         """Trained parameters of each method and of the copies, a shared one counted once."""

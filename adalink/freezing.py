@@ -13,7 +13,8 @@ class _Before:
     """What the model was like before the first attachment."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        # By module and name: where weights are brought when a module runs, the parameter itself is another one each time.
+        self.flags = [(module, name, one.requires_grad) for module in model.modules() for name, one in module.named_parameters(recurse=False)]
         self.modes = [(module, module.training) for module in model.modules()]
         self.n_attached = 0
 
@@ -32,7 +33,8 @@ def give_back(model: nn.Module) -> None:
     if before.n_attached:
         return
     del model.__dict__[_HELD]
-    for parameter, flag in before.flags:
-        parameter.requires_grad_(flag)
+    for module, name, flag in before.flags:
+        if (parameter := module._parameters.get(name)) is not None:
+            parameter.requires_grad_(flag)
     for module, mode in before.modes:
         module.training = mode

@@ -75,7 +75,8 @@ def _distances_hook(attachment: Attachment, port: Port, module: nn.Module, args:
     """Edit the biases where they are made; layers after the first are handed those that it used."""
     if kwargs.get("position_bias") is not None:
         return args, kwargs
-    tokens, h = attachment._tokens_at(port), args[0]
+    h = args[0]
+    tokens = attachment._tokens_at(port).on(h.device)
     bias: Tensor = module.compute_bias(h.shape[1], tokens.keys.shape[1], device=h.device)  # type: ignore[operator]
     for index, placement in attachment.at[port]:
         if tokens.serving is None or index in tokens.serving:
@@ -90,7 +91,7 @@ def _reader_hook(attachment: Attachment, port: Port, module: nn.Module, args: tu
     if encoded is None or token_map is None:
         return args, kwargs
     length = encoded.shape[1]
-    tokens = token_map.window(len(encoded), 0, length, length)
+    tokens = token_map.window(len(encoded), 0, length, length).on(encoded.device if mask is None else mask.device)
     mask = torch.ones_like(tokens.domain) if mask is None else mask
     for index, placement in attachment.at[port]:
         if tokens.serving is None or index in tokens.serving:
@@ -117,6 +118,7 @@ def _mask_hook(attachment: Attachment, port: Port, place: int, module: nn.Module
             f"the mask at {port.module} covers {mask.shape[3]} of {n_keys} keys, and this method hides or opens keys of the whole sequence "
             "(a cache with a sliding window drops some): generate with use_cache=False"
         )
+    tokens = tokens if mask is None else tokens.on(mask.device)
     mask = whole_mask(tokens, attachment.anatomy.attention) if mask is None else mask
     for index, placement in placed:
         mask = placement.edit(mask, tokens, placement.domains, index)
@@ -136,7 +138,8 @@ def _position_hook(attachment: Attachment, port: Port, module: nn.Module, args: 
             "are counted (a prompt with positions='counted'), or a model like OPT, GPT-2, Llama or Qwen2"
         )
     place = None if by_name is not None else places[-1]
-    position = by_name if place is None else args[place]
+    position: Any = by_name if place is None else args[place]
+    tokens = tokens.on(position.device)
     for index, placement in attachment.at[port]:
         if tokens.serving is None or index in tokens.serving:
             position = placement.edit(position, tokens, placement.domains, index)

@@ -32,6 +32,7 @@ from adalink.existing import check_images_known, check_trains, image_token_ids, 
 from adalink.fields import names_of
 from adalink.hub import local_folder, upload
 from adalink.module_copies import ServedCopies, copied
+from adalink.offloaded import execution_device
 from adalink.recompute import with_exact_cache
 from adalink.still import without_dropout
 from adalink.tokens import BASE_ROW, TokenMap
@@ -196,7 +197,7 @@ class AdaptedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the frozen model begins."""
-        return next(self.base.parameters()).device
+        return execution_device(self.base, f"{self.anatomy.stack}.{self.anatomy.embedding}".lstrip("."))
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -252,7 +253,7 @@ class AdaptedModel(nn.Module):
             raise ConfigError(f"{len(names)} adapter names were given for {n_rows} rows: give one for each row")
         chosen = [None if name == BASE_NAME else name for name in ([self.active] * n_rows if names is None else names)]
         indices = [BASE_ROW if name is None else self._index(name) for name in chosen]
-        row = torch.tensor(indices, dtype=torch.int64, device=next(self.base.parameters()).device)
+        row = torch.tensor(indices, dtype=torch.int64, device=self.device)
         return Rows(row, tuple(() if name is None else self._adapter(name).slots for name in chosen), frozenset(indices) - {BASE_ROW})
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -318,7 +319,7 @@ class AdaptedModel(nn.Module):
             raise ConfigError(f"the adapter's name is {name!r}: give an identifier that is not one of {list(self.adapters)}, nor a method of dictionaries")
         adapter = Adapter(methods, self.anatomy, copied(self.base, self.anatomy, names_of("modules_to_save", modules_to_save)))
         check_trains(self.base, self.anatomy, adapter, self.image_ids)
-        return adapter.to(next(self.base.parameters()).device)
+        return adapter.beside(self.base, self.anatomy)
 
     def _add(self, name: str, adapter: Adapter) -> Adapter:
         self._serve({**{self.indices[other]: self._adapter(other) for other in self.adapters}, self._n_ever: adapter})

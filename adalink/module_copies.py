@@ -43,6 +43,8 @@ def copied(model: nn.Module, anatomy: Anatomy, names: Sequence[str]) -> dict[str
         for path in paths:
             if any(f"{path}.".startswith(f"{part}.") or f"{part}.".startswith(f"{path}.") for part in edited):
                 raise ConfigError(f"modules_to_save names {path}, which is where an adapter's methods edit: name a head, such as {', '.join(heads_of(model))}")
+            if any(parameter.is_meta for parameter in model.get_submodule(path).parameters()):
+                raise ConfigError(f"modules_to_save names {path}, whose weights are offloaded: give it a device in device_map")
             found[path] = _copy(model.get_submodule(path))
     return found
 

@@ -68,5 +68,5 @@ class Reserved:
 
     def own(self, value: Tensor) -> Tensor:
         """[B, T + S, ...] -> [B, T, ...]: what stands at the row's own tokens; with beams B is a multiple of the rows."""
-        place = self.place.repeat_interleave(len(value) // len(self.place), 0)
+        place = self.place.to(value.device).repeat_interleave(len(value) // len(self.place), 0)
         return torch.take_along_dim(value, place.view(*place.shape, *[1] * (value.ndim - 2)), 1)

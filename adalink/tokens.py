@@ -62,6 +62,7 @@ class Tokens:
     # Adapter -> int64 [n], the rows that it serves, where several adapters serve the call's rows; empty where one does, or it is not known.
     rows_of: Mapping[int, Tensor] = field(default_factory=dict)
     parts: dict[int, Tokens] = field(default_factory=dict, repr=False)  # memo of of()
+    elsewhere: dict[torch.device, Tokens] = field(default_factory=dict, repr=False)  # memo of on()
     # The tokens of the whole call and int64 [B, T], where these are among them, after at(): what is drawn for a token is drawn once.
     origin: tuple[Tokens, Tensor] | None = None
     entry: Tensor | None = None
@@ -93,16 +94,29 @@ class Tokens:
             self.parts[adapter] = replace(
                 self, domain=self.domain[rows], ordinal=self.ordinal[rows], row=self.row[rows], position=position, keys=self.keys[rows], inputs=inputs,
                 entry=None if self.entry is None else self.entry[rows],
-                selected={}, drawn={}, serving=frozenset({adapter}), rows_of={}, parts={},
+                selected={}, drawn={}, serving=frozenset({adapter}), rows_of={}, parts={}, elsewhere={},
                 origin=None if self.origin is None else (self.origin[0].of(adapter), self.origin[1][rows]),
             )  # fmt: skip
         return self.parts[adapter]
+
+    def on(self, device: torch.device) -> Tokens:
+        """The same tokens on the device of a layer that lies elsewhere than the first; moved once for all of a call's edits there."""
+        if self.domain.device == device:
+            return self
+        if device not in self.elsewhere:
+            moved = {name: value.to(device) for name in ("domain", "ordinal", "row", "position", "keys", "entry") if (value := getattr(self, name)) is not None}
+            self.elsewhere[device] = replace(
+                self, **moved, inputs={name: value.to(device) for name, value in self.inputs.items()}, selected={}, parts={}, elsewhere={},
+                rows_of={adapter: rows.to(device) for adapter, rows in self.rows_of.items()},
+                origin=None if self.origin is None else (self.origin[0].on(device), self.origin[1].to(device)),
+            )  # fmt: skip
+        return self.elsewhere[device]
 
     def at(self, place: Tensor) -> Tokens:
         """The tokens at these places of the call, int64 [B, M], in this order; one may come twice."""
         domain, ordinal = (torch.take_along_dim(value, place, 1) for value in (self.domain, self.ordinal))
         position = torch.take_along_dim(self.position.expand_as(self.domain), place, 1)
-        return replace(self, domain=domain, ordinal=ordinal, position=position, selected={}, drawn={}, parts={}, origin=(self, place))
+        return replace(self, domain=domain, ordinal=ordinal, position=position, selected={}, drawn={}, parts={}, elsewhere={}, origin=(self, place))
 
 
 @dataclass(frozen=True)
