@@ -181,7 +181,7 @@ class VisionLanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the language model is."""
-        return next(self.adapted.base.parameters()).device
+        return self.adapted.device
 
     def add_adapter(self, name: str, methods: Mapping[str, Method]) -> Adapter:
         """Add a new adapter and make it the active one."""
