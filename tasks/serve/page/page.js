@@ -3,7 +3,8 @@
 
 const at = (id) => document.getElementById(id);
 const made = (id) => at(id).content.firstElementChild.cloneNode(true);
-const state = { models: [], picture: null, fileId: null, asked: 0 };
+// shown: the turn of captions; latest: that of the last question about this picture
+const state = { models: [], picture: null, fileId: null, asked: 0, shown: null, latest: null };
 
 class Told extends Error {
   constructor(error, status) {
@@ -47,6 +48,7 @@ async function showModels() {
   at("models").replaceChildren(
     ...state.models.map((model) => {
       const label = made("model");
+      label.title = model.asks ? "" : `It takes no question: ${why(model)}.`;
       const box = label.querySelector("input");
       box.value = model.id;
       box.checked = !model.is_base;
@@ -63,15 +65,20 @@ const chosen = () => {
   return state.models.filter((model) => names.has(model.id));
 };
 
+const called = (model) => (model.is_base ? "the frozen model" : model.id);
+const why = (model) => `its template, "${model.prompt}", has no place for one`;
+
 function update() {
   const answers = chosen().filter((model) => model.asks);
+  const silent = chosen().filter((model) => !model.asks);
+  at("cannot").textContent = silent.map((model) => `${called(model)} takes no question: ${why(model)}.`).join(" ");
   const ready = Boolean(state.picture) && answers.length > 0;
   at("question").disabled = at("send").disabled = !ready;
   at("hint").textContent = !state.picture
     ? "Give a picture first."
     : answers.length === 0
       ? "None of the chosen adapters answers questions."
-      : `Asked of ${answers.map((model) => (model.is_base ? "the frozen model" : model.id)).join(", ")}. Each question is read alone, without the earlier ones.`;
+      : `Asked of ${answers.map(called).join(", ")}. Each question is read alone, without the earlier ones.`;
 }
 
 // The picture
@@ -80,7 +87,7 @@ async function take(file) {
   if (!file) return;
   URL.revokeObjectURL(at("picture").src);
   state.picture = file;
-  state.fileId = null;
+  state.fileId = state.shown = state.latest = null;
   const asked = ++state.asked;
   at("picture").src = URL.createObjectURL(file);
   at("picture").alt = `The picture ${file.name}`;
@@ -97,9 +104,20 @@ async function take(file) {
     at("hint").textContent = error.message;
     return;
   }
+  if (asked !== state.asked) return;
   update();
+  await catchUp();
+}
+
+// What the chosen models have not said yet: captions of the picture, and answers to the last question about it.
+async function catchUp() {
+  if (!state.fileId) return;
   const captioning = chosen().filter((model) => !model.asks);
-  if (captioning.length) await turn("What it shows", "", captioning);
+  if (captioning.length) state.shown ??= turn("What it shows", "");
+  await Promise.all([
+    state.shown && fill(state.shown, captioning),
+    state.latest && fill(state.latest, chosen().filter((model) => model.asks)),
+  ]);
 }
 
 async function upload() {
@@ -113,11 +131,18 @@ async function upload() {
 
 // Questions and answers
 
-async function turn(title, question, models) {
+function turn(title, question) {
   const article = made("turn");
   article.querySelector("h2").textContent = title;
   at("turns").prepend(article);
-  const cards = models.map((model) => {
+  return { article, question, asked: new Set() };
+}
+
+// Cards of the models that are not in a turn yet.
+async function fill({ article, question, asked }, models) {
+  const fresh = models.filter((model) => !asked.has(model.id));
+  const cards = fresh.map((model) => {
+    asked.add(model.id);
     const card = made("answer");
     card.querySelector("h3").textContent = model.is_base ? "no adapter" : model.id;
     card.querySelector(".said").textContent = "…";
@@ -125,7 +150,7 @@ async function turn(title, question, models) {
     article.querySelector(".answers").append(card);
     return card;
   });
-  await Promise.all(models.map((model, i) => answer(cards[i], model, question)));
+  await Promise.all(fresh.map((model, i) => answer(cards[i], model, question)));
 }
 
 async function answer(card, model, question) {
@@ -203,13 +228,17 @@ document.addEventListener("drop", (event) => {
   take(event.dataTransfer.files[0]);
 });
 document.addEventListener("paste", (event) => take([...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/"))));
-at("models").addEventListener("change", update);
+at("models").addEventListener("change", () => {
+  update();
+  catchUp();
+});
 at("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const question = at("question").value.trim();
   if (!question) return;
   at("question").value = "";
-  turn(question, question, chosen().filter((model) => model.asks));
+  state.latest = turn(question, question);
+  catchUp();
 });
 at("key-form").addEventListener("submit", (event) => {
   event.preventDefault();

@@ -15,6 +15,7 @@ from served import QUESTIONS, Server, picture
 from adalink import BASE_NAME
 from multimodal.images import decode_image
 from multimodal.model import VisionLanguageModel
+from tasks.captioning import Captioning
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed; the page is not looked at in a browser")
 
@@ -84,7 +85,44 @@ def test_the_chosen_adapters_are_asked_and_no_others(page: Page, model: VisionLa
     assert cards[1][1] == base
 
 
+def tick(page: Page, *names: str) -> None:
+    """Have these ticked and no others."""
+    page.js(f"[...document.querySelectorAll('.model input')].forEach((box) => {{ if (box.checked !== {json.dumps(names)}.includes(box.value)) box.click(); }})")
+
+
+def test_an_adapter_that_is_ticked_later_catches_up(page: Page, model: VisionLanguageModel) -> None:
+    def said(name: str, question: str) -> str:
+        return model.generate([decode_image(picture(7))], [question], adapter_names=[name])[0]
+
+    tick(page, "vqa")
+    drop(page, picture(7))
+    page.until("!document.querySelector('#send').disabled && !document.querySelector('.turn')")
+    ask(page, QUESTIONS[0])
+    page.until("document.querySelectorAll('.answer[data-done]').length === 1")
+    tick(page, "vqa", BASE_NAME)
+    page.until("document.querySelectorAll('.answer[data-done]').length === 2")
+    tick(page, "vqa", BASE_NAME, "cap")
+    page.until("document.querySelectorAll('.answer[data-done]').length === 3")
+    tick(page, "vqa_b")
+    page.until("document.querySelectorAll('.answer[data-done]').length === 4")
+    tick(page, "vqa", "vqa_b", "cap", BASE_NAME)  # they are there already
+    found = {title: {name: text for name, text, _ in cards} for title, cards in turns(page)}
+    assert found == {
+        "What it shows": {"no adapter": said(BASE_NAME, ""), "cap": said("cap", "")},
+        QUESTIONS[0]: {name: said(name, QUESTIONS[0]) for name in ("vqa", "vqa_b")},
+    }
+
+
+def test_which_adapters_take_no_question_and_why_is_shown(page: Page) -> None:
+    tick(page, "cap", "vqa")
+    template = Captioning().template.prompt
+    assert page.js("document.querySelector('#cannot').textContent") == f'cap takes no question: its template, "{template}", has no place for one.'
+    tick(page, "vqa")
+    assert page.js("document.querySelector('#cannot').textContent") == ""
+
+
 def test_what_is_no_picture_is_told_and_the_next_one_works(page: Page) -> None:
+    tick(page, "cap", BASE_NAME)
     drop(page, b"GIF89a", "<img src=x onerror=alert(1)>.gif")
     page.until("document.querySelector('#hint').textContent.includes('none of jpg, png and webp')")
     assert page.js("document.querySelectorAll('img').length") == 1  # a name is text
