@@ -46,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from tasks.launch import launch
 
             return launch(given[1:])
-        from tasks.commands import (  # late: it imports torch and transformers, which take seconds that a user may interrupt
-            UNNAMED,
-            commands_for,
-        )
+        # Late: torch and transformers take seconds to import, and a user may interrupt them.
+        from tasks.commands import UNNAMED, commands_for
+        from tasks.sweep import swept
 
+        if sweep := swept(arguments):
+            return sweep.train(main, "--dry_run" in arguments)
         parser = _Parser(prog="adalink", description=_WHAT)
         parser.add_argument("--version", action="version", version=f"adalink {_version()}")
         commands = commands_for(arguments)

@@ -32,6 +32,7 @@ from tasks.help import comments_as_help
 from tasks.plan_commands import add_methods_options, add_plan_options, compose_command, dry_run_command, methods_command
 from tasks.run import Evaluation, evaluate_run, is_main, train_run
 from tasks.run_metrics import UNSCORED
+from tasks.run_table import listed_runs
 from tasks.saved_settings import SAVED, EvaluationSettings, settings_of
 from tasks.score import score_coco, score_vqa
 from tasks.serve.command import add_serve, serve
@@ -179,6 +180,10 @@ def _add_ask(parser: Any) -> None:
     parser.add_argument("question", type=str, nargs="+", metavar="QUESTION", help="what to ask about each of them; several are answered in one batch")
 
 
+def _add_runs(parser: Any) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="the folder that holds the run folders")
+
+
 def _add_demo(parser: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the folder that the two run folders are made in")
 
@@ -244,10 +249,11 @@ COMMANDS: dict[str, Command | Mapping[str, Command]] = {
         "vqa": Command("score a file of answers with the VQA accuracy", add_scored(score_vqa), run_scored(score_vqa)),
     },
     "compare": {
-        "runs": Command("compare two run folders (also without the word: `compare RUN_A RUN_B`), with a report", add_compared_runs, run_compared_runs),
+        "runs": Command("compare run folders, with a report (also without the word: `compare RUN_A RUN_B ...`)", add_compared_runs, run_compared_runs),
         "coco": Command("compare two files of captions", add_scored(compare_coco), run_compared(compare_coco)),
         "vqa": Command("compare two files of answers", add_scored(compare_vqa), run_compared(compare_vqa)),
     },
+    "runs": Command("list the runs in a folder and below it", _add_runs, lambda values, plain: listed_runs(folder=values.folder)),
     "export": {
         "folded": _function("write the language model with a text-only AdaLink in its embedding table", export_folded),
         "merged": _function("write the language model with a LoRA for all tokens in its weights", export_merged),

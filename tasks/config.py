@@ -98,6 +98,11 @@ def setting_names() -> list[str]:
     return list(_names(RunConfig, ""))
 
 
+def number_settings() -> list[str]:
+    """Every setting of a run that is one number, by its whole name: `train.learning_rate`, `methods.adalink.rank`."""
+    return [name for name, hint in _typed(RunConfig, "") if hint in (int, float)]
+
+
 def check_groups(values: Any) -> None:
     """Raise ConfigError where a group of settings is given as something else: `train: null`, `methods: [bridge]`.
 
@@ -109,11 +114,15 @@ def check_groups(values: Any) -> None:
 
 
 def _names(kind: Any, path: str) -> Iterator[str]:
+    return (name for name, _ in _typed(kind, path))
+
+
+def _typed(kind: Any, path: str) -> Iterator[tuple[str, Any]]:
     for name, inner in _fields(kind):
         if dataclasses.is_dataclass(inner):
-            yield from _names(inner, f"{path}{name}.")
+            yield from _typed(inner, f"{path}{name}.")
         else:
-            yield path + name
+            yield path + name, inner
 
 
 def _fields(kind: Any) -> Iterator[tuple[str, Any]]:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import groupby
+from typing import Protocol
 
 from markupsafe import Markup
 
 from tasks.report.axis import Axis, exact_axis, round_axis
 
-__all__ = ["Point", "describe", "draw"]
+__all__ = ["Point", "describe", "draw", "draw_many"]
 
 Point = tuple[float, float]
 
@@ -45,6 +46,31 @@ def draw(name: str, points: Sequence[Point], unit: str) -> Markup:
         parts.append(frame.dots(finite))
     parts.append(frame.crosses(x for x, y in placed if not _drawable(y)))
     return Markup(f"{head}{''.join(parts)}</svg>")
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def points(self) -> Sequence[Point]: ...
+
+
+def draw_many(name: str, series: Sequence[_Named]) -> Markup:
+    """One `<svg>` with the curves of several runs over each other, of the classes series0, series1, ...; nothing where none can be drawn.
+
+    Of more than 240 points the running mean is drawn: what is laid over each other is compared as a whole.
+    """
+    placed = [_placed(one.points) for one in series]
+    finite = [point for points in placed for point in points if _drawable(point[1])]
+    if not finite:
+        return Markup("")
+    x_axis, y_axis = exact_axis([x for points in placed for x, _ in points], 5), round_axis([y for _, y in finite], 4)
+    frame = _Frame(x_axis, y_axis)
+    label = escape(f"Curves of {name} of {', '.join(one.name for one in series)}", quote=True)
+    drawn = [_thin(_running_mean(points) if len(points) > MANY else points, x_axis) for points in placed]
+    lines = [frame.line(points, f"series{i}") for i, points in enumerate(drawn)]
+    return Markup(f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{frame.axes("")}{"".join(lines)}</svg>')
 
 
 def describe(points: Sequence[Point]) -> str:
