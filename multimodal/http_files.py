@@ -55,7 +55,7 @@ class HttpFiles:
     def _range(self, url: str, offset: int, size: int) -> tuple[bytes, int]:
         """The bytes, and how many the whole file has."""
         answer = self._get(url, {"Range": f"bytes={offset}-{offset + size - 1}"}, size)
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("content-range", ""))
+        found = re.fullmatch(r"bytes ([0-9]{1,19})-[0-9]+/([0-9]{1,19})", answer.headers.get("content-range", ""))
         if answer.status != 206 or found is None or int(found[1]) != offset:
             raise DataError(f"{shown(url)} is on a server that reads no ranges (it answered {answer.status}); copy the shards to a disk, or to another server")
         if len(answer.body) != size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
@@ -18,7 +18,7 @@ from multimodal.order import MixedOrder, Order, SampleOrder
 from multimodal.sample import Sample, SampleSource
 from multimodal.shards import DamagedSample
 
-__all__ = ["MixedSet", "Mixture", "fingerprint_of", "order_of", "set_sizes"]
+__all__ = ["MixedSet", "Mixture", "fingerprint_of", "order_of", "set_sizes", "texts_fingerprint_of"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,12 @@ class Mixture:
         self._ends = list(accumulate(len(source) for source in self._sources))
         self.sizes = tuple(len(source) for source in self._sources)
         self.weights = tuple(each.weight for each in sets.values())
-        self.fingerprint = hashlib.sha256(repr([fingerprint_of(source) for source in self._sources]).encode()).hexdigest()
+        self.fingerprint = _joined(fingerprint_of(source) for source in self._sources)
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """Of the sets'."""
+        return _joined(texts_fingerprint_of(source) for source in self._sources)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -81,6 +86,16 @@ class Fingerprinted(Protocol):
         ...
 
 
+@runtime_checkable
+class TextsFingerprinted(Protocol):
+    """A data set without a fingerprint of its pictures that can say whether its keys and texts are what they were."""
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """Equal for equal keys, ids and texts in one order."""
+        ...
+
+
 def fingerprint_of(source: SampleSource) -> str:
     """A data set's fingerprint; empty where it has none, as files on disk."""
     return source.fingerprint if isinstance(source, Fingerprinted) else ""
@@ -89,6 +104,15 @@ def fingerprint_of(source: SampleSource) -> str:
 def set_sizes(source: SampleSource) -> dict[str, int]:
     """Name -> number of samples of each set of a mixture, in the order of its indices; of any other data set one entry without a name."""
     return dict(zip(source.names, source.sizes, strict=True)) if isinstance(source, Mixture) else {"": len(source)}
+
+
+def texts_fingerprint_of(source: SampleSource) -> str:
+    """What a run that goes on compares: of keys and texts where the set can say that, else its fingerprint; empty where it has none."""
+    return source.texts_fingerprint if isinstance(source, TextsFingerprinted) else fingerprint_of(source)
+
+
+def _joined(fingerprints: Iterable[str]) -> str:
+    return hashlib.sha256(repr(list(fingerprints)).encode()).hexdigest()
 
 
 def order_of(source: SampleSource, seed: int) -> Order:

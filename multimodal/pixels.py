@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multimodal.images import decode_image
 from multimodal.lengths import Measure, lengths_of
-from multimodal.mixing import fingerprint_of
+from multimodal.mixing import fingerprint_of, texts_fingerprint_of
 from multimodal.sample import Sample, SampleSource
 
 __all__ = ["Drafted", "needed_side", "read_pixels"]
@@ -34,6 +34,12 @@ class Drafted:
     def fingerprint(self) -> str:
         """The set's own and how it is decoded; empty where the set has none."""
         known = fingerprint_of(self.source)
+        return f"{known} draft" if known else ""
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """Likewise, of its texts."""
+        known = texts_fingerprint_of(self.source)
         return f"{known} draft" if known else ""
 
     def __len__(self) -> int:

@@ -8,14 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from adalink.errors import ConfigError, DataError
 
-__all__ = ["Passing", "RemoteFiles", "RemoteSettings", "beside", "is_url", "patiently", "shown"]
+__all__ = ["Passing", "RemoteFiles", "RemoteSettings", "beside", "is_url", "patiently", "shown", "unsigned"]
 
 T = TypeVar("T")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# Query parameters that prove who may read a file, and until when: of Amazon's, Google's, Microsoft's, Alibaba's and Tencent's stores, of
+# CloudFront, Akamai and Fastly, and of servers of one's own. Each new link has others for the same file.
+_PROOF = re.compile(
+    "(x-(amz|goog|oss|cos|ms|bz|obs|tos|hw)-.*|q-(sign|ak|key|header|url|signature).*|signature|expires?|exp|expiry|policy|key-pair-id|awsaccesskeyid|"
+    "googleaccessid|ossaccesskeyid|accesskeyid|security-token|sig|se|st|sv|sp|sr|ss|srt|spr|sip|si|sks|skt|ske|skv|skoid|sktid|saoid|suoid|scid|"
+    "token|access_?token|auth(_?key|_?token)?|authorization|hdnt[sal]|hmac|hash|verify|__token__|__gda__|wstoken)",
+    re.IGNORECASE,
+)
 _LONGEST_WAIT = 30.0  # seconds between two attempts
 
 
@@ -88,6 +96,13 @@ def beside(folder: str, name: str) -> str:
     """The URL of a file in the folder of a URL; a query (a signature, say) stays at the end."""
     parts = urlsplit(folder)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+def unsigned(url: str) -> str:
+    """The URL without password and signature: the same for each link to one file. What else is in the query stays, in its order."""
+    parts = urlsplit(url)
+    query = "&".join(pair for pair in parts.query.split("&") if _PROOF.fullmatch(unquote(pair.partition("=")[0])) is None)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
 
 
 def shown(url: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from adalink.errors import DataError
 from multimodal.manifest import Shard
-from multimodal.remote import RemoteFiles, shown
+from multimodal.remote import RemoteFiles, shown, unsigned
 
 __all__ = ["ShardCache", "cached_name"]
 
@@ -28,8 +28,13 @@ _NOT_KEPT = "adalink: %s is not kept in the cache %s: %s"
 
 
 def cached_name(url: str, shard: Shard) -> str:
-    """The name of a shard in the cache: a sha256 of its whole URL, and the beginning of its own, so that a new version is another file."""
-    return f"{hashlib.sha256(url.encode()).hexdigest()}-{shard.sha256[:16] or shard.size}.tar"
+    """The name of a shard in the cache: a sha256 of its URL, and the beginning of its own, so that a new version is another file.
+
+    A signature in the URL does not count, since each new one would be another file; where the shard's own sha256 is not known it does, since
+    what looks like a signature may say which file is meant.
+    """
+    place = unsigned(url) if shard.sha256 else url
+    return f"{hashlib.sha256(place.encode()).hexdigest()}-{shard.sha256[:16] or shard.size}.tar"
 
 
 class ShardCache:
@@ -41,6 +46,7 @@ class ShardCache:
         self._names = {url: cached_name(url, shard) for url, shard in shards.items()}
         self._wanted: queue.SimpleQueue[str] | None = None
         self._process, self._asked, self._lock = os.getpid(), set[str](), threading.Lock()
+        self._discarded = set[str]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -51,16 +57,24 @@ class ShardCache:
 
     def find(self, url: str) -> Path | None:
         """The shard's file; None, and the shard is fetched in the background, where it is not there yet."""
-        path = self._folder / self._names[url]
+        path = self.path(url)
         if path.exists():
             return path
         self._ask(url)
         return None
 
+    def path(self, url: str) -> Path:
+        """Where the shard's file is, or would be."""
+        return self._folder / self._names[url]
+
     def discard(self, url: str) -> bool:
-        """Remove a file whose samples are damaged; whether there was one."""
+        """Remove a file whose samples are damaged; whether there was one. The first time it is fetched again when it is next asked for."""
+        with self._lock:
+            if url not in self._discarded:
+                self._discarded.add(url)
+                self._asked.discard(url)
         try:
-            (self._folder / self._names[url]).unlink()
+            self.path(url).unlink()
         except OSError:
             return False
         return True

@@ -43,8 +43,15 @@ class RemoteShards:
         return self._files.read(place, offset, size)
 
     def forget(self, place: str) -> bool:
-        """Whether reading again may give other bytes, because a copy in the cache was damaged."""
-        return self._cache is not None and self._cache.discard(place)
+        """Whether reading again may give other bytes, because a copy in the cache was damaged.
+
+        The file that was read may have been discarded by another process, and the one of its name now may be a good one: it stays.
+        """
+        if self._cache is None:
+            return False
+        path = self._cache.path(place)
+        was_read, now = self._local.close(path), _identity(path)
+        return self._cache.discard(place) if was_read in (None, now) else True
 
 
 class LocalShards:
@@ -80,12 +87,27 @@ class LocalShards:
         """Whether reading again may give other bytes."""
         return False
 
+    def close(self, path: Path) -> tuple[int, int] | None:
+        """Read this file anew the next time; which file was open under its name, None where none was."""
+        with self._lock:
+            file = self._open.pop(path, None)
+        return None if file is None else _identity(file.number)
+
     def _opened(self, path: Path) -> _OpenFile:
         with self._lock:
             file = self._open[path] = _OpenFile(path)
             while len(self._open) > _OPEN_FILES:
                 del self._open[next(iter(self._open))]
         return file
+
+
+def _identity(file: Path | int) -> tuple[int, int] | None:
+    """Which file on the disk it is: two of one name are two."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 class _OpenFile:

@@ -7,6 +7,7 @@ would be short and nobody would know. Here each of these is an error with the by
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ __all__ = ["TarMember", "scan_tar"]
 
 BLOCK = 512
 _MAX_EXTENSION = 2**20  # bytes of a long name or of pax records; a name has a few hundred
+_SIZE = re.compile("0*[0-9]{1,19}")  # bytes of a member; Python makes no number of more than 4,300 digits
 _WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -79,8 +81,8 @@ class _Scan:
         if header.type in _WITHOUT_DATA:
             return 0
         size = extended.get("size", str(header.size))
-        if not size.isdecimal():
-            raise self._damaged(at, f"a member of {size} bytes")
+        if not _SIZE.fullmatch(size):
+            raise self._damaged(at, f"a member of {size[:40]} bytes")
         return int(size)
 
     def _check_start(self) -> None:
@@ -135,6 +137,8 @@ def _pax_records(content: bytes) -> dict[str, str]:
     records = {}
     while content:
         digits, _, _ = content.partition(b" ")
+        if not _SIZE.fullmatch(digits.decode("ascii")):
+            raise ValueError
         length = int(digits)
         if not len(digits) < length <= len(content):
             raise ValueError

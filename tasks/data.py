@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from adalink.errors import ConfigError, DataError
 from multimodal.bad_samples import BadSample
 from multimodal.lengths import Measure, lengths_of
-from multimodal.mixing import fingerprint_of
+from multimodal.mixing import fingerprint_of, texts_fingerprint_of
 from multimodal.pixels import Drafted
 from multimodal.remote import RemoteSettings
 from multimodal.sample import Decode, Sample, SampleSource
@@ -170,7 +170,14 @@ class Chosen:
     @property
     def fingerprint(self) -> str:
         """Of the source's fingerprint and the indices; empty where the source has none."""
-        whole = fingerprint_of(self._source)
+        return self._of(fingerprint_of(self._source))
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """Likewise, of the source's texts."""
+        return self._of(texts_fingerprint_of(self._source))
+
+    def _of(self, whole: str) -> str:
         return whole and hashlib.sha256(f"{whole} {list(self._indices)}".encode()).hexdigest()
 
     def __len__(self) -> int:

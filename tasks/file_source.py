@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,18 @@ class FileSource:
         if not self._samples:
             first = f"; {len(self.problems)} cannot be used, the first because {self.problems[0].detail}" if self.problems else ""
             raise DataError(f"{read_from} gives no sample{first}")
+
+    @cached_property
+    def texts_fingerprint(self) -> str:
+        """Of keys, ids and all texts; pictures do not count, and neither does the folder in which they lie."""
+        digest = hashlib.sha256()
+        for sample in self._samples:
+            words = [sample.key, str(sample.image_id), *sample.captions]
+            for asked in sample.questions:
+                words += [f"{asked.question_id} {len(asked.answers)}", asked.text, asked.question_type, asked.answer_type, *asked.answers, *asked.marks]
+            words.append(f"{len(sample.captions)} {len(sample.questions)}")
+            digest.update("".join(f"{len(word)} {word}\n" for word in words).encode("utf-8", "backslashreplace"))
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._samples)

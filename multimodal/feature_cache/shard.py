@@ -1,11 +1,12 @@
 """A file of features: a safetensors file of three tensors, which is written record by record, in any order of the pictures.
 
     picture   int64 [C]          which picture each record is of; -1 where there is none (yet)
-    check     int64 [C]          the sum over the record's words and the picture's number, modulo 2^64: any changed bit changes it
+    check     int64 [C]          the crc32 of the picture's number and the record: a changed bit changes it, and so do words that changed places
     features  [M, N + L, Dv]     the first M of C records are written
 
 A record becomes part of the file when its picture is written, which is last. While a file is being written its header says M = C;
-`seal` puts the true M there, and other programs can then read the file too.
+`seal` puts the true M there, and other programs can then read the file too. Files of format 1, whose check is a sum, are read and continued
+as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,18 @@ __all__ = ["ABSENT", "MEND", "ShardFile", "check_of", "seal", "trim", "word_byte
 ABSENT = -1
 MEND = "run `adalink features` again, which writes anew what is damaged"
 HEADER = 1024  # bytes, of which 8 say how many follow
-_STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, as int64: two pictures of equal features have other checks
+_FORMATS = ("adalink features 1", "adalink features 2")
+_STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, as int64; of format 1
 _NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 def check_of(words: Tensor, picture: int) -> int:
-    """An int64, of a record in words of `word_bytes`."""
+    """Of a record in words of `word_bytes`: from 0 to 2^32 - 1. Two pictures of equal features have other checks."""
+    return zlib.crc32(words.numpy().data, zlib.crc32(picture.to_bytes(8, "little")))
+
+
+def _sum_of(words: Tensor, picture: int) -> int:
+    """The check of format 1, an int64: blind to words that changed places."""
     return (int(words.sum().item()) + picture * _STRIDE + 2**63) % 2**64 - 2**63
 
 
@@ -44,11 +52,11 @@ def word_bytes(n_bytes: int) -> int:
     return 2 if n_bytes % 8 else 8
 
 
-def _header(contents: Contents, capacity: int, records: int) -> bytes:
+def _header(contents: Contents, capacity: int, records: int, version: str) -> bytes:
     """The head of a file; safetensors allows the spaces after the JSON."""
     ends = [8 * capacity, 16 * capacity, 16 * capacity + records * contents.n_bytes]
     tensors = {
-        "__metadata__": {"format": "adalink features 1"},
+        "__metadata__": {"format": version},
         "picture": {"dtype": "I64", "shape": [capacity], "data_offsets": [0, ends[0]]},
         "check": {"dtype": "I64", "shape": [capacity], "data_offsets": ends[:2]},
         "features": {"dtype": _NAMES[contents.dtype], "shape": [records, *contents.shape], "data_offsets": ends[1:]},
@@ -69,7 +77,8 @@ class ShardFile:
             self._number = os.open(path, (os.O_RDWR if is_written else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as error:
             raise DataError(f"the features in {path} cannot be read: {error.strerror}; {MEND}") from error
-        self.capacity = _capacity(os.pread(self._number, HEADER, 0), contents, path)
+        self.capacity, self.version = _capacity(os.pread(self._number, HEADER, 0), contents, path)
+        self._check = _sum_of if self.version == _FORMATS[0] else check_of
         # Asked for at every read.
         self._size, self._dtype, self._shape, self._start = contents.n_bytes, contents.torch_dtype, contents.shape, HEADER + 16 * self.capacity
         self._word = np.dtype(f"i{word_bytes(self._size)}")
@@ -85,7 +94,7 @@ class ShardFile:
     def create(cls, path: Path, contents: Contents, capacity: int) -> ShardFile:
         """A new file without a record. Raises OSError."""
         with path.open("xb") as file:
-            file.write(_header(contents, capacity, capacity))
+            file.write(_header(contents, capacity, capacity, _FORMATS[-1]))
             file.write(np.full(capacity, ABSENT, dtype=np.int64).tobytes())
             file.truncate(HEADER + 16 * capacity)
         return cls(path, contents, is_written=True)
@@ -102,7 +111,7 @@ class ShardFile:
         buffer = np.empty(self._size // self._word.itemsize, dtype=self._word)
         found = os.preadv(self._number, [buffer], self._start + slot * self._size)  # type: ignore[list-item]  # a buffer, whatever its type says
         words = torch.from_numpy(buffer)
-        if found != self._size or check != check_of(words, picture):
+        if found != self._size or check != self._check(words, picture):
             raise DataError(
                 f"the features of picture {picture} in {self.path} are not what was written: the file was cut or changed; {MEND}"
             )
@@ -111,7 +120,7 @@ class ShardFile:
     def write(self, slot: int, pictures: Sequence[int], records: Tensor) -> None:
         """Put records [B, N + L, Dv] at a slot and those after it; their pictures last. Raises OSError, the disk being full for instance."""
         raw = records.contiguous().view(len(records), -1).view(torch.uint8).numpy().view(self._word)
-        checks = [check_of(words, picture) for words, picture in zip(torch.from_numpy(raw), pictures, strict=True)]
+        checks = [self._check(words, picture) for words, picture in zip(torch.from_numpy(raw), pictures, strict=True)]
         self._put(raw, self._start + slot * self._size)
         self._put(np.asarray(checks, dtype=np.int64), HEADER + 8 * (self.capacity + slot))
         self._put(np.asarray(pictures, dtype=np.int64), HEADER + 8 * slot)
@@ -149,19 +158,21 @@ def seal(path: Path, contents: Contents) -> int:
     n_records, size = trim(path, contents)
     if n_records:
         with path.open("r+b") as stream:
-            stream.write(_header(contents, ShardFile(path, contents).capacity, n_records))
+            file = ShardFile(path, contents)
+            stream.write(_header(contents, file.capacity, n_records, file.version))
             stream.flush()
             os.fsync(stream.fileno())
     return size
 
 
-def _capacity(head: bytes, contents: Contents, path: Path) -> int:
-    """The records that a file has room for; DataError where its header is not, to the byte, one that we write."""
+def _capacity(head: bytes, contents: Contents, path: Path) -> tuple[int, str]:
+    """The records that a file has room for, and its format; DataError where its header is not, to the byte, one that we write."""
     try:
         said = json.loads(head[8:])
         capacity, records = int(said["picture"]["shape"][0]), int(said["features"]["shape"][0])
-        if _header(contents, capacity, records) != head:
+        version = str(said["__metadata__"]["format"])
+        if version not in _FORMATS or _header(contents, capacity, records, version) != head:
             raise ValueError("another header than it should have")
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path} is no file of {contents}: {error}; {MEND}") from None
-    return capacity
+    return capacity, version

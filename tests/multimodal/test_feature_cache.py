@@ -9,6 +9,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from feature_case import CONTENTS, N, binding, only_shard, records, written
@@ -123,6 +124,44 @@ def test_any_flipped_bit_and_any_other_picture_changes_the_check(size: int) -> N
             changed = record.clone()
             changed[at] ^= 1 << bit
             assert check_of(changed.view(word), 3) != own
+
+
+@pytest.mark.parametrize("words", [1, 2, 4, 5])
+def test_words_that_changed_places_are_found(words: int, tmp_path: Path) -> None:
+    folder = written(tmp_path / "kept")
+    path, at, size = only_shard(folder), HEADER + 16 * N + 6 * CONTENTS.n_bytes, 8
+    data = bytearray(path.read_bytes())
+    first, other = slice(at, at + size), slice(at + words % 5 * size, at + (words % 5 + 1) * size)
+    if words == 5:  # the whole record with that of another picture
+        first, other = (slice(start, start + CONTENTS.n_bytes) for start in (at, at + CONTENTS.n_bytes))
+    assert other.stop <= len(data)
+    data[first], data[other] = data[other], data[first]
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"the features of picture 6 in .* are not what was written"):
+        FeatureCache.open(folder)[6]
+
+
+def test_files_of_the_first_format_are_read_and_continued_as_they_are(tmp_path: Path) -> None:
+    """Their check is a sum of words."""
+    path = only_shard(folder := written(tmp_path / "kept"))
+    data = bytearray(path.read_bytes())
+    data[:HEADER] = data[:HEADER].replace(b"adalink features 2", b"adalink features 1")
+    word, size = word_bytes(CONTENTS.n_bytes), CONTENTS.n_bytes
+    for picture in range(N):
+        at = HEADER + 16 * N + picture * size
+        found = np.frombuffer(data[at : at + size], dtype=f"i{word}").astype(np.int64)
+        total = (int(found.sum()) + picture * (0x9E3779B97F4A7C15 - 2**64) + 2**63) % 2**64 - 2**63
+        data[HEADER + 8 * (N + picture) : HEADER + 8 * (N + picture + 1)] = total.to_bytes(8, "little", signed=True)
+    path.write_bytes(data)
+    assert same(FeatureCache.open(folder))
+    flip(path, HEADER + 16 * N + 3 * size)
+    with pytest.raises(DataError, match="the features of picture 3 in"):
+        FeatureCache.open(folder)[3]
+    writer = FeatureWriter(folder, binding(), CONTENTS)  # the damaged record is written anew
+    assert writer.missing().tolist() == [3]
+    writer.add([3], records([3]))
+    assert same(writer.finish({}))
+
 
 
 def test_every_flipped_byte_of_a_file_is_found(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adalink.errors import BudgetError, ConfigError, DataError
 from multimodal.feature_cache import encoding
-from multimodal.feature_cache.binding import bind
+from multimodal.feature_cache.binding import Binding, bind, refuse_other
 from multimodal.feature_cache.cache import FeatureCache
 from multimodal.feature_cache.contents import Contents, all_contents
 from multimodal.feature_cache.shard import ABSENT, HEADER, ShardFile
@@ -304,7 +304,7 @@ def test_pictures_are_encoded_once_and_bad_ones_are_recorded(workers: int, tmp_p
 
 
 def test_over_the_budget_of_bad_pictures_it_stops_and_is_not_finished(tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match=r"2 bad samples, and at most 1 are allowed: 2 not an image"):
+    with pytest.raises(BudgetError, match=r"2 bad samples, and at most 1 is allowed: 2 not an image"):
         write_features(tower(), Drawn(5, bad=[1, 2]), tmp_path / "kept", all_contents(tower()), budget=1)
     with pytest.raises(DataError, match="are not finished"):
         FeatureCache.open(tmp_path / "kept")
@@ -369,6 +369,30 @@ def test_pictures_in_files_are_told_by_name_size_and_some_bytes(tmp_path: Path) 
     flipped = bind(tower(), Files()).data
     (tmp_path / "1.png").unlink()
     assert len({own, flipped, bind(tower(), Files()).data}) == 3
+
+
+def test_every_picture_that_was_replaced_by_another_of_its_size_is_found(tmp_path: Path) -> None:
+    class Files:
+        def __len__(self) -> int:
+            return 200  # more than are read whole
+
+        def __getitem__(self, index: int) -> Sample:
+            return Sample(key=str(index), image_id=index, image=tmp_path / f"{index}.png", captions=("a",))
+
+    for index in range(200):
+        (tmp_path / f"{index}.png").write_bytes(bytes([index]) * (100_000 if index % 2 else 5_000))
+    own = bind(tower(), Files())
+    old = Binding.from_json({name: value for name, value in own.to_json().items() if name != "slices"})
+    for index in (4, 7):
+        whole = (tmp_path / f"{index}.png").read_bytes()
+        (tmp_path / f"{index}.png").write_bytes(bytes(len(whole)))
+        now = bind(tower(), Files())
+        assert now.data == own.data
+        with pytest.raises(ConfigError, match=r"a picture was replaced by another of the same name and size"):
+            refuse_other(own, now, tmp_path)
+        refuse_other(old, now, tmp_path)  # a folder from before this was looked at is read
+        (tmp_path / f"{index}.png").write_bytes(whole)
+        assert bind(tower(), Files()) == own
 
 
 def test_another_encoder_preprocessing_or_layer_is_another_binding(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from test_loader import ENCODER, keys
 
 from adalink.errors import CheckpointError
 from multimodal.loader import Loaded, TrainLoader, train_loader
-from multimodal.mixing import MixedSet, Mixture
+from multimodal.mixing import MixedSet, Mixture, fingerprint_of
 from multimodal.packing import separate_rows
 from multimodal.patch_table import PatchTable
+from multimodal.pixels import Drafted
 from multimodal.sample import SampleSource
 from multimodal.shard_writer import write_shards
 from multimodal.shards import ShardSource
@@ -115,6 +116,24 @@ class Told(Drawn):
     def __init__(self, n: int, fingerprint: str) -> None:
         super().__init__(n)
         self.fingerprint = fingerprint
+
+
+class Captioned(Drawn):
+    """Scenes in files, as far as a run that goes on is concerned: no fingerprint of pictures, and one of texts."""
+
+    def __init__(self, n: int, texts: str) -> None:
+        super().__init__(n)
+        self.texts_fingerprint = texts
+
+
+def test_a_state_of_edited_texts_is_refused_and_one_from_before_they_were_compared_is_not() -> None:
+    for wrap in (lambda one: one, Drafted, lambda one: Mixture({"x": MixedSet(one, 1)})):
+        state = loader(wrap(Captioned(7, "a")), 1).state_dict()
+        loader(wrap(Captioned(7, "a")), 1).load_state_dict(state)
+        with pytest.raises(CheckpointError, match=r"the data's fingerprint was .* and is .*: were captions, questions or answers edited since"):
+            loader(wrap(Captioned(7, "b")), 1).load_state_dict(state)
+        old = {**state, "data": fingerprint_of(wrap(Captioned(7, "a")))}
+        loader(wrap(Captioned(7, "b")), 1).load_state_dict(old)
 
 
 def test_a_state_of_other_data_is_refused() -> None:

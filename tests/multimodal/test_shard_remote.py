@@ -123,6 +123,32 @@ def test_names_in_the_cache_hash_the_whole_url_and_the_version() -> None:
     assert cached_name("http://a/x.tar", newer) != cached_name("http://a/x.tar", shard)
 
 
+SIGNED = (
+    "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Date=20260{n}01T000000Z&X-Amz-Expires=3600&X-Amz-Security-Token=t{n}&X-Amz-Signature=f{n}",
+    "X-Goog-Credential=a&X-Goog-Signature={n}",
+    "AWSAccessKeyId=A{n}&Signature=s%2F{n}%3D&Expires=17{n}",
+    "Policy=p{n}&Signature=s{n}&Key-Pair-Id=k",
+    "sv=2024-01-0{n}&st=2026-0{n}&se=2027-0{n}&sr=b&sp=r&sig=x%2B{n}",
+    "token=t{n}",
+    "hdnts=exp=1~hmac={n}",
+)
+
+
+@pytest.mark.parametrize("query", SIGNED)
+@pytest.mark.parametrize("own", ["", "versionId=7"])
+def test_a_new_signature_is_the_same_file_in_the_cache_and_another_object_never_is(query: str, own: str) -> None:
+    shard = type("S", (), {"sha256": "a" * 64, "size": 5})()
+    links = [f"http://a/x.tar?{'&'.join(filter(None, (own, query.format(n=n))))}" for n in (1, 2)]
+    assert len({cached_name(link, shard) for link in links}) == 1
+    assert cached_name(links[0], shard) == cached_name(f"http://me:secret@a/x.tar{'?' * bool(own)}{own}", shard)
+    others = [links[0].replace("x.tar", "y.tar"), links[0].replace("//a", "//b"), f"{links[0]}&versionId=8", f"{links[0]}&id={query[-1]}"]
+    assert len({cached_name(link, shard) for link in [links[0], *others]}) == 5
+    # What looks like a signature may say which file is meant: only a known sha256 tells.
+    assert cached_name(links[0], type("S", (), {"sha256": "b" * 64, "size": 5})()) != cached_name(links[0], shard)
+    unknown = type("S", (), {"sha256": "", "size": 5})()
+    assert cached_name(links[0], unknown) != cached_name(links[1], unknown)
+
+
 def caches(server: Server, folder: Path, size: int) -> tuple[ShardCache, list[str]]:
     shards = {f"{server.url}/set/{shard.file}": shard for shard in read_manifest(server.folder / "set").shards}
     return ShardCache(folder, size, HttpFiles(FAST), shards), list(shards)
@@ -170,6 +196,35 @@ def test_a_copy_that_was_damaged_on_the_disk_is_put_out_and_the_sample_read_from
     flip(tmp_path / "cache" / kept(tmp_path / "cache")[0], at + size // 2)
     found = source(server, tmp_path / "cache")
     assert found[1] == local(server)[1]
+
+
+def test_a_damaged_copy_that_is_open_does_not_put_out_the_good_one_that_another_process_fetched(server: Server, tmp_path: Path) -> None:
+    cache, urls = caches(server, tmp_path / "cache", 2**30)
+    cache.fetch(urls[0])
+    copy = tmp_path / "cache" / kept(tmp_path / "cache")[0]
+    good = copy.read_bytes()
+    at, size, _ = read_manifest(server.folder / "set").shards[0].members.table[1, 0].tolist()
+    flip(copy, at + size // 2)
+    found = source(server, tmp_path / "cache")
+    assert found[0] == local(server)[0]  # opens the copy
+    copy.unlink()  # as another process does that finds the damage first
+    cache.fetch(urls[0])
+    asked = dict(server.asked)
+    assert found[1] == local(server)[1]
+    assert copy.read_bytes() == good
+    assert dict(server.asked) == asked  # the sample is the good copy's
+
+
+def test_a_discarded_copy_is_fetched_again_once(server: Server, tmp_path: Path) -> None:
+    cache, urls = caches(server, tmp_path / "cache", 2**30)
+    for again in (True, True, False):
+        assert cache.find(urls[0]) is None
+        if not again:
+            break
+        until(lambda: len(kept(tmp_path / "cache")) == 1)
+        assert cache.discard(urls[0])
+    time.sleep(0.05)
+    assert kept(tmp_path / "cache") == []
 
 
 def test_a_disk_that_is_full_while_caching_is_one_sentence_and_every_sample_is_read(server: Server, tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ def pax(content: bytes) -> bytes:
         (pax(b"x path=x\n"), "pax records that do not add up"),
         (pax(b"0 path=x\n"), "pax records that do not add up"),
         (pax(b"11 size=-5\n"), "a member of -5 bytes"),
+        (pax(b"5011 size=" + b"9" * 5000 + b"\n"), "a member of 9999999999999999999999999999999999999999 bytes"),
+        (pax(b"9" * 5000 + b" size=1\n"), "pax records that do not add up"),
     ],
 )
 def test_headers_that_lie_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
