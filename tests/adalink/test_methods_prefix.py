@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from double import InDouble
 from tiny import EXACT, VOCABULARY, WIDTH, excite, tiny
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -95,6 +96,13 @@ def model_alone(model: Any, attachment: Any, ids: Tensor, mask: Tensor, position
 def test_slots_equal_the_published_concatenation_in_the_layers_that_are_not_excluded(
     family: str, exclude: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with InDouble():  # eager attention casts its softmax to float32, whose rounding is the processor's
+        off = off_the_concatenation(family, exclude, monkeypatch)
+    assert off < 1e-10
+
+
+def off_the_concatenation(family: str, exclude: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> float:
+    """The largest difference between a call with slots and the published concatenation, over all tokens that are no padding."""
     torch.manual_seed(0)
     model: Any = MODELS[family]().double().eval()
     model.set_attn_implementation("eager")
@@ -108,8 +116,8 @@ def test_slots_equal_the_published_concatenation_in_the_layers_that_are_not_excl
     with torch.no_grad(), attachment.bind(token_map):
         output = model(input_ids=long_ids, attention_mask=long_mask, **decoder)
     given = output.logits if hasattr(output, "logits") else output.last_hidden_state
-    actual = given if family == "t5" else given[:, P:][mask.bool()]
-    torch.testing.assert_close(actual, reference if family == "t5" else reference[mask.bool()], rtol=0, atol=EXACT.get(family, 1e-10))
+    difference = given - reference if family == "t5" else (given[:, P:] - reference)[mask.bool()]
+    return difference.abs().max().item()
 
 
 def concatenated(model: Any, rows: dict[int, tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Tensor]) -> Tensor:
