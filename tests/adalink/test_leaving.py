@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared import PATIENCE
 from tiny import FAMILIES, excite, rows, run, tiny, token_map
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
@@ -181,14 +182,18 @@ def test_two_threads_that_bind_different_adapters_do_not_meet() -> None:
         excite(adapted.add_adapter(name, METHODS["lora"]).double(), i + 1)
     expected = {name: adapted(IDS, adapter_names=[name] * 2).logits for name in ("one", "two", "__base__")}
     assert not torch.equal(expected["one"], expected["two"])
-    together, found = threading.Barrier(3), {}
+    together, found = threading.Barrier(3, timeout=PATIENCE), {}  # a thread that fails lets the others go
 
     def ask(name: str) -> None:
         call = adapted._call({"input_ids": IDS}, [name] * 2, "right")
         together.wait()
         with adapted.attachment.bind(call.token_map):
             together.wait()  # each has bound before any calls
-            found[name] = adapted.base(**call.arguments).logits
+            try:
+                found[name] = adapted.base(**call.arguments).logits
+            except BaseException:
+                together.abort()
+                raise
             together.wait()
 
     def frozen(results: dict[str, Tensor]) -> None:
