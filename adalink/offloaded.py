@@ -44,7 +44,7 @@ def execution_device(model: nn.Module, name: str) -> torch.device:
                 return _device(hook.execution_device)
         if (parameter := next((one for one in module.parameters() if not one.is_meta), None)) is not None:
             return parameter.device
-    return torch.device("cpu")
+    return next((one.device for one in model.parameters()), torch.device("cpu"))  # of a plan: nothing has values
 
 
 def tied_names(model: nn.Module) -> frozenset[str]:

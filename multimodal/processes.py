@@ -125,7 +125,9 @@ def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) 
     check_trackers(settings)
     folder.mkdir(parents=True, exist_ok=True)
     process_state()
-    is_first = not AcceleratorState._shared_state
+    before = dict(AcceleratorState._shared_state)  # of an accelerator in the same program: transformers' Trainer, or a loop of one's own
+    if is_other := before.get("_mixed_precision", settings.precision) != settings.precision:
+        AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=settings.precision, log_with=list(settings.trackers) or None, project_dir=str(folder))
     try:
         yield accelerator
@@ -134,5 +136,6 @@ def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) 
     finally:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         vars(model).pop("forward", None)  # the class's own again, not a copy of it on the instance
-        if is_first:
+        if is_other or not before:
             AcceleratorState._reset_state()
+            AcceleratorState._shared_state.update(before)

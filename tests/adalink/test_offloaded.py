@@ -109,7 +109,7 @@ def test_weights_that_are_nowhere_are_named() -> None:
         model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(AttachError, match=r"the weight 0.bias of Sequential is on the meta device and nothing says where its values are: load the model with"):
         fingerprint(model)
-    assert execution_device(model, "0") == CPU
+    assert execution_device(model, "0").type == "meta"  # a plan: nothing has values
 
 
 def spread(family: str) -> Any:

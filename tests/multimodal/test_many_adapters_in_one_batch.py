@@ -107,6 +107,7 @@ def test_an_adapter_of_another_layers_features_is_refused(tmp_path: Path) -> Non
 
 def test_training_rows_of_several_adapters_give_each_the_gradients_of_its_own() -> None:
     model = served("opt")
+    model.adapted.adapters.requires_grad_(True)  # those that are not active require none unless that is asked for
     names = ["linked", "deep", "linked"]
     rows = [model.row_encoder(name).row(Text("is it red ?", "a red cube")) for name in names]
     batch = collate(rows, range(3), torch.randn(3, tower().n_patches, tower().width).double(), kind="patches", side="right", pad_id=0)

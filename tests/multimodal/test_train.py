@@ -141,6 +141,12 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: 
     assert not close(first, other, 1e-6)
 
 
+def test_a_run_has_its_own_precision_beside_another_accelerator_in_the_program(tmp_path: Path) -> None:
+    before = Accelerator(mixed_precision="no").state.mixed_precision
+    trained(tmp_path, precision="bf16")
+    assert Accelerator().state.mixed_precision == before
+
+
 def test_half_precision_leaves_the_model_as_it_was_and_the_next_run_as_exact_as_ever(tmp_path: Path) -> None:
     exact, _ = trained(tmp_path / "exact")
     half, _ = trained(tmp_path / "half", precision="bf16")
