@@ -2,9 +2,9 @@
 
 from adalink.anatomy import Anatomy, InputSpec
 from adalink.attach import Attachment, attach
-from adalink.checkpoint import FrozenPart, fingerprint
 from adalink.edit import EMBEDDING, Adapter, Edit, Method, Placement, Port, Slots
 from adalink.errors import AdalinkError, AttachError, BudgetError, CheckpointError, ConfigError, DataError
+from adalink.frozen_part import FrozenPart, fingerprint
 from adalink.methods import EPALM, IA3, METHODS, AdaLink, BitFit, Bottleneck, Bridge, Gated, LoRA, Prefix, Prompt, UniPELT
 from adalink.model import BASE_NAME, AdaptedModel, get_adalink_model
 from adalink.peft_format import from_peft, to_peft

@@ -10,10 +10,10 @@ frozen part; another base is refused with a sentence that names both.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import typing
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,18 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from adalink.as_transformers import EXTRA
 from adalink.atomic import write_whole
 from adalink.edit import COPIES, Adapter, Method
 from adalink.errors import CheckpointError, ConfigError
+from adalink.frozen_part import FrozenPart, differences, part_from_json, part_to_json
 from adalink.methods import METHODS
-from adalink.offloaded import tied_names, weight_of
 
 __all__ = [
-    "CONFIG_FILE", "PEFT_CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "FrozenPart", "config_to_json", "configs_to_tensor", "fingerprint", "is_file_with",
-    "load_weights", "part_of", "read_config", "save_adapter",
+    "CONFIG_FILE", "PEFT_CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "config_to_json", "configs_to_tensor", "is_file_with", "load_weights",
+    "read_config", "save_adapter",
 ]  # fmt: skip
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adalink_config.json", "adapter_model.safetensors", "README.md"
@@ -40,15 +40,6 @@ PEFT_CONFIG_FILE = "adapter_config.json"  # peft's; also what CONFIG_FILE was ca
 TRAINER_FILE = "model.safetensors"  # of a checkpoint of transformers' Trainer: the state dict of the adapted model
 CARD_MARK = "library_name: adalink"
 FORMAT = 1
-N_SAMPLED = 1024  # values of each tensor that go into a fingerprint: 7 B parameters take a second, not a minute
-
-
-@dataclass(frozen=True)
-class FrozenPart:
-    """A frozen model that an adapter was trained on: its name or folder, and what its weights are."""
-
-    name: str
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -66,39 +57,22 @@ class AdapterConfig:
     task: Mapping[str, Any] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
 
-    def check_base(self, present: Mapping[str, FrozenPart], folder: str) -> None:
-        """Raise CheckpointError, naming both, where a frozen part is not the one that the adapter was trained on."""
+    def check_base(self, present: Mapping[str, FrozenPart], folder: str, *, allow_other_base: bool = False) -> None:
+        """Raise CheckpointError, saying what differs, where a frozen part is not the one that the adapter was trained on.
+
+        allow_other_base: for who knows better: what differs is a warning.
+        """
         for role, trained_on in self.base.items():
-            here = present.get(role)
-            if here is None or here.fingerprint != trained_on.fingerprint:
+            here, what = present.get(role), role.replace("_", " ")
+            found = [f"{trained_on.name} ({trained_on.fingerprint}), but this one is missing"] if here is None else list(differences(trained_on, here))
+            if not found:
+                continue
+            told = f"the adapter in {folder} was trained on the {what} {'; and on the same '.join(found)}"
+            if not allow_other_base or here is None:
                 raise CheckpointError(
-                    f"the adapter in {folder} was trained on the {role.replace('_', ' ')} {trained_on.name} ({trained_on.fingerprint}), but this one is "
-                    + (f"{here.name} ({here.fingerprint})" if here else "missing")
-                    + ": load the adapter with the parts it was trained on"
+                    f"{told}: load the adapter with the parts it was trained on, or allow this one by name (allow_other_base=True, --allow_other_base)"
                 )
-
-
-def part_of(model: nn.Module) -> FrozenPart:
-    """A model as a frozen part: by the name it was loaded from, or its class where it has none."""
-    config: Any = getattr(model, "config", None)
-    return FrozenPart(getattr(config, "name_or_path", "") or type(model).__name__, fingerprint(model))
-
-
-def fingerprint(model: nn.Module, *, without: Sequence[str] = ()) -> str:
-    """16 hex digits that stand for a model's weights: names, shapes, and 1,024 evenly spaced values of each tensor.
-
-    Values are compared in bfloat16, so a model loaded in float32 and in bfloat16 has one fingerprint; loaded in float16, which rounds
-    otherwise, it has another. Buffers do not count, nor does what lies in the modules `without`, by their dotted names.
-    """
-    digest, tied = hashlib.sha256(), tied_names(model)
-    for name, tensor in sorted(model.named_parameters()):
-        if name in tied or any(name.startswith(f"{module}.") for module in without):
-            continue
-        flat = weight_of(model, name).reshape(-1)
-        step = max(flat.numel() // N_SAMPLED, 1)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+            warnings.warn(f"{told}; it is loaded all the same", stacklevel=2)
 
 
 def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
@@ -167,7 +141,7 @@ def config_to_json(config: AdapterConfig) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "methods": {name: method_to_json(method) for name, method in config.methods.items()},
-        "base": {role: dataclasses.asdict(part) for role, part in config.base.items()},
+        "base": {role: part_to_json(part) for role, part in config.base.items()},
         "task": dict(config.task),
         **({COPIES: list(config.modules_to_save)} if config.modules_to_save else {}),
     }
@@ -186,7 +160,7 @@ def _config_from_json(content: Any, path: Path) -> AdapterConfig:
         raise CheckpointError(f"{path} has format {content['format']}, and this version of adalink reads {FORMAT}: update adalink")
     return AdapterConfig(
         methods={name: method_from_json({"method": None, **method}) for name, method in content["methods"].items()},
-        base={role: FrozenPart(**part) for role, part in content["base"].items()},
+        base={role: part_from_json(part) for role, part in content["base"].items()},
         task=content["task"],
         modules_to_save=tuple(content.get(COPIES, ())),
     )

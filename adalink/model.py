@@ -25,11 +25,13 @@ from adalink.anatomy import Anatomy, InputSpec
 from adalink.as_transformers import class_like, of_base, state_of_trained
 from adalink.attach import Attachment, attach
 from adalink.call import Call, Rows, given_ids, n_choices
-from adalink.checkpoint import AdapterConfig, FrozenPart, configs_to_tensor, fingerprint, load_weights, part_of, read_config, save_adapter
+from adalink.checkpoint import AdapterConfig, configs_to_tensor, load_weights, read_config, save_adapter
 from adalink.edit import Adapter, Method
 from adalink.errors import ConfigError
 from adalink.existing import check_images_known, check_trains, image_token_ids, writes_without_reading, written_domains
 from adalink.fields import names_of
+from adalink.fixed_prompt import sketch_of_states
+from adalink.frozen_part import FrozenPart, part_of
 from adalink.hub import local_folder, upload
 from adalink.module_copies import ServedCopies, copied
 from adalink.offloaded import execution_device
@@ -78,7 +80,10 @@ class AdaptedModel(nn.Module):
         self.attachment: Attachment = attach(base, anatomy=self.anatomy)
         self._copies = ServedCopies(self.attachment)
         weakref.finalize(self, _leave, self.attachment, self._copies).atexit = False
-        self._fingerprints: dict[tuple[str, ...], str] = {}
+        if "language_model" in self.parts:
+            own = self.parts["language_model"]
+            self.parts["language_model"] = dataclasses.replace(own, sketches={**own.sketches, **sketch_of_states(self.attachment, self.image_ids)})
+        self._without: dict[tuple[str, ...], FrozenPart] = {}
         state_of_trained(self, {"base": base})
         self.__class__ = class_like(type(self), type(base))  # type: ignore[assignment]  # a subclass of this one
 
@@ -137,14 +142,14 @@ class AdaptedModel(nn.Module):
         by_name = methods if isinstance(methods, Mapping) else {type(methods).__name__.lower(): methods}
         return self._add(name, self._new(name, by_name, modules_to_save))
 
-    def load_adapter(self, folder: str | Path, name: str) -> Adapter:
+    def load_adapter(self, folder: str | Path, name: str, *, allow_other_base: bool = False) -> Adapter:
         """Add an adapter from its folder or hub name in eval mode, and make it the active one. A failure leaves everything as it was.
 
-        Raises CheckpointError where it is damaged, or was trained on other frozen parts.
+        Raises CheckpointError where it is damaged, or was trained on other frozen parts; with `allow_other_base` those are a warning.
         """
         path = local_folder(folder)
         config = read_config(path)
-        config.check_base(self._parts(config.modules_to_save), str(folder))
+        config.check_base(self._parts(config.modules_to_save), str(folder), allow_other_base=allow_other_base)
         adapter = self._new(name, config.methods, config.modules_to_save).eval()
         load_weights(path, adapter)
         self._add(name, adapter)
@@ -267,12 +272,12 @@ class AdaptedModel(nn.Module):
         return read_config(local_folder(folder))
 
     @classmethod
-    def from_pretrained(cls, base: nn.Module, folder: str | Path) -> AdaptedModel:
-        """A frozen model with the adapter of a folder or hub name on it."""
+    def from_pretrained(cls, base: nn.Module, folder: str | Path, *, allow_other_base: bool = False) -> AdaptedModel:
+        """A frozen model with the adapter of a folder or hub name on it, in eval mode. Arguments and errors as in `load_adapter`."""
         model = cls(base)
         with _unloaded_on_error(model):
-            model.load_adapter(folder, DEFAULT)
-        return model
+            model.load_adapter(folder, DEFAULT, allow_other_base=allow_other_base)
+        return model.eval()
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload the active adapter's folder; the address of the commit comes back."""
@@ -305,9 +310,10 @@ class AdaptedModel(nn.Module):
         if not copies:
             return self.parts
         role, names = "language_model", tuple(copies)
-        if names not in self._fingerprints:
-            self._fingerprints[names] = fingerprint(self.base, without=names)
-        return {**self.parts, role: dataclasses.replace(self.parts[role], fingerprint=self._fingerprints[names])}
+        if names not in self._without:
+            other = part_of(self.base, without=names)
+            self._without[names] = dataclasses.replace(self.parts[role], fingerprint=other.fingerprint, weights=other.weights)
+        return {**self.parts, role: self._without[names]}
 
     def _config_of(self, name: str) -> AdapterConfig:
         copies = tuple(self._adapter(name).copies)

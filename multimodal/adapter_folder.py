@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,23 +31,25 @@ def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, A
         save_head(folder, model.head)
 
 
-def load_composed(model: VisionLanguageModel, folder: str | Path, name: str) -> Adapter:
+def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, allow_other_base: bool = False) -> Adapter:
     """Add an adapter from its folder or hub name, in eval mode; a failure leaves the model as it was.
 
     Raises ConfigError where it was trained on another layer's features, CheckpointError on other frozen parts or a damaged folder.
     """
-    config = AdaptedModel.read_config(folder)
-    config.check_base(model.adapted.parts, str(folder))
+    config, parts = AdaptedModel.read_config(folder), model.adapted.parts
     layer = config.task.get("layer", model.tower.layer)
     if layer != model.tower.layer:
+        config.check_base({**parts, "encoder": dataclasses.replace(parts["encoder"], sketches={})}, str(folder))  # another model is told first
         raise ConfigError(
             f"the adapter in {folder} reads the features of layer {layer}, and this model's encoder gives those of layer {model.tower.layer}: "
             f"compose the model with layer={layer}"
         )
-    local, encoder = local_folder(folder), model.adapted.parts["encoder"]
-    vision = load_vision_adapter(local, model.tower, encoder, len(model.adapted.adapters))
+    if not config.modules_to_save:  # those of which it has copies are no part of its base: load_adapter compares the rest
+        config.check_base(parts, str(folder), allow_other_base=allow_other_base)
+    local, encoder = local_folder(folder), parts["encoder"]
+    vision = load_vision_adapter(local, model.tower, encoder, len(model.adapted.adapters), allow_other_base=allow_other_base)
     head = load_head(local, model.adapted, config.task["answers"]) if config.task.get("answers") else None
-    adapter = model.adapted.load_adapter(local, name)
+    adapter = model.adapted.load_adapter(local, name, allow_other_base=allow_other_base)
     if head is not None:
         model.heads[name] = head
     if vision is not None:

@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap, fingerprint
+from adalink import BASE_NAME, AdaptedModel, Adapter, InputSpec, Method, TokenMap
 from adalink.errors import ConfigError
 from adalink.hub import upload
 from adalink.still import without_dropout
 from multimodal.adapter_folder import load_composed, save_composed
 from multimodal.batch import Batch, collate
 from multimodal.batches import Batches, Learns, new_batches
+from multimodal.bound_parts import encoder_part, language_part
 from multimodal.classify import AnswerHead, answer_loss, chosen_answers, new_head, pooled_state, use_for
 from multimodal.encode import RowEncoder
 from multimodal.generate import GenerationSettings, saved_generation, written_texts
@@ -51,10 +52,7 @@ class VisionLanguageModel(nn.Module):
         self.tower = tower
         self.language = language
         self.template = template
-        parts = {
-            "encoder": FrozenPart(tower.name, fingerprint(tower)),
-            "language_model": FrozenPart(language.name, fingerprint(language.model)),
-        }
+        parts = {"encoder": encoder_part(tower), "language_model": language_part(language)}
         inputs = {"image": InputSpec(tower.n_patches, tower.width)}
         if tower.n_kept > tower.n_patches:
             inputs["image_taps"] = InputSpec(tower.n_kept - tower.n_patches, tower.width)
@@ -202,9 +200,12 @@ class VisionLanguageModel(nn.Module):
         """Put methods into the encoder too, once for all adapters: its features are then trained through, and never kept."""
         return new_vision_adapter(self.tower, methods)
 
-    def load_adapter(self, folder: str | Path, name: str) -> Adapter:
-        """Add an adapter from its folder or hub name; refused where it was trained on other frozen parts or another layer's features."""
-        return load_composed(self, folder, name)
+    def load_adapter(self, folder: str | Path, name: str, *, allow_other_base: bool = False) -> Adapter:
+        """Add an adapter from its folder or hub name, and make it the active one.
+
+        Refused where it was trained on other frozen parts (a warning with `allow_other_base`) or another layer's features.
+        """
+        return load_composed(self, folder, name, allow_other_base=allow_other_base)
 
     def delete_adapter(self, name: str) -> None:
         """Take an adapter away; the others stay as they are. Where it was the active one, none is."""
@@ -227,15 +228,17 @@ class VisionLanguageModel(nn.Module):
         save_composed(self, Path(folder), task or {})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, encoder: str | Path | None = None, language_model: str | Path | None = None) -> VisionLanguageModel:
-        """The composed model of a saved adapter. The frozen parts are loaded by the names it was saved with unless others are given."""
+    def from_pretrained(
+        cls, folder: str | Path, *, encoder: str | Path | None = None, language_model: str | Path | None = None, allow_other_base: bool = False
+    ) -> VisionLanguageModel:
+        """The composed model of a saved adapter, in eval mode. The frozen parts are loaded by the names it was saved with unless others are given."""
         config = AdaptedModel.read_config(folder)
         template = Template(prompt=config.task["prompt"], target=config.task["target"])
         parts = {role: part.name for role, part in config.base.items()}
         layer, use = config.task["layer"], use_for(config.task)
         model = cls.compose(encoder or parts["encoder"], language_model or parts["language_model"], template=template, layer=layer, use=use)
-        model.load_adapter(folder, "default")
-        return model
+        model.load_adapter(folder, "default", allow_other_base=allow_other_base)
+        return model.eval()
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload the active adapter's folder."""

@@ -31,7 +31,9 @@ def has_vision_adapter(folder: Path) -> bool:
     return (folder / FOLDER).is_dir()
 
 
-def load_vision_adapter(folder: Path, tower: VisionTower, encoder: FrozenPart, n_adapters: int) -> Adapter | None:
+def load_vision_adapter(
+    folder: Path, tower: VisionTower, encoder: FrozenPart, n_adapters: int, *, allow_other_base: bool = False
+) -> Adapter | None:
     """The encoder's adapter of a folder with its weights, not attached yet; None where the folder holds none.
 
     n_adapters: adapters that the language model has already. They share the encoder, so a folder with an encoder's adapter can only
@@ -48,7 +50,7 @@ def load_vision_adapter(folder: Path, tower: VisionTower, encoder: FrozenPart, n
             "load it first, on a model of its own"
         )
     config = read_config(below)
-    config.check_base({"encoder": encoder}, str(below))
+    config.check_base({"encoder": encoder}, str(below), allow_other_base=allow_other_base)
     adapter = Adapter(config.methods, tower.vision_anatomy())
     load_weights(below, adapter)
     return adapter

@@ -71,7 +71,7 @@ def _evaluate(values: Any, plain: Any) -> None:
     out = values.out if values.out is not None and values.out.resolve() != run else values.adapter.parent / "evaluation"
     settings = settings_of(values.adapter, values)
     text = _config_text({**plain.as_dict(), **{name: settings[name] for name in SAVED}})
-    _show(evaluate_run(RunConfig(**settings), text, values.adapter, out, values.submission), out)
+    _show(evaluate_run(RunConfig(**settings), text, values.adapter, out, values.submission, allow_other_base=values.allow_other_base), out)
 
 
 def _show(evaluation: Evaluation, folder: Path) -> None:
@@ -82,7 +82,7 @@ def _show(evaluation: Evaluation, folder: Path) -> None:
 
 
 def _caption(values: Any, plain: Any) -> None:
-    model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model)
+    model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model, allow_other_base=values.allow_other_base)
     if saved["task"] != "captioning":
         raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink ask`")
     settings = values.generation.over(saved_generation(saved))
@@ -100,7 +100,7 @@ def _ask(values: Any, plain: Any) -> None:
     images, questions = images_and_questions([values.image, *values.question])
     if not questions:
         raise ConfigError(f"no question is given after {images[-1]}: write one, such as 'what is on the table?'")
-    model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model)
+    model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model, allow_other_base=values.allow_other_base)
     if saved["task"] != "vqa":
         raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink caption`")
     settings = values.generation.over(saved_generation(saved))
@@ -157,14 +157,21 @@ def _add_evaluate(parser: Any) -> None:
     comments_as_help(GenerationChoice)
     _add_run(parser, EvaluationSettings)
     parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder; results go to `out`, or to `evaluation` beside it")
+    _add_allowed(parser)
     comments_as_help(Submission)
     parser.add_class_arguments(Submission, "submission")
+
+
+def _add_allowed(parser: Any) -> None:
+    help = "load the adapter though a frozen part is not as it was when it was trained; what differs is a warning"
+    parser.add_argument("--allow_other_base", action="store_true", help=help)
 
 
 def _add_adapter(parser: Any) -> None:
     parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder that `adalink train` wrote")
     parser.add_argument("--encoder", type=str | None, default=None, help="where the encoder is, if not where the adapter says")
     parser.add_argument("--language_model", type=str | None, default=None, help="where the language model is, if not where the adapter says")
+    _add_allowed(parser)
     comments_as_help(GenerationChoice)
     parser.add_class_arguments(GenerationChoice, "generation")
 

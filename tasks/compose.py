@@ -55,10 +55,12 @@ def located(name: str) -> str:
     return str(Path(name).absolute()) if ":" not in name and Path(name).exists() else name
 
 
-def load_adapted(folder: Path, *, encoder: str | None, language_model: str | None) -> tuple[VisionLanguageModel, dict[str, Any]]:
+def load_adapted(
+    folder: Path, *, encoder: str | None, language_model: str | None, allow_other_base: bool = False
+) -> tuple[VisionLanguageModel, dict[str, Any]]:
     """The composed model of a saved adapter, and what its config says of its task.
 
-    The frozen parts are those that the adapter names unless others are given; others than it was trained on are refused.
+    The frozen parts are those that the adapter names unless others are given; others than it was trained on are refused, or allowed by name.
     """
     config = read_saved(folder)
     model = compose(
@@ -68,5 +70,5 @@ def load_adapted(folder: Path, *, encoder: str | None, language_model: str | Non
         layer=config.task["layer"],
         use=use_for(config.task),
     )
-    model.load_adapter(folder, "default")
+    model.load_adapter(folder, "default", allow_other_base=allow_other_base)
     return model, dict(config.task)

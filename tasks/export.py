@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adalink import AdaptedModel, Adapter, Anatomy, FrozenPart, Method, fingerprint
+from adalink import AdaptedModel, Adapter, Anatomy, FrozenPart, Method
 from adalink.checkpoint import AdapterConfig, load_weights
 from adalink.errors import ConfigError
 from adalink.fold import check_foldable, check_mergeable, fold_embedding, merge_linears, untie
+from multimodal.bound_parts import language_part
 from multimodal.frozen import quiet
 from multimodal.language import Language, load_language
 from multimodal.prompt_embeds import image_prompt_embeds, text_prompt_embeds
@@ -114,7 +115,7 @@ def _write_embeds(folder: Path, embeds: Sequence[Tensor], texts: Sequence[str], 
         {"tensor": str(i), "prompt": text, "image": str(pictures[i]) if pictures else None, "tokens": len(value)}
         for i, (text, value) in enumerate(zip(texts, embeds, strict=True))
     ]
-    content = {"language_model": vars(parts["language_model"]), "prompts": rows}
+    content = {"language_model": {"name": parts["language_model"].name, "fingerprint": parts["language_model"].fingerprint}, "prompts": rows}
     (folder / PROMPTS_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -127,7 +128,7 @@ def _loaded(folder: Path, config: AdapterConfig, language_model: str | None) -> 
         raise ConfigError(f"the adapter in {folder} has {' and '.join(beside)}, which a language model's folder cannot hold: export one without")
     name = language_model or config.base["language_model"].name
     language = load_language(found_part(name))
-    here = FrozenPart(name, fingerprint(language.model))
+    here = language_part(language)
     config.check_base({**config.base, "language_model": here}, str(folder))
     methods: Mapping[str, Method] = config.methods
     adapter = Adapter(methods, Anatomy.read(language.model))

@@ -94,13 +94,15 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
     return evaluation
 
 
-def evaluate_run(config: RunConfig, config_text: str, adapter: Path, out: Path, submission: Submission) -> Evaluation:
+def evaluate_run(
+    config: RunConfig, config_text: str, adapter: Path, out: Path, submission: Submission, *, allow_other_base: bool = False
+) -> Evaluation:
     """Evaluate a saved adapter on `data.val`: the official result file, results.json, metrics.json, config.yaml and report.html in `out`.
 
     Raises DataError where the official result file would have gaps that the submission does not allow.
     """
     task = config.chosen_task()
-    model, saved = load_adapted(adapter, encoder=config.encoder, language_model=config.language_model)
+    model, saved = load_adapted(adapter, encoder=config.encoder, language_model=config.language_model, allow_other_base=allow_other_base)
     if saved["task"] != task.name:
         raise ConfigError(f"the adapter in {adapter} was trained for {saved['task']}, and the config's task is {task.name}: give the config of its run")
     val = config.data.val.open()

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from adalink import fingerprint
 from adalink.errors import ConfigError
+from adalink.sketch import Sketch
+from multimodal.bound_parts import test_image
 from multimodal.mixing import fingerprint_of
 from multimodal.sample import Sample, SampleSource
 from multimodal.shards import DamagedSample
@@ -24,37 +24,11 @@ from multimodal.vision import VisionTower
 
 __all__ = ["Binding", "Sketch", "bind", "refuse_other"]
 
-N_SKETCHED = 256  # values of a tensor
 N_READ = 64  # pictures of a folder whose bytes are compared; of the others names and sizes
 SLICE_BYTES = 4096  # of each of four slices of every picture
 N_THREADS, N_WAITING = 16, 4096
 SAME_PIXELS = 0.05  # of the range of values; one step in 255 of a normalised picture is 0.004 of it
 SAME_FEATURES = 0.03  # of the largest value; bfloat16 and TF32 stay under 0.01
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """A tensor in a few evenly spaced values: enough to tell it from another, with a tolerance that a hash has not."""
-
-    shape: tuple[int, ...]
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Sketch:
-        """Of any tensor."""
-        flat = tensor.detach().float().flatten().cpu()
-        picked = flat[:: max(len(flat) // N_SKETCHED, 1)][:N_SKETCHED]
-        return cls(tuple(tensor.shape), tuple(float(f"{value:.5g}") for value in picked.tolist()))
-
-    def __str__(self) -> str:
-        return f"{' x '.join(map(str, self.shape))}, from {min(self.values):.3g} to {max(self.values):.3g}"
-
-    def difference(self, other: Sketch) -> float:
-        """The largest, as a share of the larger range; 1 where the shapes differ."""
-        if self.shape != other.shape or len(self.values) != len(other.values):
-            return 1.0
-        own, others = np.asarray(self.values), np.asarray(other.values)
-        return float(np.abs(own - others).max() / max(np.ptp(own), np.ptp(others), 1e-9))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +64,7 @@ class Binding:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Binding:
         """The reverse. Raises KeyError, TypeError or ValueError where something does not fit."""
-        sketches: dict[str, Any] = {name: Sketch(tuple(content[name]["shape"]), tuple(map(float, content[name]["values"]))) for name in ("pixels", "features")}
+        sketches: dict[str, Any] = {name: Sketch.from_json(content[name]) for name in ("pixels", "features")}
         words: dict[str, Any] = {name: str(content[name]) for name in ("encoder", "fingerprint", "precision", "data")}
         return cls(**words, **sketches, layer=int(content["layer"]), pictures=int(content["pictures"]), slices=str(content.get("slices", "")))
 
@@ -100,7 +74,7 @@ def bind(tower: VisionTower, source: SampleSource) -> Binding:
 
     Raises ConfigError where the encoder has trained weights: its features change with every step.
     """
-    pixels = tower.preprocess(_test_picture())
+    pixels = tower.preprocess(test_image())
     data, slices = _fingerprints_of_pictures(source)
     return Binding(
         encoder=tower.name,
@@ -139,13 +113,6 @@ def _differences(was: Binding, now: Binding) -> Iterator[tuple[str, object, obje
         yield "the data set", was.data, f"{now.data} (other pictures, or in another order)"
     elif was.slices and now.slices and was.slices != now.slices:
         yield "the data set", f"{was.data}-{was.slices}", f"{now.data}-{now.slices} (a picture was replaced by another of the same name and size)"
-
-
-def _test_picture() -> Image.Image:
-    """RGB, 640 x 400, of sharp blocks in no symmetry: another size, crop, filter, scale or turn shows."""
-    y, x, channel = np.ogrid[:400, :640, :3]
-    blocks = (x // 16 * 37 + y // 16 * 101 + channel * 53) % 256
-    return Image.fromarray(blocks.astype(np.uint8))
 
 
 def _fingerprints_of_pictures(source: SampleSource) -> tuple[str, str]:

@@ -83,7 +83,7 @@ def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> Visio
     parts = _base(settings.base) if settings.base is not None else _parts_of(next(iter(adapters.values()), None))
     model = compose(settings.encoder or parts["encoder"], settings.language_model or parts["language_model"], template=parts["template"], layer=parts["layer"])
     for name, folder in adapters.items():
-        model.load_adapter(folder, name)
+        model.load_adapter(folder, name, allow_other_base=settings.allow_other_base)
     return model
 
 

@@ -88,6 +88,7 @@ class ServeSettings:
     base: Path | None = None  # a run's config.yaml, for the frozen parts; without it they are those that the first adapter names
     encoder: str | None = None  # where the encoder is, if not where the config or the adapter says
     language_model: str | None = None  # where the language model is, if not where the config or the adapter says
+    allow_other_base: bool = False  # load adapters that are given at the start though a frozen part is not as it was when they were trained
     generation: GenerationChoice = field(default_factory=GenerationChoice)  # what a request gets that does not say; without it, what the adapter was saved with
     batching: Batching = field(default_factory=Batching)
     limits: RequestLimits = field(default_factory=RequestLimits)

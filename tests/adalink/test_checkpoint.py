@@ -27,8 +27,6 @@ from adalink.checkpoint import (
     PEFT_CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterConfig,
-    FrozenPart,
-    fingerprint,
     load_weights,
     method_from_json,
     method_to_json,
@@ -36,6 +34,7 @@ from adalink.checkpoint import (
     save_adapter,
 )
 from adalink.errors import CheckpointError, ConfigError
+from adalink.frozen_part import FrozenPart, fingerprint
 
 METHODS: dict[str, Method] = {
     "adalink": AdaLink(rank=4, modalities=("text", "image"), activation="gelu", bias=True, scope="prompt"),

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from adalink import IA3, AdaLink, AdaptedModel, Anatomy, LoRA, Method, Prompt, get_adalink_model
-from adalink.checkpoint import FrozenPart, fingerprint
 from adalink.errors import AttachError, ConfigError
+from adalink.frozen_part import FrozenPart, fingerprint
 from adalink.methods.gated import Gated
 from adalink.methods.prefix import Prefix
 from adalink.offloaded import execution_device
