@@ -50,7 +50,8 @@ def dry_run(recipe: Path, root: Path, capsys: pytest.CaptureFixture[str], *more:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_dry_runs_in_its_true_size(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = dry_run(recipe, tmp_path, capsys)
+    unwritten = ("--train.features", "fill") if "features" in yaml.safe_load(recipe.read_text()) else ()  # a dry run refuses features that are not there
+    plan = dry_run(recipe, tmp_path, capsys, *unwritten)
     assert plan["trained"] == sum(method["trained"] for method in plan["methods"])
     trained = {method["name"]: method["trained"] for method in plan["methods"]}
     assert trained == TRAINED.get(recipe.name, trained)
