@@ -27,7 +27,8 @@ from multimodal.batches import Batches, Learns, new_batches
 from multimodal.bound_parts import encoder_part, language_part
 from multimodal.classify import AnswerHead, answer_loss, chosen_answers, new_head, pooled_state, use_for
 from multimodal.encode import RowEncoder
-from multimodal.generate import GenerationSettings, saved_generation, written_texts
+from multimodal.generate import GenerationChoice, GenerationSettings, saved_generation, written_texts
+from multimodal.images import ImageOrFile, decode_image
 from multimodal.kept import Kept
 from multimodal.language import Language, LanguageUse, load_language
 from multimodal.language_loss import LanguageLoss
@@ -83,32 +84,37 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
+        images: ImageOrFile | Sequence[ImageOrFile],
+        prompts: str | Sequence[str] = "",
         *,
         settings: GenerationSettings | None = None,
         adapter_names: Sequence[str | None] | None = None,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+        length_penalty: float | None = None,
     ) -> list[str]:
         """One text for each picture and prompt; a prompt is the question that the template asks (empty in captioning).
 
-        settings: those that the adapter was saved with, where none are given; an adapter made here has the defaults.
+        images: PIL images, paths or the bytes of files; one alone is asked every prompt. prompts: one alone is asked about every picture.
+        settings: those that the adapter was saved with, where none are given; an adapter made here has the defaults. `max_new_tokens` and
+        the other numbers stand in place of theirs.
         adapter_names: one for each row, "__base__" for none; without them the active adapter serves all. Each row is worded by its own
         adapter's template and has its own adapter's slots. Raises ConfigError for an unknown name, for lists of unequal length, and where
-        adapters that were saved with different settings serve one call without settings.
+        adapters that were saved with different settings serve one call without settings; DataError for an image that cannot be read.
         """
-        if len(images) != len(prompts):
-            raise ConfigError(f"{len(images)} pictures and {len(prompts)} prompts were given: give one prompt for each picture")
+        images, prompts = _pairs(images, prompts)
+        choice = GenerationChoice(max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=length_penalty)
         serving = self.adapted.serving(len(images), adapter_names)  # refuses unknown names before anything runs
         if not images:
             return []
-        pictures = {id(image): image for image in images}  # one that several questions are about is encoded once, and read once
+        pictures = {id(image): decode_image(image) for image in images}  # one that several questions are about is encoded once, and read once
         pixels = torch.stack([self.tower.preprocess(image) for image in pictures.values()])
         place = {key: i for i, key in enumerate(pictures)}
         names = [self.adapted.active] * len(serving.slots) if adapter_names is None else adapter_names
         encoders = {name: self.row_encoder(BASE_NAME if name is None else name) for name in set(names)}
         rows = [encoders[name].prompt(prompt) for name, prompt in zip(names, prompts, strict=True)]
         batch = collate(rows, [place[id(image)] for image in images], pixels, kind="pixels", side="left", pad_id=self.language.tokenizer.pad_token_id)
-        return self.generate_batch(batch.to(self.device), settings or self._generation_of(names), adapter_names)
+        return self.generate_batch(batch.to(self.device), choice.over(settings or self._generation_of(names)), adapter_names)
 
     @torch.no_grad()
     def generate_batch(self, batch: Batch, settings: GenerationSettings, adapter_names: Sequence[str | None] | None = None) -> list[str]:
@@ -259,6 +265,17 @@ class VisionLanguageModel(nn.Module):
 
     def _head(self, name: str | None) -> AnswerHead | None:
         return dict(self.heads.items()).get(name or "")  # type: ignore[return-value]  # a ModuleDict holds modules
+
+
+def _pairs(images: ImageOrFile | Sequence[ImageOrFile], prompts: str | Sequence[str]) -> tuple[list[ImageOrFile], list[str]]:
+    """An image for each prompt: one image alone goes with every prompt, one prompt alone with every image."""
+    many = None if isinstance(images, (str, bytes, Path, Image.Image)) else list(images)
+    if isinstance(prompts, str):
+        prompts = [prompts] * (1 if many is None else len(many))
+    found = [images] * len(prompts) if many is None else many
+    if len(found) != len(prompts):
+        raise ConfigError(f"{len(found)} pictures and {len(prompts)} prompts were given: give one prompt for each picture")
+    return found, list(prompts)  # type: ignore[return-value]  # one image is no list here
 
 
 def _pixels(batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from adalink.errors import AdalinkError, ConfigError, TerminatedError
 from tasks.config_file import ConfigFile
@@ -48,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return launch(given[1:])
         # Late: torch and transformers take seconds to import, and a user may interrupt them.
         from tasks.commands import UNNAMED, commands_for
+        from tasks.config import class_paths
         from tasks.sweep import swept
+
+        # A config may come from anybody, and an import runs code.
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=class_paths())
 
         if sweep := swept(arguments):
             return sweep.train(main, "--dry_run" in arguments)

@@ -19,7 +19,7 @@ from tasks.data import DataConfig
 from tasks.task import Task
 from tasks.vqa import Vqa
 
-__all__ = ["Data", "Methods", "RunConfig", "check_groups", "chosen_methods", "setting_names"]
+__all__ = ["Data", "Methods", "RunConfig", "check_groups", "chosen_methods", "class_paths", "setting_names"]
 
 # One optional setting for each method there is, so that help, types and errors come from the method's own dataclass.
 Methods: Any = dataclasses.make_dataclass(
@@ -35,6 +35,12 @@ def chosen_methods(methods: Any) -> dict[str, Method]:
     if not _given(methods):
         raise ConfigError(f"the config names no method: under `methods:`, give one or more of {', '.join(METHODS)}")
     return _given(methods)
+
+
+def class_paths() -> list[str]:
+    """Every name under which a setting may ask for a class (`methods.gated.inner.class_path`): the methods, and a config's own groups."""
+    methods = [f"{module}.{kind.__qualname__}" for kind in METHODS.values() for module in (kind.__module__, "adalink.methods", "adalink")]
+    return [*methods, f"{DataConfig.__module__}.{DataConfig.__qualname__}"]
 
 
 def _given(methods: Any) -> dict[str, Method]:

@@ -42,6 +42,8 @@ def one_sentence(message: str, *, command: str = "", known: Sequence[str] = ()) 
     if found := re.search(r"following arguments are required: (.+)", message):
         names = [f"{path}.{name}".strip(".").removeprefix(command.replace(" ", ".") + ".") for name in found[1].split(", ")]
         return f"{', '.join(names)} {'is not given, and has' if len(names) == 1 else 'are not given, and have'} no default"
+    if found := re.search(r"Importing '(.+?)' is not allowed", message):
+        return f"{path} names the class {found[1]}, and a setting imports nothing: give a method of the package, such as adalink.LoRA"
     if found := re.search(r"argument (\S+): expected (?:one|at least one) argument", message):
         return f"{found[1]} stands without a value: write one after it"
     if found := re.search(r"invalid choice: (\S+) \(choose from (.+)\)", message):

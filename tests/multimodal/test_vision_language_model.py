@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from adalink import IMAGE, AdaLink, Bridge, Prompt
-from adalink.errors import CheckpointError, ConfigError
+from adalink.errors import CheckpointError, ConfigError, DataError
 from multimodal.batch import NO_TARGET, Batch, collate
 from multimodal.generate import GenerationSettings
 from multimodal.language import load_language
@@ -135,6 +135,26 @@ def test_a_batch_without_a_picture_is_refused() -> None:
 def test_as_many_prompts_as_pictures_are_wanted() -> None:
     with pytest.raises(ConfigError, match="1 pictures and 2 prompts were given: give one prompt for each picture"):
         with_adapter("opt").generate([Image.new("RGB", (9, 9))], ["", ""])
+
+
+def test_images_come_as_images_paths_or_bytes_and_one_image_or_prompt_goes_with_all(tmp_path: Path) -> None:
+    model, red = with_adapter("opt"), Image.new("RGB", (50, 40), "red")
+    red.save(tmp_path / "red.png")
+    file, ask = tmp_path / "red.png", "is it red ?"
+    settings = GenerationSettings(max_new_tokens=6, num_beams=2)
+    expected = model.generate([red], [ask], settings=settings)
+    assert model.generate([file, str(file), file.read_bytes(), red], ask, settings=settings) == expected * 4
+    for image in (file, str(file), file.read_bytes(), red):
+        assert model.generate(image, ask, settings=settings) == expected
+        assert model.generate(image, [ask, "yes"], settings=settings)[:1] == expected
+    assert model.generate(file, ask, max_new_tokens=6, num_beams=2) == expected
+    assert model.generate(file, ask, settings=GenerationSettings(num_beams=2), max_new_tokens=6) == expected
+    assert model.generate(file) == model.generate([red], [""])
+    assert model.generate([], ask) == []
+    with pytest.raises(ConfigError, match="max_new_tokens is 0 and num_beams 1: give 1 or more of each"):
+        model.generate(file, max_new_tokens=0)
+    with pytest.raises(DataError, match=r"absent\.png"):
+        model.generate(tmp_path / "absent.png")
 
 
 def test_two_adapters_serve_the_rows_of_one_batch() -> None:

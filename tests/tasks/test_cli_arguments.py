@@ -59,6 +59,29 @@ UNKNOWN = {
 }
 
 
+@pytest.mark.parametrize("given", ["class_path", "name", "arguments"])
+def test_no_setting_imports_anything_by_its_name(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "somebodys.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Method: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = copy.deepcopy(RECIPE)
+    inner = {"class_path": "somebodys.Method", "init_args": {}}
+    content["methods"]["gated"] = {"inner": inner if given == "class_path" else "somebodys.Method"}
+    said = "methods.gated.inner names the class somebodys.Method, and a setting imports nothing: give a method of the package, such as adalink.LoRA"
+    if given == "arguments":
+        assert refused(train("captioning", tmp_path / "run", "--methods.gated.inner.class_path", "somebodys.Method")).startswith(said)
+    else:
+        assert run_yaml(tmp_path, content).startswith(said)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_method_of_the_package_is_given_by_its_class(tmp_path: Path) -> None:
+    content = copy.deepcopy(RECIPE)
+    content["methods"]["gated"] = {"inner": {"class_path": "adalink.Bottleneck", "init_args": {"width": 4}}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    done = adalink("train", "--config", tmp_path / "run.yaml", "--out", tmp_path / "run", "--dry_run")
+    assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_setting_in_the_yaml_file_is_named_with_its_neighbours(name: str, tmp_path: Path) -> None:
     content = copy.deepcopy(RECIPE)
