@@ -8,6 +8,7 @@ from adalink.frozen_part import FrozenPart, fingerprint
 from adalink.methods import EPALM, IA3, METHODS, AdaLink, BitFit, Bottleneck, Bridge, Gated, LoRA, Prefix, Prompt, UniPELT
 from adalink.model import BASE_NAME, AdaptedModel, get_adalink_model
 from adalink.peft_format import from_peft, to_peft
+from adalink.siblings import tell_of_others
 from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT, TEXT, TokenMap, Tokens
 from adalink.vision import attach_vision
 from adalink.vision_anatomy import read_vision
@@ -19,3 +20,5 @@ __all__ = [
     "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint", "from_peft",
     "get_adalink_model", "read_vision", "to_peft",
 ]  # fmt: skip
+
+tell_of_others()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from adalink.errors import AdalinkError, ConfigError, TerminatedError
+from adalink.siblings import load_siblings
 from tasks.config_file import ConfigFile
 from tasks.say import one_sentence, worker_sentence
 
@@ -42,22 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and worker processes do not mix
     try:
+        load_siblings()  # PYTHONPATH may hold another `multimodal`
         if given[:1] == ["launch"]:  # its options are accelerate's
             from tasks.launch import launch
 
             return launch(given[1:])
         # Late: torch and transformers take seconds to import, and a user may interrupt them.
         from tasks.commands import UNNAMED, commands_for
-        from tasks.config import class_paths
         from tasks.sweep import swept
-
-        # A config may come from anybody, and an import runs code.
-        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=class_paths())
 
         if sweep := swept(arguments):
             return sweep.train(main, "--dry_run" in arguments)
-        parser = _Parser(prog="adalink", description=_WHAT)
-        parser.add_argument("--version", action="version", version=f"adalink {_version()}")
+        parser = _new_parser()
         commands = commands_for(arguments)
         _add(parser, commands)
         arguments = _named(arguments, commands, UNNAMED)
@@ -107,6 +104,16 @@ def _named(arguments: list[str], commands: Mapping[str, Command | Mapping[str, C
     if not group or group[0] not in unnamed or not rest or rest[0] in commands[group[0]] or rest[0] in ("-h", "--help"):  # type: ignore[operator]
         return arguments
     return [*group, unnamed[group[0]], *rest]
+
+
+def _new_parser() -> _Parser:
+    """Without commands. A config may come from anybody, and an import runs code: no setting imports anything but the classes of a config."""
+    from tasks.config import class_paths
+
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=class_paths())
+    parser = _Parser(prog="adalink", description=_WHAT)
+    parser.add_argument("--version", action="version", version=f"adalink {_version()}")
+    return parser
 
 
 def _add(parser: _Parser, commands: Mapping[str, Command | Mapping[str, Command]]) -> None:

@@ -6,10 +6,12 @@ import os
 import subprocess
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+import adalink
 import multimodal  # noqa: F401  (first: it makes torchvision importable, which accelerate's launcher imports by way of transformers)
 from adalink.errors import ConfigError
 
@@ -19,6 +21,7 @@ __all__ = ["launch"]
 def launch(arguments: Sequence[str]) -> int:
     """Runs `[options of accelerate launch] -- COMMAND ...`; the exit code is that of the first process that failed.
 
+    The command is started by its file: by a name Python would look for it in the working folder first, which may hold a `tasks` of its own.
     `accelerate launch` itself cannot start where torchvision was built for another torch than the one that is here. Raises ConfigError
     where no command is given.
     """
@@ -28,7 +31,7 @@ def launch(arguments: Sequence[str]) -> int:
     parser = launch_command_parser()
     parser.prog, parser.usage = "adalink launch", "adalink launch [OPTIONS] -- COMMAND ..."
     try:
-        launch_command(_several_on_cpus(parser.parse_args([*options, "-m", "tasks.cli", *command])))
+        launch_command(_several_on_cpus(parser.parse_args([*options, str(Path(adalink.__file__).with_name("__main__.py")), *command])))
     except subprocess.CalledProcessError as error:  # one process
         return error.returncode
     except ChildFailedError as error:  # several
