@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from composed import Drawn, compose, excite, tower
+from composed import Drawn, compose, excite, language, tower
 from hypothesis import given
 from hypothesis import strategies as st
 from picture_rows import BRIDGE, METHODS, NOT_SHARED
@@ -60,7 +60,9 @@ def learnt(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
 @pytest.mark.parametrize("name", JOINED)
 def test_every_causal_method_learns_the_same(family: str, name: str) -> None:
     with in_double():
-        model = compose(family, Template(prompt="<image><bos>question: {question} answer:"))
+        part = language(family)
+    model = VisionLanguageModel(tower(), part, Template(prompt="<image><bos>question: {question} answer:"))  # encodes an image, in float32
+    with in_double():
         excite(model.add_adapter("a", JOINED[name]).double())
         assert arrangement(model.language.model, model.adapted.active_adapter())[0] is pack_rows
         torch.manual_seed(2)
