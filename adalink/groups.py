@@ -8,7 +8,7 @@ from typing import TypeVar
 from adalink.errors import ConfigError
 from adalink.tokens import ANSWER, DOMAIN_NAMES, N_DOMAINS, TEXT
 
-__all__ = ["DOMAINS", "checked_groups", "domains_of", "for_group", "per_group"]
+__all__ = ["DOMAINS", "checked_groups", "domains_of", "every_token", "for_group", "per_group"]
 
 # What a group may name. Text is the prompt's and the answer's, as published; `all` is every domain there is.
 DOMAINS: Mapping[str, tuple[int, ...]] = {
@@ -33,6 +33,11 @@ def checked_groups(method: str, groups: Mapping[str, Iterable[str]]) -> dict[str
         if unknown := [domain for domain in domains if domain not in DOMAINS]:
             raise ConfigError(f"{method}'s group {name} names the unknown domain {', '.join(map(repr, unknown))}: domains are {', '.join(DOMAINS)}")
     return checked
+
+
+def every_token() -> dict[str, tuple[str, ...]]:
+    """One group for all tokens: what a method is without token domains."""
+    return {"all": ("all",)}
 
 
 def domains_of(names: Iterable[str]) -> tuple[int, ...]:

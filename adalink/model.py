@@ -16,7 +16,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from adalink.recompute import with_exact_cache
 from adalink.still import without_dropout
 from adalink.tokens import BASE_ROW, TokenMap
 
-__all__ = ["BASE_NAME", "AdaptedModel", "get_adalink_model"]
+__all__ = ["BASE_NAME", "ActiveAdapter", "AdaptedModel", "get_adalink_model"]
 
 DEFAULT = "default"
 BASE_NAME = "__base__"  # a row that no adapter serves, as the field writes it
@@ -142,8 +142,10 @@ class AdaptedModel(nn.Module):
         by_name = methods if isinstance(methods, Mapping) else {type(methods).__name__.lower(): methods}
         return self._add(name, self._new(name, by_name, modules_to_save))
 
-    def load_adapter(self, folder: str | Path, name: str, *, allow_other_base: bool = False) -> Adapter:
-        """Add an adapter from its folder or hub name in eval mode, and make it the active one. A failure leaves everything as it was.
+    def load_adapter(self, folder: str | Path, name: str, *, activate: bool = True, allow_other_base: bool = False) -> Adapter:
+        """Add an adapter from its folder or hub name in eval mode, and make it the active one, unless `activate` is False.
+
+        A failure leaves everything as it was.
 
         Raises CheckpointError where it is damaged, or was trained on other frozen parts; with `allow_other_base` those are a warning.
         """
@@ -152,7 +154,10 @@ class AdaptedModel(nn.Module):
         config.check_base(self._parts(config.modules_to_save), str(folder), allow_other_base=allow_other_base)
         adapter = self._new(name, config.methods, config.modules_to_save).eval()
         load_weights(path, adapter)
+        before = self.active
         self._add(name, adapter)
+        if not activate:
+            self._activate(before)
         self.tasks[name] = dict(config.task)
         return adapter
 
@@ -186,9 +191,20 @@ class AdaptedModel(nn.Module):
         finally:
             self.active = active
 
-    def active_adapter(self) -> Adapter:
-        """The adapter in use. Raises ConfigError where there is none."""
-        return self._adapter(self._active())
+    @property
+    def active_adapter(self) -> ActiveAdapter:
+        """The name of the adapter in use, "" where there is none; called, the adapter itself (a ConfigError where there is none)."""
+        return ActiveAdapter(self)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters in use: one, or none."""
+        return [] if self.active is None else [self.active]
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names of all adapters, in the order in which they came."""
+        return list(self.adapters)
 
     @property
     def task(self) -> dict[str, Any]:
@@ -334,14 +350,14 @@ class AdaptedModel(nn.Module):
         self._activate(name)
         return adapter
 
-    def _activate(self, name: str) -> None:
+    def _activate(self, name: str | None) -> None:
         """Others require no gradient, which DDP would wait for and an optimizer would decay; what an adapter had frozen stays frozen in it."""
         for other in self.adapters:
             if other != name and other not in self._resting:
                 self._resting[other] = [key for key, parameter in self._adapter(other).named_parameters() if parameter.requires_grad]
                 self._adapter(other).requires_grad_(False)
-        for key in self._resting.pop(name, ()):
-            self._adapter(name).get_parameter(key).requires_grad_(True)
+        for key in self._resting.pop(name, ()) if name is not None else ():
+            self.get_parameter(f"adapters.{name}.{key}").requires_grad_(True)
         self.active = name
 
     def _serve(self, adapters: Mapping[int, Adapter]) -> None:
@@ -376,6 +392,21 @@ def _leave(attachment: Attachment, copies: ServedCopies) -> None:
     """The frozen model of an adapted one that is no more, as it was before."""
     copies.serve({})
     attachment.detach()
+
+
+class ActiveAdapter(str):
+    """The name of a model's active adapter, as peft gives it. Called, it gives the adapter."""
+
+    __slots__ = ("_model",)
+    _model: AdaptedModel
+
+    def __new__(cls, model: AdaptedModel) -> Self:
+        made = super().__new__(cls, model.active or "")
+        made._model = model
+        return made
+
+    def __call__(self) -> Adapter:
+        return self._model._adapter(self._model._active())
 
 
 def _check_no_names(adapter_names: Sequence[str | None] | None) -> None:

@@ -31,7 +31,7 @@ def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, A
         save_head(folder, model.head)
 
 
-def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, allow_other_base: bool = False) -> Adapter:
+def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, activate: bool = True, allow_other_base: bool = False) -> Adapter:
     """Add an adapter from its folder or hub name, in eval mode; a failure leaves the model as it was.
 
     Raises ConfigError where it was trained on another layer's features, CheckpointError on other frozen parts or a damaged folder.
@@ -49,7 +49,7 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
     local, encoder = local_folder(folder), parts["encoder"]
     vision = load_vision_adapter(local, model.tower, encoder, len(model.adapted.adapters), allow_other_base=allow_other_base)
     head = load_head(local, model.adapted, config.task["answers"]) if config.task.get("answers") else None
-    adapter = model.adapted.load_adapter(local, name, allow_other_base=allow_other_base)
+    adapter = model.adapted.load_adapter(local, name, activate=activate, allow_other_base=allow_other_base)
     if head is not None:
         model.heads[name] = head
     if vision is not None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adalink import BASE_NAME, AdaptedModel, Adapter, InputSpec, Method, TokenMap
 from adalink.errors import ConfigError
 from adalink.hub import upload
+from adalink.model import ActiveAdapter
 from adalink.still import without_dropout
 from multimodal.adapter_folder import load_composed, save_composed
 from multimodal.batch import Batch, collate
@@ -187,8 +188,8 @@ class VisionLanguageModel(nn.Module):
         """Where the language model is."""
         return self.adapted.device
 
-    def add_adapter(self, name: str, methods: Mapping[str, Method]) -> Adapter:
-        """Add a new adapter and make it the active one."""
+    def add_adapter(self, name: str, methods: Mapping[str, Method] | Method) -> Adapter:
+        """Add a new adapter, of one method or of several by name, and make it the active one."""
         return self.adapted.add_adapter(name, methods)
 
     def add_answer_head(self, answers: Sequence[str]) -> AnswerHead:
@@ -206,18 +207,33 @@ class VisionLanguageModel(nn.Module):
         """Put methods into the encoder too, once for all adapters: its features are then trained through, and never kept."""
         return new_vision_adapter(self.tower, methods)
 
-    def load_adapter(self, folder: str | Path, name: str, *, allow_other_base: bool = False) -> Adapter:
-        """Add an adapter from its folder or hub name, and make it the active one.
+    def load_adapter(self, folder: str | Path, name: str, *, activate: bool = True, allow_other_base: bool = False) -> Adapter:
+        """Add an adapter from its folder or hub name, and make it the active one, unless `activate` is False.
 
         Refused where it was trained on other frozen parts (a warning with `allow_other_base`) or another layer's features.
         """
-        return load_composed(self, folder, name, allow_other_base=allow_other_base)
+        return load_composed(self, folder, name, activate=activate, allow_other_base=allow_other_base)
 
     def delete_adapter(self, name: str) -> None:
         """Take an adapter away; the others stay as they are. Where it was the active one, none is."""
         self.adapted.delete_adapter(name)
         if name in self.heads:
             del self.heads[name]
+
+    @property
+    def active_adapter(self) -> ActiveAdapter:
+        """The name of the adapter in use, "" where there is none; called, the edits in the language model themselves."""
+        return self.adapted.active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters in use: one, or none."""
+        return self.adapted.active_adapters
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names of all adapters, in the order in which they came."""
+        return self.adapted.adapter_names
 
     def set_adapter(self, name: str) -> None:
         """Make an adapter the active one."""

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from PIL import Image
 
 from adalink.errors import DataError
+from adalink.fields import check_tuples
 
 __all__ = ["Decode", "Question", "Sample", "SampleSource"]
 
@@ -29,6 +30,10 @@ class Question:
     question_type: str = ""
     answer_type: str = ""
     marks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a text in place of a tuple."""
+        check_tuples(self, f"question {self.question_id!r}'s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,8 @@ class Sample:
     decode: Decode = "exact"
 
     def __post_init__(self) -> None:
-        """Refuse at once what no sample of a whole data set could be decoded from."""
+        """Refuse at once what no sample of a whole data set could be decoded from, and a text in place of a tuple."""
+        check_tuples(self, f"sample {self.key!r}'s")
         if not isinstance(self.image, (bytes, str, Path, Image.Image)):
             raise DataError(
                 f"the image of sample {self.key!r} is a {type(self.image).__name__}: give the path of a file, the bytes of one, or a PIL image "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from adalink.errors import ConfigError
+from adalink.fields import check_tuples
 
 __all__ = ["Compile", "TrainSettings"]
 
@@ -49,6 +50,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
+        check_tuples(self, "train's")
         for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 1 or more")

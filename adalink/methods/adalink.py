@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import EMBEDDING, Placement, Slots
 from adalink.errors import ConfigError
+from adalink.fields import check_tuples
 from adalink.tokens import ANSWER, IMAGE, TEXT, Tokens
 
 __all__ = ["AdaLink", "Bottleneck"]
@@ -64,6 +65,7 @@ class AdaLink:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
+        check_tuples(self, "AdaLink's")
         if self.rank < 1:
             raise ConfigError(f"AdaLink's rank is {self.rank}: give 1 or more (4, 16, 64 and 256 were published)")
         if unknown := set(self.modalities) - {"text", "image"}:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import AttachError
-from adalink.groups import checked_groups, domains_of
+from adalink.fields import check_tuples
+from adalink.groups import checked_groups, domains_of, every_token
 from adalink.targets import Target, find_targets
 from adalink.token_dropout import TokenDropout, dropouts
 from adalink.tokens import Tokens
@@ -38,7 +39,7 @@ class Shift(nn.Module):
 class BitFit:
     """Trained biases of the linears inside the layers; one set for each group of token domains."""
 
-    groups: Mapping[str, tuple[str, ...]]  # name -> domains: text (prompt and answer), image, all, answer, prompt, prefix, percept; may overlap
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=every_token)  # domains of each: text (prompt, answer), image, all, answer, prompt, prefix
     force_bias: bool = False  # also on linears whose frozen form has none; models like Llama have none at all
     targets: tuple[str, ...] = ("all",)  # all, last path components (q_proj, mlp.c_proj), or query, key, value, down
     exclude: tuple[str, ...] = ()  # linears that are left alone, named as targets are
@@ -47,6 +48,7 @@ class BitFit:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
+        check_tuples(self, "BitFit's")
         object.__setattr__(self, "groups", checked_groups("BitFit", self.groups))
         dropouts("BitFit", self.dropout, self.groups)
 

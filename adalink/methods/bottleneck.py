@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import ConfigError
+from adalink.fields import check_tuples
 from adalink.targets import layers_left
 from adalink.tokens import ANSWER, IMAGE, N_DOMAINS, PROMPT, TEXT, Tokens
 
@@ -50,6 +51,7 @@ class Bottleneck:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
+        check_tuples(self, "the bottleneck's")
         if self.width < 1:
             raise ConfigError(f"the bottleneck's width is {self.width}: give 1 or more (48 was published)")
         if not self.domains or not all(0 <= domain < N_DOMAINS for domain in self.domains):

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import ConfigError
-from adalink.groups import checked_groups, domains_of
+from adalink.fields import check_tuples
+from adalink.groups import checked_groups, domains_of, every_token
 from adalink.targets import find_targets
 from adalink.token_dropout import TokenDropout, dropouts
 from adalink.tokens import Tokens
@@ -40,7 +41,7 @@ class Gain(nn.Module):
 class IA3:
     """Trained gains of keys, values and the feed-forward's inner features; one set for each group of token domains."""
 
-    groups: Mapping[str, tuple[str, ...]]  # name -> domains: text (prompt and answer), image, all, answer, prompt, prefix, percept; may overlap
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=every_token)  # domains of each: text (prompt, answer), image, all, answer, prompt, prefix
     attention: tuple[str, ...] = ("key", "value")  # linears whose outputs are scaled: last path components, or query, key, value
     feed_forward: tuple[str, ...] = ("down",)  # linears whose inputs are scaled: last path components, or down
     exclude: tuple[str, ...] = ()  # linears that are left alone, named as targets are
@@ -49,6 +50,7 @@ class IA3:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
+        check_tuples(self, "IA3's")
         object.__setattr__(self, "groups", checked_groups("IA3", self.groups))
         dropouts("IA3", self.dropout, self.groups)
         if not self.attention and not self.feed_forward:

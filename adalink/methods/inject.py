@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy, InputSpec
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import AttachError, ConfigError
+from adalink.fields import check_tuples
 from adalink.masks import HideKeys, ReadAll
 from adalink.positions import without_positions
 from adalink.recompute import Recomputed, WholeSequence
@@ -72,6 +73,7 @@ class EPALM:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
+        check_tuples(self, "eP-ALM's")
         if len(self.layers) != 2 or not all(isinstance(layer, int) for layer in self.layers):
             raise ConfigError(f"eP-ALM's layers are {list(self.layers)}: give the first layer and the one after the last, for instance [19, 31]")
         if self.n_taps < 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import ConfigError
-from adalink.groups import checked_groups, domains_of, for_group, per_group
+from adalink.fields import check_tuples
+from adalink.groups import checked_groups, domains_of, every_token, for_group, per_group
 from adalink.targets import Target, find_targets
 from adalink.token_dropout import TokenDropout, dropouts
 from adalink.tokens import Tokens
@@ -50,9 +51,9 @@ class LoRA:
     rank, alpha, multiplier and dropout are one number for all groups, or one for each: {image: 8, text: 4}.
     """
 
-    groups: Mapping[str, tuple[str, ...]]  # name -> domains: text (prompt and answer), image, all, answer, prompt, prefix, percept; may overlap
-    rank: int | Mapping[str, int]  # R; 1, 8 and 64 were published
-    alpha: float | Mapping[str, float]  # the change is scaled by alpha / R
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=every_token)  # domains of each: text (prompt, answer), image, all, answer, prompt, prefix
+    rank: int | Mapping[str, int] = 8  # R; 1, 8 and 64 were published
+    alpha: float | Mapping[str, float] = 16.0  # the change is scaled by alpha / R
     scaling: Literal["standard", "rank_stabilized"] = "standard"  # rank_stabilized: by alpha / sqrt(R) instead (rsLoRA, arXiv 2312.03732)
     multiplier: float | Mapping[str, float] = 1.0  # of the scale
     bias: Literal["none", "all", "auto"] = "none"  # a trained bias beside B A; auto: where the frozen linear has one
@@ -63,6 +64,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
+        check_tuples(self, "LoRA's")
         object.__setattr__(self, "groups", checked_groups("LoRA", self.groups))
         for group, rank in per_group("LoRA", "rank", self.rank, self.groups).items():
             if rank < 1:

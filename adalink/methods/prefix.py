@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import AttachError, ConfigError
+from adalink.fields import check_tuples
 from adalink.masks import HideKeys
 from adalink.outside import outside_sequence
 from adalink.projections import Part, Projections
@@ -94,12 +95,13 @@ class Prefix:
 
     length: int  # P; 10 in UniPELT
     form: Literal["mlp", "table"]
-    init_std: float  # of the embeddings, or of the table
+    init_std: float = 0.02  # of the embeddings, or of the table; the usual start of word embeddings
     hidden: int = 512  # of the mlp; 512 in UniPELT
     exclude_layers: tuple[int, ...] = ()  # layers that are left alone, counted from 0
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
+        check_tuples(self, "the prefix's")
         if self.length < 1:
             raise ConfigError(f"the prefix's length is {self.length}: give 1 or more (10 was published)")
         if self.form not in ("mlp", "table"):

@@ -42,7 +42,7 @@ class Prompt:
     """
 
     length: int  # S; 10 in eP-ALM, 20 to 100 elsewhere
-    init_std: float  # of the normal start: 1.0 in eP-ALM, about 0.02 (the word embeddings' own) elsewhere
+    init_std: float = 0.02  # of the normal start: 1.0 in eP-ALM, about 0.02 (the word embeddings' own) elsewhere
     form: Literal["table", "mlp"] = "table"
     positions: Literal["counted", "none"] = "counted"
 
