@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from adalink.errors import BudgetError, ConfigError
 from multimodal.counted import counted
@@ -20,11 +21,18 @@ class BadSample:
     key      the key that the sample has, or would have had
     reason   short and stable, such as "truncated": reports count by it
     detail   one sentence for a person
+    file     the name of the image's file, where it has one of its own
     """
 
     key: str
     reason: str
     detail: str = ""
+    file: str = ""
+
+    def __str__(self) -> str:
+        """The key, and the file's name where the key is not made of it. A key from a tar file may hold line feeds and terminal codes."""
+        named = f"{self.key} {self.file}" if self.file and Path(self.file).stem != Path(self.key).name else self.key
+        return named if named.isprintable() else repr(named)
 
 
 class BadSamples:
@@ -74,10 +82,9 @@ class BadSamples:
         return self.summary() or "none"
 
     def summary(self) -> str:
-        """For a log line: `3 truncated (12, 40, 41), 1 missing file (7)`; empty where nothing was added."""
+        """For a log line: `2 truncated (12 a.jpg, 40 b.jpg), 1 missing file (7)`; empty where nothing was added."""
         parts = []
         for reason, count in self._counts.items():
-            # A key from a tar file may hold line feeds and terminal codes.
-            keys = [bad.key if bad.key.isprintable() else repr(bad.key) for bad in self._first[reason]] + (["..."] if count > KEYS_KEPT else [])
+            keys = [str(bad) for bad in self._first[reason]] + (["..."] if count > KEYS_KEPT else [])
             parts.append(f"{count} {reason} ({', '.join(keys)})")
         return ", ".join(parts)

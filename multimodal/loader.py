@@ -86,15 +86,15 @@ class _Positions:
         try:
             rows = self.rows(texts) if texts else ()
             if not any(row.target or row.score is not None for row in rows):
-                return BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from")
+                return BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from", file=sample.file)
             if self.patches is None:
                 return _Item(sample.key, index, read_pixels(sample, self.preprocess), rows)
         except BadImage as error:
-            return BadSample(key=sample.key, reason=error.reason, detail=str(error))
+            return BadSample(key=sample.key, reason=error.reason, detail=str(error), file=sample.file)
         except TextTooLong as error:
-            return BadSample(key=sample.key, reason="text too long", detail=str(error))
+            return BadSample(key=sample.key, reason="text too long", detail=str(error), file=sample.file)
         except DataError as error:
-            return BadSample(key=sample.key, reason="unreadable", detail=str(error))
+            return BadSample(key=sample.key, reason="unreadable", detail=str(error), file=sample.file)
         kept = self.patches[index]  # damage in features that can be made again ends the run: no picture is left out for it
         return kept if isinstance(kept, BadSample) else _Item(sample.key, index, kept, rows)
 

@@ -61,5 +61,5 @@ def pixel_table(source: SampleSource, preprocess: Preprocess, *, label: str) -> 
         except DamagedSample as error:
             bad[index] = error.bad
         except BadImage as error:
-            bad[index] = BadSample(key=sample.key, reason=error.reason, detail=str(error))
+            bad[index] = BadSample(key=sample.key, reason=error.reason, detail=str(error), file=sample.file)
     return PixelTable(source=source, preprocess=preprocess, indices=range(len(source)), bad=bad, shape=shape)

@@ -64,6 +64,11 @@ class Sample:
                 "(Image.fromarray makes one of an array)"
             )
 
+    @property
+    def file(self) -> str:
+        """The name of the image's file; empty where the image is none of its own."""
+        return Path(self.image).name if isinstance(self.image, (str, Path)) else ""
+
 
 class SampleSource(Protocol):
     """A data set with random access: order and resume are the reader's affair, not the source's.

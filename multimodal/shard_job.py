@@ -94,7 +94,7 @@ class ShardJob:
                 keys[key] = None
                 self._advance(1)
             except BadImage as error:
-                skipped.append(BadSample(key=sample.key, reason=error.reason, detail=error.detail))
+                skipped.append(BadSample(key=sample.key, reason=error.reason, detail=error.detail, file=sample.file))
                 self._advance(1, skipped[-1:])
         tar.end()
         members = Members(keys, np.asarray(places, dtype=np.int64))

@@ -37,7 +37,7 @@ def read_coco_captions(*, images: Path, annotations: Path, image_name: str | Non
         if path is None:
             problems.append(_missing(image_id, images / file_name))
         elif not captions[image_id]:
-            problems.append(BadSample(key=str(image_id), reason="no text", detail=f"image {image_id} ({file_name}) has no caption"))
+            problems.append(BadSample(key=str(image_id), reason="no text", detail=f"image {image_id} ({file_name}) has no caption", file=file_name))
         else:
             samples.append(Sample(key=str(image_id), image_id=image_id, image=path, captions=tuple(captions[image_id])))
     return FileSource(samples, problems, read_from=annotations, item_ids=files)
@@ -79,7 +79,7 @@ def _file_name(row: Mapping[str, object], where: str) -> str:
     return text(row, "file_name", where)
 
 
-def _captions(rows: Rows, files: Mapping[int, object], problems: list[BadSample], path: Path) -> dict[int, list[str]]:
+def _captions(rows: Rows, files: Mapping[int, tuple[str, str]], problems: list[BadSample], path: Path) -> dict[int, list[str]]:
     """Image id -> its captions; those without a letter go to `problems`."""
     captions: dict[int, list[str]] = {image_id: [] for image_id in files}
     for where, row in rows:
@@ -90,9 +90,10 @@ def _captions(rows: Rows, files: Mapping[int, object], problems: list[BadSample]
         if caption:
             captions[image_id].append(caption)
         else:
-            problems.append(BadSample(key=str(image_id), reason="empty caption", detail=f"{where} of image {image_id} is empty"))
+            file_name = files[image_id][1]
+            problems.append(BadSample(key=str(image_id), reason="empty caption", detail=f"{where} of image {image_id} ({file_name}) is empty", file=file_name))
     return captions
 
 
 def _missing(image_id: int, path: Path) -> BadSample:
-    return BadSample(key=str(image_id), reason="missing file", detail=f"{path} is missing")
+    return BadSample(key=str(image_id), reason="missing file", detail=f"{path} is missing", file=path.name)

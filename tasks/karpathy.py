@@ -47,9 +47,9 @@ def read_karpathy(file: Path, images: Path, split: str) -> FileSource:
         key = str(image.image_id)
         path = next((path for name in image.names if (path := folder.find(name, image.where)) is not None), None)
         if path is None:
-            problems.append(BadSample(key=key, reason="missing file", detail=f"{images / image.names[0]} is missing"))
+            problems.append(BadSample(key=key, reason="missing file", detail=f"{images / image.names[0]} is missing", file=image.names[0]))
         elif not image.captions:
-            problems.append(BadSample(key=key, reason="no text", detail=f"image {key} ({image.names[-1]}) has no caption"))
+            problems.append(BadSample(key=key, reason="no text", detail=f"image {key} ({image.names[-1]}) has no caption", file=image.names[-1]))
         else:
             samples.append(Sample(key=key, image_id=image.image_id, image=path, captions=image.captions))
     return FileSource(samples, problems, read_from=file, item_ids=(image.image_id for image in described))

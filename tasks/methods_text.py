@@ -26,7 +26,7 @@ def methods_as_json(methods: Sequence[Listed]) -> str:
 
 
 def _method(one: Listed) -> list[str]:
-    settings = ", ".join(f"{name} {value}" for name, value in one.counted_with.items())
+    settings = ", ".join(f"{name} {value}" for name, value in one.counted_with.items()) or "its defaults"
     trained = f"not counted with {settings}: {one.refused}" if one.trained is None else f"{one.trained:,} with {settings}"
     slots = [f"  slots     {', '.join(f'{n} {domain}' for domain, n in one.slots.items())}"] if one.slots else []
     return [

@@ -46,9 +46,9 @@ def read_vqa(*, images: Path, questions: Path, annotations: Path | None, image_n
         path = folder.find(name(image_id), f"{questions} with the image name pattern")
         if path is None:
             detail = f"{images / name(image_id)} is missing ({counted(len(of_image), 'question')})"
-            problems.append(BadSample(key=key, reason="missing file", detail=detail))
+            problems.append(BadSample(key=key, reason="missing file", detail=detail, file=name(image_id)))
         elif not of_image:
-            problems.append(BadSample(key=key, reason="no text", detail=f"image {image_id} has no question"))
+            problems.append(BadSample(key=key, reason="no text", detail=f"image {image_id} ({path.name}) has no question", file=path.name))
         else:
             samples.append(Sample(key=key, image_id=image_id, image=path, questions=tuple(of_image)))
     return FileSource(samples, problems, read_from=questions, item_ids=asked)

@@ -48,4 +48,4 @@ def _read_one(source: SampleSource, preprocess: Any, index: int) -> Tensor | Bad
     try:
         return read_pixels(sample, preprocess)
     except BadImage as error:
-        return BadSample(key=sample.key, reason=error.reason, detail=str(error))
+        return BadSample(key=sample.key, reason=error.reason, detail=str(error), file=sample.file)

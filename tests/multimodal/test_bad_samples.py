@@ -36,3 +36,8 @@ def test_a_negative_budget_is_refused() -> None:
 
 def test_keys_with_control_characters_are_shown_escaped() -> None:
     assert BadSamples(budget=0, found=[BadSample(key="a\n\x1b[2J", reason="corrupt")]).summary() == r"1 corrupt ('a\n\x1b[2J')"
+
+
+def test_a_file_is_named_beside_a_key_that_is_not_made_of_its_name() -> None:
+    found = [BadSample(key=key, reason="truncated", file=file) for key, file in (("42", "val2014/COCO_42.jpg"), ("42", "42.jpg"), ("sub/a", "a.JPG"), ("7", ""))]
+    assert BadSamples(budget=9, found=found).summary() == "4 truncated (42 val2014/COCO_42.jpg, 42, sub/a, 7)"

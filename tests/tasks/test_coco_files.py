@@ -76,7 +76,7 @@ def test_absent_pictures_and_images_without_captions_are_counted_and_the_rest_st
         ("11", "missing file"),
     ]
     assert [bad.detail for bad in source.problems] == [
-        f"{root / 'captions.json'}: annotations[3] of image 10 is empty",
+        f"{root / 'captions.json'}: annotations[3] of image 10 (b.jpg) is empty",
         f"{root / 'images' / 'c.jpg'} is missing",
         "image 10 (b.jpg) has no caption",
         f"{root / 'images' / 'no' / 'd.jpg'} is missing",

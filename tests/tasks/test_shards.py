@@ -51,7 +51,7 @@ def test_questions_become_shards_with_and_without_answers(root: Path) -> None:
 
 
 def test_a_missing_picture_stops_the_command_unless_it_is_allowed(root: Path) -> None:
-    with pytest.raises(BudgetError, match=r"1 bad sample, and at most 0 are allowed: 1 missing file \(3\)"):
+    with pytest.raises(BudgetError, match=r"1 bad sample, and at most 0 are allowed: 1 missing file \(3 image3.jpg\)"):
         shards_coco(images=root / "images", annotations=root / "captions.json", out=root / "out")
     assert not (root / "out").exists()
 
