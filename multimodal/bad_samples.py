@@ -29,6 +29,18 @@ class BadSample:
     detail: str = ""
     file: str = ""
 
+    def to_row(self) -> list[str]:
+        """For a JSON file: key, reason, detail, and the file's name where there is one."""
+        return [self.key, self.reason, self.detail, *([self.file] if self.file else [])]
+
+    @classmethod
+    def from_row(cls, row: Iterable[str]) -> BadSample:
+        """The reverse. Raises ValueError where the row has another length."""
+        key, reason, detail, *file = row
+        if len(file) > 1:
+            raise ValueError(f"a skipped sample has {3 + len(file)} entries, expected 3 or 4")
+        return cls(key=key, reason=reason, detail=detail, file="".join(file))
+
     def __str__(self) -> str:
         """The key, and the file's name where the key is not made of it. A key from a tar file may hold line feeds and terminal codes."""
         named = f"{self.key} {self.file}" if self.file and Path(self.file).stem != Path(self.key).name else self.key

@@ -116,7 +116,7 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
     head = {
         "format": _FORMAT,
         "samples": len(manifest),
-        "skipped": [[bad.key, bad.reason, bad.detail] for bad in manifest.skipped],
+        "skipped": [bad.to_row() for bad in manifest.skipped],
         "ignored": dict(manifest.ignored),
     }
     lines = ",\n".join(json.dumps(shard_as_json(shard)) for shard in manifest.shards)
@@ -145,7 +145,7 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
     try:
         manifest = Manifest(
             shards=tuple(shard_from_json(shard) for shard in found["shards"]),
-            skipped=tuple(BadSample(key=key, reason=reason, detail=detail) for key, reason, detail in found["skipped"]),
+            skipped=tuple(map(BadSample.from_row, found["skipped"])),
             ignored={str(suffix): int(count) for suffix, count in found["ignored"].items()},
         )
         _check_all(manifest, found["samples"])

@@ -144,7 +144,7 @@ def _entry(path: Path) -> Path:
 
 def _write_entry(path: Path, digest: str, written: WrittenShard) -> None:
     """Beside a shard that is whole; a shard without it is written again."""
-    skipped = [[bad.key, bad.reason, bad.detail] for bad in written.skipped]
+    skipped = [bad.to_row() for bad in written.skipped]
     content = {"digest": digest, "shard": shard_as_json(written.shard), "skipped": skipped}
     # No fsync, unlike the shard's: an entry that a power cut spoils is not read, and its shard is written again.
     part = path.with_suffix(".part")
@@ -156,7 +156,7 @@ def _read_entry(path: Path) -> tuple[str, WrittenShard] | None:
     try:
         found = json.loads(_entry(path).read_bytes())
         shard = shard_from_json(found["shard"])
-        skipped = tuple(BadSample(key=key, reason=reason, detail=detail) for key, reason, detail in found["skipped"])
+        skipped = tuple(map(BadSample.from_row, found["skipped"]))
         if path.stat().st_size != shard.size:
             return None
         return found["digest"], WrittenShard(shard=replace(shard, file=path.name), skipped=skipped)

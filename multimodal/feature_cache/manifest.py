@@ -49,7 +49,7 @@ def write_manifest(manifest: FeatureManifest, path: Path) -> None:
         "of": manifest.binding.to_json(),
         "kept": asdict(manifest.contents),
         "shards": dict(manifest.shards),
-        "bad": [[index, bad.key, bad.reason, bad.detail] for index, bad in manifest.bad.items()],
+        "bad": [[index, *bad.to_row()] for index, bad in manifest.bad.items()],
     }
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode("ascii"))
 
@@ -65,7 +65,7 @@ def read_manifest(folder: Path, name: str = FINISHED) -> FeatureManifest:
             binding=Binding.from_json(content["of"]),
             contents=Contents(**content["kept"]),
             shards={_file_name(file): int(size) for file, size in content["shards"].items()},
-            bad={int(index): BadSample(key=key, reason=reason, detail=detail) for index, key, reason, detail in content["bad"]},
+            bad={int(index): BadSample.from_row(row) for index, *row in content["bad"]},
         )
     except OSError as error:
         raise DataError(_not_there(folder, error)) from None

@@ -39,7 +39,7 @@ def test_coco_captions_become_shards_and_what_is_missing_is_counted(root: Path, 
     ]
     assert [(bad.key, bad.reason) for bad in manifest.skipped] == [("3", "missing file")]
     printed = capsys.readouterr().out
-    assert printed == f"wrote 1 shard with 2 pictures (0.0 MiB) in {root / 'out'}\nskipped: 1 missing file (3)\n"
+    assert printed == f"wrote 1 shard with 2 pictures (0.0 MiB) in {root / 'out'}\nskipped: 1 missing file (3 image3.jpg)\n"
 
 
 def test_questions_become_shards_with_and_without_answers(root: Path) -> None:
