@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-processors lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -13,6 +13,16 @@ demo: $(READY)
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# The tests that compare numbers, as processors without AVX-512 and without AVX2 would round them, and with more threads.
+NUMBERS := tests/test_invariants.py tests/adalink/test_methods_*.py tests/adalink/test_existing*.py tests/adalink/test_fold.py \
+	tests/multimodal/test_packing*.py tests/multimodal/test_last_layer.py tests/multimodal/test_word_*.py tests/multimodal/test_joined_rows.py \
+	tests/multimodal/test_decoding.py tests/multimodal/test_generate.py tests/multimodal/test_vision*.py tests/multimodal/test_train.py \
+	tests/tasks/test_vqa_classify.py
+
+test-processors: $(READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(NUMBERS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=4 OMP_WAIT_POLICY=passive ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(NUMBERS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
