@@ -1,4 +1,4 @@
-"""`python -m adalink ...`: the command line, safe from whatever is called `tasks` or `multimodal` in the working folder.
+"""`adalink ...` and `python -m adalink ...`: the command line, safe from whatever is called `tasks` or `multimodal` in the working folder or on PYTHONPATH.
 
 Launchers start this file by its path (`adalink launch`), or by its name (`torchrun -m adalink`).
 """
@@ -27,7 +27,14 @@ from adalink.siblings import load_siblings  # noqa: E402  (by now it is this one
 
 load_siblings()
 
-if __name__ == "__main__":
+
+
+def entry() -> None:
+    """What the command `adalink` runs."""
     from importlib import import_module
 
     import_module("tasks.cli").entry()
+
+
+if __name__ == "__main__":
+    entry()

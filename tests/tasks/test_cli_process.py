@@ -13,7 +13,7 @@ from pathlib import Path
 from cli_run import RECIPES, SMALL
 from shared import PATIENCE
 
-ADALINK = [sys.executable, "-c", "from tasks.cli import entry; entry()"]  # what the console script of pyproject.toml does
+ADALINK = [sys.executable, "-c", "from adalink.__main__ import entry; entry()"]  # what the console script of pyproject.toml does
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,7 +27,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def test_the_console_script_is_what_these_tests_start() -> None:
-    assert 'adalink = "tasks.cli:entry"' in (ROOT / "pyproject.toml").read_text()
+    assert 'adalink = "adalink.__main__:entry"' in (ROOT / "pyproject.toml").read_text()
 
 
 LOOK_AT_WEBDATASET = """
@@ -42,7 +42,7 @@ except ValueError as error:
 
 
 def test_webdatasets_own_security_switch_is_on_in_the_commands_process() -> None:
-    command = "import sys\nsys.argv = ['adalink', '--version']\nfrom tasks.cli import entry\ntry:\n    entry()\nexcept SystemExit:\n    pass\n"
+    command = "import sys\nsys.argv = ['adalink', '--version']\nfrom adalink.__main__ import entry\ntry:\n    entry()\nexcept SystemExit:\n    pass\n"
     environment = {name: value for name, value in os.environ.items() if name != "WDS_SECURE"}
 
     def said(code: str) -> list[str]:

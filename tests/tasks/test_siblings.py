@@ -61,9 +61,9 @@ def test_the_command_line_does_not_mind_the_working_folder(paths: str, tmp_path:
     assert "adalink" in done.stdout
 
 
-def test_a_multimodal_in_the_working_folder_does_not_stop_the_console_script(tmp_path: Path) -> None:
-    (tmp_path / "multimodal.py").write_text("raise SystemExit('imported')\n")
-    done = run(tmp_path, "-c", "import sys; sys.argv[1:] = ['methods']; sys.path.insert(0, ''); from tasks.cli import entry; entry()")
+def test_the_console_script_does_not_mind_the_working_folder_on_the_search_path(tmp_path: Path) -> None:
+    script = "import sys; sys.argv[1:] = ['methods']; from adalink.__main__ import entry; entry()"
+    done = run(tmp_path, "-c", script, paths=(hostile(tmp_path), ROOT))
     assert done.returncode == 0, done.stderr
 
 

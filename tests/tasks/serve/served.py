@@ -101,7 +101,7 @@ class Server:
 def serving(folder: Path, *arguments: object, names: tuple[str, ...] = tuple(TASKS)) -> Iterator[Server]:
     """The command as an operator starts it, on a free port, until the block ends."""
     log = folder / f"serve{time.monotonic_ns()}.log"
-    command = [sys.executable, "-c", "from tasks.cli import entry; entry()", "serve", "--port", "0"]
+    command = [sys.executable, "-c", "from adalink.__main__ import entry; entry()", "serve", "--port", "0"]
     command += ["--adapter", *(f"{name}={folder / name}" for name in names)] if names else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w") as out:

@@ -69,7 +69,7 @@ def test_a_server_that_is_asked_to_end_answers_what_it_accepted(model: VisionLan
 
 
 def test_a_server_that_says_that_it_serves_can_be_reached_and_ended_at_once() -> None:
-    command = [sys.executable, "-c", "from tasks.cli import entry; entry()", "serve", "--port", "0", "--base", str(ROOT / "tasks" / "scenes" / "vqa.yaml")]
+    command = [sys.executable, "-c", "from adalink.__main__ import entry; entry()", "serve", "--port", "0", "--base", str(ROOT / "tasks" / "scenes" / "vqa.yaml")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         try:
             assert process.stdout is not None
