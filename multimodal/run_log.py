@@ -33,7 +33,7 @@ class RunLog:
         for sample in bad:
             if (sample.key, sample.reason) not in self._seen:
                 self._count(sample)
-                self._append(BAD_FILE, asdict(sample))
+                self._append(BAD_FILE, {name: value for name, value in asdict(sample).items() if value or name != "file"})
         if bad:
             self.bad.check()
 

@@ -30,9 +30,16 @@ def test_a_bad_sample_is_counted_once_however_often_it_is_met(tmp_path: Path) ->
     run = log(tmp_path)
     for _ in range(3):
         run.skip([CAT, DOG])
-    run.skip([])
-    assert run.bad.counts == {"truncated": 1, "no text": 1}
-    assert lines(tmp_path / BAD_FILE) == [{"key": "cat", "reason": "truncated", "detail": "it ends"}, {"key": "dog", "reason": "no text", "detail": ""}]
+    run.skip([BadSample(key="7", reason="truncated", file="a.jpg")])
+    assert run.bad.counts == {"truncated": 2, "no text": 1}
+    assert lines(tmp_path / BAD_FILE) == [
+        {"key": "cat", "reason": "truncated", "detail": "it ends"},
+        {"key": "dog", "reason": "no text", "detail": ""},
+        {"key": "7", "reason": "truncated", "detail": "", "file": "a.jpg"},
+    ]
+    again = log(tmp_path)
+    again.rewind(0)
+    assert again.bad.summary() == "2 truncated (cat, 7 a.jpg), 1 no text (dog)"
 
 
 def test_one_sample_with_two_troubles_is_counted_for_each(tmp_path: Path) -> None:
