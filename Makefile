@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-processors lint clean
+.PHONY: demo test test-all test-processors lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -12,7 +12,11 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(VENV)/bin/adalink demo --out runs/demo
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=20
+
+# The slow tests too: every method on every family, where `make test` runs a sample that covers each of them.
+test-all: $(READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=20 -m "slow or not slow"
 
 # The tests that compare numbers, as processors without AVX-512 and without AVX2 would round them, and with more threads.
 NUMBERS := tests/test_invariants.py tests/adalink/test_methods_*.py tests/adalink/test_existing*.py tests/adalink/test_fold.py \

@@ -12,7 +12,7 @@ import pytest
 
 from tasks.task import BLIND, TRAINED, UNTRAINED
 
-pytestmark = pytest.mark.timeout(7200)  # only ends a hang: minutes on two free cores
+pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]  # only ends a hang: minutes on two free cores
 
 
 @pytest.fixture(scope="module")

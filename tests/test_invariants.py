@@ -96,6 +96,7 @@ METHODS_UNDER_TEST = {
         "epalm": EPALM(layers=(1, 2), n_taps=1, connector="shared"),
     },
 }  # fmt: skip
+pytestmark = pytest.mark.long
 IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep", "lora", "lora_query_value", "bitfit", "ia3", "gated_adalink")
 # Each method once; a graph takes seconds.
 COMPILED = ("adalink", "bitfit", "bottleneck", "epalm", "epalm_leaks", "gated_adalink", "ia3", "lora", "prefix_mlp", "unipelt_apl", "all_at_once")

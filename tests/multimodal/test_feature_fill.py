@@ -119,29 +119,35 @@ def test_kept_features_train_what_encoding_each_time_trains(sees: str, tmp_path:
         assert all(torch.allclose(value, encoded[name], rtol=tolerance, atol=tolerance) for name, value in found.items())
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """The features that a run fills which nothing interrupts, and its weights."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder / "whole", weights(folder / "run", folder / "whole")
+
+
 @pytest.mark.parametrize("killed_at", [1, 2, 3, 4])
-@pytest.mark.parametrize("folder_is", ["there", "gone"])
-def test_interrupted_and_resumed_filling_is_exact(killed_at: int, folder_is: str, tmp_path: Path) -> None:
-    """Three steps are an epoch. The third is the one that pictures of both epochs are in."""
-    unbroken = weights(tmp_path / "unbroken", tmp_path / "whole")
+def test_interrupted_and_resumed_filling_is_exact(killed_at: int, unbroken: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    """Three steps are an epoch. The third is the one that pictures of both epochs are in. The folder is there when the run goes on, or gone."""
+    whole, expected = unbroken
+    killed = tmp_path / "killed"
     with pytest.raises(Killed):
-        weights(tmp_path / "run", tmp_path / "features", killed_at=killed_at)
+        weights(killed / "run", killed / "features", killed_at=killed_at)
     if killed_at <= 3:
         with pytest.raises(DataError, match="are not finished"):
-            FeatureCache.open(tmp_path / "features")
-    if folder_is == "gone":
-        shutil.rmtree(tmp_path / "features")
-    assert equal(weights(tmp_path / "run", tmp_path / "features", resume=True), unbroken)
-    assert same_records(tmp_path / "features", tmp_path / "whole")
+            FeatureCache.open(killed / "features")
+    shutil.copytree(killed / "run", tmp_path / "gone" / "run")
+    for folder in (killed, tmp_path / "gone"):
+        assert equal(weights(folder / "run", folder / "features", resume=True), expected)
+        assert same_records(folder / "features", whole)
 
 
-def test_a_run_that_ends_in_its_first_epoch_leaves_a_folder_that_is_not_finished(tmp_path: Path) -> None:
+def test_a_run_that_ends_in_its_first_epoch_leaves_a_folder_that_is_not_finished(unbroken: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     weights(tmp_path / "short", tmp_path / "features", steps=2)
     with pytest.raises(DataError, match="are not finished"):
         FeatureCache.open(tmp_path / "features")
     weights(tmp_path / "another", tmp_path / "features", steps=3, seed=4)  # exactly an epoch, in another order
-    weights(tmp_path / "unbroken", tmp_path / "whole")
-    assert same_records(tmp_path / "features", tmp_path / "whole")
+    assert same_records(tmp_path / "features", unbroken[0])
 
 
 def test_a_picture_without_a_text_has_features_all_the_same(tmp_path: Path) -> None:
