@@ -100,9 +100,22 @@ pytestmark = pytest.mark.long
 IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep", "lora", "lora_query_value", "bitfit", "ia3", "gated_adalink")
 # Each method once; a graph takes seconds.
 COMPILED = ("adalink", "bitfit", "bottleneck", "epalm", "epalm_leaks", "gated_adalink", "ia3", "lora", "prefix_mlp", "unipelt_apl", "all_at_once")
-EVERY = pytest.mark.parametrize("name", METHODS_UNDER_TEST)
-ON_EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-ON_DECODERS = pytest.mark.parametrize("family", DECODERS)
+HARD = ("all_at_once", "epalm_late", "lora_query_value")  # every port at once; rows that read each other; linears that one weight holds together
+
+
+def sampled(*names: str, families: tuple[str, ...] = FAMILIES, shift: int = 0) -> pytest.MarkDecorator:
+    """Every method on every family, all but a sample of it slow: each method on two families, the hard ones on each.
+
+    Each test that gives another shift takes other families, so that the default suite holds every method on every family in some test.
+    """
+    return pytest.mark.parametrize(
+        ("family", "name"),
+        [
+            pytest.param(family, name, marks=() if name in HARD or (i + j + shift) % len(families) < 2 else pytest.mark.slow)
+            for j, family in enumerate(families)
+            for i, name in enumerate(names or METHODS_UNDER_TEST)
+        ],
+    )
 
 
 def adapter_for(name: str, model: nn.Module, *, excited: int | None = 1) -> Adapter:
@@ -112,8 +125,7 @@ def adapter_for(name: str, model: nn.Module, *, excited: int | None = 1) -> Adap
     return adapter
 
 
-@EVERY
-@ON_EVERY_FAMILY
+@sampled(shift=0)
 def test_detach_restores_every_bit(family: str, name: str) -> None:
     model = tiny(family).train().requires_grad_(True)
     model.get_input_embeddings().weight.requires_grad_(False)  # a flag of the user's own
@@ -137,8 +149,7 @@ def test_detach_restores_every_bit(family: str, name: str) -> None:
         assert torch.equal(run(model.eval(), ids, mask), expected)
 
 
-@pytest.mark.parametrize("name", IDENTITY_AT_START)
-@ON_EVERY_FAMILY
+@sampled(*IDENTITY_AT_START)
 def test_a_new_adapter_leaves_the_model_as_it_was(family: str, name: str) -> None:
     model = tiny(family)
     ids, domain, mask = rows()
@@ -148,8 +159,7 @@ def test_a_new_adapter_leaves_the_model_as_it_was(family: str, name: str) -> Non
         assert torch.equal(run(model, ids, mask), expected)
 
 
-@EVERY
-@ON_EVERY_FAMILY
+@sampled(shift=1)
 def test_rows_of_other_adapters_and_of_none_are_untouched_bit_for_bit(family: str, name: str) -> None:
     model = tiny(family)
     ids, domain, mask = rows()
@@ -170,8 +180,7 @@ def test_rows_of_other_adapters_and_of_none_are_untouched_bit_for_bit(family: st
     assert not torch.equal(mixed[0], plain[0])  # control: the edit does something
 
 
-@EVERY
-@ON_EVERY_FAMILY
+@sampled(shift=2)
 def test_tokens_of_other_domains_are_untouched_bit_for_bit(family: str, name: str) -> None:
     model = tiny(family)
     ids, domain, mask = rows()
@@ -196,9 +205,8 @@ def test_tokens_of_other_domains_are_untouched_bit_for_bit(family: str, name: st
     assert all(changed.values())
 
 
-@EVERY
-@ON_DECODERS
 @pytest.mark.parametrize("beams", [1, 3])
+@sampled(families=DECODERS, shift=1)
 def test_cached_generation_equals_uncached(family: str, name: str, beams: int) -> None:
     model = tiny(family)
     ids, domain, mask = rows()
@@ -212,8 +220,7 @@ def test_cached_generation_equals_uncached(family: str, name: str, beams: int) -
     assert cached.shape[1] == ids.shape[1] + 6
 
 
-@EVERY
-@ON_DECODERS
+@sampled(families=DECODERS, shift=2)
 def test_training_and_decoding_see_the_same_edits(family: str, name: str) -> None:
     if name == "epalm_leaks":
         pytest.skip("as published: a slot reads the whole text in training, and in decoding what there is of it")
@@ -237,8 +244,7 @@ def test_training_and_decoding_see_the_same_edits(family: str, name: str) -> Non
     torch.testing.assert_close(stepped[real], whole[real], rtol=0, atol=EXACT[family])
 
 
-@EVERY
-@ON_DECODERS
+@sampled(families=DECODERS, shift=3)
 def test_mixed_rows_generate_what_they_generate_apart(family: str, name: str) -> None:
     model = tiny(family)
     ids, domain, mask = rows()
@@ -258,8 +264,7 @@ def test_mixed_rows_generate_what_they_generate_apart(family: str, name: str) ->
         assert torch.equal(a[:shared_length], b[:shared_length])
 
 
-@EVERY
-@ON_EVERY_FAMILY
+@sampled(shift=3)
 def test_checkpointed_gradients_equal_plain_ones(family: str, name: str) -> None:
     model = tiny(family)
     ids, domain, mask = rows()
@@ -303,8 +308,7 @@ def test_every_name_of_methods_is_under_test_and_compiled() -> None:
         assert {type(method) for name in names for method in METHODS_UNDER_TEST[name].values()} >= set(METHODS.values())
 
 
-@EVERY
-@ON_EVERY_FAMILY
+@sampled(shift=4)
 def test_a_model_in_bfloat16_is_edited_and_trained_in_the_adapters_own_dtype(family: str, name: str) -> None:
     model = tiny(family).bfloat16()
     ids, domain, mask = rows()
@@ -320,8 +324,7 @@ def test_a_model_in_bfloat16_is_edited_and_trained_in_the_adapters_own_dtype(fam
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
 
 
-@EVERY
-@ON_EVERY_FAMILY
+@sampled(shift=5)
 def test_saved_and_loaded_gives_the_same_logits(family: str, name: str, tmp_path: object) -> None:
     if "deep" in METHODS_UNDER_TEST[name]:
         pytest.skip("the test's own method is not in METHODS, so it has no name to be saved under")
@@ -345,8 +348,7 @@ def test_saved_and_loaded_gives_the_same_logits(family: str, name: str, tmp_path
     torch.testing.assert_close(logits(model), logits(again), rtol=0, atol=0)
 
 
-@EVERY
-@ON_EVERY_FAMILY
+@sampled(shift=6)
 def test_frozen_weights_are_byte_identical_after_training(family: str, name: str) -> None:
     model = tiny(family)
     before = copy.deepcopy(model.state_dict())
@@ -365,7 +367,7 @@ def test_frozen_weights_are_byte_identical_after_training(family: str, name: str
     assert any(not torch.equal(start[key], value) for key, value in adapter.state_dict().items())
 
 
-@ON_DECODERS
+@pytest.mark.parametrize("family", DECODERS)
 def test_every_port_works_on_embeddings_passed_in(family: str) -> None:
     model = tiny(family)
     ids, domain, mask = rows()
