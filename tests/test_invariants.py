@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from shared import covering
 from tiny import DECODERS, EXACT, FAMILIES, INPUTS, excite, features, positions, rows, run, tiny, token_map
 from torch import Tensor, nn
 
@@ -104,17 +105,11 @@ HARD = ("all_at_once", "epalm_late", "lora_query_value")  # every port at once; 
 
 
 def sampled(*names: str, families: tuple[str, ...] = FAMILIES, shift: int = 0) -> pytest.MarkDecorator:
-    """Every method on every family, all but a sample of it slow: each method on two families, the hard ones on each.
-
-    Each test that gives another shift takes other families, so that the default suite holds every method on every family in some test.
-    """
+    """Every method on every family, of which the default suite runs each method on two families, other ones in each test, and the hard ones on all."""
+    pairs = covering(((name, family) for name in names or METHODS_UNDER_TEST for family in families), shift=shift)
     return pytest.mark.parametrize(
         ("family", "name"),
-        [
-            pytest.param(family, name, marks=() if name in HARD or (i + j + shift) % len(families) < 2 else pytest.mark.slow)
-            for j, family in enumerate(families)
-            for i, name in enumerate(names or METHODS_UNDER_TEST)
-        ],
+        [pytest.param(family, name, marks=() if name in HARD else pair.marks) for pair in pairs for name, family in [pair.values]],
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from existing_models import DECODERS, FAMILIES, IMAGE_ID, answers, batch, excite, existing
+from shared import covering
 from torch import Tensor
 
 from adalink import AdaLink, AdaptedModel, LoRA, Prompt, get_adalink_model
@@ -25,8 +27,7 @@ METHODS: dict[str, Any] = {
     "lora": {"lora": LORA},
 }
 ON_EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-ON_DECODERS = pytest.mark.parametrize("family", DECODERS)
-EVERY = pytest.mark.parametrize("name", METHODS)
+MATRIX = list(product(FAMILIES, METHODS))
 NEVER = [2, 60, IMAGE_ID]  # no end, and no token that would want a picture
 SETTINGS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": NEVER}
 
@@ -95,8 +96,7 @@ def test_a_new_adapter_leaves_the_model_as_it_was_and_unloading_leaves_no_trace(
         assert torch.equal(base.eval().requires_grad_(False)(**inputs).logits, expected)  # CPU kernels differ where a weight may want a gradient
 
 
-@EVERY
-@ON_EVERY_FAMILY
+@pytest.mark.parametrize(("family", "name"), covering(MATRIX))
 def test_a_few_steps_lower_the_loss_and_leave_every_frozen_byte(family: str, name: str) -> None:
     model = adapted(family, name)
     weights = copy.deepcopy(model.base.state_dict())
@@ -118,10 +118,7 @@ def test_a_few_steps_lower_the_loss_and_leave_every_frozen_byte(family: str, nam
     assert all(parameter.grad is None for parameter in model.base.parameters())
 
 
-@EVERY
-@pytest.mark.parametrize("beams", [1, 3])
-@ON_EVERY_FAMILY
-def test_cached_generation_equals_uncached(family: str, beams: int, name: str) -> None:
+def check_cached(family: str, name: str, beams: int) -> None:
     model, inputs = adapted(family, name), batch(family)
     cached, uncached = (model.generate(**inputs, **SETTINGS, num_beams=beams, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)
@@ -129,8 +126,17 @@ def test_cached_generation_equals_uncached(family: str, beams: int, name: str) -
         assert not torch.equal(model.generate(**inputs, **SETTINGS, num_beams=beams), cached)  # control: the adapter is at work
 
 
-@EVERY
-@ON_DECODERS
+@pytest.mark.parametrize(("family", "name"), covering(MATRIX, each=1))
+def test_cached_generation_equals_uncached(family: str, name: str) -> None:
+    check_cached(family, name, beams=1)
+
+
+@pytest.mark.parametrize(("family", "name"), covering(MATRIX, each=1, shift=2, hard=("soft",)))
+def test_cached_generation_with_beams_equals_uncached(family: str, name: str) -> None:
+    check_cached(family, name, beams=3)
+
+
+@pytest.mark.parametrize(("family", "name"), covering(product(DECODERS, METHODS), shift=2))
 def test_training_sees_the_edits_that_generation_saw(family: str, name: str) -> None:
     model, inputs = adapted(family, name), batch(family)
     ids = model.generate(**inputs, **SETTINGS)

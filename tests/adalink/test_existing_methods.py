@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from existing_models import DECODERS, FAMILIES, IMAGE_ID, answers, batch, excite, existing
+from shared import covering
 
 from adalink import IA3, AdaptedModel, BitFit, LoRA, Method, Prompt, get_adalink_model
 from adalink.errors import AttachError
@@ -38,7 +39,7 @@ def adapted(family: str, name: str) -> AdaptedModel:
     return model
 
 
-@pytest.mark.parametrize("family, name", CASES)
+@pytest.mark.parametrize("family, name", covering(CASES))
 def test_cached_generation_equals_uncached(family: str, name: str) -> None:
     model, inputs = adapted(family, name), batch(family)
     for beams in (1, 3):
@@ -46,7 +47,7 @@ def test_cached_generation_equals_uncached(family: str, name: str) -> None:
         assert torch.equal(cached, uncached)
 
 
-@pytest.mark.parametrize("family, name", [case for case in CASES if case[0] in DECODERS])
+@pytest.mark.parametrize("family, name", covering((case for case in CASES if case[0] in DECODERS), shift=2))
 def test_training_sees_the_edits_that_generation_saw(family: str, name: str) -> None:
     """Prompts are padded on the left: what a prefix is far from must not depend on the padding."""
     model, inputs = adapted(family, name), batch(family)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from shared import covering
 from tiny import INPUTS, excite, rows, run, tiny, token_map
 from torch import Tensor
 
@@ -106,8 +108,7 @@ def done(family: str, methods: dict[str, Any], *, checkpointed: bool) -> Work:
     return work
 
 
-@pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(("case", "family"), covering(product(CASES, DECODERS), each=1, shift=0))
 def test_nothing_is_kept_below_the_lowest_edit(family: str, case: str) -> None:
     methods, lowest = CASES[case]
     work = done(family, methods, checkpointed=False)
@@ -118,8 +119,7 @@ def test_nothing_is_kept_below_the_lowest_edit(family: str, case: str) -> None:
         assert work.kept[-1] < before.kept[-1]  # nothing at the embedding either, only around the head
 
 
-@pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(("case", "family"), covering(product(CASES, DECODERS), each=1, shift=1))
 def test_checkpointing_runs_no_layer_below_the_lowest_edit_again(family: str, case: str) -> None:
     methods, lowest = CASES[case]
     plain, again = done(family, methods, checkpointed=False), done(family, methods, checkpointed=True)
@@ -127,8 +127,7 @@ def test_checkpointing_runs_no_layer_below_the_lowest_edit_again(family: str, ca
     assert all(torch.equal(a, b) for a, b in zip(plain.results, again.results, strict=True))
 
 
-@pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(("case", "family"), covering(product(CASES, DECODERS), each=1, shift=2))
 def test_the_lowest_edit_is_known_before_anything_runs(family: str, case: str) -> None:
     methods, lowest = CASES[case]
     anatomy = Anatomy.read(tiny(family, n_layers=N_LAYERS), INPUTS)
