@@ -16,7 +16,7 @@ import torch
 from adalink import METHODS, Adapter, Anatomy, Method
 from adalink.errors import AdalinkError
 from multimodal.blueprint import DrawnLanguage, DrawnTower
-from tasks.help import comments_as_help
+from tasks.config import comments_as_help
 from tasks.places import places_of, slots_of
 
 __all__ = ["Listed", "Setting", "listed_methods"]

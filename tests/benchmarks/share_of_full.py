@@ -25,11 +25,11 @@ from torch import nn
 from adalink import Method
 from multimodal.patch_table import PatchTable, encode_all
 from multimodal.train import train
+from tasks.commands.train import results_table
 from tasks.compose import compose
 from tasks.config import RunConfig, chosen_methods
 from tasks.data import Opened
 from tasks.evaluate import predict
-from tasks.show import results_table
 
 FULL_RATE = 5e-4  # of the language model's own weights
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from cli_run import RECIPES, SMALL, adalink, refused, train
 
+from tasks.commands.parser import one_sentence, worker_sentence
 from tasks.config import setting_names
-from tasks.say import one_sentence, worker_sentence
 
 RECIPE = yaml.safe_load(RECIPES["captioning"].read_text())
 LISTS = "; `adalink train --help` lists what there is"

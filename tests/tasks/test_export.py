@@ -22,8 +22,8 @@ from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
 from multimodal.text_tokens import TextTokens
 from tasks.captioning import Captioning
+from tasks.commands.export import EMBEDS_FILE, PROMPTS_FILE
 from tasks.compose import compose
-from tasks.export import EMBEDS_FILE, PROMPTS_FILE
 from tasks.scenes.dataset import Scenes
 from tasks.scenes.parts import language_folder
 

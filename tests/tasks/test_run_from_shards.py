@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from multimodal.shard_writer import write_shards
 from tasks.cli import main
-from tasks.demo import RECIPES
+from tasks.commands.demo import RECIPES
 from tasks.scenes.dataset import Scenes
 
 

@@ -51,7 +51,7 @@ class Machine:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tasks.commands", "cli_run"])
+        self.context.set_forkserver_preload(["tasks.commands.train", "cli_run"])
 
     def start(self, out: Path, *options: str, last: float = N_STEPS) -> BaseProcess:
         """last: the step that it writes a line of, and goes no further."""

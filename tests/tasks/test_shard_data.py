@@ -16,9 +16,9 @@ from adalink.errors import ConfigError
 from multimodal.mixing import Mixture
 from multimodal.shard_writer import write_shards
 from multimodal.shards import ShardSource
+from tasks.commands.shards import shards_img2dataset
 from tasks.data import DataConfig
 from tasks.scenes.dataset import Scenes
-from tasks.shards import shards_img2dataset
 
 FEW = ("--train.steps", "3", "--train.batch_size", "2", "--data.val.scenes", "val/2", "--generation.max_new_tokens", "2", "--data.train.scenes", "null")
 

@@ -11,7 +11,7 @@ from shared import shared
 from adalink.errors import BudgetError, ConfigError, DataError
 from multimodal.shards import ShardSource
 from tasks.coco_files import read_coco_captions
-from tasks.shards import shards_check, shards_coco, shards_folder, shards_img2dataset, shards_vqa
+from tasks.commands.shards import shards_check, shards_coco, shards_folder, shards_img2dataset, shards_vqa
 from tasks.vqa_files import read_vqa
 
 

@@ -10,7 +10,7 @@ import pytest
 from cli_run import RECIPES, SMALL, Done, adalink, refused, train
 
 from adalink.errors import ConfigError
-from tasks.sweep import swept
+from tasks.commands.train import swept
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What `adalink export ...` does: adapters for programs that know nothing of adapters."""
+"""`adalink export ...`: adapters for programs that know nothing of adapters."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from multimodal.frozen import quiet
 from multimodal.language import Language, load_language
 from multimodal.prompt_embeds import image_prompt_embeds, text_prompt_embeds
 from multimodal.vision_adapter import has_vision_adapter
+from tasks.commands import Command
 from tasks.compose import found_part, load_adapted
 from tasks.text_lines import text_lines
 
-__all__ = ["export_embeds", "export_folded", "export_merged"]
+__all__ = ["EMBEDS", "FOLDED", "MERGED", "export_embeds", "export_folded", "export_merged"]
 
 EMBEDS_FILE, PROMPTS_FILE = "inputs_embeds.safetensors", "prompts.json"
 
@@ -167,3 +168,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+FOLDED, MERGED, EMBEDS = Command.of(export_folded), Command.of(export_merged), Command.of(export_embeds)

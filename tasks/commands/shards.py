@@ -1,4 +1,4 @@
-"""What `adalink shards ...` does: write a data set as shards, index shards that exist, and check a set."""
+"""`adalink shards ...`: write a data set as shards, index shards that exist, and check a set."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from multimodal.shard_set import index_shards
 from multimodal.shard_writer import write_shards
 from tasks.caption_folder import read_caption_folder
 from tasks.coco_files import read_coco_captions
+from tasks.commands import Command
 from tasks.file_source import FileSource
 from tasks.vqa_files import read_vqa
 
-__all__ = ["shards_check", "shards_coco", "shards_folder", "shards_img2dataset", "shards_vqa"]
+__all__ = ["CHECK", "COCO", "FOLDER", "IMG2DATASET", "VQA", "shards_check", "shards_coco", "shards_folder", "shards_img2dataset", "shards_vqa"]
 
 _FAULTS_SHOWN = 10
 
@@ -142,3 +143,7 @@ def _report(verb: str, manifest: Manifest, folder: Path) -> None:
         print(f"skipped: {BadSamples(budget=0, found=manifest.skipped).summary()}")
     if manifest.ignored:
         print("members that no sample uses: " + ", ".join(f"{count} .{suffix}" for suffix, count in sorted(manifest.ignored.items())))
+
+
+COCO, VQA, FOLDER = Command.of(shards_coco), Command.of(shards_vqa), Command.of(shards_folder)
+IMG2DATASET, CHECK = Command.of(shards_img2dataset), Command.of(shards_check)

@@ -1,4 +1,4 @@
-"""What `adalink features` does: write the encoder's features of a run's pictures once, for every run that reads the same."""
+"""`adalink features`: write the encoder's features of a run's pictures once, for every run that reads the same."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from multimodal.blueprint import draw_adapter, draw_language, draw_tower
 from multimodal.feature_cache.contents import Contents, all_contents, as_size, needed_contents
 from multimodal.feature_cache.write import write_features
 from multimodal.vision import VisionTower
+from tasks.commands import Command
+from tasks.commands.settings import SPLITS, Draft, add_run, name_both_parts, only_named_data
 from tasks.compose import composed_tower, found_part
 from tasks.config import chosen_methods
 from tasks.data import Opened
-from tasks.draft import SPLITS, name_both_parts
 from tasks.features import say, size_of
 
-__all__ = ["FEATURES_HELP", "add_features_options", "features_command"]
-
-FEATURES_HELP = "write the encoder's features of a run's pictures to `features`, once: training and evaluation then read them"
+__all__ = ["FEATURES"]
 
 
-def add_features_options(parser: Any) -> None:
-    """What the command needs beside a run's settings."""
+def _add_features(parser: Any) -> None:
+    add_run(parser, Draft)
     parser.add_argument(
         "--contents", type=Literal["needed", "all"], default="needed",
         help="needed: what the methods of the config read, patches or the few pooled vectors that eP-ALM taps; all: patches and every pooled vector",
     )  # fmt: skip
 
 
-def features_command(values: Any, plain: Any) -> None:
+def _features(values: Any, plain: Any) -> None:
     """Write FOLDER/train and FOLDER/val, for each of the two data sets that is given. Goes on where it was interrupted; checks what is whole.
 
     Raises ConfigError where no folder or no data is given, and what `write_features` raises.
@@ -65,3 +64,6 @@ def _write(tower: VisionTower, data: Opened, folder: Path, contents: Contents, v
     cache = write_features(tower, data.source, folder, contents, workers=workers, budget=budget, label=folder.name)
     bad = BadSamples(budget=len(cache), found=cache.bad.values())
     say(f"{folder}: {len(cache) - len(cache.bad):,} pictures have features" + (f"; skipped: {bad.summary()}" if cache.bad else ""))
+
+
+FEATURES = Command(_add_features, _features, has_config=True, prepare=only_named_data)

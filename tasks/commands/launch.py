@@ -19,7 +19,7 @@ __all__ = ["launch"]
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Runs `[options of accelerate launch] -- COMMAND ...`; the exit code is that of the first process that failed.
+    """Run `[options of accelerate launch] -- COMMAND ...`; the exit code is that of the first process that failed.
 
     The command is started by its file: by a name Python would look for it in the working folder first, which may hold a `tasks` of its own.
     `accelerate launch` itself cannot start where torchvision was built for another torch than the one that is here. Raises ConfigError

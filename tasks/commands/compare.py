@@ -1,24 +1,30 @@
-"""What `adalink compare RUN_A RUN_B` does: two run folders on the same data, and a page with the pictures that changed sides."""
+"""`adalink compare` and `adalink runs`: two files of results, or run folders on the same data with a page of the images that changed sides."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from adalink.errors import ConfigError, DataError
 from multimodal.images import read_image_bytes
+from tasks.commands import Command
+from tasks.commands.score import JSON_HELP, given_arguments
 from tasks.compare import ANSWER_IS_RIGHT, CAPTION_IS_RIGHT, Comparison, Pair, compare_answers, compare_captions
-from tasks.compare_listing import shown_differences, write_pairs
+from tasks.compare_listing import comparison_json, comparison_table, shown_differences, write_pairs
+from tasks.metrics.answer_files import check_questions, read_answer_results, read_graded_questions
 from tasks.metrics.bootstrap import Resampling
+from tasks.metrics.caption_files import check_split, empty_captions, read_caption_results, read_references
 from tasks.metrics.listing import software
 from tasks.metrics.offenders import refuse
 from tasks.metrics.vqa import VqaScorer
 from tasks.report.flips import DifferenceRow, FlipCard, FlipPage, FlipSection, write_flip_page
+from tasks.run_table import compare_many, listed_runs, many_json, many_table
 from tasks.saved_run import Asked, SavedRun, asked_items, read_run
 from tasks.vqa import graded_question
 
-__all__ = ["compare_runs"]
+__all__ = ["COMPARE_COCO", "COMPARE_RUNS", "COMPARE_VQA", "RUNS", "compare_coco", "compare_runs", "compare_vqa"]
 
 _MOST_CARDS = 24  # pictures of each direction on the page, about half a megabyte together
 
@@ -59,6 +65,73 @@ def compare_runs(
     if items is not None:
         write_pairs(items, comparison)
     write_flip_page(_page(comparison, before, after, asked), report or after / "comparison.html")
+    return comparison
+
+
+def compare_coco(
+    *,
+    before: Path,
+    after: Path,
+    references: Path,
+    split: str | None = None,
+    resamples: int = 1000,
+    right_from: float = CAPTION_IS_RIGHT,
+    items: Path | None = None,
+) -> Comparison:
+    """Compare the captions of two runs: every figure with a paired interval of its difference, and the images that changed sides.
+
+    Args:
+        before: Captions of the first run, in the official result format.
+        after: Captions of the second run, for the same images.
+        references: Human captions in COCO's format; with a split, Karpathy's dataset_coco.json.
+        split: The part of Karpathy's file that was captioned, such as test.
+        resamples: Draws for the bootstrap intervals; 0 leaves them out.
+        right_from: The CIDEr in percent from which on an image counts as right.
+        items: A file to write both figures of each image to, as JSON.
+    """
+    expected = read_references(references, split)
+    runs = {path: read_caption_results(path) for path in (before, after)}
+    for path, given in runs.items():
+        check_split(given, expected, path, references)
+    comparison = compare_captions(
+        runs[before], runs[after], expected, resampling=Resampling(n_resamples=resamples), right_from=right_from
+    )
+    comparison = replace(comparison, notes=[note for path, given in runs.items() for note in empty_captions(given, path)])
+    if items is not None:
+        write_pairs(items, comparison)
+    return comparison
+
+
+def compare_vqa(
+    *,
+    before: Path,
+    after: Path,
+    annotations: Path,
+    scorer: VqaScorer = "official",
+    resamples: int = 1000,
+    right_from: float = ANSWER_IS_RIGHT,
+    items: Path | None = None,
+) -> Comparison:
+    """Compare the answers of two runs: every accuracy with a paired interval of its difference, and the questions that changed sides.
+
+    Args:
+        before: Answers of the first run, in the official result format.
+        after: Answers of the second run, to the same questions.
+        annotations: People's answers, in the format of VQAv2, OK-VQA, A-OKVQA, TextVQA, VizWiz, GQA or DAQUAR.
+        scorer: official normalises answers only where people disagree, as the official script does; normalized does so always.
+        resamples: Draws for the bootstrap intervals; 0 leaves them out.
+        right_from: The accuracy in percent from which on a question counts as right.
+        items: A file to write both figures of each question to, as JSON.
+    """
+    graded = read_graded_questions(annotations)
+    runs = {path: read_answer_results(path) for path in (before, after)}
+    for path, given in runs.items():
+        check_questions(given, [question.question_id for question in graded], path, annotations)
+    comparison = compare_answers(
+        runs[before], runs[after], graded, scorer=scorer, resampling=Resampling(n_resamples=resamples), right_from=right_from
+    )
+    if items is not None:
+        write_pairs(items, comparison)
     return comparison
 
 
@@ -135,3 +208,46 @@ def _cards(flips: Sequence[Pair], asked: Mapping[int, Asked]) -> Iterator[FlipCa
             after=flip.after,
             people=one.people,
         )
+
+
+def _add_compared_runs(parser: Any) -> None:
+    parser.add_argument("before", type=Path, metavar="RUN_A", help="the run folder of the first run, of `adalink train` or `adalink evaluate`")
+    parser.add_argument("after", type=Path, metavar="RUN_B", help="the run folder of the second run, on the same data")
+    parser.add_argument("more", type=Path, nargs="*", default=[], metavar="RUN_C", help="more runs: a table of all, and their curves over each other")
+    parser.add_function_arguments(compare_runs, skip={"before", "after"})
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+
+
+def _compare_runs(values: Any, plain: Any) -> None:
+    """Print how run folders differ, and where the page is: of two with the images that changed sides, of more with their curves."""
+    report = values.report or (values.more or [values.after])[-1] / "comparison.html"
+    if values.more:
+        runs = compare_many([values.before, values.after, *values.more], report)
+        print(many_json(runs) if values.json else many_table(runs))
+    else:
+        _print(compare_runs, values)
+    if not values.json:
+        print(f"report: {report}")
+
+
+def _add_runs(parser: Any) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="the folder that holds the run folders")
+
+
+def _print(function: Callable[..., Comparison], values: Any) -> None:
+    comparison = function(**given_arguments(values))
+    print(comparison_json(comparison) if values.json else comparison_table(comparison))
+
+
+def _compared(function: Callable[..., Comparison]) -> Command:
+    def add(parser: Any) -> None:
+        parser.add_function_arguments(function)
+        parser.add_argument("--json", action="store_true", help=JSON_HELP)
+
+    return Command(add, lambda values, plain: _print(function, values))
+
+
+COMPARE_RUNS = Command(_add_compared_runs, _compare_runs)
+COMPARE_COCO = _compared(compare_coco)
+COMPARE_VQA = _compared(compare_vqa)
+RUNS = Command(_add_runs, lambda values, plain: listed_runs(folder=values.folder))

@@ -7,21 +7,21 @@ from typing import Any
 
 from adalink.errors import ConfigError
 from multimodal.generate import GenerationChoice
-from tasks.help import comments_as_help
+from tasks.commands import Command
+from tasks.config import comments_as_help
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
-__all__ = ["add_serve", "serve"]
+__all__ = ["SERVE"]
 
 
-def add_serve(parser: Any) -> None:
-    """The arguments of the command."""
+def _add_serve(parser: Any) -> None:
     for kind in (ServeSettings, GenerationChoice, Batching, RequestLimits, Access):
         comments_as_help(kind)
     parser.add_argument("--adapter", type=str, nargs="+", action="extend", default=[], metavar="NAME=DIR", help="adapters to serve, each under a name")
     parser.add_class_arguments(ServeSettings, None)
 
 
-def serve(values: Any, plain: Any) -> None:
+def _serve(values: Any, plain: Any) -> None:
     """Serve until the process is asked to end. Raises ConfigError where the extra `serve` is not installed."""
     try:
         from tasks.serve.server import run_server  # late: an extra
@@ -41,3 +41,6 @@ def _named(given: list[str]) -> dict[str, Path]:
             raise ConfigError(f"two adapters are called {name}: give each a name of its own")
         adapters[name] = Path(folder)
     return adapters
+
+
+SERVE = Command(_add_serve, _serve)

@@ -1,22 +1,25 @@
-"""What `adalink score ...` does: official figures of a file of results, without a model."""
+"""`adalink score ...`: official metrics of a file of results, without a model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from adalink.atomic import write_whole
+from tasks.commands import Command
 from tasks.metrics.answer_files import check_questions, read_answer_results, read_graded_questions, read_question_ids
 from tasks.metrics.bootstrap import Figures, Resampling, answer_figures, caption_figures, intervals
 from tasks.metrics.caption_files import check_split, empty_captions, read_caption_results, read_references
 from tasks.metrics.captions import score_captions
 from tasks.metrics.java_captions import JavaScores, meteor, spice
-from tasks.metrics.listing import Figure, Listing
+from tasks.metrics.listing import Figure, Listing, as_json, as_table
 from tasks.metrics.vqa import GradedQuestion, QuestionId, VqaScorer, few_answers_note, fitting_scorer, named_accuracies, score_answers
 
-__all__ = ["score_coco", "score_vqa"]
+__all__ = ["JSON_HELP", "SCORE_COCO", "SCORE_VQA", "given_arguments", "score_coco", "score_vqa"]
+
+JSON_HELP = "print JSON in place of the table"
 
 _FRACTION = 100.0  # the official caption figures are fractions
 _JAVA = {"METEOR": meteor, "SPICE": spice}
@@ -129,3 +132,25 @@ def _question_rows(
 
 def _write_items(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     write_whole(path, (json.dumps(rows, indent=1) + "\n").encode("ascii"))
+
+
+def given_arguments(values: Any) -> dict[str, Any]:
+    """The parsed values by name, for a function that takes them."""
+    # Not vars(): the parser keeps `items` under another name, because its own class has a method of that name.
+    return {name: value for name, value in values.as_dict().items() if name not in ("json", "more")}
+
+
+def _scored(function: Callable[..., Listing]) -> Command:
+    def add(parser: Any) -> None:
+        parser.add_function_arguments(function)
+        parser.add_argument("--json", action="store_true", help=JSON_HELP)
+
+    def run(values: Any, plain: Any) -> None:
+        listing = function(**given_arguments(values))
+        print(as_json(listing) if values.json else as_table(listing))
+
+    return Command(add, run)
+
+
+SCORE_COCO = _scored(score_coco)
+SCORE_VQA = _scored(score_vqa)

@@ -22,8 +22,9 @@ from tasks.bench.scripts import metrics, shards
 from tasks.bench.shapes import Machine
 from tasks.bench.sizes import SIZES, Bench, Sizes
 from tasks.bench.training import training
+from tasks.commands import Command
 
-__all__ = ["bench"]
+__all__ = ["BENCH", "bench"]
 
 PARTS: Mapping[str, Callable[[Bench], Iterator[Finding]]] = {
     "training": training,
@@ -145,3 +146,6 @@ def _check(repetitions: int, out: Path | None, plot: Path | None, only: str | No
             raise ConfigError(f"--{name} is {path}, and there is no folder {path.parent}: make it first")
     if plot is not None and only not in (None, "growth"):
         raise ConfigError(f"--plot draws how the cost grows, and --only {only} leaves that out: give --only growth, or no --only")
+
+
+BENCH = Command.of(bench)

@@ -1,4 +1,4 @@
-"""A run's settings before anything is run: as in RunConfig, but what a plan can do without may be left out."""
+"""The settings of a command: a run's, of which a plan may leave some out, and of which an adapter's folder gives some to an evaluation."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ import dataclasses
 import random
 import typing
 from collections.abc import Sequence
-from typing import Any, Optional
+from pathlib import Path
+from typing import Any, Literal, Optional
 
+from adalink import METHODS
 from adalink.errors import BudgetError, ConfigError, DataError
 from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.counted import counted
 from multimodal.feature_cache.manifest import read_manifest
+from multimodal.generate import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.images import BadImage, decode_image
 from multimodal.sample import SampleSource
 from multimodal.shards import DamagedSample
-from tasks.config import RunConfig
+from multimodal.template import Template
+from multimodal.train_settings import TrainSettings
+from tasks.captioning import Captioning
+from tasks.compose import read_saved
+from tasks.config import Data, RunConfig, comments_as_help
 from tasks.data import DataConfig
 from tasks.run_folder import refuse_taken
 from tasks.task import Task
+from tasks.vqa import Vqa
 
-__all__ = ["Draft", "check_data", "check_folders", "name_both_parts", "only_named_data"]
+__all__ = [
+    "SAVED", "Draft", "EvaluationSettings", "add_allow_other_base", "add_run", "check_data", "check_folders", "name_both_parts", "only_named_data",
+    "settings_of",
+]  # fmt: skip
 
 SOURCES = ("images", "shards", "mix", "scenes")  # one of them says where a data set is
 SPLITS = ("train", "val")
@@ -49,6 +60,50 @@ def _draft() -> Any:
 
 
 Draft: Any = _draft()
+
+# What an adapter's folder says, so that nobody has to say it again.
+_SAVED: dict[str, Any] = {"task": Optional[Literal["captioning", "vqa"]], "encoder": Optional[str], "language_model": Optional[str]}  # noqa: UP045
+SAVED = (*_SAVED, "layer", "generation")
+
+
+def _evaluation_settings() -> Any:
+    hints = {**typing.get_type_hints(RunConfig), **_SAVED, "generation": GenerationChoice}
+    fields: list[Any] = []
+    for field in dataclasses.fields(RunConfig):
+        factory = GenerationChoice if field.name == "generation" else field.default_factory
+        default = None if field.name in _SAVED else field.default if factory is dataclasses.MISSING else dataclasses.field(default_factory=factory)
+        fields.append((field.name, hints[field.name]) if default is dataclasses.MISSING else (field.name, hints[field.name], default))
+    return dataclasses.make_dataclass("EvaluationSettings", fields, kw_only=True, frozen=True)
+
+
+EvaluationSettings: Any = _evaluation_settings()
+
+
+def add_run(parser: Any, settings: Any = RunConfig) -> None:
+    """The settings of a run, each with the comment beside its field as its help. settings: RunConfig, Draft or EvaluationSettings."""
+    for kind in (RunConfig, Data, DataConfig, Captioning, Vqa, Template, TrainSettings, GenerationSettings, GenerationChoice, *METHODS.values()):
+        comments_as_help(kind)
+    settings.__doc__ = RunConfig.__doc__
+    parser.add_class_arguments(settings, None)
+
+
+def add_allow_other_base(parser: Any) -> None:
+    """The option of every command that loads an adapter."""
+    help = "load the adapter though a frozen part is not as it was when it was trained; what differs is a warning"
+    parser.add_argument("--allow_other_base", action="store_true", help=help)
+
+
+def settings_of(adapter: Path, given: Any) -> dict[str, Any]:
+    """The fields of RunConfig for evaluating an adapter: those that are given, else those that its folder says.
+
+    given   by name, such as the parsed arguments of the fields of EvaluationSettings
+    Raises CheckpointError where the folder is none that `adalink train` wrote.
+    """
+    saved = read_saved(adapter)
+    known = {"task": saved.task["task"], **{role: saved.base[role].name for role in ("encoder", "language_model")}}
+    values = {name: given[name] for name in RunConfig.__dataclass_fields__}
+    values |= {name: values[name] or value for name, value in known.items()}
+    return {**values, "layer": saved.task["layer"], "generation": values["generation"].over(saved_generation(saved.task))}
 
 
 def only_named_data(values: Any) -> None:

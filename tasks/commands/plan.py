@@ -1,4 +1,4 @@
-"""What `adalink compose`, `adalink methods` and `adalink train --dry-run` do: say what would be built, and load nothing."""
+"""`adalink compose`, `adalink methods` and `adalink train --dry-run`: print what would be built, and load nothing."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 from adalink.errors import ConfigError
 from multimodal.blueprint import draw_language, draw_tower
 from multimodal.processes import check_trackers
+from tasks.commands import Command
+from tasks.commands.settings import Draft, add_run, check_data, check_folders, name_both_parts, only_named_data
 from tasks.compose import found_part
 from tasks.config import chosen_methods
-from tasks.draft import Draft, check_data, check_folders, name_both_parts
 from tasks.methods_list import listed_methods
 from tasks.methods_text import methods_as_json, methods_as_text
 from tasks.plan import Plan, make_plan
 from tasks.plan_text import plan_as_json, plan_as_text
 
-__all__ = ["add_methods_options", "add_plan_options", "compose_command", "dry_run_command", "methods_command"]
+__all__ = ["COMPOSE", "METHODS_LIST", "add_plan_options", "dry_run_command"]
 
 SHAPE = ("scenes:encoder", "scenes:language")  # what methods are counted on, where no parts are given
 
@@ -25,15 +26,14 @@ TEXT_TOKENS = 30
 def add_plan_options(parser: Any) -> None:
     """What a plan needs beside a run's settings."""
     parser.add_argument("--text_tokens", type=int, default=TEXT_TOKENS, help="words of a row, prompt and answer together, that the estimates of memory assume")
-    add_methods_options(parser)
+    _add_json(parser)
 
 
-def add_methods_options(parser: Any) -> None:
-    """What the list of methods needs beside a run's settings."""
+def _add_json(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def methods_command(values: Any, plain: Any) -> None:
+def _methods(values: Any, plain: Any) -> None:
     """Print every method, counted on the parts that are given."""
     encoder, language_model = (given or default for given, default in zip((values.encoder, values.language_model), SHAPE, strict=True))
     given = {name: method for name, method in vars(values.methods).items() if method is not None}
@@ -41,7 +41,7 @@ def methods_command(values: Any, plain: Any) -> None:
     print(methods_as_json(methods) if values.json else methods_as_text(methods, encoder, language_model))
 
 
-def compose_command(values: Any, plain: Any) -> None:
+def _compose(values: Any, plain: Any) -> None:
     """Print the plan."""
     plan = _plan(values)
     print(plan_as_json(plan) if values.json else plan_as_text(plan))
@@ -87,3 +87,17 @@ def _plan(values: Any) -> Plan:
         generation=draft.generation,
         text_tokens=values.text_tokens,
     )
+
+
+def _add_compose(parser: Any) -> None:
+    add_run(parser, Draft)
+    add_plan_options(parser)
+
+
+def _add_methods(parser: Any) -> None:
+    add_run(parser, Draft)
+    _add_json(parser)
+
+
+COMPOSE = Command(_add_compose, _compose, has_config=True, prepare=only_named_data)
+METHODS_LIST = Command(_add_methods, _methods, has_config=True, prepare=only_named_data)

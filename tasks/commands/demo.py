@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from adalink.errors import ConfigError
-from tasks.show import results_table
+from tasks.commands import Command
+from tasks.commands.parser import main
+from tasks.commands.train import results_table
 
-__all__ = ["RECIPES", "run_demo"]
+__all__ = ["DEMO", "RECIPES", "run_demo"]
 
-RECIPES = {task: Path(__file__).parent / "scenes" / f"{task}.yaml" for task in ("captioning", "vqa")}
+RECIPES = {task: Path(__file__).parents[1] / "scenes" / f"{task}.yaml" for task in ("captioning", "vqa")}
 
 
 def run_demo(out: Path) -> None:
@@ -19,8 +22,6 @@ def run_demo(out: Path) -> None:
 
     Raises ConfigError where one of the folders is there already, or a command failed.
     """
-    from tasks.cli import main  # late: the command line imports this module
-
     started = time.perf_counter()
     folders = {task: out / task for task in RECIPES}
     if taken := [str(folder) for folder in folders.values() if folder.exists()]:
@@ -35,3 +36,10 @@ def run_demo(out: Path) -> None:
         print(f"{metrics['task']}: {metrics['headline']} ({metrics['scorer']})")
         print(results_table({name: {metrics["headline"]: figures[metrics["headline"]]} for name, figures in metrics["rows"].items()}), end="\n\n")
     print(f"{time.perf_counter() - started:.0f} seconds; look at {' and '.join(str(folder / 'report.html') for folder in folders.values())}")
+
+
+def _add_demo(parser: Any) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the folder that the two run folders are made in")
+
+
+DEMO = Command(_add_demo, lambda values, plain: run_demo(values.out))

@@ -1,0 +1,185 @@
+"""`adalink train` and `adalink evaluate`; also a sweep, as in `--train.learning_rate 1e-3,3e-3`, which trains one run for each value."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adalink.errors import ConfigError
+from tasks.commands import Command
+from tasks.commands.plan import add_plan_options, dry_run_command
+from tasks.commands.settings import SAVED, Draft, EvaluationSettings, add_allow_other_base, add_run, only_named_data, settings_of
+from tasks.compose import located
+from tasks.config import RunConfig, comments_as_help, number_settings
+from tasks.run import Evaluation, evaluate_run, is_main, train_run
+from tasks.run_metrics import UNSCORED
+from tasks.submission import Submission
+
+__all__ = ["EVALUATE", "TRAIN", "Sweep", "results_table", "swept"]
+
+
+def _train(values: Any, plain: Any) -> None:
+    evaluation = train_run(_config(values), _config_text(plain.as_dict()), resume=values.resume)
+    _show(evaluation, values.out)
+
+
+def _evaluate(values: Any, plain: Any) -> None:
+    run = values.adapter.resolve().parent
+    # The config of the run names the run's own folder, whose metrics and report stay what the training made them.
+    out = values.out if values.out is not None and values.out.resolve() != run else values.adapter.parent / "evaluation"
+    settings = settings_of(values.adapter, values)
+    text = _config_text({**plain.as_dict(), **{name: settings[name] for name in SAVED}})
+    _show(evaluate_run(RunConfig(**settings), text, values.adapter, out, values.submission, allow_other_base=values.allow_other_base), out)
+
+
+def _show(evaluation: Evaluation, folder: Path) -> None:
+    if not is_main():
+        return
+    print(results_table({name: score.figures for name, score in evaluation.scores.items()}) if evaluation.scores else UNSCORED)
+    print(f"report: {folder / 'report.html'}")
+
+
+def _add_train(parser: Any) -> None:
+    add_run(parser)
+    _add_train_options(parser)
+
+
+def _add_dry_train(parser: Any) -> None:
+    add_run(parser, Draft)
+    _add_train_options(parser)
+    add_plan_options(parser)
+
+
+def _add_train_options(parser: Any) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder, exactly")
+    parser.add_argument("--dry_run", action="store_true", help="check settings, parts and data that are given, print what `compose` prints, load nothing")
+
+
+def _add_evaluate(parser: Any) -> None:
+    add_run(parser, EvaluationSettings)
+    parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder; results go to `out`, or to `evaluation` beside it")
+    add_allow_other_base(parser)
+    comments_as_help(Submission)
+    parser.add_class_arguments(Submission, "submission")
+
+
+def _config(values: Any) -> RunConfig:
+    names = RunConfig.__dataclass_fields__
+    return RunConfig(**{name: values[name] for name in names})
+
+
+def _config_text(plain: Mapping[str, Any]) -> str:
+    """The settings as they were used, as YAML that `--config` reads again, from any folder: paths are absolute."""
+    content = {name: value for name, value in plain.items() if name in RunConfig.__dataclass_fields__}
+    return yaml.safe_dump(_plain(content), sort_keys=False)
+
+
+# Settings that are a name or a local folder, as a text.
+_NAMES_OR_FOLDERS = ("encoder", "language_model", "shards", "mix")
+
+
+def _plain(value: Any, name: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {located(str(key)) if name == "mix" else str(key): _plain(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return _plain(vars(value))
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return located(value) if isinstance(value, str) and name in _NAMES_OR_FOLDERS else value
+
+
+def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """One line for each row, one column for each figure, two decimals."""
+    columns = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    cells = [["", *columns], *([name, *(f"{figures[c]:.2f}" if c in figures else "" for c in columns)] for name, figures in rows.items())]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns) + 1)]
+    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Arguments of one run after the other, and the folder that each trains into."""
+
+    runs: tuple[tuple[tuple[str, ...], Path], ...]
+
+    def train(self, run: Callable[[Sequence[str]], int], is_dry: bool) -> int:
+        """The exit code of the first run that fails, and 0 where all have trained and stand in a table; `run` is the command line."""
+        for arguments, out in self.runs:
+            print(f"sweep: {out}")
+            if code := run(arguments):
+                return code
+        folders = [str(out) for _, out in self.runs]
+        return 0 if is_dry or len(folders) < 3 else run(["compare", *folders])
+
+
+def swept(arguments: Sequence[str]) -> Sweep | None:
+    """The runs of a sweep; None where no setting has several values.
+
+    Several values are written with commas and no brackets, for settings that are one number: `--train.betas [0.9,0.999]` is one value, and
+    so is any text with a comma. Two such settings give every pair. Raises ConfigError where no run folder is given, or a value is missing.
+    """
+    if arguments[:1] != ["train"]:
+        return None
+    numbers = set(number_settings())
+    found = {at: (name, value.split(",")) for at, name, value in _given(arguments) if name in numbers and "," in value and value[:1] not in "[{('\""}
+    if not found:
+        return None
+    for name, values in found.values():
+        if not all(part.strip() for part in values):
+            raise ConfigError(f"--{name} is {','.join(values)}: one of the values between its commas is empty; write them as 1e-3,3e-3")
+    out = _out(arguments)
+    runs = []
+    for chosen in itertools.product(*([part.strip() for part in values] for _, values in found.values())):
+        one, labels = list(arguments), []
+        for (at, (name, _)), value in zip(found.items(), chosen, strict=True):
+            one[at] = f"--{name}={value}" if one[at].startswith("--") else value
+            labels.append(f"{name.rpartition('.')[2]}={value}")
+        folder = out / ",".join(labels)
+        runs.append(((*one, "--out", str(folder)), folder))
+    return Sweep(tuple(runs))
+
+
+def _given(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """(place of the value, name, value) of every setting."""
+    for at, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            continue
+        name, equals, value = argument[2:].partition("=")
+        if equals:
+            yield at, name, value
+        elif at + 1 < len(arguments) and not arguments[at + 1].startswith("--"):
+            yield at + 1, name, arguments[at + 1]
+
+
+def _out(arguments: Sequence[str]) -> Path:
+    """The run folder, on the command line or in its config."""
+    given: dict[str, Any] = {}
+    for _, name, value in _given(arguments):
+        if name == "config":
+            try:
+                read: Any = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except (OSError, ValueError, yaml.YAMLError):  # the run itself says what is wrong with it
+                continue
+            given |= {"out": read["out"]} if isinstance(read, dict) and read.get("out") else {}
+        elif name == "out":
+            given["out"] = value
+    if not given:
+        raise ConfigError("a sweep needs `out`, the folder in which each run gets one of its own: give --out")
+    return Path(typing.cast("str", given["out"]))
+
+
+TRAIN = Command(
+    _add_train, _train, has_config=True,
+    dry=Command(_add_dry_train, dry_run_command, has_config=True, prepare=only_named_data),
+)  # fmt: skip
+EVALUATE = Command(_add_evaluate, _evaluate, has_config=True)
