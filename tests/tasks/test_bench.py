@@ -66,7 +66,7 @@ QUESTIONS = ("lora, 9 image tokens, questions: faster", "text lora, 9 image toke
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ((), [*(f"tiny llama, {row}" for row in CAPTIONS + QUESTIONS), *(f"tiny opt, {row}" for row in CAPTIONS)]),
+        pytest.param((), [*(f"tiny llama, {row}" for row in CAPTIONS + QUESTIONS), *(f"tiny opt, {row}" for row in CAPTIONS)], marks=pytest.mark.slow),
         (("--model", "tiny opt"), [f"tiny opt, {row}" for row in CAPTIONS + QUESTIONS]),
     ],
     ids=["every model, questions on the first", "one model alone"],
