@@ -5,18 +5,75 @@ Every method answers three questions: where in depth (a port), where in the sequ
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
-from adalink.errors import ConfigError
-from adalink.offloaded import execution_device
+from adalink.errors import AttachError, ConfigError
 from adalink.tokens import DOMAIN_NAMES, N_DOMAINS, PERCEPT, PREFIX, Tokens
 
-__all__ = ["COPIES", "EMBEDDING", "Adapter", "Edit", "Method", "Placement", "Port", "Slots"]
+__all__ = [
+    "COPIES", "EMBEDDING", "Adapter", "Edit", "Method", "Placement", "Port", "Slots", "execution_device", "tied_names",
+    "weight_of",
+]  # fmt: skip
+
+
+# ----------------------------------------
+# Frozen models whose parts lie elsewhere: on several devices, or in memory or on disk until they run (accelerate's `device_map`).
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """The values of a parameter, by its dotted name: from where the model's own loader keeps them, if the parameter itself is empty.
+
+    Raises AttachError where nothing keeps them.
+    """
+    parameter = model.get_parameter(name)
+    if not parameter.is_meta:
+        return parameter.detach()
+    path = name.split(".")
+    for depth in reversed(range(len(path))):
+        inside = ".".join(path[depth:])
+        for hook in _hooks(model.get_submodule(".".join(path[:depth]))):
+            with contextlib.suppress(KeyError, TypeError, AttributeError):  # not of this hook, or a hook without weights
+                found: Tensor = hook.weights_map[inside]
+                return found.detach()
+    raise AttachError(
+        f"the weight {name} of {type(model).__name__} is on the meta device and nothing says where its values are: "
+        "load the model with from_pretrained (device_map may offload it), or give its weights a device"
+    )
+
+
+def execution_device(model: nn.Module, name: str) -> torch.device:
+    """Where a module computes, by its dotted name: where its weights are, or are brought when it runs; that of what is around it where it has none."""
+    path = name.split(".") if name else []
+    for depth in reversed(range(len(path) + 1)):
+        module = model.get_submodule(".".join(path[:depth]))
+        for hook in _hooks(module):
+            if getattr(hook, "execution_device", None) is not None:
+                return _device(hook.execution_device)
+        if (parameter := next((one for one in module.parameters() if not one.is_meta), None)) is not None:
+            return parameter.device
+    return next((one.device for one in model.parameters()), torch.device("cpu"))  # of a plan: nothing has values
+
+
+def tied_names(model: nn.Module) -> frozenset[str]:
+    """Parameters that are another one under a second name; parameters that lie elsewhere do not show it themselves."""
+    return frozenset(getattr(model, "all_tied_weights_keys", None) or {}) if any(parameter.is_meta for parameter in model.parameters()) else frozenset()
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks of a module; several stand in one."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
+
+
+def _device(device: int | str | torch.device) -> torch.device:
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 class Port(NamedTuple):
@@ -25,13 +82,13 @@ class Port(NamedTuple):
     embedding   the word embeddings, before any position embedding; also where embeddings are passed in as `inputs_embeds`
     input       the first argument of the module
     output      what the module returns (the first element of a tuple)
-    mask        the attention mask that reaches the module (adalink.masks)
-    position    the position ids that reach the module (adalink.positions)
+    mask        the attention mask that reaches the module (adalink.attachment.slots)
+    position    the position ids that reach the module (adalink.attachment.slots)
     vectors     the position vectors that the module gives
-    cache       what the module finds in the cache (adalink.recompute)
+    cache       what the module finds in the cache (adalink.attachment.recompute)
     returned    as output, and x is what the module returns too
     foreseen    as input, and x is what the module would return for it: a norm's input, changed by what reads the norm's output
-    distances   what attention adds to its scores for the distance between two tokens (adalink.outside)
+    distances   what attention adds to its scores for the distance between two tokens (adalink.attachment.slots)
     reader      the mask of the decoder that reads the stack's output; the module's name is empty
     """
 

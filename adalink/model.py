@@ -22,21 +22,27 @@ import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy, InputSpec
-from adalink.as_transformers import class_like, of_base, state_of_trained
-from adalink.attach import Attachment, attach
-from adalink.call import Call, Rows, given_ids, n_choices
-from adalink.checkpoint import AdapterConfig, configs_to_tensor, load_weights, read_config, save_adapter
-from adalink.edit import Adapter, Method
-from adalink.errors import ConfigError
-from adalink.existing import check_images_known, check_trains, image_token_ids, writes_without_reading, written_domains
-from adalink.fields import names_of
-from adalink.fixed_prompt import sketch_of_states
-from adalink.frozen_part import FrozenPart, part_of
-from adalink.hub import local_folder, upload
-from adalink.module_copies import ServedCopies, copied
-from adalink.offloaded import execution_device
-from adalink.recompute import with_exact_cache
-from adalink.still import without_dropout
+from adalink.attachment.attach import attach
+from adalink.attachment.attachment import Attachment, without_dropout
+from adalink.attachment.existing import check_images_known, check_trains, image_token_ids, writes_without_reading, written_domains
+from adalink.attachment.inputs import Call, Rows, given_ids, n_choices
+from adalink.attachment.modules_to_save import ServedCopies, copied
+from adalink.attachment.recompute import with_exact_cache
+from adalink.checkpoint.fingerprint import FrozenPart, part_of, sketch_of_states
+from adalink.checkpoint.folder import (
+    AdapterConfig,
+    class_like,
+    configs_to_tensor,
+    load_weights,
+    local_folder,
+    of_base,
+    read_config,
+    save_adapter,
+    state_of_trained,
+    upload,
+)
+from adalink.edit import Adapter, Method, execution_device
+from adalink.errors import ConfigError, names_of
 from adalink.tokens import BASE_ROW, TokenMap
 
 __all__ = ["BASE_NAME", "ActiveAdapter", "AdaptedModel", "get_adalink_model"]

@@ -1,6 +1,6 @@
 """The packages `multimodal` and `tasks` lie beside this one; their names are common, and another file may be found in their place.
 
-Python says of a script beside a file `tasks.py` that there is no module `tasks.compose`. Here the same error says which file is in the way.
+Python says of a script beside a file `tasks.py` that there is no module `tasks.runs.compose`. Here the same error says which file is in the way.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load_siblings() -> None:
 
 
 def tell_of_others() -> None:
-    """From here on, `from tasks.compose import ...` says which file is in the way where `tasks` is somebody else's. Their own imports work."""
+    """From here on, `from tasks.runs.compose import ...` says which file is in the way where `tasks` is somebody else's. Their own imports work."""
     if any(isinstance(finder, _Siblings) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Siblings())

@@ -7,9 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adalink.errors import BudgetError, ConfigError
-from multimodal.counted import counted
 
-__all__ = ["BadSample", "BadSamples"]
+__all__ = ["BadSample", "BadSamples", "counted"]
+
+
+# ----------------------------------------
+# Numbers of things in sentences: `1 image`, `2,400 images`.
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: (1, "image") -> "1 image"; (2400, "image") -> "2,400 images". plural: where it is more than an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
 
 KEYS_KEPT = 5  # per reason; enough to look at, and a message still fits on a line or two
 

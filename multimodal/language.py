@@ -18,9 +18,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from adalink import Anatomy
+from adalink.anatomy import max_positions, token_ids
 from adalink.errors import ConfigError, DataError
-from adalink.host_config import max_positions, token_ids
-from multimodal.frozen import existing_folder, freeze, loading, quiet, split_revision
+from multimodal.loading import existing_folder, freeze, loading, quiet, split_revision
 
 __all__ = ["LANGUAGE_ADVICE", "Language", "LanguageUse", "family_of", "load_language", "settle_tokens"]
 

@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +20,108 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adalink import BASE_NAME, AdaptedModel, Adapter, InputSpec, Method, TokenMap
+from adalink.attachment.attachment import without_dropout
+from adalink.checkpoint.folder import local_folder, upload
 from adalink.errors import ConfigError
-from adalink.hub import upload
 from adalink.model import ActiveAdapter
-from adalink.still import without_dropout
-from multimodal.adapter_folder import load_composed, save_composed
-from multimodal.batch import Batch, collate
-from multimodal.batches import Batches, Learns, new_batches
-from multimodal.bound_parts import encoder_part, language_part
-from multimodal.classify import AnswerHead, answer_loss, chosen_answers, new_head, pooled_state, use_for
-from multimodal.encode import RowEncoder
-from multimodal.generate import GenerationChoice, GenerationSettings, saved_generation, written_texts
-from multimodal.images import ImageOrFile, decode_image
-from multimodal.kept import Kept
+from multimodal.batches.collate import Batch, collate
+from multimodal.batches.tokenize import RowEncoder
+from multimodal.data.images.decode import ImageOrFile, decode_image
+from multimodal.data.inputs import Kept
+from multimodal.data.loader import Batches, Learns, Texts, new_batches
+from multimodal.encoders.bound_parts import encoder_part, language_part
+from multimodal.encoders.tower import VisionTower, load_tower, load_vision_adapter, new_vision_adapter, save_vision_adapter
+from multimodal.generation.generate import GenerationChoice, GenerationSettings, saved_generation, written_texts
 from multimodal.language import Language, LanguageUse, load_language
-from multimodal.language_loss import LanguageLoss
-from multimodal.loader import Texts
+from multimodal.loss.answer_head import AnswerHead, answer_loss, chosen_answers, load_head, new_head, pooled_state, save_head, use_for
+from multimodal.loss.language_loss import LanguageLoss
 from multimodal.sample import SampleSource
 from multimodal.template import Template
-from multimodal.trained import trained_summary
-from multimodal.vision import VisionTower, load_tower
-from multimodal.vision_adapter import new_vision_adapter
 
-__all__ = ["VisionLanguageModel"]
+__all__ = ["TrainedParts", "VisionLanguageModel", "load_composed", "save_composed", "trained_summary"]
+
+
+# ----------------------------------------
+# The folder of a composed model's adapter: the language model's edits, and what was trained with them: an answer head, an adapted encoder.
+
+
+def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, Any]) -> None:
+    """Write the active adapter's folder; `task` is kept in its config, with what must be known to read it: template, layer, answers."""
+    template = model.template_of(model.adapted.active or BASE_NAME)
+    known = {"prompt": template.prompt, "target": template.target, "layer": model.tower.layer}
+    answers = {} if model.head is None else {"answers": len(model.head.answers)}
+    model.adapted.task = {**model.adapted.task, **task, **known, **answers}
+    model.adapted.save_pretrained(folder)
+    save_vision_adapter(folder, model.tower, model.adapted.parts["encoder"])
+    if model.head is not None:
+        save_head(folder, model.head)
+
+
+def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, activate: bool = True, allow_other_base: bool = False) -> Adapter:
+    """Add an adapter from its folder or hub name, in eval mode; a failure leaves the model as it was.
+
+    Raises ConfigError where it was trained on another layer's features, CheckpointError on other frozen parts or a damaged folder.
+    """
+    config, parts = AdaptedModel.read_config(folder), model.adapted.parts
+    layer = config.task.get("layer", model.tower.layer)
+    if layer != model.tower.layer:
+        config.check_base({**parts, "encoder": dataclasses.replace(parts["encoder"], sketches={})}, str(folder))  # another model is told first
+        raise ConfigError(
+            f"the adapter in {folder} reads the features of layer {layer}, and this model's encoder gives those of layer {model.tower.layer}: "
+            f"compose the model with layer={layer}"
+        )
+    if not config.modules_to_save:  # those of which it has copies are no part of its base: load_adapter compares the rest
+        config.check_base(parts, str(folder), allow_other_base=allow_other_base)
+    local, encoder = local_folder(folder), parts["encoder"]
+    vision = load_vision_adapter(local, model.tower, encoder, len(model.adapted.adapters), allow_other_base=allow_other_base)
+    head = load_head(local, model.adapted, config.task["answers"]) if config.task.get("answers") else None
+    adapter = model.adapted.load_adapter(local, name, activate=activate, allow_other_base=allow_other_base)
+    if head is not None:
+        model.heads[name] = head
+    if vision is not None:
+        model.tower.adapt(vision.eval())
+    return adapter
+
+
+# ----------------------------------------
+# What a composed model trains beside its frozen parts: the adapter's edits, the encoder's where it is adapted, an answer head.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedParts:
+    """The trained modules: edits in the language model, edits in the encoder, the head that chooses answers."""
+
+    edits: Adapter
+    vision: Adapter | None = None
+    head: AnswerHead | None = None
+
+    @staticmethod
+    def of(model: VisionLanguageModel) -> TrainedParts:
+        """Those of a model's active adapter. Raises ConfigError where none is active."""
+        return TrainedParts(edits=model.adapted.active_adapter(), vision=model.tower.adapter, head=model.head)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by name: `adalink.image.down.weight`, `vision.lora...`, `head.linear.bias`."""
+        seen = self.vision.named_parameters("vision") if self.vision is not None else ()
+        chosen = self.head.named_parameters("head") if self.head is not None else ()
+        return {**dict(self.edits.named_parameters()), **dict(seen), **dict(chosen)}
+
+    def counts(self) -> dict[str, int]:
+        """How many parameters each method and the head has: `adalink`, `vision.lora`, `head`."""
+        seen = {} if self.vision is None else {f"vision.{name}": count for name, count in self.vision.n_parameters().items()}
+        head = {} if self.head is None else {"head": sum(parameter.numel() for parameter in self.head.parameters())}
+        return {**self.edits.n_parameters(), **seen, **head}
+
+
+def trained_summary(model: VisionLanguageModel) -> str:
+    """The active adapter's parameters and their share of all; a line more for the encoder's and one for the head's, where there are some."""
+    lines = [model.adapted.trainable_summary(also_frozen=sum(parameter.numel() for parameter in model.tower.encoder.parameters()))]
+    if model.tower.adapter is not None:
+        counts = model.tower.adapter.n_parameters()
+        lines.append(f"in the encoder: {sum(counts.values()):,} ({', '.join(f'{name} {count:,}' for name, count in counts.items())})")
+    if model.head is not None:
+        lines.append(f"in the head: {sum(parameter.numel() for parameter in model.head.parameters()):,} ({len(model.head.answers):,} answers)")
+    return "\n".join(lines)
 
 
 class VisionLanguageModel(nn.Module):
@@ -172,7 +253,7 @@ class VisionLanguageModel(nn.Module):
 
         source       samples: a data set of tasks.*, or a list of `Sample`s
         task         such as Captioning(), or a function of a sample and a random generator that gives its `Text`s
-        features     kept ones (`multimodal.patch_table.encode_all`); without, images are decoded anew, and encoded in the model's call
+        features     kept ones (`multimodal.data.feature_cache.memory.encode_all`); without, images are decoded anew, and encoded in the model's call
         bad_samples  how many may be left out before BudgetError is raised; `Batches.bad` has them
         rank         reads the rank-th of `world` parts of each step
 

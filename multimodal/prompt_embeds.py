@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from adalink import AdaptedModel
-from adalink.call import Call
-from adalink.prompt_embeds import prompt_embeds
-from multimodal.batch import collate
-from multimodal.images import decode_image
+from adalink.attachment.inputs import Call
+from adalink.export import prompt_embeds
+from multimodal.batches.collate import collate
+from multimodal.batches.tokenize import TextTokens
+from multimodal.data.images.decode import decode_image
 from multimodal.language import Language
 from multimodal.model import VisionLanguageModel
-from multimodal.text_tokens import TextTokens
 
 __all__ = ["image_prompt_embeds", "text_prompt_embeds"]
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from adalink.errors import DataError
-from adalink.fields import check_tuples
+from adalink.errors import ConfigError, DataError, check_tuples
+from multimodal.progress import progress
 
-__all__ = ["Decode", "Question", "Sample", "SampleSource"]
+__all__ = ["Decode", "Measure", "Question", "Sample", "SampleSource", "TextLengths", "lengths_of", "measured"]
 
-Decode = Literal["exact", "draft"]  # draft: JPEGs at a fraction of their size (multimodal.pixels.Drafted)
+
+Decode = Literal["exact", "draft"]  # draft: JPEGs at a fraction of their size (multimodal.data.inputs.Drafted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ class Sample:
 
     key        unique in its data set; what logs and reports name
     image_id   the id in the official result files
-    image      encoded bytes (from a shard), a PIL image, or the path of a file, also as text; decoded by `multimodal.images.decode_image`
+    image      encoded bytes (from a shard), a PIL image, or the path of a file, also as text; decoded by `multimodal.data.images.decode.decode_image`
     decode     how, where an encoder is to see it
 
     Raises DataError for an image of another type.
@@ -81,3 +85,37 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+# ----------------------------------------
+# How long the rows of samples will be, told before any picture is read.
+
+
+Measure = Callable[[Sample], int]
+"""The tokens of the longest row that is made of a sample's texts; its picture is not looked at."""
+
+
+@runtime_checkable
+class TextLengths(Protocol):
+    """A data set that can say how long its texts are without reading its pictures."""
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """int64 [samples]: what `measure` says where the texts are in memory; else their bytes, which follow the tokens roughly.
+
+        A function of the data (and of `measure`) alone, because the order of a training stream depends on it. Raises ConfigError where a
+        data set that this one is made of cannot say it.
+        """
+        ...
+
+
+def lengths_of(source: SampleSource, measure: Measure) -> NDArray[np.int64]:
+    """int64 [samples]: how long each sample's texts are. Raises ConfigError where the data set cannot say it."""
+    if isinstance(source, TextLengths):
+        return source.text_lengths(measure)
+    raise ConfigError(
+        f"train.bucket_pool sorts samples by the lengths of their texts, and a {type(source).__name__} does not say them: give it a method "
+        "text_lengths (multimodal.sample.TextLengths), or set train.bucket_pool to 0"
+    )
+
+
+def measured(samples: Iterable[Sample], count: int, measure: Measure) -> NDArray[np.int64]:
+    """int64 [count]: each sample measured, with a progress bar."""
+    return np.fromiter(map(measure, progress(samples, "measuring the texts", count)), dtype=np.int64, count=count)

@@ -14,7 +14,7 @@ from multimodal.sample import Sample, SampleSource
 from multimodal.template import Template, Text
 from tasks.metrics.bootstrap import caption_figures
 from tasks.metrics.captions import score_captions
-from tasks.result_files import caption_results_name, write_caption_results
+from tasks.metrics.files import caption_results_name, write_caption_results
 from tasks.task import Asked, Score
 
 __all__ = ["Captioning"]

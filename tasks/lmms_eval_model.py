@@ -14,10 +14,10 @@ from typing import Any, Literal
 from PIL.Image import Image
 
 from adalink.errors import ConfigError, DataError
-from multimodal.generate import GenerationSettings
+from multimodal.generation.generate import GenerationSettings
 from multimodal.processes import process_state
-from tasks.compose import load_adapted
-from tasks.text_lines import text_lines
+from tasks.data.files import text_lines
+from tasks.runs.compose import load_adapted
 
 try:
     from lmms_eval.api.model import lmms

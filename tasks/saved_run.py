@@ -11,9 +11,8 @@ import yaml
 
 from adalink.errors import DataError
 from multimodal.sample import Question, Sample, SampleSource
-from tasks.data import saved_data
-from tasks.metrics.answer_files import read_answer_results
-from tasks.metrics.caption_files import read_caption_results
+from tasks.data.sources import saved_data
+from tasks.metrics.files import read_answer_results, read_caption_results
 
 __all__ = ["Asked", "SavedRun", "asked_items", "read_run"]
 

@@ -53,7 +53,7 @@ class Score:
 
 
 class Task(Protocol):
-    """Captioning or VQA; adding a task is one file like theirs, and its name in `tasks.config`."""
+    """Captioning or VQA; adding a task is one file like theirs, and its name in `tasks.runs.config`."""
 
     @property
     def name(self) -> str:

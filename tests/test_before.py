@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from adalink import AdaptedModel
-from multimodal.feature_cache.cache import FeatureCache
-from multimodal.train_state import load_state
+from multimodal.data.feature_cache.reader import FeatureCache
+from multimodal.training.state import load_state
 from tasks.captioning import Captioning
 from tasks.cli import main
-from tasks.compose import load_adapted
-from tasks.data import DataConfig
+from tasks.data.sources import DataConfig
+from tasks.runs.compose import load_adapted
 
 EXPECT: Any = json.loads(EXPECTED.read_text())
 CHECKPOINT = BEFORE / "run" / "checkpoints" / f"step_{STOPPED_AT:08d}"

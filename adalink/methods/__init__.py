@@ -4,13 +4,12 @@ from adalink.methods.adalink import AdaLink
 from adalink.methods.bitfit import BitFit
 from adalink.methods.bottleneck import Bottleneck
 from adalink.methods.bridge import Bridge
-from adalink.methods.gated import Gated
+from adalink.methods.epalm import EPALM
 from adalink.methods.ia3 import IA3
-from adalink.methods.inject import EPALM
 from adalink.methods.lora import LoRA
 from adalink.methods.prefix import Prefix
 from adalink.methods.prompt import Prompt
-from adalink.methods.unipelt import UniPELT
+from adalink.methods.unipelt import Gated, UniPELT
 
 __all__ = ["EPALM", "IA3", "METHODS", "AdaLink", "BitFit", "Bottleneck", "Bridge", "Gated", "LoRA", "Prefix", "Prompt", "UniPELT"]
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
 from adalink.edit import EMBEDDING, Placement, Slots
-from adalink.errors import ConfigError
-from adalink.fields import check_tuples
+from adalink.errors import ConfigError, check_tuples
 from adalink.tokens import ANSWER, IMAGE, TEXT, Tokens
 
 __all__ = ["AdaLink", "Bottleneck"]

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
-from adalink.errors import AttachError
-from adalink.fields import check_tuples
-from adalink.groups import checked_groups, domains_of, every_token
-from adalink.targets import Target, find_targets
-from adalink.token_dropout import TokenDropout, dropouts
+from adalink.errors import AttachError, check_tuples
+from adalink.methods.targets import Target, TokenDropout, checked_groups, domains_of, dropouts, every_token, find_targets
 from adalink.tokens import Tokens
 
 __all__ = ["BitFit", "Shift"]

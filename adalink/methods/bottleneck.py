@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
-from adalink.errors import ConfigError
-from adalink.fields import check_tuples
-from adalink.targets import layers_left
+from adalink.errors import ConfigError, check_tuples
+from adalink.methods.targets import layers_left
 from adalink.tokens import ANSWER, IMAGE, N_DOMAINS, PROMPT, TEXT, Tokens
 
 __all__ = ["SEQUENCE", "Bottleneck"]

@@ -15,11 +15,8 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
-from adalink.errors import ConfigError
-from adalink.fields import check_tuples
-from adalink.groups import checked_groups, domains_of, every_token
-from adalink.targets import find_targets
-from adalink.token_dropout import TokenDropout, dropouts
+from adalink.errors import ConfigError, check_tuples
+from adalink.methods.targets import TokenDropout, checked_groups, domains_of, dropouts, every_token, find_targets
 from adalink.tokens import Tokens
 
 __all__ = ["IA3", "Gain"]

@@ -12,14 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adalink.anatomy import Anatomy
+from adalink.anatomy import Anatomy, Part, Projections
+from adalink.attachment.slots import HideKeys, outside_sequence
 from adalink.edit import Placement, Port, Slots
-from adalink.errors import AttachError, ConfigError
-from adalink.fields import check_tuples
-from adalink.masks import HideKeys
-from adalink.outside import outside_sequence
-from adalink.projections import Part, Projections
-from adalink.targets import layers_left
+from adalink.errors import AttachError, ConfigError, check_tuples
+from adalink.methods.targets import layers_left
 from adalink.tokens import PREFIX, Tokens
 
 __all__ = ["Prefix"]

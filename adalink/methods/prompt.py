@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
+from adalink.attachment.slots import without_positions
 from adalink.edit import EMBEDDING, Placement, Slots
 from adalink.errors import ConfigError
-from adalink.positions import without_positions
 from adalink.tokens import PROMPT, Tokens
 
 __all__ = ["Prompt"]

@@ -9,9 +9,9 @@ import open_clip
 from torch import Tensor, nn
 
 from adalink.errors import ConfigError
-from multimodal.encoders.stage import Loaded, Preprocess, Stage, from_map
+from multimodal.encoders.base import Loaded, Preprocess, Stage, from_map
 from multimodal.encoders.timm import TimmEncoder
-from multimodal.frozen import loading, nearest, quiet
+from multimodal.loading import loading, nearest, quiet
 
 __all__ = ["OpenClipEncoder", "load_open_clip", "refuse_unknown"]
 

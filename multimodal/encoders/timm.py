@@ -11,9 +11,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from adalink.errors import ConfigError
-from multimodal.encoders.grid import Grid
-from multimodal.encoders.stage import Loaded, Preprocess, Stage, from_map
-from multimodal.frozen import loading, nearest, quiet
+from multimodal.encoders.base import Grid, Loaded, Preprocess, Stage, from_map
+from multimodal.loading import loading, nearest, quiet
 
 __all__ = ["TimmEncoder", "load_timm"]
 

@@ -13,9 +13,8 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from adalink.errors import ConfigError, DataError
-from multimodal.encoders.grid import Grid
-from multimodal.encoders.stage import Loaded, Preprocess, Stage
-from multimodal.frozen import loading, quiet, split_revision
+from multimodal.encoders.base import Grid, Loaded, Preprocess, Stage
+from multimodal.loading import loading, quiet, split_revision
 
 __all__ = ["TransformersEncoder", "load_transformers"]
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 
-from tasks.bench.composed import Work
-from tasks.bench.finding import Finding
-from tasks.bench.peak import Needs, needs
-from tasks.bench.shapes import Shape
+from tasks.bench.clock import Finding, Needs, needs
+from tasks.bench.models import Bench, Shape, Work
 from tasks.bench.sides import check_peft
-from tasks.bench.sizes import Bench
 
-__all__ = ["Point", "points"]
+__all__ = ["Point", "as_svg", "points"]
+
 
 N_PATCHES = 256  # where something else grows
 
@@ -61,3 +60,80 @@ def points(bench: Bench) -> Iterator[Point]:
             known[key] = ours, theirs
         ours, theirs = known[key]
         yield Point(axis=axis, value=value, label=label, shape=model, work=work, rank=of_rank, ours=ours, theirs=theirs)
+
+
+# ----------------------------------------
+# The points of growth as one picture: a column for each thing that grows, time above and memory below.
+
+
+WIDTH, HEIGHT, LEFT, TOP, GAP_X, GAP_Y = 210, 150, 62, 96, 40, 70  # of a panel, and around it
+OURS, THEIRS, INK, FAINT = "#1d4ed8", "#b45309", "#1f2937", "#e5e7eb"
+
+
+def as_svg(points: Sequence[Point], heading: str) -> str:
+    """The picture. heading: what was measured where."""
+    axes = list(dict.fromkeys(point.axis for point in points))
+    width, height = LEFT + len(axes) * (WIDTH + GAP_X), TOP + 2 * (HEIGHT + GAP_Y)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        _text(LEFT, 20, "A training step, per caption: adalink and peft, LoRA on q and v", size=14),
+        _text(LEFT, 38, heading),
+        *_legend(LEFT, 56),
+    ]
+    rows: tuple[tuple[str, Callable[[Needs], float]], ...] = (
+        ("ms a caption", lambda needs: 1000 * needs.seconds),
+        ("MiB a caption", lambda needs: needs.mib),
+    )
+    for r, (unit, read) in enumerate(rows):
+        for c, axis in enumerate(axes):
+            found = [point for point in points if point.axis == axis]
+            parts += _panel(LEFT + c * (WIDTH + GAP_X), TOP + r * (HEIGHT + GAP_Y), found, read, axis, unit if c == 0 else "")
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(x: float, y: float, points: Sequence[Point], read: Callable[[Needs], float], axis: str, unit: str) -> list[str]:
+    values = {side: [read(getattr(point, side)) / point.work.n_texts for point in points] for side in ("ours", "theirs")}
+    top = _ceiling(max(v for side in values.values() for v in side if v == v))
+    low, high = points[0].value, points[-1].value
+    across = [x + 26 + (WIDTH - 52) * ((point.value - low) / (high - low) if high > low else 0.5) for point in points]
+    parts = []
+    for share in (0.0, 0.5, 1.0):
+        level = y + HEIGHT * (1 - share)
+        parts += [
+            f'<line x1="{x}" x2="{x + WIDTH}" y1="{level}" y2="{level}" stroke="{FAINT}"/>',
+            _text(x - 5, level + 4, f"{top * share:g}", anchor="end"),
+        ]
+    parts += [_text(place, y + HEIGHT + 15, point.label, anchor="middle") for place, point in zip(across, points, strict=True)]
+    parts.append(_text(x + WIDTH / 2, y + HEIGHT + 31, axis, anchor="middle", weight="bold"))
+    if unit:
+        parts.append(_text(x - 44, y - 14, unit, weight="bold"))
+    for side, colour in (("theirs", THEIRS), ("ours", OURS)):
+        places = [(place, y + HEIGHT * (1 - v / top)) for place, v in zip(across, values[side], strict=True) if v == v]
+        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in places]
+    return parts
+
+
+def _ceiling(value: float) -> float:
+    """The next of 1, 2, 4, 6, 8 times a power of ten."""
+    scale = 1.0
+    while scale * 10 <= value:
+        scale *= 10
+    while scale > value:
+        scale /= 10
+    return next(scale * step for step in (1, 2, 4, 6, 8, 10) if scale * step >= value)
+
+
+def _legend(x: float, y: float) -> list[str]:
+    parts = []
+    for offset, colour, name in ((0, OURS, "adalink"), (80, THEIRS, "peft, one row per caption")):
+        parts += [f'<circle cx="{x + offset + 4}" cy="{y - 4}" r="4" fill="{colour}"/>', _text(x + offset + 13, y, name)]
+    return parts
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "normal", size: int = 11) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" font-size="{size}" fill="{INK}">{escape(text)}</text>'
+    )

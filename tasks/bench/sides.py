@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from adalink import Bridge, LoRA, Method, Prompt
 from adalink.errors import ConfigError
 from adalink.methods.lora import LowRank
+from multimodal.batches.packing import Arrange, arrangement
+from multimodal.encoders.tower import VisionTower
 from multimodal.model import VisionLanguageModel
-from multimodal.packing import Arrange, arrangement
-from multimodal.vision import VisionTower
-from tasks.bench.composed import Work, as_batch, composed, encoded
-from tasks.bench.shapes import Machine, Shape, language
+from tasks.bench.models import Machine, Shape, Work, as_batch, composed, encoded, language
 
 __all__ = ["Step", "Taught", "arrange_of", "check_peft", "our_model", "our_step", "their_step"]
 

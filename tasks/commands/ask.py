@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from adalink.errors import ConfigError, DataError
-from multimodal.generate import GenerationChoice, saved_generation
-from multimodal.images import decode_image
+from multimodal.data.images.decode import decode_image
+from multimodal.generation.generate import GenerationChoice, saved_generation
 from tasks.commands import Command
 from tasks.commands.settings import add_allow_other_base
-from tasks.compose import load_adapted
-from tasks.config import comments_as_help
+from tasks.runs.compose import load_adapted
+from tasks.runs.config import comments_as_help
 
 __all__ = ["ASK", "CAPTION", "images_and_questions", "images_of"]
 

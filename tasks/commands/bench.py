@@ -9,19 +9,12 @@ from typing import Literal
 
 import torch
 
-from adalink.atomic import write_whole
 from adalink.errors import ConfigError
-from tasks.bench.adapters import adapters
-from tasks.bench.features import features
-from tasks.bench.finding import Finding
-from tasks.bench.generation import generation
-from tasks.bench.growth import Point, points
-from tasks.bench.listing import about, as_json, as_line, as_markdown
-from tasks.bench.plot import as_svg
-from tasks.bench.scripts import metrics, shards
-from tasks.bench.shapes import Machine
-from tasks.bench.sizes import SIZES, Bench, Sizes
-from tasks.bench.training import training
+from adalink.files import write_whole
+from tasks.bench.clock import Finding, about, as_json, as_line, as_markdown
+from tasks.bench.growth import Point, as_svg, points
+from tasks.bench.measurements import adapters, features, generation, metrics, shards, training
+from tasks.bench.models import SIZES, Bench, Machine, Sizes
 from tasks.commands import Command
 
 __all__ = ["BENCH", "bench"]

@@ -8,19 +8,35 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from adalink.errors import ConfigError, DataError
-from multimodal.images import read_image_bytes
+from multimodal.data.images.decode import read_image_bytes
 from tasks.commands import Command
 from tasks.commands.score import JSON_HELP, given_arguments
-from tasks.compare import ANSWER_IS_RIGHT, CAPTION_IS_RIGHT, Comparison, Pair, compare_answers, compare_captions
-from tasks.compare_listing import comparison_json, comparison_table, shown_differences, write_pairs
-from tasks.metrics.answer_files import check_questions, read_answer_results, read_graded_questions
+from tasks.evaluation.compare import (
+    ANSWER_IS_RIGHT,
+    CAPTION_IS_RIGHT,
+    Comparison,
+    Pair,
+    compare_answers,
+    compare_captions,
+    comparison_json,
+    comparison_table,
+    shown_differences,
+    write_pairs,
+)
 from tasks.metrics.bootstrap import Resampling
-from tasks.metrics.caption_files import check_split, empty_captions, read_caption_results, read_references
+from tasks.metrics.files import (
+    check_questions,
+    check_split,
+    empty_captions,
+    read_answer_results,
+    read_caption_results,
+    read_graded_questions,
+    read_references,
+)
 from tasks.metrics.listing import software
-from tasks.metrics.offenders import refuse
-from tasks.metrics.vqa import VqaScorer
-from tasks.report.flips import DifferenceRow, FlipCard, FlipPage, FlipSection, write_flip_page
-from tasks.run_table import compare_many, listed_runs, many_json, many_table
+from tasks.metrics.vqa import VqaScorer, refuse
+from tasks.report.compare_pages import DifferenceRow, FlipCard, FlipPage, FlipSection, write_flip_page
+from tasks.runs.table import compare_many, listed_runs, many_json, many_table
 from tasks.saved_run import Asked, SavedRun, asked_items, read_run
 from tasks.vqa import graded_question
 

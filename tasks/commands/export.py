@@ -14,17 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adalink import AdaptedModel, Adapter, Anatomy, FrozenPart, Method
-from adalink.checkpoint import AdapterConfig, load_weights
+from adalink.checkpoint.folder import AdapterConfig, load_weights
 from adalink.errors import ConfigError
-from adalink.fold import check_foldable, check_mergeable, fold_embedding, merge_linears, untie
-from multimodal.bound_parts import language_part
-from multimodal.frozen import quiet
+from adalink.export import check_foldable, check_mergeable, fold_embedding, merge_linears, untie
+from multimodal.encoders.bound_parts import language_part
+from multimodal.encoders.tower import has_vision_adapter
 from multimodal.language import Language, load_language
+from multimodal.loading import quiet
 from multimodal.prompt_embeds import image_prompt_embeds, text_prompt_embeds
-from multimodal.vision_adapter import has_vision_adapter
 from tasks.commands import Command
-from tasks.compose import found_part, load_adapted
-from tasks.text_lines import text_lines
+from tasks.data.files import text_lines
+from tasks.runs.compose import found_part, load_adapted
 
 __all__ = ["EMBEDS", "FOLDED", "MERGED", "export_embeds", "export_folded", "export_merged"]
 

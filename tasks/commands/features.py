@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 from adalink.errors import ConfigError
 from multimodal.bad_samples import BadSamples
-from multimodal.blueprint import draw_adapter, draw_language, draw_tower
-from multimodal.feature_cache.contents import Contents, all_contents, as_size, needed_contents
-from multimodal.feature_cache.write import write_features
-from multimodal.vision import VisionTower
+from multimodal.data.feature_cache.encode import write_features
+from multimodal.data.feature_cache.format import Contents, all_contents, as_size, needed_contents
+from multimodal.encoders.tower import VisionTower
 from tasks.commands import Command
 from tasks.commands.settings import SPLITS, Draft, add_run, name_both_parts, only_named_data
-from tasks.compose import composed_tower, found_part
-from tasks.config import chosen_methods
-from tasks.data import Opened
-from tasks.features import say, size_of
+from tasks.data.sources import Opened
+from tasks.planning.meta import draw_adapter, draw_language, draw_tower
+from tasks.runs.compose import composed_tower, found_part
+from tasks.runs.config import chosen_methods
+from tasks.runs.features import say, size_of
 
 __all__ = ["FEATURES"]
 

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         has_settings = command.has_config
         _run(words, entry, command.dry if command.dry and "--dry_run" in arguments else command, arguments)
     except _Refused as error:
-        from tasks.config import setting_names
+        from tasks.runs.config import setting_names
 
         sentence = one_sentence(str(error), known=setting_names() if has_settings else ())
         print(f"adalink: {sentence}; `{' '.join(['adalink', *words])} --help` lists what there is", file=sys.stderr)
@@ -133,7 +133,7 @@ def _run(words: Sequence[str], entry: Entry, command: Command, arguments: list[s
     """Parse the arguments and do what they ask. A config may come from anybody, and an import runs code: no setting imports but the classes of a config."""
     allowed: list[str] = []
     if command.has_config:
-        from tasks.config import class_paths
+        from tasks.runs.config import class_paths
 
         allowed = class_paths()
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
@@ -143,7 +143,7 @@ def _run(words: Sequence[str], entry: Entry, command: Command, arguments: list[s
     command.add(parser)
     chosen = parser.parse_args(arguments)
     if command.has_config:
-        from tasks.config import check_groups
+        from tasks.runs.config import check_groups
 
         command.prepare(chosen)
         check_groups(chosen)

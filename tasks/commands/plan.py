@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from adalink.errors import ConfigError
-from multimodal.blueprint import draw_language, draw_tower
-from multimodal.processes import check_trackers
+from multimodal.training.distributed import check_trackers
 from tasks.commands import Command
 from tasks.commands.settings import Draft, add_run, check_data, check_folders, name_both_parts, only_named_data
-from tasks.compose import found_part
-from tasks.config import chosen_methods
-from tasks.methods_list import listed_methods
-from tasks.methods_text import methods_as_json, methods_as_text
-from tasks.plan import Plan, make_plan
-from tasks.plan_text import plan_as_json, plan_as_text
+from tasks.planning.meta import draw_language, draw_tower
+from tasks.planning.methods import listed_methods, methods_as_json, methods_as_text
+from tasks.planning.plan import Plan, make_plan, plan_as_json, plan_as_text
+from tasks.runs.compose import found_part
+from tasks.runs.config import chosen_methods
 
 __all__ = ["COMPOSE", "METHODS_LIST", "add_plan_options", "dry_run_command"]
 

@@ -7,13 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from adalink.atomic import write_whole
+from adalink.files import write_whole
 from tasks.commands import Command
-from tasks.metrics.answer_files import check_questions, read_answer_results, read_graded_questions, read_question_ids
 from tasks.metrics.bootstrap import Figures, Resampling, answer_figures, caption_figures, intervals
-from tasks.metrics.caption_files import check_split, empty_captions, read_caption_results, read_references
-from tasks.metrics.captions import score_captions
-from tasks.metrics.java_captions import JavaScores, meteor, spice
+from tasks.metrics.captions import JavaScores, meteor, score_captions, spice
+from tasks.metrics.files import (
+    check_questions,
+    check_split,
+    empty_captions,
+    read_answer_results,
+    read_caption_results,
+    read_graded_questions,
+    read_question_ids,
+    read_references,
+)
 from tasks.metrics.listing import Figure, Listing, as_json, as_table
 from tasks.metrics.vqa import GradedQuestion, QuestionId, VqaScorer, few_answers_note, fitting_scorer, named_accuracies, score_answers
 

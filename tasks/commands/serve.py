@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from adalink.errors import ConfigError
-from multimodal.generate import GenerationChoice
+from multimodal.generation.generate import GenerationChoice
 from tasks.commands import Command
-from tasks.config import comments_as_help
+from tasks.runs.config import comments_as_help
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
 __all__ = ["SERVE"]

@@ -11,20 +11,19 @@ from typing import Any, Literal, Optional
 
 from adalink import METHODS
 from adalink.errors import BudgetError, ConfigError, DataError
-from multimodal.bad_samples import BadSample, BadSamples
-from multimodal.counted import counted
-from multimodal.feature_cache.manifest import read_manifest
-from multimodal.generate import GenerationChoice, GenerationSettings, saved_generation
-from multimodal.images import BadImage, decode_image
+from multimodal.bad_samples import BadSample, BadSamples, counted
+from multimodal.data.feature_cache.manifest import read_manifest
+from multimodal.data.images.decode import BadImage, decode_image
+from multimodal.data.shards.reader import DamagedSample
+from multimodal.generation.generate import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.sample import SampleSource
-from multimodal.shards import DamagedSample
 from multimodal.template import Template
-from multimodal.train_settings import TrainSettings
+from multimodal.training.settings import TrainSettings
 from tasks.captioning import Captioning
-from tasks.compose import read_saved
-from tasks.config import Data, RunConfig, comments_as_help
-from tasks.data import DataConfig
-from tasks.run_folder import refuse_taken
+from tasks.data.sources import DataConfig
+from tasks.runs.compose import read_saved
+from tasks.runs.config import Data, RunConfig, comments_as_help
+from tasks.runs.run import refuse_taken
 from tasks.task import Task
 from tasks.vqa import Vqa
 

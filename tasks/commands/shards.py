@@ -7,16 +7,15 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 from multimodal.bad_samples import BadSamples
-from multimodal.manifest import MANIFEST, Manifest, write_manifest
-from multimodal.shard_check import checksummed, verify_shards
-from multimodal.shard_index import ShardLimits
-from multimodal.shard_set import index_shards
-from multimodal.shard_writer import write_shards
-from tasks.caption_folder import read_caption_folder
-from tasks.coco_files import read_coco_captions
+from multimodal.data.shards.check import checksummed, verify_shards
+from multimodal.data.shards.index import ShardLimits, index_shards
+from multimodal.data.shards.manifest import MANIFEST, Manifest, write_manifest
+from multimodal.data.shards.writer import write_shards
 from tasks.commands import Command
-from tasks.file_source import FileSource
-from tasks.vqa_files import read_vqa
+from tasks.data.coco import read_coco_captions
+from tasks.data.files import FileSource
+from tasks.data.folder import read_caption_folder
+from tasks.data.vqa import read_vqa
 
 __all__ = ["CHECK", "COCO", "FOLDER", "IMG2DATASET", "VQA", "shards_check", "shards_coco", "shards_folder", "shards_img2dataset", "shards_vqa"]
 

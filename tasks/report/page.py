@@ -9,25 +9,121 @@ policy forbids it to load or send anything, so a caption that gets past the esca
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
+from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL.Image import Image
 
-from adalink.atomic import write_whole
 from adalink.errors import ConfigError
-from tasks.report.policy import policy
+from adalink.files import write_whole
+from tasks.report.parts import policy, thumbnail
 from tasks.report.svg import Point, describe, draw
-from tasks.report.table import columns, metric_cells
-from tasks.report.thumbnail import thumbnail
-from tasks.report.verdict import Verdict, answer_verdict, caption_verdicts
 
-__all__ = ["AnswerCard", "CaptionCard", "Curve", "MetricRow", "Report", "Trained", "render", "write_report"]
+__all__ = [
+    "AnswerCard", "CaptionCard", "Cell", "Curve", "MetricRow", "Report", "Trained", "Verdict", "answer_verdict",
+    "caption_verdicts", "columns", "metric_cells", "render", "write_report",
+]  # fmt: skip
+
+
+# ----------------------------------------
+# The metric table: one column for each metric that any row has, numbers of a column written alike.
+
+
+_NOTHING = 1e-6  # BLEU of no word in common is a little above 0, by the constants that it adds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """The figure as written, and the length of its bar: its share of the largest of its column, 0..100, or None where no bar fits."""
+
+    text: str
+    bar: float | None = None
+
+
+def columns(rows: Sequence[Mapping[str, float | None]]) -> list[str]:
+    """The metrics of all rows, in the order in which they first come."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def metric_cells(rows: Sequence[Mapping[str, float | None]]) -> list[list[Cell]]:
+    """One list of cells a row, in the order of `columns`: a metric that a row lacks (or has as None) is `–`."""
+    by_column = [_column([row.get(name) for row in rows]) for name in columns(rows)]
+    return [[column[i] for column in by_column] for i in range(len(rows))]
+
+
+def _column(values: Sequence[float | None]) -> list[Cell]:
+    values = [0.0 if value is not None and abs(value) < _NOTHING else value for value in values]
+    finite = [float(value) for value in values if value is not None and math.isfinite(value)]
+    largest = max(map(abs, finite), default=0.0)
+    has_bars = largest > 0 and all(value >= 0 for value in finite)
+    return [_cell(value, largest, has_bars) for value in values]
+
+
+def _cell(value: float | None, largest: float, has_bars: bool) -> Cell:
+    if value is None:
+        return Cell(text="–")
+    if not math.isfinite(value):
+        return Cell(text="not a number" if math.isnan(value) else "∞" if value > 0 else "-∞")
+    decimals = 1 if largest >= 100 else 2 if largest >= 10 or largest == 0 else 3
+    text = f"{value:,.{decimals}f}" if largest == 0 or 1e-2 <= largest < 1e9 else f"{value:.3g}"
+    return Cell(text=text, bar=round(100 * value / largest, 1) if has_bars else None)
+
+
+# ----------------------------------------
+# What the score of one picture means, as a sign, a word and a colour: never the colour alone.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """`tone` colours the badge; `sign`, `word` and `figure` stand in it; people filter the page by `word`."""
+
+    tone: Literal["good", "fair", "bad", "none"]
+    sign: str
+    word: str
+    figure: str = ""
+
+
+UNSCORED = Verdict(tone="none", sign="–", word="not scored")
+
+
+def answer_verdict(score: float | None) -> Verdict:
+    """A VQA accuracy in 0..1: 1.0 -> right, 0.6 -> partly right, 0.0 -> wrong."""
+    if score is None:
+        return UNSCORED
+    figure = f"{100 * score:.3g} %"
+    if score >= 1:
+        return Verdict(tone="good", sign="✓", word="right", figure=figure)
+    if score > 0:
+        return Verdict(tone="fair", sign="◐", word="partly right", figure=figure)
+    return Verdict(tone="bad", sign="✗", word="wrong", figure=figure)
+
+
+def caption_verdicts(scores: Sequence[float | None]) -> list[Verdict]:
+    """Each caption against the others on the page, by thirds: 0.1, 0.5, 2.0 -> lower, middle, higher.
+
+    A caption score has no mark for right, so a sign by itself would claim more than the score says. Equal scores share their
+    middle rank; but the lowest score is lower however many share it (most CIDEr-D scores of a weak model are 0), unless all are equal.
+    """
+    known = sorted(score for score in scores if score is not None)
+    return [UNSCORED if score is None else _third(score, known) for score in scores]
+
+
+def _third(score: float, known: Sequence[float]) -> Verdict:
+    rank = (bisect_left(known, score) + bisect_right(known, score)) / (2 * len(known))
+    figure = f"{score:.3f}"
+    if rank > 2 / 3:
+        return Verdict(tone="good", sign="▲", word="higher", figure=figure)
+    if rank < 1 / 3 or known[0] == score < known[-1]:
+        return Verdict(tone="bad", sign="▼", word="lower", figure=figure)
+    return Verdict(tone="fair", sign="●", word="middle", figure=figure)
+
 
 FOLDER = Path(__file__).parent
 MOST_KEYS = 50  # keys of skipped samples shown for one reason; the log names them all

@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adalink.errors import ConfigError
-from multimodal.lengths import Measure, measured
-from multimodal.sample import Sample
-from tasks.scenes.captions import captions
+from multimodal.sample import Measure, Sample, measured
 from tasks.scenes.draw import png
-from tasks.scenes.questions import questions
 from tasks.scenes.scene import Scene, make_scene
+from tasks.scenes.texts import captions, questions
 
 __all__ = ["Scenes"]
 
@@ -54,7 +52,7 @@ class Scenes:
         return replace(self._texts(index), image=png(self.scene(index), self._lot(index, "picture")))
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
-        """As `multimodal.lengths.TextLengths`: texts are made without drawing, 0.3 ms a sample."""
+        """As `multimodal.sample.TextLengths`: texts are made without drawing, 0.3 ms a sample."""
         return measured(map(self._texts, range(len(self))), len(self), measure)
 
     def _texts(self, index: int) -> Sample:

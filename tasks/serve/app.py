@@ -2,32 +2,228 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 
-from tasks.serve.chat_routes import chat_routes
-from tasks.serve.file_routes import file_routes
-from tasks.serve.guard import BodyGuard
-from tasks.serve.model_routes import model_routes
-from tasks.serve.origin import OriginGuard
-from tasks.serve.refusal import Refused
+from tasks.serve.access import BodyGuard, OriginGuard, check_json
+from tasks.serve.errors import Refused
+from tasks.serve.images import Upload
+from tasks.serve.request import Source
+from tasks.serve.scheduler import Answer, Job
+from tasks.serve.schema import ChatRequest, LoadRequest, Reply, event, model_entry, read_json
 from tasks.serve.service import Service
 
-__all__ = ["make_app"]
+__all__ = ["chat_routes", "file_routes", "make_app", "model_routes"]
+
+
+# ----------------------------------------
+# POST /v1/chat/completions.
+
+
+CLIENT_LEFT = 499  # as nginx has it; nobody reads it
+NO_PLACE = "not read: the adapter's template has no place for instructions"
+SMALL = 65_536  # bytes: read at once; a larger body would hold up the event loop
+FAILED = Refused(500, "the model failed on the batch of this request; the server's log says why", code="internal_error")
+logger = logging.getLogger(__name__)
+
+
+def chat_routes(service: Service) -> APIRouter:
+    """The route that answers."""
+    routes = APIRouter(prefix="/v1")
+
+    @routes.post("/chat/completions")
+    async def chat(request: Request) -> Response:
+        try:
+            return await _chat(service, request)
+        except Refused as refused:
+            service.metrics.status("", refused.status)
+            raise
+
+    return routes
+
+
+async def _chat(service: Service, request: Request) -> Response:
+    check_json(request.headers.get("content-type", "application/json"))  # many a small program gives none; a page cannot leave out its origin
+    body = await request.body()
+    with service.worker.waiting.arriving():
+        asked = read_json(body, ChatRequest) if len(body) < SMALL else await service.in_thread(lambda: read_json(body, ChatRequest))
+        with service.served.using(asked.model) as card:
+            ask, question, source = await service.in_thread(lambda: service.reader.ask(asked, card))
+            if source is not None:
+                ask = replace(ask, picture=await service.picture(source))
+            job = Job(replace(ask, owner=request.state.owner), streams=bool(asked.stream))
+            service.worker.waiting.put(job)
+    service.metrics.n_accepted += 1
+    reply = Reply(asked.model, question, len(asked.messages) - 1, NO_PLACE if asked.has_instructions else None)
+    if asked.stream:
+        include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        events = _stream(service, job, reply, include_usage=include_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    answer = await _end_of(job, request)
+    if answer is None:
+        service.metrics.status(asked.model, CLIENT_LEFT)
+        return Response(status_code=CLIENT_LEFT)
+    if isinstance(answer, Exception):
+        service.metrics.status(asked.model, 500)
+        return JSONResponse(FAILED.content, 500)
+    service.metrics.status(asked.model, 200)
+    service.metrics.answer(asked.model, answer)
+    return JSONResponse(reply.whole(answer))
+
+
+async def _end_of(job: Job, request: Request) -> Answer | Exception | None:
+    """The end of a job that does not stream; None where its client leaves first."""
+    left, end = asyncio.ensure_future(_left(request)), asyncio.ensure_future(job.events.get())
+    try:
+        await asyncio.wait({left, end}, return_when=asyncio.FIRST_COMPLETED)
+        if not end.done():
+            return None
+        answer = end.result()
+        assert not isinstance(answer, str)
+        return answer
+    finally:
+        job.cancelled = True  # changes nothing where it has ended
+        left.cancel()
+        end.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(service: Service, job: Job, reply: Reply, *, include_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events: pieces of the text as they are written."""
+    status = CLIENT_LEFT
+    try:
+        yield reply.piece({"role": "assistant", "content": ""})
+        while isinstance(piece := await job.events.get(), str):
+            yield reply.piece({"content": piece})
+        status = 200 if isinstance(piece, Answer) else 500
+        if isinstance(piece, Answer):
+            service.metrics.answer(reply.model, piece)
+            yield reply.end(piece, include_usage=include_usage)
+        else:
+            yield event(FAILED.content)
+    finally:
+        job.cancelled = True
+        service.metrics.status(reply.model, status)
+
+
+# ----------------------------------------
+# /v1/files: pictures that are uploaded once and asked about often.
+
+
+def file_routes(service: Service) -> APIRouter:
+    """Routes that keep and forget pictures."""
+    routes = APIRouter(prefix="/v1/files")
+
+    @routes.post("")
+    async def add(request: Request) -> dict[str, Any]:
+        name, data = await _uploaded(request)
+        with service.worker.waiting.arriving():
+            await service.picture(Source("file", data=data))  # what is no picture is refused now, not when it is asked about
+        upload = Upload(name, data)
+        service.uploads.add(upload)
+        return _entry(upload)
+
+    @routes.get("/{file_id}")
+    async def get(file_id: str) -> dict[str, Any]:
+        return _entry(service.uploads.get(file_id, "file_id"))
+
+    @routes.delete("/{file_id}")
+    async def remove(file_id: str) -> dict[str, Any]:
+        service.uploads.remove(file_id)
+        return {"id": file_id, "object": "file", "deleted": True}
+
+    return routes
+
+
+async def _uploaded(request: Request) -> tuple[str, bytes]:
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise Refused(400, "the upload is no multipart form: send one with a field `file`", field="content-type")
+    try:
+        async with request.form(max_files=1, max_fields=8, max_part_size=4096) as form:
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise Refused(400, "the form has no field `file` with a file: add the picture there", field="file", code="missing")
+            return (file.filename or "")[:200], await file.read()
+    except (MultiPartException, HTTPException) as error:
+        detail = error.message if isinstance(error, MultiPartException) else error.detail
+        raise Refused(400, f"the form cannot be read: {detail}", field="file") from None
+
+
+def _entry(upload: Upload) -> dict[str, Any]:
+    entry = {"id": upload.id, "object": "file", "bytes": len(upload.data), "created_at": upload.created, "filename": upload.name}
+    return {**entry, "purpose": "vision", "status": "processed"}
+
+
+# ----------------------------------------
+# /v1/models: what is served, and, for operators, loading and unloading adapters.
+
+
+def model_routes(service: Service) -> APIRouter:
+    """Routes about adapters."""
+    routes, admin = APIRouter(prefix="/v1/models"), [Depends(service.admin_keys)]
+    root = service.settings.access.adapters_folder
+
+    @routes.get("")
+    async def everything() -> dict[str, Any]:
+        return {"object": "list", "data": [model_entry(card) for card in service.served.cards.values()]}
+
+    @routes.get("/{name}")
+    async def one(name: str) -> dict[str, Any]:
+        with service.served.using(name) as card:
+            return model_entry(card)
+
+    @routes.post("", dependencies=admin, status_code=201)
+    async def load(request: Request) -> dict[str, Any]:
+        _check_may_change(root)
+        check_json(request.headers.get("content-type", ""))
+        asked = read_json(await request.body(), LoadRequest)
+        return model_entry(await service.served.load(asked.id, _inside(root, asked.folder)))
+
+    @routes.delete("/{name}", dependencies=admin)
+    async def unload(name: str) -> dict[str, Any]:
+        _check_may_change(root)
+        await service.served.unload(name)
+        return {"id": name, "object": "model", "deleted": True}
+
+    return routes
+
+
+def _check_may_change(root: Path | None) -> None:
+    if root is None:
+        raise Refused(403, "adapters of this server stay as they are: its operator gave no --access.adapters_folder", code="not_allowed")
+
+
+def _inside(root: Path | None, folder: str) -> Path:
+    """The folder, inside the operator's. Raises Refused where it is outside, also through links, or not there."""
+    assert root is not None
+    path = (root.resolve() / folder).resolve() if "\0" not in folder else root
+    if not path.is_relative_to(root.resolve()) or path == root.resolve() or not path.is_dir():
+        raise Refused(400, f"folder is {folder[:100]!r}, which is no folder inside of the operator's: give its path there", field="folder")
+    return path
+
 
 PAGE = Path(__file__).parent / "page"
 # The page needs nothing from anywhere else; blob: is the picture that was dropped on it.
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
 PAGE_HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
-CLIENT_LEFT = 499  # as nginx has it; nobody reads it
 
 
 def make_app(service: Service) -> FastAPI:
@@ -48,7 +244,7 @@ def make_app(service: Service) -> FastAPI:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"], expose_headers=["Retry-After"])
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientDisconnect, _left)
+    app.add_exception_handler(ClientDisconnect, _answer_to_nobody)
     app.add_exception_handler(Exception, _failed)
     for routes in (chat_routes(service), file_routes(service), model_routes(service)):
         app.include_router(routes, dependencies=[Depends(service.keys)])
@@ -105,7 +301,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return JSONResponse(refused.content, refused.status, dict(error.headers or {}))
 
 
-async def _left(request: Request, error: Exception) -> Response:
+async def _answer_to_nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_LEFT)
 
 

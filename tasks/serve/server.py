@@ -17,11 +17,11 @@ from adalink.errors import CheckpointError, ConfigError
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
 from tasks.captioning import Captioning
-from tasks.compose import compose
+from tasks.runs.compose import compose
+from tasks.serve.access import BACKLOG, patient_protocol, room_for_connections
 from tasks.serve.app import make_app
-from tasks.serve.decoders import start_early
-from tasks.serve.patience import BACKLOG, patient_protocol, room_for_connections
-from tasks.serve.served import check_served
+from tasks.serve.images import start_early
+from tasks.serve.registry import check_served
 from tasks.serve.service import Service
 from tasks.serve.settings import ServeSettings
 from tasks.vqa import Vqa

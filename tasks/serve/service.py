@@ -3,25 +3,72 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from multimodal.images import ImageLimits
-from multimodal.model import VisionLanguageModel
-from tasks.serve.decoders import Decoders, n_cores
-from tasks.serve.job import Picture
-from tasks.serve.keys import Keys
-from tasks.serve.metrics import Metrics
-from tasks.serve.reading import Reader, Source
-from tasks.serve.remote import RemotePictures
-from tasks.serve.served import Served
-from tasks.serve.settings import ServeSettings
-from tasks.serve.uploads import Uploads
-from tasks.serve.worker import Worker
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-__all__ = ["Service"]
+from multimodal.data.images.decode import ImageLimits
+from multimodal.model import VisionLanguageModel
+from tasks.serve.access import Keys
+from tasks.serve.engine import Worker
+from tasks.serve.images import Decoders, RemotePictures, Uploads, n_cores
+from tasks.serve.registry import Served
+from tasks.serve.request import Reader, Source
+from tasks.serve.scheduler import Answer, Job, Picture
+from tasks.serve.settings import ServeSettings
+
+__all__ = ["Metrics", "Service"]
+
+
+# ----------------------------------------
+# What a server counts, for Prometheus.
+
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """Counts of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.n_accepted = self.n_answered = 0
+        by = ("model", "status")
+        self._requests = Counter("adalink_requests", "requests by model (empty where refused) and status", by, registry=self.registry)
+        self._seconds = Histogram("adalink_request_seconds", "from the queue to the end of the text", by[:1], buckets=SECONDS, registry=self.registry)
+        self._waited = Histogram("adalink_queue_seconds", "from the queue to the batch", buckets=SECONDS, registry=self.registry)
+        self._rows = Histogram("adalink_batch_rows", "requests in the running batch when some join it", buckets=ROWS, registry=self.registry)
+        self._adapters = Histogram("adalink_batch_adapters", "different adapters in the running batch when some join it", buckets=ROWS, registry=self.registry)
+        self._tokens = Counter("adalink_tokens", "tokens of prompts, of these known from before, and new ones", ("kind",), registry=self.registry)
+        self.waiting = Gauge("adalink_waiting", "requests that wait for a batch", registry=self.registry)
+        self.models = Gauge("adalink_adapters", "adapters that are served", registry=self.registry)
+
+    def status(self, model: str, status: int) -> None:
+        """Count a request that ended with a status."""
+        self._requests.labels(model, str(status)).inc()
+
+    def answer(self, model: str, answer: Answer) -> None:
+        """Count an answer."""
+        self.n_answered += 1
+        self._seconds.labels(model).observe(answer.waited + answer.generated)
+        self._waited.observe(answer.waited)
+        self._tokens.labels("prompt").inc(answer.n_prompt)
+        self._tokens.labels("known").inc(answer.n_known)
+        self._tokens.labels("new").inc(answer.n_new)
+
+    def batch(self, jobs: Sequence[Job]) -> None:
+        """Count the running batch, with the jobs that join it now."""
+        self._rows.observe(len(jobs))
+        self._adapters.observe(len({job.ask.adapter for job in jobs}))
+
+    def text(self) -> bytes:
+        """All counts, in Prometheus' text format."""
+        return generate_latest(self.registry)
+
 
 Result = TypeVar("Result")
 READERS = 2  # threads that read texts, numbers and base64, which nobody else waits for long

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from adalink.errors import ConfigError
-from multimodal.generate import GenerationChoice
-from multimodal.images import PILLOW_PIXELS
+from multimodal.data.images.decode import PILLOW_PIXELS
+from multimodal.generation.generate import GenerationChoice
 
 __all__ = ["Access", "Batching", "RequestLimits", "ServeSettings"]
 

@@ -12,7 +12,7 @@ from tiny import excite, tiny
 from adalink import EPALM, IA3, AdaLink, AdaptedModel, BitFit, Bottleneck, LoRA, Prefix, Prompt, get_adalink_model
 from adalink.errors import ConfigError
 from multimodal.sample import Question, Sample
-from multimodal.train_settings import TrainSettings
+from multimodal.training.settings import TrainSettings
 
 TEXTS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "modalities": (lambda value: AdaLink(rank=1, modalities=value), "text", r"AdaLink's modalities is the text 'text', expected a tuple: give \('text',\)"),

@@ -11,7 +11,7 @@ from tiny import INPUTS, excite, tiny
 from torch import Tensor
 
 from adalink import BASE_ROW, AdaLink, AdaptedModel, Bridge, FrozenPart, Prompt, get_adalink_model
-from adalink.checkpoint import WEIGHTS_FILE
+from adalink.checkpoint.folder import WEIGHTS_FILE
 from adalink.errors import CheckpointError, ConfigError
 
 TEXT_ONLY = {"adalink": AdaLink(rank=4, modalities=("text",))}

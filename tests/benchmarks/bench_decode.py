@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from multimodal.pixels import needed_side, read_pixels
+from multimodal.data.inputs import needed_side, read_pixels
 from multimodal.sample import Decode, Sample
 
 

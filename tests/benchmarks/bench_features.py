@@ -24,10 +24,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 import multimodal  # noqa: F401  (makes torchvision importable)
-from multimodal.feature_cache.binding import Binding, Sketch
-from multimodal.feature_cache.cache import FeatureCache
-from multimodal.feature_cache.contents import Contents
-from multimodal.feature_cache.writer import SHARD_BYTES, FeatureWriter
+from multimodal.data.feature_cache.format import Contents
+from multimodal.data.feature_cache.manifest import Binding, Sketch
+from multimodal.data.feature_cache.reader import FeatureCache
+from multimodal.data.feature_cache.writer import SHARD_BYTES, FeatureWriter
 
 SHAPES = {"six pooled vectors of 768": (0, 6, 768), "50 patches of 768": (50, 0, 768), "257 patches of 1024": (257, 0, 1024)}
 

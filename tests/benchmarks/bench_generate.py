@@ -24,9 +24,9 @@ import multimodal  # noqa: F401  # it makes torchvision importable, before trans
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalink import IMAGE, TEXT, AdaLink, AdaptedModel, Bridge, InputSpec, TokenMap
-from multimodal.batch import Batch, collate
-from multimodal.encode import Row
-from multimodal.generate import GenerationSettings, run_generation, written_texts
+from multimodal.batches.collate import Batch, collate
+from multimodal.batches.tokenize import Row
+from multimodal.generation.generate import GenerationSettings, run_generation, written_texts
 from multimodal.language import Language
 
 CONFIG = LlamaConfig(

@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 
-from tasks.bench.clock import alternate
-from tasks.bench.composed import Work, drawn_tower
-from tasks.bench.peak import needs
-from tasks.bench.shapes import LLAMA_60M, OPT_125M, Machine
+from tasks.bench.clock import alternate, needs
+from tasks.bench.models import LLAMA_60M, OPT_125M, Machine, Work, drawn_tower
 from tasks.bench.sides import our_model, our_step
 
 SHAPES = {shape.name: shape for shape in (LLAMA_60M, OPT_125M)}

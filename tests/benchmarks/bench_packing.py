@@ -22,12 +22,11 @@ import torch
 from torch import nn
 
 from adalink import IMAGE, AdaLink, AdaptedModel, Bridge, InputSpec, TokenMap
-from multimodal.batch import Batch, collate
-from multimodal.encode import Row
-from multimodal.fork import trained_domains
-from multimodal.joined_rows import joined_rows
-from multimodal.language_loss import LanguageLoss
-from multimodal.packing import fork_rows, pack_rows, separate_rows
+from multimodal.batches.collate import Batch, collate
+from multimodal.batches.packing import fork_rows, joined_rows, pack_rows, separate_rows
+from multimodal.batches.prefix_sharing import trained_domains
+from multimodal.batches.tokenize import Row
+from multimodal.loss.language_loss import LanguageLoss
 
 FEATURES = 768
 

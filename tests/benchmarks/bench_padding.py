@@ -20,19 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from multimodal.bucketing import BucketedOrder
-from multimodal.encode import Row, RowEncoder
+from multimodal.batches.packing import Arrange, pack_rows, separate_rows
+from multimodal.batches.tokenize import Row, RowEncoder
+from multimodal.data.loader import Texts, train_loader
+from multimodal.data.order import BucketedOrder, MixedOrder, Order, SampleOrder
+from multimodal.data.shards.record import encode_record
 from multimodal.language import Language
-from multimodal.loader import Texts, train_loader
-from multimodal.order import MixedOrder, Order, SampleOrder
-from multimodal.packing import Arrange, pack_rows, separate_rows
 from multimodal.sample import Sample
-from multimodal.shard_record import encode_record
 from multimodal.template import Text
 from tasks.captioning import Captioning
-from tasks.coco_files import read_coco_captions
+from tasks.data.coco import read_coco_captions
+from tasks.data.vqa import read_vqa
 from tasks.vqa import Vqa
-from tasks.vqa_files import read_vqa
 
 
 def language(texts: Iterator[str], tokenizer: Path | None) -> Language:

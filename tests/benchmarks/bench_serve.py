@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adalink import AdaLink, Bridge
 from multimodal.language import load_language
 from tasks.captioning import Captioning
-from tasks.compose import compose, found_part
+from tasks.runs.compose import compose, found_part
 
 N_CLIENTS, N_ADAPTERS, N_PICTURES = 32, 4, 64
 NAMES = tuple(f"caption{i}" for i in range(N_ADAPTERS))

@@ -36,12 +36,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from multimodal.images import decode_image
-from multimodal.order import SampleOrder
+from multimodal.data.images.decode import decode_image
+from multimodal.data.order import SampleOrder
+from multimodal.data.shards.reader import ShardSource
+from multimodal.data.shards.writer import write_shards
+from multimodal.data.workers import made_in_order
 from multimodal.sample import Sample
-from multimodal.shard_writer import write_shards
-from multimodal.shards import ShardSource
-from multimodal.workers import made_in_order
 
 SIDE = 64
 Decode = Callable[[bytes], NDArray[Any]]

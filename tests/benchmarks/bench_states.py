@@ -17,14 +17,13 @@ from statistics import median
 import torch
 
 from adalink import EPALM, PERCEPT, AdaptedModel, InputSpec, TokenMap
-from multimodal.batch import Batch, collate
-from multimodal.encode import Row
-from multimodal.language_loss import LanguageLoss
-from multimodal.layers_below import LayersBelow
-from multimodal.lower_states import LowerStates
-from multimodal.packing import pack_rows, separate_rows
+from multimodal.batches.collate import Batch, collate
+from multimodal.batches.packing import pack_rows, separate_rows
+from multimodal.batches.tokenize import Row
+from multimodal.loss.hidden_states import LayersBelow, LowerStates
+from multimodal.loss.language_loss import LanguageLoss
 from tasks.bench.clock import alternate
-from tasks.bench.shapes import LLAMA_60M, OPT_125M, Machine, language
+from tasks.bench.models import LLAMA_60M, OPT_125M, Machine, language
 
 FEATURES, N_TAPS, VOCABULARY = 768, 6, 32_000
 SHAPES = {"opt125": OPT_125M, "llama60": LLAMA_60M}

@@ -49,8 +49,8 @@ def test_every_option_that_is_shown_is_one(line: str, capsys: pytest.CaptureFixt
 
 
 def test_the_sample_of_a_shard_is_what_is_written() -> None:
+    from multimodal.data.shards.record import decode_record, encode_record
     from multimodal.sample import Question, Sample
-    from multimodal.shard_record import decode_record, encode_record
 
     (shown,) = re.findall(r"000042\.json +(\{.*\})", README)
     sample = Sample(key="42", image_id=42, image=b"", captions=("a dog runs.",), questions=(Question(question_id=7, text="?", answers=("yes",)),))

@@ -12,10 +12,10 @@ import yaml
 from published_shapes import SHAPES, shape_folder
 
 from adalink import Bridge
-from multimodal.blueprint import draw_adapter, draw_language, draw_tower
-from multimodal.feature_cache.contents import Contents, needed_contents
+from multimodal.data.feature_cache.format import Contents, needed_contents
 from tasks.cli import main
-from tasks.config import RunConfig
+from tasks.planning.meta import draw_adapter, draw_language, draw_tower
+from tasks.runs.config import RunConfig
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))

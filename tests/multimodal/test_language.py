@@ -33,7 +33,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from adalink.errors import ConfigError, DataError
-from multimodal.encode import RowEncoder, TextTooLong
+from multimodal.batches.tokenize import RowEncoder, TextTooLong
 from multimodal.language import Language, load_language
 from multimodal.template import Template, Text
 

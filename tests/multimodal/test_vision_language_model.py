@@ -13,8 +13,8 @@ from torch import Tensor
 
 from adalink import IMAGE, AdaLink, Bridge, Prompt
 from adalink.errors import CheckpointError, ConfigError, DataError
-from multimodal.batch import NO_TARGET, Batch, collate
-from multimodal.generate import GenerationSettings
+from multimodal.batches.collate import NO_TARGET, Batch, collate
+from multimodal.generation.generate import GenerationSettings
 from multimodal.language import load_language
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template, Text

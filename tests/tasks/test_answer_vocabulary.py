@@ -10,12 +10,11 @@ import pytest
 
 from adalink.errors import ConfigError, DataError
 from multimodal.bad_samples import BadSample
+from multimodal.data.shards.reader import DamagedSample
 from multimodal.sample import Question, Sample
-from multimodal.shards import DamagedSample
-from tasks.answer_vocabulary import answer_vocabulary
 from tasks.metrics.vqa import score_answers
 from tasks.scenes.dataset import Scenes
-from tasks.vqa import Vqa, graded_question
+from tasks.vqa import Vqa, answer_vocabulary, graded_question
 
 TEN = ("2", "2", "two", "2", "Two!", "a dog", "dog", "the dog", "cat", "bird")
 

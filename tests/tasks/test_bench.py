@@ -16,13 +16,9 @@ import torch
 from cli_run import adalink, refused
 
 from adalink.errors import DataError
-from tasks.bench import scripts
-from tasks.bench.clock import alternate
-from tasks.bench.composed import Work, drawn_tower
-from tasks.bench.finding import Finding
-from tasks.bench.listing import as_line
-from tasks.bench.peak import needs
-from tasks.bench.shapes import TINY_LLAMA, TINY_OPT, Machine
+from tasks.bench import measurements as scripts
+from tasks.bench.clock import Finding, alternate, as_line, needs
+from tasks.bench.models import TINY_LLAMA, TINY_OPT, Machine, Work, drawn_tower
 from tasks.bench.sides import our_model, our_step, their_step
 
 CPU = Machine(device=torch.device("cpu"), dtype=torch.float32)

@@ -10,7 +10,7 @@ from adalink.errors import ConfigError, DataError
 from multimodal.sample import Question, Sample
 from multimodal.template import Text
 from tasks.metrics.bootstrap import Resampling
-from tasks.run_metrics import write_metrics
+from tasks.runs.results import write_metrics
 from tasks.task import TRAINED, Asked
 from tasks.vqa import Vqa, most_common
 

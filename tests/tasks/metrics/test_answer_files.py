@@ -8,7 +8,7 @@ import pytest
 from shared import fixtures, shared
 
 from adalink.errors import DataError
-from tasks.metrics.answer_files import check_questions, read_answer_results, read_graded_questions, read_question_ids
+from tasks.metrics.files import check_questions, read_answer_results, read_graded_questions, read_question_ids
 from tasks.metrics.vqa import GradedQuestion, score_answers
 
 

@@ -11,7 +11,7 @@ import pytest
 from shared import fixtures
 
 from adalink.errors import ConfigError, DataError
-from tasks.metrics.java_captions import meteor, spice
+from tasks.metrics.captions import meteor, spice
 
 needs_java = pytest.mark.skipif(
     importlib.util.find_spec("pycocoevalcap") is None or shutil.which("java") is None, reason="pycocoevalcap or Java is not installed"

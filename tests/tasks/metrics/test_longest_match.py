@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.metrics.longest_match import Scanner
+from tasks.metrics.ptb.patterns import Scanner
 
 # In lower case and without case, so that `re` reads them alike.
 PATTERNS = ["ab", "(a|ab)(c|bcd)?", "a*b+", "[ab]{2,3}c?", "c(ab)*", "[^ab]{2}", "(a|b|c){4,}", "a?b{0}c", "(ab|)c{2}", "[]"]

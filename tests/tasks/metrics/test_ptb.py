@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shared import fixtures
 
-from tasks.metrics.ptb import tokenize_captions
-from tasks.metrics.ptb_written import lower
+from tasks.metrics.ptb.tokenizer import tokenize_captions
+from tasks.metrics.ptb.words import lower
 
 
 def tokenize(caption: str) -> list[str]:

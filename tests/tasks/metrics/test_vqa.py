@@ -1,21 +1,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import plain_vqa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared import fixtures
 
 from adalink.errors import ConfigError, DataError
-from tasks.metrics.vqa import GradedQuestion, few_answers_note, fitting_scorer, has_few_answers, score_answers
-from tasks.metrics.vqa_words import clean, normalize
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import plain_vqa
+from tasks.metrics.vqa import GradedQuestion, clean, few_answers_note, fitting_scorer, has_few_answers, normalize, score_answers
 
 
 def question(answers: list[str], **fields: Any) -> GradedQuestion:

@@ -23,7 +23,7 @@ from shared import PATIENCE
 from adalink import AdaLink, Bridge
 from multimodal.model import VisionLanguageModel
 from tasks.captioning import Captioning
-from tasks.compose import compose
+from tasks.runs.compose import compose
 from tasks.scenes.dataset import Scenes
 from tasks.vqa import Vqa
 

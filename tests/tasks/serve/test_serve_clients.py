@@ -12,7 +12,7 @@ import pytest
 from served import Server, data_url, messages, picture
 from shared import PATIENCE
 
-from tasks.serve.chat import ChatRequest
+from tasks.serve.schema import ChatRequest
 
 QUESTION = "is it red?"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from served import picture
 
-from multimodal.image_parts import MAX_SCANS
-from multimodal.images import BadImage, ImageLimits, decode_image
-from tasks.serve.decoders import Decoders
+from multimodal.data.images.decode import BadImage, ImageLimits, decode_image
+from multimodal.data.images.format import MAX_SCANS
+from tasks.serve.images import Decoders
 
 
 def segment(marker: int, content: bytes) -> bytes:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from served import messages, picture
 
-from multimodal.generate import GenerationChoice, GenerationSettings
-from multimodal.images import decode_image
+from multimodal.data.images.decode import decode_image
+from multimodal.generation.generate import GenerationChoice, GenerationSettings
 from multimodal.model import VisionLanguageModel
 from tasks.scenes import encoder_folder, language_folder
-from tasks.serve.chat import ChatRequest
-from tasks.serve.reading import Reader
-from tasks.serve.served import Card
+from tasks.serve.registry import Card
+from tasks.serve.request import Reader
+from tasks.serve.schema import ChatRequest
 from tasks.serve.settings import RequestLimits, ServeSettings
 from tasks.vqa import Vqa
 

@@ -13,8 +13,8 @@ from served import QUESTIONS, TASKS, Server, messages, picture
 from shared import PATIENCE
 
 from adalink import BASE_NAME
-from multimodal.generate import GenerationSettings
-from multimodal.images import decode_image
+from multimodal.data.images.decode import decode_image
+from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
 
 

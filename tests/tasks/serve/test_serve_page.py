@@ -13,7 +13,7 @@ from browser import CHROMIUM, Page, browsing
 from served import QUESTIONS, Server, picture
 
 from adalink import BASE_NAME
-from multimodal.images import decode_image
+from multimodal.data.images.decode import decode_image
 from multimodal.model import VisionLanguageModel
 from tasks.captioning import Captioning
 

@@ -20,19 +20,15 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from adalink.errors import ConfigError
-from multimodal.encode import Row
-from multimodal.generate import GenerationSettings
+from multimodal.batches.tokenize import Row
+from multimodal.generation.generate import GenerationSettings
 from tasks.scenes import language_folder
-from tasks.serve.guard import BodyGuard
-from tasks.serve.job import Ask, Job, Picture
-from tasks.serve.patience import room_for_connections
-from tasks.serve.refusal import Refused
-from tasks.serve.remote import RemotePictures, is_public
-from tasks.serve.sampling import DrawnRows, Sampling
+from tasks.serve.access import BodyGuard, room_for_connections
+from tasks.serve.engine import Written
+from tasks.serve.errors import Refused
+from tasks.serve.images import RemotePictures, Upload, Uploads, is_public
+from tasks.serve.scheduler import Ask, DrawnRows, Job, Picture, Sampling, Waiting, chosen, joining
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
-from tasks.serve.uploads import Upload, Uploads
-from tasks.serve.waiting import Waiting, chosen, joining
-from tasks.serve.written import Written
 
 
 def job(adapter: str = "a", n_prompt: int = 5, n_new: int = 10, beams: int = 1) -> Job:
@@ -96,7 +92,7 @@ class Clock:
 
     def __init__(self, waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
         self.waiting, self.now, self.coming = waiting, 100.0, list[Job]()
-        monkeypatch.setattr("tasks.serve.waiting.time", self)
+        monkeypatch.setattr("tasks.serve.scheduler.time", self)
         monkeypatch.setattr(waiting._changed, "wait", self.wait)
 
     def perf_counter(self) -> float:

@@ -9,21 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from composed_path import FAMILIES, compose, excite
+from composed import FAMILIES, compose, excite
 from served import picture
 from shared import PATIENCE
 
 from adalink import BASE_NAME, AdaLink, Bridge, Gated, Prompt
-from multimodal.generate import GenerationSettings
-from multimodal.images import decode_image
+from multimodal.data.images.decode import decode_image
+from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
-from tasks.serve.job import Answer, Ask, Job, Picture
-from tasks.serve.kept_features import KeptFeatures
-from tasks.serve.kept_prompts import KeptPrompts
-from tasks.serve.running import Running
-from tasks.serve.sampling import Sampling
+from tasks.serve.cache import KeptFeatures, KeptPrompts
+from tasks.serve.engine import Running, Worker
+from tasks.serve.scheduler import Answer, Ask, Job, Picture, Sampling
 from tasks.serve.settings import Batching, RequestLimits
-from tasks.serve.worker import Worker
 
 QUESTIONS = ("is it red ?", "is it a big red ball ?", "is it ?", "a cube ?")
 MANY = 2**30
@@ -262,7 +259,7 @@ class MemoryEnds:
         return self.function(*arguments, **named)
 
 
-@pytest.mark.parametrize("place", ["multimodal.decoding.left_padded", "multimodal.decoding._padded", "multimodal.decoding._beside", "tasks.serve.running._chosen"])
+@pytest.mark.parametrize("place", ["multimodal.generation.decoding.left_padded", "multimodal.generation.decoding._padded", "multimodal.generation.decoding._beside", "tasks.serve.engine._chosen"])
 def test_where_memory_ends_while_a_row_joins_the_rows_that_run_are_not_touched(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     module, _, name = place.rpartition(".")

@@ -12,10 +12,10 @@ from served import Server, messages, picture, serving
 from shared import PATIENCE
 
 from adalink import AdaLink, Bridge, LoRA
-from multimodal.images import decode_image
+from multimodal.data.images.decode import decode_image
 from multimodal.model import VisionLanguageModel
 from tasks.captioning import Captioning
-from tasks.compose import compose
+from tasks.runs.compose import compose
 from tasks.vqa import Vqa
 
 

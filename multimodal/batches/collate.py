@@ -1,0 +1,271 @@
+"""Rows of several pictures, padded into tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from adalink import PAD
+from adalink.attachment.existing import NO_LABEL
+from multimodal.batches.tokenize import Row
+
+if TYPE_CHECKING:
+    from multimodal.batches.tokenize import Row
+
+__all__ = ["NO_TARGET", "Batch", "Beginning", "additive", "beginning_of", "block_mask", "collate", "packed_attention"]
+
+
+# ----------------------------------------
+# What the rows about a picture begin with, read in a call of its own: once for all of them, or without gradient where nothing learns there.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """The first `length` tokens of every row of a batch, alike in all rows about a picture, and the targets of both parts of the rows.
+
+    first            int64 [I]      the row that each picture's beginning is taken from
+    which            int64 [B]      the beginning of each row, counted in `first`
+    each             how many rows every beginning has; None where they differ
+    source, target   int64 [I, M]   what the beginnings predict, for all rows of their picture; as in Batch
+    own_source, own_target   int64 [B, M]   what the rest of each row predicts; positions are counted from `length`
+    domains, own_domains     the domains that occur in the beginnings, and in the rest
+    """
+
+    length: int
+    first: Tensor
+    which: Tensor
+    each: int | None
+    source: Tensor
+    target: Tensor
+    own_source: Tensor
+    own_target: Tensor
+    domains: frozenset[int]
+    own_domains: frozenset[int]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether any beginning is that of several rows."""
+        return len(self.first) < len(self.which)
+
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> Beginning:
+        """The same on a device."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in own.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+def beginning_of(rows: Sequence[Row], image: Sequence[int]) -> Beginning | None:
+    """What right-padded rows begin with: as much as the shortest of their own beginnings. None where one of them has none."""
+    length = min(row.beginning for row in rows)
+    if not length:
+        return None
+    pictures = list(dict.fromkeys(image))
+    first = [list(image).index(picture) for picture in pictures]
+    which = [pictures.index(picture) for picture in image]
+    assert all(row.ids[:length] == rows[first[i]].ids[:length] for i, row in zip(which, rows, strict=True))
+    pairs = [list(zip(row.source, row.target, strict=True)) for row in rows]
+    shared = [[pair for i, own in zip(which, pairs, strict=True) if i == n for pair in own if pair[0] < length] for n in range(len(first))]
+    rest = [[(source - length, target) for source, target in own if source >= length] for own in pairs]
+    source, target = _columns(shared)
+    own_source, own_target = _columns(rest)
+    return Beginning(
+        length=length,
+        first=torch.tensor(first),
+        which=torch.tensor(which),
+        each=len(rows) // len(first) if which == sorted(which) and len({which.count(n) for n in which}) == 1 else None,
+        source=source,
+        target=target,
+        own_source=own_source,
+        own_target=own_target,
+        domains=frozenset().union(*(row.domain[:length] for row in rows)),
+        own_domains=frozenset().union(*(row.domain[length:] for row in rows)),
+    )
+
+
+def _columns(pairs: Sequence[Sequence[tuple[int, int]]]) -> tuple[Tensor, Tensor]:
+    """Sources and targets, int64 [rows, longest] each; padding is source 0 without a target."""
+    sources = [torch.tensor([source for source, _ in row], dtype=torch.int64) for row in pairs]
+    targets = [torch.tensor([target for _, target in row], dtype=torch.int64) for row in pairs]
+    return pad_sequence(sources, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=NO_LABEL)
+
+
+# ----------------------------------------
+# What a token of a packed row may read: what its text shares with the others about its picture, and its own text before it.
+
+
+def additive(
+    segment: Tensor,
+    is_padding: Tensor,
+    dtype: torch.dtype,
+    *,
+    picture: Tensor | None = None,
+    position: Tensor | None = None,
+    window: int | None = None,
+    start: int = 0,
+) -> Tensor:
+    """float [B, 1, T - start, T]: 0 where a token from `start` on may read another, the dtype's minimum elsewhere.
+
+    Not boolean: eager attention would add 0 and 1 to its scores. Every token reads itself, padding too: a softmax over nothing is NaN.
+
+    segment           int64 [B, T]: 0 for what all texts about a picture share
+    picture           int64 [B, T]: which picture each token is about; None where each row is about one
+    position, window  int64 [B, T]: each token's place in its own text; a token reads `window` places back, itself among them
+    """
+    order = torch.arange(segment.shape[1], device=segment.device)
+    may_read = (order[start:, None] >= order) & ((segment[:, None, :] == 0) | (segment[:, start:, None] == segment[:, None, :]))
+    may_read = may_read & ~is_padding[:, None, :]
+    if picture is not None:
+        may_read = may_read & (picture[:, start:, None] == picture[:, None, :])
+    if window is not None and position is not None:
+        may_read = may_read & (position[:, start:, None] - position[:, None, :] < window)
+    may_read = may_read | (order[start:, None] == order)
+    return torch.zeros_like(may_read, dtype=dtype).masked_fill(~may_read, torch.finfo(dtype).min)[:, None]
+
+
+def block_mask(
+    segment: Tensor, is_padding: Tensor, *, position: Tensor, picture: Tensor | None = None, window: int | None = None, start: int = 0
+) -> Any:
+    """The same as a BlockMask [B, 1, T - start, T] for flex attention, which skips blocks that nothing reads and needs a GPU to learn."""
+    from torch.nn.attention.flex_attention import create_block_mask  # late: it loads the compiler
+
+    about = torch.zeros_like(segment) if picture is None else picture
+
+    def may_read(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        q = q + start
+        own = ((segment[b, k] == 0) | (segment[b, k] == segment[b, q])) & (about[b, k] == about[b, q])
+        near = position[b, q] - position[b, k] < (window or segment.shape[1])
+        return (q == k) | ((q > k) & own & near & ~is_padding[b, k])
+
+    n_rows, length = segment.shape
+    return create_block_mask(may_read, n_rows, None, length - start, length, device=segment.device)
+
+
+def packed_attention(
+    implementation: str,
+    windows: Mapping[str, int | None],
+    segment: Tensor,
+    is_padding: Tensor,
+    position: Tensor,
+    dtype: torch.dtype,
+    start: int = 0,
+    picture: Tensor | None = None,
+) -> Any:
+    """What the model takes as `attention_mask`: one mask, or one for each kind of layer where kinds have names.
+
+    windows: kind of layer -> how far it reads back; {"": None} where all layers are alike
+    """
+    masks: dict[str, Any] = {
+        kind: block_mask(segment, is_padding, position=position, picture=picture, window=window, start=start)
+        if implementation == "flex_attention"
+        else additive(segment, is_padding, dtype, picture=picture, position=position, window=window, start=start)
+        for kind, window in windows.items()
+    }
+    return masks.get("", masks)
+
+
+NO_TARGET = -100  # torch's cross entropy ignores it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B rows about I pictures; a picture with five captions is encoded once.
+
+    ids          int64 [B, T]
+    domain       int64 [B, T]        PAD for padding
+    source       int64 [B, M]        position of the hidden state that predicts ...
+    target       int64 [B, M]        ... this id; NO_TARGET for padding. Explicit pairs, so that one row may hold several texts
+    image        int64 [B]           which picture the row, or the first part of it, is about
+    pixels       float [I, 3, H, W]  the pictures, or
+    patches      float [I, N + L, Dv]  their features, where they are kept: patches, then the pooled vector of each block (or none), or
+    taps         float [I, L, Dv]    pooled vectors alone, of the last blocks
+    decoder_ids  int64 [B, U]        encoder-decoder models only; sources are positions in it
+    position     int64 [B, T]        each token's position in its own text, padding skipped
+    segment      int64 [B, T]        which of several packed texts about its picture a token belongs to; None where no row is packed
+    picture      int64 [B, T]        which picture a token is about; None where each row is about one
+    beginning    what the rows begin with, where that can be read in a call of its own
+    score        float [B, M]        where a head chooses the answer: what each target, the number of an answer, would score; padding too
+    n_targets    what the loss is divided by; the batch's own number of targets (of rows, where a head chooses) unless a training loop knows better
+    keys         of the I pictures
+    """
+
+    ids: Tensor
+    domain: Tensor
+    source: Tensor
+    target: Tensor
+    image: Tensor
+    n_targets: float
+    position: Tensor
+    segment: Tensor | None = None
+    picture: Tensor | None = None
+    beginning: Beginning | None = None
+    pixels: Tensor | None = None
+    patches: Tensor | None = None
+    taps: Tensor | None = None
+    decoder_ids: Tensor | None = None
+    score: Tensor | None = None
+    keys: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in own.items() if isinstance(value, Tensor | Beginning)}
+        return replace(self, **moved)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """int64 [B, T]: 1 for every token that is not padding."""
+        return (self.domain != PAD).long()
+
+    def attention(self, dtype: torch.dtype) -> Tensor:
+        """The mask that a model without windows takes: int64 [B, T], or additive [B, 1, T, T] where rows are packed."""
+        return self.attention_mask if self.segment is None else additive(self.segment, self.domain == PAD, dtype, picture=self.picture)
+
+
+def collate(
+    rows: Sequence[Row],
+    image: Sequence[int],
+    pictures: Tensor,
+    *,
+    kind: Literal["pixels", "patches", "taps"],
+    side: Literal["left", "right"],
+    pad_id: int,
+    keys: Sequence[str] = (),
+) -> Batch:
+    """Pad rows into a batch: on the right to learn, on the left to generate, where the next token must follow the last one."""
+    length = max(len(row.ids) for row in rows)
+    left = [length - len(row.ids) if side == "left" else 0 for row in rows]
+    # With a decoder, sources are positions in decoder_ids, which start at the left on either side.
+    shift = [0 if row.decoder_ids else offset for row, offset in zip(rows, left, strict=True)]
+    scores = [row.score for row in rows if row.score is not None]
+    return Batch(
+        ids=_padded([row.ids for row in rows], pad_id, left),
+        domain=_padded([row.domain for row in rows], PAD, left),
+        source=_padded([tuple(s + offset for s in row.source) for row, offset in zip(rows, shift, strict=True)], 0),
+        target=_padded([row.target for row in rows], NO_TARGET),
+        image=torch.tensor(image, dtype=torch.int64),
+        n_targets=sum(len(row.target) if row.score is None else 1 for row in rows),
+        pixels=pictures if kind == "pixels" else None,
+        patches=pictures if kind == "patches" else None,
+        taps=pictures if kind == "taps" else None,
+        position=_padded([row.position or tuple(range(len(row.ids))) for row in rows], 0, left),
+        segment=_padded([row.segment or (0,) * len(row.ids) for row in rows], 0, left) if any(row.segment for row in rows) else None,
+        picture=_padded([row.picture for row in rows], 0, left) if rows[0].picture else None,
+        beginning=beginning_of(rows, image) if side == "right" else None,
+        decoder_ids=_padded([row.decoder_ids for row in rows], pad_id) if rows[0].decoder_ids else None,
+        score=_padded(scores, 0, dtype=torch.float32) if scores else None,
+        keys=tuple(keys),
+    )
+
+
+def _padded(rows: Sequence[tuple[float, ...]], value: int, left: Sequence[int] | None = None, dtype: torch.dtype = torch.int64) -> Tensor:
+    """[len(rows), longest]: each row after `left` values of padding (none by default), the rest padding too."""
+    result = torch.full((len(rows), max(len(row) for row in rows)), value, dtype=dtype)
+    for i, row in enumerate(rows):
+        start = left[i] if left else 0
+        result[i, start : start + len(row)] = torch.tensor(row, dtype=dtype)
+    return result

@@ -1,0 +1,308 @@
+"""The calls of the language model that a batch is learnt with: one, or one for what rows about a picture share and one for the rest.
+
+    rows  [picture, prompt, caption 1]        beginnings  [picture, prompt]       once, or without gradient
+          [picture, prompt, caption 2]        the rest    [caption 1], [caption 2] after its keys and values
+
+Equal in loss and gradients to one call wherever no token reads a later one. With gradient it pays where a row cannot hold several texts;
+without, wherever nothing that is trained reads or writes the beginnings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, Adapter, TokenMap
+from multimodal.batches.collate import Batch, Beginning, collate, packed_attention
+from multimodal.batches.tokenize import Row
+
+__all__ = [
+    "EAGER_FAMILIES", "REFUSALS", "SDPA_FAMILIES", "ModelCall", "agree", "caches", "calls_of", "forks_exactly", "has_row_cache", "may_fork",
+    "may_pack", "trained_domains", "trial_call", "unadapted", "windows",
+]  # fmt: skip
+
+
+# ----------------------------------------
+# The keys and values of beginnings, as a cache that texts are read after: gradients flow through it, and reading it again changes nothing.
+
+
+class Read(DynamicLayer):  # a layer of transformers' Cache, which asks for its class
+    """A layer's keys and values of the beginnings, kept as they are first made: checkpointing makes them again in the backward pass."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What attention reads, [I, H, T, D] each: these keys and values."""
+        if self.get_seq_length() == 0:
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
+
+
+class After(DynamicLayer):
+    """The keys and values that a text comes after; those of the text are not kept, so that a layer may be run twice.
+
+    which   int64 [B], the beginning of each row
+    each    how many rows in a row have the same beginning; None where pictures have several numbers of texts
+    """
+
+    def __init__(self, read: Read, which: Tensor, each: int | None) -> None:
+        super().__init__()
+        self.read, self.which, self.each = read, which, each
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What attention reads, [B, H, T, D] each: the row's beginning, then these."""
+        assert self.read.keys is not None
+        assert self.read.values is not None
+        return self._joined(self.read.keys, key_states), self._joined(self.read.values, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens of the beginning."""
+        return self.read.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys attention reads, and the place of the first."""
+        return self.get_seq_length() + query_length, 0
+
+    def _joined(self, beginning: Tensor, own: Tensor) -> Tensor:
+        """[I, H, P, D] and [B, H, T, D] -> [B, H, P + T, D]. Equal numbers need one copy, and a plain sum for the gradient, not two and an index."""
+        if self.each is None:
+            return torch.cat([beginning[self.which], own], -2)
+        spread = beginning[:, None].expand(-1, self.each, -1, -1, -1)
+        return torch.cat([spread, own.unflatten(0, (-1, self.each))], -2).flatten(0, 1)
+
+
+def caches(n_layers: int, which: Tensor, each: int | None) -> tuple[Cache, Cache]:
+    """The cache that beginnings are read into, and the one that is given with what comes after them.
+
+    Neither drops what a window does not reach: masks are made for all keys, by the model or by us.
+    """
+    read = [Read() for _ in range(n_layers)]
+    return Cache(layers=list(read)), Cache(layers=[After(layer, which, each) for layer in read])
+
+
+# ----------------------------------------
+# What each family of language models lets its texts share: a row, a cache, or nothing.
+
+
+# Families that take a 4D mask with position ids, each proven equal in tests/multimodal/batches/test_packing_families.py. Others may refuse one
+# (Bloom), or take it and be silently wrong (MPT, and Gemma2 where sdpa drops its cap).
+SDPA_FAMILIES = frozenset(
+    "biogpt falcon gemma gemma3_text gpt2 gpt_neox llama mistral olmo2 opt phi phi3 qwen2 qwen3 smollm3 stablelm".split()
+)
+EAGER_FAMILIES = frozenset("gemma2 gpt_neo gptj xglm".split())
+
+_ROTATES_BY_LENGTH = ("dynamic", "longrope")  # rotations that depend on how long the call's rows are
+
+
+def may_pack(model: Any) -> bool:
+    """Whether the model is exact with several texts in a row, told by a 4D mask and position ids."""
+    config = model.config
+    if config.model_type in SDPA_FAMILIES:
+        implementations: tuple[str, ...] = ("sdpa", "eager", "flex_attention")
+    else:
+        implementations = ("eager",) if config.model_type in EAGER_FAMILIES else ()
+    if config._attn_implementation not in implementations:
+        return False
+    # Falcon's ALiBi and GPT-Neo's local layers count from the row's beginning, whatever the positions are.
+    counts_columns = getattr(config, "alibi", False) or "local" in (getattr(config, "attention_layers", None) or ())
+    return not counts_columns and not getattr(config, "use_bidirectional_attention", False)
+
+
+def may_fork(model: Any) -> bool:
+    """Whether the model reads a text after the kept keys and values of what came before as it would read both at once.
+
+    Not where attention looks ahead (an encoder; pictures and prompts of PaliGemma), where states and not tokens are kept (Mamba), and
+    where rotations change with a row's length.
+    """
+    config = model.config
+    # Composite models mark pictures that are read both ways.
+    if config.get_text_config() is not config or not model.can_generate() or not has_row_cache(model):
+        return False
+    looks_ahead = not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False)
+    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    return not looks_ahead and not _is_encoder(model) and rotation not in _ROTATES_BY_LENGTH
+
+
+def has_row_cache(model: Any) -> bool:
+    """Whether the model keeps keys and values of each token and nothing else, so that rows can come, go and be copied."""
+    if model.config.is_encoder_decoder or model._is_stateful or not model._supports_default_dynamic_cache():
+        return False
+    if "chunked_attention" in (getattr(model.config, "layer_types", None) or ()):  # chunks are counted from the first column, padding too
+        return False
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers)
+
+
+def windows(config: Any) -> Mapping[str, int | None]:
+    """Kind of layer -> how many places back it reads, itself among them; {"": None} where all layers are alike and read everything.
+
+    The names are those under which the model takes its masks.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if kinds == {"full_attention", "sliding_attention"} or kinds == {"sliding_attention"}:
+        return {"full_attention": None, "sliding_attention": window}
+    return {"": window if not kinds and getattr(config, "use_sliding_window", True) else None}
+
+
+def _is_encoder(model: Any) -> bool:
+    """Whether the model's attention says that it is not causal."""
+    said = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    return bool(said) and not any(said)
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of the language model: its tokens, its arguments, and what its hidden states predict.
+
+    source, target   int64 [B, M], as in Batch; positions are those of the call's tokens
+    learns           whether a gradient goes through it
+    """
+
+    token_map: TokenMap
+    arguments: Mapping[str, Any]
+    source: Tensor
+    target: Tensor
+    learns: bool = True
+
+    @contextlib.contextmanager
+    def bound(self, adapted: AdaptedModel) -> Iterator[None]:
+        """Where the call is to be made."""
+        with adapted.attachment.bind(self.token_map), contextlib.nullcontext() if self.learns else torch.no_grad():
+            yield
+
+
+def calls_of(adapted: AdaptedModel, batch: Batch, token_map: TokenMap) -> list[ModelCall]:
+    """The calls to be made, in this order: the second reads what the first left in its cache."""
+    start = batch.beginning
+    if start is None:
+        return [_whole(adapted.base, batch, token_map)]
+    learns = not _is_untouched(adapted, start, token_map)
+    if learns and (batch.segment is not None or not start.is_shared):
+        return [_whole(adapted.base, batch, token_map)]
+    first, after = caches(len(adapted.anatomy.layers), start.which, start.each)
+    return [_beginnings(adapted.base, batch, token_map, start, first, learns), _rest(adapted.base, batch, token_map, start, after)]
+
+
+def trained_domains(adapter: Adapter) -> frozenset[int]:
+    """The domains whose tokens something trained reads or writes."""
+    found: set[int] = set()
+    for placement in adapter.placements:
+        if any(parameter.requires_grad for module in (placement.edit, *placement.shared.values()) for parameter in module.parameters()):
+            found.update(placement.domains)
+    return frozenset(found)
+
+
+def _is_untouched(adapted: AdaptedModel, start: Beginning, token_map: TokenMap) -> bool:
+    """Whether no gradient could reach anything trained through the beginnings."""
+    served = [adapter for name, adapter in adapted.adapters.items() if token_map.serving is None or adapted.indices[name] in token_map.serving]
+    edited = any(not trained_domains(adapter).isdisjoint(start.domains) for adapter in served)  # type: ignore[arg-type]
+    given = any(value.requires_grad for value in token_map.inputs.values())
+    return not edited and not given and not any(parameter.requires_grad for parameter in adapted.base.parameters())
+
+
+def _whole(base: Any, batch: Batch, token_map: TokenMap) -> ModelCall:
+    arguments: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
+    if batch.decoder_ids is not None:
+        arguments |= {"attention_mask": batch.attention_mask, "decoder_input_ids": batch.decoder_ids}
+    else:
+        arguments |= {"attention_mask": _attention(base, batch, 0), "position_ids": batch.position}
+    return ModelCall(token_map, _accepted(base, arguments), batch.source, batch.target)
+
+
+def _beginnings(base: Any, batch: Batch, token_map: TokenMap, start: Beginning, cache: Any, learns: bool) -> ModelCall:
+    first, n = start.first, start.length
+    inputs = {name: value[first] for name, value in token_map.inputs.items()}
+    own = replace(token_map, domain=batch.domain[first, :n], row=token_map.row[first], inputs=inputs, present=start.domains)
+    ids = batch.ids[first, :n]
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": batch.position[first, :n], "past_key_values": cache}
+    return ModelCall(own, _accepted(base, {**arguments, "use_cache": False}), start.source, start.target, learns)
+
+
+def _rest(base: Any, batch: Batch, token_map: TokenMap, start: Beginning, cache: Any) -> ModelCall:
+    n = start.length
+    arguments = {"input_ids": batch.ids[:, n:], "attention_mask": _attention(base, batch, n), "position_ids": batch.position[:, n:], "past_key_values": cache}
+    # Only the rest's own domains: the bridge is not run again for every row.
+    return ModelCall(replace(token_map, present=start.own_domains), _accepted(base, {**arguments, "use_cache": False}), start.own_source, start.own_target)
+
+
+def _attention(base: Any, batch: Batch, start: int) -> Any:
+    """int64 [B, T]: 1 where a token is none of the padding; where rows are packed, what each of the tokens from `start` on may read."""
+    if batch.segment is None:
+        return batch.attention_mask
+    is_padding = batch.attention_mask == 0
+    implementation = base.config._attn_implementation
+    return packed_attention(implementation, windows(base.config), batch.segment, is_padding, batch.position, base.dtype, start, batch.picture)
+
+
+def _accepted(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without position ids, where the model takes none: it counts distances."""
+    takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+    return {name: value for name, value in arguments.items() if name != "position_ids" or takes_positions}
+
+
+# ----------------------------------------
+# Small calls of a language model without its adapters, to try out whether the model bears being run in another way.
+
+
+# What models raise that do not bear it.
+REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def trial_call(adapted: AdaptedModel) -> ModelCall:
+    """Two rows, one padded, that ask for their tokens in no order, and for one of them twice."""
+    texts = (((1, 2, 3, 4, 5, 6, 7, 8), (6, 2, 2, 0)), ((1, 5, 3, 7, 8), (3, 4, 1, 0)))
+    rows = [Row(ids, (TEXT, *(ANSWER,) * (len(ids) - 1)), source, source) for ids, source in texts]
+    batch = collate(rows, [0, 0], torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0).to(next(adapted.base.parameters()).device)
+    (call,) = calls_of(adapted, batch, unadapted(batch))
+    return call
+
+
+def unadapted(batch: Batch) -> TokenMap:
+    """The batch's tokens, served by no adapter."""
+    return TokenMap(batch.domain, torch.full_like(batch.image, BASE_ROW), serving=frozenset())
+
+
+def agree(found: Tensor, wanted: Tensor) -> bool:
+    """Whether scores are the same but for rounding: of float32 at least, which norms and softmax compute in."""
+    near = max(torch.finfo(torch.float32).eps, torch.finfo(wanted.dtype).eps) ** 0.5
+    return bool((found - wanted).double().norm() <= near * wanted.double().norm())
+
+
+# ----------------------------------------
+# A trial of a language model that nobody tested: does it read a text after a cache as it reads the whole row?
+
+
+SHARED = 3
+NEAR = 0.05  # of the scores' norm: bfloat16 rounds by 0.01, what is wrong is off by 1
+
+
+@torch.no_grad()
+def forks_exactly(adapted: AdaptedModel) -> bool:
+    """Whether two short texts get the same scores forked and apart. Runs the model on twenty tokens, without its adapters."""
+    whole, forked = (_batch(beginning).to(next(adapted.base.parameters()).device) for beginning in (0, SHARED))
+    is_text = whole.attention_mask[:, SHARED:] == 1
+    try:
+        apart, after = (_scores(adapted, batch)[:, -is_text.shape[1] :][is_text].float() for batch in (whole, forked))
+    except REFUSALS:  # a cache of another kind
+        return False
+    return bool((after - apart).norm() <= NEAR * apart.norm())
+
+
+def _batch(beginning: int) -> Batch:
+    texts = ((1, 2, 3, 4, 5, 6), (1, 2, 3, 7, 8))
+    rows = [Row(ids, (TEXT,) * SHARED + (ANSWER,) * (len(ids) - SHARED), beginning=beginning) for ids in texts]
+    return collate(rows, [0, 0], torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0)
+
+
+def _scores(adapted: AdaptedModel, batch: Batch) -> Tensor:
+    """[B, T, V]: of the last call."""
+    for one in calls_of(adapted, batch, unadapted(batch)):
+        with one.bound(adapted):
+            scores: Tensor = adapted.base(**one.arguments).logits
+    return scores

@@ -1,0 +1,169 @@
+"""The features of a whole data set, written once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from multimodal.bad_samples import BadSample, BadSamples
+from multimodal.batches.collate import Batch
+from multimodal.data.feature_cache.format import Contents
+from multimodal.data.feature_cache.manifest import bind
+from multimodal.data.feature_cache.reader import FeatureCache
+from multimodal.data.feature_cache.writer import FeatureWriter
+from multimodal.data.images.decode import BadImage
+from multimodal.data.inputs import read_pixels
+from multimodal.data.loader import Loaded, TrainLoader
+from multimodal.data.shards.reader import DamagedSample
+from multimodal.data.workers import dead_workers_told, made_in_order
+from multimodal.encoders.base import Features
+from multimodal.encoders.tower import VisionTower
+from multimodal.processes import process_state
+from multimodal.sample import SampleSource
+
+__all__ = ["GROUP", "FillingLoader", "complete", "encoded_groups", "opened_writer", "write_features"]
+
+
+# ----------------------------------------
+# Pictures through a frozen encoder, each once, in groups that only the data set decides.
+
+
+GROUP = 32  # pictures that are encoded together: always numbers 32 k to 32 k + 31, so that a device's rounding is the same each time
+
+Encoded = tuple[list[int], Features | None, dict[int, BadSample]]
+"""Pictures, their features (None where there are none), and those of the group that cannot be used."""
+
+
+def encoded_groups(tower: VisionTower, source: SampleSource, groups: Sequence[int], *, workers: int) -> Iterator[Encoded]:
+    """The features of the pictures of each group, on the device of the encoder. Raises ConfigError where the encoder is adapted."""
+    of_groups = (range(GROUP * group, min(GROUP * (group + 1), len(source))) for group in groups)
+    with dead_workers_told():  # while a group is encoded too
+        for items in made_in_order(partial(_read, source, tower.preprocess), of_groups, workers=workers):
+            good = {index: item for index, item in items if isinstance(item, Tensor)}
+            bad = {index: item for index, item in items if isinstance(item, BadSample)}
+            yield list(good), tower.encode(torch.stack(list(good.values()))) if good else None, bad
+
+
+def _read(source: SampleSource, preprocess: Any, indices: range) -> list[tuple[int, Tensor | BadSample]]:
+    return [(index, _read_one(source, preprocess, index)) for index in indices]
+
+
+def _read_one(source: SampleSource, preprocess: Any, index: int) -> Tensor | BadSample:
+    try:
+        sample = source[index]
+    except DamagedSample as error:
+        return error.bad
+    try:
+        return read_pixels(sample, preprocess)
+    except BadImage as error:
+        return BadSample(key=sample.key, reason=error.reason, detail=str(error), file=sample.file)
+
+
+@contextlib.contextmanager
+def opened_writer(tower: VisionTower, source: SampleSource, folder: Path, contents: Contents) -> Iterator[FeatureWriter]:
+    """A writer of these pictures' features, which lets go of the folder at the end. Raises as FeatureWriter does, and as `bind`."""
+    writer = FeatureWriter(folder, bind(tower, source), contents)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def write_features(
+    tower: VisionTower, source: SampleSource, folder: Path, contents: Contents, *, workers: int = 0, budget: int = 0, label: str = "encoding"
+) -> FeatureCache:
+    """Write the folder, or what is missing of it; each of several processes encodes its share. A whole folder is checked, every byte.
+
+    The same pictures give the same features, whatever the number of workers, processes and interruptions.
+
+    budget   how many pictures may be unusable before the writing stops
+
+    Raises ConfigError and DataError as FeatureWriter does, BudgetError over the budget; what is written stays, and the folder is not finished.
+    """
+    with opened_writer(tower, source, folder, contents) as writer:
+        return complete(writer, tower, source, workers=workers, budget=budget, label=label)
+
+
+def complete(
+    writer: FeatureWriter, tower: VisionTower, source: SampleSource, *, workers: int = 0, budget: int | None = None, label: str = "encoding"
+) -> FeatureCache:
+    """Encode the pictures that are missing, and finish the folder; all processes together. budget: None where bad pictures count elsewhere."""
+    if writer.is_whole:
+        return FeatureCache.open(writer.folder)
+    state, missing = process_state(), writer.missing()
+    groups = sorted({int(index) // GROUP for index in missing})[state.process_index :: state.num_processes]
+    bad: dict[int, BadSample] = {}
+    allowed = len(source) if budget is None else budget
+    counted = BadSamples(budget=allowed)
+    n_own = sum(min(GROUP, len(source) - GROUP * group) for group in groups)
+    with tqdm(total=n_own, desc=label, unit="image", disable=None if state.is_main_process else True, dynamic_ncols=True) as bar:
+        for pictures, features, found in encoded_groups(tower, source, groups, workers=workers):
+            if features is not None:
+                writer.add(pictures, writer.contents.of(features).cpu())
+            bad.update(found)
+            for sample in found.values():
+                counted.add(sample)
+            counted.check()
+            bar.update(len(pictures) + len(found))
+    all_bad = {index: sample for part in gather_object([bad]) for index, sample in part.items()}
+    BadSamples(budget=allowed, found=all_bad.values()).check()
+    return writer.finish(all_bad)
+
+
+# ----------------------------------------
+# Features that are written while the first epoch reads the pictures, and read from there on.
+
+
+class FillingLoader:
+    """A training stream that encodes each picture as it comes and keeps its features; from the second epoch on it reads them.
+
+    What a step learns from is what is kept, rounded as it is kept: the first epoch does not differ from the others, nor from a run whose
+    features were written before. Pictures that no step has read by then (after a resume without the folder; in a mixture, of a set that
+    comes round seldom) are encoded before the second epoch begins. Where the run ends earlier the folder is not finished, and goes on in
+    another run, or in `adalink features`.
+    """
+
+    def __init__(self, stream: TrainLoader, writer: FeatureWriter, tower: VisionTower, source: SampleSource, *, workers: int) -> None:
+        self._stream, self._writer, self._tower, self._source, self._workers = stream, writer, tower, source, workers
+        self.steps = 0
+
+    def __iter__(self) -> Iterator[Loaded]:
+        """The next `steps` steps."""
+        first = 0 if self._writer.is_whole else min(self.steps, self._stream.steps_to(len(self._source)))
+        self._stream.steps = first
+        for loaded in self._stream:
+            yield self._kept(loaded)
+        if self._writer.is_whole or self._stream.steps_to(len(self._source)) == 0:
+            self._stream.read_kept(complete(self._writer, self._tower, self._source, workers=self._workers, label="encoding what is left"))
+            self._stream.steps = self.steps - first
+            yield from self._stream
+
+    def blank(self) -> Batch:
+        """As the stream's."""
+        return self._stream.blank()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the stream's: what was kept so far is in its folder."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As the stream's."""
+        self._stream.load_state_dict(state)
+
+    def _kept(self, loaded: Loaded) -> Loaded:
+        batch, contents = loaded.batch, self._writer.contents
+        if batch is None or batch.pixels is None:
+            return loaded
+        records = contents.of(self._tower.encode(batch.pixels))
+        self._writer.add(loaded.pictures, records.cpu())
+        patches, taps = (records, None) if contents.patches else (None, records)
+        return replace(loaded, batch=replace(batch, pixels=None, patches=patches, taps=taps))

@@ -1,0 +1,280 @@
+"""Which vectors of a picture are kept, and in which dtype."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adalink import Adapter
+from adalink.errors import ConfigError, DataError
+from adalink.methods.bridge import Projection
+from adalink.methods.epalm import Tap
+from multimodal.encoders.base import Features
+from multimodal.encoders.tower import VisionTower
+
+__all__ = [
+    "ABSENT", "MEND", "Contents", "ShardFile", "StoredDtype", "all_contents", "as_size", "check_of", "needed_contents", "seal",
+    "trim", "word_bytes",
+]  # fmt: skip
+
+
+StoredDtype = Literal["float16", "bfloat16", "float32"]
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """The vectors that a record holds: the patches, then pooled vectors; [patches + pooled, width].
+
+    patches  all N of the encoder, or 0
+    pooled   of the last so many blocks, or 0
+    width    Dv
+    """
+
+    patches: int
+    pooled: int
+    width: int
+    dtype: StoredDtype = "float16"
+
+    def __post_init__(self) -> None:
+        """Check what a manifest can get wrong."""
+        if self.patches < 0 or self.pooled < 0 or self.patches + self.pooled < 1 or self.width < 1:
+            raise ConfigError(f"{self.patches} patches and {self.pooled} pooled vectors of width {self.width} cannot be kept: give one vector or more")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"features cannot be kept in {self.dtype!r}: give one of {', '.join(_DTYPES)}")
+
+    def __str__(self) -> str:
+        parts = [f"{count} {name}" for count, name in ((self.patches, "patches"), (self.pooled, "pooled vectors")) if count]
+        return f"{' and '.join(parts)} of width {self.width} in {self.dtype}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one record."""
+        return self.patches + self.pooled, self.width
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the file holds."""
+        return _DTYPES[self.dtype]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of one record. 50 patches of width 768 in float16: 76,800."""
+        return self.shape[0] * self.width * self.torch_dtype.itemsize
+
+    def of(self, features: Features) -> Tensor:
+        """[B, patches + pooled, Dv] in the dtype that is kept. Raises DataError for values that it cannot hold."""
+        parts = [features.patches] if self.patches else []
+        if self.pooled:
+            parts.append(features.pooled[-self.pooled :].transpose(0, 1))
+        exact = torch.cat(parts, 1)
+        rounded = exact.to(self.torch_dtype)
+        if not rounded.isfinite().all() and exact.isfinite().all():
+            raise DataError(
+                f"an encoder's feature is {float(exact.abs().max()):.3g}, and {self.dtype} holds at most {torch.finfo(self.torch_dtype).max:.0f}: "
+                "keep the features in bfloat16 or float32 (features_dtype)"
+            )
+        return rounded
+
+    def inside(self, whole: Contents) -> list[slice] | None:
+        """Where these vectors lie in a record that holds more; None where it does not hold them all."""
+        if self.width != whole.width or self.patches not in (0, whole.patches) or self.pooled > whole.pooled:
+            return None
+        end = whole.patches + whole.pooled
+        return [part for part in (slice(0, self.patches), slice(end - self.pooled, end)) if part.stop > part.start]
+
+
+def as_size(n_bytes: int) -> str:
+    """2 ** 34 -> 16.00 GiB; in MiB below one GiB."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
+
+
+def all_contents(tower: VisionTower, dtype: StoredDtype = "float16") -> Contents:
+    """All that an encoder says of a picture: its patches, and the pooled vector of each block where they have one width."""
+    return Contents(patches=tower.n_patches, pooled=tower.n_kept - tower.n_patches, width=tower.width, dtype=dtype)
+
+
+def needed_contents(adapter: Adapter, everything: Contents) -> Contents:
+    """What an adapter reads of a picture: a bridge the patches, eP-ALM the last few pooled vectors. All, where nothing says that it reads."""
+    patches, pooled = 0, 0
+    for module in adapter.modules():
+        if isinstance(module, (Projection, Tap)) and module.source == "image":
+            patches = everything.patches
+        elif isinstance(module, Tap) and module.source == "image_taps":
+            pooled = max(pooled, -module.block)
+    if not patches and not pooled:
+        return everything
+    return Contents(patches=patches, pooled=pooled, width=everything.width, dtype=everything.dtype)
+
+
+# ----------------------------------------
+# A file of features: a safetensors file of three tensors, which is written record by record, in any order of the pictures.
+#
+#     picture   int64 [C]          which picture each record is of; -1 where there is none (yet)
+#     check     int64 [C]          the crc32 of the picture's number and the record: a changed bit changes it, and so do words that changed places
+#     features  [M, N + L, Dv]     the first M of C records are written
+#
+# A record becomes part of the file when its picture is written, which is last. While a file is being written its header says M = C;
+# `seal` puts the true M there, and other programs can then read the file too. Files of format 1, whose check is a sum, are read and continued
+# as they are.
+
+
+ABSENT = -1
+MEND = "run `adalink features` again, which writes anew what is damaged"
+HEADER = 1024  # bytes, of which 8 say how many follow
+_FORMATS = ("adalink features 1", "adalink features 2")
+_STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, as int64; of format 1
+_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
+
+def check_of(words: Tensor, picture: int) -> int:
+    """Of a record in words of `word_bytes`: from 0 to 2^32 - 1. Two pictures of equal features have other checks."""
+    return zlib.crc32(words.numpy().data, zlib.crc32(picture.to_bytes(8, "little")))
+
+
+def _sum_of(words: Tensor, picture: int) -> int:
+    """The check of format 1, an int64: blind to words that changed places."""
+    return (int(words.sum().item()) + picture * _STRIDE + 2**63) % 2**64 - 2**63
+
+
+def word_bytes(n_bytes: int) -> int:
+    """8, or 2 where a record is no multiple of it."""
+    return 2 if n_bytes % 8 else 8
+
+
+def _header(contents: Contents, capacity: int, records: int, version: str) -> bytes:
+    """The head of a file; safetensors allows the spaces after the JSON."""
+    ends = [8 * capacity, 16 * capacity, 16 * capacity + records * contents.n_bytes]
+    tensors = {
+        "__metadata__": {"format": version},
+        "picture": {"dtype": "I64", "shape": [capacity], "data_offsets": [0, ends[0]]},
+        "check": {"dtype": "I64", "shape": [capacity], "data_offsets": ends[:2]},
+        "features": {"dtype": _NAMES[contents.dtype], "shape": [records, *contents.shape], "data_offsets": ends[1:]},
+    }
+    return struct.pack("<Q", HEADER - 8) + json.dumps(tensors).encode("ascii").ljust(HEADER - 8)
+
+
+class ShardFile:
+    """An open file of features, for reading at any record, and for writing after the last.
+
+    Reads are of a place, not mapped: a file that was cut is told as such, where a memory map would end the process with SIGBUS.
+    """
+
+    def __init__(self, path: Path, contents: Contents, *, is_written: bool = False) -> None:
+        """Raises DataError where the file cannot be opened, or begins as none of these contents."""
+        self.path, self.contents = path, contents
+        try:
+            self._number = os.open(path, (os.O_RDWR if is_written else os.O_RDONLY) | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"the features in {path} cannot be read: {error.strerror}; {MEND}") from error
+        self.capacity, self.version = _capacity(os.pread(self._number, HEADER, 0), contents, path)
+        self._check = _sum_of if self.version == _FORMATS[0] else check_of
+        # Asked for at every read.
+        self._size, self._dtype, self._shape, self._start = contents.n_bytes, contents.torch_dtype, contents.shape, HEADER + 16 * self.capacity
+        self._word = np.dtype(f"i{word_bytes(self._size)}")
+
+    def __reduce__(self) -> tuple[type[ShardFile], tuple[Path, Contents]]:
+        return ShardFile, (self.path, self.contents)  # a worker process that is not forked opens its own
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            os.close(self._number)
+
+    @classmethod
+    def create(cls, path: Path, contents: Contents, capacity: int) -> ShardFile:
+        """A new file without a record. Raises OSError."""
+        with path.open("xb") as file:
+            file.write(_header(contents, capacity, capacity, _FORMATS[-1]))
+            file.write(np.full(capacity, ABSENT, dtype=np.int64).tobytes())
+            file.truncate(HEADER + 16 * capacity)
+        return cls(path, contents, is_written=True)
+
+    def index(self) -> NDArray[np.int64]:
+        """int64 [2, C]: the picture and the check of each record. Raises DataError where the file ends before."""
+        data = bytearray(16 * self.capacity)
+        if os.preadv(self._number, [data], HEADER) != len(data):
+            raise DataError(f"{self.path} is cut: it has {os.fstat(self._number).st_size} bytes; {MEND}")
+        return np.frombuffer(data, dtype=np.int64).reshape(2, self.capacity)
+
+    def read(self, slot: int, picture: int, check: int) -> Tensor:
+        """One record, [N + L, Dv], in memory of its own. Raises DataError where it is not what was written."""
+        buffer = np.empty(self._size // self._word.itemsize, dtype=self._word)
+        found = os.preadv(self._number, [buffer], self._start + slot * self._size)  # type: ignore[list-item]  # a buffer, whatever its type says
+        words = torch.from_numpy(buffer)
+        if found != self._size or check != self._check(words, picture):
+            raise DataError(
+                f"the features of picture {picture} in {self.path} are not what was written: the file was cut or changed; {MEND}"
+            )
+        return words.view(self._dtype).view(self._shape)
+
+    def write(self, slot: int, pictures: Sequence[int], records: Tensor) -> None:
+        """Put records [B, N + L, Dv] at a slot and those after it; their pictures last. Raises OSError, the disk being full for instance."""
+        raw = records.contiguous().view(len(records), -1).view(torch.uint8).numpy().view(self._word)
+        checks = [self._check(words, picture) for words, picture in zip(torch.from_numpy(raw), pictures, strict=True)]
+        self._put(raw, self._start + slot * self._size)
+        self._put(np.asarray(checks, dtype=np.int64), HEADER + 8 * (self.capacity + slot))
+        self._put(np.asarray(pictures, dtype=np.int64), HEADER + 8 * slot)
+
+    def erase(self, slot: int) -> None:
+        """Take a damaged record away. Raises OSError."""
+        self._put(np.asarray([ABSENT], dtype=np.int64), HEADER + 8 * slot)
+
+    def _put(self, data: NDArray[Any], offset: int) -> None:
+        view = memoryview(data.reshape(-1)).cast("B")  # type: ignore[arg-type]  # likewise
+        while view:
+            written = os.pwrite(self._number, view, offset)
+            view, offset = view[written:], offset + written
+
+
+def trim(path: Path, contents: Contents) -> tuple[int, int]:
+    """End a file after its last record; its records and bytes. A file without records is removed: (0, 0).
+
+    Raises DataError where it is none of these contents, OSError where the disk refuses it.
+    """
+    file = ShardFile(path, contents)
+    used = np.flatnonzero(file.index()[0] != ABSENT)
+    if not len(used):
+        path.unlink()
+        return 0, 0
+    n_records = int(used[-1]) + 1
+    size = HEADER + 16 * file.capacity + n_records * contents.n_bytes
+    if path.stat().st_size != size:
+        os.truncate(path, size)
+    return n_records, size
+
+
+def seal(path: Path, contents: Contents) -> int:
+    """End a file, say in its header how many records it holds, and put it on the disk; its bytes, 0 where it is removed. Raises as `trim`."""
+    n_records, size = trim(path, contents)
+    if n_records:
+        with path.open("r+b") as stream:
+            file = ShardFile(path, contents)
+            stream.write(_header(contents, file.capacity, n_records, file.version))
+            stream.flush()
+            os.fsync(stream.fileno())
+    return size
+
+
+def _capacity(head: bytes, contents: Contents, path: Path) -> tuple[int, str]:
+    """The records that a file has room for, and its format; DataError where its header is not, to the byte, one that we write."""
+    try:
+        said = json.loads(head[8:])
+        capacity, records = int(said["picture"]["shape"][0]), int(said["features"]["shape"][0])
+        version = str(said["__metadata__"]["format"])
+        if version not in _FORMATS or _header(contents, capacity, records, version) != head:
+            raise ValueError("another header than it should have")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path} is no file of {contents}: {error}; {MEND}") from None
+    return capacity, version

@@ -1,0 +1,106 @@
+"""A sample's picture as an encoder takes it, decoded as the sample says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from multimodal.bad_samples import BadSample
+from multimodal.data.images.decode import decode_image
+from multimodal.data.order import fingerprint_of, texts_fingerprint_of
+from multimodal.sample import Measure, Sample, SampleSource, lengths_of
+
+__all__ = ["Drafted", "Kept", "needed_side", "read_pixels"]
+
+
+_RAMP = 512  # pixels a side of the test pictures
+
+
+class Drafted:
+    """A data set whose JPEGs are decoded at a half, a quarter or an eighth of their size, where that is still all the encoder needs.
+
+    Faster, with other pixels: of 672 x 448 for an encoder of 224 2.6 times, 38 dB from the exact pixels (tests/benchmarks/RESULTS.md).
+    """
+
+    def __init__(self, source: SampleSource) -> None:
+        self.source = source
+
+    @property
+    def fingerprint(self) -> str:
+        """The set's own and how it is decoded; empty where the set has none."""
+        known = fingerprint_of(self.source)
+        return f"{known} draft" if known else ""
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """Likewise, of its texts."""
+        known = texts_fingerprint_of(self.source)
+        return f"{known} draft" if known else ""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises what the set raises."""
+        return replace(self.source[index], decode="draft")
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """The set's own."""
+        return lengths_of(self.source, measure)
+
+
+def read_pixels(sample: Sample, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
+    """float [3, H, W]: what an encoder's preprocessing makes of a sample's picture. Raises BadImage."""
+    return preprocess(decode_image(sample.image, at_least=needed_side(preprocess) if sample.decode == "draft" else None))
+
+
+@lru_cache(maxsize=8)
+def needed_side(preprocess: Callable[[Image.Image], Tensor]) -> int:
+    """The size in pixels of a square picture that the preprocessing would neither enlarge nor shrink: 256 where it resizes to 256 and crops 224.
+
+    Found out from how much of a ramp from black to white it shows; up to a hundredth less than it is.
+    """
+    black, white = (preprocess(Image.new("RGB", (_RAMP, _RAMP), color)) for color in ("black", "white"))
+    ramp = Image.linear_gradient("L").rotate(90).resize((_RAMP, _RAMP), Image.Resampling.BILINEAR)
+    shown = preprocess(Image.merge("RGB", [ramp] * 3))
+    height, width = shown.shape[-2:]
+    row = shown[0, height // 2]
+    share = float((row[-1] - row[0]).abs() / (white[0, 0, 0] - black[0, 0, 0]).abs())
+    return max(height, round(max(width, height) / min(share + 0.01, 1.0)))
+
+
+# ----------------------------------------
+# Features that are kept, in memory or on disk.
+
+
+class Kept(Protocol):
+    """Features by sample index."""
+
+    @property
+    def bad(self) -> Mapping[int, BadSample]:
+        """The samples that have none, and why."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one picture's features."""
+
+    @property
+    def kind(self) -> Literal["patches", "taps", "pixels"]:
+        """patches: as `Features.joined` has them; taps: pooled vectors alone, of the last blocks; pixels: nothing is kept (an adapted encoder)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor | BadSample: ...
+
+    def usable(self) -> list[int]:
+        """The indices of the samples that have features."""
+
+    def only(self, indices: Sequence[int]) -> Kept:
+        """The features of these samples alone: index i is the i-th of them."""

@@ -1,0 +1,277 @@
+"""The order in which samples are read: a function of (seed, epoch, position) alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adalink.errors import ConfigError
+from multimodal.data.shards.reader import DamagedSample
+from multimodal.sample import Measure, Sample, SampleSource, lengths_of
+
+__all__ = [
+    "BucketedOrder", "MixedOrder", "MixedSet", "Mixture", "Order", "SampleOrder", "fingerprint_of", "order_of", "set_sizes",
+    "texts_fingerprint_of",
+]  # fmt: skip
+
+
+_SEEDS = 1_000_003  # epochs of one seed; a prime, so that (seed, epoch) pairs do not meet
+
+
+class Order(Protocol):
+    """Which sample stands at each position of an endless stream."""
+
+    def sample(self, position: int) -> int:
+        """The index of the sample at a position of the stream."""
+        ...
+
+    def state(self) -> dict[str, object]:
+        """What the order is a function of, as JSON: two orders that share it are the same."""
+        ...
+
+
+class SampleOrder:
+    """Endless shuffled epochs. Position p is sample `order(p // n)[p % n]`: no worker, rank or restart changes it.
+
+    Epochs follow each other without a gap, so every rank does the same number of steps and no sample is dropped at an epoch's end.
+    """
+
+    def __init__(self, n_samples: int, seed: int) -> None:
+        self.n_samples, self.seed = n_samples, seed
+        self._epochs = _Shuffled(seed)
+
+    def sample(self, position: int) -> int:
+        """The index of the sample at a position of the stream."""
+        return int(self._epochs.order(position // self.n_samples, self.n_samples)[position % self.n_samples])
+
+    def state(self) -> dict[str, object]:
+        """Seed and number of samples."""
+        return {"seed": self.seed, "samples": [self.n_samples], "weights": [1]}
+
+
+class MixedOrder:
+    """Several sets in one stream, each in endless shuffled epochs of its own; indices count through the sets one after the other.
+
+    Weights are exact: of every sum(weights) positions in a row, counted from the first, set k has weights[k], in an order that is drawn
+    anew for each such block. Sizes 2 and 100 with weights 1 and 3: of each 4 positions one is of the first set, which comes round every 8.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[int], seed: int) -> None:
+        if len(sizes) != len(weights) or not sizes or min(*sizes, *weights) < 1:
+            raise ConfigError(f"sets of {list(sizes)} samples cannot be mixed by the weights {list(weights)}: give each set a whole number from 1")
+        self.sizes, self.seed = tuple(sizes), seed
+        shared = math.gcd(*weights)
+        self.weights = tuple(weight // shared for weight in weights)
+        self._starts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
+        self._pattern = np.repeat(np.arange(len(self.weights)), self.weights)
+        self._blocks = _Shuffled(seed)
+        self._block, self._sets, self._before = -1, self._pattern, self._pattern
+        # Another seed for each set: sets of one size would else be read in step.
+        self._own = [SampleOrder(size, seed + 1 + k) for k, size in enumerate(self.sizes)]
+
+    def sample(self, position: int) -> int:
+        """The index, in the sets one after the other, of the sample at a position of the stream."""
+        block, place = divmod(position, len(self._pattern))
+        if block != self._block:
+            self._block, self._sets = block, self._pattern[self._blocks.order(block, len(self._pattern))]
+            self._before = np.empty_like(self._sets)
+            for chosen, weight in enumerate(self.weights):
+                self._before[self._sets == chosen] = np.arange(weight)
+        chosen = int(self._sets[place])
+        return self._starts[chosen] + self._own[chosen].sample(block * self.weights[chosen] + int(self._before[place]))
+
+    def state(self) -> dict[str, object]:
+        """Seed, sizes, and weights in lowest terms."""
+        return {"seed": self.seed, "samples": list(self.sizes), "weights": list(self.weights)}
+
+
+class _Shuffled:
+    """A permutation for each epoch; the last one asked for is kept."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def order(self, epoch: int, size: int) -> NDArray[np.int64]:
+        """int64 [size]"""
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * _SEEDS + epoch)
+            self._epoch, self._order = epoch, torch.randperm(size, generator=generator).numpy()  # a tensor's single elements are slow
+        return self._order
+
+
+# ----------------------------------------
+# An order in which samples of like length share a batch, so that little of it is padding; as exact and as resumable as the one it is made of.
+
+
+class BucketedOrder:
+    """Another order, rearranged within pools: `pool` batches in a row are sorted by length, cut into batches again, and the batches shuffled.
+
+    Batches are those of all ranks together: of `batch` positions, counted from the stream's first. Pools are counted from each epoch's first
+    position (an epoch has as many as there are samples) and end with it, so that every epoch of one set has each sample once; what it has
+    before its first whole batch or after its last is moved with the batches, and keeps its size. Of several sets each pool holds what it held
+    before: their shares are exact at the end of every pool, and no sample is ahead of another of its set by more than one reading there.
+
+    Everything is a function of the order, lengths, seed, pool and batch. A resumed stream keeps the batch that it was sorted for
+    (`with_batch`), though its steps may now be of another size: they then hold samples of several batches, and more padding. A pool that holds
+    a whole epoch makes nearly the same batches in each.
+
+    lengths   int64 [samples]: only their order matters
+    """
+
+    def __init__(self, order: Order, lengths: NDArray[np.int64], *, seed: int, pool: int, batch: int) -> None:
+        self.order, self.lengths, self.seed, self.pool, self.batch = order, lengths, seed, pool, batch
+        self._digest = hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
+        self._first = self._end = -1
+        self._samples: list[int] = []
+
+    def sample(self, position: int) -> int:
+        """The index of the sample at a position of the stream."""
+        if not self._first <= position < self._end:
+            self._first, self._end = self._bounds(position)
+            self._samples = self._rearranged(self._first, self._end).tolist()
+        return self._samples[position - self._first]
+
+    def state(self) -> dict[str, object]:
+        """The other order's; pictures in a pool's batch, batches in a pool, and a check sum of the lengths."""
+        return {**self.order.state(), "bucket_pool": self.pool, "bucket_batch": self.batch, "lengths": self._digest}
+
+    def with_batch(self, batch: int) -> BucketedOrder:
+        """The same, sorted for batches of another size."""
+        return BucketedOrder(self.order, self.lengths, seed=self.seed, pool=self.pool, batch=batch)
+
+    def _bounds(self, position: int) -> tuple[int, int]:
+        """The first position of the pool that a position is in, and the first after it."""
+        size, n = len(self.lengths), self.pool * self.batch
+        start = position - position % size
+        whole = start + -start % self.batch  # where the epoch's first whole batch begins; what is before it goes with its first pool
+        number = max(0, position - whole) // n
+        return whole + number * n if number else start, min(whole + (number + 1) * n, start + size)
+
+    def _rearranged(self, first: int, end: int) -> NDArray[np.int64]:
+        """int64 [end - first]: the samples of a pool."""
+        samples = np.fromiter(map(self.order.sample, range(first, end)), dtype=np.int64, count=end - first)
+        samples = samples[np.argsort(self.lengths[samples], kind="stable")]  # those of one length stay in an order that each epoch draws anew
+        borders = np.array([first, *range(first - first % self.batch + self.batch, end, self.batch), end])
+        sizes = np.diff(borders)
+        key = hashlib.sha256(f"{self.seed} {first}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
+        places = torch.randperm(len(sizes), generator=generator).numpy()  # of the batches, those of short texts first
+        rearranged = np.empty_like(samples)
+        taken = 0
+        for place in places:
+            rearranged[borders[place] - first : borders[place + 1] - first] = samples[taken : taken + sizes[place]]
+            taken += sizes[place]
+        return rearranged
+
+
+# ----------------------------------------
+# Several data sets read as one, by weight.
+
+
+@dataclass(frozen=True)
+class MixedSet:
+    """A data set and its share.
+
+    weight   of every sum(weights) pictures in a row so many are of this set; a set that comes round before the others repeats
+    """
+
+    source: SampleSource
+    weight: int
+
+    def __post_init__(self) -> None:
+        if self.weight < 1:
+            raise ConfigError(f"the weight of a data set is {self.weight}: give a whole number from 1, its pictures in each round")
+
+
+class Mixture:
+    """The samples of several sets, one set after the other; `order_of` says how a training stream mixes them.
+
+    A sample's key is NAME:KEY, because two sets may use one key. An epoch is as many pictures as all sets hold together.
+    """
+
+    def __init__(self, sets: Mapping[str, MixedSet]) -> None:
+        if not sets:
+            raise ConfigError("there are no data sets to mix: give one or more, each with a weight")
+        self.names = tuple(sets)
+        self._sources = tuple(each.source for each in sets.values())
+        self._ends = list(accumulate(len(source) for source in self._sources))
+        self.sizes = tuple(len(source) for source in self._sources)
+        self.weights = tuple(each.weight for each in sets.values())
+        self.fingerprint = _joined(fingerprint_of(source) for source in self._sources)
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """Of the sets'."""
+        return _joined(texts_fingerprint_of(source) for source in self._sources)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises what the set that holds the sample raises."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of these {len(self)} samples")
+        number = bisect_right(self._ends, index)
+        try:
+            sample = self._sources[number][index - self._ends[number] + self.sizes[number]]
+        except DamagedSample as error:
+            raise DamagedSample(replace(error.bad, key=f"{self.names[number]}:{error.bad.key}")) from error
+        return replace(sample, key=f"{self.names[number]}:{sample.key}")
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """As `multimodal.sample.TextLengths`; sets whose lengths differ, or are told in other units, mostly come in batches of their own."""
+        return np.concatenate([lengths_of(source, measure) for source in self._sources])
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A data set that can say whether it holds what it held before."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal content."""
+        ...
+
+
+@runtime_checkable
+class TextsFingerprinted(Protocol):
+    """A data set without a fingerprint of its pictures that can say whether its keys and texts are what they were."""
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """Equal for equal keys, ids and texts in one order."""
+        ...
+
+
+def fingerprint_of(source: SampleSource) -> str:
+    """A data set's fingerprint; empty where it has none, as files on disk."""
+    return source.fingerprint if isinstance(source, Fingerprinted) else ""
+
+
+def set_sizes(source: SampleSource) -> dict[str, int]:
+    """Name -> number of samples of each set of a mixture, in the order of its indices; of any other data set one entry without a name."""
+    return dict(zip(source.names, source.sizes, strict=True)) if isinstance(source, Mixture) else {"": len(source)}
+
+
+def texts_fingerprint_of(source: SampleSource) -> str:
+    """What a run that goes on compares: of keys and texts where the set can say that, else its fingerprint; empty where it has none."""
+    return source.texts_fingerprint if isinstance(source, TextsFingerprinted) else fingerprint_of(source)
+
+
+def _joined(fingerprints: Iterable[str]) -> str:
+    return hashlib.sha256(repr(list(fingerprints)).encode()).hexdigest()
+
+
+def order_of(source: SampleSource, seed: int) -> Order:
+    """The order in which a training stream reads a data set."""
+    return MixedOrder(source.sizes, source.weights, seed) if isinstance(source, Mixture) else SampleOrder(len(source), seed)

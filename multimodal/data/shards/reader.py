@@ -1,0 +1,260 @@
+"""Shards as a data set with random access: one read at the manifest's offsets per sample, no scanning, nothing decoded."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adalink.errors import DataError
+from multimodal.bad_samples import BadSample
+from multimodal.data.shards.cache import ShardCache
+from multimodal.data.shards.index import Place, ShardLimits, open_remote_set, open_shard_set
+from multimodal.data.shards.manifest import PARTS, UNKNOWN_CRC, Shard
+from multimodal.data.shards.record import Record, decode_caption, decode_record, shard_key
+from multimodal.data.shards.storage import FsspecFiles, HttpFiles, RemoteFiles, RemoteSettings, is_url, shown
+from multimodal.sample import Measure, Sample
+
+__all__ = ["DamagedSample", "LocalShards", "RemoteShards", "ShardSource", "remote_files"]
+
+
+# ----------------------------------------
+# Bytes of shards, by place: files that stay open, and shards on servers with their cache.
+
+
+_OPEN_FILES = 256  # per process; a set may have more shards than a process may have open files
+
+
+def remote_files(url: str, settings: RemoteSettings) -> RemoteFiles:
+    """Who reads this URL."""
+    return HttpFiles(settings) if url.lower().startswith(("http://", "https://")) else FsspecFiles(settings)
+
+
+class RemoteShards:
+    """Shards by URL: from the cache where they are in it, else by ranges."""
+
+    at_once = 2**62  # bytes up to which a sample's members are read together: a request costs more than any copy
+
+    def __init__(self, files: RemoteFiles, settings: RemoteSettings, shards: Mapping[str, Shard]) -> None:
+        self._files, self._local = files, LocalShards()
+        self._cache = ShardCache(settings.cache, settings.cache_bytes, files, dict(shards)) if settings.cache is not None else None
+
+    def read(self, place: str, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes; raises DataError."""
+        path = self._cache.find(place) if self._cache is not None else None
+        if path is not None:
+            with suppress(DataError):  # another process has put the file out
+                return self._local.read(path, offset, size)
+        return self._files.read(place, offset, size)
+
+    def forget(self, place: str) -> bool:
+        """Whether reading again may give other bytes, because a copy in the cache was damaged.
+
+        The file that was read may have been discarded by another process, and the one of its name now may be a good one: it stays.
+        """
+        if self._cache is None:
+            return False
+        path = self._cache.path(place)
+        was_read, now = self._local.close(path), _identity(path)
+        return self._cache.discard(place) if was_read in (None, now) else True
+
+
+class LocalShards:
+    """Files open for reading at an offset, the first opened closed first; safe between threads and after a fork.
+
+    Order of opening and not of use: a run reads all shards evenly, and a lock around every read would cost a tenth of it.
+    """
+
+    at_once = 2**15  # bytes up to which cutting one block in parts costs less than reading each
+
+    def __init__(self) -> None:
+        self._open: dict[Path, _OpenFile] = {}
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type[LocalShards], tuple[()]]:
+        return LocalShards, ()  # a worker process opens its own
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes; raises DataError where the file ends before."""
+        try:
+            file = self._open.get(path) or self._opened(path)
+            data = os.pread(file.number, size, offset)
+            while 0 < len(data) < size and (more := os.pread(file.number, size - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            raise DataError(f"the shard {path} cannot be read: {error.strerror}; is it still there?") from error
+        if len(data) < size:
+            end = os.fstat(file.number).st_size
+            raise DataError(f"the shard {path} was cut at byte {end} since it was opened; write or fetch it again")
+        return data
+
+    def forget(self, path: Path) -> bool:
+        """Whether reading again may give other bytes."""
+        return False
+
+    def close(self, path: Path) -> tuple[int, int] | None:
+        """Read this file anew the next time; which file was open under its name, None where none was."""
+        with self._lock:
+            file = self._open.pop(path, None)
+        return None if file is None else _identity(file.number)
+
+    def _opened(self, path: Path) -> _OpenFile:
+        with self._lock:
+            file = self._open[path] = _OpenFile(path)
+            while len(self._open) > _OPEN_FILES:
+                del self._open[next(iter(self._open))]
+        return file
+
+
+def _identity(file: Path | int) -> tuple[int, int] | None:
+    """Which file on the disk it is: two of one name are two."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class _OpenFile:
+    """Closed when nobody reads from it any more, so that another thread may still be reading when it leaves the table."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):  # AttributeError: it was never opened
+            os.close(self.number)
+
+
+LIMITS = ShardLimits()
+REMOTE = RemoteSettings()
+_GAP = 2**16  # bytes between two members up to which one read is cheaper than two
+
+
+class DamagedSample(DataError):
+    """A sample whose bytes in the shard are not those that were written; `bad` can be counted, and the next sample may be whole."""
+
+    def __init__(self, bad: BadSample) -> None:
+        super().__init__(bad)
+        self.bad = bad
+
+    def __str__(self) -> str:
+        return self.bad.detail
+
+
+class ShardSource:
+    """The samples of a folder of shards, of a list of tar files, or of a URL with a manifest beside its shards, in the manifest's order.
+
+    With a manifest, opening compares each file's size with it, and each read is compared with its crc32. Tar files without one
+    (img2dataset's, or any that webdataset reads) are indexed by one look at their headers; `adalink shards img2dataset` writes the
+    manifest once and for all.
+
+    problems   samples of foreign shards that cannot be used (no image, no text), and those over the limits
+    ignored    members that no sample uses, counted by suffix: what is not jpg, jpeg, png, webp, txt or json is never opened
+    """
+
+    def __init__(self, shards: Path | str | Sequence[Path], *, limits: ShardLimits = LIMITS, remote: RemoteSettings = REMOTE) -> None:
+        """Raises DataError where a shard is missing, cut or damaged, where two have one key, and where no sample is left."""
+        self._files: Any  # reads at places: of files, or of URLs
+        if isinstance(shards, str) and is_url(shards):
+            files = remote_files(shards, remote)
+            found = open_remote_set(shards, files, limits)
+            self._files = RemoteShards(files, remote, {str(url): shard for url, shard in zip(found.paths, found.manifest.shards, strict=True)})
+        else:
+            found = open_shard_set(Path(shards) if isinstance(shards, str) else shards, limits)
+            self._files = LocalShards()
+        self._paths = found.paths
+        self._members = tuple(shard.members for shard in found.manifest.shards)
+        self._ends = list(accumulate(len(members) for members in self._members))
+        self.problems = found.manifest.skipped
+        self.ignored = found.manifest.ignored
+        self.fingerprint = found.manifest.fingerprint
+        if len(self) == 0:
+            first = f"; {len(self.problems)} cannot be used, the first because {self.problems[0].detail}" if self.problems else ""
+            raise DataError(f"the shards in {_folder(self._paths[0])} hold no sample{first}")
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises DamagedSample, and DataError where the shard is missing or cut since it was opened."""
+        at = index + len(self) if index < 0 else index
+        if not 0 <= at < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = bisect_right(self._ends, at)
+        members, path = self._members[number], self._paths[number]
+        row = at - self._ends[number] + len(members)
+        key, places = members.key(row), members.table[row].tolist()
+        parts, damaged = self._read(path, places)
+        if damaged is not None and self._files.forget(path):
+            parts, damaged = self._read(path, places)
+        if damaged is not None:
+            part, start = damaged
+            detail = f"the {part} of {key!r} in {_name(path)}, from byte {start} on, is not what was written; fetch or write the shard again"
+            raise DamagedSample(BadSample(key=key, reason="damaged bytes", detail=detail))
+        try:
+            return _sample(key, at, parts)
+        except DataError as error:
+            raise DamagedSample(BadSample(key=key, reason="damaged text", detail=f"{key!r} of {_name(path)}: {error}")) from error
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """Bytes of each sample's txt member, or of its json where it has none, from the manifest: the same wherever the shards lie."""
+        sizes = np.concatenate([members.table[:, [PARTS.index("json"), PARTS.index("txt")], 1] for members in self._members])
+        return np.where(sizes[:, 1] >= 0, sizes[:, 1], sizes[:, 0])
+
+    def _read(self, path: Place, places: Sequence[tuple[int, int, int]]) -> tuple[dict[str, bytes], tuple[str, int] | None]:
+        """The sample's parts, those that lie together in one read; and a part whose bytes are not those that were written, with its start.
+
+        Two loops and no helpers: this is done for every sample.
+        """
+        start, end, needed = 2**63, 0, 0
+        for at, size, _ in places:
+            if at >= 0:
+                needed += size
+                start = at if at < start else start
+                end = at + size if at + size > end else end
+        is_together = end - start <= needed + _GAP and needed <= self._files.at_once
+        block = self._files.read(path, start, end - start) if is_together else b""
+        parts: dict[str, bytes] = {}
+        damaged: tuple[str, int] | None = None
+        for part, (at, size, crc) in zip(PARTS, places, strict=True):
+            if at >= 0:
+                data = parts[part] = block[at - start : at - start + size] if is_together else self._files.read(path, at, size)
+                if crc != UNKNOWN_CRC and zlib.crc32(data) != crc:
+                    damaged = damaged or (part, at)
+        return parts, damaged
+
+
+def _name(place: Place) -> str:
+    return shown(place) if isinstance(place, str) else str(place)
+
+
+def _folder(place: Place) -> str:
+    return _name(place).rpartition("/")[0]
+
+
+def _sample(key: str, index: int, parts: Mapping[str, bytes]) -> Sample:
+    """What was written, with the key it had before it became a member's name; img2dataset's JSON and text likewise.
+
+    An image id is the JSON's, and where it has none, as in foreign shards, the sample's place in the set.
+    """
+    record = decode_record(parts["json"]) if "json" in parts else Record()
+    captions = record.captions
+    if not captions and "txt" in parts:
+        captions = decode_caption(parts["txt"])
+    return Sample(
+        key=record.key if record.key is not None and record.key != key and shard_key(record.key) == key else key,
+        image_id=index if record.image_id is None else record.image_id,
+        image=parts["image"],
+        captions=captions,
+        questions=record.questions,
+    )

@@ -1,1 +1,0 @@
-"""Encoders of three libraries under one interface."""

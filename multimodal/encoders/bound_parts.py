@@ -1,0 +1,56 @@
+"""The frozen parts of a composed model, with what an adapter of it is bound to beside their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from adalink import FrozenPart
+from adalink.checkpoint.fingerprint import Sketch, part_of
+from multimodal.encoders.tower import VisionTower
+from multimodal.language import Language
+
+__all__ = ["encoder_part", "language_part", "test_image", "tokenizer_digest"]
+
+N_VALUES = 64  # of each sketch
+PROBES = (
+    "a photo of two dogs on a beach", "What COLOR is the bus?", "12,345.67 km/h", "it's the cat's\n  third\tbowl", "naïve café – “quoted”", "东京 一只猫",
+    "Привет", "🙂", "x=(a+b)*c_d",
+)  # fmt: skip
+
+
+def encoder_part(tower: VisionTower) -> FrozenPart:
+    """The encoder, with sketches of a test image as it is prepared and of its features; of an adapted one, which changes, without those."""
+    part = part_of(tower, name=tower.name)
+    if tower.adapter is not None:
+        return part
+    pixels = tower.preprocess(test_image())
+    with torch.autocast(next(tower.encoder.parameters()).device.type, enabled=False):
+        features = tower.encode(pixels[None]).joined
+    return dataclasses.replace(part, sketches={"pixels": Sketch.of(pixels, N_VALUES), "features": Sketch.of(features, N_VALUES)})
+
+
+def language_part(language: Language) -> FrozenPart:
+    """The language model, with what its tokenizer makes of texts."""
+    part = part_of(language.model, name=language.name)
+    return part if language.tokenizer is None else dataclasses.replace(part, tokenizer=tokenizer_digest(language.tokenizer))
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """16 hex digits of a tokenizer's vocabulary and of the ids that it gives to some texts."""
+    words = sorted(tokenizer.get_vocab().items())
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
+    return hashlib.sha256(json.dumps([words, ids]).encode()).hexdigest()[:16]
+
+
+def test_image() -> Image.Image:
+    """RGB, 640 x 400, of sharp blocks in no symmetry: another size, crop, filter, scale or turn shows."""
+    y, x, channel = np.ogrid[:400, :640, :3]
+    blocks = (x // 16 * 37 + y // 16 * 101 + channel * 53) % 256
+    return Image.fromarray(blocks.astype(np.uint8))

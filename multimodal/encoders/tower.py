@@ -1,0 +1,206 @@
+"""A frozen vision encoder of any library: pixels in, features out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from adalink import Adapter, Anatomy, FrozenPart, Method
+from adalink.attachment.vision import attach_vision, read_vision
+from adalink.checkpoint.folder import AdapterConfig, load_weights, read_config, save_adapter
+from adalink.errors import ConfigError
+from multimodal.encoders.base import Encoder, Features, Loaded, Preprocess, Stage, read_layout
+from multimodal.encoders.load import load_encoder
+from multimodal.loading import freeze, loading
+
+__all__ = ["VisionTower", "has_vision_adapter", "load_tower", "load_vision_adapter", "new_vision_adapter", "save_vision_adapter"]
+
+
+def load_tower(spec: str | Path, *, layer: int = -1, dtype: torch.dtype | None = None) -> VisionTower:
+    """The frozen tower that `spec` names.
+
+    spec    a local folder in the format of transformers, timm or open_clip; `timm:vit_base_patch16_224.augreg_in21k`;
+            `open_clip:ViT-B-32/laion2b_s34b_b79k`; or a transformers hub id, `hf:org/name` or `org/name`, with `@revision` to pin it
+    layer   which block the patches come from, counted from the end: -1 the final features, -2 the block before (Context-PEFT)
+    dtype   of the weights and the features; None keeps what the files hold
+
+    Raises ConfigError for a name or folder that leads to no encoder, DataError for damaged weights.
+    """
+    loaded = load_encoder(spec, dtype)
+    freeze(loaded.encoder, dtype)
+    return VisionTower(loaded, name=str(spec), layer=layer)
+
+
+class VisionTower(nn.Module):
+    """A frozen encoder and its preprocessing. Always in eval mode, whatever `train()` is called on the model around it.
+
+    name        what it was loaded from
+    n_patches   N, at the encoder's own picture size
+    width       Dv of the patches
+    layer       the block that the patches come from, counted from the end
+    n_layers    L of `Features.pooled`: the number of blocks, or 1 where the widths of the blocks differ
+    n_kept      how many vectors of width Dv a picture's features are, joined: N + L, or N where pooled ones have another width
+    preprocess  PIL picture -> float32[3, H, W]; holds no weights, so it is cheap to send to worker processes
+    """
+
+    def __init__(self, loaded: Loaded, *, name: str, layer: int = -1) -> None:
+        super().__init__()
+        self.encoder = loaded.encoder
+        self.preprocess: Preprocess = loaded.preprocess
+        self.name = name
+        self.adapter: Adapter | None = None  # of `adapt`; where there is one, features are trained through
+        freeze(self.encoder, None)
+        pixels = _example(self.preprocess, self.name)
+        with torch.no_grad(), loading("vision encoder", name, "choose an encoder that turns a batch of pictures alone into patches"):
+            self._layout = read_layout(self._encoder, self.encoder, self._placed(pixels))
+        if not -self._layout.n_blocks <= layer <= -1:
+            raise ConfigError(
+                f"layer={layer} is not in the encoder '{self.name}', which has {self._layout.n_blocks} blocks; "
+                f"choose -1 (the last) to {-self._layout.n_blocks} (the first)"
+            )
+        self.layer = layer
+        features = self(pixels)
+        self.n_layers = features.pooled.shape[0]
+        self.n_patches, self.width = features.patches.shape[1:]
+        self.n_kept = features.joined.shape[1]
+
+    @property
+    def _encoder(self) -> Encoder:
+        return self.encoder  # type: ignore[return-value]  # nn.Module attributes are typed as modules
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """Stays in eval mode, but for an adapter: frozen parts have no dropout and their batch statistics do not move."""
+        super().train(False)
+        if self.adapter is not None:
+            self.adapter.train(mode)
+        return self
+
+    def adapt(self, adapter: Adapter) -> Adapter:
+        """Attach an adapter to the encoder, for good: from now on its features are trained through, and nothing may keep them.
+
+        adapter: made with `vision_anatomy()`. Raises ConfigError where the encoder has one already.
+        """
+        if self.adapter is not None:
+            raise ConfigError(f"the encoder '{self.name}' has an adapter already: put all its methods into one")
+        attach_vision(self.encoder.get_submodule("model"), adapter)
+        self.adapter = adapter.to(next(self.encoder.parameters()).device)
+        return adapter
+
+    def vision_anatomy(self) -> Anatomy:
+        """Where methods can be placed in the encoder. Raises AttachError where it is no plain vision transformer."""
+        return read_vision(self.encoder.get_submodule("model"))
+
+    def encode(self, pixels: Tensor) -> Features:
+        """As `forward`, without gradient, for whoever keeps the features. Raises ConfigError where the encoder is adapted: then they change."""
+        if self.adapter is not None:
+            raise ConfigError(
+                f"the encoder '{self.name}' has trained weights, so its features change with every step and cannot be kept: "
+                "encode pictures as they come (train.features: encode)"
+            )
+        with torch.no_grad():
+            return self(pixels)  # type: ignore[no-any-return]
+
+    def forward(self, pixels: Tensor) -> Features:
+        """Features of `pixels` float[B, 3, H, W] as `preprocess` makes them, in the dtype of the tower; without gradient unless it is adapted.
+
+        patches, layer = -1: the final features after the encoder's final norm, also where the encoder norms its CLS token only (CLIP);
+            not normed where the encoder averages its patches before that norm. layer < -1: the block's output without the norm.
+            CLS and register tokens are dropped; a feature map [B, C, h, w] becomes [B, h * w, C].
+        pooled: of every block, the final norm applied to its CLS token (eP-ALM); the mean of the normed patches where there is no CLS;
+            the norm of the mean where the encoder averages first. Where the widths of the blocks differ (most CNNs, Swin), only
+            the layer that the patches come from: L = 1.
+        """
+        with torch.set_grad_enabled(self.adapter is not None and torch.is_grad_enabled()):
+            return self._features(self._placed(pixels))
+
+    def _features(self, pixels: Tensor) -> Features:
+        if self._layout.is_column:
+            blocks = self._encoder.blocks(pixels)
+            patches = self._normed(blocks[-1].patches) if self.layer == -1 else blocks[self.layer].patches
+            return Features(patches=patches, pooled=torch.stack([self._pooled(stage) for stage in blocks]))
+        stage = self._encoder.last(pixels) if self.layer == -1 else self._encoder.blocks(pixels)[self.layer]
+        return Features(patches=stage.patches, pooled=_pool(stage)[None])
+
+    def _placed(self, pixels: Tensor) -> Tensor:
+        weight = next(self.encoder.parameters())
+        return pixels.to(device=weight.device, dtype=weight.dtype)
+
+    def _normed(self, tokens: Tensor) -> Tensor:
+        norm = self._layout.norm
+        return norm.module(tokens) if norm is not None and norm.takes == "tokens" else tokens
+
+    def _pooled(self, stage: Stage) -> Tensor:
+        """float[B, Dv]. Norms one row a picture where there is a CLS token, not all of them."""
+        norm = self._layout.norm
+        if norm is not None and norm.takes == "mean":
+            return norm.module(stage.patches.mean(1))
+        return self._normed(stage.cls) if stage.cls is not None else self._normed(stage.patches).mean(1)
+
+
+def _pool(stage: Stage) -> Tensor:
+    return stage.cls if stage.cls is not None else stage.patches.mean(1)
+
+
+def _example(preprocess: Preprocess, name: str) -> Tensor:
+    """float32[1, 3, H, W] of a picture with structure. Raises ConfigError where two pictures do not come out at one size."""
+    wide = Image.linear_gradient("L").resize((640, 400))
+    pixels = preprocess(Image.merge("RGB", [wide, wide.transpose(Image.Transpose.FLIP_TOP_BOTTOM), wide]))
+    high = preprocess(Image.new("RGB", (300, 500)))
+    if pixels.shape != high.shape or pixels.dim() != 3:
+        raise ConfigError(
+            f"the preprocessing of '{name}' gives pictures of different sizes ({list(pixels.shape)} and {list(high.shape)}), "
+            f"expected one size so that pictures stack; choose an encoder that crops or resizes to a fixed size"
+        )
+    return pixels[None]
+
+
+# ----------------------------------------
+# The adapter of an encoder, in the folder of the language model's adapter that was trained with it: `vision/`, in the same format.
+
+
+FOLDER = "vision"
+
+
+def new_vision_adapter(tower: VisionTower, methods: Mapping[str, Method]) -> Adapter:
+    """Attach new methods to the tower's encoder. Raises ConfigError or AttachError where they do not fit it."""
+    return tower.adapt(Adapter(methods, tower.vision_anatomy()))
+
+
+def save_vision_adapter(folder: Path, tower: VisionTower, encoder: FrozenPart) -> None:
+    """Write the encoder's adapter below the folder, where there is one."""
+    if tower.adapter is not None:
+        save_adapter(folder / FOLDER, tower.adapter, AdapterConfig(tower.adapter.methods, {"encoder": encoder}))
+
+
+def has_vision_adapter(folder: Path) -> bool:
+    """Whether an adapter's folder holds an encoder's too."""
+    return (folder / FOLDER).is_dir()
+
+
+def load_vision_adapter(
+    folder: Path, tower: VisionTower, encoder: FrozenPart, n_adapters: int, *, allow_other_base: bool = False
+) -> Adapter | None:
+    """The encoder's adapter of a folder with its weights, not attached yet; None where the folder holds none.
+
+    n_adapters: adapters that the language model has already. They share the encoder, so a folder with an encoder's adapter can only
+    be the first. Raises ConfigError where the encoder is not as the folder's adapter knew it, CheckpointError for a damaged folder.
+    """
+    below = folder / FOLDER
+    if not has_vision_adapter(folder):
+        if tower.adapter is not None:
+            raise ConfigError(f"the adapter in {folder} was trained on the frozen encoder, and this model's encoder is adapted: load it on a model of its own")
+        return None
+    if tower.adapter is not None or n_adapters:
+        raise ConfigError(
+            f"the adapter in {folder} was trained with an adapted encoder, which it would change for the adapters that this model has already: "
+            "load it first, on a model of its own"
+        )
+    config = read_config(below)
+    config.check_base({"encoder": encoder}, str(below), allow_other_base=allow_other_base)
+    adapter = Adapter(config.methods, tower.vision_anatomy())
+    load_weights(below, adapter)
+    return adapter

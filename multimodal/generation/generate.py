@@ -1,0 +1,168 @@
+"""Generation: greedy or beams, cached, from left-padded prompts; rows about one picture read it once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from adalink import TokenMap
+from adalink.attachment.attachment import Attachment
+from adalink.attachment.recompute import may_share_prompts, needs_whole_sequence
+from adalink.errors import CheckpointError, ConfigError
+from multimodal.batches.collate import Batch
+from multimodal.batches.tokenize import TextTooLong
+from multimodal.generation.decoding import Decoding, may_decode
+from multimodal.generation.prefill import prefill
+from multimodal.language import Language
+
+__all__ = ["GenerationChoice", "GenerationSettings", "check_room", "generated_texts", "run_generation", "saved_generation", "written_texts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How texts are generated."""
+
+    max_new_tokens: int = 30  # eP-ALM's captions; VQA answers end sooner by themselves
+    num_beams: int = 1  # 1 is greedy; 3 in eP-ALM, 5 in most captioning papers; a weak adapter does worse with more (tests/benchmarks/RESULTS.md)
+    length_penalty: float = 1.0  # of beams: above 1 prefers longer texts
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        if self.max_new_tokens < 1 or self.num_beams < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens} and num_beams {self.num_beams}: give 1 or more of each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationChoice:
+    """How texts are generated; what is left out is as the adapter was saved with."""
+
+    max_new_tokens: int | None = None  # most tokens of a text
+    num_beams: int | None = None  # 1 is greedy
+    length_penalty: float | None = None  # of beams: above 1 prefers longer texts
+
+    def over(self, settings: GenerationSettings) -> GenerationSettings:
+        """The settings with what was chosen in their place. Raises ConfigError as they do."""
+        return replace(settings, **{name: value for name, value in vars(self).items() if value is not None})
+
+
+def saved_generation(task: Mapping[str, Any]) -> GenerationSettings:
+    """How the run that trained an adapter generated: what the task section of its config says, else the defaults.
+
+    Names that are not known here, of a later version, are passed over. Raises CheckpointError on values of another type.
+    """
+    saved = task.get("generation", {})
+    known = {field.name: saved[field.name] for field in fields(GenerationSettings) if field.name in saved} if isinstance(saved, dict) else saved
+    try:
+        return GenerationSettings(**known)
+    except (TypeError, ConfigError) as error:
+        found = f"the generation settings of the adapter's config are {str(saved)[:60]} ({error})"
+        raise CheckpointError(f"{found}; expected max_new_tokens and num_beams, each 1 or more, and length_penalty") from None
+
+
+def check_room(language: Language, n_prompt: int, settings: GenerationSettings) -> None:
+    """Raise TextTooLong where a prompt of so many tokens, or the text after it, has more positions than the model.
+
+    An encoder-decoder model counts them apart.
+    """
+    if language.model.config.is_encoder_decoder:
+        limits = [(n_prompt, language.max_positions), (settings.max_new_tokens, language.max_written)]
+    else:
+        limits = [(n_prompt + settings.max_new_tokens - 1, language.max_positions)]  # the last token is only ever predicted, so it is not read
+    for needed, limit in limits:
+        if limit is not None and needed > limit:
+            raise TextTooLong(
+                f"a prompt of {n_prompt} tokens and {settings.max_new_tokens} new ones need {needed} positions, and the language model has {limit}: "
+                "shorten the prompt or lower generation.max_new_tokens"
+            )
+
+
+def written_texts(language: Language, attachment: Attachment, batch: Batch, token_map: TokenMap, settings: GenerationSettings) -> list[str]:
+    """One text for each row, the fastest way that is exact for this model and these adapters. Raises TextTooLong.
+
+    Rows about one picture with one adapter read what they begin with once; a prompt is read once for all its beams; a row that has ended
+    leaves the batch. An encoder reads each whole row, a slot or gate may read what follows it, some models keep no keys and values: there
+    transformers' own generation runs, on rows that share nothing.
+    """
+    check_room(language, int(batch.attention_mask.sum(1).max()), settings)
+    may_share = may_share_prompts(attachment, token_map)
+    if settings.num_beams == 1 and may_decode(language.model, attachment, token_map):
+        return _texts(language, _greedy(language, attachment, batch, token_map, settings.max_new_tokens, may_share=may_share))
+    cache: Any = None
+    if may_share and batch.ids.shape[1] > 1 and may_decode(language.model, attachment, token_map):
+        cache, _ = prefill(language, attachment, batch, token_map, n_left=1, may_share=True)
+        cache.batch_repeat_interleave(settings.num_beams)
+    with attachment.bind(token_map):
+        ids = run_generation(language, batch, settings, use_cache=not needs_whole_sequence(attachment, token_map), cache=cache)
+    return generated_texts(language, batch, ids)
+
+
+def run_generation(
+    language: Language,
+    batch: Batch,
+    settings: GenerationSettings,
+    *,
+    use_cache: bool = True,
+    cache: Any = None,
+    stopping: StoppingCriteriaList | None = None,
+    processors: LogitsProcessorList | None = None,
+) -> Tensor:
+    """int64 [B, T']: transformers' own generation, without sampling. Call it with the token map bound. Raises TextTooLong.
+
+    use_cache   False where a method has no exact cache (`adalink.attachment.recompute.needs_whole_sequence`); each step then reads the whole sequence
+    cache       of the prompts without their last token, each row repeated for its beams
+    stopping    what else ends a row
+    processors  what changes the scores of the next token
+    """
+    model: Any = language.model
+    check_room(language, int(batch.attention_mask.sum(1).max()), settings)
+    ids: Tensor = model.generate(
+        input_ids=batch.ids,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams,
+        length_penalty=settings.length_penalty,
+        do_sample=False,
+        use_cache=use_cache,
+        **({} if cache is None else {"past_key_values": cache}),  # beams refuse one that is None
+        stopping_criteria=stopping,
+        logits_processor=processors,
+        pad_token_id=language.tokenizer.pad_token_id,
+        eos_token_id=list(language.end_ids),
+        synced_gpus=False,  # where weights are split, transformers would else wait at each token for processes that generate other rows
+    )
+    return ids
+
+
+def generated_texts(language: Language, batch: Batch, ids: Tensor) -> list[str]:
+    """What was generated after the prompt (after the decoder's start, in an encoder-decoder model), without special tokens."""
+    config: Any = language.model.config
+    start = 1 if config.is_encoder_decoder else batch.ids.shape[1]
+    return _texts(language, ids[:, start:].tolist())
+
+
+def _texts(language: Language, ids: Sequence[Sequence[int]]) -> list[str]:
+    ended = [row[: next((i for i, token in enumerate(row) if token in language.end_ids), None)] for row in ids]  # not every end token is a special one
+    texts: list[str] = language.tokenizer.batch_decode(ended, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _greedy(language: Language, attachment: Attachment, batch: Batch, token_map: TokenMap, n_new: int, *, may_share: bool) -> list[list[int]]:
+    """The tokens of each row, its end token among them."""
+    decoding, ends = Decoding(language, attachment), language.end_ids
+    texts: list[list[int]] = [[] for _ in batch.ids]
+    going = list(texts)
+    chosen = decoding.join(batch, token_map, may_share=may_share).argmax(-1)
+    while True:
+        for text, token in zip(going, chosen.tolist(), strict=True):
+            text.append(token)
+        left = [i for i, text in enumerate(going) if text[-1] not in ends and len(text) < n_new]
+        if not left:
+            return texts
+        if len(left) < len(going):
+            decoding.keep(left)
+            going, chosen = [going[i] for i in left], chosen[left]
+        chosen = decoding.step(chosen).argmax(-1)

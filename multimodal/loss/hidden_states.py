@@ -1,0 +1,234 @@
+"""What enters a layer of a frozen language model, kept for each text: below the lowest edit it depends on the text's tokens alone.
+
+A text is run alone, in a call whose shape is its own: what is kept of it is the same bits whatever batch it comes in, in whatever row,
+before or after a resume. Texts of a packed row are kept apart, so that they may come in other rows together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adalink import BASE_ROW, PAD, AdaptedModel, TokenMap
+from adalink.errors import ConfigError
+from multimodal.batches.collate import Batch, collate
+from multimodal.batches.prefix_sharing import calls_of
+from multimodal.batches.tokenize import Row
+
+__all__ = ["LayersBelow", "LowerStates"]
+
+
+# ----------------------------------------
+# Running an adapted model up to a layer, and starting it there: the layers below hand on what they are given, and hidden states are put in.
+
+
+class _Arrived(Exception):
+    """What enters the layer; nothing after it is needed."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+class LayersBelow:
+    """The layers before number `first` of an adapted model's stack, counted from 0; there is at least one."""
+
+    def __init__(self, adapted: AdaptedModel, first: int) -> None:
+        stack, names = adapted.attachment.stack, adapted.anatomy.layers
+        self.adapted, self.first = adapted, first
+        self._below, self._layer = [stack.get_submodule(name) for name in names[:first]], stack.get_submodule(names[first])
+        self._n_beside: int | None = None  # values that a layer returns beside the hidden states; None where it returns those alone
+
+    @torch.no_grad()
+    def run(self, batch: Batch, token_map: TokenMap) -> Tensor:
+        """float [B, T, D]: what the layers below make of whole rows."""
+        handles = [
+            self._below[-1].register_forward_hook(self._look),
+            self._layer.register_forward_pre_hook(_arrived, prepend=True, with_kwargs=True),  # before the adapter's own edits
+        ]
+        (call,) = calls_of(self.adapted, batch, token_map)
+        try:
+            with call.bound(self.adapted):
+                self.adapted.base(**call.arguments)
+        except _Arrived as found:
+            return found.states
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise AssertionError("the stack ran without the layer")
+
+    @contextlib.contextmanager
+    def left_out(self, states: Tensor) -> Iterator[None]:
+        """Where the model is called on rows whose states are these. `run` was called before."""
+
+        def put(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+        own = [vars(layer).get("forward") for layer in self._below]  # where layers are checkpointed
+        handle = self._layer.register_forward_pre_hook(put, prepend=True, with_kwargs=True)
+        for layer in self._below:
+            layer.forward = self._hand_on
+        try:
+            yield
+        finally:
+            handle.remove()
+            for layer, forward in zip(self._below, own, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+
+    def _look(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._n_beside = len(output) - 1 if isinstance(output, tuple) else None
+
+    def _hand_on(self, *args: Any, **kwargs: Any) -> Any:
+        h = args[0] if args else kwargs["hidden_states"]
+        return h if self._n_beside is None else (h, *[None] * self._n_beside)
+
+
+def _arrived(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise _Arrived(args[0] if args else kwargs["hidden_states"])
+
+
+# A text is padded to a multiple of it: matrix products of fewer tokens take another way on a CPU, and round otherwise than in a batch.
+TOKENS = 16
+# How many texts a call has: always so many, the last repeated, since a product's shape decides how it is rounded. A GPU is idle with one.
+AT_ONCE = {"cpu": 1}
+AT_ONCE_ELSEWHERE = 16
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text of a batch: what its states depend on, its places in the flattened batch, and how many of the first of them hold states already."""
+
+    key: bytes
+    places: np.ndarray[Any, Any]
+    n_written: int
+
+
+class LowerStates:
+    """What enters a layer, for each text that one adapter was given.
+
+    row          the adapter's index in token maps, BASE_ROW for none
+    most         bytes that are kept; texts beyond them are run at each reading
+    n_pictures   of the data, to tell after the first batch whether their texts can be kept; 0: nothing is told
+    positions    how many the model has; None without a limit
+    """
+
+    def __init__(self, below: LayersBelow, row: int, *, most: float, n_pictures: int = 0, positions: int | None = None) -> None:
+        self.below, self.row, self.most, self.n_pictures, self.positions = below, row, most, n_pictures, positions
+        self.n_bytes, self.is_full = 0, False
+        self._kept: dict[bytes, Tensor] = {}
+
+    def __len__(self) -> int:
+        """How many texts are kept."""
+        return len(self._kept)
+
+    @property
+    def told(self) -> str:
+        """A line for the log."""
+        n_layers = len(self.below.adapted.anatomy.layers)
+        return f"the first {self.below.first} of {n_layers} layers run once for each text, as long as its states fit into {self.most / 2**30:.2g} GiB"
+
+    def left_out(self, batch: Batch, token_map: TokenMap) -> AbstractContextManager[None]:
+        """Where the model is called on this batch, and the layers below are left out. Raises as `of`."""
+        return self.below.left_out(self.of(batch, token_map))
+
+    def of(self, batch: Batch, token_map: TokenMap) -> Tensor:
+        """float [B, T, D]: what enters the layer; zeros at padding, which nothing reads.
+
+        Raises ConfigError for a batch that another adapter serves, and where the first batch tells that the texts need more than there is.
+        """
+        if set(token_map.row.tolist()) != {self.row}:
+            raise ConfigError("the states of texts are kept for the adapter that was active, and the batch is served by another: keep them for each apart")
+        tokens = torch.stack([batch.ids, batch.domain, batch.position]).cpu().numpy()
+        texts = list(_texts(tokens, *(None if value is None else value.cpu().numpy() for value in (batch.segment, batch.picture))))
+        states = self._states(dict.fromkeys(text.key for text in texts), batch.ids.device)
+        n_rows, length = batch.ids.shape
+        found = torch.cat([states[text.key][text.n_written :] for text in texts])
+        whole = found.new_zeros(n_rows * length, found.shape[1])
+        whole[torch.from_numpy(np.concatenate([text.places[text.n_written :] for text in texts]))] = found
+        if self.n_pictures:
+            self._check_room(sum(state.nbytes for state in states.values()), int((batch.image if batch.picture is None else batch.picture).max()) + 1)
+        return whole.view(n_rows, length, -1).to(batch.ids.device, non_blocking=True)
+
+    def _states(self, keys: dict[bytes, None], device: torch.device) -> dict[bytes, Tensor]:
+        """[T, D] of each text, on the CPU."""
+        states = {key: self._kept[key] for key in keys if key in self._kept}
+        by_length: dict[int, list[bytes]] = {}
+        for key in keys:
+            if key not in states:
+                by_length.setdefault(self._padded(len(_tokens_of(key)[0])), []).append(key)
+        n = AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE)
+        for length, new in by_length.items():
+            for start in range(0, len(new), n):
+                group = new[start : start + n]
+                read = self._run([*group, *[group[-1]] * (n - len(group))], length, device)
+                states |= {key: state[: len(_tokens_of(key)[0])].clone() for key, state in zip(group, read, strict=False)}
+        for key, state in states.items():
+            self._keep(key, state)
+        return states
+
+    def _run(self, keys: Sequence[bytes], length: int, device: torch.device) -> Tensor:
+        rows = []
+        for ids, domain, position in map(_tokens_of, keys):
+            n_more = length - len(ids)
+            rows.append(Row((*ids, *[0] * n_more), (*domain, *[PAD] * n_more), position=(*position, *[0] * n_more)))
+        batch = collate(rows, [0] * len(rows), torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0).to(device)
+        own = TokenMap(batch.domain, torch.full_like(batch.image, self.row), serving=frozenset({self.row}) - {BASE_ROW})
+        return self.below.run(batch, own).cpu()
+
+    def _keep(self, key: bytes, state: Tensor) -> None:
+        if key in self._kept:
+            return
+        if self.n_bytes + state.nbytes > self.most:
+            if self.most and not self.is_full:
+                print(f"train.states_gib is full with the states of {len(self):,} texts: others are run at each reading", file=sys.stderr)
+            self.is_full = True
+            return
+        self._kept[key] = state
+        self.n_bytes += state.nbytes
+
+    def _padded(self, length: int) -> int:
+        padded = -(-length // TOKENS) * TOKENS
+        return padded if self.positions is None else max(length, min(padded, self.positions))
+
+    def _check_room(self, n_bytes: int, n_pictures: int) -> None:
+        needed, self.n_pictures = n_bytes / n_pictures * self.n_pictures, 0
+        if needed > self.most:
+            raise ConfigError(
+                f"the states of the texts take about {needed / 2**30:.2g} GiB in each process, as far as the first batch tells, and train.states_gib is "
+                f"{self.most / 2**30:.2g}: give as much, or 0 to keep none"
+            )
+
+
+def _tokens_of(key: bytes) -> tuple[list[int], list[int], list[int]]:
+    """Ids, domains and positions."""
+    ids, domain, position = np.frombuffer(key, dtype=np.int64).reshape(3, -1).tolist()
+    return ids, domain, position
+
+
+def _texts(tokens: np.ndarray[Any, Any], segment: np.ndarray[Any, Any] | None, picture: np.ndarray[Any, Any] | None) -> Iterator[_Text]:
+    """The texts of a batch, each with what it shares with others. tokens: int64 [3, B, T], ids, domains, positions; the others as in Batch.
+
+    A row with the segments [0 0 1 2] holds two texts, at [0 1 2] and at [0 1 3]; the second shares two tokens.
+    """
+    n_rows, length = tokens.shape[1:]
+    for b in range(n_rows):
+        real = np.flatnonzero(tokens[1, b] != PAD)
+        pictures = np.zeros_like(real) if picture is None else picture[b, real]
+        segments = np.zeros_like(real) if segment is None else segment[b, real]
+        for one in dict.fromkeys(pictures.tolist()):
+            places, own = real[pictures == one], segments[pictures == one]
+            n_written = 0
+            for number in [number for number in dict.fromkeys(own.tolist()) if number] or [0]:
+                at = places[(own == 0) | (own == number)]
+                yield _Text(np.ascontiguousarray(tokens[:, b, at]).tobytes(), b * length + at, n_written)
+                n_written = int((own == 0).sum())

@@ -1,0 +1,229 @@
+"""The processes that train together: one, or several under `torchrun` or `accelerate launch`, with DDP or FSDP2."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import signal
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from adalink.errors import ConfigError
+from multimodal.bad_samples import BadSample
+from multimodal.data.loader import Loaded
+from multimodal.processes import process_state
+from multimodal.training.settings import TrainSettings
+
+__all__ = [
+    "Agreed", "StopSignal", "agree", "check_trackers", "gathered", "interrupts_noted", "opened_accelerator",
+    "sigterm_noted", "step_seed", "take_off", "together",
+]  # fmt: skip
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all processes know about a step before they take it.
+
+    n_targets   what the loss is divided by: the targets of all processes and micro-batches; 0 where there is nothing to learn
+    asked       how many samples of each set of the data were asked for
+    good        how many of them could be used
+    bad         the bad samples of all processes, in the order of their ranks: each counts and stops as one does
+    stop        the signal by which any of them was asked to end; 0 where none was
+    """
+
+    n_targets: float
+    asked: tuple[int, ...]
+    good: tuple[int, ...]
+    bad: tuple[BadSample, ...]
+    stop: int
+
+
+def agree(accelerator: Accelerator, group: Sequence[Loaded], stop: int, ends: Sequence[int]) -> Agreed:
+    """One exchange of a few numbers, and of the bad samples themselves in the rare step that has some.
+
+    ends: the index after the last sample of each set of the data.
+    """
+    bad = [sample for loaded in group for sample in loaded.bad]
+    n_targets = sum(loaded.batch.n_targets for loaded in group if loaded.batch)
+    # A process alone asks no device: that would wait for all that the device has still to do.
+    counted = [*_per_set([loaded.asked for loaded in group], ends), *_per_set([loaded.pictures for loaded in group], ends)]
+    signals = [float(stop == number) for number in (signal.SIGTERM, signal.SIGINT)]
+    own = torch.tensor([float(n_targets), float(len(bad)), *signals, *counted], device=accelerator.device if accelerator.num_processes > 1 else "cpu")
+    targets, n_bad, n_terminated, n_interrupted, *counts = accelerator.reduce(own, "sum").tolist()
+    asked, good = tuple(map(int, counts[: len(ends)])), tuple(map(int, counts[len(ends) :]))
+    ended_by = signal.SIGTERM if n_terminated else signal.SIGINT if n_interrupted else 0
+    return Agreed(targets, asked, good, tuple(gathered(accelerator, bad)) if n_bad else (), ended_by)
+
+
+def _per_set(indices: Sequence[Sequence[int]], ends: Sequence[int]) -> list[float]:
+    """How many of the indices are of each set."""
+    found = [0.0] * len(ends)
+    for index in chain.from_iterable(indices):
+        found[bisect_right(ends, index)] += 1
+    return found
+
+
+def gathered(accelerator: Accelerator, items: list[T]) -> list[T]:
+    """The items of all processes, in the order of their ranks, on every one of them."""
+    return list(gather_object(items)) if accelerator.num_processes > 1 else items
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of one step's random numbers on one rank, so that they go on after a resume with any number of processes."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8]) >> 1
+
+
+def check_trackers(settings: TrainSettings) -> None:
+    """Raises ConfigError where a tracker is not installed, which accelerate would leave out without a word."""
+    if missing := [name for name in settings.trackers if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"train.trackers names {', '.join(missing)}, and no such package is here: pip install 'adalink[trackers]', or leave it out")
+
+
+@contextlib.contextmanager
+def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) -> Iterator[Accelerator]:
+    """An accelerator that leaves nothing behind: accelerate keeps one precision for a whole process, and wraps the model's forward in it.
+
+    Raises as `check_trackers`.
+    """
+    check_trackers(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    process_state()
+    before = dict(AcceleratorState._shared_state)  # of an accelerator in the same program: transformers' Trainer, or a loop of one's own
+    if is_other := before.get("_mixed_precision", settings.precision) != settings.precision:
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=settings.precision, log_with=list(settings.trackers) or None, project_dir=str(folder))
+    try:
+        yield accelerator
+        for tracker in accelerator.trackers:  # not end_training, which ends the processes' connection too: they evaluate together after this
+            tracker.finish()
+    finally:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        vars(model).pop("forward", None)  # the class's own again, not a copy of it on the instance
+        if is_other or not before:
+            AcceleratorState._reset_state()
+            AcceleratorState._shared_state.update(before)
+
+
+# ----------------------------------------
+# FSDP2: weights that are split over processes, put together where a model generates, and left whole where a training ends.
+
+
+@contextlib.contextmanager
+def together(model: nn.Module) -> Iterator[None]:
+    """Inside the block every process holds all weights, and runs the model as often as it likes without waiting for the others."""
+    shards = _shards(model)
+    for shard in shards:
+        # Else a layer would be split again after its first call, and the next would wait for processes that generate less.
+        shard.set_reshard_after_forward(False, recurse=False)
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.set_reshard_after_forward(shard is not model, recurse=False)  # fully_shard's own default: all but the root
+            shard.reshard()
+            # What ran in the block in this process alone would else stand in the order in which all fetch weights in the next backward pass.
+            for group in shard._get_fsdp_state()._fsdp_param_groups:
+                group._post_forward_indices.clear()
+                group.comm_ctx.post_forward_order.clear()
+
+
+def take_off(model: nn.Module) -> None:
+    """Make a model that FSDP2 split an ordinary one again, with whole parameters, no hooks, and the classes it had.
+
+    torch has no call for it (2.13); what is undone here is what `fully_shard` does, and a test compares the result with a model that was
+    never split. Does nothing to other models. Every process must call it.
+    """
+    shards = _shards(model)
+    for shard in shards:
+        shard.unshard()
+    whole: dict[int, nn.Parameter] = {}  # a tied weight stays one
+    for module in model.modules() if shards else ():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            new = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            module._parameters[name] = whole.setdefault(id(parameter), new)
+    for shard in shards:
+        state: Any = shard._get_fsdp_state()
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
+        for group in state._fsdp_param_groups:
+            for handles in (group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle):
+                for handle in handles.values():
+                    handle.remove()
+    for module in shards:
+        module.__class__ = type(module).__bases__[1]  # fully_shard made a class of FSDPModule and the module's own
+
+
+def _shards(model: nn.Module) -> list[Any]:
+    """Modules whose parameters are split."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+# ----------------------------------------
+# SIGTERM, which a cluster sends some seconds before it takes the machine away, and Ctrl-C: noted, so that a step can end and be saved.
+
+
+_NOTED = b"\nadalink: Ctrl-C: the step is finished and saved first; press it again to stop at once\n"
+
+
+class StopSignal:
+    """The signal by which this process was asked to end; 0 where it was not."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """A signal handler. Raises KeyboardInterrupt at the second Ctrl-C."""
+        if number == signal.SIGINT == self.number:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            os.write(2, _NOTED)  # print is not for signal handlers
+        self.number = number
+
+
+@contextlib.contextmanager
+def sigterm_noted() -> Iterator[StopSignal]:
+    """Inside the block SIGTERM ends nothing and is noted; outside of a program's main thread, where no signal arrives, nothing changes."""
+    stop = StopSignal()
+    with _handled(signal.SIGTERM, stop):
+        yield stop
+
+
+@contextlib.contextmanager
+def interrupts_noted(stop: StopSignal) -> Iterator[None]:
+    """Inside the block, the steps of a training, Ctrl-C is noted too, once; a program that handles it in its own way keeps that."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with _handled(signal.SIGINT, stop):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def _handled(number: signal.Signals, stop: StopSignal) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, stop.note)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

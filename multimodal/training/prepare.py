@@ -1,0 +1,214 @@
+"""The form in which a run's settings let a model learn."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, Adapter, Anatomy, TokenMap
+from adalink.attachment.attachment import without_dropout
+from adalink.attachment.slots import ReadAll, lowest_edit
+from adalink.errors import AttachError, ConfigError
+from multimodal.batches.collate import Batch, collate
+from multimodal.batches.prefix_sharing import REFUSALS, agree, calls_of, unadapted
+from multimodal.batches.tokenize import Row
+from multimodal.loss.answer_head import AnswerHead
+from multimodal.loss.hidden_states import LayersBelow, LowerStates
+from multimodal.model import VisionLanguageModel
+from multimodal.processes import process_state
+from multimodal.training.settings import Compile, TrainSettings
+
+__all__ = [
+    "CompiledModel", "compiled", "first_layer", "kept_states", "learner", "mean_loss", "new_optimizer", "parameter_groups",
+    "starts_exactly",
+]  # fmt: skip
+
+
+# ----------------------------------------
+# A compiled form of a model with adapters, for training: the first steps take minutes, and each length of rows that is new may take more.
+
+
+@contextlib.contextmanager
+def compiled(model: VisionLanguageModel, mode: Compile) -> Iterator[None]:
+    """Inside the block the model learns in its compiled form. Raises ConfigError for a model that does not learn so."""
+    loss = model.language_loss
+    if mode != "no":
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            raise ConfigError("train.compile makes one graph of the model, and FSDP2 splits it: train with DDP, or with train.compile: no")
+        if model.head is not None:
+            raise ConfigError("train.compile acts on models that write, and this one chooses among answers: train with train.compile: no")
+        loss.call = CompiledModel(model.adapted, mode=mode)
+    try:
+        yield
+    finally:
+        loss.call = model.adapted.base
+
+
+class CompiledModel:
+    """Runs an adapted model's frozen model as one compiled graph. The model itself stays as it is: generation runs uncompiled.
+
+    Compile last: attach, then compile, then train. Dynamo does not look at hooks again, so a model whose adapters change is refused.
+    """
+
+    def __init__(self, adapted: AdaptedModel, *, mode: Compile = "default", backend: Any = "inductor") -> None:
+        self.adapted = adapted
+        self.at = adapted.attachment.at
+        options: dict[str, Any] = {"mode": mode} if backend == "inductor" else {}
+        self._run = torch.compile(adapted.base, fullgraph=True, backend=backend, **options)
+
+    def __call__(self, **arguments: Any) -> Any:  # the model's own arguments
+        """The model's output.
+
+        Raises AttachError where adapters were added or taken away since, ConfigError where the model is not one graph or no compiler works.
+        """
+        if self.adapted.attachment.at is not self.at:
+            raise AttachError("adapters were added or taken away after the model was compiled, and it would not see them: compile it again")
+        try:
+            return self._run(**arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            said = str(error).strip().splitlines()[0]
+            raise ConfigError(f"this model cannot be compiled into one graph ({said}): train with train.compile: no") from error
+
+
+# ----------------------------------------
+# A model that learns with the states of its texts kept: what is below the lowest edit is run once for each text.
+
+
+ADVICE = "give train.states_gib: 0"
+
+
+@contextlib.contextmanager
+def kept_states(model: VisionLanguageModel, gib: float, n_pictures: int) -> Iterator[None]:
+    """Inside the block the model learns from kept states, of at most `gib` GiB in each process; 0: nothing changes.
+
+    n_pictures: of the data, so that the first batch can tell whether its texts can be kept; 0 where that is not asked.
+    Raises ConfigError where nothing can be kept, and says what is in the way.
+    """
+    if not gib:
+        yield
+        return
+    adapted, loss = model.adapted, model.language_loss
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ConfigError(f"train.states_gib runs texts in each process apart, and FSDP2 splits the model over them: train with DDP, or {ADVICE}")
+    first = first_layer(adapted.anatomy, adapted.active_adapter(), model.head)
+    if trained := next((name for name, parameter in adapted.base.named_parameters() if parameter.requires_grad), None):
+        raise ConfigError(f"train.states_gib keeps what a frozen language model makes of its texts, and {trained} is trained: {ADVICE}")
+    if not starts_exactly(adapted, first):
+        kind = model.language.model.config.model_type
+        raise ConfigError(f"{kind} was tried without its first {first} layers, given what they make of a text, and says something else then: {ADVICE}")
+    below, positions = LayersBelow(adapted, first), model.row_encoder().max_positions
+    loss.lower = LowerStates(below, int(adapted.rows(1)), most=gib * 2**30, n_pictures=n_pictures, positions=positions)
+    try:
+        yield
+    finally:
+        loss.lower = None
+
+
+def first_layer(anatomy: Anatomy, adapter: Adapter, head: AnswerHead | None) -> int:
+    """The layer below which everything can be kept. Raises ConfigError where there is none."""
+    if head is not None:
+        raise ConfigError(f"train.states_gib acts on models that write, and this one chooses among answers: {ADVICE}")
+    lowest, placement = lowest_edit(anatomy, adapter)
+    if lowest < 1:
+        where = "the first layer" if lowest == 0 else "what enters the layers"
+        raise ConfigError(
+            f"train.states_gib keeps what the layers below an adapter's lowest edit make of a text, and {placement.role} acts on {where}: "
+            f"{ADVICE}, or methods in deeper layers alone, as eP-ALM without a prompt"
+        )
+    if any(isinstance(placed.edit, ReadAll) for placed in adapter.placements):
+        raise ConfigError(f"train.states_gib keeps nothing of padding, and a slot of this adapter reads it: train eP-ALM with mask: causal, or {ADVICE}")
+    return min(lowest, len(anatomy.layers) - 1)
+
+
+@torch.no_grad()
+def starts_exactly(adapted: AdaptedModel, first: int) -> bool:
+    """Whether the model says the same of two short texts when it is started at a layer. Runs it on twenty tokens, without its adapters."""
+    batch = _two_texts(adapted.base)
+    token_map = unadapted(batch)
+    below = LayersBelow(adapted, first)
+    try:
+        whole = _scores(adapted, batch, token_map)
+        with LowerStates(below, BASE_ROW, most=0).left_out(batch, token_map):
+            started = _scores(adapted, batch, token_map)
+    except REFUSALS:  # layers of another kind
+        return False
+    return agree(started, whole)
+
+
+def _two_texts(model: Any) -> Batch:
+    texts = ((1, 2, 3, 4, 5, 6), (1, 2, 3, 7))
+    has_decoder = model.config.is_encoder_decoder
+    rows = [Row(ids, (TEXT,) * 3 + (ANSWER,) * (len(ids) - 3), decoder_ids=ids[:4] if has_decoder else ()) for ids in texts]
+    return collate(rows, [0, 0], torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0).to(next(model.parameters()).device)
+
+
+def _scores(adapted: AdaptedModel, batch: Batch, token_map: TokenMap) -> Tensor:
+    """[N, V]: of every token that is none of the padding."""
+    (call,) = calls_of(adapted, batch, token_map)
+    with call.bound(adapted):
+        scores: Tensor = adapted.base(**call.arguments).logits
+    return scores.flatten(0, 1) if batch.decoder_ids is not None else scores[batch.attention_mask == 1]
+
+
+@contextlib.contextmanager
+def learner(model: VisionLanguageModel, settings: TrainSettings, n_pictures: int) -> Iterator[None]:
+    """Inside the block the model is compiled, or keeps the states of its texts, where that is asked for. Raises ConfigError where it cannot."""
+    with compiled(model, settings.compile), kept_states(model, settings.states_gib, n_pictures):
+        yield
+
+
+@torch.no_grad()
+def mean_loss(model: VisionLanguageModel, batches: Iterable[Batch]) -> float | None:
+    """The loss per target (per question, where a head chooses) over all batches of all processes, without dropout; None where they hold no target.
+
+    Every process gives its own part of the batches, and gets the whole loss.
+    """
+    state, lower, call = process_state(), model.language_loss.lower, model.language_loss.call
+    total = torch.zeros(2, dtype=torch.float64)  # loss, targets
+    model.language_loss.lower, model.language_loss.call = None, model.adapted.base  # neither kept nor compiled for
+    try:
+        with without_dropout(model):
+            for batch in batches:
+                total += torch.tensor([float(model(batch)) * batch.n_targets, batch.n_targets], dtype=torch.float64)
+    finally:
+        model.language_loss.lower, model.language_loss.call = lower, call
+    if state.num_processes > 1:
+        shared = total.float().to(state.device)  # some devices have no float64
+        torch.distributed.all_reduce(shared)
+        total = shared.double().cpu()
+    return float(total[0] / total[1]) if total[1] else None
+
+
+# ----------------------------------------
+# The optimizer: which weights it trains, how fast each, and in which form it runs.
+
+
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def new_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW, as one kernel for all weights where devices and dtypes allow it. Raises as `parameter_groups`."""
+    fused = all(parameter.device.type in FUSED_DEVICES and parameter.is_floating_point() for parameter in parameters.values())
+    return torch.optim.AdamW(parameter_groups(parameters, settings), betas=settings.betas, weight_decay=settings.weight_decay, fused=fused)
+
+
+def parameter_groups(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:
+    """One group per method with a rate of its own and per kind: matrices decay, vectors do not.
+
+    Raises ConfigError for a rate of a method that is not among the parameters.
+    """
+    methods = {name.split(".", 1)[0] for name in parameters}
+    if unknown := sorted(set(settings.learning_rates) - methods):
+        raise ConfigError(f"train.learning_rates names {', '.join(unknown)}, and this adapter's methods are {', '.join(sorted(methods))}")
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = settings.learning_rates.get(name.split(".", 1)[0], settings.learning_rate)
+        groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": group, "lr": rate, "weight_decay": settings.weight_decay if is_matrix else 0.0} for (rate, is_matrix), group in groups.items()
+    ]

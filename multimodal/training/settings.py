@@ -1,0 +1,97 @@
+"""How a run trains."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from adalink.errors import ConfigError, check_tuples
+
+__all__ = ["Compile", "TrainSettings"]
+
+Compile = Literal["no", "default", "max-autotune-no-cudagraphs"]  # torch.compile's own modes, or none
+MAX_SEED = 2**40  # an epoch's seed is a million times this, and a generator takes 63 bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a run trains."""
+
+    epochs: float = 1.0  # passes over the pictures, each with the texts that the task takes
+    steps: int = 0  # optimizer steps; 0: as many as the epochs need
+    batch_size: int = 16  # pictures per process and micro-batch
+    accumulation: int = 1  # micro-batches per optimizer step
+    bucket_pool: int = 0  # batches (of all processes) within which pictures with texts of like length come together; less padding; 0: off
+    row_tokens: int = 0  # pictures of a micro-batch share rows of up to so many tokens: less padding; on a CPU two or three a row pay best; 0: one
+    learning_rate: float = 1e-3  # peak; AdamW
+    learning_rates: dict[str, float] = field(default_factory=dict)  # method -> a peak of its own
+    weight_decay: float = 0.01  # of matrices; vectors (biases, norms) have none
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
+    warmup: float = 0.03  # share of the steps over which the rate rises from 0
+    final_rate: float = 0.0  # share of the peak that the cosine ends at
+    clip: float = 1.0  # of the gradient's norm; 0: none
+    precision: Literal["no", "bf16", "fp16"] = "no"  # autocast of the forward pass
+    features: Literal["encode", "memory", "fill"] = "encode"  # memory: encoded once, kept in float16; fill: the first epoch fills the folder `features`
+    checkpointing: bool = False  # recompute each layer's activations in the backward pass: memory for time
+    compile: Compile = "no"  # torch.compile of the language model, with its adapters: minutes at the start for faster steps, on a GPU above all
+    states_gib: float = 0.0  # GiB in each process for what enters the lowest layer that the adapter writes, kept for each text (eP-ALM); 0: nothing is kept
+    seed: int = 0  # of weights, order and drawn answers
+    workers: int = 0  # processes that decode pictures
+    checkpoint_every: int = 500  # optimizer steps; one is also written at the end
+    keep: int = 2  # checkpoints kept
+    log_every: int = 20  # optimizer steps
+    measure_every: int = 0  # optimizer steps between two measurements on the validation pictures, printed and drawn in the report; 0: none
+    keep_best: bool = False  # end with the weights of the best measurement, by the task's metric, instead of the last ones; needs measure_every
+    patience: int = 0  # end after so many measurements in a row that were no better; needs measure_every; 0: go on to the end
+    bad_samples: int = 10  # how many may be skipped before the run stops
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # off by default
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        check_tuples(self, "train's")
+        for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}: give 1 or more")
+        for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "patience", "bad_samples", "seed", "states_gib", "row_tokens", "bucket_pool"):
+            if not getattr(self, name) >= 0:  # also true of a NaN
+                raise ConfigError(f"train.{name} is {getattr(self, name)}: give 0 or more")
+        if (self.keep_best or self.patience) and not self.measure_every:
+            name = "keep_best" if self.keep_best else "patience"
+            raise ConfigError(f"train.{name} judges measurements, and train.measure_every is 0: give the steps between two of them, such as 100")
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"train.seed is {self.seed}: give at most {MAX_SEED}, so that epochs have seeds of their own")
+        if not self.steps and not self.epochs > 0:
+            raise ConfigError(f"train.epochs is {self.epochs} and train.steps 0: give a positive number of one of them")
+        if not all(0 < rate < math.inf for rate in (self.learning_rate, *self.learning_rates.values())):
+            raise ConfigError(f"train.learning_rate is {self.learning_rate} and train.learning_rates {self.learning_rates}: give positive rates")
+        if not 0 <= self.warmup < 1 or not 0 <= self.final_rate <= 1:
+            raise ConfigError(f"train.warmup is {self.warmup} and train.final_rate {self.final_rate}: both are shares between 0 and 1")
+        if self.compile != "no" and self.checkpointing:
+            raise ConfigError(f"train.compile is {self.compile} and train.checkpointing true: a checkpointed layer is no part of one graph, so choose one")
+        if self.states_gib * 2**30 == math.inf:  # in bytes
+            raise ConfigError(f"train.states_gib is {self.states_gib}: give a number of GiB, such as half of the memory that is free")
+        if self.compile != "no" and self.states_gib:
+            raise ConfigError(f"train.compile is {self.compile} and train.states_gib {self.states_gib}: one graph holds every layer, so choose one")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"train.betas is {self.betas}: both are from 0 to below 1")
+
+    def n_steps(self, n_samples: int, world: int) -> int:
+        """Optimizer steps of the whole run: every picture is read at least `epochs` times."""
+        return self.n_steps_from(0, 0, n_samples, world)
+
+    def n_steps_from(self, step: int, position: int, n_samples: int, world: int) -> int:
+        """The run's last step where `step` steps have read `position` pictures, perhaps with another number of processes."""
+        left = math.ceil(self.epochs * n_samples) - position
+        return self.steps or step + max(0, -(-left // (self.batch_size * self.accumulation * world)))
+
+    def rate(self, step: float, n_steps: float) -> float:
+        """The share of the peak rate at a step: linear warm-up, then a cosine. 0-based; warm-up's first step is not 0.
+
+        Fractions of a step come up where a run goes on with another number of samples in a step.
+        """
+        n_warm = int(self.warmup * n_steps)
+        if step < n_warm:
+            return (step + 1) / (n_warm + 1)
+        progress = (step - n_warm) / max(n_steps - n_warm, 1)
+        return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,389 @@
+"""The training loop: frozen parts, an adapter's weights in the optimizer, one pass over a stream that can be resumed exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from adalink.errors import CheckpointError, ConfigError, DataError, TerminatedError
+from multimodal.bad_samples import BadSample, BadSamples, counted
+from multimodal.batches.collate import Batch
+from multimodal.data.feature_cache.encode import FillingLoader
+from multimodal.data.feature_cache.memory import encode_all
+from multimodal.data.feature_cache.writer import FeatureWriter
+from multimodal.data.inputs import Kept
+from multimodal.data.loader import Loaded, Texts, TrainLoader, new_batches
+from multimodal.data.workers import dead_workers_told
+from multimodal.model import TrainedParts, VisionLanguageModel
+from multimodal.progress import StepProgress
+from multimodal.sample import SampleSource
+from multimodal.training.distributed import (
+    StopSignal,
+    agree,
+    check_trackers,
+    interrupts_noted,
+    opened_accelerator,
+    sigterm_noted,
+    step_seed,
+    take_off,
+    together,
+)
+from multimodal.training.prepare import learner, new_optimizer, parameter_groups
+from multimodal.training.records import Learnt, RunLog, Shown, changed_settings, refuse_another_model, run_facts, track
+from multimodal.training.settings import TrainSettings
+from multimodal.training.state import BEST, Best, latest_checkpoint, load_state, read_state, state_tensors, write_state
+
+__all__ = ["Trained", "check_training", "train"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run did: its steps, the seconds that they took (loading and encoding apart), and what it skipped.
+
+    skipped   steps without anything to learn, which every sample of was bad: no optimizer step was taken
+    best      with train.keep_best, the step that the weights are of, and the figure that was best there; None: the weights are the last
+    """
+
+    steps: int
+    seconds: float
+    bad: BadSamples
+    skipped: int = 0
+    best: tuple[int, str, float] | None = None
+
+
+def train(
+    model: VisionLanguageModel,
+    source: SampleSource,
+    texts: Texts,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    patches: Kept | FeatureWriter | None = None,
+    known_bad: Sequence[BadSample] = (),
+    measure: Callable[[], Mapping[str, float]] | None = None,
+    judged_by: str | None = None,
+    samples: Callable[[], Sequence[Shown]] | None = None,
+    also_trained: Mapping[str, nn.Parameter] | None = None,
+) -> Trained:
+    """Train the model's active adapter; checkpoints and metrics.jsonl go to `folder`.
+
+    resume         go on from the newest checkpoint in `folder`: the same weights, bit for bit, as if the run had never stopped; with
+                   another number of processes, at the very next picture
+    patches        features that are kept already, or the folder that the first epoch fills with them; encoded here where settings.features is
+                   `memory` and none are given
+    known_bad      samples that the source left out already; they count towards the budget
+    measure        figures for the screen and metrics.jsonl, asked for every `settings.measure_every` steps
+    judged_by      the one of them, of which more is better, that settings.keep_best and settings.patience go by; the first where none is named
+    samples        pictures with what was said about them, for the trackers; asked for after each measurement, where there are trackers
+    also_trained   further parameters by name, for baselines that fine-tune a frozen part
+
+    Raises TerminatedError, with a checkpoint written, where SIGTERM or Ctrl-C asked to end; DataError where a worker process died, or where
+    there was nothing to learn: no sample of the data, or of one set of a mixture, can be used; and as `check_training`.
+    """
+    if not len(source):
+        raise DataError("the training data holds no sample: give data with one or more")
+    with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_told():
+        torch.manual_seed(settings.seed)
+        model.to(accelerator.device).train()  # one that was loaded is in eval mode
+        check_training(model, settings, folder, resume=resume, also_trained=also_trained)
+        if patches is None and settings.features == "fill":
+            raise ConfigError("train.features is fill, and no folder is given to fill: give patches, a FeatureWriter")
+        if measure is None and (settings.keep_best or settings.patience):
+            raise ConfigError("train.keep_best and train.patience judge what `measure` gives, and there is none: give measure")
+        if patches is None and settings.features == "memory":
+            patches = encode_all(model, source, workers=settings.workers, label="encoding each picture once")
+        if patches is not None and not isinstance(patches, FeatureWriter):
+            _refuse_all_bad(patches)
+        loader = _loader(accelerator, model, source, texts, settings, patches)
+        run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), loader, stop, Learnt(source), Best(settings, judged_by))
+        first, n_steps = run.restore(len(source)) if resume else (0, settings.n_steps(len(source), accelerator.num_processes))
+        run.log.skip(known_bad)
+        if settings.checkpointing:
+            model.adapted.attachment.checkpoint_layers()
+        loader.steps = (n_steps - first) * settings.accumulation
+        started = time.perf_counter()
+        with learner(model, settings, len(source)), interrupts_noted(stop):
+            if model.head is None:
+                accelerator.print(model.language_loss.told)  # here, where it is known what is hooked, checkpointed and compiled
+            n_steps = run.learn(first, n_steps, measure, samples)
+        seconds = time.perf_counter() - started
+        take_off(model)
+        best = run.best.put_back({**TrainedParts.of(model).parameters(), **(also_trained or {})})
+        if skipped := run.learnt.skipped:
+            accelerator.print(f"{counted(skipped, 'step')} of {n_steps} had nothing to learn, and {'was' if skipped == 1 else 'were'} skipped")
+        return Trained(n_steps, seconds, run.log.bad, skipped, best)
+
+
+def check_training(
+    model: VisionLanguageModel, settings: TrainSettings, folder: Path, *, resume: bool = False, also_trained: Mapping[str, nn.Parameter] | None = None
+) -> None:
+    """Refuse, before any image is read, what a training with these settings would refuse.
+
+    Raises ConfigError for learning rates of methods that are not there, trackers that are not installed, and settings that the model does not
+    bear; CheckpointError where the run to go on with trained another model.
+    """
+    check_trackers(settings)
+    parameters = {**TrainedParts.of(model).parameters(), **(also_trained or {})}
+    parameter_groups(parameters, settings)
+    with learner(model, settings, 0):
+        pass
+    checkpoint = latest_checkpoint(folder / "checkpoints") if resume else None
+    if checkpoint is not None:
+        facts = read_state(checkpoint, parameters)[0].get("facts", {})
+        with _continued(checkpoint):
+            refuse_another_model(facts, run_facts(model, settings))
+
+
+@contextlib.contextmanager
+def _continued(checkpoint: Path) -> Iterator[None]:
+    """Inside the block it is said which checkpoint is refused."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint} cannot be continued exactly: {error}; resume with the config and the data of its run") from None
+
+
+def _loader(
+    accelerator: Accelerator, model: VisionLanguageModel, source: SampleSource, texts: Texts, settings: TrainSettings, patches: Kept | FeatureWriter | None
+) -> TrainLoader | FillingLoader:
+    """This process's part of the batches; says how texts share rows."""
+    batches = new_batches(
+        model, source, texts, batch_size=settings.batch_size, seed=settings.seed, workers=settings.workers,
+        features=None if isinstance(patches, FeatureWriter) else patches, row_tokens=settings.row_tokens, bucket_pool=settings.bucket_pool,
+        rank=accelerator.process_index, world=accelerator.num_processes, weights="split" if accelerator.is_fsdp2 else "whole",
+    )  # fmt: skip
+    accelerator.print(batches.told if model.head is not None else f"{batches.told}; {model.language_loss.head.told}")
+    if isinstance(patches, FeatureWriter):
+        return FillingLoader(batches.loader, patches, model.tower, source, workers=settings.workers)
+    return batches.loader
+
+
+def _refuse_all_bad(patches: Kept) -> None:
+    if not patches.usable():
+        bad = BadSamples(budget=0, found=patches.bad.values())
+        raise DataError(f"none of the {counted(len(patches), 'image')} can be used, so there is nothing to learn: {bad.summary()}; mend the data")
+
+
+class _Run:
+    """One run's moving parts: the wrapped model, the optimizer, the log."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: VisionLanguageModel,
+        settings: TrainSettings,
+        folder: Path,
+        also_trained: dict[str, nn.Parameter],
+        loader: TrainLoader | FillingLoader,
+        stop: StopSignal,
+        learnt: Learnt,
+        best: Best,
+    ) -> None:
+        if also_trained and accelerator.is_fsdp2:
+            raise ConfigError("FSDP2 trains adapters alone, and also_trained names other weights: train those with DDP")
+        if model.tower.adapter is not None and accelerator.is_fsdp2:
+            raise ConfigError("FSDP2 trains the language model's adapter alone, and this model's encoder has one too: train it with DDP")
+        if model.head is not None and accelerator.is_fsdp2:
+            raise ConfigError("FSDP2 trains the language model's adapter alone, and this model has an answer head too: train it with DDP")
+        if isinstance(loader, FillingLoader) and accelerator.is_fsdp2:
+            raise ConfigError("FSDP2 splits the encoder over processes, so its features cannot be filled in while training: run `adalink features` first")
+        self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
+        self.learnt, self.best, self.ended_by = learnt, best, 0
+        self.bare, self.facts = model, run_facts(model, settings)
+        self.is_due = False  # a line of the log: of a step that learns nothing it waits for the next
+        self.first = self.read = 0  # the run's first step, and the samples that all processes had read before it
+        # The first step whose loss was not finite, negative where it was infinite; asked for seldom, since asking waits for the device.
+        self.broken = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        self.parameters = {**TrainedParts.of(model).parameters(), **also_trained}
+        optimizer = new_optimizer(self.parameters, settings)
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.model: nn.Module
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # FSDP2 puts parameters of its own in their places.
+        self.parameters |= dict(model.adapted.active_adapter().named_parameters())
+        self.log = RunLog(folder, budget=settings.bad_samples, is_main=accelerator.is_main_process)
+        if settings.trackers:
+            accelerator.init_trackers("adalink", init_kwargs={"wandb": {"dir": str(folder)}})  # TensorBoard's files lie in FOLDER/adalink
+
+    def learn(
+        self, first: int, n_steps: int, measure: Callable[[], Mapping[str, float]] | None, samples: Callable[[], Sequence[Shown]] | None
+    ) -> int:
+        """Take the steps from `first` on; the last one comes back, which may be earlier than `n_steps` where patience ends the run."""
+        every, judges = self.settings.measure_every, self.settings.keep_best or self.settings.patience > 0
+        with contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=self.accelerator.is_main_process)) as shown:
+            for step, group in enumerate(_groups(iter(self.loader), self.settings.accumulation), start=first):
+                loss = self.step(group, step, n_steps)
+                shown.step()
+                # Before the checkpoint: a run that is killed between the two measures again.
+                if measure is not None and every and ((step + 1) % every == 0 or (judges and step + 1 == n_steps)):
+                    self._refuse_broken()
+                    with together(self.bare):
+                        figures = measure()
+                    self.measured(step + 1, figures, samples, shown)
+                    if self.best.is_over:
+                        self.accelerator.print(f"{self.settings.patience} measurements were no better than that of step {self.best.step}: the run ends")
+                        n_steps = step + 1
+                self.after(step + 1, n_steps, loss, shown)
+                if self.best.is_over:
+                    break
+        return n_steps
+
+    def step(self, group: list[Loaded], step: int, n_steps: int) -> torch.Tensor | None:
+        """One optimizer step over a group of micro-batches; the mean loss per target comes back, over all ranks. None where there is no target."""
+        agreed = agree(self.accelerator, group, self.stop.number, self.learnt.ends)
+        self.ended_by = agreed.stop
+        self.log.skip(agreed.bad)
+        rate = self.rate(step, n_steps)
+        self.learnt.add(agreed)
+        self.learnt.check(self.log.bad)
+        if not agreed.n_targets:
+            return None
+        torch.manual_seed(step_seed(self.settings.seed, step, self.accelerator.process_index))
+        for peak, parameters in zip(self.peaks, self.optimizer.param_groups, strict=True):
+            parameters["lr"] = peak * rate
+        world = self.accelerator.num_processes
+        losses = []
+        for i, loaded in enumerate(group):
+            with self.accelerator.no_sync(self.model) if i < len(group) - 1 else contextlib.nullcontext():
+                # DDP averages gradients over ranks, so each rank divides by its share of the targets.
+                part = self._loss(loaded.batch, agreed.n_targets / world)
+                self.accelerator.backward(part)
+            losses.append(part.detach() / world)
+        if self.settings.clip:
+            self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss: torch.Tensor = self.accelerator.reduce(torch.stack(losses).sum(), "sum")
+        self.broken += ((self.broken == 0) & ~loss.isfinite()) * torch.where(loss.isinf(), -1, 1) * (step + 1)
+        return loss
+
+    def rate(self, step: int, n_steps: int) -> float:
+        """The share of the peak rate at a step: a function of the samples that were read, so that it goes on where it was with any number of processes.
+
+        Where the run is given in steps, of those. Steps without anything to learn do not move it.
+        """
+        size = self._stream()["pictures in a step"]
+        if self.settings.steps:
+            return self.settings.rate(step - self.learnt.skipped, n_steps - self.learnt.skipped)
+        done = (self.read - self.learnt.skipped_samples) / size + step - self.first
+        return self.settings.rate(done, done + n_steps - step)
+
+    def measured(self, step: int, figures: Mapping[str, float], samples: Callable[[], Sequence[Shown]] | None, shown: StepProgress) -> None:
+        """Log figures of the validation pictures, judge them, and show some pictures to the trackers."""
+        if self.accelerator.num_processes > 1:
+            figures, *_ = broadcast_object_list([dict(figures)])  # all decide by the same numbers
+        judges = self.settings.keep_best or self.settings.patience > 0
+        is_best = judges and self.best.judge(step, figures, self.parameters)
+        shown.measured(step, figures, is_best)
+        self.log.write({"step": step, **figures})
+        if self.settings.trackers:
+            track(self.accelerator, step, figures, samples() if samples is not None else ())
+
+    def after(self, step: int, n_steps: int, loss: torch.Tensor | None, shown: StepProgress) -> None:
+        """Log, and write a checkpoint, where it is due.
+
+        Raises TerminatedError where a process was asked to end, ConfigError where a loss was not finite, DataError where nothing was learnt.
+        """
+        if step == n_steps:
+            self.learnt.check(self.log.bad, is_end=True)
+        self.is_due |= step % self.settings.log_every == 0 or step in (1, n_steps)
+        if loss is not None and self.is_due:
+            self.is_due = False
+            self._refuse_broken()
+            value = float(loss)
+            rate = self.optimizer.param_groups[0]["lr"]
+            shown.logged(step, value, rate)
+            self.log.write({"step": step, "loss": value, "rate": rate})
+            self.accelerator.log({"loss": value, "rate": rate}, step=step)
+        if (step % self.settings.checkpoint_every == 0 and not self.learnt.is_nothing) or step == n_steps or self.ended_by:
+            self._refuse_broken()
+            self._save(step)
+        if self.ended_by and step < n_steps:
+            by, saved = "Ctrl-C" if self.ended_by == signal.SIGINT else "SIGTERM", self.folder / "checkpoints"
+            raise TerminatedError(f"ended by {by} after step {step} of {n_steps}, which is saved in {saved}: go on with --resume", 128 + self.ended_by)
+
+    def restore(self, n_samples: int) -> tuple[int, int]:
+        """The step that the newest checkpoint was written after (0 where there is none), and the run's last step.
+
+        Another number of processes reads on at the next picture, and takes as many steps as the rest needs. Raises CheckpointError for
+        a checkpoint of another run.
+        """
+        world = self.accelerator.num_processes
+        n_steps = self.settings.n_steps(n_samples, world)
+        checkpoint = latest_checkpoint(self.folder / "checkpoints")
+        if checkpoint is None:
+            self.log.rewind(0)
+            self.accelerator.print(f"there is no checkpoint in {self.folder / 'checkpoints'}: the run begins anew")
+            return 0, n_steps
+        content = load_state(checkpoint, self.parameters, self.optimizer.optimizer)
+        first, found, own = content["step"], content["stream"], self._stream()
+        self.first, self.read = first, content["data"]["position"]
+        self.learnt.load_state_dict(content.get("learnt", {}))
+        self.best.load_state_dict(content.get("best", {}), read_state(checkpoint, self.parameters)[1])
+        with _continued(checkpoint):
+            self.loader.load_state_dict(content["data"])
+            if found["processes"] != world:
+                n_steps = self.settings.n_steps_from(first, content["data"]["position"], n_samples, world)
+            elif found != own:
+                name = "pictures in a step"
+                raise CheckpointError(f"{name} was {found[name]} and is {own[name]}")
+            if first > n_steps:
+                raise CheckpointError(f"it was written after step {first}, and this config ends at {n_steps}")
+        if self.accelerator.scaler is not None and content["scaler"]:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        self.log.rewind(first)
+        self._say_resumed(checkpoint, first, n_steps, content.get("facts"))
+        return first, first if self.best.is_over else n_steps
+
+    def _say_resumed(self, checkpoint: Path, first: int, n_steps: int, facts: Mapping[str, Any] | None) -> None:
+        self.accelerator.print(f"resumed after step {first} of {n_steps}, from {checkpoint}")
+        if facts is None:
+            self.accelerator.print("an earlier version wrote that checkpoint, so its settings cannot be compared with these")
+        elif changed := changed_settings(facts, self.facts):
+            self.accelerator.print(f"settings that are not those of the checkpoint: {'; '.join(changed)}")
+
+    def _loss(self, batch: Batch | None, n_targets: float) -> torch.Tensor:
+        if batch is None:  # every sample of it was bad: nothing to learn, but the other ranks wait for this one's gradients
+            return self.model(self.loader.blank().to(self.accelerator.device)) * 0.0  # type: ignore[no-any-return]
+        return self.model(replace(batch.to(self.accelerator.device), n_targets=n_targets))  # type: ignore[no-any-return]
+
+    def _refuse_broken(self) -> None:
+        if at := int(self.broken):
+            what = "infinite" if at < 0 else "not a number"
+            raise ConfigError(f"the loss is {what} at step {abs(at)}: lower train.learning_rate, or set train.clip; checkpoints from before it stay")
+
+    def _save(self, step: int) -> None:
+        tensors = state_tensors(self.parameters, self.optimizer.optimizer)
+        tensors |= {f"{BEST}{name}": weight for name, weight in self.best.tensors().items()}
+        if broken := [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
+            raise ConfigError(
+                f"after step {step} {len(broken)} of {len(tensors)} tensors hold values that are not finite, such as {broken[0]}: no checkpoint is written, "
+                "and those from before stay; lower train.learning_rate, or set train.clip"
+            )
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+            states = {"data": self.loader.state_dict(), "learnt": self.learnt.state_dict(), "best": self.best.state_dict()}
+            extra: dict[str, Any] = {"stream": self._stream(), **states, "facts": self.facts, "scaler": scaler}
+            write_state(self.folder / "checkpoints", step, tensors, extra, self.settings.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _stream(self) -> dict[str, int]:
+        """What a step reads."""
+        world = self.accelerator.num_processes
+        return {"pictures in a step": self.settings.batch_size * self.settings.accumulation * world, "processes": world}
+
+
+def _groups(loader: Iterator[Loaded], size: int) -> Iterator[list[Loaded]]:
+    while group := [loaded for _, loaded in zip(range(size), loader, strict=False)]:
+        yield group

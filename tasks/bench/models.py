@@ -1,0 +1,281 @@
+"""Composed models on drawn features: a picture of any number of image tokens, and texts of a given length about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
+
+from adalink import Method
+from multimodal.batches.collate import Batch, collate
+from multimodal.batches.packing import Arrange
+from multimodal.batches.tokenize import Row
+from multimodal.encoders.base import Loaded, Preprocess, Stage
+from multimodal.encoders.tower import VisionTower
+from multimodal.language import Language, settle_tokens
+from multimodal.model import VisionLanguageModel
+from multimodal.template import Template, Text
+from multimodal.training.prepare import CompiledModel
+
+__all__ = [
+    "FEATURE_WIDTH", "LLAMA_1B", "LLAMA_60M", "OPT_125M", "SIZES", "TINY_LLAMA", "TINY_OPT", "Bench", "Case", "Machine", "Shape",
+    "Sizes", "Work", "as_batch", "composed", "drawn_tower", "encoded", "language",
+]  # fmt: skip
+
+
+# ----------------------------------------
+# Language models by their sizes, with drawn weights: speed does not depend on what a model has learnt.
+
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+_IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model's name in the tables, and its configuration."""
+
+    name: str
+    config: Any  # a configuration of transformers, which is untyped here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where the models are, in which dtype, whether their forward pass is compiled, and how many threads of a processor they may use."""
+
+    device: torch.device
+    dtype: torch.dtype
+    is_compiled: bool = False
+    n_threads: int = 1
+
+
+# 57 million parameters, grouped-query attention.
+LLAMA_60M = Shape(
+    name="llama60",
+    config=LlamaConfig(
+        vocab_size=32000, hidden_size=512, intermediate_size=1664, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
+        max_position_embeddings=2048, tie_word_embeddings=True, **_IDS,
+    ),
+)  # fmt: skip
+OPT_125M = Shape(name="opt125", config=OPTConfig(dropout=0.0, **_IDS))
+# The sizes of Llama 3.2 1B.
+LLAMA_1B = Shape(
+    name="llama1b",
+    config=LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=8192, tie_word_embeddings=True, **_IDS,
+    ),
+)  # fmt: skip
+TINY_LLAMA = Shape(
+    name="tiny llama",
+    config=LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, tie_word_embeddings=True, **_IDS,
+    ),
+)  # fmt: skip
+TINY_OPT = Shape(
+    name="tiny opt",
+    config=OPTConfig(
+        vocab_size=128, hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
+        dropout=0.0, **_IDS,
+    ),
+)  # fmt: skip
+
+
+def language(shape: Shape, machine: Machine) -> Language:
+    """A frozen language model of a shape, the same weights each time, with a tokenizer of words `w0`, `w1`, ... for every id."""
+    torch.manual_seed(0)
+    with machine.device:
+        model: Any = AutoModelForCausalLM.from_config(shape.config, dtype=machine.dtype, attn_implementation="sdpa")
+    model.eval().requires_grad_(False)
+    words = {word: number for number, word in enumerate(SPECIAL)} | {f"w{i}": i for i in range(len(SPECIAL), shape.config.vocab_size)}
+    split = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    split.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=split, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    settle_tokens(tokenizer, model, shape.name)
+    return Language(model=model, tokenizer=tokenizer, name=shape.name)
+
+
+PAD_ID = 0
+FEATURE_WIDTH = 768  # of ViT-B
+TEMPLATE = Template(prompt="<image><bos>{question}", target=" {text}<eos>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one training step learns from: pictures with their texts.
+
+    n_patches        image tokens of a picture
+    n_texts          texts about it
+    n_prompt         tokens of a text that are read and not learnt, the start token among them
+    n_target         tokens that are learnt, the end token among them
+    n_pictures       pictures of a step
+    """
+
+    n_patches: int
+    n_texts: int = 5
+    n_prompt: int = 1
+    n_target: int = 12
+    n_pictures: int = 1
+
+    def texts(self, vocabulary: int) -> list[list[Text]]:
+        """The texts of each picture, drawn: words of ids that stand for themselves."""
+        draw = Random(0)
+
+        def words(n: int) -> str:
+            return " ".join(f"w{draw.randrange(4, vocabulary)}" for _ in range(n))
+
+        return [[Text(words(self.n_prompt - 1), words(self.n_target - 1)) for _ in range(self.n_texts)] for _ in range(self.n_pictures)]
+
+    def features(self, machine: Machine, width: int = FEATURE_WIDTH) -> Tensor:
+        """[pictures, n_patches, width], drawn."""
+        drawn = torch.randn(self.n_pictures, self.n_patches, width, generator=torch.Generator().manual_seed(0))
+        return drawn.to(machine.device, machine.dtype)
+
+
+class _Drawn(nn.Module):
+    """An encoder that gives so many patches and costs nothing: features are kept, so it is asked for their sizes alone."""
+
+    def __init__(self, n_patches: int) -> None:
+        super().__init__()
+        self.patches = nn.Parameter(torch.randn(n_patches, FEATURE_WIDTH))
+
+    def whole(self, pixels: Tensor) -> object:
+        return self.last(pixels)
+
+    def blocks(self, pixels: Tensor) -> tuple[Stage, ...]:
+        return (self.last(pixels),)
+
+    def last(self, pixels: Tensor) -> Stage:
+        return Stage(patches=self.patches.expand(len(pixels), -1, -1))
+
+
+def _no_pixels(image: Image.Image) -> Tensor:
+    return torch.zeros(3, 2, 2)
+
+
+def drawn_tower(n_patches: int) -> VisionTower:
+    """A tower of so many patches that are never computed."""
+    return VisionTower(Loaded(encoder=_Drawn(n_patches), preprocess=Preprocess(transform=_no_pixels)), name="drawn")
+
+
+def composed(shape: Shape, machine: Machine, tower: VisionTower, methods: Mapping[str, Method]) -> VisionLanguageModel:
+    """A model with one adapter, the same weights each time. A machine that compiles does so after the adapter is attached."""
+    torch.manual_seed(0)
+    model = VisionLanguageModel(tower, language(shape, machine), TEMPLATE).to(machine.device)
+    model.add_adapter("bench", methods)
+    if machine.is_compiled:
+        model.language_loss.call = CompiledModel(model.adapted)
+    return model
+
+
+def encoded(model: VisionLanguageModel, work: Work) -> Sequence[Sequence[Row]]:
+    """The rows of each picture."""
+    encoder, vocabulary = model.row_encoder(), model.language.model.config.vocab_size
+    return [[encoder.row(text) for text in texts] for texts in work.texts(vocabulary)]
+
+
+def as_batch(rows: Sequence[Sequence[Row]], features: Tensor, arrange: Arrange) -> Batch:
+    """The batch of a training step, as the loader makes it."""
+    arranged = [arrange(of_one) for of_one in rows]
+    image = [number for number, of_one in enumerate(arranged) for _ in of_one]
+    return collate([row for of_one in arranged for row in of_one], image, features, kind="patches", side="right", pad_id=PAD_ID)
+
+
+# ----------------------------------------
+# What is measured, in three sizes: `usual` is what the targets speak of, `billion` is for a GPU, `tiny` takes seconds and shows nothing.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step, and how many times as fast and as small it should be as the peer's. None: nothing is aimed at.
+
+    A step reads about as many image tokens whatever the size of a picture: four of 50, or one of 197 or 256.
+    """
+
+    work: Work
+    faster: float | None = None
+    smaller: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The language models and steps of a run of the command.
+
+    encoders   timm names (image size) and the steps with their features; faster: against encoding each row's picture
+    """
+
+    models: tuple[Shape, ...]
+    captions: tuple[Case, ...]
+    questions: tuple[Case, ...]
+    text_only: tuple[Case, ...]
+    encoders: tuple[tuple[str, int, Case], ...]
+    n_records: int = 8000
+    n_pictures: int = 120
+    n_answers: int = 50_000
+    n_captions: int = 5000
+    growth_models: tuple[Shape, ...] = ()
+    growth_patches: tuple[int, ...] = (50, 128, 256, 576)
+    growth_texts: tuple[int, ...] = (1, 2, 5, 10)
+    growth_ranks: tuple[int, ...] = (8, 64, 256)
+
+
+def _usual(models: tuple[Shape, ...], smallest: tuple[Shape, ...]) -> Sizes:
+    question = {"n_prompt": 8, "n_target": 3}
+    return Sizes(
+        models=models,
+        captions=(
+            Case(work=Work(n_patches=50, n_pictures=4), faster=3, smaller=4),
+            Case(work=Work(n_patches=197), faster=4, smaller=5),
+            Case(work=Work(n_patches=256), faster=5, smaller=7),
+        ),
+        questions=(
+            Case(work=Work(n_patches=50, n_pictures=4, **question), faster=3.5),
+            Case(work=Work(n_patches=256, **question), faster=5),
+        ),
+        text_only=(Case(work=Work(n_patches=256), faster=7),),
+        encoders=(
+            ("vit_base_patch32_224", 224, Case(work=Work(n_patches=49, n_pictures=4), faster=3.8)),
+            ("vit_small_patch14_dinov2", 224, Case(work=Work(n_patches=256), faster=5.5)),
+        ),
+        growth_models=smallest,
+    )
+
+
+SIZES = {
+    "tiny": Sizes(
+        models=(TINY_LLAMA, TINY_OPT),
+        captions=(Case(work=Work(n_patches=9)),),
+        questions=(Case(work=Work(n_patches=9, n_prompt=8, n_target=3, n_pictures=2)),),
+        text_only=(Case(work=Work(n_patches=9)),),
+        encoders=(("test_vit", 160, Case(work=Work(n_patches=100))),),
+        n_records=64,
+        n_pictures=8,
+        n_answers=200,
+        n_captions=20,
+        growth_models=(TINY_LLAMA,),
+        growth_patches=(5, 9),
+        growth_texts=(1, 3),
+        growth_ranks=(2, 4),
+    ),
+    "usual": _usual((LLAMA_60M, OPT_125M), (LLAMA_60M, OPT_125M)),
+    "billion": _usual((LLAMA_1B,), (LLAMA_60M, OPT_125M, LLAMA_1B)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One run of the command."""
+
+    sizes: Sizes
+    machine: Machine = field(default_factory=lambda: Machine(device=torch.device("cpu"), dtype=torch.float32))
+    repetitions: int = 5

@@ -1,0 +1,246 @@
+"""Annotation files of COCO's kind: a JSON object that holds lists of rows, read with errors that say what was found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from string import Formatter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adalink.errors import ConfigError, DataError
+from multimodal.bad_samples import BadSample
+from multimodal.sample import Measure, Sample, measured
+
+__all__ = ["FileSource", "ImageFolder", "ImageName", "Rows", "answer_marks", "integer", "read_annotation_file", "text", "text_lines"]
+
+
+class Rows:
+    """One list of an annotation file; its fields are checked as they are read.
+
+    where   file and list, for messages: `captions.json: annotations`
+    """
+
+    def __init__(self, where: str, rows: list[object]) -> None:
+        self.where = where
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[tuple[str, Mapping[str, object]]]:
+        """Each row with its name for messages, such as `captions.json: annotations[3]`."""
+        for index, row in enumerate(self._rows):
+            name = f"{self.where}[{index}]"
+            if not isinstance(row, dict):
+                raise DataError(f"{name} is {_shown(row)}; expected an object with named fields")
+            yield name, row
+
+
+def read_annotation_file(path: Path, *keys: str) -> tuple[Mapping[str, object], tuple[Rows, ...]]:
+    """The whole document and its lists under `keys`.
+
+    Raises DataError where the file is missing, is no JSON, is no object, or lacks one of the lists.
+    """
+    document = _load(path)
+    if not isinstance(document, dict):
+        raise DataError(f"{path} holds {_shown(document)}; expected a JSON object with the lists {_listed(keys)}")
+    lists = []
+    for key in keys:
+        if key not in document:
+            raise DataError(f"{path} has no list {key!r}; it has {_listed(document)}; is it the right file?")
+        rows = document[key]
+        if not isinstance(rows, list):
+            raise DataError(f"{path}: {key!r} is {_shown(rows)}; expected a list")
+        lists.append(Rows(f"{path}: {key}", rows))
+    return document, tuple(lists)
+
+
+def integer(row: Mapping[str, object], key: str, name: str) -> int:
+    """The whole number under `key`; raises DataError where it is absent or something else (a text of digits too)."""
+    value = _value(row, key, name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DataError(f"{name}: {key!r} is {_shown(value)}; expected a whole number")
+    return value
+
+
+def text(row: Mapping[str, object], key: str, name: str) -> str:
+    """The text under `key`, as it stands; raises DataError as `integer` does."""
+    value = _value(row, key, name)
+    if not isinstance(value, str):
+        raise DataError(f"{name}: {key!r} is {_shown(value)}; expected a text")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{name}: {key!r} is {_shown(value)}, which holds half of a surrogate pair; expected Unicode text")
+    return value
+
+
+def answer_marks(records: Sequence[object]) -> tuple[str, ...]:
+    """What each of the people's answers to a question holds beside the answer itself, where two whole records could be equal; else nothing.
+
+    The official VQA script compares whole records, so it takes equal ones as one.
+    """
+    found = [record for record in records if isinstance(record, dict)]
+    if len({str(record.get("answer_id")) for record in found if "answer_id" in record}) == len(found):
+        return ()
+    rest = [{key: value for key, value in record.items() if key != "answer"} for record in found]
+    return tuple(json.dumps(fields, sort_keys=True) for fields in rest)
+
+
+def _value(row: Mapping[str, object], key: str, name: str) -> object:
+    if key not in row:
+        raise DataError(f"{name} has no {key!r}; it has {_listed(row)}")
+    return row[key]
+
+
+def _load(path: Path) -> object:
+    try:
+        with path.open("rb") as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise DataError(f"the annotation file {path} does not exist; check the path") from error
+    except OSError as error:
+        raise DataError(f"the annotation file {path} cannot be read: {error.strerror}; expected a JSON file") from error
+    except (ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 both
+        raise DataError(f"{path} is not JSON: {error}; is it whole, and unpacked?") from error
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return f"{shown[:60]}{'...' if len(shown) > 60 else ''} ({type(value).__name__})"
+
+
+def _listed(names: Iterable[object]) -> str:
+    listed = [repr(name) for name in names]
+    return ", ".join(listed[:10]) + (", ..." if len(listed) > 10 else "") if listed else "nothing"
+
+
+# ----------------------------------------
+# A data set that lies in files: its samples in memory, its pictures on disk.
+
+
+class FileSource:
+    """Samples whose images are paths, in the order of the annotations; nothing is decoded here.
+
+    problems   what the annotations name and the data set cannot give: pictures that are not there, images without a text.
+    item_ids   every id that an official result file for this split must hold, in the file's order: of images, or of questions. Those
+               that `problems` keep from being asked about are among them.
+    """
+
+    def __init__(self, samples: Iterable[Sample], problems: Iterable[BadSample], *, read_from: Path, item_ids: Iterable[int] = ()) -> None:
+        """Raises DataError where no sample is left; `read_from` is the annotation file, for the message."""
+        self._samples = tuple(samples)
+        self.problems = tuple(problems)
+        self.item_ids = tuple(item_ids)
+        if not self._samples:
+            first = f"; {len(self.problems)} cannot be used, the first because {self.problems[0].detail}" if self.problems else ""
+            raise DataError(f"{read_from} gives no sample{first}")
+
+    @cached_property
+    def texts_fingerprint(self) -> str:
+        """Of keys, ids and all texts; pictures do not count, and neither does the folder in which they lie."""
+        digest = hashlib.sha256()
+        for sample in self._samples:
+            words = [sample.key, str(sample.image_id), *sample.captions]
+            for asked in sample.questions:
+                words += [f"{asked.question_id} {len(asked.answers)}", asked.text, asked.question_type, asked.answer_type, *asked.answers, *asked.marks]
+            words.append(f"{len(sample.captions)} {len(sample.questions)}")
+            digest.update("".join(f"{len(word)} {word}\n" for word in words).encode("utf-8", "backslashreplace"))
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """As `multimodal.sample.TextLengths`: all texts are in memory."""
+        return measured(self._samples, len(self), measure)
+
+
+# ----------------------------------------
+# The picture files that annotations name: found by one listing of each folder, never by one question per file.
+
+
+class ImageName:
+    """A file name with the image's id in it, such as `COCO_val2014_{image_id:012d}.jpg`.
+
+    Raises ConfigError where the pattern has another field, none, or a format that a whole number does not have.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        try:
+            fields = [field for _, field, _, _ in Formatter().parse(pattern) if field is not None]
+            if fields and set(fields) == {"image_id"}:
+                pattern.format(image_id=1)
+        except (ValueError, KeyError, IndexError) as error:
+            raise ConfigError(f"the image name pattern {pattern!r} cannot be used: {error}; {_EXAMPLES}") from error
+        unknown = sorted(set(fields) - {"image_id"})
+        if unknown:
+            raise ConfigError(f"the image name pattern {pattern!r} has the unknown field {unknown[0]!r}; {_EXAMPLES}")
+        if not fields:
+            raise ConfigError(f"the image name pattern {pattern!r} has no field, so all images would have one name; {_EXAMPLES}")
+        self._pattern = pattern
+
+    def __call__(self, image_id: int) -> str:
+        """Such as `COCO_val2014_000000000042.jpg`."""
+        return self._pattern.format(image_id=image_id)
+
+
+_EXAMPLES = "the only field is image_id, as in COCO_val2014_{image_id:012d}.jpg or image{image_id}.jpg"
+
+
+class ImageFolder:
+    """A folder of pictures, which may have folders in it; raises DataError where it is none."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            found = "is a file" if root.exists() else "does not exist"
+            raise DataError(f"the images folder {root} {found}; expected a folder of pictures")
+        self._root = root
+        self._listed: dict[str, frozenset[str]] = {}
+
+    def find(self, name: str, where: str) -> Path | None:
+        """The path of the picture called `name` (`a.jpg` or `train/a.jpg`), None where there is no such file.
+
+        Raises DataError where the name would leave the folder; `where` is the row that holds it, for the message.
+        """
+        parts = PurePosixPath(name).parts
+        if not parts or ".." in parts or parts[0] == "/" or "\0" in name or "\\" in name:
+            raise DataError(f"{where} names the picture {name!r}; expected a file name inside the images folder {self._root}")
+        parent = "/".join(parts[:-1])
+        if parent not in self._listed:
+            self._listed[parent] = _names(self._root / parent)
+        return self._root / name if parts[-1] in self._listed[parent] else None
+
+
+def _names(folder: Path) -> frozenset[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries)
+    except FileNotFoundError:
+        return frozenset()
+    except OSError as error:
+        raise DataError(f"the images folder {folder} cannot be listed: {error.strerror}") from error
+
+
+# ----------------------------------------
+# The lines of a text that people wrote: one caption, prompt or key a line.
+
+
+_END = re.compile("\r\n|\n|\r")
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines that are not blank, without the white space around them.
+
+    A line ends at LF, CR LF or CR alone, as in Python's text files. `str.splitlines` also ends it at what Unicode calls a line boundary
+    (vertical tab, form feed, U+0085, U+2028 and others): texts copied from a web page hold these inside a sentence.
+    """
+    return [stripped for line in _END.split(text) if (stripped := line.strip())]

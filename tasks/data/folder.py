@@ -1,0 +1,73 @@
+"""A folder of pictures with a text file beside each: `cat.jpg` and `cat.txt`, one caption a line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+
+from adalink.errors import DataError
+from multimodal.bad_samples import BadSample
+from multimodal.sample import Sample
+from tasks.data.files import FileSource, ImageFolder, text_lines
+
+__all__ = ["read_caption_folder"]
+
+_PICTURES, _TEXTS = frozenset((".jpg", ".jpeg", ".png", ".webp")), frozenset((".txt",))
+
+
+def read_caption_folder(*, images: Path) -> FileSource:
+    """One sample per picture, in the order of their names, in folders below `images` too.
+
+    The key is the path below `images` without its ending; the image id is the place in that order, counted from 0 over all pictures.
+    Endings may be written in capital letters. Pictures without a text that can be read, and texts without a picture, are in `problems`.
+    Raises DataError where two pictures, or two texts, have one key.
+    """
+    ImageFolder(images)  # says what is wrong with it
+    samples: list[Sample] = []
+    problems: list[BadSample] = []
+    names = {path.relative_to(images).as_posix(): path for path in _files(images)}
+    pictures, texts = _by_key(names, _PICTURES, "pictures", images), _by_key(names, _TEXTS, "texts", images)
+    for number, (key, path) in enumerate(pictures.items()):
+        text = texts.get(key)
+        try:
+            captions = _captions(text) if text is not None else ()
+            if captions:
+                samples.append(Sample(key=key, image_id=number, image=path, captions=captions))
+            else:
+                beside = (text or path.with_suffix(".txt")).name
+                problems.append(BadSample(key=key, reason="no text", detail=f"{path} has no caption in {beside}"))
+        except DataError as error:
+            problems.append(BadSample(key=key, reason="damaged text", detail=str(error)))
+    for key, path in texts.items():
+        if key not in pictures:
+            problems.append(BadSample(key=key, reason="missing file", detail=f"{path} has no picture beside it"))
+    return FileSource(samples, problems, read_from=images)
+
+
+def _by_key(names: Mapping[str, Path], endings: Container[str], what: str, images: Path) -> dict[str, Path]:
+    """The files with one of these endings, in the order of `names`."""
+    found: dict[str, str] = {}
+    for name in names:
+        key, ending = os.path.splitext(name)
+        if ending.lower() not in endings:
+            continue
+        if key in found:
+            raise DataError(f"the {what} {found[key]!r} and {name!r} in {images} have one key, {key!r}; rename one of them")
+        found[key] = name
+    return {key: names[name] for key, name in found.items()}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below, sorted by name within each folder; links to folders are not followed, since they may lead in circles."""
+    for root, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            yield Path(root, name)
+
+
+def _captions(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(text_lines(path.read_text(encoding="utf-8-sig")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the captions {path} cannot be read: {error}; expected UTF-8 text, one caption a line") from error

@@ -1,0 +1,217 @@
+"""Where pictures and texts come from: files in the official formats, webdataset shards, or the embedded scenes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adalink.errors import ConfigError, DataError
+from multimodal.bad_samples import BadSample
+from multimodal.data.inputs import Drafted
+from multimodal.data.order import MixedSet, Mixture, fingerprint_of, texts_fingerprint_of
+from multimodal.data.shards.reader import ShardSource
+from multimodal.data.shards.storage import RemoteSettings, shown
+from multimodal.sample import Decode, Measure, Sample, SampleSource, lengths_of
+from tasks.data.coco import read_coco_captions, read_coco_images
+from tasks.data.files import FileSource
+from tasks.data.karpathy import read_karpathy
+from tasks.data.vqa import VQA_SPLITS, read_vqa, read_vqa_split, split_parts
+from tasks.scenes.dataset import Scenes
+
+__all__ = ["Chosen", "DataConfig", "Opened", "open_mix", "open_shards", "saved_data"]
+
+
+# ----------------------------------------
+# Shards as a config names them: a folder or a URL, or several mixed by weight.
+
+
+def open_shards(place: str, remote: RemoteSettings) -> tuple[SampleSource, tuple[BadSample, ...]]:
+    """The samples of a folder or a URL, and those that are known to be bad."""
+    source = ShardSource(place, remote=remote)
+    return source, tuple(source.problems)
+
+
+def open_mix(mix: Mapping[str, int], remote: RemoteSettings, decode: Decode) -> tuple[SampleSource, tuple[BadSample, ...]]:
+    """The samples of several folders or URLs, which a training stream mixes by weight; `coco:42` is sample 42 of .../coco."""
+    sources = {place: ShardSource(place, remote=remote) for place in mix}
+    short = {place: shown(place).rstrip("/").rpartition("/")[2] for place in mix}
+    names = {place: name if list(short.values()).count(name) == 1 else shown(place) for place, name in short.items()}
+    problems = tuple(replace(bad, key=f"{names[place]}:{bad.key}") for place, source in sources.items() for bad in source.problems)
+    return Mixture({names[place]: MixedSet(Drafted(source) if decode == "draft" else source, mix[place]) for place, source in sources.items()}), problems
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A data set that was opened, and the samples that are known to be bad already.
+
+    item_ids   what an official result file for the whole split must hold; empty where only the samples themselves say it
+    left_out   pictures that `limit` leaves out
+    """
+
+    source: SampleSource
+    problems: tuple[BadSample, ...]
+    item_ids: tuple[int, ...] = ()
+    left_out: int = 0
+
+
+# What gives texts to a folder of pictures, with what may stand beside each.
+_TEXTS: Mapping[str, tuple[str, ...]] = {
+    "karpathy": ("split",),
+    "vqav2": ("split",),
+    "questions": ("annotations", "image_name"),
+    "image_info": ("image_name",),
+    "annotations": ("image_name",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """One data set: pictures with a file of texts, or shards, or scenes."""
+
+    images: Path | None = None  # the folder of pictures
+    annotations: Path | None = None  # COCO captions, or VQAv2 annotations
+    questions: Path | None = None  # VQAv2 questions; a test split has these alone
+    image_info: Path | None = None  # COCO's list of pictures without captions, such as image_info_test2014.json: a test split of captioning
+    karpathy: Path | None = None  # Karpathy's dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json; needs split
+    vqav2: Path | None = None  # the folder of VQAv2's official questions and annotations; needs split
+    split: str | None = None  # karpathy: train, restval, val or test; vqav2: train, val, test or test-dev; several as in train+restval
+    image_name: str | None = None  # file name of a picture where the annotations hold none: COCO_val2014_{image_id:012d}.jpg
+    shards: str | Path | None = None  # webdataset shards: a folder, or the http, https, s3, gs or hf URL of one
+    mix: dict[str, int] | None = None  # several sets of shards, folder or URL: weight, for instance {coco: 3, vqa: 1}, three of each four pictures coco's
+    cache: Path | None = None  # a folder that keeps whole shards from a URL; none: each sample is read from the server each time
+    cache_gib: float = 50.0  # most that the cache may hold
+    scenes: str | None = None  # the embedded data set: SPLIT/SIZE, for instance train/2000
+    limit: int = 0  # take the first so many pictures; 0: all
+    decode: Decode = "exact"  # draft: JPEGs at 1/2, 1/4 or 1/8 of their size where the encoder needs no more; faster, and CHANGES PIXELS (by about 38 dB)
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        given = [name for name in ("images", "shards", "mix", "scenes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(f"a data set needs one of images, shards, mix and scenes, got {', '.join(given) or 'none'}")
+        texts = next((name for name in _TEXTS if getattr(self, name) is not None), None)
+        if self.images is not None and texts is None:
+            raise ConfigError(f"the pictures in {self.images} come without texts: give annotations (and, for vqa, questions), or image_info for a test split")
+        names = dict.fromkeys(["annotations", "questions", *_TEXTS, "split", "image_name"])
+        read = {texts, *_TEXTS[texts]} if texts is not None and self.images is not None else set()
+        if unused := [name for name in names if getattr(self, name) is not None and name not in read]:
+            by = f"{given[0]} holds its own texts, so give them with images only" if self.images is None else f"{texts} gives the texts, so leave them out"
+            raise ConfigError(f"{', '.join(unused)} would not be read: {by}")
+        if "split" in read and self.split is None:
+            raise ConfigError(f"{texts} holds several splits: give split, such as val or test")
+        if self.limit < 0 or not self.cache_gib >= 0:
+            raise ConfigError(f"the data set's limit is {self.limit} and its cache_gib {self.cache_gib}: give 0 or more")
+        if self.mix is not None and (self.limit or not self.mix or min(self.mix.values()) < 1):
+            raise ConfigError(f"mix is {self.mix} and limit {self.limit}: give sets of shards, each with a whole number from 1, and no limit")
+        if self.decode not in ("exact", "draft") or (self.decode == "draft" and self.scenes is not None):
+            raise ConfigError(f"decode is {self.decode!r}: give exact or draft, which is for JPEGs (scenes are none)")
+        if self.cache is not None and self.shards is None and self.mix is None:
+            raise ConfigError(f"the cache {self.cache} would not be used: it keeps shards from a URL, and the data set is {given[0]}")
+
+    @property
+    def split_name(self) -> str:
+        """What official result files call the split: `val2014`, `test-dev2015`, `karpathy-test`; `val` where nothing says it."""
+        if self.split is not None:
+            parts = [VQA_SPLITS[part][0] for part in split_parts(self.split)] if self.vqav2 else ["karpathy", self.split]
+            return _in_a_name("-".join(parts))
+        file = self.questions or self.image_info or self.annotations
+        words = file.stem.removesuffix("_questions").split("_") if file is not None else []
+        return _in_a_name(words[-1]) if len(words) > 1 else "val"
+
+    def open(self) -> Opened:
+        """Read annotations or manifest; pictures are read later. Raises DataError where nothing is left to read."""
+        source: SampleSource
+        problems: tuple[BadSample, ...] = ()
+        item_ids: tuple[int, ...] = ()
+        if self.scenes is not None:
+            source = _scenes(self.scenes)
+        elif self.shards is not None:
+            source, problems = open_shards(str(self.shards), self._remote())
+        elif self.mix is not None:
+            source, problems = open_mix(self.mix, self._remote(), self.decode)
+        else:
+            files = self._files()
+            source, problems, item_ids = files, files.problems, files.item_ids
+        if self.decode == "draft" and self.mix is None:
+            source = Drafted(source)
+        whole = len(source)
+        if self.limit:
+            source = Chosen(source, range(min(self.limit, whole)))
+        if not len(source):
+            raise DataError(f"the data set has no usable sample: {problems[0].detail if problems else self}")
+        return Opened(source, problems, item_ids, whole - len(source))
+
+    def _remote(self) -> RemoteSettings:
+        return RemoteSettings(cache=self.cache, cache_bytes=int(self.cache_gib * 2**30))
+
+    def _files(self) -> FileSource:
+        assert self.images is not None
+        if self.karpathy is not None:
+            return read_karpathy(self.karpathy, self.images, self.split or "")
+        if self.vqav2 is not None:
+            return read_vqa_split(self.vqav2, self.images, self.split or "")
+        if self.questions is not None:
+            return read_vqa(images=self.images, questions=self.questions, annotations=self.annotations, image_name=self.image_name)
+        if self.image_info is not None:
+            return read_coco_images(images=self.images, annotations=self.image_info, image_name=self.image_name)
+        assert self.annotations is not None
+        return read_coco_captions(images=self.images, annotations=self.annotations, image_name=self.image_name)
+
+
+def saved_data(settings: Mapping[str, object]) -> DataConfig:
+    """The data set that a run's config.yaml names, from the settings under `data.val`. Raises ConfigError on another setting."""
+    hints = typing.get_type_hints(DataConfig)
+    if unknown := [name for name in settings if name not in hints]:
+        raise ConfigError(f"a data set has no setting {unknown[0]!r}: was the config written by another version?")
+    is_path = {name for name, hint in hints.items() if Path in typing.get_args(hint)}
+    return DataConfig(**{name: Path(str(value)) if name in is_path and value is not None else value for name, value in settings.items()})  # type: ignore[arg-type]
+
+
+def _in_a_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text)
+
+
+class Chosen:
+    """Some samples of a source: index i is the i-th of `indices`."""
+
+    def __init__(self, source: SampleSource, indices: Sequence[int]) -> None:
+        self._source, self._indices = source, indices
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the source's fingerprint and the indices; empty where the source has none."""
+        return self._of(fingerprint_of(self._source))
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """Likewise, of the source's texts."""
+        return self._of(texts_fingerprint_of(self._source))
+
+    def _of(self, whole: str) -> str:
+        return whole and hashlib.sha256(f"{whole} {list(self._indices)}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of these {len(self)} samples")
+        return self._source[self._indices[index]]
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """Those of the source, at the indices."""
+        return lengths_of(self._source, measure)[np.asarray(self._indices)]
+
+
+def _scenes(text: str) -> Scenes:
+    split, _, size = text.partition("/")
+    if split not in ("train", "val") or not (size.isascii() and size.isdigit()):
+        raise ConfigError(f"scenes is {text!r}: give SPLIT/SIZE, for instance train/2000 or val/200")
+    return Scenes(split=split, size=int(size))  # type: ignore[arg-type]

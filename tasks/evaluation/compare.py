@@ -1,0 +1,255 @@
+"""Two runs on the same items: what changed, how surely, and which items went from right to wrong and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+from adalink.files import write_whole
+from tasks.metrics.bootstrap import Figures, Interval, Resampling, answer_figures, caption_figures, paired_intervals
+from tasks.metrics.captions import score_captions
+from tasks.metrics.listing import aligned, software
+from tasks.metrics.vqa import (
+    GradedQuestion,
+    Predictions,
+    QuestionId,
+    VqaScorer,
+    few_answers_note,
+    fitting_scorer,
+    named_accuracies,
+    score_answers,
+)
+
+__all__ = [
+    "ANSWER_IS_RIGHT", "CAPTION_IS_RIGHT", "Comparison", "Difference", "Pair", "compare_answers", "compare_captions",
+    "comparison_json", "comparison_table", "shown_differences", "write_pairs",
+]  # fmt: skip
+
+
+Item = TypeVar("Item", bound=QuestionId)
+
+# From which figure on an item counts as right. An answer: at least two of ten people gave it. A caption: a CIDEr of 100 percent, about what one
+# person's caption reaches against those of others (corpus CIDEr of human captions is near 90 percent).
+ANSWER_IS_RIGHT = 50.0
+CAPTION_IS_RIGHT = 100.0
+_NOTHING = 1e-9  # percent; BLEU of no word in common is a little above 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A corpus figure of both runs in percent, of n items; interval is that of after - before, paired, None without resamples or for one item."""
+
+    name: str
+    n: int
+    before: float
+    after: float
+    interval: Interval | None
+
+    @property
+    def is_sure(self) -> bool:
+        """True where the interval of the difference does not hold zero."""
+        return self.interval is not None and (self.interval.low > _NOTHING or self.interval.high < -_NOTHING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One item in both runs: what each said, and its figure (CIDEr or accuracy, in percent)."""
+
+    item: QuestionId
+    said_before: str
+    said_after: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two runs on the same items.
+
+    unit         what an item is: "images" or "questions"
+    pairs        every item, in the order of the data set
+    differences  every corpus figure, those of types included
+    right_from   the figure from which on an item counts as right
+    scorer       what computed the figures, with its version
+    notes        sentences about what was scored
+    """
+
+    unit: str
+    pairs: Sequence[Pair]
+    differences: Sequence[Difference]
+    right_from: float
+    scorer: str
+    notes: Sequence[str] = ()
+
+    @property
+    def right_to_wrong(self) -> list[Pair]:
+        """Items that only the first run has right, the greatest loss first."""
+        lost = [pair for pair in self.pairs if pair.after < self.right_from <= pair.before]
+        return sorted(lost, key=lambda pair: pair.after - pair.before)
+
+    @property
+    def wrong_to_right(self) -> list[Pair]:
+        """Items that only the second run has right, the greatest gain first."""
+        gained = [pair for pair in self.pairs if pair.before < self.right_from <= pair.after]
+        return sorted(gained, key=lambda pair: pair.before - pair.after)
+
+    @property
+    def negative_flip_rate(self) -> float:
+        """Share of all items that were right before and are wrong now (MUSCLE: Echterhoff et al. 2024, arXiv 2407.09435)."""
+        return len(self.right_to_wrong) / len(self.pairs)
+
+    @property
+    def positive_flip_rate(self) -> float:
+        """Share of all items that were wrong before and are right now."""
+        return len(self.wrong_to_right) / len(self.pairs)
+
+
+def compare_captions(
+    before: Mapping[int, str],
+    after: Mapping[int, str],
+    references: Mapping[int, Sequence[str]],
+    *,
+    resampling: Resampling | None = None,
+    right_from: float = CAPTION_IS_RIGHT,
+) -> Comparison:
+    """The captions of two runs.
+
+    right_from   an image is right from this CIDEr on, in percent
+
+    Raises DataError where one of the runs is not for exactly the images of the references.
+    """
+    scores = score_captions(before, references), score_captions(after, references)
+    items = [{image: 100 * row["CIDEr"] for image, row in run.per_image.items()} for run in scores]
+    corpora = [{name: 100 * value for name, value in run.corpus.items()} for run in scores]
+    figures = [caption_figures(run).chosen(tuple(run.corpus), scale=100) for run in scores]
+    return Comparison(
+        unit="images",
+        pairs=_pairs(before, after, items[0], items[1]),
+        differences=_differences(corpora, figures, resampling or Resampling()),
+        right_from=right_from,
+        scorer=scores[0].scorer,
+    )
+
+
+def compare_answers(
+    before: Predictions,
+    after: Predictions,
+    questions: Sequence[GradedQuestion],
+    *,
+    scorer: VqaScorer = "official",
+    resampling: Resampling | None = None,
+    right_from: float = ANSWER_IS_RIGHT,
+) -> Comparison:
+    """The answers of two runs.
+
+    scorer       gives way to `exact` where most of the questions have too few answers for it
+    right_from   a question is right from this accuracy on, in percent
+
+    Raises DataError where one of the runs does not answer exactly these questions.
+    """
+    fitting = fitting_scorer(scorer, questions)
+    scores = score_answers(before, questions, fitting), score_answers(after, questions, fitting)
+    said = cast("Mapping[QuestionId, str]", before), cast("Mapping[QuestionId, str]", after)
+    figures = [answer_figures(run, questions) for run in scores]
+    return Comparison(
+        unit="questions",
+        pairs=_pairs(said[0], said[1], scores[0].per_question, scores[1].per_question),
+        differences=_differences([named_accuracies(run) for run in scores], figures, resampling or Resampling()),
+        right_from=right_from,
+        scorer=scores[0].scorer,
+        notes=few_answers_note(scorer, questions),
+    )
+
+
+def _differences(corpora: Sequence[Mapping[str, float]], figures: Sequence[Figures], resampling: Resampling) -> list[Difference]:
+    before, after = corpora
+    found = paired_intervals(figures[0], figures[1], resampling)
+    return [Difference(name=name, n=figures[0].n_of(name), before=value, after=after[name], interval=found.get(name)) for name, value in before.items()]
+
+
+def _pairs(
+    said_before: Mapping[Item, str], said_after: Mapping[Item, str], before: Mapping[Item, float], after: Mapping[Item, float]
+) -> list[Pair]:
+    return [
+        Pair(item=item, said_before=said_before[item], said_after=said_after[item], before=figure, after=after[item])
+        for item, figure in before.items()
+    ]
+
+
+# ----------------------------------------
+# A comparison of two runs as a table for people, as JSON for machines, and item by item.
+
+
+_MOST_TYPES = 10  # question types in a table, those with the greatest changes; VQAv2 has 65
+_MOST_FLIPS = 5  # of each direction on the screen; the report shows more, with pictures
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """Lines for the screen: every figure with its difference and paired interval, then the flips."""
+    rows = [("metric, in percent", "n", "before", "after", "difference", "95 % paired interval", "")]
+    shown, hidden = shown_differences(comparison)
+    for row in shown:
+        between = f"{row.interval.low:+.4f} .. {row.interval.high:+.4f}" if row.interval else ""
+        rows.append((row.name, f"{row.n:,}", f"{row.before:.4f}", f"{row.after:.4f}", f"{row.after - row.before:+.4f}", between, "*" if row.is_sure else ""))
+    lines = [
+        f"scorer: {comparison.scorer}; computed by {software()}",
+        f"{len(comparison.pairs)} {comparison.unit}; * where the interval does not hold zero",
+        *comparison.notes,
+        "",
+        *aligned(rows),
+    ]
+    if hidden:
+        lines.append(f"and {hidden} question types that changed less")
+    lines += _flip_lines(comparison, "right to wrong", comparison.right_to_wrong, comparison.negative_flip_rate, "negative")
+    lines += _flip_lines(comparison, "wrong to right", comparison.wrong_to_right, comparison.positive_flip_rate, "positive")
+    return "\n".join(lines)
+
+
+def shown_differences(comparison: Comparison) -> tuple[list[Difference], int]:
+    """The rows of a table, and how many question types with lesser changes are left out of it."""
+    by_question = [row for row in comparison.differences if row.name.startswith("question type")]
+    shown = [row for row in comparison.differences if row not in by_question]
+    by_question.sort(key=lambda row: -abs(row.after - row.before))
+    return shown + by_question[:_MOST_TYPES], max(0, len(by_question) - _MOST_TYPES)
+
+
+def comparison_json(comparison: Comparison) -> str:
+    """One object: software, scorer, n_items, figures by name (before, after, difference, interval), and the flips with their rates."""
+    figures = {
+        row.name: {
+            "n": row.n,
+            "before": row.before,
+            "after": row.after,
+            "difference": row.after - row.before,
+            "interval": [row.interval.low, row.interval.high] if row.interval else None,
+        }
+        for row in comparison.differences
+    }
+    document = {
+        "software": software(),
+        "scorer": comparison.scorer,
+        "n_items": len(comparison.pairs),
+        "unit": comparison.unit,
+        "notes": list(comparison.notes),
+        "figures": figures,
+        "right_from": comparison.right_from,
+        "negative_flip_rate": comparison.negative_flip_rate,
+        "positive_flip_rate": comparison.positive_flip_rate,
+        "right_to_wrong": [vars(pair) for pair in comparison.right_to_wrong],
+        "wrong_to_right": [vars(pair) for pair in comparison.wrong_to_right],
+    }
+    return json.dumps(document, indent=2)
+
+
+def write_pairs(path: Path, comparison: Comparison) -> None:
+    """Every item with what both runs said and its two figures, as JSON."""
+    write_whole(path, (json.dumps([vars(pair) for pair in comparison.pairs], indent=1) + "\n").encode("ascii"))
+
+
+def _flip_lines(comparison: Comparison, name: str, flips: Sequence[Pair], rate: float, sign: str) -> list[str]:
+    right = f"right from {comparison.right_from:g} on"
+    lines = ["", f"{name}: {len(flips)} of {len(comparison.pairs)} {comparison.unit}, {sign} flip rate {100 * rate:.2f} % ({right})"]
+    return lines + [f"  {flip.item}: {flip.said_before!r} ({flip.before:.2f}) -> {flip.said_after!r} ({flip.after:.2f})" for flip in flips[:_MOST_FLIPS]]

@@ -1,0 +1,348 @@
+"""Pictures from addresses: only from hosts that the operator allows, never from a private network, with limits on bytes and time."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import ipaddress
+import math
+import multiprocessing
+import os
+import queue
+import resource
+import secrets
+import signal
+import socket
+import ssl
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import forkserver, util
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from PIL import Image
+
+from multimodal.data.images.decode import BadImage, ImageLimits, decode_image
+from tasks.serve.errors import Refused
+
+__all__ = ["Decoders", "RemotePictures", "Upload", "Uploads", "is_public", "n_cores", "start_early"]
+
+
+SECONDS = 10.0  # for all of one fetch: the name, the connection, the header and the body, however slowly each of their bytes comes
+BLOCK = 65_536
+# Where hosts of the internet are. Not in it: what stands for an IPv4 address, which may be a private one (::/96, NAT64's 64:ff9b::/96 and
+# 64:ff9b:1::/48), site-local addresses (fec0::/10), and all that is reserved. In it, and known to Python as such: Teredo.
+UNICAST = ipaddress.IPv6Network("2000::/3")
+DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")
+RELAY = ipaddress.IPv4Network("192.88.99.0/24")
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to a host on the internet, and not to this machine, its networks or anything reserved."""
+    found = ipaddress.ip_address(address)
+    if isinstance(found, ipaddress.IPv4Address):
+        return found.is_global and not found.is_multicast and found not in RELAY
+    if found.ipv4_mapped is not None:
+        return is_public(str(found.ipv4_mapped))
+    if found not in UNICAST or found in DOCUMENTATION or not found.is_global:
+        return False
+    return found.sixtofour is None or is_public(str(found.sixtofour))
+
+
+class RemotePictures:
+    """Fetches pictures. A name is resolved once and that very address is connected to, so a name cannot change in between.
+
+    hosts      allowed host names; "*" for every public one
+    reachable  whether an address may be connected to
+    """
+
+    def __init__(self, hosts: Sequence[str], most_bytes: int, *, seconds: float = SECONDS, reachable: Callable[[str], bool] = is_public) -> None:
+        self.hosts = frozenset(host.lower() for host in hosts)
+        self.most_bytes = most_bytes
+        self.seconds = seconds
+        self.reachable = reachable
+
+    def fetch(self, url: str, field: str) -> bytes:
+        """The bytes at an address; redirects are not followed. Raises Refused."""
+        parts, host, port = self._checked(url, field)
+        deadline = time.monotonic() + self.seconds
+        try:
+            address = self._resolved(host, port, deadline, field)
+            with socket.create_connection((address, port), timeout=_left(deadline)) as plain:
+                plain.settimeout(_left(deadline))
+                stream = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if parts.scheme == "https" else plain
+                return self._read(stream, parts, deadline, field)
+        except TimeoutError:
+            raise Refused(400, f"{field}: {host} did not send the picture within {self.seconds:g} seconds", field=field, code="fetch_failed") from None
+        except (OSError, http.client.HTTPException) as error:  # not what a service that is no web server said
+            told = (error.strerror or "the connection failed") if isinstance(error, OSError) else "what it sent is no HTTP"
+            raise Refused(400, f"{field}: the picture could not be fetched from {host}: {told}", field=field, code="fetch_failed") from None
+
+    def _checked(self, url: str, field: str) -> tuple[SplitResult, str, int]:
+        if not self.hosts:
+            raise Refused(400, f"{field}: this server fetches no pictures: send a data URL, or upload the file", field=field, code="remote_not_allowed")
+        try:
+            parts = urlsplit(url)
+            host, port = (parts.hostname or "").lower(), parts.port
+        except ValueError as error:
+            raise Refused(400, f"{field} is no address: {error}", field=field) from None
+        if not host or parts.username is not None or any(ord(letter) < 33 or ord(letter) > 126 for letter in url):
+            raise Refused(400, f"{field} is {url[:60]!r}: expected https://HOST/PATH in ASCII, without a user name", field=field)
+        if "*" not in self.hosts and host not in self.hosts:
+            raise Refused(400, f"{field}: this server fetches no pictures from {host[:60]}: send a data URL", field=field, code="remote_not_allowed")
+        return parts, host, port or (443 if parts.scheme == "https" else 80)
+
+    def _resolved(self, host: str, port: int, deadline: float, field: str) -> str:
+        """The first address of a host. Raises Refused where any of its addresses is private."""
+        found = _addresses(host, port, deadline)
+        if not all(self.reachable(address.partition("%")[0]) for address in found):
+            raise Refused(400, f"{field}: {host[:60]} is not on the public internet", field=field, code="remote_not_allowed")
+        return found[0]
+
+    def _read(self, stream: socket.socket, parts: SplitResult, deadline: float, field: str) -> bytes:
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        stream.settimeout(_left(deadline))
+        stream.sendall(f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: image/*\r\nUser-Agent: adalink\r\nConnection: close\r\n\r\n".encode())
+        response = http.client.HTTPResponse(_InTime(stream, deadline), method="GET")  # type: ignore[arg-type]  # all of a socket that it uses
+        response.begin()
+        if response.status != 200:
+            raise Refused(400, f"{field}: {parts.hostname} answered {response.status}, expected 200 and a picture", field=field, code="fetch_failed")
+        data = bytearray()
+        while block := response.read1(BLOCK):
+            data += block
+            if len(data) > self.most_bytes:
+                raise Refused(413, f"{field}: the picture has more than {self.most_bytes} bytes, the limit", field=field, code="too_many_bytes")
+        return bytes(data)
+
+
+class _InTime(io.RawIOBase):
+    """A socket as a file that is read until a time and no longer, in whatever pieces it comes: a socket's own timeout begins anew with each."""
+
+    def __init__(self, stream: socket.socket, deadline: float) -> None:
+        self.stream = stream
+        self.deadline = deadline
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """As `socket.makefile`."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Bytes that were read. Raises TimeoutError."""
+        self.stream.settimeout(_left(self.deadline))
+        return self.stream.recv_into(buffer)
+
+
+def _addresses(host: str, port: int, deadline: float) -> list[str]:
+    """All addresses of a host, asked for in a thread that is left alone where no answer comes in time: a resolver has no timeout to set."""
+    answer: queue.SimpleQueue[list[str] | OSError] = queue.SimpleQueue()
+
+    def resolve() -> None:
+        try:
+            answer.put([str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)])
+        except (OSError, UnicodeError) as error:
+            answer.put(error if isinstance(error, OSError) else OSError(0, "the name is none"))
+
+    threading.Thread(target=resolve, name="resolver", daemon=True).start()
+    try:
+        found = answer.get(timeout=_left(deadline))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(found, OSError):
+        raise found
+    return found
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+# ----------------------------------------
+# Pictures that were uploaded, in memory; the oldest make room for new ones.
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One uploaded picture. Its id cannot be guessed, so only who uploaded it can ask about it."""
+
+    name: str
+    data: bytes
+    id: str = field(default_factory=lambda: f"file-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Uploads:
+    """Uploaded pictures by id, at most `most_bytes` of them. Used by the event loop alone."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self._kept: OrderedDict[str, Upload] = OrderedDict()
+        self._n_bytes = 0
+
+    def add(self, upload: Upload) -> None:
+        """Keep one more. Raises Refused where it is larger than all that may be kept."""
+        if len(upload.data) > self.most_bytes:
+            raise Refused(413, f"the picture has {len(upload.data)} bytes, and {self.most_bytes} are kept of all uploads together", field="file")
+        self._kept[upload.id] = upload
+        self._n_bytes += len(upload.data)
+        while self._n_bytes > self.most_bytes:
+            self._n_bytes -= len(self._kept.popitem(last=False)[1].data)
+
+    def get(self, file_id: str, field: str) -> Upload:
+        """The upload of an id. Raises Refused where it is not kept, or not any more."""
+        if file_id not in self._kept:
+            raise Refused(404, f"{field} is {file_id[:60]!r}, which is not kept (any more): upload the picture again", field=field, code="file_not_found")
+        self._kept.move_to_end(file_id)
+        return self._kept[file_id]
+
+    def remove(self, file_id: str) -> None:
+        """Forget one. Raises Refused where it is not kept."""
+        self._n_bytes -= len(self.get(file_id, "file_id").data)
+        del self._kept[file_id]
+
+
+# ----------------------------------------
+# Processes that decode images: what takes too long or too much memory ends its process, and nobody else waits for it.
+
+
+PATIENCE = 60  # seconds, and ten times the limit of processor time: so long an image may take on a machine that is busy with other things
+# Of memory beyond what the process has before its first image: Pillow keeps up to 35 bytes of a pixel at once while it turns a WebP upright.
+MEMORY, MEMORY_PER_PIXEL, MEMORY_PER_BYTE = 512 * 2**20, 40, 4
+
+
+def n_cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start_early() -> None:
+    """Begin to start the process that the decoders are copies of, which takes seconds, beside other work."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    forkserver.ensure_running()
+
+
+class Decoders:
+    """Decodes in up to `n` processes, one for each core. They are started when they are needed, and again after one has ended.
+
+    limits    of the images
+    seconds   of processor time for one image
+    """
+
+    def __init__(self, n: int, limits: ImageLimits, seconds: float) -> None:
+        start_early()
+        self.limits = limits
+        self.seconds = seconds
+        self._free: queue.LifoQueue[_Decoder | None] = queue.LifoQueue()  # None: one that is not started; the one used last is used first
+        for _ in range(n):
+            self._free.put(None)
+
+    def decode(self, data: bytes) -> Image.Image:
+        """As `multimodal.data.images.decode.decode_image`; waits for a process that is free. Raises BadImage, also with the reason `too slow`."""
+        decoder = self._free.get()
+        try:
+            if decoder is None or not decoder.is_alive:
+                decoder = _Decoder(self.limits, self.seconds)
+            return decoder.decode(data)
+        except _Ended as ended:
+            decoder = None
+            raise BadImage("too slow", f"a picture of {len(data)} bytes {ended}: save it anew, as a plain JPEG or PNG") from None
+        finally:
+            self._free.put(decoder)
+
+    def close(self) -> None:
+        """End the processes that are free."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (decoder := self._free.get_nowait()) is not None:
+                    decoder.end()
+
+
+class _Ended(Exception):
+    """A process has ended in the middle of an image; says why."""
+
+
+class _Decoder:
+    """One process."""
+
+    def __init__(self, limits: ImageLimits, seconds: float) -> None:
+        context: Any = multiprocessing.get_context("forkserver")
+        self.seconds = seconds
+        self._most = PATIENCE + 10 * seconds
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_work, args=(other, limits, seconds), name="decoder", daemon=True)
+        self._process.start()
+        other.close()
+        util.Finalize(self, self._process.kill, exitpriority=1)  # multiprocessing itself sends SIGTERM, and waits
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process is there, and not ended by whatever ends processes."""
+        return bool(self._process.is_alive())
+
+    def decode(self, data: bytes) -> Image.Image:
+        """The image. Raises BadImage, and _Ended where the process is gone."""
+        try:
+            self._connection.send_bytes(data)
+            if not self._connection.poll(self._most):
+                self._process.kill()
+                raise _Ended(f"was not decoded within {self._most:g} seconds")
+            answer = self._connection.recv()
+            if isinstance(answer, BadImage):
+                raise answer
+            return Image.frombytes("RGB", answer, self._connection.recv_bytes())
+        except (EOFError, OSError):
+            self._process.join(PATIENCE)
+            in_time = self._process.exitcode != -signal.SIGXCPU
+            self.end()
+            raise _Ended("ended its decoder" if in_time else f"takes more than {self.seconds:g} seconds of processor time to decode") from None
+
+    def end(self) -> None:
+        """Kill the process."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+def _work(connection: Connection, limits: ImageLimits, seconds: float) -> None:
+    """Decode what comes, until the other side is gone. The kernel ends the process where an image takes too long."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # which a terminal or a service manager sends to all processes of a group
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_memory(MEMORY + MEMORY_PER_PIXEL * limits.max_pixels + MEMORY_PER_BYTE * limits.max_bytes)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            data = connection.recv_bytes()
+            _limit_time(seconds)
+            try:
+                image = decode_image(data, limits=limits)
+            except BadImage as error:
+                connection.send(error)
+            except MemoryError:
+                connection.send(BadImage("too much memory", f"a picture of {len(data)} bytes needs too much memory to decode: save it anew"))
+            else:
+                connection.send(image.size)
+                connection.send_bytes(image.tobytes())
+
+
+def _limit_time(seconds: float) -> None:
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _limit_memory(n_bytes: int) -> None:
+    statm = Path("/proc/self/statm")
+    if statm.exists():  # Linux
+        used = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + n_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -1,0 +1,264 @@
+"""Requests that wait for the model, and which of them make the next batch, or join the one that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from multimodal.batches.tokenize import Row
+from multimodal.generation.generate import GenerationSettings
+from tasks.serve.settings import Batching
+
+__all__ = ["Answer", "Ask", "Draw", "DrawnRows", "Job", "Picture", "Sampling", "Waiting", "chosen", "joining", "n_tokens"]
+
+
+# ----------------------------------------
+# Drawing tokens for some rows of a batch, which leaves the other rows as they are.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a row's tokens are drawn; with the same seed, the same text in any company."""
+
+    temperature: float  # above 0; at 1 the model's own probabilities
+    top_p: float  # 0 < p <= 1: only the most probable tokens that together have this probability
+    seed: int
+
+
+class Draw:
+    """Makes the greedy choice of one row a draw: the largest of log p + Gumbel noise is a sample of p, exactly (Gumbel-max).
+
+    Each row has a generator of its own.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        # Drawn on the CPU, so that a seed means the same text on every device.
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """float [V] -> float [V]"""
+        gumbel = -torch.empty(len(scores)).exponential_(generator=self._generator).log()
+        return _nucleus(torch.log_softmax(scores / self.sampling.temperature, -1), self.sampling.top_p) + gumbel.to(scores)
+
+
+class DrawnRows(LogitsProcessor):  # type: ignore[misc]  # untyped here
+    """Draws for some rows of a batch that transformers generates; greedy rows of it are not changed by one bit."""
+
+    def __init__(self, rows: Sequence[Sampling | None]) -> None:
+        self.draws = [(i, Draw(row)) for i, row in enumerate(rows) if row is not None]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """float [B, V] -> float [B, V]"""
+        scores = scores.clone()
+        for i, draw in self.draws:
+            scores[i] = draw(scores[i])
+        return scores
+
+
+def _nucleus(log_p: Tensor, top_p: float) -> Tensor:
+    """float [V] -> float [V]: -inf outside the fewest tokens whose probabilities reach top_p."""
+    if top_p >= 1:
+        return log_p
+    ordered, index = log_p.sort(descending=True)
+    p = ordered.exp()
+    keep = p.cumsum(0) - p < top_p  # what stands before a token is not enough yet
+    return torch.full_like(log_p, float("-inf")).scatter(0, index, torch.where(keep, ordered, float("-inf")))
+
+
+# ----------------------------------------
+# One request on its way through the model.
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture: what tells it from others, and either float32 [3, H, W] as the encoder takes it, or what the encoder gave before."""
+
+    key: str
+    pixels: Tensor | None
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What is asked of the model."""
+
+    adapter: str
+    row: Row
+    picture: Picture
+    settings: GenerationSettings
+    stop: tuple[str, ...] = ()
+    sampling: Sampling | None = None
+    owner: str = ""  # whose request it is: what others asked is not told by the tokens that need not be read
+
+    @property
+    def kind(self) -> object:
+        """Rows of one batch are of one kind: greedy and drawn ones go together, beams only with beams that are the same in everything."""
+        return self.settings if self.settings.num_beams > 1 else "greedy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model wrote, and what it took."""
+
+    text: str
+    reason: str  # "stop" or "length"
+    n_prompt: int  # tokens of the prompt, the picture's among them
+    n_known: int  # of these, tokens that were known from a prompt before and not read
+    n_new: int  # tokens written, the end token among them
+    waited: float  # seconds from the queue to the batch
+    generated: float  # seconds from the batch to the end of the row
+    n_rows: int  # of the batch
+
+
+@dataclass(eq=False)
+class Job:
+    """An ask, and the way back to the request that waits for it. Pieces of text come before the answer where `streams` is set."""
+
+    ask: Ask
+    streams: bool
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    events: asyncio.Queue[str | Answer | Exception] = field(default_factory=asyncio.Queue)
+    queued: float = field(default_factory=time.perf_counter)
+    cancelled: bool = False  # the client has gone: the row ends at the next token
+    ended: bool = False
+
+    def tell(self, event: str | Answer | Exception) -> None:
+        """Send a piece of text, the answer or an error to the request; called from the generation thread. Nothing follows an end."""
+        if self.ended:
+            return
+        self.ended = not isinstance(event, str)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+def chosen(jobs: Sequence[Job], batching: Batching, fits: Callable[[int, int], bool]) -> list[Job]:
+    """The next batch: the oldest job, and those after it that may go with it, in order.
+
+    fits   whether a model has positions for (the longest prompt, the most new tokens): where rows cannot come and go, one that has ended
+           goes on with padding until the batch ends, so all rows must have room for the longest text of any
+    """
+    batch: list[Job] = []
+    n_prompt = n_new = 0
+    for job in jobs:
+        ask = job.ask
+        longest, most = max(n_prompt, len(ask.row.ids)), max(n_new, ask.settings.max_new_tokens)
+        is_too_much = batch and not (fits(longest, most) and n_tokens([*batch, job]) <= batching.tokens)
+        if is_too_much or not _go_together(job, jobs[0], batching):
+            continue
+        batch.append(job)
+        n_prompt, n_new = longest, most
+        if len(batch) == batching.size:
+            break
+    return batch
+
+
+def joining(jobs: Sequence[Job], running: Sequence[Job], batching: Batching, fits: Callable[[int, int], bool]) -> list[Job]:
+    """The jobs that may join a running batch, in order. None is overtaken: behind one that cannot join, all wait until the batch has ended."""
+    alike = list(itertools.takewhile(lambda job: _go_together(job, running[0], batching), jobs[: max(batching.size - len(running), 0)]))
+    while alike and n_tokens([*running, *alike]) > batching.tokens:
+        alike.pop()
+    return chosen(alike, batching, fits)
+
+
+def n_tokens(jobs: Sequence[Job]) -> int:
+    """What a batch of jobs holds when it is longest: its rows, each beam one, times the longest of them with its new tokens."""
+    rows = sum(job.ask.settings.num_beams for job in jobs)
+    return rows * max(len(job.ask.row.ids) + job.ask.settings.max_new_tokens for job in jobs)
+
+
+def _go_together(job: Job, other: Job, batching: Batching) -> bool:
+    return job.ask.kind == other.ask.kind and (batching.mixing == "mixed" or job.ask.adapter == other.ask.adapter)
+
+
+class Waiting:
+    """Jobs between the threads that prepare them and the one that generates.
+
+    A batch starts when it is full, when some job has to wait for the next one anyway, or when the model has been free and the oldest job
+    there for `wait_ms`. It does not wait at all where no other request is being read and the batch before was of one row: nobody would come.
+    Jobs join a running batch in the same way, since reading their prompts holds up its rows: when they fill it, or after `wait_ms`.
+    """
+
+    def __init__(self, batching: Batching, fits: Callable[[int, int], bool]) -> None:
+        self.batching = batching
+        self.fits = fits
+        self.jobs: list[Job] = []
+        self.errands: list[tuple[str, Callable[[], None]]] = []
+        self.n_arriving = 0
+        self._free_since, self._n_last = 0.0, 0  # when the batch before ended, and its rows, whose clients may ask again at once
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, job: Job) -> None:
+        """Queue a job."""
+        with self._changed:
+            self.jobs.append(job)
+            self._changed.notify()
+
+    def put_errand(self, errand: Callable[[], None], after: str = "") -> None:
+        """Have something done between two batches, before the next one; where `after` names an adapter, once none of its jobs waits."""
+        with self._changed:
+            self.errands.append((after, errand))
+            self._changed.notify()
+
+    @contextlib.contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A request is being prepared inside the block, and may be worth waiting for."""
+        with self._changed:
+            self.n_arriving += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.n_arriving -= 1
+                self._changed.notify()
+
+    def take(self, running: Sequence[Job] = ()) -> list[Job] | Callable[[], None] | None:
+        """The next batch, or errand; waits for one, but where jobs are running: then those that join them, or none.
+
+        None once it is closed and all jobs are done.
+        """
+        with self._changed:
+            if not running:
+                self._free_since = time.perf_counter()
+            while True:
+                self.jobs = [job for job in self.jobs if not job.cancelled]
+                waited_for = {job.ask.adapter for job in (*self.jobs, *running)}
+                if ready := next((entry for entry in self.errands if entry[0] not in waited_for), None):
+                    self.errands.remove(ready)
+                    return ready[1]
+                if not self.jobs and self._closed and not running:
+                    return None
+                batch = joining(self.jobs, running, self.batching, self.fits) if running else chosen(self.jobs, self.batching, self.fits)
+                left = self._patience(batch, len(running)) if batch else None
+                if left is not None and left <= 0:
+                    self.jobs = [job for job in self.jobs if job not in batch]
+                    self._n_last = len(running) + len(batch)
+                    return batch
+                if running:
+                    return []
+                self._changed.wait(left)
+
+    def close(self) -> None:
+        """Let `take` end once nothing waits any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _patience(self, batch: Sequence[Job], n_running: int) -> float:
+        """Seconds until this batch starts, or joins, with what there is."""
+        now, bound = time.perf_counter(), self.batching.wait_ms / 1000
+        since = self.jobs[0].queued if n_running else max(self.jobs[0].queued, self._free_since)
+        is_settled = self.n_arriving == 0 and (self._n_last < 2 or (not n_running and now > self._free_since + bound))
+        others_wait = not n_running and len(batch) < len(self.jobs)
+        is_full = n_running + len(batch) == self.batching.size
+        return 0.0 if self._closed or is_settled or is_full or others_wait else since + bound - now

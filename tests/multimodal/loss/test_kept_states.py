@@ -1,0 +1,112 @@
+"""A run that keeps the states of its texts ends as one that does not, goes on bit for bit, and says plainly where nothing can be kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composed import Drawn, compose, excite, two_texts
+from torch import Tensor
+
+from adalink import EPALM, AdaLink, LoRA, Prompt
+from adalink.errors import ConfigError
+from multimodal.data.images.decode import decode_image
+from multimodal.model import VisionLanguageModel
+from multimodal.template import Template
+from multimodal.training.prepare import kept_states
+from multimodal.training.settings import TrainSettings
+from multimodal.training.train import train
+
+SETTINGS = {"steps": 6, "batch_size": 3, "log_every": 1, "checkpoint_every": 2, "warmup": 0.0, "learning_rate": 1e-2}
+
+
+def composed(methods: Any = None, family: str = "deep_opt") -> VisionLanguageModel:
+    model = compose(family, Template(prompt="<image><bos>question: {question} answer:"))
+    torch.manual_seed(5)
+    excite(model.add_adapter("one", methods or {"epalm": EPALM(layers=(1, 3), n_taps=2, connector="shared")}).double())
+    return model
+
+
+def trained(folder: Path, *, resume: bool = False, **fields: Any) -> dict[str, Tensor]:
+    folder.mkdir(exist_ok=True)
+    model = composed()
+    train(model, Drawn(6), two_texts, TrainSettings(**{**SETTINGS, **fields}), folder, resume=resume)
+    assert model.language_loss.lower is None
+    return {name: value.detach().clone() for name, value in model.adapted.active_adapter().named_parameters()}
+
+
+def test_a_run_that_keeps_states_ends_as_one_that_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, kept = trained(tmp_path / "plain"), trained(tmp_path / "kept", states_gib=0.1)
+    assert "the first 1 of 3 layers run once for each text, as long as its states fit into 0.1 GiB" in capsys.readouterr().out
+    assert all(torch.allclose(value, plain[name], rtol=1e-6, atol=1e-6) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("fields", [{}, {"precision": "bf16"}, {"row_tokens": 64}, {"checkpointing": True}], ids=str)
+def test_a_run_that_keeps_states_goes_on_bit_for_bit(fields: dict[str, Any], tmp_path: Path) -> None:
+    fields = {**fields, "states_gib": 0.1, "final_rate": 1.0}
+    trained(tmp_path / "resumed", steps=2, **fields)
+    whole = trained(tmp_path / "whole", **fields)
+    resumed = trained(tmp_path / "resumed", resume=True, **fields)
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+def test_texts_are_written_while_states_are_kept_as_they_are_without(tmp_path: Path) -> None:
+    model = composed()
+    pictures, said = [decode_image(Drawn(2)[i].image) for i in range(2)], []
+    for gib in (0.0, 0.1):
+        with kept_states(model, gib, 2):
+            said.append(model.generate(pictures, ["is it red ?", ""]))
+    assert said[0] == said[1]
+
+
+def refused(model: VisionLanguageModel, match: str) -> None:
+    with pytest.raises(ConfigError, match=match), kept_states(model, 1.0, 6):
+        pass
+
+
+def test_what_writes_too_low_is_named() -> None:
+    tail = r"give train.states_gib: 0, or methods in deeper layers alone, as eP-ALM without a prompt"
+    epalm = EPALM(layers=(1, 3), n_taps=2, connector="shared")
+    for name, method, where in (
+        ("prompt", Prompt(length=2, init_std=0.5), r"prompt.soft acts on what enters the layers"),
+        ("adalink", AdaLink(rank=2, modalities=("text",)), r"adalink.text acts on what enters the layers"),
+        ("lora", LoRA(groups={"all": ("all",)}, rank=2, alpha=2, targets=("query",)), r"lora.all.0.q_proj acts on the first layer"),
+        ("epalm", EPALM(layers=(0, 2), n_taps=2, connector="shared"), r"epalm.tap0 acts on the first layer"),
+    ):
+        refused(composed({"epalm": epalm, name: method}), rf"train.states_gib keeps what the layers below .* make of a text, and {where}: {tail}")
+
+
+def test_a_slot_that_reads_padding_is_refused() -> None:
+    epalm = EPALM(layers=(1, 2), n_taps=2, connector="shared", mask="published")
+    refused(composed({"epalm": epalm}), "keeps nothing of padding, and a slot of this adapter reads it: train eP-ALM with mask: causal, or give train.states_gib: 0")
+
+
+def test_a_frozen_model_that_is_not_frozen_is_refused() -> None:
+    model = composed()
+    next(model.language.model.parameters()).requires_grad_()
+    refused(model, r"keeps what a frozen language model makes of its texts, and model.decoder.embed_tokens.weight is trained: give train.states_gib: 0")
+
+
+def test_a_head_that_chooses_is_refused() -> None:
+    model = composed()
+    model.add_answer_head(["yes", "no"])
+    refused(model, "train.states_gib acts on models that write, and this one chooses among answers: give train.states_gib: 0")
+
+
+def test_a_split_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multimodal.training.prepare.FSDPModule", VisionLanguageModel)
+    refused(composed(), "runs texts in each process apart, and FSDP2 splits the model over them: train with DDP, or give train.states_gib: 0")
+
+
+def test_a_model_that_cannot_be_started_is_refused() -> None:
+    model = compose("t5")
+    model.add_adapter("one", {"epalm": EPALM(layers=(1, 2), n_taps=2, connector="shared")}).double()
+    refused(model, "t5 was tried without its first 1 layers, given what they make of a text, and says something else then: give train.states_gib: 0")
+
+
+def test_nothing_is_kept_where_nothing_is_asked_for() -> None:
+    model = composed({"prompt": Prompt(length=2, init_std=0.5)})
+    with kept_states(model, 0.0, 6):
+        assert model.language_loss.lower is None

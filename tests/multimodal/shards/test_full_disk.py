@@ -1,0 +1,56 @@
+"""A disk that is really full: a small tmpfs, where the tests may mount one; elsewhere limits on file sizes stand for it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bad_server import served
+from made_shards import everything, made_shards, made_source
+from shared import PATIENCE
+
+from adalink.errors import DataError
+from multimodal.data.shards.cache import ShardCache
+from multimodal.data.shards.manifest import read_manifest
+from multimodal.data.shards.reader import ShardSource, remote_files
+from multimodal.data.shards.storage import RemoteSettings
+from multimodal.data.shards.writer import write_shards
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 8 KiB, less than one shard."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", folder], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_shards_that_do_not_fit_on_the_disk_are_read_from_the_server(disk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made_shards(tmp_path / "web" / "set")
+    local = ShardSource(tmp_path / "web" / "set")
+    with served(tmp_path / "web") as server, caplog.at_level(logging.WARNING, logger="adalink"):
+        settings = RemoteSettings(attempts=2, first_wait=0.01, timeout=PATIENCE, cache=disk / "cache", cache_bytes=2**30)
+        shards = {f"{server.url}/set/{shard.file}": shard for shard in read_manifest(tmp_path / "web" / "set").shards}
+        cache = ShardCache(disk / "cache", 2**30, remote_files(server.url, settings), shards)
+        for url in shards:
+            cache.fetch(url)
+        assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [
+            "No space left on device; its samples are read from the server; is the disk full?"
+        ] * len(shards)
+        assert everything(ShardSource(server.url + "/set", remote=settings)) == everything(local)
+    assert not list((disk / "cache").glob("*.tar"))
+
+
+def test_a_writing_that_fills_the_disk_says_so_and_leaves_nothing(disk: Path) -> None:
+    with pytest.raises(DataError, match=r"\.tar cannot be written: No space left on device; is the disk full\?"):
+        write_shards(made_source(100), disk / "out", samples_per_shard=60)
+    assert not (disk / "out").exists()

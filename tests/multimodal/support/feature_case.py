@@ -1,0 +1,44 @@
+"""Made-up features of made-up pictures, for the tests of what is kept on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.data.feature_cache.format import Contents
+from multimodal.data.feature_cache.manifest import Binding, Sketch
+from multimodal.data.feature_cache.writer import FeatureWriter
+
+N = 10
+CONTENTS = Contents(patches=3, pooled=2, width=4)
+
+
+def binding(**fields: Any) -> Binding:
+    """Of `N` pictures."""
+    sketch = Sketch((3, 2, 2), (0.0, 1.0, 0.5))
+    own = {"encoder": "one", "fingerprint": "f1", "precision": "float32", "layer": -1, "pixels": sketch, "features": sketch, "pictures": N, "data": "d1"}
+    return Binding(**{**own, **fields})
+
+
+def records(pictures: list[int], contents: Contents = CONTENTS) -> Tensor:
+    """A record of each picture, told apart from every other."""
+    made = [torch.randn(contents.shape, generator=torch.Generator().manual_seed(picture)) for picture in pictures]
+    return torch.stack(made).to(contents.torch_dtype)
+
+
+def written(folder: Path, contents: Contents = CONTENTS, n: int = N) -> Path:
+    """A whole folder."""
+    writer = FeatureWriter(folder, binding(pictures=n), contents)
+    writer.add(list(range(n)), records(list(range(n)), contents))
+    writer.finish({})
+    writer.close()
+    return folder
+
+
+def only_shard(folder: Path) -> Path:
+    """The one file of features in a folder."""
+    (path,) = folder.glob("*.safetensors")
+    return path
