@@ -1,0 +1,171 @@
+"""What a run is made of: the same dataclasses are the YAML file, the command line and the Python API."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import tokenize
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from adalink import METHODS, Method
+from adalink.errors import ConfigError
+from multimodal.data.feature_cache.format import StoredDtype
+from multimodal.generation.generate import GenerationSettings
+from multimodal.training.settings import TrainSettings
+from tasks.captioning import Captioning
+from tasks.data.sources import DataConfig
+from tasks.task import Task
+from tasks.vqa import Vqa
+
+__all__ = ["Data", "Methods", "RunConfig", "check_groups", "chosen_methods", "class_paths", "comments_as_help", "setting_names"]
+
+# One optional setting for each method there is, so that help, types and errors come from the method's own dataclass.
+Methods: Any = dataclasses.make_dataclass(
+    "Methods",
+    [(name, Optional[kind], None) for name, kind in METHODS.items()],  # noqa: UP045 (jsonargparse reads it at run time)
+    kw_only=True,
+    frozen=True,
+)
+
+
+def chosen_methods(methods: Any) -> dict[str, Method]:
+    """The methods that a config gives. Raises ConfigError where there is none."""
+    if not _given(methods):
+        raise ConfigError(f"the config names no method: under `methods:`, give one or more of {', '.join(METHODS)}")
+    return _given(methods)
+
+
+def class_paths() -> list[str]:
+    """Every name under which a setting may ask for a class (`methods.gated.inner.class_path`): the methods, and a config's own groups."""
+    methods = [f"{module}.{kind.__qualname__}" for kind in METHODS.values() for module in (kind.__module__, "adalink.methods", "adalink")]
+    return [*methods, f"{DataConfig.__module__}.{DataConfig.__qualname__}"]
+
+
+def _given(methods: Any) -> dict[str, Method]:
+    return {f.name: value for f in dataclasses.fields(methods) if (value := getattr(methods, f.name)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the pictures and texts are."""
+
+    val: DataConfig  # what is evaluated
+    train: DataConfig | None = None  # what is learnt; only `train` needs it
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run: frozen parts, methods, data, training, evaluation."""
+
+    task: Literal["captioning", "vqa"]  # what is asked
+    encoder: str  # local folder, timm:NAME, open_clip:NAME/WEIGHTS, a transformers hub name, or scenes:encoder
+    language_model: str  # local folder, a transformers hub name, or scenes:language
+    data: Data
+    methods: Methods
+    vision_methods: Methods = field(default_factory=Methods)  # methods inside the encoder, trained with the others; its features are then never kept
+    layer: int = -1  # which encoder block the features come from: -1 the last, with its norm; -2 the one before, as Context-PEFT has it
+    captioning: Captioning = field(default_factory=Captioning)  # settings of the task, where it is captioning
+    vqa: Vqa = field(default_factory=Vqa)  # settings of the task, where it is vqa
+    train: TrainSettings = field(default_factory=TrainSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    features: Path | None = None  # kept features, in FOLDER/train and FOLDER/val, which `adalink features` or train.features: fill writes; none: encode
+    features_dtype: StoredDtype = "float16"  # what is kept; float16 moves gradients by up to 3e-4 of their size, bfloat16 by up to 2e-3, float32 not at all
+    out: Path | None = None  # the run folder
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong between its groups."""
+        if self.encoder_methods and (self.train.features != "encode" or self.features is not None):
+            kept = f"train.features is {self.train.features}" if self.features is None else f"features is {self.features}"
+            trained = f"features of an encoder that vision_methods trains ({', '.join(self.encoder_methods)})"
+            raise ConfigError(f"{kept}, and {trained} change with every step: give train.features: encode, and no folder")
+        if self.train.features == "fill" and self.features is None:
+            raise ConfigError("train.features is fill, and no folder is given to fill: give `features`, such as --features runs/features")
+
+    @property
+    def encoder_methods(self) -> dict[str, Method]:
+        """The methods inside the encoder; most runs have none."""
+        return _given(self.vision_methods)
+
+    @property
+    def n_answers(self) -> int:
+        """How many answers a head chooses among; 0 where texts are written."""
+        return self.vqa.answers if self.task == "vqa" else 0
+
+    def chosen_task(self) -> Task:
+        """The task with its settings."""
+        tasks: Mapping[str, Task] = {"captioning": self.captioning, "vqa": self.vqa}
+        return tasks[self.task]
+
+
+def setting_names() -> list[str]:
+    """Every setting of a run by its whole name: `task`, `train.batch_size`, `methods.adalink.rank`."""
+    return list(_names(RunConfig, ""))
+
+
+def number_settings() -> list[str]:
+    """Every setting of a run that is one number, by its whole name: `train.learning_rate`, `methods.adalink.rank`."""
+    return [name for name, hint in _typed(RunConfig, "") if hint in (int, float)]
+
+
+def check_groups(values: Any) -> None:
+    """Raise ConfigError where a group of settings is given as something else: `train: null`, `methods: [bridge]`.
+
+    values: what the parser made of the arguments, before the dataclasses are.
+    """
+    for name, kind in _fields(RunConfig):
+        if dataclasses.is_dataclass(kind) and not hasattr(values[name], "as_dict"):
+            raise ConfigError(f"{name} is {values[name]!r}: expected settings by name under it, or leave it out")
+
+
+def _names(kind: Any, path: str) -> Iterator[str]:
+    return (name for name, _ in _typed(kind, path))
+
+
+def _typed(kind: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for name, inner in _fields(kind):
+        if dataclasses.is_dataclass(inner):
+            yield from _typed(inner, f"{path}{name}.")
+        else:
+            yield path + name, inner
+
+
+def _fields(kind: Any) -> Iterator[tuple[str, Any]]:
+    """Field name -> its type, without the None of an optional one."""
+    hints = typing.get_type_hints(kind)
+    for name in kind.__dataclass_fields__:
+        hint = hints[name]
+        if typing.get_origin(hint) is typing.ClassVar:
+            continue
+        inner = [part for part in typing.get_args(hint) if part is not type(None)]
+        yield name, inner[0] if len(inner) == 1 and type(None) in typing.get_args(hint) else hint
+
+
+def comments_as_help(kind: type[Any]) -> None:
+    """Append the field comments of a dataclass to its docstring, in the form that jsonargparse reads."""
+    if "Args:" in (kind.__doc__ or ""):
+        return
+    comments = _comments(inspect.getsource(kind))
+    lines = [f"    {name}: {comments[name]}" for name in kind.__dataclass_fields__ if name in comments]
+    kind.__doc__ = f"{(kind.__doc__ or '').strip()}\n\nArgs:\n" + "\n".join(lines)
+
+
+def _comments(source: str) -> dict[str, str]:
+    """Field name -> the comment at the end of its line."""
+    found: dict[str, str] = {}
+    name = ""
+    at_start = True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+            at_start = at_start or token.type == tokenize.NEWLINE
+        elif token.type == tokenize.NAME and at_start:
+            name, at_start = token.string, False
+        elif token.type == tokenize.COMMENT and not at_start:
+            found[name] = token.string.lstrip("# ")
+        else:
+            at_start = False
+    return found

@@ -1,0 +1,194 @@
+"""metrics.json and the figures in the model card: every figure with its interval and with what computed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from adalink.files import write_whole
+from tasks.metrics.bootstrap import Interval
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from adalink.files import write_whole
+from multimodal.bad_samples import BadSample
+from multimodal.bad_samples import counted
+from tasks.metrics.bootstrap import Resampling
+from tasks.metrics.listing import software
+from tasks.task import TRAINED, Score, Task
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from adalink.errors import DataError
+from multimodal.bad_samples import counted
+from multimodal.data.images.decode import read_image_bytes
+from multimodal.model import VisionLanguageModel
+from multimodal.training.records import BAD_FILE, METRICS_FILE, VAL_LOSS
+from multimodal.sample import Sample, SampleSource
+from multimodal.model import TrainedParts
+from tasks.evaluation.evaluate import Predictions
+from tasks.report.page import AnswerCard, CaptionCard, Curve, MetricRow, Report, Trained, write_report
+from tasks.task import TRAINED, Score, Task
+
+__all__ = ["UNSCORED", "add_figures", "write_card_figures", "write_metrics", "write_run_report"]
+
+
+# ----------------------------------------
+# The figures of an evaluation in an adapter's model card, each with its scorer.
+
+
+_HEADING = "## Evaluation"
+
+
+def add_figures(
+    folder: Path, figures: Mapping[str, float], intervals: Mapping[str, Interval], *, scorer: str, software: str, data: str
+) -> None:
+    """Put a table of figures at the end of an adapter folder's README.md, in place of one that is there from before.
+
+    scorer, software   what computed the figures, each with its version
+    data               one line that says what was evaluated on, and on how many items
+    """
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8").split(f"\n{_HEADING}\n")[0].rstrip("\n") if card.exists() else ""
+    rows = []
+    for name, value in figures.items():
+        between = f"{intervals[name].low:.2f} .. {intervals[name].high:.2f}" if name in intervals else ""
+        rows.append(f"| {name} | {value:.2f} | {between} | {scorer} |")
+    table = "\n".join(["| figure | value | 95 % interval | scorer |", "|---|---|---|---|", *rows])
+    write_whole(card, f"{text}\n\n{_HEADING}\n\nOn {data}; computed by {software}.\n\n{table}\n".encode())
+
+
+UNSCORED = "the data set has no references or answers (a test split), so nothing was scored: hand in the official result file"
+
+
+def write_metrics(
+    path: Path,
+    task: Task,
+    scores: Mapping[str, Score],
+    *,
+    items: int,
+    trained: Mapping[str, int],
+    seconds: float,
+    bad: tuple[BadSample, ...],
+) -> None:
+    """Write metrics.json.
+
+    rows        by what was done to the model, the figures by name
+    intervals   the same, each figure's bootstrap interval (low, high)
+    scorers     by figure, what it equals, with the version; `software` computed it
+    note        about what was scored; in place of figures, where there is nothing to score against
+    """
+    resampling = Resampling()
+    intervals = {row: score.intervals(resampling) for row, score in scores.items()}
+    metrics = {
+        "task": task.name,
+        "headline": scores[TRAINED].headline if scores else task.headline,
+        "software": software(),
+        "scorer": scores[TRAINED].scorer if scores else None,
+        "scorers": {name: score.other_scorers.get(name, score.scorer) for score in scores.values() for name in score.figures},
+        "items": items,
+        "rows": {row: dict(score.figures) for row, score in scores.items()},
+        "intervals": {row: {name: [found.low, found.high] for name, found in figures.items()} for row, figures in intervals.items()},
+        "resampling": vars(resampling),
+        "trained_parameters": dict(trained),
+        "seconds_to_generate": round(seconds, 2),
+        "bad_samples": [vars(sample) for sample in bad],
+    }
+    if note := scores[TRAINED].note if scores else UNSCORED:
+        metrics["note"] = note
+    write_whole(path, (json.dumps(metrics, indent=2) + "\n").encode())
+
+
+def write_card_figures(folder: Path, score: Score, *, split: str, items: int, best: str = "") -> None:
+    """Put the trained adapter's figures into its model card. best: which step its weights are of, where that is not the last one."""
+    data = f"the validation data of the run ({split}, {counted(items, 'item')}{best and ', '}{best})"
+    figures = {name: value for name, value in score.figures.items() if name not in score.other_scorers}
+    add_figures(folder, figures, score.intervals(Resampling()), scorer=score.scorer, software=software(), data=data)
+
+
+# ----------------------------------------
+# The report of a run: its curves, table, and pictures with what was said about them.
+
+
+_UNSCORED = Score(figures={}, headline="", items={}, scorer="nothing")  # a test split
+N_CARDS = 24  # pictures on the page: enough to judge by, about half a megabyte
+
+
+def write_run_report(
+    folder: Path,
+    model: VisionLanguageModel,
+    task: Task,
+    config_text: str,
+    scores: Mapping[str, Score],
+    predictions: Predictions,
+    source: SampleSource,
+    *,
+    warning: str,
+) -> None:
+    """Write report.html into a run folder that holds metrics.jsonl (or not, where nothing was trained). warning: about the texts, or empty."""
+    adapter = model.adapted.active_adapter()
+    counts = TrainedParts.of(model).counts()
+    frozen = sum(parameter.numel() for part in (model.tower.encoder, model.adapted.base) for parameter in part.parameters())
+    trained = scores.get(TRAINED, _UNSCORED)
+    headline = f"{trained.headline} {trained.figures[trained.headline]:.1f} on" if trained.figures else "not scored, for want of references:"
+    report = Report(
+        title=f"{task.name}: {' + '.join(type(method).__name__ for method in adapter.methods.values())}",
+        summary=f"{model.tower.name} and {model.language.name}, both frozen; {sum(counts.values()):,} trained parameters; "
+        f"{headline} {counted(len(predictions.texts), 'item')}{'; ' * bool(warning)}{warning}",
+        scorer=trained.scorer,
+        rows=[MetricRow(name=name, values=score.figures) for name, score in scores.items()],
+        trained=[Trained(name=name, parameters=count) for name, count in counts.items()],
+        frozen_parameters=frozen,
+        curves=_curves(folder / METRICS_FILE, "nats per token" if model.head is None else "nats per question, binary cross entropy"),
+        cards=list(_cards(source, task, predictions, trained)),
+        bad_samples=_bad(folder / BAD_FILE, predictions),
+        config=config_text,
+    )
+    write_report(report, folder / "report.html")
+
+
+def _curves(file: Path, unit: str) -> list[Curve]:
+    """unit: of the loss."""
+    if not file.exists():
+        return []
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    names = {"loss": "loss", "rate": "learning rate", VAL_LOSS: "validation loss"}  # and the task's headline figure, where it was measured
+    keys = dict.fromkeys(key for line in lines for key in line if key != "step")
+    points = {key: [(line["step"], line[key]) for line in lines if key in line] for key in keys}
+    return [Curve(name=names.get(key, key), points=points[key], unit=unit if key in ("loss", VAL_LOSS) else "") for key in keys]
+
+
+def _cards(source: SampleSource, task: Task, predictions: Predictions, score: Score) -> Iterator[CaptionCard | AnswerCard]:
+    """Pictures spread evenly over the data set, each with one of the things that the task asked about it."""
+    step = max(len(source) // N_CARDS, 1)
+    for number, index in enumerate(range(0, min(len(source), step * N_CARDS), step)):
+        sample = source[index]
+        asked = task.asked(sample)
+        items = [one.item for one in asked if one.item in predictions.texts]
+        if not items:
+            continue
+        item = items[number % len(items)]
+        generated, points = predictions.texts[item], score.items.get(item)
+        answers = {question.question_id: question for question in sample.questions}
+        if task.name == "vqa":
+            question = answers[item]
+            share = None if points is None else points / 100
+            yield AnswerCard(
+                key=sample.key, image=_picture(sample), question=question.text, generated=generated, answers=question.answers, score=share
+            )  # fmt: skip
+        else:
+            yield CaptionCard(key=sample.key, image=_picture(sample), generated=generated, references=sample.captions, score=points)
+
+
+def _picture(sample: Sample) -> bytes | None:
+    try:
+        return read_image_bytes(sample.image)
+    except DataError:
+        return None
+
+
+def _bad(file: Path, predictions: Predictions) -> dict[str, list[str]]:
+    bad = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    reasons: dict[str, list[str]] = {}
+    for reason, key in [*((row["reason"], row["key"]) for row in bad), *((sample.reason, sample.key) for sample in predictions.bad)]:
+        reasons.setdefault(reason, []).append(key)
+    return reasons

@@ -1,0 +1,168 @@
+"""A training process that is killed at any moment goes on to the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from cli_run import FIXED, RECIPES
+from safetensors.torch import load_file
+from shared import PATIENCE, SUPPORT
+
+N_STEPS = 13
+OPTIONS = (
+    "--data.train.scenes", "train/30", "--data.val.scenes", "val/2", "--generation.max_new_tokens", "2", "--train.steps", str(N_STEPS),
+    "--train.batch_size", "4", "--train.checkpoint_every", "3", "--train.keep", "2", "--train.log_every", "1", "--train.features", "encode",
+    "--train.measure_every", "6",
+)  # fmt: skip
+ACCUMULATED = ("--train.batch_size", "2", "--train.accumulation", "2", "--train.bucket_pool", "4")
+
+
+def _command(arguments: list[str], errors: str, last: float) -> None:
+    from multimodal.run_log import RunLog
+    from tasks.cli import main
+
+    write = RunLog.write
+
+    def written_or_waited_with(log: RunLog, values: Mapping[str, float]) -> None:
+        while values["step"] > last:  # until the process is killed: it never ends before that, however late the kill comes
+            time.sleep(1)
+        write(log, values)
+
+    RunLog.write = written_or_waited_with  # type: ignore[method-assign]
+    multiprocessing.set_start_method("fork", force=True)  # of its own workers, as in a process that a person starts
+    sys.stderr = sys.stdout = open(errors, "a", buffering=1)  # noqa: SIM115 (the process ends with it)
+    sys.exit(main(arguments))
+
+
+class Machine:
+    """Starts commands as processes of their own: real ones, which can be killed, forked from one that has imported everything."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["tasks.commands.train", "cli_run"])
+
+    def start(self, out: Path, *options: str, last: float = N_STEPS) -> BaseProcess:
+        """last: the step that it writes a line of, and goes no further."""
+        arguments = ["train", "--config", str(RECIPES["captioning"]), "--out", str(out), *FIXED, *OPTIONS, *options]
+        process = self.context.Process(target=_command, args=(arguments, str(self.folder / "errors.txt"), last))
+        process.start()
+        return process
+
+    def run(self, out: Path, *options: str) -> Path:
+        process = self.start(out, *options)
+        process.join(PATIENCE)
+        assert process.exitcode == 0, (self.folder / "errors.txt").read_text()[-2000:]
+        return out
+
+    def killed_after(self, step: int, out: Path, *options: str) -> None:
+        """Start, and SIGKILL as soon as a line of this step is in metrics.jsonl, wherever the process is then: before its last line in any case."""
+        process = self.start(out, *options, last=N_STEPS - 1)
+        give_up = time.monotonic() + PATIENCE
+        while process.is_alive() and steps(out)[-1:] < [step]:
+            assert time.monotonic() < give_up
+            time.sleep(0.002)
+        assert process.pid is not None
+        assert process.is_alive(), (self.folder / "errors.txt").read_text()[-2000:]
+        os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            while True:  # not join(), which waits for orphaned workers too
+                os.kill(process.pid, 0)
+                time.sleep(0.002)
+        assert not (out / "metrics.json").exists()
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def steps(run: Path) -> list[float]:
+    return [line["step"] for line in lines(run) if "loss" in line]
+
+
+def same(run: Path, unbroken: Path) -> None:
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == (unbroken / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert steps(run) == list(range(1, N_STEPS + 1))
+    assert lines(run) == lines(unbroken)
+    assert [line["step"] for line in lines(run) if "CIDEr" in line] == [6, 12]
+    assert json.loads((run / "results.json").read_text()) == json.loads((unbroken / "results.json").read_text())
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join([*SUPPORT, str(Path(__file__).parent)])
+    yield Machine(tmp_path_factory.mktemp("machine"))
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def unbroken(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return machine.run(tmp_path_factory.mktemp("unbroken") / "run")
+
+
+@pytest.fixture(scope="module")
+def unbroken_accumulated(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return machine.run(tmp_path_factory.mktemp("unbroken") / "run", *ACCUMULATED)
+
+
+def test_killed_at_a_random_step_and_resumed_gives_the_weights_of_an_unbroken_run(machine: Machine, unbroken: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    step = random.randint(4, 9)  # any step after the first checkpoint will do, so none is chosen
+    machine.killed_after(step, out)
+    assert not (out / "adapter").exists()
+    last = max((out / "checkpoints").glob("step_*"))
+    # The control: what was killed is not yet what it becomes.
+    stored, final = load_file(last / "state.safetensors"), load_file(unbroken / "adapter" / "adapter_model.safetensors")
+    assert any((stored[f"weight.{name}"] != value).any() for name, value in final.items())
+    same(machine.run(out, "--resume"), unbroken)
+
+
+def test_killed_twice_with_a_worker_and_accumulation_and_resumed_without_one(machine: Machine, unbroken_accumulated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    machine.killed_after(random.randint(4, 6), out, *ACCUMULATED, "--train.workers", "1")  # the checkpoint of step 3 is there
+    # What a process leaves that is killed while it writes: half a checkpoint, half a line.
+    partial = out / "checkpoints" / ".step_00000009.1"
+    partial.mkdir()
+    (partial / "state.safetensors").write_bytes(b"half")
+    for name in ("metrics.jsonl", "bad_samples.jsonl"):
+        with (out / name).open("a") as file:
+            file.write('{"step": 9, "lo')
+    machine.killed_after(random.randint(8, 11), out, *ACCUMULATED, "--resume")
+    same(machine.run(out, *ACCUMULATED, "--resume", "--train.workers", "1"), unbroken_accumulated)
+
+
+def test_resume_without_a_checkpoint_starts_anew(machine: Machine, unbroken: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml").touch()
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0, "rate": 0.1}\n{"step": 2, "lo')
+    same(machine.run(out, "--resume"), unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_any_number_of_kills_gives_the_weights_of_an_unbroken_run(workers: str, machine: Machine, unbroken: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    step = 0
+    while (step := step + random.randint(1, 4)) < N_STEPS:
+        machine.killed_after(max(step, *steps(out), 1), out, "--train.workers", workers, *(["--resume"] if out.exists() else []))
+    same(machine.run(out, "--resume", "--train.workers", workers), unbroken)
