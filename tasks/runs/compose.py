@@ -9,12 +9,12 @@ from typing import Any
 from adalink import AdaptedModel
 from adalink.checkpoint.folder import AdapterConfig
 from adalink.errors import CheckpointError, ConfigError
-from multimodal.loss.answer_head import use_for
+from multimodal.encoders.tower import VisionTower, load_tower
 from multimodal.language import LanguageUse, load_language
+from multimodal.loss.answer_head import use_for
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
 from multimodal.template import Template
-from multimodal.encoders.tower import VisionTower, load_tower
 from tasks.scenes.parts import encoder_folder, language_folder
 
 __all__ = ["compose", "composed_tower", "found_part", "load_adapted", "located", "read_saved"]

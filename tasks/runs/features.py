@@ -10,15 +10,14 @@ from pathlib import Path
 
 from adalink.errors import ConfigError
 from multimodal.bad_samples import counted
+from multimodal.data.feature_cache.encode import opened_writer, write_features
 from multimodal.data.feature_cache.format import Contents, all_contents, as_size, needed_contents
 from multimodal.data.feature_cache.manifest import UNFINISHED, is_finished
+from multimodal.data.feature_cache.memory import encode_all, pixel_table
 from multimodal.data.feature_cache.reader import matching_features
-from multimodal.data.feature_cache.encode import opened_writer, write_features
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.inputs import Kept
 from multimodal.model import VisionLanguageModel
-from multimodal.data.feature_cache.memory import encode_all
-from multimodal.data.feature_cache.memory import pixel_table
 from multimodal.processes import process_state
 from multimodal.sample import SampleSource
 from tasks.runs.config import RunConfig

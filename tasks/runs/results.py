@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from adalink.files import write_whole
-from tasks.metrics.bootstrap import Interval
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from adalink.files import write_whole
-from multimodal.bad_samples import BadSample
-from multimodal.bad_samples import counted
-from tasks.metrics.bootstrap import Resampling
-from tasks.metrics.listing import software
-from tasks.task import TRAINED, Score, Task
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
 from adalink.errors import DataError
-from multimodal.bad_samples import counted
+from adalink.files import write_whole
+from multimodal.bad_samples import BadSample, counted
 from multimodal.data.images.decode import read_image_bytes
-from multimodal.model import VisionLanguageModel
-from multimodal.training.records import BAD_FILE, METRICS_FILE, VAL_LOSS
+from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.sample import Sample, SampleSource
-from multimodal.model import TrainedParts
+from multimodal.training.records import BAD_FILE, METRICS_FILE, VAL_LOSS
 from tasks.evaluation.evaluate import Predictions
+from tasks.metrics.bootstrap import Interval, Resampling
+from tasks.metrics.listing import software
 from tasks.report.page import AnswerCard, CaptionCard, Curve, MetricRow, Report, Trained, write_report
 from tasks.task import TRAINED, Score, Task
 

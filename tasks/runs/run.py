@@ -4,51 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
-import yaml
-from adalink.errors import AdalinkError, ConfigError
-from multimodal.training.records import flat
-from multimodal.data.loader import Texts
-from multimodal.model import VisionLanguageModel
-from multimodal.sample import SampleSource
-from tasks.vqa import answer_vocabulary
-from tasks.runs.compose import compose
-from tasks.runs.config import RunConfig, chosen_methods
-from collections.abc import Mapping, Sequence
-from adalink.errors import DataError
-from multimodal.data.images.decode import decode_image
-from multimodal.sample import SampleSource
-from multimodal.training.records import Shown
-from tasks.task import Task
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
 import torch
+import yaml
+
+from adalink.errors import AdalinkError, ConfigError, DataError
 from adalink.files import write_whole
-from adalink.errors import ConfigError
 from multimodal.bad_samples import BadSamples
-from multimodal.data.loader import Batches
-from multimodal.training.prepare import mean_loss
-from multimodal.data.loader import Texts
-from multimodal.model import VisionLanguageModel
+from multimodal.data.images.decode import decode_image
+from multimodal.data.loader import Batches, Texts
+from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.processes import process_state
-from multimodal.training.records import VAL_LOSS
-from multimodal.training.records import Shown
+from multimodal.sample import SampleSource
+from multimodal.training.prepare import mean_loss
+from multimodal.training.records import VAL_LOSS, Shown, flat
 from multimodal.training.train import check_training, train
-from multimodal.model import TrainedParts
-from tasks.runs.compose import load_adapted
-from tasks.runs.config import RunConfig
 from tasks.data.sources import DataConfig, Opened
-from tasks.evaluation.evaluate import Pictures, Predictions, is_graded, predict, read_pictures
-from tasks.runs.features import features_to_learn, features_to_show
-from tasks.runs.results import write_card_figures, write_metrics
-from tasks.runs.results import write_run_report
-from tasks.evaluation.evaluate import told_sameness
+from tasks.evaluation.evaluate import Pictures, Predictions, is_graded, predict, read_pictures, told_sameness
 from tasks.evaluation.submission import Submission, refuse_gaps, write_submission
+from tasks.runs.compose import compose, load_adapted
+from tasks.runs.config import RunConfig, chosen_methods
+from tasks.runs.features import features_to_learn, features_to_show
+from tasks.runs.results import write_card_figures, write_metrics, write_run_report
 from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
+from tasks.vqa import answer_vocabulary
 
 __all__ = [
     "Evaluation", "changed_config", "evaluate_run", "is_main", "new_model", "refuse_taken", "run_folder", "shown_samples",

@@ -30,6 +30,7 @@ ACCUMULATED = ("--train.batch_size", "2", "--train.accumulation", "2", "--train.
 
 def _command(arguments: list[str], errors: str, last: float) -> None:
     from multimodal.run_log import RunLog
+
     from tasks.cli import main
 
     write = RunLog.write

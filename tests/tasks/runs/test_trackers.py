@@ -12,8 +12,8 @@ from PIL import Image
 
 from multimodal.training.records import Shown, track
 from tasks.captioning import Captioning
-from tasks.scenes.dataset import Scenes
 from tasks.runs.run import N_SHOWN, shown_samples
+from tasks.scenes.dataset import Scenes
 
 
 def events(folder: Path) -> Any:

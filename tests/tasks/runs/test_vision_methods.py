@@ -12,15 +12,14 @@ import torch
 from cli_run import SMALL, Done, adalink, refused, train
 from safetensors.torch import load_file
 
+from multimodal.data.feature_cache.memory import encode_all, pixel_table
 from multimodal.data.images.decode import decode_image
-from multimodal.data.feature_cache.memory import encode_all
-from multimodal.data.feature_cache.memory import pixel_table
 from multimodal.sample import Sample
 from tasks.captioning import Captioning
 from tasks.runs.compose import compose, load_adapted
 from tasks.scenes.dataset import Scenes
-from tasks.serve.scheduler import Picture
 from tasks.serve.cache import KeptFeatures
+from tasks.serve.scheduler import Picture
 from tasks.task import BLIND, TRAINED
 
 LORA = ("--vision_methods.lora", '{"groups": {"image": ["image"]}, "rank": 2, "alpha": 4}')

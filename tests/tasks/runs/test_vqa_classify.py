@@ -15,18 +15,17 @@ from readers import WIDTH, save_reader
 from safetensors.torch import load_file
 
 from adalink import AdaLink, Bridge
-from multimodal.generation.generate import GenerationSettings
 from multimodal.data.feature_cache.memory import encode_all
+from multimodal.generation.generate import GenerationSettings
 from multimodal.sample import Sample
 from multimodal.template import Template
-from multimodal.training.train import train as train_model
 from multimodal.training.settings import TrainSettings
-from tasks.vqa import answer_vocabulary
-from tasks.runs.compose import compose
+from multimodal.training.train import train as train_model
 from tasks.evaluation.evaluate import predict
+from tasks.runs.compose import compose
 from tasks.scenes.dataset import Scenes
 from tasks.task import BLIND, TRAINED, UNTRAINED
-from tasks.vqa import Vqa
+from tasks.vqa import Vqa, answer_vocabulary
 
 PROMPT = "<bos><image>{question}<eos>"
 CHOOSE = ("--vqa.answers", 20, "--vqa.template.prompt", PROMPT)
