@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: demo test test-all test-processors lint clean
+.PHONY: demo docs test test-all test-processors lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -31,6 +32,11 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# Warnings are errors: a name that is gone, a link to nowhere, a docstring that cannot be read.
+docs: $(DOCS_READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/sphinx-build -W --keep-going --quiet -b html examples/docs build/docs
+	@echo "open build/docs/index.html"
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
@@ -40,3 +46,7 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
 	touch $(READY)
+
+$(DOCS_READY): $(READY)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $(DOCS_READY)

@@ -1,0 +1,82 @@
+"""Reference pages that are made while the documentation is built: the help of every command, and tables of settings."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, ClassVar
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+from tasks.help import comments_as_help
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """What Sphinx calls."""
+    app.add_directive("command-help", CommandHelp)
+    app.add_directive("settings", Settings)
+    return {"parallel_read_safe": True}
+
+
+class CommandHelp(SphinxDirective):
+    """What a command prints with --help, or with the options given: `{command-help} train`."""
+
+    optional_arguments, final_argument_whitespace = 1, True
+    option_spec: ClassVar = {"options": directives.unchanged}
+
+    def run(self) -> list[nodes.Node]:
+        """The text as it is."""
+        words = [*"".join(self.arguments).split(), *self.options.get("options", "--help").split()]
+        text = _printed(words)
+        if not text:
+            raise self.error(f"`adalink {' '.join(words)}` printed nothing")
+        block = nodes.literal_block(text, text)
+        block["language"] = "text"
+        return [block]
+
+
+class Settings(SphinxDirective):
+    """A table of a dataclass's fields: `{settings} tasks.runs.config.RunConfig`, with `:prefix:` for the name of the group."""
+
+    required_arguments = 1
+    option_spec: ClassVar = {"prefix": directives.unchanged}
+
+    def run(self) -> list[nodes.Node]:
+        """The table, from Markdown."""
+        module, _, name = self.arguments[0].rpartition(".")
+        prefix, found = self.options.get("prefix", ""), _fields(getattr(import_module(module), name))
+        rows = [f"| `{prefix}{field}` | {default} | {meaning} |" for field, default, meaning in found]
+        return self.parse_text_to_nodes("\n".join(["| setting | default | meaning |", "|---|---|---|", *rows]))
+
+
+def _printed(words: list[str]) -> str:
+    """What a command prints, in lines of at most 100 columns."""
+    from tasks.cli import main
+
+    os.environ["COLUMNS"] = "100"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main(words)
+    return out.getvalue().rstrip()
+
+
+def _fields(kind: type[Any]) -> Iterator[tuple[str, str, str]]:
+    """Name, default and meaning of each setting that is one value; groups of settings have tables of their own."""
+    comments_as_help(kind)
+    lines = (kind.__doc__ or "").partition("\nArgs:\n")[2].splitlines()
+    meanings = {name: meaning for name, _, meaning in (line.strip().partition(": ") for line in lines)}
+    for field in dataclasses.fields(kind):
+        if field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory):
+            continue
+        default: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if default is dataclasses.MISSING or dataclasses.is_dataclass(default):
+            shown = "" if default is dataclasses.MISSING else "see below"
+        else:
+            shown = f"`{'none' if default is None else default if default != '' else '(empty)'}`"
+        yield field.name, shown, meanings.get(field.name, "").replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,132 @@
+"""What pages expect to be there: images with texts, datasets in the official formats, trained runs, a tiny vision-language model with its processor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from blocks import ROOT, blocks
+
+from multimodal.sample import Sample
+from tasks.cli import main
+from tasks.scenes.dataset import Scenes
+from tasks.scenes.parts import encoder_folder, language_folder
+
+# Names of models on a hub -> what stands in their place: the embedded models, and what `llava` makes.
+PARTS = {
+    "timm:vit_base_patch16_224.augreg_in21k": str(encoder_folder()),
+    "facebook/opt-125m": str(language_folder()),
+    "llava-hf/llava-1.5-7b-hf": "llava",
+}
+SHORT = ("--generation.max_new_tokens", "6")
+QUICK = {"train": ("--train.steps", "1", "--train.log_every", "1", *SHORT), "evaluate": SHORT}  # command -> what a test adds to it
+
+
+def photos() -> None:
+    """photos/train and photos/val: images, each with its captions in a text file of the same name."""
+    for split in ("train", "val"):
+        folder = Path("photos", split)
+        folder.mkdir(parents=True)
+        for sample in _samples(split):
+            (folder / f"{sample.image_id}.png").write_bytes(sample.image)  # type: ignore[arg-type]
+            (folder / f"{sample.image_id}.txt").write_text("\n".join(sample.captions) + "\n")
+    for name, sample in zip(("cat.jpg", "photo.jpg", "dog.jpg"), _samples("val"), strict=False):
+        Path(name).write_bytes(sample.image)  # type: ignore[arg-type]
+
+
+def tutorial() -> None:
+    """What the captioning tutorial makes: photos, their shards, and photos.yaml."""
+    photos()
+    for split in ("train", "val"):
+        assert main(["shards", "folder", "--images", f"photos/{split}", "--out", f"shards/{split}"]) == 0
+    (config,) = (block.text for block in blocks(ROOT / "examples/docs/tutorials/captions.md") if block.comments.get("file") == "photos.yaml")
+    Path("photos.yaml").write_text(replaced(config, PARTS))
+
+
+def coco() -> None:
+    """COCO's and VQAv2's files, by their official names, of a few images in coco/."""
+    for split, name in (("train", "train2014"), ("val", "val2014")):
+        folder = Path("coco", name)
+        folder.mkdir(parents=True)
+        samples = _samples(split)
+        for sample in samples:
+            (folder / f"COCO_{name}_{sample.image_id:012d}.jpg").write_bytes(sample.image)  # type: ignore[arg-type]
+        images = [{"id": s.image_id, "file_name": f"COCO_{name}_{s.image_id:012d}.jpg"} for s in samples]
+        captions = [{"id": s.image_id * 10 + k, "image_id": s.image_id, "caption": text} for s in samples for k, text in enumerate(s.captions)]
+        _write(f"coco/captions_{name}.json", {"images": images, "annotations": captions})
+        asked = [(sample, question) for sample in samples for question in sample.questions]
+        about = {"data_type": "mscoco", "data_subtype": name}
+        questions = [{"question_id": q.question_id, "image_id": s.image_id, "question": q.text} for s, q in asked]
+        _write(f"coco/v2_OpenEnded_mscoco_{name}_questions.json", {**about, "questions": questions})
+        answers = [
+            {
+                "question_id": q.question_id, "image_id": s.image_id, "question_type": q.question_type, "answer_type": q.answer_type,
+                "multiple_choice_answer": q.answers[0], "answers": [{"answer": text, "answer_id": k} for k, text in enumerate(q.answers, 1)],
+            }
+            for s, q in asked
+        ]  # fmt: skip
+        _write(f"coco/v2_mscoco_{name}_annotations.json", {**about, "annotations": answers})
+
+
+def trained() -> None:
+    """runs/caption and runs/vqa, trained for a step, and images to ask about."""
+    shutil.copytree(_runs(), "runs")
+    if not Path("photos").exists():
+        photos()
+
+
+def llava() -> None:
+    """A tiny LLaVA with its processor, in the folder llava."""
+    import torch
+    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(language_folder())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {"model_type": "clip_vision_model", **small, "image_size": 32, "patch_size": 16}
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config={"model_type": "llama", "vocab_size": len(tokenizer), **small},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained("llava")
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    LlavaProcessor(
+        images, tokenizer, patch_size=16, vision_feature_select_strategy="default", image_token="<image>", num_additional_image_tokens=1,
+        chat_template="{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}",
+    ).save_pretrained("llava")  # fmt: skip
+
+
+SETUPS: dict[str, Callable[[], None]] = {made.__name__: made for made in (photos, tutorial, coco, trained, llava)}
+
+
+def replaced(text: str, names: Mapping[str, str]) -> str:
+    """The text with other names in place of some."""
+    for name, other in names.items():
+        text = text.replace(name, other)
+    return text
+
+
+@cache
+def _runs() -> Path:
+    """Trained once for all pages."""
+    runs = Path(mkdtemp())
+    for task, name in (("captioning", "caption"), ("vqa", "vqa")):
+        arguments = ["train", "--config", str(ROOT / "tasks" / "scenes" / f"{task}.yaml"), "--out", str(runs / name), *QUICK["train"]]
+        arguments += ["--encoder", str(encoder_folder()), "--language_model", str(language_folder())]
+        assert main([*arguments, "--data.train", "{scenes: train/6}", "--data.val.scenes", "val/3"]) == 0
+    return runs
+
+
+def _samples(split: Any) -> list[Sample]:
+    return [Scenes(split=split, size=6)[i] for i in range(6)]
+
+
+def _write(path: str, content: object) -> None:
+    Path(path).write_text(json.dumps(content))
