@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from cli_run import RECIPES, SMALL
+from cli_run import RECIPES, SMALL, adalink
 from shared import PATIENCE
 
 ADALINK = [sys.executable, "-c", "from adalink.__main__ import entry; entry()"]  # what the console script of pyproject.toml does
@@ -54,10 +54,11 @@ def test_webdatasets_own_security_switch_is_on_in_the_commands_process() -> None
 
 
 def test_a_wrong_command_line_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path) -> None:
-    out, err = (process := start("train", "--config", RECIPES["vqa"], "--out", tmp_path / "run", "--train.learing_rate", "1")).communicate(timeout=PATIENCE)
-    assert process.returncode == 2
-    assert out == ""
-    assert err == (
+    """In this process: the next test sees that a process ends as `main` says."""
+    done = adalink("train", "--config", RECIPES["vqa"], "--out", tmp_path / "run", "--train.learing_rate", "1")
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err == (
         "adalink: there is no setting train.learing_rate: the nearest is train.learning_rate; `adalink train --help` lists what there is\n"
     )
     assert not (tmp_path / "run").exists()

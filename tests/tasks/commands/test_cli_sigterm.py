@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,15 @@ def test_sigterm_ends_a_run_with_a_sentence_and_it_goes_on_with_resume(tmp_path:
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.fixture
+def _ctrl_c_ends() -> Iterator[None]:
+    """As in a terminal: a shell starts what it puts behind with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_ends")
 def test_ctrl_c_ends_a_run_as_sigterm_does_and_a_second_one_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, times = RunLog.write, [1]
 

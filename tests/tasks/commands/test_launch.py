@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_run import FIXED, RECIPES, adalink, refused, train
+from cli_run import FIXED, RECIPES, adalink, hostile, refused, train
 from safetensors.torch import load_file
 from shared import PATIENCE
 
@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[3]
 SMALL = ("--data.train.scenes", "train/4", "--data.val.scenes", "val/2", "--train.steps", "2", "--train.batch_size", "2", "--generation.max_new_tokens", "2")
 
 
-def launched(*arguments: str, n: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tasks.cli", "launch", "--cpu", "--num_processes", str(n), "--main_process_port", "0", "--mixed_precision", "no", "--", *arguments]
-    return started(command)
+def launched(*arguments: str, folder: Path, n: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "adalink", "launch", "--cpu", "--num_processes", str(n), "--main_process_port", "0", "--mixed_precision", "no", "--", *arguments]
+    return started(command, folder)
 
 
-def started(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=ROOT, env=environment)
+def started(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, dict.fromkeys((folder, ROOT))))}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=folder, env=environment)
 
 
 def test_a_command_is_needed() -> None:
@@ -37,19 +37,20 @@ def test_a_command_is_needed() -> None:
 
 @pytest.mark.slow
 def test_a_run_is_launched_and_a_refused_one_keeps_its_exit_code(tmp_path: Path) -> None:
-    done = launched("train", "--config", str(RECIPES["captioning"]), "--out", str(tmp_path / "run"), *FIXED, *SMALL)
+    done = launched("train", "--config", str(RECIPES["captioning"]), "--out", str(tmp_path / "run"), *FIXED, *SMALL, folder=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    again = launched("train", "--config", str(RECIPES["captioning"]), "--out", str(tmp_path / "run"), *FIXED, *SMALL)
+    again = launched("train", "--config", str(RECIPES["captioning"]), "--out", str(tmp_path / "run"), *FIXED, *SMALL, folder=ROOT)
     assert again.returncode == 2
     assert "is there already: give another `out`, or --resume to go on with it" in again.stderr
 
 
 @pytest.mark.parametrize("way", ["launch", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_processes_on_cpus_train_together_and_not_each_by_itself(way: str, tmp_path: Path) -> None:
+    """Those of `adalink launch` in a folder that has a `tasks` of its own, which they do not mind."""
     arguments = ("train", "--config", str(RECIPES["captioning"]), "--out", str(tmp_path / "two"), *FIXED, *SMALL, "--train.log_every", "1")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tasks.cli")
-    done = launched(*arguments, n=2) if way == "launch" else started([*torchrun, *arguments])
+    done = launched(*arguments, folder=hostile(tmp_path), n=2) if way == "launch" else started([*torchrun, *arguments], ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert train("captioning", tmp_path / "one", "--train.batch_size", "4", small=(*SMALL, "--train.log_every", "1")).code == 0
     two, one = ([json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("two", "one"))

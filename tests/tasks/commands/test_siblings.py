@@ -1,4 +1,4 @@
-"""Somebody else's `tasks` or `multimodal`: an import says which file is in the way, and the command line does not mind."""
+"""Somebody else's `tasks` or `multimodal`: an import says which file is in the way, and the command line does not mind; what it launches neither, see test_launch.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from cli_run import hostile
 from shared import PATIENCE
 
 ROOT = Path(__file__).parents[3]
@@ -45,15 +46,7 @@ def test_a_script_beside_somebodys_tasks_is_told_which_file_is_in_the_way(kind: 
     assert last.endswith("in its place: rename that, or start the program in another folder")
 
 
-def hostile(folder: Path) -> Path:
-    """A working folder whose every such name ends the program."""
-    for name in ("tasks", "multimodal"):
-        (folder / name).mkdir()
-        (folder / name / "__init__.py").write_text(f"raise SystemExit('{name} of the working folder was imported')\n")
-    return folder
-
-
-@pytest.mark.parametrize("paths", ["own", "theirs first"])
+@pytest.mark.parametrize("paths", [pytest.param("own", marks=pytest.mark.slow), "theirs first"])
 def test_the_command_line_does_not_mind_the_working_folder(paths: str, tmp_path: Path) -> None:
     folder = hostile(tmp_path)
     done = run(folder, "-m", "adalink", "methods", paths=(ROOT,) if paths == "own" else (folder, ROOT))
@@ -65,12 +58,3 @@ def test_the_console_script_does_not_mind_the_working_folder_on_the_search_path(
     script = "import sys; sys.argv[1:] = ['methods']; from adalink.__main__ import entry; entry()"
     done = run(tmp_path, "-c", script, paths=(hostile(tmp_path), ROOT))
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("n", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_launched_processes_do_not_mind_the_working_folder(n: str, tmp_path: Path) -> None:
-    folder = hostile(tmp_path)
-    options = ("--cpu", "--num_processes", n, "--main_process_port", "0", "--mixed_precision", "no")
-    done = run(folder, "-m", "adalink", "launch", *options, "--", "methods", paths=(folder, ROOT))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "adalink" in done.stdout

@@ -65,6 +65,14 @@ def train(task: str, out: Path, *overrides: object, small: tuple[str, ...] = SMA
     return adalink("train", "--config", RECIPES[task], "--out", out, *FIXED, *small, *overrides)
 
 
+def hostile(folder: Path) -> Path:
+    """A working folder with a `tasks` and a `multimodal` of somebody else's, each of which ends the program."""
+    for name in ("tasks", "multimodal"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(f"raise SystemExit('{name} of the working folder was imported')\n")
+    return folder
+
+
 @dataclass
 class Files:
     """Pictures in a folder, with captions in COCO's format and questions in VQAv2's: change the documents, then `save`."""
