@@ -10,6 +10,7 @@ from adalink.edit import EMBEDDING, Adapter, Edit, Method, Placement, Port, Slot
 from adalink.errors import AdalinkError, AttachError, BudgetError, CheckpointError, ConfigError, DataError
 from adalink.methods import EPALM, IA3, METHODS, AdaLink, BitFit, Bottleneck, Bridge, Gated, LoRA, Prefix, Prompt, UniPELT
 from adalink.model import BASE_NAME, AdaptedModel, get_adalink_model
+from adalink.moved import find_moved
 from adalink.siblings import tell_of_others
 from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT, TEXT, TokenMap, Tokens
 
@@ -22,3 +23,4 @@ __all__ = [
 ]  # fmt: skip
 
 tell_of_others()
+find_moved()
