@@ -47,6 +47,11 @@ def covering(pairs: Iterable[tuple[str, str]], *, each: int = 2, shift: int = 0,
     return found
 
 
+def every_other(names: Iterable[str], *, shift: int = 0, hard: Sequence[str] = ()) -> list[Any]:
+    """Parameters for all the names, every second of them slow but the hard ones: a test beside it takes the others with shift 1."""
+    return [pytest.param(name, marks=() if (i + shift) % 2 == 0 or name in hard else pytest.mark.slow) for i, name in enumerate(names)]
+
+
 def _present(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is not here: development data does not travel with the repository", allow_module_level=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loader_case import ENCODER, keys
 from picture_rows import BRIDGE, METHODS, NOT_SHARED
+from shared import covering
 from sharing import TEXTS as LONG
 from sharing import adapted, check_equal, graphs_of, in_double, slots_of
 from sharing import batch_of as batch_of_texts
@@ -55,9 +57,8 @@ def learnt(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, list(model.adapted.active_adapter().parameters()))]
 
 
-@pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
-@pytest.mark.parametrize("name", JOINED)
-def test_every_causal_method_learns_the_same(family: str, name: str) -> None:
+@pytest.mark.parametrize(("name", "family"), covering(product(JOINED, ("opt", "gpt2", "llama")), each=1))
+def test_every_causal_method_learns_the_same(name: str, family: str) -> None:
     with in_double():
         part = language(family)
     model = VisionLanguageModel(tower(), part, Template(prompt="<image><bos>question: {question} answer:"))  # encodes an image, in float32

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from shared import every_other
 from sharing import FORKED, PACKED, TEXTS, adapted, batch_of, check_equal, in_double, learnt, slots_of
-from tiny_families import tiny_of
+from tiny_families import HARD, tiny_of
 
 from multimodal.batches.packing import arrangement, fork_rows, pack_rows, separate_rows
 from multimodal.batches.prefix_sharing import EAGER_FAMILIES, SDPA_FAMILIES, may_fork
@@ -29,7 +30,7 @@ def test_packed_texts_equal_separate_ones(name: str) -> None:
     check_equal(learnt(model, batch), learnt(model, batch_of(separate_rows, slots_of(model))))
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", every_other(PACKED, hard=HARD))
 def test_pictures_that_share_rows_equal_separate_ones(name: str) -> None:
     """Four pictures in two rows, one of them padded."""
     model = adapted(name)

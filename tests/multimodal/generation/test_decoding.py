@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from composed import compose, excite
 from picture_rows import METHODS, NOT_SHARED, alone, asked, tokens_read
+from shared import covering
 
 from adalink.attachment.recompute import may_share_prompts
 from multimodal.generation.decoding import Decoding, may_decode
@@ -43,9 +46,8 @@ def written(model: VisionLanguageModel, arrivals: dict[int, tuple[list[str], lis
     return [text.strip() for text in model.language.tokenizer.batch_decode(texts, skip_special_tokens=True)]
 
 
-@pytest.mark.parametrize("method", [*METHODS, *NOT_SHARED])
-@pytest.mark.parametrize("family", ["opt", "llama"])
-def test_rows_that_come_and_go_are_written_as_each_is_alone(family: str, method: str) -> None:
+@pytest.mark.parametrize(("method", "family"), covering(product((*METHODS, *NOT_SHARED), ("opt", "llama")), each=1))
+def test_rows_that_come_and_go_are_written_as_each_is_alone(method: str, family: str) -> None:
     model = compose(family)
     excite(model.add_adapter("one", {**METHODS, **NOT_SHARED}[method]).double())
     excite(model.add_adapter("two", METHODS["adalink"]).double(), 2)
@@ -66,9 +68,8 @@ def test_rows_that_come_and_go_are_written_as_each_is_alone(family: str, method:
     assert len(set(expected)) > 1
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
-def test_a_prompt_that_begins_like_a_known_one_is_read_from_there_on(family: str, method: str) -> None:
+@pytest.mark.parametrize(("method", "family"), covering(product(METHODS, ("opt", "gpt2", "llama")), each=1))
+def test_a_prompt_that_begins_like_a_known_one_is_read_from_there_on(method: str, family: str) -> None:
     model = compose(family)
     excite(model.add_adapter("one", METHODS[method]).double())
     excite(model.add_adapter("two", METHODS["adalink"]).double(), 2)
@@ -118,9 +119,8 @@ def test_an_encoder_decoder_model_and_a_slot_without_a_cache_are_not_decoded_row
         assert decoded == [False, family == "deep_opt"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["opt", "llama"])
-def test_a_prompt_that_is_read_in_pieces_is_what_it_is_read_whole(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "family"), covering(product(METHODS, ("opt", "llama")), each=1, shift=1))
+def test_a_prompt_that_is_read_in_pieces_is_what_it_is_read_whole(method: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = compose(family)
     excite(model.add_adapter("one", METHODS[method]).double())
     excite(model.add_adapter("two", METHODS["adalink"]).double(), 2)

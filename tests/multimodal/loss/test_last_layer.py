@@ -6,12 +6,15 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from shared import covering, every_other
 from sharing import EXACT, FORKED, PACKED, adapted, batch_of, check_equal, in_double, learnt, slots_of
 from tiny import tiny
+from tiny_families import HARD
 from torch import Tensor, nn
 
 from adalink import (
@@ -108,14 +111,14 @@ def check_short(model: AdaptedModel, batch: Batch) -> None:
     assert every[feed_forward(model)][-1] == batch.ids.numel()
 
 
-@pytest.mark.parametrize("name", [name for name in PACKED if name not in WHOLE])
+@pytest.mark.parametrize("name", every_other([name for name in PACKED if name not in WHOLE], shift=1, hard=HARD))
 def test_packed_and_separate_rows_learn_the_same_in_every_family(name: str) -> None:
     model = adapted(name)
     for arrange in (pack_rows, separate_rows):
         check_short(model, batch_of(arrange, slots_of(model)))
 
 
-@pytest.mark.parametrize("name", FORKED)
+@pytest.mark.parametrize("name", every_other(FORKED, hard=HARD))
 def test_forked_rows_learn_the_same_in_every_family(name: str) -> None:
     model = adapted(name)
     batch = batch_of(fork_rows, slots_of(model))
@@ -127,9 +130,9 @@ def test_forked_rows_learn_the_same_in_every_family(name: str) -> None:
         assert batch.beginning.source.numel() in seen[feed_forward(model)]
 
 
-@pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-def test_every_method_learns_the_same(family: str, methods: dict[str, Method]) -> None:
+@pytest.mark.parametrize(("name", "family"), covering(product(METHODS, ("llama", "opt", "gpt2")), each=1))
+def test_every_method_learns_the_same(name: str, family: str) -> None:
+    methods = METHODS[name]
     model = adapted(family, methods)
     published = any(isinstance(method, EPALM) and method.mask == "published" for method in methods.values())
     for arrange in (separate_rows,) if published else (pack_rows, separate_rows):

@@ -53,6 +53,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], float]] = {
     "mamba": ("Mamba", {"hidden_size": WIDTH, "num_hidden_layers": N_LAYERS, "state_size": 8}, 1e-6),
 }
 
+# Masks or positions of their own, where rows are most easily taken for something else.
+HARD = ("mistral_window", "qwen2_window", "gemma2", "gemma3", "gpt_neo", "falcon_alibi", "bloom", "mamba")
+
 
 def tiny_of(name: str, attention: str = "sdpa") -> Any:
     """The frozen model. Random weights far from a model's own start, so that everything it does shows."""

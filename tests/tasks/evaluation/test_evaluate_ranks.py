@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from shared import PATIENCE, ROOT, SUPPORT
+from ranks import machine
 
 from adalink import Bridge
 from multimodal.data.feature_cache.memory import encode_all
@@ -52,16 +50,15 @@ def evaluated() -> dict[str, Any]:
     return {"texts": {str(item): text for item, text in found.texts.items()}, "figures": dict(score.figures), "rows": sum(rows)}
 
 
+def written(folder: Path) -> int:
+    """What `evaluated` gives, in a file of this process."""
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(evaluated()))
+    return 0
+
+
 def test_two_processes_give_the_figures_of_one_on_the_whole_corpus(tmp_path: Path) -> None:
-    code = (
-        "import json, os, pathlib, test_evaluate_ranks as t; found = t.evaluated(); "
-        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK'] + '.json').write_text(json.dumps(found))"
-    )
-    (tmp_path / "work.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "work.py")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*SUPPORT, str(Path(__file__).parent)])}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    with machine(tmp_path) as one:
+        one.start(2, written, tmp_path).ended()
     shares = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     alone = evaluated()
     assert [share["rows"] for share in shares] == [3, 2]
