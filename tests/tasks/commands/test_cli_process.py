@@ -11,19 +11,10 @@ import time
 from pathlib import Path
 
 from cli_run import RECIPES, SMALL, adalink
+from forked import forked
 from shared import PATIENCE
 
-ADALINK = [sys.executable, "-c", "from adalink.__main__ import entry; entry()"]  # what the console script of pyproject.toml does
 ROOT = Path(__file__).parents[3]
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*ADALINK, *(str(argument) for argument in arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell starts what it puts behind with SIGINT ignored
-    )  # fmt: skip
 
 
 def test_the_console_script_is_what_these_tests_start() -> None:
@@ -66,8 +57,9 @@ def test_a_wrong_command_line_is_one_line_on_stderr_and_exit_code_2(tmp_path: Pa
 
 def test_an_error_after_the_models_are_loaded_is_one_line_too_and_leaves_no_folder(tmp_path: Path) -> None:
     arguments = ("train", "--config", RECIPES["vqa"], "--out", tmp_path / "run", *SMALL, "--methods.prompt", "{length: 600, init_std: 0.1}")
-    out, err = (process := start(*arguments, "--train.bad_samples", "0")).communicate(timeout=PATIENCE)
-    assert process.returncode == 2
+    process = forked(*arguments, "--train.bad_samples", "0", out=tmp_path / "out", err=tmp_path / "err")
+    assert process.wait() == 2
+    out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
     assert out.startswith("trained: ")
     assert err.count("\n") == 1
     assert err.startswith("adalink: ")
@@ -77,15 +69,16 @@ def test_an_error_after_the_models_are_loaded_is_one_line_too_and_leaves_no_fold
 
 def test_an_interrupt_is_one_line_and_what_was_trained_can_be_resumed(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start("train", "--config", RECIPES["vqa"], "--out", run, *SMALL, "--train.steps", "100000", "--train.checkpoint_every", "1")
+    small = (*SMALL, "--train.steps", "100000", "--train.checkpoint_every", "1")
+    process = forked("train", "--config", RECIPES["vqa"], "--out", run, *small, out=tmp_path / "out", err=tmp_path / "err")
     give_up = time.monotonic() + PATIENCE
     while not list(run.glob("checkpoints/step_*")):
         assert time.monotonic() < give_up
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, (tmp_path / "err").read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130
+    assert process.wait() == 130
+    err = (tmp_path / "err").read_text()
     said = re.fullmatch(r"adalink: ended by Ctrl-C after step (\d+) of 100000, which is saved in .*: go on with --resume", err.splitlines()[-1])
     assert said, err[-2000:]
     assert "Traceback" not in err

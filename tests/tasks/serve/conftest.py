@@ -28,5 +28,5 @@ def model(adapters: Path) -> VisionLanguageModel:
 def server(model: VisionLanguageModel, adapters: Path) -> Iterator[Server]:
     """A server of four adapters, with small limits, and time for whoever shares a slow machine with it."""
     limits = ("--limits.seconds", PATIENCE, "--limits.body_bytes", "3000000", "--limits.image_bytes", "2000000", "--limits.pixels", "4000000")
-    with serving(adapters, "--access.adapters_folder", adapters, *limits) as running:
+    with serving(adapters, "--access.adapters_folder", adapters, *limits, fresh=True) as running:
         yield running

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -68,20 +64,13 @@ def test_a_server_that_is_asked_to_end_answers_what_it_accepted(model: VisionLan
     assert last == f"adalink has ended: {found['200']} of {found['200']} accepted requests were answered"
 
 
-def test_a_server_that_says_that_it_serves_can_be_reached_and_ended_at_once() -> None:
-    command = [sys.executable, "-c", "from adalink.__main__ import entry; entry()", "serve", "--port", "0", "--base", str(ROOT / "tasks" / "scenes" / "vqa.yaml")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        try:
-            assert process.stdout is not None
-            address = next(line for line in process.stdout if "adalink serves" in line).partition("http://")[2].partition("/")[0]
-            host, port = address.split(":")
-            socket.create_connection((host, int(port)), timeout=PATIENCE).close()
-            process.send_signal(signal.SIGTERM)
-            rest, _ = process.communicate(timeout=PATIENCE)
-        finally:
-            process.kill()
-    assert process.returncode == 0
-    assert rest == "adalink has ended: 0 of 0 accepted requests were answered\n"
+def test_a_server_that_says_that_it_serves_can_be_reached_and_ended_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path, "--base", ROOT / "tasks" / "scenes" / "vqa.yaml", names=()) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+        printed = server.end()
+        assert server.process.returncode == 0
+    assert printed.endswith("\nadalink has ended: 0 of 0 accepted requests were answered\n")
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
