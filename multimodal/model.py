@@ -253,7 +253,7 @@ class VisionLanguageModel(nn.Module):
 
         source       samples: a data set of tasks.*, or a list of `Sample`s
         task         such as Captioning(), or a function of a sample and a random generator that gives its `Text`s
-        features     kept ones (`multimodal.data.feature_cache.memory.encode_all`); without, images are decoded anew, and encoded in the model's call
+        features     kept ones (`multimodal.data.feature_cache.encode.encode_all`); without, images are decoded anew, and encoded in the model's call
         bad_samples  how many may be left out before BudgetError is raised; `Batches.bad` has them
         rank         reads the rank-th of `world` parts of each step
 

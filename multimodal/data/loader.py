@@ -324,7 +324,7 @@ def new_batches(
     """What the model's active adapter learns from. Settings are those of TrainSettings of the same names.
 
     task      or a function of a sample and a generator that gives its texts
-    features  kept ones (`multimodal.data.feature_cache.memory.encode_all`); without, images are decoded, and encoded in the model's call
+    features  kept ones (`multimodal.data.feature_cache.encode.encode_all`); without, images are decoded, and encoded in the model's call
     rank      reads the rank-th part of `world` parts of each step
     weights   split over processes (FSDP2) or whole
 

@@ -18,8 +18,7 @@ from torch import nn
 from adalink.errors import CheckpointError, ConfigError, DataError, TerminatedError
 from multimodal.bad_samples import BadSample, BadSamples, counted
 from multimodal.batches.collate import Batch
-from multimodal.data.feature_cache.encode import FillingLoader
-from multimodal.data.feature_cache.memory import encode_all
+from multimodal.data.feature_cache.encode import FillingLoader, encode_all
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.inputs import Kept
 from multimodal.data.loader import Loaded, Texts, TrainLoader, new_batches

@@ -20,9 +20,8 @@ from typing import Any, Literal
 import torch
 
 from adalink.errors import DataError
-from tasks.bench.models import TINY_LLAMA, TINY_OPT, Bench, Machine, Shape, Work, drawn_tower
-from tasks.bench.sides import Step, Taught, our_model, our_step, their_step
-from tasks.metrics.listing import software
+from tasks.bench.models import TINY_LLAMA, TINY_OPT, Bench, Machine, Shape, Step, Taught, Work, drawn_tower, our_model, our_step, their_step
+from tasks.metrics.bootstrap import software
 
 __all__ = ["Finding", "Needs", "Side", "Turns", "about", "alternate", "as_json", "as_line", "as_markdown", "needs", "seconds_on"]
 

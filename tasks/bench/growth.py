@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from tasks.bench.clock import Finding, Needs, needs
-from tasks.bench.models import Bench, Shape, Work
-from tasks.bench.sides import check_peft
+from tasks.bench.models import Bench, Shape, Work, check_peft
 
 __all__ = ["Point", "as_svg", "points"]
 

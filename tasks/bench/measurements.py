@@ -22,15 +22,32 @@ from torch import Tensor
 from adalink import IMAGE, TEXT, AdaLink, Adapter, Anatomy, Bridge, Method, TokenMap, attach
 from adalink.errors import ConfigError
 from multimodal.batches.collate import Batch, collate
-from multimodal.data.feature_cache.memory import PatchTable
+from multimodal.data.feature_cache.encode import PatchTable
 from multimodal.encoders.base import Loaded, Preprocess
 from multimodal.encoders.timm import TimmEncoder
 from multimodal.encoders.tower import VisionTower
 from multimodal.generation.generate import GenerationSettings, run_generation
 from multimodal.model import VisionLanguageModel
 from tasks.bench.clock import Finding, Turns, alternate, needs
-from tasks.bench.models import PAD_ID, Bench, Case, Machine, Shape, Work, as_batch, composed, drawn_tower, encoded, language
-from tasks.bench.sides import Taught, arrange_of, check_peft, our_model, our_step, their_step
+from tasks.bench.models import (
+    PAD_ID,
+    Bench,
+    Case,
+    Machine,
+    Shape,
+    Taught,
+    Work,
+    arrange_of,
+    as_batch,
+    check_peft,
+    composed,
+    drawn_tower,
+    encoded,
+    language,
+    our_model,
+    our_step,
+    their_step,
+)
 
 __all__ = ["adapters", "against_peft", "features", "generation", "metrics", "shards", "training"]
 

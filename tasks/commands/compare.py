@@ -14,16 +14,20 @@ from tasks.commands.score import JSON_HELP, given_arguments
 from tasks.evaluation.compare import (
     ANSWER_IS_RIGHT,
     CAPTION_IS_RIGHT,
+    Asked,
     Comparison,
     Pair,
+    SavedRun,
+    asked_items,
     compare_answers,
     compare_captions,
     comparison_json,
     comparison_table,
+    read_run,
     shown_differences,
     write_pairs,
 )
-from tasks.metrics.bootstrap import Resampling
+from tasks.metrics.bootstrap import Resampling, software
 from tasks.metrics.files import (
     check_questions,
     check_split,
@@ -33,11 +37,9 @@ from tasks.metrics.files import (
     read_graded_questions,
     read_references,
 )
-from tasks.metrics.listing import software
 from tasks.metrics.vqa import VqaScorer, refuse
 from tasks.report.compare_pages import DifferenceRow, FlipCard, FlipPage, FlipSection, write_flip_page
 from tasks.runs.table import compare_many, listed_runs, many_json, many_table
-from tasks.saved_run import Asked, SavedRun, asked_items, read_run
 from tasks.vqa import graded_question
 
 __all__ = ["COMPARE_COCO", "COMPARE_RUNS", "COMPARE_VQA", "RUNS", "compare_coco", "compare_runs", "compare_vqa"]

@@ -16,9 +16,8 @@ from tasks.commands import Command
 from tasks.commands.settings import SPLITS, Draft, add_run, name_both_parts, only_named_data
 from tasks.data.sources import Opened
 from tasks.planning.meta import draw_adapter, draw_language, draw_tower
-from tasks.runs.compose import composed_tower, found_part
+from tasks.runs.compose import composed_tower, found_part, say, size_of
 from tasks.runs.config import chosen_methods
-from tasks.runs.features import say, size_of
 
 __all__ = ["FEATURES"]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from adalink.files import write_whole
 from tasks.commands import Command
-from tasks.metrics.bootstrap import Figures, Resampling, answer_figures, caption_figures, intervals
+from tasks.metrics.bootstrap import Figure, Figures, Listing, Resampling, answer_figures, as_json, as_table, caption_figures, intervals
 from tasks.metrics.captions import JavaScores, meteor, score_captions, spice
 from tasks.metrics.files import (
     check_questions,
@@ -21,7 +21,6 @@ from tasks.metrics.files import (
     read_question_ids,
     read_references,
 )
-from tasks.metrics.listing import Figure, Listing, as_json, as_table
 from tasks.metrics.vqa import GradedQuestion, QuestionId, VqaScorer, few_answers_note, fitting_scorer, named_accuracies, score_answers
 
 __all__ = ["JSON_HELP", "SCORE_COCO", "SCORE_VQA", "given_arguments", "score_coco", "score_vqa"]

@@ -12,7 +12,7 @@ from typing import Any, Literal, Optional
 from adalink import METHODS
 from adalink.errors import BudgetError, ConfigError, DataError
 from multimodal.bad_samples import BadSample, BadSamples, counted
-from multimodal.data.feature_cache.manifest import read_manifest
+from multimodal.data.feature_cache.reader import read_manifest
 from multimodal.data.images.decode import BadImage, decode_image
 from multimodal.data.shards.reader import DamagedSample
 from multimodal.generation.generate import GenerationChoice, GenerationSettings, saved_generation

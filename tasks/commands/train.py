@@ -16,7 +16,7 @@ from adalink.errors import ConfigError
 from tasks.commands import Command
 from tasks.commands.plan import add_plan_options, dry_run_command
 from tasks.commands.settings import SAVED, Draft, EvaluationSettings, add_allow_other_base, add_run, only_named_data, settings_of
-from tasks.evaluation.submission import Submission
+from tasks.evaluation.evaluate import Submission
 from tasks.runs.compose import located
 from tasks.runs.config import RunConfig, comments_as_help, number_settings
 from tasks.runs.results import UNSCORED

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
+import yaml
+
+from adalink.errors import DataError
 from adalink.files import write_whole
-from tasks.metrics.bootstrap import Figures, Interval, Resampling, answer_figures, caption_figures, paired_intervals
+from multimodal.sample import Question, Sample, SampleSource
+from tasks.data.sources import saved_data
+from tasks.metrics.bootstrap import Figures, Interval, Resampling, aligned, answer_figures, caption_figures, paired_intervals, software
 from tasks.metrics.captions import score_captions
-from tasks.metrics.listing import aligned, software
+from tasks.metrics.files import read_answer_results, read_caption_results
 from tasks.metrics.vqa import (
     GradedQuestion,
     Predictions,
@@ -24,8 +29,8 @@ from tasks.metrics.vqa import (
 )
 
 __all__ = [
-    "ANSWER_IS_RIGHT", "CAPTION_IS_RIGHT", "Comparison", "Difference", "Pair", "compare_answers", "compare_captions",
-    "comparison_json", "comparison_table", "shown_differences", "write_pairs",
+    "ANSWER_IS_RIGHT", "CAPTION_IS_RIGHT", "Asked", "Comparison", "Difference", "Pair", "SavedRun", "asked_items",
+    "compare_answers", "compare_captions", "comparison_json", "comparison_table", "read_run", "shown_differences", "write_pairs",
 ]  # fmt: skip
 
 
@@ -253,3 +258,77 @@ def _flip_lines(comparison: Comparison, name: str, flips: Sequence[Pair], rate: 
     right = f"right from {comparison.right_from:g} on"
     lines = ["", f"{name}: {len(flips)} of {len(comparison.pairs)} {comparison.unit}, {sign} flip rate {100 * rate:.2f} % ({right})"]
     return lines + [f"  {flip.item}: {flip.said_before!r} ({flip.before:.2f}) -> {flip.said_after!r} ({flip.after:.2f})" for flip in flips[:_MOST_FLIPS]]
+
+
+# ----------------------------------------
+# A run folder read back: what was said about which data, for comparing it with another.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """What `adalink train` or `adalink evaluate` left in a folder.
+
+    task     captioning or vqa
+    texts    what was said, by image id or question id
+    data     the settings of the data set, as config.yaml has them
+    scorer   the VQA scorer that the run chose
+    """
+
+    folder: Path
+    task: str
+    texts: Mapping[int, str]
+    data: Mapping[str, object]
+    scorer: str
+
+    def open(self) -> SampleSource:
+        """The data set that the run was evaluated on. Raises DataError where its files are gone."""
+        try:
+            return saved_data(self.data).open().source
+        except DataError as error:
+            raise DataError(f"the data of the run {self.folder} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One item of a run with its picture, and the question where there was one."""
+
+    sample: Sample
+    question: Question | None = None
+
+    @property
+    def people(self) -> tuple[str, ...]:
+        """What people said about it: captions or answers."""
+        return self.sample.captions if self.question is None else self.question.answers
+
+
+def read_run(folder: Path) -> SavedRun:
+    """Read a run folder. Raises DataError, saying which file, where it is none or something in it is of another shape."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_bytes())
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        task, data = metrics["task"], config["data"]["val"]
+        scorer = (config.get("vqa") or {}).get("scorer", "official")
+    except OSError as error:
+        raise DataError(f"{folder} is no run folder of `adalink train` or `adalink evaluate`: {error.filename} cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise DataError(f"the run folder {folder} is damaged: metrics.json or config.yaml has another shape ({error!r}); evaluate it again") from None
+    if task not in ("captioning", "vqa") or not isinstance(data, dict):
+        raise DataError(f"the run {folder} is of the task {task!r} on the data {data!r}; expected captioning or vqa, and the settings of a data set")
+    results = folder / "results.json"
+    texts = read_caption_results(results) if task == "captioning" else read_answer_results(results)
+    return SavedRun(folder=folder, task=task, texts={int(item): text for item, text in texts.items()}, data=data, scorer=scorer)
+
+
+def asked_items(run: SavedRun, source: SampleSource) -> dict[int, Asked]:
+    """What the run answered, in the order of its data set. Raises DataError where the data set lacks some of it."""
+    found: dict[int, Asked] = {}
+    for index in range(len(source)):
+        sample = source[index]
+        if run.task == "captioning" and sample.image_id in run.texts:
+            found[sample.image_id] = Asked(sample=sample)
+        for question in sample.questions if run.task == "vqa" else ():
+            if question.question_id in run.texts:
+                found[question.question_id] = Asked(sample=sample, question=question)
+    if lost := [item for item in run.texts if item not in found]:
+        raise DataError(f"{len(lost)} of {len(run.texts)} results of {run.folder} are not in its data set (first: {lost[0]}); was the data changed?")
+    return found

@@ -15,7 +15,7 @@ from adalink import IMAGE, PERCEPT, Adapter, Anatomy, Method, Placement, Slots
 from adalink.tokens import DOMAIN_NAMES, N_DOMAINS
 from multimodal.batches.tokenize import RowEncoder
 from multimodal.generation.generate import GenerationSettings, check_room
-from multimodal.loss.cross_entropy import targets_at_once
+from multimodal.loss.language_loss import targets_at_once
 from multimodal.model import TrainedParts
 from multimodal.template import Template
 from multimodal.training.prepare import first_layer, parameter_groups

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from PIL.Image import Image
 
 from adalink.files import write_whole
-from tasks.report.parts import policy, thumbnail
+from tasks.report.page import policy, thumbnail
 from tasks.report.svg import Point, draw_many
 
 __all__ = [

@@ -14,8 +14,7 @@ from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.sample import Sample, SampleSource
 from multimodal.training.records import BAD_FILE, METRICS_FILE, VAL_LOSS
 from tasks.evaluation.evaluate import Predictions
-from tasks.metrics.bootstrap import Interval, Resampling
-from tasks.metrics.listing import software
+from tasks.metrics.bootstrap import Interval, Resampling, software
 from tasks.report.page import AnswerCard, CaptionCard, Curve, MetricRow, Report, Trained, write_report
 from tasks.task import TRAINED, Score, Task
 

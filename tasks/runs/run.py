@@ -25,11 +25,19 @@ from multimodal.training.prepare import mean_loss
 from multimodal.training.records import VAL_LOSS, Shown, flat
 from multimodal.training.train import check_training, train
 from tasks.data.sources import DataConfig, Opened
-from tasks.evaluation.evaluate import Pictures, Predictions, is_graded, predict, read_pictures, told_sameness
-from tasks.evaluation.submission import Submission, refuse_gaps, write_submission
-from tasks.runs.compose import compose, load_adapted
+from tasks.evaluation.evaluate import (
+    Pictures,
+    Predictions,
+    Submission,
+    is_graded,
+    predict,
+    read_pictures,
+    refuse_gaps,
+    told_sameness,
+    write_submission,
+)
+from tasks.runs.compose import compose, features_to_learn, features_to_show, load_adapted
 from tasks.runs.config import RunConfig, chosen_methods
-from tasks.runs.features import features_to_learn, features_to_show
 from tasks.runs.results import write_card_figures, write_metrics, write_run_report
 from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
 from tasks.vqa import answer_vocabulary

@@ -12,7 +12,7 @@ import yaml
 
 from adalink.errors import DataError
 from multimodal.training.records import METRICS_FILE
-from tasks.metrics.listing import aligned, software
+from tasks.metrics.bootstrap import aligned, software
 from tasks.report.compare_pages import RunsPage, Series, write_runs_page
 from tasks.task import TRAINED
 

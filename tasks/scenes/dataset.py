@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from adalink.errors import ConfigError
 from multimodal.sample import Measure, Sample, measured
-from tasks.scenes.draw import png
-from tasks.scenes.scene import Scene, make_scene
+from tasks.scenes.scene import Scene, make_scene, png
 from tasks.scenes.texts import captions, questions
 
 __all__ = ["Scenes"]

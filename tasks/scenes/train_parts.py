@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks.scenes.draw import draw
-from tasks.scenes.scene import BACKGROUNDS, COLOURS, SHAPES, SIDE, SIZES, Scene, make_scene
+from tasks.scenes.scene import BACKGROUNDS, COLOURS, SHAPES, SIDE, SIZES, Scene, draw, make_scene
 from tasks.scenes.texts import captions, questions
 
 __all__ = ["hash_files", "main", "make_tokenizer", "train_encoder", "train_language"]

@@ -25,8 +25,7 @@ from torch import Tensor
 
 import multimodal  # noqa: F401  (makes torchvision importable)
 from multimodal.data.feature_cache.format import Contents
-from multimodal.data.feature_cache.manifest import Binding, Sketch
-from multimodal.data.feature_cache.reader import FeatureCache
+from multimodal.data.feature_cache.reader import Binding, FeatureCache, Sketch
 from multimodal.data.feature_cache.writer import SHARD_BYTES, FeatureWriter
 
 SHAPES = {"six pooled vectors of 768": (0, 6, 768), "50 patches of 768": (50, 0, 768), "257 patches of 1024": (257, 0, 1024)}

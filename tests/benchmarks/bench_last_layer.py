@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from tasks.bench.clock import alternate, needs
-from tasks.bench.models import LLAMA_60M, OPT_125M, Machine, Work, drawn_tower
-from tasks.bench.sides import our_model, our_step
+from tasks.bench.models import LLAMA_60M, OPT_125M, Machine, Work, drawn_tower, our_model, our_step
 
 SHAPES = {shape.name: shape for shape in (LLAMA_60M, OPT_125M)}
 

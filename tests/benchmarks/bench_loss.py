@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from multimodal.loss.cross_entropy import Finish, targets_at_once, word_loss
+from multimodal.loss.language_loss import Finish, targets_at_once, word_loss
 
 Way = Callable[[Tensor, Tensor, nn.Linear], Tensor]
 

@@ -24,7 +24,7 @@ from multimodal.batches.packing import Arrange, pack_rows, separate_rows
 from multimodal.batches.tokenize import Row, RowEncoder
 from multimodal.data.loader import Texts, train_loader
 from multimodal.data.order import BucketedOrder, MixedOrder, Order, SampleOrder
-from multimodal.data.shards.record import encode_record
+from multimodal.data.shards.reader import encode_record
 from multimodal.language import Language
 from multimodal.sample import Sample
 from multimodal.template import Text

@@ -39,7 +39,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 
 
 def test_the_sample_of_a_shard_is_what_is_written() -> None:
-    from multimodal.data.shards.record import decode_record, encode_record
+    from multimodal.data.shards.reader import decode_record, encode_record
     from multimodal.sample import Question, Sample
 
     page = (ROOT / "examples" / "docs" / "concepts" / "shards.md").read_text()

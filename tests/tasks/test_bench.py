@@ -18,8 +18,7 @@ from cli_run import adalink, refused
 from adalink.errors import DataError
 from tasks.bench import measurements as scripts
 from tasks.bench.clock import Finding, alternate, as_line, needs
-from tasks.bench.models import TINY_LLAMA, TINY_OPT, Machine, Work, drawn_tower
-from tasks.bench.sides import our_model, our_step, their_step
+from tasks.bench.models import TINY_LLAMA, TINY_OPT, Machine, Work, drawn_tower, our_model, our_step, their_step
 
 CPU = Machine(device=torch.device("cpu"), dtype=torch.float32)
 QUICK = ("--size", "tiny", "--repetitions", "2")

@@ -17,16 +17,16 @@ from adalink.errors import AdalinkError, ConfigError, DataError
 from adalink.files import locked
 from multimodal.bad_samples import BadSample
 from multimodal.data.feature_cache.format import ABSENT, Contents, ShardFile, as_size, seal, trim
-from multimodal.data.feature_cache.manifest import (
+from multimodal.data.feature_cache.reader import (
     FINISHED,
     UNFINISHED,
     Binding,
+    FeatureCache,
     FeatureManifest,
     read_manifest,
     refuse_other,
     write_manifest,
 )
-from multimodal.data.feature_cache.reader import FeatureCache
 from multimodal.processes import done_by_main, process_state
 from multimodal.progress import progress
 

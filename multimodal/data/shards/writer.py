@@ -39,7 +39,7 @@ from multimodal.data.shards.manifest import (
     shard_part,
     workplace,
 )
-from multimodal.data.shards.record import encode_record, shard_key
+from multimodal.data.shards.reader import encode_record, shard_key
 from multimodal.sample import Sample, SampleSource
 
 __all__ = ["ShardJob", "Stopped", "TarFile", "WrittenShard", "write_shards"]

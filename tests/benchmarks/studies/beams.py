@@ -18,9 +18,8 @@ from torch import Tensor
 from multimodal.batches.collate import collate
 from multimodal.generation.generate import generated_texts
 from tasks.data.sources import Chosen
-from tasks.runs.compose import load_adapted
+from tasks.runs.compose import features_to_show, load_adapted
 from tasks.runs.config import RunConfig
-from tasks.runs.features import features_to_show
 
 
 def main() -> None:

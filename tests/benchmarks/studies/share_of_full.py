@@ -23,7 +23,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from torch import nn
 
 from adalink import Method
-from multimodal.data.feature_cache.memory import PatchTable, encode_all
+from multimodal.data.feature_cache.encode import PatchTable, encode_all
 from multimodal.training.train import train
 from tasks.commands.train import results_table
 from tasks.data.sources import Opened

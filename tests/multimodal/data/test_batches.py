@@ -13,7 +13,7 @@ from composed import Drawn, compose, excite, two_texts
 
 from adalink import AdaLink, Bridge
 from adalink.errors import BudgetError
-from multimodal.data.feature_cache.memory import encode_all
+from multimodal.data.feature_cache.encode import encode_all
 from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.sample import Sample
 from multimodal.template import Text

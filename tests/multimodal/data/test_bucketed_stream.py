@@ -19,7 +19,7 @@ from train_case import Stop, stop_at, trained, weights
 from adalink import IMAGE, PAD
 from adalink.errors import CheckpointError, ConfigError
 from multimodal.batches.packing import pack_rows, separate_rows
-from multimodal.data.feature_cache.memory import PatchTable
+from multimodal.data.feature_cache.encode import PatchTable
 from multimodal.data.loader import Loaded, TrainLoader, train_loader
 from multimodal.data.order import MixedSet, Mixture
 from multimodal.sample import Measure, Sample, measured

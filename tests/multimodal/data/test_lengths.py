@@ -9,8 +9,7 @@ from made_shards import made_shards, picture, tar_of
 
 from multimodal.data.inputs import Drafted
 from multimodal.data.order import MixedSet, Mixture
-from multimodal.data.shards.reader import ShardSource
-from multimodal.data.shards.record import encode_record
+from multimodal.data.shards.reader import ShardSource, encode_record
 from multimodal.sample import Sample, lengths_of
 
 

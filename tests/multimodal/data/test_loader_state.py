@@ -12,7 +12,7 @@ from made_shards import ListSource, made_sample
 
 from adalink.errors import CheckpointError
 from multimodal.batches.packing import separate_rows
-from multimodal.data.feature_cache.memory import PatchTable
+from multimodal.data.feature_cache.encode import PatchTable
 from multimodal.data.inputs import Drafted
 from multimodal.data.loader import Loaded, TrainLoader, train_loader
 from multimodal.data.order import MixedSet, Mixture, fingerprint_of

@@ -21,9 +21,8 @@ from adalink import IMAGE, Slots
 from adalink.errors import ConfigError
 from multimodal.batches.packing import separate_rows
 from multimodal.batches.tokenize import RowEncoder
-from multimodal.data.feature_cache.encode import encoded_groups
-from multimodal.data.feature_cache.manifest import bind, refuse_other
-from multimodal.data.feature_cache.memory import pixel_table
+from multimodal.data.feature_cache.encode import encoded_groups, pixel_table
+from multimodal.data.feature_cache.reader import bind, refuse_other
 from multimodal.data.images.decode import BadImage, decode_image
 from multimodal.data.inputs import Drafted, needed_side, read_pixels
 from multimodal.data.loader import train_loader

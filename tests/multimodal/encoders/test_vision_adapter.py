@@ -15,7 +15,7 @@ from torch import Tensor
 from adalink import AdaLink, BitFit, Bridge, LoRA, Method, Prompt
 from adalink.errors import CheckpointError, ConfigError
 from multimodal.batches.collate import Batch, collate
-from multimodal.data.feature_cache.memory import encode_all
+from multimodal.data.feature_cache.encode import encode_all
 from multimodal.encoders.tower import load_tower
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template, Text

@@ -20,8 +20,7 @@ from torch import Tensor
 from adalink.errors import ConfigError, DataError
 from multimodal.bad_samples import BadSample
 from multimodal.data.feature_cache.format import HEADER, Contents, as_size, check_of, word_bytes
-from multimodal.data.feature_cache.manifest import Sketch, refuse_other
-from multimodal.data.feature_cache.reader import FeatureCache
+from multimodal.data.feature_cache.reader import FeatureCache, Sketch, refuse_other
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.encoders.base import Features
 

@@ -25,8 +25,7 @@ from adalink.errors import BudgetError, ConfigError, DataError
 from multimodal.data.feature_cache import encode as encoding
 from multimodal.data.feature_cache.encode import write_features
 from multimodal.data.feature_cache.format import ABSENT, HEADER, Contents, ShardFile, all_contents
-from multimodal.data.feature_cache.manifest import Binding, bind, refuse_other
-from multimodal.data.feature_cache.reader import FeatureCache
+from multimodal.data.feature_cache.reader import Binding, FeatureCache, bind, refuse_other
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.images.decode import decode_image
 from multimodal.encoders.tower import VisionTower

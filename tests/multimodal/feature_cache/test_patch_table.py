@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
-from multimodal.data.feature_cache.memory import PatchTable, encode_all
+from multimodal.data.feature_cache.encode import PatchTable, encode_all
 from multimodal.data.images.decode import decode_image
 from multimodal.data.shards.reader import DamagedSample
 from multimodal.encoders.base import Features

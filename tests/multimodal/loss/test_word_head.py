@@ -28,8 +28,7 @@ from transformers import (
 )
 
 from adalink import TEXT, AdaLink, AdaptedModel, Anatomy, Bridge, InputSpec, Placement, Port, Slots, TokenMap, Tokens
-from multimodal.loss.cross_entropy import Finish
-from multimodal.loss.language_loss import WordHead, read_word_head
+from multimodal.loss.language_loss import Finish, WordHead, read_word_head
 
 NONE = -100
 SIZES: dict[str, Any] = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from multimodal.loss import cross_entropy as made
-from multimodal.loss.cross_entropy import Finish, word_loss
+from multimodal.loss import language_loss as made
+from multimodal.loss.language_loss import Finish, word_loss
 
 NONE = -100
 WIDTH, VOCABULARY = 12, 40

@@ -14,10 +14,9 @@ from made_shards import everything, made_shards, made_source
 from shared import PATIENCE
 
 from adalink.errors import DataError
-from multimodal.data.shards.cache import ShardCache
 from multimodal.data.shards.manifest import read_manifest
 from multimodal.data.shards.reader import ShardSource, remote_files
-from multimodal.data.shards.storage import RemoteSettings
+from multimodal.data.shards.storage import RemoteSettings, ShardCache
 from multimodal.data.shards.writer import write_shards
 
 

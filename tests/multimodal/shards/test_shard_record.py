@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made_shards import made_sample
 
 from adalink.errors import DataError
-from multimodal.data.shards.record import Record, decode_caption, decode_record, encode_record, shard_key
+from multimodal.data.shards.reader import Record, decode_caption, decode_record, encode_record, shard_key
 from multimodal.sample import Question, Sample
 
 

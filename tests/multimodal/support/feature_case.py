@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from multimodal.data.feature_cache.format import Contents
-from multimodal.data.feature_cache.manifest import Binding, Sketch
+from multimodal.data.feature_cache.reader import Binding, Sketch
 from multimodal.data.feature_cache.writer import FeatureWriter
 
 N = 10

@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 
 from adalink import AdaLink, Bridge, Method
 from adalink.errors import BudgetError, ConfigError, DataError, TerminatedError
-from multimodal.data.feature_cache.encode import GROUP
-from multimodal.data.feature_cache.memory import PatchTable, encode_all
+from multimodal.data.feature_cache.encode import GROUP, PatchTable, encode_all
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from multimodal.sample import Sample

@@ -11,7 +11,7 @@ from cli_run import Files
 from adalink import Bridge
 from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
-from multimodal.data.feature_cache.memory import PatchTable, encode_all
+from multimodal.data.feature_cache.encode import PatchTable, encode_all
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from tasks.captioning import Captioning

@@ -12,7 +12,7 @@ import torch
 from ranks import machine
 
 from adalink import Bridge
-from multimodal.data.feature_cache.memory import encode_all
+from multimodal.data.feature_cache.encode import encode_all
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from tasks.captioning import Captioning

@@ -7,8 +7,7 @@ import math
 from PIL import Image
 from report_sample import jpeg
 
-from tasks.report.page import answer_verdict, caption_verdicts, columns, metric_cells
-from tasks.report.parts import thumbnail
+from tasks.report.page import answer_verdict, caption_verdicts, columns, metric_cells, thumbnail
 
 
 def test_pictures_become_small_jpegs_and_unreadable_ones_say_why() -> None:

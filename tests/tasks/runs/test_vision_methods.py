@@ -12,7 +12,7 @@ import torch
 from cli_run import SMALL, Done, adalink, refused, train
 from safetensors.torch import load_file
 
-from multimodal.data.feature_cache.memory import encode_all, pixel_table
+from multimodal.data.feature_cache.encode import encode_all, pixel_table
 from multimodal.data.images.decode import decode_image
 from multimodal.sample import Sample
 from tasks.captioning import Captioning

@@ -15,7 +15,7 @@ from readers import WIDTH, save_reader
 from safetensors.torch import load_file
 
 from adalink import AdaLink, Bridge
-from multimodal.data.feature_cache.memory import encode_all
+from multimodal.data.feature_cache.encode import encode_all
 from multimodal.generation.generate import GenerationSettings
 from multimodal.sample import Sample
 from multimodal.template import Template
