@@ -19,14 +19,15 @@ test: $(READY)
 test-all: $(READY)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=20 -m "slow or not slow"
 
-# The tests that compare numbers, as processors without AVX-512 and without AVX2 would round them, and with more threads.
-NUMBERS := tests/test_invariants.py tests/adalink/methods tests/adalink/existing tests/adalink/test_fold.py \
-	tests/multimodal/batches tests/multimodal/loss tests/multimodal/generation/test_decoding.py tests/multimodal/generation/test_generate.py \
-	tests/multimodal/encoders tests/multimodal/training/test_train.py tests/tasks/runs/test_vqa_classify.py
+# The tests that compare numbers, as processors without AVX-512 and without AVX2 would round them, and with more threads. The two share the cases of a test.
+NUMBERS := tests/test_invariants.py tests/adalink/methods tests/adalink/existing/test_existing*.py tests/adalink/test_fold.py \
+	tests/multimodal/batches/test_packing*.py tests/multimodal/batches/test_joined_rows.py tests/multimodal/loss/test_last_layer.py \
+	tests/multimodal/loss/test_word_*.py tests/multimodal/generation/test_decoding.py tests/multimodal/generation/test_generate.py \
+	tests/multimodal/encoders/test_vision*.py tests/multimodal/training/test_train.py tests/tasks/runs/test_vqa_classify.py
 
 test-processors: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(NUMBERS)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=4 OMP_WAIT_POLICY=passive ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(NUMBERS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --half 0 $(NUMBERS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=4 OMP_WAIT_POLICY=passive ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --half 1 $(NUMBERS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

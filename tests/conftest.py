@@ -23,25 +23,44 @@ settings.register_profile("same", settings.get_profile("anew"), derandomize=True
 settings.load_profile("same")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Two runs can share the cases between them."""
+    parser.addoption("--half", type=int, choices=(0, 1), help="of tests with four cases or more, every second case: the even ones, or the odd ones")
+
+
+def _place(nodeid: str) -> str:
+    """What stays in one process: a file, for the fixtures of its module, and tests/tasks/serve, for its server."""
+    path = nodeid.split("::", 1)[0]
+    folder = path.rsplit("/", 1)[0]
+    return folder if folder.endswith("/serve") else path
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files marked long go first: begun last, each would leave the other processes without work."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    long = {_place(item.nodeid) for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: _place(item.nodeid) not in long)
+    half = config.getoption("half")
+    if half is not None:
+        cases: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            cases.setdefault(item.nodeid.split("[", 1)[0], []).append(item)
+        left = {id(item) for test in cases.values() if len(test) >= 4 for item in test[1 - half :: 2]}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) in left])
+        items[:] = [item for item in items if id(item) not in left]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file stays in one process, for the fixtures of its module; tests/tasks/serve does too, for its server."""
+    """What stays in one process is handed out together, in the order of collection."""
     from xdist.scheduler import LoadScopeScheduling
 
-    config.option.loadscopereorder = False  # not the files of most tests first, but those marked long
+    config.option.loadscopereorder = False  # else those of most tests first
 
-    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    class ByPlace(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.split("::", 1)[0]
-            folder = path.rsplit("/", 1)[0]
-            return folder if folder.endswith("/serve") else path
+            return _place(nodeid)
 
-    return ByFile(config, log)
+    return ByPlace(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from multimodal.shard_writer import write_shards
 from safetensors.torch import load_file
 
+from multimodal.data.shards.writer import write_shards
 from tasks.cli import main
 from tasks.commands.demo import RECIPES
 from tasks.scenes.dataset import Scenes

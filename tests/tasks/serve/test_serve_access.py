@@ -12,6 +12,7 @@ import pytest
 from served import Server, messages, picture, serving
 from shared import PATIENCE
 
+pytestmark = pytest.mark.long  # with the other tests of the server
 QUESTION = "is it red?"
 APP = "https://app.example"
 
