@@ -166,6 +166,13 @@ def test_what_the_reference_names_can_be_imported(page: Path) -> None:
         assert hasattr(import_module(where), what), name
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "examples" / "docs" / "_ext").glob("*.py")), ids=lambda file: file.stem)
+def test_what_the_build_of_the_documentation_imports_is_there(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tasks."):
+            assert all(hasattr(import_module(node.module or ""), name.name) for name in node.names), ast.unparse(node)
+
+
 def test_every_public_name_of_the_core_is_in_the_reference() -> None:
     text = (ROOT / "examples" / "docs" / "reference" / "adalink.md").read_text()
     named = set(re.findall(r"auto\w+:: (\w+)", text))

@@ -35,7 +35,7 @@ TRAINED = {
         "unipelt": 1_410_672 - 10 * 12 * 2 * 768 + 10 * 768 + (768 + 1) * 512 + (512 + 1) * 12 * 2 * 768,
         "head": (768 + 1) * 3129,
     },
-    "kept_features.yaml": {"bridge": 2 * 768 + (768 + 1) * 768 + (768 + 1) * 768, "adalink": 2 * 2 * 768 * 64},
+    "cached_features.yaml": {"bridge": 2 * 768 + (768 + 1) * 768 + (768 + 1) * 768, "adalink": 2 * 2 * 768 * 64},
 }
 
 
@@ -89,8 +89,8 @@ def test_adalink_of_rank_64_on_a_width_of_4096_is_the_published_million(tmp_path
     assert trained["adalink"] == 2 * 2 * 4096 * 64 == 1_048_576
 
 
-def test_what_a_recipe_says_of_kept_features_is_so(tmp_path: Path) -> None:
-    text = (EXAMPLES / "kept_features.yaml").read_text()
+def test_what_a_recipe_says_of_cached_features_is_so(tmp_path: Path) -> None:
+    text = (EXAMPLES / "cached_features.yaml").read_text()
     content = yaml.safe_load(text)
     tower = draw_tower(content["encoder"])
     adapter = draw_adapter(tower, draw_language(shape_folder(tmp_path, content["language_model"])), {"bridge": Bridge(**content["methods"]["bridge"])})

@@ -14,7 +14,8 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
-from tasks.help import comments_as_help
+
+from tasks.runs.config import comments_as_help
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -63,7 +64,7 @@ def _printed(words: list[str]) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         main(words)
-    return out.getvalue().rstrip()
+    return "".join(letter for letter in out.getvalue() if letter.isprintable() or letter == "\n").rstrip()
 
 
 def _fields(kind: type[Any]) -> Iterator[tuple[str, str, str]]:
@@ -75,8 +76,10 @@ def _fields(kind: type[Any]) -> Iterator[tuple[str, str, str]]:
         if field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory):
             continue
         default: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if default is dataclasses.MISSING or dataclasses.is_dataclass(default):
-            shown = "" if default is dataclasses.MISSING else "see below"
+        if dataclasses.is_dataclass(default):
+            shown = "<br>".join(f"{name}: `{value}`" for name, value in vars(default).items())
+        elif default is dataclasses.MISSING:
+            shown = ""
         else:
             shown = f"`{'none' if default is None else default if default != '' else '(empty)'}`"
         yield field.name, shown, meanings.get(field.name, "").replace("|", "\\|").replace("<", "&lt;")

@@ -8,7 +8,8 @@ import re
 from typing import Any
 
 from sphinx.application import Sphinx
-from tasks.help import comments_as_help
+
+from tasks.runs.config import comments_as_help
 
 _COLUMNS = re.compile(r"(?<=\S) {2,}(?=\S)")
 _CODE = re.compile(r"(`[^`]+`)")
@@ -48,11 +49,12 @@ def _block(block: str) -> str:
     if not _COLUMNS.search(lines[0]):
         return _escaped(block)
     items: list[str] = []
+    width = min(found.end() for line in lines if not line.startswith(" ") and (found := _COLUMNS.search(line)))
     for line in lines:
         text = _COLUMNS.sub(": ", line.strip())
         if not line.startswith(" "):
-            name, _, meaning = line.partition("  ")
-            items.append(f"- ``{name}``: " + _escaped(_COLUMNS.sub(": ", meaning.strip())))
+            name, meaning = line[:width].strip(), line[width:].strip()
+            items.append(f"- ``{name}``: " + _escaped(_COLUMNS.sub(": ", meaning)))
         elif items:
             items[-1] += ("; " if text != line.strip() else " ") + _escaped(text)
     return "\n".join(items)
