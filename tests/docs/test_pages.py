@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
@@ -31,7 +31,7 @@ from shared import PATIENCE
 
 import adalink
 from tasks.cli import main
-from tasks.commands import COMMANDS, Entry
+from tasks.commands import Entry
 
 SERVED = "http://127.0.0.1:8000"
 WIDEST = 104  # columns that a page of the documentation shows without scrolling
@@ -177,10 +177,3 @@ def test_every_public_name_of_the_core_is_in_the_reference() -> None:
     text = (ROOT / "examples" / "docs" / "reference" / "adalink.md").read_text()
     named = set(re.findall(r"auto\w+:: (\w+)", text))
     assert {name for name in adalink.__all__ if callable(getattr(adalink, name))} <= named
-
-
-def test_every_command_is_in_the_reference() -> None:
-    text = (ROOT / "examples" / "docs" / "reference" / "commands.md").read_text()
-    there = [f"{name} {inner}" for name, group in COMMANDS.items() if isinstance(group, Mapping) for inner in group]
-    there += [name for name, command in COMMANDS.items() if not isinstance(command, Mapping) and name != "launch"]  # accelerate's own options
-    assert sorted(re.findall(r"{command-help} (.+)", text)) == sorted(there)

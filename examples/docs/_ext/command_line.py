@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -15,12 +15,14 @@ from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from tasks.commands import COMMANDS
 from tasks.runs.config import comments_as_help
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """What Sphinx calls."""
     app.add_directive("command-help", CommandHelp)
+    app.add_directive("every-command", EveryCommand)
     app.add_directive("settings", Settings)
     return {"parallel_read_safe": True}
 
@@ -42,6 +44,15 @@ class CommandHelp(SphinxDirective):
         return [block]
 
 
+class EveryCommand(SphinxDirective):
+    """A section for each command there is, with its help; where a command has short and long help, the long one."""
+
+    def run(self) -> list[nodes.Node]:
+        """The sections, from Markdown."""
+        text = "\n\n".join(f"## adalink {words}\n\n```{{command-help}} {words}\n:options: {_longest_help(words)}\n```" for words in _commands(COMMANDS))
+        return self.parse_text_to_nodes(text, allow_section_headings=True)
+
+
 class Settings(SphinxDirective):
     """A table of a dataclass's fields: `{settings} tasks.runs.config.RunConfig`, with `:prefix:` for the name of the group."""
 
@@ -54,6 +65,16 @@ class Settings(SphinxDirective):
         prefix, found = self.options.get("prefix", ""), _fields(getattr(import_module(module), name))
         rows = [f"| `{prefix}{field}` | {default} | {meaning} |" for field, default, meaning in found]
         return self.parse_text_to_nodes("\n".join(["| setting | default | meaning |", "|---|---|---|", *rows]))
+
+
+def _commands(group: Mapping[str, Any]) -> Iterator[str]:
+    """`train`, `shards folder`: all but `launch`, whose options are another program's."""
+    for name, found in group.items():
+        yield from (f"{name} {inner}" for inner in _commands(found)) if isinstance(found, Mapping) else [name] if name != "launch" else []
+
+
+def _longest_help(words: str) -> str:
+    return "--help.all" if "--help.all" in _printed([*words.split(), "--help"]) else "--help"
 
 
 def _printed(words: list[str]) -> str:
