@@ -1,4 +1,4 @@
-"""The demo as a person runs it: one command, offline, and figures that only a model which looks at the picture can reach."""
+"""The demo as a person runs it: one command, offline, and metrics that only a model which looks at the image can reach."""
 
 from __future__ import annotations
 
@@ -10,59 +10,68 @@ from pathlib import Path
 
 import pytest
 
+from tasks.cli import main
+from tasks.scenes.dataset import Scenes
 from tasks.task import BLIND, TRAINED, UNTRAINED
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]  # only ends a hang: minutes on two free cores
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """The folder of the runs, and what was printed to stdout and stderr."""
     out = tmp_path_factory.mktemp("demo") / "runs"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-m", "tasks.cli", "demo", "--out", str(out)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return out, done.stdout
+    return out, done.stdout, done.stderr
 
 
-def figures(demo: tuple[Path, str], task: str, name: str) -> tuple[float, float, float]:
+def metrics(demo: tuple[Path, str, str], task: str, name: str) -> tuple[float, float, float]:
     rows = json.loads((demo[0] / task / "metrics.json").read_text())["rows"]
     return rows[UNTRAINED][name], rows[TRAINED][name], rows[BLIND][name]
 
 
-def test_captions_depend_on_the_picture(demo: tuple[Path, str]) -> None:
-    untrained, trained, blind = figures(demo, "captioning", "CIDEr")
+def test_captions_depend_on_the_image(demo: tuple[Path, str, str]) -> None:
+    untrained, trained, blind = metrics(demo, "captioning", "CIDEr")
     assert trained >= 3 * blind
     assert trained >= 3 * untrained
 
 
-def test_answers_depend_on_the_picture(demo: tuple[Path, str]) -> None:
-    untrained, trained, blind = figures(demo, "vqa", "accuracy")
+def test_answers_depend_on_the_image(demo: tuple[Path, str, str]) -> None:
+    untrained, trained, blind = metrics(demo, "vqa", "accuracy")
     assert trained >= blind + 20
     assert trained >= untrained + 20
 
 
-def test_the_tables_are_printed_and_every_file_is_there(demo: tuple[Path, str]) -> None:
-    out, printed = demo
+def test_the_tables_are_printed_and_every_file_is_there(demo: tuple[Path, str, str]) -> None:
+    out, printed, log = demo
+    assert printed.startswith("A frozen encoder and a frozen language model")
+    assert log.count("have features") == 2  # of the training and the validation scenes, once for both tasks
+    assert "encoding" not in log
+    assert "s left" in log
     assert sum(line.startswith(TRAINED) for line in printed.splitlines()) == 4  # after each run, and together at the end
     for task in ("captioning", "vqa"):
         assert {"adapter", "metrics.jsonl", "metrics.json", "config.yaml", "results.json", "report.html"} <= {p.name for p in (out / task).iterdir()}
         page = (out / task / "report.html").read_text()
-        assert page.count("<svg") >= 3  # loss, rate, and the task's own figure
+        assert page.count("<svg") >= 3  # loss, rate, and the task's own metric
         assert page.count("data:image/") == 24
 
 
-def test_a_saved_adapter_captions_and_answers_from_the_command_line(demo: tuple[Path, str], tmp_path: Path) -> None:
-    from tasks.scenes.dataset import Scenes
-
+def test_a_saved_adapter_captions_and_answers_from_the_command_line(
+    demo: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sample = Scenes(split="val", size=1)[0]
-    picture = tmp_path / "scene.png"
-    picture.write_bytes(sample.image)  # type: ignore[arg-type]
+    image = tmp_path / "scene.png"
+    image.write_bytes(sample.image)  # type: ignore[arg-type]
     expected = {task: json.loads((demo[0] / task / "results.json").read_text())[0] for task in ("captioning", "vqa")}
 
-    def said(*arguments: str) -> str:
-        return subprocess.run([sys.executable, "-m", "tasks.cli", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    def answer(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out.strip()
 
-    assert said("caption", "--adapter", str(demo[0] / "captioning" / "adapter"), str(picture)) == expected["captioning"]["caption"]
+    assert answer("caption", "--adapter", demo[0] / "captioning" / "adapter", image) == expected["captioning"]["caption"]
     question = sample.questions[0]
     assert question.question_id == expected["vqa"]["question_id"]
-    assert said("ask", "--adapter", str(demo[0] / "vqa" / "adapter"), str(picture), question.text) == expected["vqa"]["answer"]
+    assert answer("ask", "--adapter", demo[0] / "vqa" / "adapter", image, question.text) == expected["vqa"]["answer"]
