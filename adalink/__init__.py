@@ -1,26 +1,28 @@
 """Adapt a frozen transformer at named ports, for the tokens of some domains, and leave without a trace."""
 
-from adalink.anatomy import Anatomy, InputSpec
-from adalink.attachment.attach import attach
-from adalink.attachment.attachment import Attachment
-from adalink.attachment.vision import attach_vision, read_vision
-from adalink.checkpoint.fingerprint import FrozenPart, fingerprint
-from adalink.checkpoint.peft_format import from_peft, to_peft
-from adalink.edit import EMBEDDING, Adapter, Edit, Method, Placement, Port, Slots
-from adalink.errors import AdalinkError, AttachError, BudgetError, CheckpointError, ConfigError, DataError
-from adalink.methods import EPALM, IA3, METHODS, AdaLink, BitFit, Bottleneck, Bridge, Gated, LoRA, Prefix, Prompt, UniPELT
-from adalink.model import BASE_NAME, AdaptedModel, get_adalink_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from adalink.moved import find_moved
 from adalink.siblings import tell_of_others
-from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT, TEXT, TokenMap, Tokens
 
-__all__ = [
-    "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT",
-    "AdaLink", "AdalinkError", "AdaptedModel", "Adapter", "Anatomy", "AttachError", "Attachment", "BitFit", "Bottleneck", "Bridge",
-    "BudgetError", "CheckpointError", "ConfigError", "DataError", "Edit", "FrozenPart", "Gated", "InputSpec", "LoRA", "Method", "Placement", "Port",
-    "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint", "from_peft",
-    "get_adalink_model", "read_vision", "to_peft",
-]  # fmt: skip
+if TYPE_CHECKING:
+    from adalink import public
+    from adalink.public import *  # noqa: F403
+
+    __all__ = public.__all__
+
+
+def __getattr__(name: str) -> Any:
+    """The public names. They are imported when the first of them is asked for, and torch with them: the command line prints its help without it."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module("adalink.public")
+    globals().update({"__all__": module.__all__} | {public: getattr(module, public) for public in module.__all__})
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
+
 
 tell_of_others()
 find_moved()

@@ -70,7 +70,7 @@ def _refuse(name: str, package: ModuleType | None, path: Sequence[str] | None) -
     if package is None or _is_own(package) or PathFinder.find_spec(name, path) is not None:
         return
     file = ROOT.joinpath(*name.split("."))
-    if not file.with_suffix(".py").exists() and not (file / "__init__.py").exists():
+    if not file.with_suffix(".py").exists() and not file.is_dir():
         return
     found = getattr(package, "__file__", None) or next(iter(package.__path__), "another module")
     word = package.__name__

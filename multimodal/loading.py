@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from adalink.errors import AdalinkError, ConfigError, DataError
 
@@ -105,6 +104,8 @@ def quiet() -> Iterator[None]:
 
     They tell of unused tensors, and of failures that are raised as well; what matters is checked and raised here.
     """
+    from transformers.utils import logging as transformers_logging  # late, as are all its other parts where a part is loaded
+
     level, has_bar, disabled = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled(), logging.root.manager.disable
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

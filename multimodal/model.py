@@ -31,7 +31,8 @@ from multimodal.data.inputs import Kept
 from multimodal.data.loader import Batches, Learns, Texts, new_batches
 from multimodal.encoders.bound_parts import encoder_part, language_part
 from multimodal.encoders.tower import VisionTower, load_tower, load_vision_adapter, new_vision_adapter, save_vision_adapter
-from multimodal.generation.generate import GenerationChoice, GenerationSettings, saved_generation, written_texts
+from multimodal.generation.generate import written_texts
+from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.language import Language, LanguageUse, load_language
 from multimodal.loss.answer_head import AnswerHead, answer_loss, chosen_answers, load_head, new_head, pooled_state, save_head, use_for
 from multimodal.loss.language_loss import LanguageLoss

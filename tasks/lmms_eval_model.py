@@ -14,7 +14,7 @@ from typing import Any, Literal
 from PIL.Image import Image
 
 from adalink.errors import ConfigError, DataError
-from multimodal.generation.generate import GenerationSettings
+from multimodal.generation.settings import GenerationSettings
 from multimodal.processes import process_state
 from tasks.data.files import text_lines
 from tasks.runs.compose import load_adapted

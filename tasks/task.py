@@ -6,16 +6,25 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from multimodal.sample import Sample, SampleSource
 from multimodal.template import Template, Text
 from tasks.metrics.bootstrap import Figures, Interval, Resampling, intervals
 
-__all__ = ["BLIND", "TRAINED", "UNTRAINED", "Asked", "Score", "Task"]
+__all__ = ["BLIND", "TRAINED", "UNTRAINED", "Asked", "Score", "Submission", "Task"]
 
 # The rows of every table of results.
 UNTRAINED, TRAINED, BLIND = "frozen parts, untrained adapter", "trained adapter", "pictures shuffled (blind control)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """How the official result file is named, and whether it may have gaps."""
+
+    algorithm: str = "adalink"  # the part of the file's name that stands for the method
+    split: str | None = None  # the part that stands for the split, such as val2014; by default what the data's files are called
+    incomplete: Literal["refuse", "allow"] = "refuse"  # a file without every picture or question of the split; servers take none such
 
 
 @dataclass(frozen=True)

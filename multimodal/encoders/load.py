@@ -1,4 +1,4 @@
-"""Finds the library and the format of an encoder from its name or its folder."""
+"""Finds the library and the format of an encoder from its name or its folder. Only that library is imported, when the encoder is loaded."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
-import timm
 import torch
 from PIL import Image
-from timm.data import resolve_model_data_config
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from adalink.errors import ConfigError
 from multimodal.encoders.base import Encoder, Loaded
-from multimodal.encoders.open_clip import OpenClipEncoder, load_open_clip, refuse_unknown
-from multimodal.encoders.timm import TimmEncoder, load_timm
-from multimodal.encoders.transformers import TransformersEncoder, load_transformers
 from multimodal.loading import existing_folder, loading, quiet, split_revision
 
 __all__ = ["DrawnEncoder", "draw_encoder", "load_encoder"]
@@ -30,20 +22,32 @@ def load_encoder(spec: str | Path, dtype: torch.dtype | None) -> Loaded:
     """The encoder of a local folder, `timm:NAME`, `open_clip:MODEL/TAG`, `hf:ID`, or any other hub id of transformers (dtype: see there)."""
     folder = existing_folder(spec)
     if folder is not None:
-        return _load_folder(folder, dtype)
+        return _load(_library_of(folder), folder, dtype)
     library, _, name = str(spec).partition(":")
+    if library not in ("timm", "open_clip"):
+        name = name if library == "hf" else str(spec)
+        library = "timm" if name.startswith("timm/") else "hf"
+    return _load(library, name, dtype)
+
+
+def _load(library: str, spec: str | Path, dtype: torch.dtype | None) -> Loaded:
     if library == "timm":
-        return load_timm(name)
+        from multimodal.encoders.timm import load_timm
+
+        return load_timm(spec)
     if library == "open_clip":
-        return load_open_clip(name)
-    name = name if library == "hf" else str(spec)
-    return load_timm(name) if name.startswith("timm/") else load_transformers(name, dtype)
+        from multimodal.encoders.open_clip import load_open_clip
+
+        return load_open_clip(spec)
+    from multimodal.encoders.transformers import load_transformers
+
+    return load_transformers(spec, dtype)
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None) -> Loaded:
-    """The encoder of a folder, whose format its configuration file tells."""
+def _library_of(folder: Path) -> str:
+    """The library of a folder, whose configuration file names it."""
     if (folder / "open_clip_config.json").is_file():
-        return load_open_clip(folder)
+        return "open_clip"
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
@@ -52,9 +56,9 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> Loaded:
     except ValueError as error:
         raise ConfigError(f"'{path}' is no JSON ({error}); save the encoder again") from error
     if "model_type" in config:
-        return load_transformers(folder, dtype)
+        return "hf"
     if "architecture" in config:
-        return load_timm(folder)
+        return "timm"
     raise ConfigError(f"'{path}' has neither 'model_type' (transformers) nor 'architecture' (timm); give the folder of a saved vision encoder")
 
 
@@ -97,17 +101,12 @@ def draw_encoder(spec: str | Path) -> DrawnEncoder:
     return drawn
 
 
-def _library_of(folder: Path) -> str:
-    if (folder / "open_clip_config.json").is_file():
-        return "open_clip"
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"'{folder}' holds no config.json or open_clip_config.json that can be read ({error}): {_ADVICE}") from None
-    return "hf" if "model_type" in config else "timm"
-
-
 def _timm(name: str, is_folder: bool) -> DrawnEncoder:
+    import timm
+    from timm.data import resolve_model_data_config
+
+    from multimodal.encoders.timm import TimmEncoder
+
     source = f"local-dir:{name}" if is_folder else f"hf-hub:{name}" if "/" in name else name
     with torch.device("meta"):
         model = timm.create_model(source, pretrained=False, num_classes=0)
@@ -116,6 +115,11 @@ def _timm(name: str, is_folder: bool) -> DrawnEncoder:
 
 
 def _open_clip(name: str, is_folder: bool) -> DrawnEncoder:
+    import open_clip
+
+    from multimodal.encoders.open_clip import OpenClipEncoder, refuse_unknown
+    from multimodal.encoders.timm import TimmEncoder
+
     if is_folder:
         source = f"local-dir:{name}"
     elif name.startswith("hf-hub:"):
@@ -133,6 +137,11 @@ def _open_clip(name: str, is_folder: bool) -> DrawnEncoder:
 
 
 def _transformers(name: str, is_folder: bool) -> DrawnEncoder:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    from multimodal.encoders.transformers import TransformersEncoder
+
     identifier, revision = (name, None) if is_folder else split_revision(name)
     config = AutoConfig.from_pretrained(identifier, revision=revision, trust_remote_code=False)
     if "vision_config" in config.sub_configs:
@@ -156,6 +165,8 @@ def _side(name: str, revision: str | None, config: Any, is_folder: bool) -> tupl
             raise ConfigError(f"neither a preprocessor_config.json nor `image_size` in config.json says how large the pictures of '{name}' are: add one")
         high, wide = size if isinstance(size, (tuple, list)) else (size, size)
         return int(high), int(wide)
+    from transformers import AutoImageProcessor
+
     processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     high, wide = processor(images=Image.new("RGB", (640, 480)), return_tensors="pt")["pixel_values"].shape[-2:]
     return int(high), int(wide)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,55 +11,14 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from adalink import TokenMap
 from adalink.attachment.attachment import Attachment
 from adalink.attachment.recompute import may_share_prompts, needs_whole_sequence
-from adalink.errors import CheckpointError, ConfigError
 from multimodal.batches.collate import Batch
 from multimodal.batches.tokenize import TextTooLong
 from multimodal.generation.decoding import Decoding, may_decode
 from multimodal.generation.prefill import prefill
+from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.language import Language
 
 __all__ = ["GenerationChoice", "GenerationSettings", "check_room", "generated_texts", "run_generation", "saved_generation", "written_texts"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationSettings:
-    """How texts are generated."""
-
-    max_new_tokens: int = 30  # eP-ALM's captions; VQA answers end sooner by themselves
-    num_beams: int = 1  # 1 is greedy; 3 in eP-ALM, 5 in most captioning papers; a weak adapter does worse with more (tests/benchmarks/RESULTS.md)
-    length_penalty: float = 1.0  # of beams: above 1 prefers longer texts
-
-    def __post_init__(self) -> None:
-        """Check what a config file can get wrong."""
-        if self.max_new_tokens < 1 or self.num_beams < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens} and num_beams {self.num_beams}: give 1 or more of each")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationChoice:
-    """How texts are generated; what is left out is as the adapter was saved with."""
-
-    max_new_tokens: int | None = None  # most tokens of a text
-    num_beams: int | None = None  # 1 is greedy
-    length_penalty: float | None = None  # of beams: above 1 prefers longer texts
-
-    def over(self, settings: GenerationSettings) -> GenerationSettings:
-        """The settings with what was chosen in their place. Raises ConfigError as they do."""
-        return replace(settings, **{name: value for name, value in vars(self).items() if value is not None})
-
-
-def saved_generation(task: Mapping[str, Any]) -> GenerationSettings:
-    """How the run that trained an adapter generated: what the task section of its config says, else the defaults.
-
-    Names that are not known here, of a later version, are passed over. Raises CheckpointError on values of another type.
-    """
-    saved = task.get("generation", {})
-    known = {field.name: saved[field.name] for field in fields(GenerationSettings) if field.name in saved} if isinstance(saved, dict) else saved
-    try:
-        return GenerationSettings(**known)
-    except (TypeError, ConfigError) as error:
-        found = f"the generation settings of the adapter's config are {str(saved)[:60]} ({error})"
-        raise CheckpointError(f"{found}; expected max_new_tokens and num_beams, each 1 or more, and length_penalty") from None
 
 
 def check_room(language: Language, n_prompt: int, settings: GenerationSettings) -> None:

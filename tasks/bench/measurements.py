@@ -26,7 +26,8 @@ from multimodal.data.feature_cache.encode import PatchTable
 from multimodal.encoders.base import Loaded, Preprocess
 from multimodal.encoders.timm import TimmEncoder
 from multimodal.encoders.tower import VisionTower
-from multimodal.generation.generate import GenerationSettings, run_generation
+from multimodal.generation.generate import run_generation
+from multimodal.generation.settings import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from tasks.bench.clock import Finding, Turns, alternate, needs
 from tasks.bench.models import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -12,27 +12,35 @@ __all__ = ["COMMANDS", "UNNAMED", "Command", "Entry"]
 
 @dataclass(frozen=True)
 class Command:
-    """What a command takes and does. `run` gets the parsed values as objects, and as plain data for the run folder's config.yaml.
+    """What a command takes and does.
 
-    add       adds the options to a parser
-    prepare   may change the plain data before objects are made of them
-    dry       the command where --dry_run is among its arguments
+    add         adds the options to a parser
+    run         gets the parsed values as objects, and as plain data for the run folder's config.yaml
+    examples    command lines that work, for the end of the help
+    first       the options that most people set, which `--help` lists: names, or (option, its help); empty: all
+    has_config  the settings are those of a run, and may come from a file
+    prepare     may change the plain data before objects are made of them
+    dry         the command where --dry_run is among its arguments
+    bare        does the command with its arguments as they are, in place of `add` and `run`; gives the exit code
     """
 
     add: Callable[[Any], Any]
     run: Callable[[Any, Any], None]
+    examples: tuple[str, ...] = ()
+    first: tuple[str | tuple[str, str], ...] = ()
     has_config: bool = False
     prepare: Callable[[Any], None] = lambda plain: None
     dry: Command | None = None
+    bare: Callable[[Sequence[str]], int] | None = None
 
     @staticmethod
-    def of(function: Callable[..., object]) -> Command:
+    def of(function: Callable[..., object], *examples: str) -> Command:
         """A command that is a function with typed keyword arguments, whose docstring holds their help."""
 
         def run(values: Any, plain: Any) -> None:
             function(**dict(vars(values)))
 
-        return Command(lambda parser: parser.add_function_arguments(function), run)
+        return Command(lambda parser: parser.add_function_arguments(function), run, examples)
 
 
 @dataclass(frozen=True)
@@ -43,21 +51,22 @@ class Entry:
     name: str
     help: str
 
-    def load(self) -> Any:
-        """The command; importing its module may take seconds."""
-        return getattr(import_module(f"{__name__}.{self.module}"), self.name)
+    def load(self) -> Command:
+        """The command; the libraries that it works with are imported when it runs."""
+        command: Command = getattr(import_module(f"{__name__}.{self.module}"), self.name)
+        return command
 
 
 COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
     "demo": Entry("demo", "DEMO", "train and evaluate both tasks on the embedded scenes, offline"),
     "train": Entry("train", "TRAIN", "train an adapter, evaluate it, write its report"),
     "evaluate": Entry("train", "EVALUATE", "evaluate a saved adapter: results.json in the official format, metrics.json, report.html"),
-    "features": Entry("features", "FEATURES", "write the encoder's features of a run's images once; training and evaluation then read them"),
-    "compose": Entry("plan", "COMPOSE", "what would be built of two frozen parts and methods: parameters, positions, memory; loads nothing"),
+    "features": Entry("train", "FEATURES", "write the encoder's features of a run's images once; runs then read them"),
+    "compose": Entry("plan", "COMPOSE", "what would be built of two frozen parts and methods, and its memory; loads nothing"),
     "methods": Entry("plan", "METHODS_LIST", "every method: what it computes, where it edits, its settings, what it trains"),
-    "caption": Entry("ask", "CAPTION", "caption images with a saved adapter"),
-    "ask": Entry("ask", "ASK", "ask a question about an image, with a saved adapter"),
-    "serve": Entry("serve", "SERVE", "serve adapters on one frozen model: OpenAI's chat API with images, and a page to try them"),
+    "caption": Entry("answer", "CAPTION", "caption images with a saved adapter"),
+    "ask": Entry("answer", "ASK", "ask a question about an image, with a saved adapter"),
+    "serve": Entry("answer", "SERVE", "serve adapters on one frozen model: OpenAI's chat API, and a page to try them"),
     "score": {
         "coco": Entry("score", "SCORE_COCO", "score a file of captions as the official COCO evaluation does"),
         "vqa": Entry("score", "SCORE_VQA", "score a file of answers with the VQA accuracy"),
@@ -73,15 +82,16 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
         "merged": Entry("export", "MERGED", "write the language model with a LoRA for all tokens in its weights"),
         "embeds": Entry("export", "EMBEDS", "write prompts as embeddings, for an engine that serves the frozen model"),
     },
-    "bench": Entry("bench", "BENCH", "how fast this machine trains and answers beside the peers: ratios with their spread, and the targets"),
+    "bench": Entry("bench", "BENCH", "measure how fast this machine trains and answers, beside other libraries"),
     "shards": {
         "coco": Entry("shards", "COCO", "write webdataset shards from COCO captions"),
         "vqa": Entry("shards", "VQA", "write webdataset shards from VQAv2 questions and annotations"),
         "folder": Entry("shards", "FOLDER", "write webdataset shards from a folder of images with captions beside them"),
         "img2dataset": Entry("shards", "IMG2DATASET", "write the manifest of shards that img2dataset made"),
-        "check": Entry("shards", "CHECK", "verify shards against their manifest, and name what is wrong"),
+        "check": Entry("shards", "CHECK", "check every byte of shards against their manifest"),
     },
-    "launch": Entry("launch", "launch", "run a command on several GPUs or nodes: adalink launch [OPTIONS OF accelerate launch] -- COMMAND ..."),
+    "launch": Entry("launch", "LAUNCH", "run a command on several GPUs or nodes, with accelerate's launcher"),
+    "doctor": Entry("doctor", "DOCTOR", "what is installed, which device and kernels are used, and what is missing"),
 }
 
 # Group -> which of its commands is meant where none of them is named: `adalink compare RUN_A RUN_B`.

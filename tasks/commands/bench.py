@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from adalink.errors import ConfigError
 from adalink.files import write_whole
-from tasks.bench.clock import Finding, about, as_json, as_line, as_markdown
-from tasks.bench.growth import Point, as_svg, points
-from tasks.bench.measurements import adapters, features, generation, metrics, shards, training
-from tasks.bench.models import SIZES, Bench, Machine, Sizes
 from tasks.commands import Command
+
+TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
+if TYPE_CHECKING:
+    from tasks.bench.clock import Finding
+    from tasks.bench.growth import Point
+    from tasks.bench.models import Machine, Sizes
 
 __all__ = ["BENCH", "bench"]
 
-PARTS: Mapping[str, Callable[[Bench], Iterator[Finding]]] = {
-    "training": training,
-    "features": features,
-    "adapters": adapters,
-    "generation": generation,
-    "shards": shards,
-    "metrics": metrics,
-}
+PARTS = ("training", "features", "adapters", "generation", "shards", "metrics")  # functions of tasks/bench/measurements.py
 
 
 def bench(
@@ -57,6 +50,13 @@ def bench(
         compile: Whether both sides run compiled models.
         threads: Of the processor.
     """
+    import torch
+
+    from tasks.bench import measurements
+    from tasks.bench.clock import about, as_json, as_markdown
+    from tasks.bench.growth import as_svg, points
+    from tasks.bench.models import Bench
+
     asked = Bench(sizes=_sizes(size, model), machine=_machine(device, dtype, compile, threads), repetitions=repetitions)
     _check(repetitions, out, plot, only)
     torch.set_num_threads(threads)
@@ -65,7 +65,7 @@ def bench(
     found: list[Finding] = []
     for part in [only] if only else PARTS:
         if part in PARTS:
-            found += _shown(PARTS[part](asked))
+            found += _shown(getattr(measurements, part)(asked))
     if plot is not None or only == "growth":
         grown: list[Point] = []
         found += _shown(_kept(points(asked), grown))
@@ -77,6 +77,8 @@ def bench(
 
 def _shown(findings: Iterator[Finding]) -> list[Finding]:
     """Printed as they come: a whole run takes long."""
+    from tasks.bench.clock import as_line
+
     found = []
     for finding in findings:
         print(as_line(finding), flush=True)
@@ -98,6 +100,8 @@ def _held(point: Point, where: Mapping[str, str]) -> str:
 
 def _sizes(size: str, model: str | None) -> Sizes:
     """A size, with one of its language models where one is named."""
+    from tasks.bench.models import SIZES
+
     sizes = SIZES[size]
     if model is None:
         return sizes
@@ -108,6 +112,10 @@ def _sizes(size: str, model: str | None) -> Sizes:
 
 
 def _machine(device: str, dtype: str, compile: str, threads: int) -> Machine:
+    import torch
+
+    from tasks.bench.models import Machine
+
     if threads < 1:
         raise ConfigError(f"threads is {threads}: give 1 or more")
     try:
@@ -141,4 +149,4 @@ def _check(repetitions: int, out: Path | None, plot: Path | None, only: str | No
         raise ConfigError(f"--plot draws how the cost grows, and --only {only} leaves that out: give --only growth, or no --only")
 
 
-BENCH = Command.of(bench)
+BENCH = Command.of(bench, "adalink bench --size tiny --repetitions 1", "adalink bench --only training --model opt125 --out bench.md")

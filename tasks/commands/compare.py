@@ -8,22 +8,17 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from adalink.errors import ConfigError, DataError
-from multimodal.data.images.decode import read_image_bytes
 from tasks.commands import Command
 from tasks.commands.score import JSON_HELP, given_arguments
 from tasks.evaluation.compare import (
     ANSWER_IS_RIGHT,
     CAPTION_IS_RIGHT,
-    Asked,
     Comparison,
     Pair,
-    SavedRun,
-    asked_items,
     compare_answers,
     compare_captions,
     comparison_json,
     comparison_table,
-    read_run,
     shown_differences,
     write_pairs,
 )
@@ -38,9 +33,11 @@ from tasks.metrics.files import (
     read_references,
 )
 from tasks.metrics.vqa import VqaScorer, refuse
-from tasks.report.compare_pages import DifferenceRow, FlipCard, FlipPage, FlipSection, write_flip_page
-from tasks.runs.table import compare_many, listed_runs, many_json, many_table
-from tasks.vqa import graded_question
+
+TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
+if TYPE_CHECKING:
+    from tasks.evaluation.compare import Asked, SavedRun
+    from tasks.report.compare_pages import FlipCard, FlipPage
 
 __all__ = ["COMPARE_COCO", "COMPARE_RUNS", "COMPARE_VQA", "RUNS", "compare_coco", "compare_runs", "compare_vqa"]
 
@@ -68,6 +65,10 @@ def compare_runs(
         items: A file to write both figures of each item to, as JSON.
         report: The page; by default comparison.html in the second folder.
     """
+    from tasks.evaluation.compare import read_run
+    from tasks.report.compare_pages import write_flip_page
+    from tasks.vqa import graded_question
+
     runs = read_run(before), read_run(after)
     asked = _same_items(*runs)
     resampling = Resampling(n_resamples=resamples)
@@ -155,6 +156,8 @@ def compare_vqa(
 
 def _same_items(first: SavedRun, second: SavedRun) -> dict[int, Asked]:
     """What both runs answered. Raises DataError where they are of other tasks, items or references."""
+    from tasks.evaluation.compare import asked_items
+
     if first.task != second.task:
         raise DataError(f"{first.folder} is a run of {first.task}, {second.folder} one of {second.task}; expected two of one task")
     advice = f"{len(first.texts)} and {len(second.texts)} items; expected two runs evaluated on the same data"
@@ -182,6 +185,8 @@ def _scorer(runs: Sequence[SavedRun], given: VqaScorer | None) -> VqaScorer:
 
 
 def _page(comparison: Comparison, before: Path, after: Path, asked: Mapping[int, Asked]) -> FlipPage:
+    from tasks.report.compare_pages import DifferenceRow, FlipPage, FlipSection
+
     shown, hidden = shown_differences(comparison)
     n_items, right = len(comparison.pairs), f"right from {comparison.right_from:g} on"
     lost, gained = comparison.right_to_wrong, comparison.wrong_to_right
@@ -210,6 +215,9 @@ def _page(comparison: Comparison, before: Path, after: Path, asked: Mapping[int,
 
 
 def _cards(flips: Sequence[Pair], asked: Mapping[int, Asked]) -> Iterator[FlipCard]:
+    from multimodal.data.images.decode import read_image_bytes
+    from tasks.report.compare_pages import FlipCard
+
     for flip in flips:
         one = asked[int(flip.item)]
         try:
@@ -238,6 +246,8 @@ def _add_compared_runs(parser: Any) -> None:
 
 def _compare_runs(values: Any, plain: Any) -> None:
     """Print how run folders differ, and where the page is: of two with the images that changed sides, of more with their curves."""
+    from tasks.runs.table import compare_many, many_json, many_table
+
     report = values.report or (values.more or [values.after])[-1] / "comparison.html"
     if values.more:
         runs = compare_many([values.before, values.after, *values.more], report)
@@ -246,6 +256,12 @@ def _compare_runs(values: Any, plain: Any) -> None:
         _print(compare_runs, values)
     if not values.json:
         print(f"report: {report}")
+
+
+def _list_runs(values: Any, plain: Any) -> None:
+    from tasks.runs.table import listed_runs
+
+    listed_runs(folder=values.folder)
 
 
 def _add_runs(parser: Any) -> None:
@@ -257,15 +273,17 @@ def _print(function: Callable[..., Comparison], values: Any) -> None:
     print(comparison_json(comparison) if values.json else comparison_table(comparison))
 
 
-def _compared(function: Callable[..., Comparison]) -> Command:
+def _compared(function: Callable[..., Comparison], *examples: str) -> Command:
     def add(parser: Any) -> None:
         parser.add_function_arguments(function)
         parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
-    return Command(add, lambda values, plain: _print(function, values))
+    return Command(add, lambda values, plain: _print(function, values), examples)
 
 
-COMPARE_RUNS = Command(_add_compared_runs, _compare_runs)
-COMPARE_COCO = _compared(compare_coco)
-COMPARE_VQA = _compared(compare_vqa)
-RUNS = Command(_add_runs, lambda values, plain: listed_runs(folder=values.folder))
+COMPARE_RUNS = Command(
+    _add_compared_runs, _compare_runs, ("adalink compare runs/before runs/after", "adalink compare runs/a runs/b runs/c --report curves.html")
+)
+COMPARE_COCO = _compared(compare_coco, "adalink compare coco --before before.json --after after.json --references captions_val2014.json")
+COMPARE_VQA = _compared(compare_vqa, "adalink compare vqa --before before.json --after after.json --annotations annotations.json")
+RUNS = Command(_add_runs, _list_runs, ("adalink runs", "adalink runs runs/sweep"))

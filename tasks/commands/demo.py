@@ -21,6 +21,8 @@ def run_demo(out: Path) -> None:
 
     Raises ConfigError where one of the folders is there already, or a command failed.
     """
+    from tasks.commands.train import results_table
+
     started = time.perf_counter()
     folders, features = {task: out / task for task in RECIPES}, out / "features"
     if taken := [str(folder) for folder in folders.values() if folder.exists()]:
@@ -50,4 +52,4 @@ def _add_demo(parser: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the folder that the two run folders are made in")
 
 
-DEMO = Command(_add_demo, lambda values, plain: run_demo(values.out))
+DEMO = Command(_add_demo, lambda values, plain: run_demo(values.out), examples=("adalink demo", "adalink demo --out runs/second_demo"))

@@ -9,22 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
-from adalink import AdaptedModel, Adapter, Anatomy, FrozenPart, Method
-from adalink.checkpoint.folder import AdapterConfig, load_weights
 from adalink.errors import ConfigError
-from adalink.export import check_foldable, check_mergeable, fold_embedding, merge_linears, untie
-from multimodal.encoders.bound_parts import language_part
-from multimodal.encoders.tower import has_vision_adapter
-from multimodal.language import Language, load_language
-from multimodal.loading import quiet
-from multimodal.prompt_embeds import image_prompt_embeds, text_prompt_embeds
 from tasks.commands import Command
-from tasks.data.files import text_lines
-from tasks.runs.compose import found_part, load_adapted
+
+TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adalink import Adapter, FrozenPart, Method
+    from adalink.checkpoint.folder import AdapterConfig
+    from multimodal.language import Language
 
 __all__ = ["EMBEDS", "FOLDED", "MERGED", "export_embeds", "export_folded", "export_merged"]
 
@@ -40,6 +34,9 @@ def export_folded(*, adapter: Path, out: Path, language_model: str | None = None
         language_model: Where the language model is, if not where the adapter says.
         untied: Give an output head that is the embedding table a table of its own first. The file grows by that table.
     """
+    from adalink import AdaptedModel
+    from adalink.export import check_foldable, fold_embedding, untie
+
     config = AdaptedModel.read_config(adapter)
     check_foldable(config.methods)
     with _new_folder(out) as folder:
@@ -59,6 +56,9 @@ def export_merged(*, adapter: Path, out: Path, language_model: str | None = None
         out: A new or empty folder, in the format of transformers.
         language_model: Where the language model is, if not where the adapter says.
     """
+    from adalink import AdaptedModel
+    from adalink.export import check_mergeable, merge_linears
+
     config = AdaptedModel.read_config(adapter)
     check_mergeable(config.methods)
     with _new_folder(out) as folder:
@@ -89,6 +89,11 @@ def export_embeds(
         encoder: Where the encoder is, if not where the adapter says.
         language_model: Where the language model is, if not where the adapter says.
     """
+    from adalink import AdaptedModel
+    from multimodal.language import load_language
+    from multimodal.prompt_embeds import image_prompt_embeds, text_prompt_embeds
+    from tasks.runs.compose import found_part, load_adapted
+
     config, pictures = AdaptedModel.read_config(adapter), images or []
     texts = _lines(prompts) if prompts is not None else [""] * len(pictures)
     has_pictures = {"encoder", "language_model"} <= set(config.base)
@@ -111,6 +116,8 @@ def export_embeds(
 
 
 def _write_embeds(folder: Path, embeds: Sequence[Tensor], texts: Sequence[str], pictures: Sequence[Path], parts: Mapping[str, FrozenPart]) -> None:
+    from safetensors.torch import save_file
+
     save_file({str(i): value.contiguous().cpu() for i, value in enumerate(embeds)}, folder / EMBEDS_FILE)
     rows = [
         {"tensor": str(i), "prompt": text, "image": str(pictures[i]) if pictures else None, "tokens": len(value)}
@@ -125,6 +132,13 @@ def _loaded(folder: Path, config: AdapterConfig, language_model: str | None) -> 
 
     Refused too where something was trained that a language model's folder cannot hold.
     """
+    from adalink import Adapter, Anatomy
+    from adalink.checkpoint.folder import load_weights
+    from multimodal.encoders.bound_parts import language_part
+    from multimodal.encoders.tower import has_vision_adapter
+    from multimodal.language import Language, load_language
+    from tasks.runs.compose import found_part
+
     if beside := ["an answer head"] * bool(config.task.get("answers")) + ["an adapted encoder"] * has_vision_adapter(folder):
         raise ConfigError(f"the adapter in {folder} has {' and '.join(beside)}, which a language model's folder cannot hold: export one without")
     name = language_model or config.base["language_model"].name
@@ -138,6 +152,10 @@ def _loaded(folder: Path, config: AdapterConfig, language_model: str | None) -> 
 
 
 def _save(language: Language, folder: Path) -> None:
+    import torch
+
+    from multimodal.loading import quiet
+
     model: Any = language.model
     with quiet(), torch.no_grad():
         model.save_pretrained(folder)
@@ -145,6 +163,8 @@ def _save(language: Language, folder: Path) -> None:
 
 
 def _lines(path: Path) -> list[str]:
+    from tasks.data.files import text_lines
+
     try:
         return text_lines(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
@@ -170,4 +190,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-FOLDED, MERGED, EMBEDS = Command.of(export_folded), Command.of(export_merged), Command.of(export_embeds)
+FOLDED = Command.of(export_folded, "adalink export folded --adapter runs/first/adapter --out exported")
+MERGED = Command.of(export_merged, "adalink export merged --adapter runs/first/adapter --out exported")
+EMBEDS = Command.of(export_embeds, "adalink export embeds --adapter runs/first/adapter --out exported --images '[photograph.jpg]'")

@@ -8,14 +8,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
 import adalink
-import multimodal  # noqa: F401  (first: it makes torchvision importable, which accelerate's launcher imports by way of transformers)
 from adalink.errors import ConfigError
+from tasks.commands import Command
 
-__all__ = ["launch"]
+__all__ = ["LAUNCH", "launch"]
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -27,6 +24,9 @@ def launch(arguments: Sequence[str]) -> int:
     """
     options, command = _divided(arguments)
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    import multimodal  # noqa: F401  (first: it makes torchvision importable, which accelerate's launcher imports by way of transformers)
 
     parser = launch_command_parser()
     parser.prog, parser.usage = "adalink launch", "adalink launch [OPTIONS] -- COMMAND ..."
@@ -41,6 +41,8 @@ def launch(arguments: Sequence[str]) -> int:
 
 def _several_on_cpus(chosen: Namespace) -> Namespace:
     """The choice, where several processes on CPUs are asked for: the launcher of several GPUs starts them; accelerate's own way starts one."""
+    import torch
+
     if (chosen.num_processes or 1) > 1 and (chosen.cpu or not torch.accelerator.is_available()):
         chosen.cpu, chosen.multi_gpu = False, True
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -54,3 +56,23 @@ def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         raise ConfigError("`adalink launch` got no command: write one after --, as in `adalink launch --num_processes 2 -- train --config run.yaml`")
     at = arguments.index("--")
     return list(arguments[:at]), list(arguments[at + 1 :])
+
+
+LAUNCH = Command(
+    lambda parser: None, lambda values, plain: None, bare=launch,
+    first=(
+        ("--num_processes N", "how many processes, one for each GPU, on all machines together"),
+        ("--multi_gpu", "several GPUs, on one machine or more"),
+        ("--num_machines N", "how many machines; give the same command on each"),
+        ("--machine_rank N", "which of them this one is, from 0"),
+        ("--main_process_ip HOST", "the address of machine 0"),
+        ("--main_process_port PORT", "a free port of machine 0"),
+        ("--mixed_precision {no,fp16,bf16}", "no: the run's own train.precision says it"),
+        ("--cpu", "processes on CPUs"),
+        ("-- COMMAND ...", "the command of adalink that each process runs, with its options"),
+    ),
+    examples=(
+        "adalink launch --num_processes 8 -- train --config run.yaml --out runs/first",
+        "adalink launch --cpu --num_processes 2 -- train --config run.yaml --out runs/first",
+    ),
+)  # fmt: skip

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
+import textwrap
+from argparse import SUPPRESS, Action
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
@@ -17,7 +19,9 @@ from adalink.errors import AdalinkError, ConfigError, TerminatedError
 from adalink.siblings import load_siblings
 from tasks.commands import COMMANDS, UNNAMED, Command, Entry
 
-__all__ = ["ConfigFile", "check_config_file", "main", "one_sentence", "worker_sentence"]
+__all__ = ["ConfigFile", "check_config_file", "main", "one_sentence", "parsed", "worker_sentence"]
+
+WIDTH = 100  # columns of a help text
 
 N_LISTED = 12  # settings in one message
 
@@ -62,17 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         words, entry, rest = _divided(given)
         if isinstance(entry, Mapping):
             _without_command(words, entry, rest)
-        command = entry.load()  # late: torch and transformers take seconds to import, and a user may interrupt them
-        if not isinstance(command, Command):
-            return int(command(rest))
+        command = entry.load()
+        has_settings = command.has_config
+        if (help_asked := _help_asked(rest)) is not None:
+            _print_help(words, entry, command, is_short=help_asked == "short")
+            raise SystemExit(0)
+        if command.bare is not None:
+            return command.bare(rest)
         arguments = [_underscored(argument) for argument in rest]
         if words == ["train"]:
             from tasks.commands.train import swept
 
             if sweep := swept(["train", *arguments]):
                 return sweep.train(main, "--dry_run" in arguments)
-        has_settings = command.has_config
-        _run(words, entry, command.dry if command.dry and "--dry_run" in arguments else command, arguments)
+        command, plain, values = _parsed(words, command, arguments)
+        command.run(values, plain)
     except _Refused as error:
         from tasks.runs.config import setting_names
 
@@ -129,29 +137,121 @@ def _commands_help(words: Sequence[str], group: Mapping[str, Entry | Mapping[str
     return "\n".join([f"usage: {start} COMMAND ...", "", *about, "commands:", *lines, "", f"`{start} COMMAND --help` lists what a command takes."])
 
 
-def _run(words: Sequence[str], entry: Entry, command: Command, arguments: list[str]) -> None:
-    """Parse the arguments and do what they ask. A config may come from anybody, and an import runs code: no setting imports but the classes of a config."""
+def parsed(arguments: Sequence[str]) -> tuple[Command, Any, Any]:
+    """(command, its plain values, the same as objects) of a whole command line. Raises ConfigError where it is wrong, or names no command."""
+    words, entry, rest = _divided(list(arguments))
+    if isinstance(entry, Mapping):
+        raise ConfigError(f"{' '.join(arguments)!r} names no command: expected one of {', '.join(entry)}")
+    return _parsed(words, entry.load(), [_underscored(argument) for argument in rest])
+
+
+def _parsed(words: Sequence[str], command: Command, arguments: list[str]) -> tuple[Command, Any, Any]:
+    if command.dry and "--dry_run" in arguments:
+        command = command.dry
+    parser = _new_parser(words, command)
+    plain = parser.parse_args(arguments)
+    if command.has_config:
+        from tasks.runs.config import check_groups
+
+        command.prepare(plain)
+        check_groups(plain)
+    try:
+        return command, plain, parser.instantiate(plain)
+    except (TypeError, ValueError) as error:  # a method that refuses its values, wrapped by the parser
+        raise ConfigError(one_sentence(str(error))) from None
+
+
+def _new_parser(words: Sequence[str], command: Command, about: str = "") -> _Parser:
+    """A config may come from anybody, and an import runs code: no setting imports anything but the classes of a config."""
     allowed: list[str] = []
     if command.has_config:
         from tasks.runs.config import class_paths
 
         allowed = class_paths()
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
-    parser = _Parser(prog=" ".join(["adalink", *words]), description=entry.help)
+    parser = _Parser(prog=" ".join(["adalink", *words]), description=about)
     if command.has_config:
         parser.add_argument("--config", action=ConfigFile, help="a YAML file of the settings below; what stands after it on the command line wins")
     command.add(parser)
-    chosen = parser.parse_args(arguments)
-    if command.has_config:
-        from tasks.runs.config import check_groups
+    return parser
 
-        command.prepare(chosen)
-        check_groups(chosen)
-    try:
-        values = parser.instantiate(chosen)
-    except (TypeError, ValueError) as error:  # a method that refuses its values, wrapped by the parser
-        raise ConfigError(one_sentence(str(error))) from None
-    command.run(values, chosen)
+
+def _help_asked(arguments: Sequence[str]) -> Literal["short", "all"] | None:
+    """Which help is asked for, before `--`."""
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return "all" if "--help.all" in own else "short" if {"-h", "--help"} & set(own) else None
+
+
+def _print_help(words: Sequence[str], entry: Entry, command: Command, *, is_short: bool) -> None:
+    """The options that most people set, or with `--help.all` every one; then examples."""
+    start = " ".join(["adalink", *words])
+    if command.bare is not None and not is_short:
+        command.bare(["--help"])
+        return
+    parser = _new_parser(words, command, entry.help)
+    text = _short_help(parser, command, start, entry.help) if is_short else parser.format_help().rstrip()
+    print("\n".join([text, "", "examples:", *(f"  {line}" for line in command.examples)]))
+
+
+def _short_help(parser: _Parser, command: Command, start: str, about: str) -> str:
+    options = {action.dest: action for action in parser._actions if action.help != SUPPRESS and action.dest not in ("help", "print_config")}
+    shown = command.first or tuple(name for name, action in options.items() if not _is_group(action))
+    rows = [one if isinstance(one, tuple) else _option(options[one]) for one in shown]
+    usage = " ".join(["usage:", start, "[OPTIONS]", *(_shape(action) for action in parser._get_positional_actions())])
+    width = min(max(len(name) for name, _ in rows), 34)
+    is_whole = [isinstance(one, tuple) or not command.first for one in shown]
+    lines = [line for (name, text), whole in zip(rows, is_whole, strict=True) for line in _row(name, text, width, is_whole=whole)]
+    more = ["", f"`{start} --help.all` lists every one."] if command.first else []
+    return "\n".join([usage, "", *textwrap.wrap(about, WIDTH), "", "options:", *lines, *more])
+
+
+def _is_group(action: Action) -> bool:
+    """A group of settings as a whole, given as a file."""
+    return (action.help or "").startswith("Path to a configuration file")
+
+
+def _shape(action: Action) -> str:
+    name = str(action.metavar or action.dest.upper())
+    return f"{name} ..." if action.nargs in ("+", "*") and not name.endswith("...") else name
+
+
+def _option(action: Action) -> tuple[str, str]:
+    """(--train.steps STEPS, what it is, with its default)."""
+    about = re.sub(r"\s*\((?:required, )?type: .*\)$|\s*\(default: %\(default\)s\)$", "", " ".join((action.help or "").split()))
+    default = getattr(action, "default", None)
+    is_told = default not in (None, False, "", (), [], {}) and isinstance(default, (int, float, str, Path))
+    about += f" (default: {default})" if is_told and default is not True else ""
+    if not action.option_strings:
+        return _shape(action), about
+    values = "" if action.nargs == 0 else action.metavar or _values(action)
+    return f"{action.option_strings[0]} {values}".strip(), about
+
+
+def _values(action: Action) -> str:
+    """`N`, `PATH`, `{no,bf16,fp16}`: what stands after the option, by its type."""
+    hint: Any = getattr(action, "_typehint", action.type)
+    inner = [one for one in get_args(hint) if one is not type(None)]
+    if get_origin(hint) is not Literal and len(inner) == 1:  # an optional one
+        hint, inner = inner[0], list(get_args(inner[0]))
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, inner)) + "}"
+    return {int: "N", float: "NUMBER", Path: "PATH", bool: "{true,false}"}.get(hint, action.dest.rpartition(".")[2].upper())
+
+
+def _row(name: str, text: str, width: int, *, is_whole: bool) -> Iterator[str]:
+    """The lines of an option. Texts that are not whole end at a semicolon where they are longer than a line."""
+    room = WIDTH - width - 4
+    if not is_whole and len(text) > room:
+        about, default = re.fullmatch(r"(.*?)( \(default: .*\))?", text).groups("")  # type: ignore[union-attr]
+        text = about.partition("; ")[0] + default
+    first, *rest = textwrap.wrap(text, room) or [""]
+    if len(name) > width:
+        yield f"  {name}"
+        rest, name = [first, *rest], ""
+        first, *rest = rest
+    yield f"  {name:<{width}}  {first}".rstrip()
+    for line in rest:
+        yield f"  {'':<{width}}  {line}"
 
 
 def _underscored(argument: str) -> str:

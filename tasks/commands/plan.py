@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from typing import Any
 
-from adalink.errors import ConfigError
-from multimodal.training.distributed import check_trackers
+from adalink.errors import BudgetError, ConfigError, DataError
+from multimodal.bad_samples import counted
 from tasks.commands import Command
-from tasks.commands.settings import Draft, add_run, check_data, check_folders, name_both_parts, only_named_data
-from tasks.planning.meta import draw_language, draw_tower
-from tasks.planning.methods import listed_methods, methods_as_json, methods_as_text
-from tasks.planning.plan import Plan, make_plan, plan_as_json, plan_as_text
-from tasks.runs.compose import found_part
+from tasks.commands.settings import METHODS_ROW, PARTS_FIRST, SPLITS, Draft, add_run, name_both_parts, only_named_data
 from tasks.runs.config import chosen_methods
+
+TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
+if TYPE_CHECKING:
+    from multimodal.bad_samples import BadSamples
+    from multimodal.sample import SampleSource
+    from tasks.data.sources import DataConfig
+    from tasks.planning.plan import Plan
+    from tasks.task import Task
 
 __all__ = ["COMPOSE", "METHODS_LIST", "add_plan_options", "dry_run_command"]
 
@@ -33,6 +39,10 @@ def _add_json(parser: Any) -> None:
 
 def _methods(values: Any, plain: Any) -> None:
     """Print every method, counted on the parts that are given."""
+    from tasks.planning.meta import draw_language, draw_tower
+    from tasks.planning.methods import listed_methods, methods_as_json, methods_as_text
+    from tasks.runs.compose import found_part
+
     encoder, language_model = (given or default for given, default in zip((values.encoder, values.language_model), SHAPE, strict=True))
     given = {name: method for name, method in vars(values.methods).items() if method is not None}
     methods = listed_methods(draw_tower(found_part(encoder), layer=values.layer), draw_language(found_part(language_model)), given)
@@ -41,18 +51,23 @@ def _methods(values: Any, plain: Any) -> None:
 
 def _compose(values: Any, plain: Any) -> None:
     """Print the plan."""
+    from tasks.planning.plan import plan_as_json, plan_as_text
+
     plan = _plan(values)
     print(plan_as_json(plan) if values.json else plan_as_text(plan))
 
 
 def dry_run_command(values: Any, plain: Any) -> None:
     """Check the settings, the folders, the data where it is given, and print the plan. Raises what a run would, and ConfigError with --resume."""
+    from multimodal.training.distributed import check_trackers
+    from tasks.planning.plan import plan_as_json, plan_as_text
+
     if values.resume:
         raise ConfigError("--dry-run builds nothing and --resume goes on with what was built: give one of them")
     draft, plan = _draft(values), _plan(values)
     check_trackers(draft.train)
-    check_folders(draft)
-    data = check_data(draft)
+    _check_folders(draft)
+    data = _check_data(draft)
     if values.json:
         print(plan_as_json(plan))
         return
@@ -64,11 +79,80 @@ def dry_run_command(values: Any, plain: Any) -> None:
     print("\nnothing was loaded, trained or written")
 
 
+def _check_folders(draft: Any) -> None:
+    """Raises ConfigError as a run would where its folder is taken or cannot be made, and where a folder of features holds none."""
+    from multimodal.data.feature_cache.reader import read_manifest
+    from tasks.runs.run import refuse_taken
+
+    if draft.out is not None:
+        refuse_taken(draft.out, resume=False)
+        if (above := next((path for path in draft.out.absolute().parents if path.exists()), None)) is not None and not above.is_dir():
+            raise ConfigError(f"the run folder {draft.out} cannot be made: {above} is no folder")
+    if draft.features is not None and draft.train.features != "fill":
+        read_manifest(draft.features / "train")
+
+
+def _check_data(draft: Any) -> Sequence[str]:
+    """One line for each data set: what was found where it is given, a word where it is not.
+
+    Reads annotations or manifests, and images up to the first that can be used. Raises DataError, BudgetError and ConfigError as a run would.
+    """
+    from multimodal.bad_samples import BadSamples
+
+    lines = []
+    for split in SPLITS:
+        config: DataConfig | None = getattr(draft.data, split)
+        if config is None:
+            lines.append(f"data.{split}: not given, and not checked")
+            continue
+        opened = config.open()
+        bad = BadSamples(budget=draft.train.bad_samples, found=opened.problems)
+        place = _first_usable(opened.source, draft.chosen_task(), split, bad)
+        n_bad, which = sum(bad.counts.values()), "the first one" if place == 0 else f"number {place + 1}"
+        lines.append(f"data.{split}: {counted(len(opened.source), 'picture')}, {n_bad:,} known to be bad; {which} can be read")
+    return lines
+
+
+def _first_usable(source: SampleSource, task: Task, split: str, bad: BadSamples) -> int:
+    """The index of the first sample that a run can use. Raises BudgetError where too many come before it, DataError where there is none."""
+    from multimodal.bad_samples import BadSample
+    from multimodal.data.images.decode import BadImage, decode_image
+    from multimodal.data.shards.reader import DamagedSample
+
+    _check_budget(bad, split)
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+            decode_image(sample.image)
+        except DamagedSample as error:
+            bad.add(error.bad)
+        except BadImage as error:
+            bad.add(BadSample(key=sample.key, reason=error.reason, detail=str(error)))
+        else:
+            if split == "val":
+                task.score({asked.item: "a" for asked in task.asked(sample)}, [sample])  # raises where there is nothing to score against
+                return index
+            if any((text.target or "").strip() for text in task.texts(sample, random.Random(0))):
+                return index
+            bad.add(BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from"))
+        _check_budget(bad, split)
+    raise DataError(f"data.{split}: none of the {counted(len(source), 'image')} can be used: {bad.summary()}; mend the data, or give other data")
+
+
+def _check_budget(bad: BadSamples, split: str) -> None:
+    try:
+        bad.check()
+    except BudgetError as error:
+        raise BudgetError(f"data.{split}: {error}") from None
+
+
 def _draft(values: Any) -> Any:
     return Draft(**{name: values[name] for name in Draft.__dataclass_fields__})
 
 
 def _plan(values: Any) -> Plan:
+    from tasks.planning.plan import make_plan
+
     draft = _draft(values)
     name_both_parts(draft)
     if values.text_tokens < 1:
@@ -97,5 +181,16 @@ def _add_methods(parser: Any) -> None:
     _add_json(parser)
 
 
-COMPOSE = Command(_add_compose, _compose, has_config=True, prepare=only_named_data)
-METHODS_LIST = Command(_add_methods, _methods, has_config=True, prepare=only_named_data)
+COMPOSE = Command(
+    _add_compose, _compose, has_config=True, prepare=only_named_data,
+    first=(*PARTS_FIRST, METHODS_ROW, "layer", "train.batch_size", "train.precision", "train.checkpointing", "generation.num_beams", "text_tokens", "json"),
+    examples=(
+        "adalink compose --encoder scenes:encoder --language_model scenes:language --methods.lora.rank 8",
+        "adalink compose --config run.yaml --json",
+    ),
+)  # fmt: skip
+METHODS_LIST = Command(
+    _add_methods, _methods, has_config=True, prepare=only_named_data,
+    first=("config", "encoder", "language_model", METHODS_ROW, "layer", "json"),
+    examples=("adalink methods", "adalink methods --methods.adalink '{rank: 16, modalities: [text]}' --json"),
+)  # fmt: skip

@@ -146,7 +146,7 @@ def given_arguments(values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.as_dict().items() if name not in ("json", "more")}
 
 
-def _scored(function: Callable[..., Listing]) -> Command:
+def _scored(function: Callable[..., Listing], *examples: str) -> Command:
     def add(parser: Any) -> None:
         parser.add_function_arguments(function)
         parser.add_argument("--json", action="store_true", help=JSON_HELP)
@@ -155,8 +155,12 @@ def _scored(function: Callable[..., Listing]) -> Command:
         listing = function(**given_arguments(values))
         print(as_json(listing) if values.json else as_table(listing))
 
-    return Command(add, run)
+    return Command(add, run, examples)
 
 
-SCORE_COCO = _scored(score_coco)
-SCORE_VQA = _scored(score_vqa)
+SCORE_COCO = _scored(
+    score_coco,
+    "adalink score coco --references captions_val2014.json --results results.json",
+    "adalink score coco --references dataset_coco.json --split test --results results.json --json",
+)
+SCORE_VQA = _scored(score_vqa, "adalink score vqa --questions questions.json --annotations annotations.json --results results.json")

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 from adalink import METHODS
-from adalink.errors import BudgetError, ConfigError, DataError
-from multimodal.bad_samples import BadSample, BadSamples, counted
-from multimodal.data.feature_cache.reader import read_manifest
-from multimodal.data.images.decode import BadImage, decode_image
-from multimodal.data.shards.reader import DamagedSample
-from multimodal.generation.generate import GenerationChoice, GenerationSettings, saved_generation
-from multimodal.sample import SampleSource
+from adalink.errors import ConfigError
+from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.template import Template
 from multimodal.training.settings import TrainSettings
 from tasks.captioning import Captioning
 from tasks.data.sources import DataConfig
-from tasks.runs.compose import read_saved
-from tasks.runs.config import Data, RunConfig, comments_as_help
-from tasks.runs.run import refuse_taken
-from tasks.task import Task
+from tasks.runs.config import Data, RunConfig
+from tasks.runs.help import comments_as_help
 from tasks.vqa import Vqa
 
 __all__ = [
-    "SAVED", "Draft", "EvaluationSettings", "add_allow_other_base", "add_run", "check_data", "check_folders", "name_both_parts", "only_named_data",
-    "settings_of",
+    "DATA_ROWS", "METHODS_ROW", "PARTS_FIRST", "SAVED", "Draft", "EvaluationSettings", "add_run",
+    "name_both_parts", "only_named_data", "settings_of",
 ]  # fmt: skip
 
 SOURCES = ("images", "shards", "mix", "scenes")  # one of them says where a data set is
 SPLITS = ("train", "val")
+
+# What `--help` lists of a run's settings.
+PARTS_FIRST = ("config", "task", "encoder", "language_model")
+DATA_ROWS = (
+    ("--data.val.NAME VALUE", "the images that are evaluated on; NAME is images, annotations, questions, karpathy, vqav2, split, shards or scenes"),
+    ("--data.train.NAME VALUE", "the images that are trained on, likewise"),
+)
+METHODS_ROW = ("--methods.NAME SETTINGS", "one or more methods, such as --methods.lora '{rank: 8}'; `adalink methods` lists them")
 
 _DATA: Any = dataclasses.make_dataclass(
     "DraftData",
@@ -86,18 +85,14 @@ def add_run(parser: Any, settings: Any = RunConfig) -> None:
     parser.add_class_arguments(settings, None)
 
 
-def add_allow_other_base(parser: Any) -> None:
-    """The option of every command that loads an adapter."""
-    help = "load the adapter though a frozen part is not as it was when it was trained; what differs is a warning"
-    parser.add_argument("--allow_other_base", action="store_true", help=help)
-
-
 def settings_of(adapter: Path, given: Any) -> dict[str, Any]:
     """The fields of RunConfig for evaluating an adapter: those that are given, else those that its folder says.
 
     given   by name, such as the parsed arguments of the fields of EvaluationSettings
     Raises CheckpointError where the folder is none that `adalink train` wrote.
     """
+    from tasks.runs.compose import read_saved
+
     saved = read_saved(adapter)
     known = {"task": saved.task["task"], **{role: saved.base[role].name for role in ("encoder", "language_model")}}
     values = {name: given[name] for name in RunConfig.__dataclass_fields__}
@@ -117,61 +112,3 @@ def name_both_parts(draft: Any) -> None:
     """Raise ConfigError where the encoder or the language model is not said."""
     if missing := [name for name in ("encoder", "language_model") if not getattr(draft, name)]:
         raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given: name both frozen parts, such as --encoder scenes:encoder")
-
-
-def check_folders(draft: Any) -> None:
-    """Raises ConfigError as a run would where its folder is taken or cannot be made, and where a folder of features holds none."""
-    if draft.out is not None:
-        refuse_taken(draft.out, resume=False)
-        if (above := next((path for path in draft.out.absolute().parents if path.exists()), None)) is not None and not above.is_dir():
-            raise ConfigError(f"the run folder {draft.out} cannot be made: {above} is no folder")
-    if draft.features is not None and draft.train.features != "fill":
-        read_manifest(draft.features / "train")
-
-
-def check_data(draft: Any) -> Sequence[str]:
-    """One line for each data set: what was found where it is given, a word where it is not.
-
-    Reads annotations or manifests, and images up to the first that can be used. Raises DataError, BudgetError and ConfigError as a run would.
-    """
-    lines = []
-    for split in SPLITS:
-        config: DataConfig | None = getattr(draft.data, split)
-        if config is None:
-            lines.append(f"data.{split}: not given, and not checked")
-            continue
-        opened = config.open()
-        bad = BadSamples(budget=draft.train.bad_samples, found=opened.problems)
-        place = _first_usable(opened.source, draft.chosen_task(), split, bad)
-        n_bad, which = sum(bad.counts.values()), "the first one" if place == 0 else f"number {place + 1}"
-        lines.append(f"data.{split}: {counted(len(opened.source), 'picture')}, {n_bad:,} known to be bad; {which} can be read")
-    return lines
-
-
-def _first_usable(source: SampleSource, task: Task, split: str, bad: BadSamples) -> int:
-    """The index of the first sample that a run can use. Raises BudgetError where too many come before it, DataError where there is none."""
-    _check_budget(bad, split)
-    for index in range(len(source)):
-        try:
-            sample = source[index]
-            decode_image(sample.image)
-        except DamagedSample as error:
-            bad.add(error.bad)
-        except BadImage as error:
-            bad.add(BadSample(key=sample.key, reason=error.reason, detail=str(error)))
-        else:
-            if split == "val":
-                task.score({asked.item: "a" for asked in task.asked(sample)}, [sample])  # raises where there is nothing to score against
-                return index
-            if any((text.target or "").strip() for text in task.texts(sample, random.Random(0))):
-                return index
-            bad.add(BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from"))
-        _check_budget(bad, split)
-    raise DataError(f"data.{split}: none of the {counted(len(source), 'image')} can be used: {bad.summary()}; mend the data, or give other data")
-
-
-def _check_budget(bad: BadSamples, split: str) -> None:
-    try:
-        bad.check()
-    except BudgetError as error:
-        raise BudgetError(f"data.{split}: {error}") from None

@@ -6,16 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
-from multimodal.bad_samples import BadSamples
-from multimodal.data.shards.check import checksummed, verify_shards
-from multimodal.data.shards.index import ShardLimits, index_shards
-from multimodal.data.shards.manifest import MANIFEST, Manifest, write_manifest
-from multimodal.data.shards.writer import write_shards
 from tasks.commands import Command
-from tasks.data.coco import read_coco_captions
-from tasks.data.files import FileSource
-from tasks.data.folder import read_caption_folder
-from tasks.data.vqa import read_vqa
+
+TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
+if TYPE_CHECKING:
+    from multimodal.data.shards.manifest import Manifest
+    from tasks.data.files import FileSource
 
 __all__ = ["CHECK", "COCO", "FOLDER", "IMG2DATASET", "VQA", "shards_check", "shards_coco", "shards_folder", "shards_img2dataset", "shards_vqa"]
 
@@ -43,6 +39,8 @@ def shards_coco(
         bad_samples: How many pictures may be missing or unusable before the command stops.
         workers: Shards written at a time.
     """
+    from tasks.data.coco import read_coco_captions
+
     source = read_coco_captions(images=images, annotations=annotations, image_name=image_name)
     return _write(source, out, samples_per_shard, bad_samples, workers)
 
@@ -70,6 +68,8 @@ def shards_vqa(
         bad_samples: How many pictures may be missing or unusable before the command stops.
         workers: Shards written at a time.
     """
+    from tasks.data.vqa import read_vqa
+
     source = read_vqa(images=images, questions=questions, annotations=annotations, image_name=image_name)
     return _write(source, out, samples_per_shard, bad_samples, workers)
 
@@ -84,6 +84,8 @@ def shards_folder(*, images: Path, out: Path, samples_per_shard: int = 1000, bad
         bad_samples: How many pictures may be without a text or unusable before the command stops.
         workers: Shards written at a time.
     """
+    from tasks.data.folder import read_caption_folder
+
     return _write(read_caption_folder(images=images), out, samples_per_shard, bad_samples, workers)
 
 
@@ -96,6 +98,11 @@ def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
         shards: The folder of tar files.
         bad_samples: How many samples may lack a picture or a text, or be too large, before the command stops.
     """
+    from multimodal.bad_samples import BadSamples
+    from multimodal.data.shards.check import checksummed
+    from multimodal.data.shards.index import ShardLimits, index_shards
+    from multimodal.data.shards.manifest import MANIFEST, write_manifest
+
     if (shards / MANIFEST).exists():
         raise ConfigError(f"{shards / MANIFEST} is there already; run `adalink shards check`, or delete it to index the shards again")
     found = index_shards(shards, ShardLimits())
@@ -118,6 +125,8 @@ def shards_check(*, shards: Path) -> None:
     Args:
         shards: The folder of tar files with its manifest.json.
     """
+    from multimodal.data.shards.check import verify_shards
+
     faults = verify_shards(shards)
     if faults:
         shown = "; ".join(fault.detail for fault in faults[:_FAULTS_SHOWN])
@@ -128,12 +137,16 @@ def shards_check(*, shards: Path) -> None:
 
 
 def _write(source: FileSource, out: Path, samples_per_shard: int, bad_samples: int, workers: int) -> Manifest:
+    from multimodal.data.shards.writer import write_shards
+
     manifest = write_shards(source, out, samples_per_shard=samples_per_shard, budget=bad_samples, skipped=source.problems, workers=workers)
     _report("wrote", manifest, out)
     return manifest
 
 
 def _report(verb: str, manifest: Manifest, folder: Path) -> None:
+    from multimodal.bad_samples import BadSamples
+
     size = sum(shard.size for shard in manifest.shards) / 2**20
     shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
     pictures = "1 picture" if len(manifest) == 1 else f"{len(manifest)} pictures"
@@ -144,5 +157,8 @@ def _report(verb: str, manifest: Manifest, folder: Path) -> None:
         print("members that no sample uses: " + ", ".join(f"{count} .{suffix}" for suffix, count in sorted(manifest.ignored.items())))
 
 
-COCO, VQA, FOLDER = Command.of(shards_coco), Command.of(shards_vqa), Command.of(shards_folder)
-IMG2DATASET, CHECK = Command.of(shards_img2dataset), Command.of(shards_check)
+COCO = Command.of(shards_coco, "adalink shards coco --images images --annotations captions.json --out shards/train")
+VQA = Command.of(shards_vqa, "adalink shards vqa --images images --questions questions.json --out shards/vqa")
+FOLDER = Command.of(shards_folder, "adalink shards folder --images photographs --out shards/photographs")
+IMG2DATASET = Command.of(shards_img2dataset, "adalink shards img2dataset --shards downloaded --bad-samples 100")
+CHECK = Command.of(shards_check, "adalink shards check --shards shards/train")

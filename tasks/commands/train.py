@@ -1,36 +1,60 @@
-"""`adalink train` and `adalink evaluate`; also a sweep, as in `--train.learning_rate 1e-3,3e-3`, which trains one run for each value."""
+"""`adalink train`, `features` and `evaluate`; also a sweep, as in `--train.learning_rate 1e-3,3e-3`, which trains one run for each value."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import shutil
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from adalink.errors import ConfigError
 from tasks.commands import Command
+from tasks.commands.answer import add_allow_other_base
 from tasks.commands.plan import add_plan_options, dry_run_command
-from tasks.commands.settings import SAVED, Draft, EvaluationSettings, add_allow_other_base, add_run, only_named_data, settings_of
-from tasks.evaluation.evaluate import Submission
-from tasks.runs.compose import located
-from tasks.runs.config import RunConfig, comments_as_help, number_settings
-from tasks.runs.results import UNSCORED
-from tasks.runs.run import Evaluation, evaluate_run, is_main, train_run
+from tasks.commands.settings import (
+    DATA_ROWS,
+    METHODS_ROW,
+    PARTS_FIRST,
+    SAVED,
+    SPLITS,
+    Draft,
+    EvaluationSettings,
+    add_run,
+    name_both_parts,
+    only_named_data,
+    settings_of,
+)
+from tasks.runs.config import RunConfig, chosen_methods, number_settings
+from tasks.runs.help import comments_as_help
+from tasks.task import Submission
 
-__all__ = ["EVALUATE", "TRAIN", "Sweep", "results_table", "swept"]
+TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
+if TYPE_CHECKING:
+    from multimodal.data.feature_cache.format import Contents
+    from multimodal.encoders.tower import VisionTower
+    from tasks.data.sources import Opened
+    from tasks.runs.run import Evaluation
+
+__all__ = ["EVALUATE", "FEATURES", "TRAIN", "Sweep", "results_table", "swept"]
 
 
 def _train(values: Any, plain: Any) -> None:
+    from tasks.runs.run import train_run
+
     evaluation = train_run(_config(values), _config_text(plain.as_dict()), resume=values.resume)
     _show(evaluation, values.out)
 
 
 def _evaluate(values: Any, plain: Any) -> None:
+    from tasks.runs.run import evaluate_run
+
     run = values.adapter.resolve().parent
     # The config of the run names the run's own folder, whose metrics and report stay what the training made them.
     out = values.out if values.out is not None and values.out.resolve() != run else values.adapter.parent / "evaluation"
@@ -40,6 +64,9 @@ def _evaluate(values: Any, plain: Any) -> None:
 
 
 def _show(evaluation: Evaluation, folder: Path) -> None:
+    from tasks.runs.results import UNSCORED
+    from tasks.runs.run import is_main
+
     if not is_main():
         return
     print(results_table({name: score.figures for name, score in evaluation.scores.items()}) if evaluation.scores else UNSCORED)
@@ -86,6 +113,8 @@ _NAMES_OR_FOLDERS = ("encoder", "language_model", "shards", "mix")
 
 
 def _plain(value: Any, name: str = "") -> Any:
+    from tasks.runs.compose import located
+
     if isinstance(value, Mapping):
         return {located(str(key)) if name == "mix" else str(key): _plain(item, str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -178,8 +207,86 @@ def _out(arguments: Sequence[str]) -> Path:
     return Path(typing.cast("str", given["out"]))
 
 
+def _add_features(parser: Any) -> None:
+    add_run(parser, Draft)
+    parser.add_argument(
+        "--contents", type=Literal["needed", "all"], default="needed",
+        help="needed: what the methods of the config read, patches or the few pooled vectors that eP-ALM taps; all: patches and every pooled vector",
+    )  # fmt: skip
+
+
+def _features(values: Any, plain: Any) -> None:
+    """Write FOLDER/train and FOLDER/val, for each of the two data sets that is given. Goes on where it was interrupted; checks what is whole.
+
+    Raises ConfigError where no folder or no data is given, and what `write_features` raises.
+    """
+    from tasks.runs.compose import composed_tower
+
+    if values.features is None:
+        raise ConfigError("no folder is given to write the features to: give --features FOLDER")
+    name_both_parts(values)
+    opened = {split: data.open() for split in SPLITS if (data := getattr(values.data, split)) is not None}
+    if not opened:
+        raise ConfigError("no data is given whose features could be written: give data.train, data.val or both")
+    tower = composed_tower(values.encoder, values.layer)
+    contents = _contents(values, tower)
+    for split, data in opened.items():
+        _write(tower, data, values.features / split, contents, values)
+
+
+def _contents(values: Any, tower: VisionTower) -> Contents:
+    """Known without the language model's weights."""
+    from multimodal.data.feature_cache.format import all_contents, needed_contents
+    from tasks.planning.meta import draw_adapter, draw_language, draw_tower
+    from tasks.runs.compose import found_part
+
+    everything = all_contents(tower, values.features_dtype)
+    if values.contents == "all":
+        return everything
+    drawn = draw_tower(found_part(values.encoder), layer=values.layer), draw_language(found_part(values.language_model))
+    return needed_contents(draw_adapter(*drawn, chosen_methods(values.methods)), everything)
+
+
+def _write(tower: VisionTower, data: Opened, folder: Path, contents: Contents, values: Any) -> None:
+    from multimodal.bad_samples import BadSamples
+    from multimodal.data.feature_cache.encode import write_features
+    from multimodal.data.feature_cache.format import as_size
+    from tasks.runs.compose import say, size_of
+
+    above = next(parent for parent in folder.resolve().parents if os.path.exists(parent))
+    say(f"{folder}: {size_of(contents, len(data.source))}; {as_size(shutil.disk_usage(above).free)} are free")
+    workers, budget = values.train.workers, values.train.bad_samples
+    cache = write_features(tower, data.source, folder, contents, workers=workers, budget=budget, label=folder.name)
+    bad = BadSamples(budget=len(cache), found=cache.bad.values())
+    say(f"{folder}: {len(cache) - len(cache.bad):,} pictures have features" + (f"; skipped: {bad.summary()}" if cache.bad else ""))
+
+
 TRAIN = Command(
     _add_train, _train, has_config=True,
     dry=Command(_add_dry_train, dry_run_command, has_config=True, prepare=only_named_data),
+    first=(
+        *PARTS_FIRST, *DATA_ROWS, METHODS_ROW,
+        *(f"train.{name}" for name in ("epochs", "steps", "batch_size", "learning_rate", "precision", "features", "workers", "measure_every", "seed")),
+        "generation.num_beams", "out", "resume", "dry_run",
+    ),
+    examples=(
+        "adalink train --config run.yaml --out runs/first",
+        "adalink train --config run.yaml --out runs/first --train.learning_rate 3e-4 --dry-run",
+    ),
 )  # fmt: skip
-EVALUATE = Command(_add_evaluate, _evaluate, has_config=True)
+EVALUATE = Command(
+    _add_evaluate, _evaluate, has_config=True,
+    first=(
+        "adapter", "config", DATA_ROWS[0], "generation.num_beams", "generation.max_new_tokens", "train.workers", "features", "out",
+        "submission.split", "submission.incomplete", "allow_other_base",
+    ),
+    examples=(
+        "adalink evaluate --adapter runs/first/adapter --config runs/first/config.yaml",
+        "adalink evaluate --adapter runs/first/adapter --config run.yaml --generation.num_beams 5",
+    ),
+)  # fmt: skip
+FEATURES = Command(
+    _add_features, _features, has_config=True, prepare=only_named_data,
+    first=(*PARTS_FIRST, *DATA_ROWS, METHODS_ROW, "layer", "features", "features_dtype", "contents", "train.workers", "train.bad_samples"),
+    examples=("adalink features --config run.yaml --features runs/features",),
+)  # fmt: skip

@@ -13,7 +13,6 @@ import yaml
 from adalink.errors import DataError
 from adalink.files import write_whole
 from multimodal.sample import Question, Sample, SampleSource
-from tasks.data.sources import saved_data
 from tasks.metrics.bootstrap import Figures, Interval, Resampling, aligned, answer_figures, caption_figures, paired_intervals, software
 from tasks.metrics.captions import score_captions
 from tasks.metrics.files import read_answer_results, read_caption_results
@@ -282,6 +281,8 @@ class SavedRun:
 
     def open(self) -> SampleSource:
         """The data set that the run was evaluated on. Raises DataError where its files are gone."""
+        from tasks.data.sources import saved_data  # late: what only compares files reads no images
+
         try:
             return saved_data(self.data).open().source
         except DataError as error:

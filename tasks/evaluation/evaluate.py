@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -19,14 +18,15 @@ from multimodal.batches.collate import collate
 from multimodal.batches.tokenize import Row, TextTooLong
 from multimodal.data.feature_cache.encode import encode_all, pixel_table
 from multimodal.data.inputs import Kept
-from multimodal.generation.generate import GenerationSettings, check_room, saved_generation
+from multimodal.generation.generate import check_room
+from multimodal.generation.settings import GenerationSettings, saved_generation
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
 from multimodal.progress import progress
 from multimodal.sample import SampleSource
 from tasks.data.sources import Chosen, Opened
 from tasks.metrics.vqa import refuse
-from tasks.task import Score, Task
+from tasks.task import Score, Submission, Task
 
 __all__ = [
     "Pictures", "Predictions", "Submission", "evaluate", "is_graded", "predict", "read_pictures", "refuse_gaps", "told_sameness",
@@ -191,15 +191,6 @@ def _advice(settings: GenerationSettings) -> str:
 
 # ----------------------------------------
 # The official result file of an evaluation: named as the server wants it, and complete.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Submission:
-    """How the official result file is named, and whether it may have gaps."""
-
-    algorithm: str = "adalink"  # the part of the file's name that stands for the method
-    split: str | None = None  # the part that stands for the split, such as val2014; by default what the data's files are called
-    incomplete: Literal["refuse", "allow"] = "refuse"  # a file without every picture or question of the split; servers take none such
 
 
 def what_is_missing(opened: Opened, texts: Mapping[int, str], bad: Sequence[BadSample]) -> list[int | str]:

@@ -19,7 +19,7 @@ from adalink import METHODS, Adapter, Anatomy, Method
 from adalink.errors import AdalinkError
 from tasks.planning.meta import DrawnLanguage, DrawnTower
 from tasks.planning.plan import places_of, slots_of
-from tasks.runs.config import comments_as_help
+from tasks.runs.help import comments_as_help
 
 __all__ = ["Listed", "Setting", "listed_methods", "methods_as_json", "methods_as_text"]
 

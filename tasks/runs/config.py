@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import io
-import tokenize
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,14 +12,14 @@ from typing import Any, Literal, Optional
 from adalink import METHODS, Method
 from adalink.errors import ConfigError
 from multimodal.data.feature_cache.format import StoredDtype
-from multimodal.generation.generate import GenerationSettings
+from multimodal.generation.settings import GenerationSettings
 from multimodal.training.settings import TrainSettings
 from tasks.captioning import Captioning
 from tasks.data.sources import DataConfig
 from tasks.task import Task
 from tasks.vqa import Vqa
 
-__all__ = ["Data", "Methods", "RunConfig", "check_groups", "chosen_methods", "class_paths", "comments_as_help", "setting_names"]
+__all__ = ["Data", "Methods", "RunConfig", "check_groups", "chosen_methods", "class_paths", "setting_names"]
 
 # One optional setting for each method there is, so that help, types and errors come from the method's own dataclass.
 Methods: Any = dataclasses.make_dataclass(
@@ -143,29 +140,3 @@ def _fields(kind: Any) -> Iterator[tuple[str, Any]]:
             continue
         inner = [part for part in typing.get_args(hint) if part is not type(None)]
         yield name, inner[0] if len(inner) == 1 and type(None) in typing.get_args(hint) else hint
-
-
-def comments_as_help(kind: type[Any]) -> None:
-    """Append the field comments of a dataclass to its docstring, in the form that jsonargparse reads."""
-    if "Args:" in (kind.__doc__ or ""):
-        return
-    comments = _comments(inspect.getsource(kind))
-    lines = [f"    {name}: {comments[name]}" for name in kind.__dataclass_fields__ if name in comments]
-    kind.__doc__ = f"{(kind.__doc__ or '').strip()}\n\nArgs:\n" + "\n".join(lines)
-
-
-def _comments(source: str) -> dict[str, str]:
-    """Field name -> the comment at the end of its line."""
-    found: dict[str, str] = {}
-    name = ""
-    at_start = True
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
-            at_start = at_start or token.type == tokenize.NEWLINE
-        elif token.type == tokenize.NAME and at_start:
-            name, at_start = token.string, False
-        elif token.type == tokenize.COMMENT and not at_start:
-            found[name] = token.string.lstrip("# ")
-        else:
-            at_start = False
-    return found

@@ -19,7 +19,8 @@ from adalink.errors import ConfigError
 from multimodal.batches.collate import Batch, collate
 from multimodal.batches.tokenize import TextTooLong
 from multimodal.generation.decoding import Decoding, may_decode
-from multimodal.generation.generate import GenerationSettings, check_room, run_generation
+from multimodal.generation.generate import check_room, run_generation
+from multimodal.generation.settings import GenerationSettings
 from multimodal.language import Language
 from multimodal.model import VisionLanguageModel
 from tasks.serve.cache import KeptFeatures, KeptPrompts, Part

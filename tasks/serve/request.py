@@ -18,7 +18,8 @@ from adalink import BASE_NAME
 from adalink.errors import ConfigError
 from multimodal.batches.tokenize import Row, TextTooLong
 from multimodal.data.images.decode import BadImage
-from multimodal.generation.generate import GenerationChoice, GenerationSettings, check_room, saved_generation
+from multimodal.generation.generate import check_room
+from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.model import VisionLanguageModel
 from tasks.serve.errors import Refused
 from tasks.serve.registry import Card

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from multimodal.batches.tokenize import Row
-from multimodal.generation.generate import GenerationSettings
+from multimodal.generation.settings import GenerationSettings
 from tasks.serve.settings import Batching
 
 __all__ = ["Answer", "Ask", "Draw", "DrawnRows", "Job", "Picture", "Sampling", "Waiting", "chosen", "joining", "n_tokens"]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from adalink.errors import ConfigError
 from multimodal.data.images.decode import PILLOW_PIXELS
-from multimodal.generation.generate import GenerationChoice
+from multimodal.generation.settings import GenerationChoice
 
 __all__ = ["Access", "Batching", "RequestLimits", "ServeSettings"]
 

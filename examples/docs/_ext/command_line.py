@@ -16,7 +16,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from tasks.commands import COMMANDS
-from tasks.runs.config import comments_as_help
+from tasks.runs.help import comments_as_help
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

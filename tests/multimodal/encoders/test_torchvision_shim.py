@@ -16,11 +16,11 @@ DEFINED = "print(hasattr(torch.ops.torchvision, 'nms'))"
 LIBRARIES = ("torchvision", "timm", "open_clip", "transformers")
 # Name -> what torchvision is there, and what is run. Each in a process of its own, forked from one that has imported torch alone.
 CASES = {
-    "loads": ("extension", f"import multimodal, torch; {DEFINED}"),
-    "damaged": ("damaged", f"import multimodal, torch; {DEFINED}"),
-    "absent": ("absent", f"import multimodal, torch; {DEFINED}"),
-    "no package": ("file", f"import multimodal, torch; {DEFINED}"),
-    "imported before": ("absent", f"import torchvision, multimodal, torch; {DEFINED}"),
+    "loads": ("extension", f"import multimodal, torchvision, torch; {DEFINED}"),
+    "damaged": ("damaged", f"import multimodal, torchvision, torch; {DEFINED}"),
+    "absent": ("absent", f"import multimodal, torchvision, torch; {DEFINED}"),
+    "no package": ("file", f"import multimodal, torchvision, torch; {DEFINED}"),
+    "imported before": ("absent", f"import torchvision, multimodal, torch; multimodal.ensure_torchvision(); {DEFINED}"),
     "without it": ("real", "import torchvision"),
     "imports": ("real", f"import multimodal; print([name for name in {LIBRARIES} if name in sys.modules])"),
 }

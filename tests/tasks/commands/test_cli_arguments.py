@@ -226,14 +226,6 @@ def test_help_is_there_on_every_level(arguments: list[str]) -> None:
     assert not done.err
 
 
-def test_the_help_of_train_says_what_each_setting_is() -> None:
-    text = " ".join(adalink("train", "--help").out.split())
-    missing = [name for name in setting_names() if name.startswith(("train.", "generation.")) and f"--{name}" not in text]
-    assert not missing
-    assert "--train.batch_size BATCH_SIZE pictures per process and micro-batch (type: int, default: 16)" in text
-    assert "where the encoder needs no more; faster, and CHANGES PIXELS" in text
-
-
 def test_what_stands_on_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()

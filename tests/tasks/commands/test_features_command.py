@@ -148,7 +148,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 
 def test_the_help_says_what_rounding_costs(capsys: pytest.CaptureFixture[str]) -> None:
-    help_text = " ".join(adalink("features", "--help").out.split())
+    help_text = " ".join(adalink("features", "--help.all").out.split())
     for words in ("float16 moves gradients by up to 3e-4 of their size, bfloat16 by up to 2e-3", "--contents {needed,all}", "--features FEATURES"):
         assert words in help_text
     assert RunConfig.__dataclass_fields__["features_dtype"].default == "float16"

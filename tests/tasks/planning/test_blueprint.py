@@ -118,7 +118,7 @@ def test_a_part_is_refused_in_the_words_of_the_real_one(folders: Path) -> None:
 
 
 def test_a_folder_without_a_config_or_a_picture_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no config.json or open_clip_config.json that can be read"):
+    with pytest.raises(ConfigError, match=r"holds no config.json or open_clip_config.json; give the folder of a saved vision encoder"):
         draw_tower(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "resnet", "num_channels": 3}')
     with pytest.raises(ConfigError, match=r"neither a preprocessor_config.json nor `image_size` in config.json says how large the pictures"):

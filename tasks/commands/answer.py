@@ -1,4 +1,4 @@
-"""`adalink caption` and `adalink ask`: what a saved adapter writes of images, which are files, folders of them, and patterns."""
+"""`adalink caption`, `adalink ask` and `adalink serve`: what saved adapters write of images, which are files, folders of them, and patterns."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from adalink.errors import ConfigError, DataError
-from multimodal.data.images.decode import decode_image
-from multimodal.generation.generate import GenerationChoice, saved_generation
+from multimodal.generation.settings import GenerationChoice, saved_generation
 from tasks.commands import Command
-from tasks.commands.settings import add_allow_other_base
-from tasks.runs.compose import load_adapted
-from tasks.runs.config import comments_as_help
+from tasks.runs.help import comments_as_help
+from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
-__all__ = ["ASK", "CAPTION", "images_and_questions", "images_of"]
+__all__ = ["ASK", "CAPTION", "SERVE", "add_allow_other_base", "images_and_questions", "images_of"]
 
 CAPTIONED_AT_ONCE = 16  # images; thousands may be given
 _ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp"))
@@ -68,13 +66,16 @@ def _files(path: Path) -> list[Path]:
 
 
 def _caption(values: Any, plain: Any) -> None:
+    from multimodal.data.images.decode import decode_image
+    from tasks.runs.compose import load_adapted
+
     model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model, allow_other_base=values.allow_other_base)
     if saved["task"] != "captioning":
         raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink ask`")
     settings = values.generation.over(saved_generation(saved))
     images = images_of(values.images)
     for path in images:
-        decode_image(path)  # before the first is captioned: a wrong path is told at once
+        decode_image(path)  # before the first is captioned: a wrong path ends the command at once
     for start in range(0, len(images), CAPTIONED_AT_ONCE):
         paths = images[start : start + CAPTIONED_AT_ONCE]
         texts = model.generate([decode_image(path) for path in paths], [""] * len(paths), settings=settings)
@@ -83,6 +84,9 @@ def _caption(values: Any, plain: Any) -> None:
 
 
 def _ask(values: Any, plain: Any) -> None:
+    from multimodal.data.images.decode import decode_image
+    from tasks.runs.compose import load_adapted
+
     images, questions = images_and_questions([values.image, *values.question])
     if not questions:
         raise ConfigError(f"no question is given after {images[-1]}: write one, such as 'what is on the table?'")
@@ -99,6 +103,12 @@ def _ask(values: Any, plain: Any) -> None:
         texts = model.generate([image for _, image, _ in asked], [question for _, _, question in asked], settings=settings)
         for (path, _, question), text in zip(asked, texts, strict=True):
             print("\t".join([*[str(path)] * (len(images) > 1), *[question] * (len(questions) > 1), text]))
+
+
+def add_allow_other_base(parser: Any) -> None:
+    """The option of every command that loads an adapter."""
+    help = "load the adapter though a frozen part is not as it was when it was trained; what differs is a warning"
+    parser.add_argument("--allow_other_base", action="store_true", help=help)
 
 
 def _add_adapter(parser: Any) -> None:
@@ -121,5 +131,50 @@ def _add_ask(parser: Any) -> None:
     parser.add_argument("question", type=str, nargs="+", metavar="QUESTION", help="what to ask about each of them; several are answered in one batch")
 
 
-CAPTION = Command(_add_caption, _caption)
-ASK = Command(_add_ask, _ask)
+def _add_serve(parser: Any) -> None:
+    for kind in (ServeSettings, GenerationChoice, Batching, RequestLimits, Access):
+        comments_as_help(kind)
+    parser.add_argument("--adapter", type=str, nargs="+", action="extend", default=[], metavar="NAME=DIR", help="adapters to serve, each under a name")
+    parser.add_class_arguments(ServeSettings, None)
+
+
+def _serve(values: Any, plain: Any) -> None:
+    """Serve until the process is asked to end. Raises ConfigError where the extra `serve` is not installed."""
+    try:
+        from tasks.serve.server import run_server  # late: an extra
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"`adalink serve` needs the package {error.name}: pip install 'adalink[serve]'") from None
+    settings = ServeSettings(**{name: values[name] for name in ServeSettings.__dataclass_fields__})
+    run_server(settings, _adapters(values.adapter))
+
+
+def _adapters(given: list[str]) -> dict[str, Path]:
+    adapters: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (equals and name and folder):
+            raise ConfigError(f"--adapter is {text!r}: expected NAME=DIR, such as caption=runs/flickr8k/adapter")
+        if name in adapters:
+            raise ConfigError(f"two adapters are called {name}: give each a name of its own")
+        adapters[name] = Path(folder)
+    return adapters
+
+
+CAPTION = Command(
+    _add_caption,
+    _caption,
+    ("adalink caption --adapter runs/first/adapter photograph.jpg", "adalink caption --adapter runs/first/adapter photographs > captions.tsv"),
+)
+ASK = Command(_add_ask, _ask, ('adalink ask --adapter runs/vqa/adapter photograph.jpg "what is on the table?" "how many chairs?"',))
+SERVE = Command(
+    _add_serve, _serve,
+    first=(
+        "adapter", "host", "port", "base", "encoder", "language_model", "allow_other_base", "generation.max_new_tokens", "generation.num_beams",
+        "batching.size", "batching.tokens", "limits.in_flight", "limits.body_bytes", "limits.new_tokens", "access.api_keys", "access.hosts",
+        "access.adapters_folder",
+    ),
+    examples=(
+        "adalink serve --adapter caption=runs/first/adapter",
+        "adalink serve --adapter caption=runs/first/adapter vqa=runs/vqa/adapter --port 8001",
+    ),
+)  # fmt: skip

@@ -1,0 +1,21 @@
+"""The names that `adalink` gives."""
+
+from adalink.anatomy import Anatomy, InputSpec
+from adalink.attachment.attach import attach
+from adalink.attachment.attachment import Attachment
+from adalink.attachment.vision import attach_vision, read_vision
+from adalink.checkpoint.fingerprint import FrozenPart, fingerprint
+from adalink.checkpoint.peft_format import from_peft, to_peft
+from adalink.edit import EMBEDDING, Adapter, Edit, Method, Placement, Port, Slots
+from adalink.errors import AdalinkError, AttachError, BudgetError, CheckpointError, ConfigError, DataError
+from adalink.methods import EPALM, IA3, METHODS, AdaLink, BitFit, Bottleneck, Bridge, Gated, LoRA, Prefix, Prompt, UniPELT
+from adalink.model import BASE_NAME, AdaptedModel, get_adalink_model
+from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT, TEXT, TokenMap, Tokens
+
+__all__ = [
+    "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT",
+    "AdaLink", "AdalinkError", "AdaptedModel", "Adapter", "Anatomy", "AttachError", "Attachment", "BitFit", "Bottleneck", "Bridge",
+    "BudgetError", "CheckpointError", "ConfigError", "DataError", "Edit", "FrozenPart", "Gated", "InputSpec", "LoRA", "Method", "Placement", "Port",
+    "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint", "from_peft",
+    "get_adalink_model", "read_vision", "to_peft",
+]  # fmt: skip
