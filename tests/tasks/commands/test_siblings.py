@@ -41,7 +41,7 @@ def test_a_script_beside_somebodys_tasks_is_told_which_file_is_in_the_way(kind: 
     (tmp_path / "script.py").write_text(SCRIPT.replace("import adalink", "import tasks, adalink") if kind == "before" else SCRIPT)
     done = run(tmp_path, "script.py")
     last = done.stderr.strip().splitlines()[-1]
-    assert "ShadowedError: tasks.runs.compose is a module of adalink, and `import tasks` finds" in last
+    assert "ShadowedError: tasks.runs is a module of adalink, and `import tasks` finds" in last
     assert str(file) in last
     assert last.endswith("in its place: rename that, or start the program in another folder")
 
