@@ -21,8 +21,6 @@ def run_demo(out: Path) -> None:
 
     Raises ConfigError where one of the folders is there already, or a command failed.
     """
-    from tasks.commands.train import results_table
-
     started = time.perf_counter()
     folders, features = {task: out / task for task in RECIPES}, out / "features"
     if taken := [str(folder) for folder in folders.values() if folder.exists()]:

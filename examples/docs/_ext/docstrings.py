@@ -9,7 +9,7 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-from tasks.runs.config import comments_as_help
+from tasks.runs.help import comments_as_help
 
 _COLUMNS = re.compile(r"(?<=\S) {2,}(?=\S)")
 _CODE = re.compile(r"(`[^`]+`)")
