@@ -96,8 +96,7 @@ def same_records(first: Path, second: Path, n: int = N, bad: tuple[int, ...] = B
     return one.keys() == other.keys() and all(torch.equal(value, other[i]) for i, value in one.items())
 
 
-@pytest.mark.parametrize("sees", SEES)
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("sees", "workers"), [("patches", 0), ("patches", 1), ("taps", 0), ("both", 1)])
 def test_filling_trains_what_features_written_before_train_bit_for_bit(sees: str, workers: int, tmp_path: Path) -> None:
     model = model_of(sees)
     before = write_features(model.tower, Drawn(N, BAD), tmp_path / "before", needed(model), budget=1)
