@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from adalink.moved import find_moved
-from adalink.siblings import tell_of_others
+from adalink.siblings import name_shadowing
 
 if TYPE_CHECKING:
     from adalink import public
@@ -24,5 +24,5 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
-tell_of_others()
+name_shadowing()
 find_moved()

@@ -415,8 +415,8 @@ def _final_norm(stack: nn.Module, layers: str) -> str | None:
 
 def _attention(layer: nn.Module) -> Literal["causal", "bidirectional"]:
     """What the attention inside a layer says of itself; a decoder that says nothing is causal."""
-    said = [module.is_causal for module in layer.modules() if hasattr(module, "is_causal")]
-    return "bidirectional" if said and not any(said) else "causal"
+    stated = [module.is_causal for module in layer.modules() if hasattr(module, "is_causal")]
+    return "bidirectional" if stated and not any(stated) else "causal"
 
 
 def _positions(stack: nn.Module, embedding: str) -> Positions | None:

@@ -147,7 +147,7 @@ class Adapter(nn.Module):
     """The edits of one or more methods. Its state dict is the whole checkpoint.
 
     Methods that fill slots are placed first, whatever their order, so that others edit what they filled: AdaLink edits the
-    projected picture, not the placeholder. Slots of a prefix come first in a row, since every token reads them, and those of
+    projected image, not the placeholder. Slots of a prefix come first in a row, since every token reads them, and those of
     percepts before a prompt's. Tensors are named METHOD.ROLE.TENSOR, for instance `adalink.image.down.weight`.
 
     copies   trained copies of the frozen model's modules, by their dotted names; their tensors are named `modules_to_save.classifier.weight`

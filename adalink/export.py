@@ -66,7 +66,7 @@ def fold_embedding(model: nn.Module, adapter: Adapter) -> None:
     assert isinstance(bottleneck, Bottleneck)
     _check_decoder(model)
     if image_token_ids(model):
-        raise ConfigError("this model also reads pictures, whose tokens pass the same table before they are replaced: keep the adapter beside it")
+        raise ConfigError("this model also reads images, whose tokens pass the same table before they are replaced: keep the adapter beside it")
     if is_tied(model):
         raise ConfigError(
             "this model's output head is its embedding table, so folding an adapter into one changes the other: "

@@ -34,7 +34,7 @@ _CONTENT = {
     "adalink.checkpoint.fingerprint": "adalink.frozen_part adalink.sketch adalink.fixed_prompt",
     "adalink.checkpoint.peft_format": "adalink.peft_format adalink.renamed",
     "multimodal": "multimodal.torchvision_shim",
-    "multimodal.model": "multimodal.adapter_folder multimodal.trained",
+    "multimodal.model": "multimodal.adapter_folder multimodal.trained multimodal.prompt_embeds",
     "multimodal.sample": "multimodal.lengths",
     "multimodal.bad_samples": "multimodal.counted",
     "multimodal.loading": "multimodal.frozen multimodal.hub_reach",
@@ -46,13 +46,12 @@ _CONTENT = {
     "multimodal.batches.collate": "multimodal.batch multimodal.beginning multimodal.packed_mask",
     "multimodal.batches.packing": "multimodal.packing multimodal.joined_rows",
     "multimodal.batches.prefix_sharing": "multimodal.fork multimodal.kept_beginning multimodal.families multimodal.trial_call "
-    "multimodal.fork_trial multimodal.prefill",
+    "multimodal.fork_trial multimodal.prefill multimodal.packing",
     "multimodal.generation.generate": "multimodal.generate",
     "multimodal.generation.decoding": "multimodal.decoding",
     "multimodal.generation.prefill": "multimodal.prefill multimodal.known_prompt",
     "multimodal.loss.language_loss": "multimodal.language_loss multimodal.word_head multimodal.word_loss",
-    "multimodal.loss.last_layer": "multimodal.last_layer",
-    "multimodal.loss.activations": "multimodal.activations",
+    "multimodal.loss.savings": "multimodal.last_layer multimodal.activations",
     "multimodal.loss.answer_head": "multimodal.classify",
     "multimodal.loss.hidden_states": "multimodal.lower_states multimodal.layers_below",
     "multimodal.data.loader": "multimodal.loader",
@@ -124,13 +123,54 @@ _CONTENT = {
     "tasks.bench.measurements": "tasks.bench.training tasks.bench.features tasks.bench.adapters tasks.bench.generation tasks.bench.scripts",
     "tasks.bench.growth": "tasks.bench.plot",
     "tasks.commands.score": "tasks.score",
-    "tasks.commands.export": "tasks.export",
     "tasks.commands.shards": "tasks.shards",
     "tasks.commands.compare": "tasks.compare_files tasks.compare_runs",
     "tasks.metrics.bootstrap": "tasks.metrics.listing",
+    "tasks.commands.export": "tasks.export",
+    "tasks.commands.lmms_eval": "tasks.lmms_eval_model",
 }
 _MOVED = {old: [new for new, others in _CONTENT.items() if old in others.split()] for olds in _CONTENT.values() for old in olds.split()}
 _FOLDERS = ("multimodal.feature_cache",)  # that are elsewhere now
+
+# Old name -> new name of what is in them.
+_RENAMED = {
+    "Beginning": "SharedPrefix",
+    "Draft": "DryRunConfig",
+    "Figure": "MetricValue",
+    "Figures": "Metrics",
+    "Kept": "CachedFeatures",
+    "KeptFeatures": "FeatureLRU",
+    "KeptPrompts": "PromptCache",
+    "Learns": "TrainingTask",
+    "Learnt": "TrainedSoFar",
+    "Parcel": "SharedBatch",
+    "Picture": "ServedImage",
+    "Pictures": "ReadImages",
+    "RemotePictures": "RemoteImages",
+    "Shown": "LoggedSamples",
+    "Verdict": "Outcome",
+    "add_figures": "add_metrics",
+    "answer_figures": "answer_metrics",
+    "answer_verdict": "answer_outcome",
+    "beginning_of": "shared_prefix_of",
+    "caption_figures": "caption_metrics",
+    "dead_workers_told": "dead_workers_named",
+    "features_to_show": "features_to_log",
+    "found_pictures": "found_images",
+    "kept_states": "hidden_state_model",
+    "learner": "training_form",
+    "learnt_questions": "training_questions",
+    "outside_sequence": "virtual_tokens",
+    "read_pictures": "read_images",
+    "render_flips": "render_changed",
+    "say": "log",
+    "shown": "redacted",
+    "shown_differences": "difference_lines",
+    "shown_samples": "logged_samples",
+    "tell_of_others": "name_shadowing",
+    "told_sameness": "degenerate_note",
+    "write_card_figures": "write_card_metrics",
+}
 
 
 class _Moved(MetaPathFinder, Loader):
@@ -145,7 +185,8 @@ class _Moved(MetaPathFinder, Loader):
         modules = _MOVED[module.__name__]
         warnings.warn(f"{module.__name__} is now {' and '.join(modules)}; the old path goes with the next version", DeprecationWarning, stacklevel=2)
         for content in map(importlib.import_module, modules):
-            vars(module).update({name: value for name, value in vars(content).items() if not name.startswith("__")})
+            names = {name: value for name, value in vars(content).items() if not name.startswith("__")}
+            vars(module).update(names | {old: names[new] for old, new in _RENAMED.items() if new in names})
 
 
 def find_moved() -> None:

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from adalink.errors import AdalinkError
 
-__all__ = ["ShadowedError", "load_siblings", "tell_of_others"]
+__all__ = ["ShadowedError", "load_siblings", "name_shadowing"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SIBLINGS = ("multimodal", "tasks")
@@ -36,7 +36,7 @@ def load_siblings() -> None:
         spec.loader.exec_module(module)
 
 
-def tell_of_others() -> None:
+def name_shadowing() -> None:
     """From here on, `from tasks.runs.compose import ...` says which file is in the way where `tasks` is somebody else's. Their own imports work."""
     if any(isinstance(finder, _Siblings) for finder in sys.meta_path):
         return

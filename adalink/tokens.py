@@ -56,7 +56,7 @@ class Tokens:
     serving: frozenset[int] | None = None  # the adapters that serve a row, known without reading a tensor; None where it is not known
     has_prompt: bool = False  # whether the call holds the whole prompt
     # What an edit keeps of the prompt for the calls after it; lives as long as their cache. None where no such call follows.
-    kept: dict[nn.Module, Tensor] | None = None
+    retained: dict[nn.Module, Tensor] | None = None
     n_before: int = 0  # tokens of earlier calls, which a cache holds
     end: int = 0  # how long the sequence is with this call's tokens; keys after it are not written yet
     # Adapter -> int64 [n], the rows that it serves, where several adapters serve the call's rows; empty where one does, or it is not known.
@@ -125,7 +125,7 @@ class TokenMap:
 
     domain     int64 [B, T]    PAD for padding
     row        int64 [B]       which adapter serves the row
-    inputs     name -> [B, ...], for instance `image`: the features [B, N, Dv] of the pictures
+    inputs     name -> [B, ...], for instance `image`: the features [B, N, Dv] of the images
     generated  domain of every token after the prompt
     present    the domains that can occur in the prompt; an edit for any other is not run
     serving    the adapters that occur in `row`; an edit of any other is not run. None: every attached one is

@@ -20,7 +20,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-KEYS_KEPT = 5  # per reason; enough to look at, and a message still fits on a line or two
+MOST_KEYS = 5  # per reason; enough to look at, and a message still fits on a line or two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class BadSamples:
         """Counts one; raises nothing, so that a whole batch can be counted before the run is stopped."""
         self._counts[bad.reason] = self._counts.get(bad.reason, 0) + 1
         first = self._first.setdefault(bad.reason, [])
-        if len(first) < KEYS_KEPT:
+        if len(first) < MOST_KEYS:
             first.append(bad)
 
     def check(self) -> None:
@@ -106,6 +106,6 @@ class BadSamples:
         """For a log line: `2 truncated (12 a.jpg, 40 b.jpg), 1 missing file (7)`; empty where nothing was added."""
         parts = []
         for reason, count in self._counts.items():
-            keys = [str(bad) for bad in self._first[reason]] + (["..."] if count > KEYS_KEPT else [])
+            keys = [str(bad) for bad in self._first[reason]] + (["..."] if count > MOST_KEYS else [])
             parts.append(f"{count} {reason} ({', '.join(keys)})")
         return ", ".join(parts)

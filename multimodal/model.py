@@ -3,7 +3,7 @@
     model = VisionLanguageModel.compose("open_clip:ViT-B-32/openai", "facebook/opt-125m", template=Template(prompt="<image><bos>"))
     model.add_adapter("caption", {"bridge": Bridge(kind="mlp"), "adalink": AdaLink(rank=16, modalities=("image", "text"))})
     loss = model(batch)
-    model.generate([picture], [""])
+    model.generate([image], [""])
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 
 from adalink import BASE_NAME, AdaptedModel, Adapter, InputSpec, Method, TokenMap
 from adalink.attachment.attachment import without_dropout
+from adalink.attachment.inputs import Call
 from adalink.checkpoint.folder import local_folder, upload
 from adalink.errors import ConfigError
+from adalink.export import prompt_embeds
 from adalink.model import ActiveAdapter
 from multimodal.batches.collate import Batch, collate
-from multimodal.batches.tokenize import RowEncoder
+from multimodal.batches.tokenize import RowEncoder, TextTokens
 from multimodal.data.images.decode import ImageOrFile, decode_image
-from multimodal.data.inputs import Kept
-from multimodal.data.loader import Batches, Learns, Texts, new_batches
+from multimodal.data.inputs import CachedFeatures
+from multimodal.data.loader import Batches, Texts, TrainingTask, new_batches
 from multimodal.encoders.bound_parts import encoder_part, language_part
 from multimodal.encoders.tower import VisionTower, load_tower, load_vision_adapter, new_vision_adapter, save_vision_adapter
 from multimodal.generation.generate import written_texts
@@ -39,7 +41,7 @@ from multimodal.loss.language_loss import LanguageLoss
 from multimodal.sample import SampleSource
 from multimodal.template import Template
 
-__all__ = ["TrainedParts", "VisionLanguageModel", "load_composed", "save_composed", "trained_summary"]
+__all__ = ["TrainedParts", "VisionLanguageModel", "image_prompt_embeds", "load_composed", "save_composed", "text_prompt_embeds", "trained_summary"]
 
 
 # ----------------------------------------
@@ -138,8 +140,8 @@ class VisionLanguageModel(nn.Module):
         self.template = template
         parts = {"encoder": encoder_part(tower), "language_model": language_part(language)}
         inputs = {"image": InputSpec(tower.n_patches, tower.width)}
-        if tower.n_kept > tower.n_patches:
-            inputs["image_taps"] = InputSpec(tower.n_kept - tower.n_patches, tower.width)
+        if tower.n_retained > tower.n_patches:
+            inputs["image_taps"] = InputSpec(tower.n_retained - tower.n_patches, tower.width)
         self.adapted = AdaptedModel(language.model, inputs=inputs, parts=parts)
         self.language_loss = LanguageLoss(self.adapted)
         self.heads = nn.ModuleDict()  # by adapter, where it chooses its answers
@@ -158,7 +160,7 @@ class VisionLanguageModel(nn.Module):
         return self.language_loss(batch, self.token_map(batch)) / batch.n_targets
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """float [I, 3, H, W] -> [I, N + L, Dv]: the pictures' patches, then what each block says of the whole (see Features.joined).
+        """float [I, 3, H, W] -> [I, N + L, Dv]: the images' patches, then what each block says of the whole (see Features.joined).
 
         For whoever keeps them. Raises ConfigError where the encoder is adapted: then they change with every step.
         """
@@ -176,9 +178,9 @@ class VisionLanguageModel(nn.Module):
         num_beams: int | None = None,
         length_penalty: float | None = None,
     ) -> list[str]:
-        """One text for each picture and prompt; a prompt is the question that the template asks (empty in captioning).
+        """One text for each image and prompt; a prompt is the question that the template asks (empty in captioning).
 
-        images: PIL images, paths or the bytes of files; one alone is asked every prompt. prompts: one alone is asked about every picture.
+        images: PIL images, paths or the bytes of files; one alone is asked every prompt. prompts: one alone is asked about every image.
         settings: those that the adapter was saved with, where none are given; an adapter made here has the defaults. `max_new_tokens` and
         the other numbers stand in place of theirs.
         adapter_names: one for each row, "__base__" for none; without them the active adapter serves all. Each row is worded by its own
@@ -190,9 +192,9 @@ class VisionLanguageModel(nn.Module):
         serving = self.adapted.serving(len(images), adapter_names)  # refuses unknown names before anything runs
         if not images:
             return []
-        pictures = {id(image): decode_image(image) for image in images}  # one that several questions are about is encoded once, and read once
-        pixels = torch.stack([self.tower.preprocess(image) for image in pictures.values()])
-        place = {key: i for i, key in enumerate(pictures)}
+        decoded = {id(image): decode_image(image) for image in images}  # one that several questions are about is encoded once, and read once
+        pixels = torch.stack([self.tower.preprocess(image) for image in decoded.values()])
+        place = {key: i for i, key in enumerate(decoded)}
         names = [self.adapted.active] * len(serving.slots) if adapter_names is None else adapter_names
         encoders = {name: self.row_encoder(BASE_NAME if name is None else name) for name in set(names)}
         rows = [encoders[name].prompt(prompt) for name, prompt in zip(names, prompts, strict=True)]
@@ -224,28 +226,28 @@ class VisionLanguageModel(nn.Module):
         return Template(prompt=task["prompt"], target=task["target"]) if {"prompt", "target"} <= set(task) else self.template
 
     def token_map(self, batch: Batch, adapter_names: Sequence[str | None] | None = None) -> TokenMap:
-        """What the batch's tokens are, with the features of each row's picture. Raises ConfigError for kept features of a trained encoder."""
-        kept = batch.taps if batch.patches is None else batch.patches
-        if kept is not None and self.tower.adapter is not None:
-            raise ConfigError("the batch holds kept features, and this model's encoder has trained weights: collate it with pixels")
-        features = self.tower(_pixels(batch)).joined if kept is None else kept
+        """What the batch's tokens are, with the features of each row's image. Raises ConfigError for cached features of a trained encoder."""
+        retained = batch.taps if batch.patches is None else batch.patches
+        if retained is not None and self.tower.adapter is not None:
+            raise ConfigError("the batch holds cached features, and this model's encoder has trained weights: collate it with pixels")
+        features = self.tower(_pixels(batch)).joined if retained is None else retained
         rows, n_patches = self.adapted.serving(len(batch.ids), adapter_names), 0 if batch.taps is not None else self.tower.n_patches
-        entries = batch.image if batch.picture is None else slice(None)  # one for each row, or for each picture
+        entries = batch.image if batch.token_image is None else slice(None)  # one for each row, or for each image
         inputs = {"image": features[entries, :n_patches]} if n_patches else {}
         if features.shape[1] > n_patches:
             inputs["image_taps"] = features[entries, n_patches:]
-        return TokenMap(batch.domain, rows.row, inputs, serving=rows.serving, entry=batch.picture)
+        return TokenMap(batch.domain, rows.row, inputs, serving=rows.serving, entry=batch.token_image)
 
     def batches(
         self,
         source: SampleSource,
-        task: Learns | Texts,
+        task: TrainingTask | Texts,
         *,
         epochs: float = 1.0,
         batch_size: int = 16,
         seed: int = 0,
         workers: int = 0,
-        features: Kept | None = None,
+        features: CachedFeatures | None = None,
         bad_samples: int = 10,
         rank: int = 0,
         world: int = 1,
@@ -372,7 +374,7 @@ def _pairs(images: ImageOrFile | Sequence[ImageOrFile], prompts: str | Sequence[
         prompts = [prompts] * (1 if many is None else len(many))
     found = [images] * len(prompts) if many is None else many
     if len(found) != len(prompts):
-        raise ConfigError(f"{len(found)} pictures and {len(prompts)} prompts were given: give one prompt for each picture")
+        raise ConfigError(f"{len(found)} images and {len(prompts)} prompts were given: give one prompt for each image")
     return found, list(prompts)  # type: ignore[return-value]  # one image is no list here
 
 
@@ -380,3 +382,37 @@ def _pixels(batch: Batch) -> Tensor:
     if batch.pixels is None:
         raise ConfigError("the batch holds neither pixels nor patches: collate it with one of them")
     return batch.pixels
+
+
+# ----------------------------------------
+# Prompts with images, or of words alone, as embeddings for an engine that serves the frozen language model.
+
+
+@torch.no_grad()
+def image_prompt_embeds(model: VisionLanguageModel, images: Sequence[Path | bytes], prompts: Sequence[str]) -> list[Tensor]:
+    """float [T, D] for each image and prompt, worded by the active adapter's template, with its slots; no padding.
+
+    Raises ConfigError where the adapter does more than to edit the prompt's embeddings, DataError for an image that cannot be read.
+    """
+    encoder, found = model.row_encoder(), []
+    for image, prompt in zip(images, prompts, strict=True):
+        pixels = model.tower.preprocess(decode_image(image))[None]
+        batch = collate([encoder.prompt(prompt)], [0], pixels, kind="pixels", side="left", pad_id=model.language.tokenizer.pad_token_id)
+        batch = batch.to(model.device)
+        found.append(prompt_embeds(model.adapted, batch.ids, model.token_map(batch))[0])
+    return found
+
+
+@torch.no_grad()
+def text_prompt_embeds(model: AdaptedModel, language: Language, prompts: Sequence[str | Sequence[int]]) -> list[Tensor]:
+    """The same of prompts that are words alone, between the special tokens that the tokenizer puts around a text, after the adapter's slots.
+
+    A special token's spelling inside a text is letters. A prompt that needs special tokens in its middle (a chat template's) is given as ids.
+    """
+    found, tokens = [], TextTokens(language.tokenizer)
+    for prompt in prompts:
+        row = tokens.whole(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = torch.tensor([row], device=next(model.base.parameters()).device)
+        call = Call.make(model.base, model.anatomy, {"input_ids": ids}, model.serving(1), model.image_ids, "left")
+        found.append(prompt_embeds(model, call.arguments["input_ids"], call.token_map)[0])
+    return found

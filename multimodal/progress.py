@@ -24,10 +24,10 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterat
         return
     if total is None and isinstance(items, Sized):
         total = len(items)
-    started = said = time.monotonic()
+    started = stated = time.monotonic()
     for number, item in enumerate(items):
-        if (now := time.monotonic()) - said >= EVERY and _is_main():
-            said, left = now, f", {(now - started) / number * (total - number):.0f} s left" if total and number else ""
+        if (now := time.monotonic()) - stated >= EVERY and _is_main():
+            stated, left = now, f", {(now - started) / number * (total - number):.0f} s left" if total and number else ""
             print(f"{label}: {number} of {total if total is not None else 'unknown'} batches{left}", file=sys.stderr)
         yield item
 
@@ -40,35 +40,35 @@ def _is_main() -> bool:
 class StepProgress:
     """Training steps: a bar with loss, rate and time left on a terminal; elsewhere a line each time that something is logged, and every half minute."""
 
-    def __init__(self, *, first: int, last: int, is_shown: bool) -> None:
+    def __init__(self, *, first: int, last: int, is_visible: bool) -> None:
         self._is_terminal = sys.stderr.isatty()
-        self._is_shown, self._last, self._first, self._step = is_shown, last, first, first
-        self._started = self._said = time.monotonic()
-        self._bar = tqdm(total=last, initial=first, desc="training", unit="step", dynamic_ncols=True, disable=not (is_shown and self._is_terminal))
+        self._is_visible, self._last, self._first, self._step = is_visible, last, first, first
+        self._started = self._stated = time.monotonic()
+        self._bar = tqdm(total=last, initial=first, desc="training", unit="step", dynamic_ncols=True, disable=not (is_visible and self._is_terminal))
 
     def step(self) -> None:
         """One step is done."""
         self._step += 1
         self._bar.update()
-        if time.monotonic() - self._said >= EVERY:
-            self._say("")
+        if time.monotonic() - self._stated >= EVERY:
+            self._log("")
 
     def logged(self, step: int, loss: float, rate: float) -> None:
         """Say how the training goes."""
         self._bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}")
-        self._say(f"loss {loss:.3f}  rate {rate:.1e}  ")
+        self._log(f"loss {loss:.3f}  rate {rate:.1e}  ")
 
-    def measured(self, step: int, figures: Mapping[str, float], is_best: bool) -> None:
+    def measured(self, step: int, metrics: Mapping[str, float], is_best: bool) -> None:
         """Say what was measured."""
-        if self._is_shown and figures:
+        if self._is_visible and metrics:
             best = "  best so far" if is_best else ""
-            line = f"step {step}/{self._last}  validation: {'  '.join(f'{name} {value:.3f}' for name, value in figures.items())}{best}"
+            line = f"step {step}/{self._last}  validation: {'  '.join(f'{name} {value:.3f}' for name, value in metrics.items())}{best}"
             tqdm.write(line, file=sys.stderr)
 
-    def _say(self, what: str) -> None:
-        if self._is_shown and not self._is_terminal:
-            self._said = time.monotonic()
-            speed = (self._step - self._first) / max(self._said - self._started, 1e-9)
+    def _log(self, what: str) -> None:
+        if self._is_visible and not self._is_terminal:
+            self._stated = time.monotonic()
+            speed = (self._step - self._first) / max(self._stated - self._started, 1e-9)
             left = (self._last - self._step) / speed if speed else 0.0
             print(f"step {self._step}/{self._last}  {what}{speed:.2f} steps/s  {left:.0f} s left", file=sys.stderr)
 

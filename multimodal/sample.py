@@ -22,7 +22,7 @@ Decode = Literal["exact", "draft"]  # draft: JPEGs at a fraction of their size (
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question about a picture, with what people answered (ten answers in VQAv2, none in a test split).
+    """A question about an image, with what people answered (ten answers in VQAv2, none in a test split).
 
     marks   one per answer where the file gives answers no id of their own, else empty: the official score takes answers that are equal in
             this too as one (`tasks.metrics.vqa.GradedQuestion`)
@@ -86,16 +86,16 @@ class SampleSource(Protocol):
 
 
 # ----------------------------------------
-# How long the rows of samples will be, told before any picture is read.
+# How long the rows of samples will be, told before any image is read.
 
 
 Measure = Callable[[Sample], int]
-"""The tokens of the longest row that is made of a sample's texts; its picture is not looked at."""
+"""The tokens of the longest row that is made of a sample's texts; its image is not looked at."""
 
 
 @runtime_checkable
 class TextLengths(Protocol):
-    """A data set that can say how long its texts are without reading its pictures."""
+    """A data set that can say how long its texts are without reading its images."""
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """int64 [samples]: what `measure` says where the texts are in memory; else their bytes, which follow the tokens roughly.

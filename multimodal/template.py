@@ -1,4 +1,4 @@
-"""How a task words its prompt and its answer, with the places of the picture and of special tokens marked."""
+"""How a task words its prompt and its answer, with the places of the image and of special tokens marked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPLIT = re.compile("(" + "|".join(MARKERS) + ")")
 
 @dataclass(frozen=True)
 class Text:
-    """One thing to learn or to ask about a picture: a question (empty in captioning) and what should be said; None when it is asked.
+    """One thing to learn or to ask about an image: a question (empty in captioning) and what should be said; None when it is asked.
 
     scores   where an answer is chosen by a head: (number of an answer, what it would score, above 0 to 1); answers not named score nothing
     """
@@ -49,12 +49,12 @@ class Filled(str):
 class Template:
     """The words around a question and an answer.
 
-    <image> is where the picture's slots go, <bos> and <eos> are the language model's own tokens (left out where it has none);
+    <image> is where the image's slots go, <bos> and <eos> are the language model's own tokens (left out where it has none);
     {question} and {text} are filled in. A question that contains a marker, or a special token of the language model in the model's own
     spelling, stays text; the template's own words may hold such a spelling (`<|user|>`), and it is that token there.
 
     `"<image><bos>question: {question} answer:"` and `" {text}<eos>"` make, of "is it red?" and "yes",
-    [the picture], <bos>, "question: is it red? answer:", and then " yes", <eos>.
+    [the image], <bos>, "question: is it red? answer:", and then " yes", <eos>.
     """
 
     prompt: str
@@ -63,7 +63,7 @@ class Template:
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
         if self.prompt.count("<image>") != 1:
-            raise ConfigError(f"the prompt template {self.prompt!r} has {self.prompt.count('<image>')} places for the picture: write <image> once")
+            raise ConfigError(f"the prompt template {self.prompt!r} has {self.prompt.count('<image>')} places for the image: write <image> once")
         if "{text}" not in self.target or "<image>" in self.target:
             raise ConfigError(f"the target template {self.target!r} must hold {{text}}, and not <image>: for instance '{{text}}<eos>'")
 

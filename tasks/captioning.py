@@ -1,4 +1,4 @@
-"""Captioning: say what is in the picture; scored as COCO captions are."""
+"""Captioning: say what is in the image; scored as COCO captions are."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import ClassVar, Literal
 from adalink.errors import ConfigError, DataError
 from multimodal.sample import Sample, SampleSource
 from multimodal.template import Template, Text
-from tasks.metrics.bootstrap import caption_figures
+from tasks.metrics.bootstrap import caption_metrics
 from tasks.metrics.captions import score_captions
 from tasks.metrics.files import caption_results_name, write_caption_results
 from tasks.task import Asked, Score
 
 __all__ = ["Captioning"]
 
-_FIGURES = ("CIDEr", "Bleu_4", "Bleu_3", "Bleu_2", "Bleu_1", "ROUGE_L")
+_METRICS = ("CIDEr", "Bleu_4", "Bleu_3", "Bleu_2", "Bleu_1", "ROUGE_L")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class Captioning:
     name: ClassVar[str] = "captioning"
     headline: ClassVar[str] = "CIDEr"
 
-    template: Template = Template(prompt="<image><bos>", target="{text}<eos>")  # words around the picture and the caption
-    captions_per_image: int = 0  # how many of a picture's captions each step learns, drawn anew each epoch; 0: all of them
+    template: Template = Template(prompt="<image><bos>", target="{text}<eos>")  # words around the image and the caption
+    captions_per_image: int = 0  # how many of an image's captions each step learns, drawn anew each epoch; 0: all of them
     style: Literal["raw", "plain"] = "raw"  # plain: lower case, no space before marks, a final full stop, as many small models were trained
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class Captioning:
         return [Text("", plain(caption) if self.style == "plain" else caption) for caption in captions]
 
     def asked(self, sample: Sample) -> Sequence[Asked]:
-        """One caption for each picture."""
+        """One caption for each image."""
         return [Asked(sample.image_id, "")]
 
     def is_graded(self, sample: Sample) -> bool:
@@ -61,20 +61,20 @@ class Captioning:
         return bool(sample.captions)
 
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
-        """CIDEr-D, BLEU and ROUGE-L in percent, against every caption of the source's pictures that were predicted.
+        """CIDEr-D, BLEU and ROUGE-L in percent, against every caption of the source's images that were predicted.
 
-        Raises DataError where nothing was predicted, or a picture has no caption to score against.
+        Raises DataError where nothing was predicted, or an image has no caption to score against.
         """
         references = {sample.image_id: sample.captions for sample in (source[i] for i in range(len(source))) if sample.image_id in predictions}
         if not references:
-            raise DataError("nothing was predicted for this data set: every picture of it was bad, or it is another one")
+            raise DataError("nothing was predicted for this data set: every image of it was bad, or it is another one")
         if lonely := [item for item, captions in references.items() if not captions]:
-            raise DataError(f"{len(lonely)} of {len(references)} pictures have no caption to score against, such as image {lonely[0]}: give their captions")
+            raise DataError(f"{len(lonely)} of {len(references)} images have no caption to score against, such as image {lonely[0]}: give their captions")
         scores = score_captions(dict(predictions), references)
-        figures = {name: 100 * scores.corpus[name] for name in _FIGURES}
+        metrics = {name: 100 * scores.corpus[name] for name in _METRICS}
         items = {item: 100 * row["CIDEr"] for item, row in scores.per_image.items()}
         return Score(
-            figures=figures, headline=self.headline, items=items, scorer=scores.scorer, resampled=caption_figures(scores).chosen(_FIGURES, scale=100)
+            metrics=metrics, headline=self.headline, items=items, scorer=scores.scorer, resampled=caption_metrics(scores).chosen(_METRICS, scale=100)
         )  # fmt: skip
 
     def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:

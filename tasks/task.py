@@ -10,12 +10,12 @@ from typing import Literal, Protocol
 
 from multimodal.sample import Sample, SampleSource
 from multimodal.template import Template, Text
-from tasks.metrics.bootstrap import Figures, Interval, Resampling, intervals
+from tasks.metrics.bootstrap import Interval, Metrics, Resampling, intervals
 
 __all__ = ["BLIND", "TRAINED", "UNTRAINED", "Asked", "Score", "Submission", "Task"]
 
 # The rows of every table of results.
-UNTRAINED, TRAINED, BLIND = "frozen parts, untrained adapter", "trained adapter", "pictures shuffled (blind control)"
+UNTRAINED, TRAINED, BLIND = "frozen parts, untrained adapter", "trained adapter", "images shuffled (blind control)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Asked:
-    """One thing to ask about a picture. item: the image id (captioning) or the question id (VQA), as in the official result files."""
+    """One thing to ask about an image. item: the image id (captioning) or the question id (VQA), as in the official result files."""
 
     item: int
     question: str
@@ -48,12 +48,12 @@ class Score:
     note      a sentence about what was scored, or empty
     """
 
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
     headline: str
     items: Mapping[int, float]
     scorer: str
     other_scorers: Mapping[str, str] = field(default_factory=dict)
-    resampled: Figures | None = None
+    resampled: Metrics | None = None
     note: str = ""
 
     def intervals(self, resampling: Resampling) -> dict[str, Interval]:
@@ -74,7 +74,7 @@ class Task(Protocol):
 
     @property
     def template(self) -> Template:
-        """The words around the picture, the question and the answer."""
+        """The words around the image, the question and the answer."""
 
     @property
     def results_name(self) -> Callable[[str, str], str]:

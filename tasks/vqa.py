@@ -15,7 +15,7 @@ from multimodal.data.shards.reader import DamagedSample
 from multimodal.progress import progress
 from multimodal.sample import Question, Sample, SampleSource
 from multimodal.template import Template, Text
-from tasks.metrics.bootstrap import answer_figures
+from tasks.metrics.bootstrap import answer_metrics
 from tasks.metrics.files import vqa_results_name, write_vqa_results
 from tasks.metrics.vqa import (
     VQA_SCORERS,
@@ -31,7 +31,7 @@ from tasks.metrics.vqa import (
 )
 from tasks.task import Asked, Score
 
-__all__ = ["AnswerVocabulary", "Vqa", "answer_vocabulary", "graded_question", "learnt_questions", "most_common"]
+__all__ = ["AnswerVocabulary", "Vqa", "answer_vocabulary", "graded_question", "training_questions", "most_common"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Vqa:
 
     template: Template = Template(prompt="<image><bos>question: {question} answer:", target=" {text}<eos>")  # words around question and answer
     learn: Literal["common", "drawn"] = "common"  # of ten answers: the most common one, or one drawn anew each epoch
-    questions_per_image: int = 0  # how many of a picture's questions each step learns; 0: all of them
+    questions_per_image: int = 0  # how many of an image's questions each step learns; 0: all of them
     answers: int = 0  # a trained head chooses among so many most frequent answers of the training data (3129 for VQAv2); 0: the answer is written
     scorer: VqaScorer = "official"  # see `adalink score vqa --help`; where most questions have too few answers for it, the exact match is given
 
@@ -67,11 +67,11 @@ class Vqa:
 
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
         """Each answered question with one of its answers."""
-        learnt = learnt_questions(self, sample, rng)
-        return [Text(question.text, most_common(question) if self.learn == "common" else rng.choice(question.answers)) for question in learnt]
+        questions = training_questions(self, sample, rng)
+        return [Text(question.text, most_common(question) if self.learn == "common" else rng.choice(question.answers)) for question in questions]
 
     def asked(self, sample: Sample) -> Sequence[Asked]:
-        """Every question of the picture."""
+        """Every question of the image."""
         return [Asked(question.question_id, question.text) for question in sample.questions]
 
     def is_graded(self, sample: Sample) -> bool:
@@ -92,19 +92,19 @@ class Vqa:
         fitting = fitting_scorer(self.scorer, graded)
         scores = score_answers(dict(predictions), graded, fitting)
         headline = "exact match" if fitting == "exact" else self.headline
-        figures, other = _named(headline, scores), {}
+        metrics, other = _named(headline, scores), {}
         if fitting != self.scorer:
             official = score_answers(dict(predictions), graded, self.scorer)
             other = dict.fromkeys(_named(self.headline, official), official.scorer)
-            figures |= _named(self.headline, official)
+            metrics |= _named(self.headline, official)
         named = {headline: "overall", **{f"{headline} ({kind})": f"answer type: {kind or '(none)'}" for kind in scores.per_answer_type}}
         return Score(
-            figures=figures,
+            metrics=metrics,
             headline=headline,
             items={int(item): value for item, value in scores.per_question.items()},
             scorer=scores.scorer,
             other_scorers=other,
-            resampled=answer_figures(scores, graded).chosen(named),
+            resampled=answer_metrics(scores, graded).chosen(named),
             note="; ".join(few_answers_note(self.scorer, graded)),
         )
 
@@ -117,7 +117,7 @@ def _named(name: str, scores: AnswerScores) -> dict[str, float]:
     return {name: scores.overall, **{f"{name} ({kind})": value for kind, value in scores.per_answer_type.items()}}
 
 
-def learnt_questions(task: Vqa, sample: Sample, rng: random.Random) -> list[Question]:
+def training_questions(task: Vqa, sample: Sample, rng: random.Random) -> list[Question]:
     """The answered questions that a step learns, or as many as were asked for."""
     answered = [question for question in sample.questions if question.answers]
     if task.questions_per_image and len(answered) > task.questions_per_image:
@@ -157,7 +157,7 @@ class AnswerVocabulary:
 
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
         """The questions that the task takes, each with the scores of the answers that people gave."""
-        return [Text(question.text, most_common(question), self.scores(question)) for question in learnt_questions(self.task, sample, rng)]
+        return [Text(question.text, most_common(question), self.scores(question)) for question in training_questions(self.task, sample, rng)]
 
     def scores(self, question: Question) -> tuple[tuple[int, float], ...]:
         """(number of an answer, its VQA accuracy from above 0 to 1) for the answers that people gave; those outside are no target.
@@ -190,6 +190,6 @@ def answer_vocabulary(task: Vqa, source: SampleSource) -> AnswerVocabulary:
         for answer in (clean(answer) for question in sample.questions for answer in question.answers):
             spelled[normalize(answer)][answer] += 1
     if not spelled:
-        raise DataError(f"the {len(source)} training pictures have no answers to choose among: give VQA data with annotations, or leave out vqa.answers")
+        raise DataError(f"the {len(source)} training images have no answers to choose among: give VQA data with annotations, or leave out vqa.answers")
     ranked = sorted(spelled, key=lambda answer: (-spelled[answer].total(), answer))[: task.answers]
     return AnswerVocabulary(task, tuple(min(spelled[answer].items(), key=lambda pair: (-pair[1], pair[0]))[0] for answer in ranked))

@@ -1,10 +1,12 @@
-"""The house rules that a machine can check: import direction, how long files and functions may be, and what is public."""
+"""The house rules that a machine can check: import direction, the size of folders, files and functions, names, and what is public."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,14 @@ MAY_IMPORT = {"adalink": {"adalink"}, "multimodal": {"adalink", "multimodal"}, "
 ADALINK_NEEDS = {"torch", "safetensors"}  # and huggingface_hub, late, for hub names
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MOST_LINES, MOST_FUNCTION_LINES = 500, 40
+MOST_ENTRIES = 16  # of a folder
+MOST_FILES = 160  # of the three packages
+# Words of our own for which the field has others: no name of a module, class, function, argument or value holds one.
+NICKNAMES = frozenset(
+    """beginning beginnings bears blueprint draft figure figures flips footprint kept learner learnt offenders outside parcel picture pictures said sameness say
+    shown still tell told verdict""".split()
+)
+OF_FORMATS = {"said_before", "said_after"}  # fields of JSON that others read
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -49,21 +59,79 @@ def test_importing_adalink_loads_no_other_library_of_the_field() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "[]"
 
 
-def test_no_import_cycles() -> None:
-    graph = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): {name for name, is_top in imports(path) if is_top} for path in FILES
-    }
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+
+def needs(path: Path) -> set[str]:
+    """The modules of the three packages that a file imports anywhere: at its top, in a function, or for type checks alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {name if (name := f"{node.module}.{alias.name}") in MODULES else str(node.module) for alias in node.names}
+    return found & MODULES.keys()
+
+
+def folder_of(name: str) -> str:
+    """The folder of a module; a module at the root of a package, which stands beside the folders there, is one by itself."""
+    parts = MODULES[name].relative_to(ROOT).parts
+    return name if len(parts) == 2 else "/".join(parts[:-1])
+
+
+def first_cycle(graph: dict[str, set[str]]) -> str:
+    """`a -> b -> a`, or nothing."""
     done: set[str] = set()
 
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, f"import cycle: {' -> '.join((*trail[trail.index(name) :], name))}"
-        if name in graph and name not in done:
-            for needed in graph[name]:
-                visit(needed, (*trail, name))
-            done.add(name)
+    def visit(name: str, trail: tuple[str, ...]) -> str:
+        if name in trail:
+            return " -> ".join((*trail[trail.index(name) :], name))
+        if name in done:
+            return ""
+        found = next((cycle for needed in sorted(graph.get(name, ())) if (cycle := visit(needed, (*trail, name)))), "")
+        done.add(name)
+        return found
 
-    for name in graph:
-        visit(name, ())
+    return next((cycle for name in sorted(graph) if (cycle := visit(name, ()))), "")
+
+
+def test_no_import_cycles_of_modules_or_folders() -> None:
+    """Imports in functions and under TYPE_CHECKING count: what a reader must follow is the same."""
+    modules = {name: needs(path) for name, path in MODULES.items()}
+    folders: dict[str, set[str]] = defaultdict(set)
+    for name, needed in modules.items():
+        folders[folder_of(name)] |= {folder_of(other) for other in needed} - {folder_of(name)}
+    assert first_cycle(modules) == ""
+    assert first_cycle(folders) == ""
+
+
+def test_a_cycle_is_found() -> None:
+    assert first_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == "b -> c -> b"
+
+
+def test_a_folder_shows_one_idea() -> None:
+    folders = [path for top in (*PACKAGES, "tests") for path in [ROOT / top, *(ROOT / top).rglob("*")] if path.is_dir() and "__pycache__" not in path.parts]
+    counts = {str(path.relative_to(ROOT)): sum(one.name != "__pycache__" for one in path.iterdir()) for path in folders}
+    assert {name: count for name, count in counts.items() if count > MOST_ENTRIES} == {}
+    assert len(FILES) <= MOST_FILES
+
+
+def names_of(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_are_the_fields(path: Path) -> None:
+    names = {*names_of(ast.parse(path.read_text())), path.stem}
+    assert sorted(name for name in names - OF_FORMATS if NICKNAMES & {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -66,9 +66,9 @@ def silent_raisers(tree: ast.Module) -> list[str]:
     for node in public(tree):
         for function in functions(node):
             raised = {getattr(getattr(one.exc, "func", None), "id", "") for one in ast.walk(function) if isinstance(one, ast.Raise)}
-            said = (ast.get_docstring(function) or "").lower()
+            stated = (ast.get_docstring(function) or "").lower()
             if any(name.endswith("Error") and name != "AssertionError" for name in raised) and function.name not in SAID_ELSEWHERE:
-                found += [] if any(word in said for word in SAYS_SO) else [f"{node.name}.{function.name}"]
+                found += [] if any(word in stated for word in SAYS_SO) else [f"{node.name}.{function.name}"]
     return found
 
 

@@ -128,7 +128,7 @@ class Attachment:
         self.at: Mapping[Port, list[tuple[int, Placement]]] = {}
         self.served: frozenset[int] = frozenset()
         self._ports: dict[Port, torch.utils.hooks.RemovableHandle] = {}
-        self.kept: WeakKeyDictionary[Any, dict[nn.Module, Tensor]] = WeakKeyDictionary()  # by cache: what edits keep of its prompt, for each row
+        self.retained: WeakKeyDictionary[Any, dict[nn.Module, Tensor]] = WeakKeyDictionary()  # by cache: what edits keep of its prompt, for each row
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._forwards: list[tuple[nn.Module, Any]] = []  # layers whose forward is wrapped by checkpoint_layers, and one that was there before
         self._may_cache = "use_cache" in inspect.signature(type(self.stack).forward).parameters
@@ -259,20 +259,20 @@ class Attachment:
         if self._forwards and torch.is_grad_enabled() and self._may_cache:  # unasked too, inside an existing vision-language model
             kwargs = {**kwargs, "use_cache": False}  # a recompute would write the cache a second time
         tokens = (token_map or _of_nobody(ids)).window(ids.shape[0], start, length, max(visible, start + length))
-        self.tokens = replace(tokens, kept=self.kept.get(cache, {}) if start else None if kwargs.get("use_cache") is False else {})
+        self.tokens = replace(tokens, retained=self.retained.get(cache, {}) if start else None if kwargs.get("use_cache") is False else {})
         if embeds is not None and EMBEDDING in self.at and not self.anatomy.merges_late:
             kwargs = {**kwargs, "inputs_embeds": self._edited(EMBEDDING, embeds, embeds)}
         return args, kwargs
 
     def _leave(self, stack: nn.Module, args: tuple[Any, ...], output: object) -> None:
         tokens, self.tokens = self.tokens, None
-        if tokens is not None and tokens.kept and tokens.has_prompt:
+        if tokens is not None and tokens.retained and tokens.has_prompt:
             values = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
             cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
             if cache is None:
-                tokens.kept.clear()
+                tokens.retained.clear()
             else:
-                self.kept[cache] = tokens.kept
+                self.retained[cache] = tokens.retained
 
     def _edited(self, port: Port, h: Tensor, x: Tensor) -> Tensor:
         """h after every edit placed at the port, each on its own tokens only."""

@@ -98,7 +98,7 @@ def positions(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Te
     A key that has no position (a prefix) is at a distance that depends on where a row starts, so training must count as generation does.
     """
     host: Any = model
-    knows = any(hasattr(module, "get_rope_index") for module in model.modules())  # it reads the mask, and a picture has two dimensions
+    knows = any(hasattr(module, "get_rope_index") for module in model.modules())  # it reads the mask, and an image has two dimensions
     if knows or "position_ids" not in inspect.signature(host.forward).parameters or bool(attention_mask[:, 0].all()):
         return None
     position = (attention_mask.long().cumsum(1) - 1).clamp(min=0)

@@ -41,7 +41,7 @@ class Reserved:
         kinds = [[slot.domain for slot in row for _ in range(slot.count)] for row in slots]
         if any(domain in row for row in kinds for domain in (IMAGE, PERCEPT)):
             raise ConfigError(
-                "an adapter with a bridge or with percepts needs pictures, and plain ids bring none: use a model composed with a vision tower, "
+                "an adapter with a bridge or with percepts needs images, and plain ids bring none: use a model composed with a vision tower, "
                 "or pass a token_map"
             )
         n_slots = max((len(row) for row in kinds), default=0)
@@ -265,7 +265,7 @@ class Call:
 
 
 def given_ids(arguments: Mapping[str, Any], image_ids: Sequence[int]) -> Tensor:
-    """int64 [B, T]: `input_ids`; of a model that knows no pictures, `inputs_embeds` [B, T, D] tell as much. Raises ConfigError."""
+    """int64 [B, T]: `input_ids`; of a model that knows no images, `inputs_embeds` [B, T, D] tell as much. Raises ConfigError."""
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if isinstance(ids, Tensor):
         return ids
@@ -273,7 +273,7 @@ def given_ids(arguments: Mapping[str, Any], image_ids: Sequence[int]) -> Tensor:
         return embeds.new_zeros(embeds.shape[:2], dtype=torch.int64)
     raise ConfigError(
         "this model's tokens cannot be told apart without input_ids"
-        + (" (embeddings do not say which of them are a picture's)" if image_ids else "")
+        + (" (embeddings do not say which of them are an image's)" if image_ids else "")
         + ": pass input_ids, or a token_map that says what the tokens are"
     )
 

@@ -14,7 +14,7 @@ from adalink.tokens import PAD, Tokens, counted
 
 __all__ = [
     "HiddenFromReader", "HideKeys", "NoDistance", "ReadAll", "Uncounted", "ZeroVector", "check_attention", "check_reach",
-    "hide_keys", "lowest_edit", "outside_sequence", "read_all", "whole_mask", "without_positions",
+    "hide_keys", "lowest_edit", "virtual_tokens", "read_all", "whole_mask", "without_positions",
 ]  # fmt: skip
 
 
@@ -173,7 +173,7 @@ class HiddenFromReader(nn.Module):
         return mask.masked_fill(_is_slot(tokens, domains, adapter), 0)
 
 
-def outside_sequence(anatomy: Anatomy, domains: tuple[int, ...]) -> list[Placement]:
+def virtual_tokens(anatomy: Anatomy, domains: tuple[int, ...]) -> list[Placement]:
     """The placements that keep the tokens of `domains` out of the sequence. Raises AttachError where positions are counted out of reach."""
     distances = dict.fromkeys(one.distances for one in anatomy.projections if one.distances)
     return [
@@ -203,7 +203,7 @@ def _is_slot(tokens: Tokens, domains: tuple[int, ...], adapter: int) -> Tensor:
 # How deep an adapter begins: below its lowest edit a frozen model makes of a text what its tokens alone decide, whatever is learnt.
 
 
-# Edits that nothing is learnt in and that read no picture: domains alone decide what they do.
+# Edits that nothing is learnt in and that read no image: domains alone decide what they do.
 FIXED = (HideKeys, Uncounted, ZeroVector)
 
 

@@ -1,7 +1,7 @@
 """Attach an adapter to a frozen vision transformer: the same methods, edits and ports as in a language model.
 
     attachment = attach_vision(encoder, Adapter({"adalink": AdaLink(rank=16, modalities=("image",))}, read_vision(encoder)))
-    encoder(pixel_values)               # every call is edited: all tokens are a picture's
+    encoder(pixel_values)               # every call is edited: all tokens are an image's
     attachment.detach()
 
 AdaLink edits the patches where the patch embedding gives them, before class token and positions. Inside the layers every token is
@@ -103,7 +103,7 @@ def _linear(name: str, module: nn.Module) -> Linear | None:
 def attach_vision(model: nn.Module, adapter: Adapter) -> VisionAttachment:
     """Attach an adapter, made with `read_vision(model)`, to a frozen vision transformer, and freeze the model.
 
-    Raises AttachError for a compiled model or a port that it lacks, ConfigError for edits of tokens that a picture does not have.
+    Raises AttachError for a compiled model or a port that it lacks, ConfigError for edits of tokens that an image does not have.
     """
     return VisionAttachment(model, adapter)
 

@@ -171,9 +171,9 @@ def part_from_json(content: Mapping[str, Any]) -> FrozenPart:
 
 
 def _parameters(model: nn.Module, without: Sequence[str]) -> list[tuple[str, Tensor]]:
-    outside, tied = tuple(f"{module}." for module in without), tied_names(model)
-    kept = ((name, tensor) for name, tensor in model.named_parameters() if name not in tied and not name.startswith(outside))
-    return sorted(kept, key=lambda pair: pair[0])
+    unknown, tied = tuple(f"{module}." for module in without), tied_names(model)
+    retained = ((name, tensor) for name, tensor in model.named_parameters() if name not in tied and not name.startswith(unknown))
+    return sorted(retained, key=lambda pair: pair[0])
 
 
 def _some(tensors: Sequence[Tensor]) -> str:

@@ -170,12 +170,12 @@ class AdapterConfig:
             found = [f"{trained_on.name} ({trained_on.fingerprint}), but this one is missing"] if here is None else list(differences(trained_on, here))
             if not found:
                 continue
-            told = f"the adapter in {folder} was trained on the {what} {'; and on the same '.join(found)}"
+            note = f"the adapter in {folder} was trained on the {what} {'; and on the same '.join(found)}"
             if not allow_other_base or here is None:
                 raise CheckpointError(
-                    f"{told}: load the adapter with the parts it was trained on, or allow this one by name (allow_other_base=True, --allow_other_base)"
+                    f"{note}: load the adapter with the parts it was trained on, or allow this one by name (allow_other_base=True, --allow_other_base)"
                 )
-            warnings.warn(f"{told}; it is loaded all the same", stacklevel=2)
+            warnings.warn(f"{note}; it is loaded all the same", stacklevel=2)
 
 
 def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:

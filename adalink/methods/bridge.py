@@ -73,7 +73,7 @@ class Bridge:
     activation: Literal["gelu", "relu", "silu"] = "gelu"  # of the mlp; gelu is the exact one
     bias: bool = True  # of the linears
     dropout: float = 0.0  # before the last linear
-    feature_dropout: float = 0.0  # of the normed features; what few pictures need most
+    feature_dropout: float = 0.0  # of the normed features; what few images need most
     pool: int = 0  # average a square grid of patches down to this many rows and columns: fewer slots, faster steps; 0: every patch has a slot
     boundary: Literal["none", "learned"] = "none"  # learned: a trained vector before the features and one after, two more slots
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy, Part, Projections
-from adalink.attachment.slots import HideKeys, outside_sequence
+from adalink.attachment.slots import HideKeys, virtual_tokens
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import AttachError, ConfigError, check_tuples
 from adalink.methods.targets import layers_left
@@ -131,7 +131,7 @@ class Prefix:
         return [
             *(placement for layer in layers for placement in layer),
             *(Placement("hidden", Port(layer, "mask"), hide, (PREFIX,)) for i, layer in enumerate(anatomy.layers) if i not in left),
-            *outside_sequence(anatomy, (PREFIX,)),
+            *virtual_tokens(anatomy, (PREFIX,)),
         ]
 
 

@@ -52,8 +52,8 @@ class Target:
 def layers_left(anatomy: Anatomy, exclude_layers: Sequence[int]) -> tuple[int, ...]:
     """The numbers of the layers that are not excluded, in order. Raises AttachError where one is outside the model, or none is left."""
     n = len(anatomy.layers)
-    if outside := [layer for layer in exclude_layers if not 0 <= layer < n]:
-        raise AttachError(f"excluded layers {outside} are outside this model, which has {n}: give numbers of 0 to {n - 1}")
+    if unknown := [layer for layer in exclude_layers if not 0 <= layer < n]:
+        raise AttachError(f"excluded layers {unknown} are outside this model, which has {n}: give numbers of 0 to {n - 1}")
     if not (left := tuple(layer for layer in range(n) if layer not in exclude_layers)):
         raise AttachError(f"all {n} layers of this model are excluded, and none is left to edit: exclude fewer")
     return left
@@ -72,19 +72,19 @@ def find_targets(anatomy: Anatomy, names: Sequence[str], exclude: Sequence[str] 
     """
     left = layers_left(anatomy, exclude_layers)
     unwanted = [target for name in exclude for target in _named(anatomy, name)]
-    kept = {
+    retained = {
         target: None
         for name in names
         for target in _named(anatomy, name)
         if _layer(anatomy, target.linear.name) in left and not any(_overlap(target, other) for other in unwanted)
     }
-    if not kept:
+    if not retained:
         raise AttachError(
             f"no linear is left to edit: the targets are {', '.join(names) or 'none'}, and {', '.join([*exclude, *map(str, exclude_layers)]) or 'nothing'} "
             f"is excluded; {_would_have_worked(anatomy)}"
         )
     order = {linear.name: i for i, linear in enumerate(anatomy.linears)}
-    return tuple(sorted(kept, key=lambda target: (order[target.linear.name], target.start)))
+    return tuple(sorted(retained, key=lambda target: (order[target.linear.name], target.start)))
 
 
 def _named(anatomy: Anatomy, name: str) -> list[Target]:

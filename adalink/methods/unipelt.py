@@ -28,7 +28,7 @@ __all__ = ["Gate", "Gated", "UniPELT", "Writes"]
 
 
 NOT_EDITS = ("mask", "position", "vectors", "cache", "distances", "reader")  # ports where nothing is there to be mixed
-NOT_OF_THE_PROMPT = (PAD, ANSWER, PREFIX, PROMPT, PERCEPT)  # the rest is question and picture
+NOT_OF_THE_PROMPT = (PAD, ANSWER, PREFIX, PROMPT, PERCEPT)  # the rest is question and image
 
 
 @runtime_checkable
@@ -50,19 +50,19 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         if self.mean == "prompt" and not tokens.has_prompt:
-            return self._kept(tokens)
-        outside = NOT_OF_THE_PROMPT if self.mean == "prompt" else (PREFIX,)
-        counts = ~torch.stack([tokens.domain == domain for domain in outside]).any(0)[..., None]  # [B, T, 1]
+            return self._retained(tokens)
+        unknown = NOT_OF_THE_PROMPT if self.mean == "prompt" else (PREFIX,)
+        counts = ~torch.stack([tokens.domain == domain for domain in unknown]).any(0)[..., None]  # [B, T, 1]
         opened = torch.sigmoid(nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias))
         n = counts.sum(1, keepdim=True)
         value = torch.where(n > 0, (opened * counts).sum(1, keepdim=True) / n.clamp(min=1), torch.sigmoid(self.bias))
-        if self.mean == "prompt" and tokens.kept is not None:
-            tokens.kept[self] = value
+        if self.mean == "prompt" and tokens.retained is not None:
+            tokens.retained[self] = value
         return value
 
-    def _kept(self, tokens: Tokens) -> Tensor:
+    def _retained(self, tokens: Tokens) -> Tensor:
         """What the gate was when the prompt was read. With beams made after that, a prompt's rows are repeated."""
-        value = (tokens.kept or {}).get(self)
+        value = (tokens.retained or {}).get(self)
         if value is None or len(tokens.row) % len(value):
             found = "a cache of which no prompt is known, or a part of a prompt" if value is None else f"{len(tokens.row)} rows after a prompt of {len(value)}"
             raise AttachError(
@@ -93,7 +93,7 @@ class Gated:
     LoRA's own scale stays: with alpha = r it is 1, and the gate takes its place, as published. A prefix of a layer has one gate for
     its keys and values.
 
-    mean    prompt     over the tokens of picture and question, never the answer, slots or padding; read once with the prompt and kept beside
+    mean    prompt     over the tokens of image and question, never the answer, slots or padding; read once with the prompt and kept beside
                        its cache. Causal, so that cached and whole decoding agree, and a row does not depend on its neighbours' padding. A
                        row that has none of these is gated by the bias alone. The prompt must be read in one call.
             sequence   as published: over all tokens of the call, padding included, a prefix not. Right for an encoder. On a decoder later

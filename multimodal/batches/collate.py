@@ -1,4 +1,4 @@
-"""Rows of several pictures, padded into tensors."""
+"""Rows of several images, padded into tensors."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from multimodal.batches.tokenize import Row
 if TYPE_CHECKING:
     from multimodal.batches.tokenize import Row
 
-__all__ = ["NO_TARGET", "Batch", "Beginning", "additive", "beginning_of", "block_mask", "collate", "packed_attention"]
+__all__ = ["NO_TARGET", "Batch", "SharedPrefix", "additive", "shared_prefix_of", "block_mask", "collate", "packed_attention"]
 
 
 # ----------------------------------------
-# What the rows about a picture begin with, read in a call of its own: once for all of them, or without gradient where nothing learns there.
+# What the rows about an image begin with, read in a call of its own: once for all of them, or without gradient where nothing learns there.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beginning:
-    """The first `length` tokens of every row of a batch, alike in all rows about a picture, and the targets of both parts of the rows.
+class SharedPrefix:
+    """The first `length` tokens of every row of a batch, alike in all rows about an image, and the targets of both parts of the rows.
 
-    first            int64 [I]      the row that each picture's beginning is taken from
+    first            int64 [I]      the row that each image's beginning is taken from
     which            int64 [B]      the beginning of each row, counted in `first`
     each             how many rows every beginning has; None where they differ
-    source, target   int64 [I, M]   what the beginnings predict, for all rows of their picture; as in Batch
+    source, target   int64 [I, M]   what the beginnings predict, for all rows of their image; as in Batch
     own_source, own_target   int64 [B, M]   what the rest of each row predicts; positions are counted from `length`
     domains, own_domains     the domains that occur in the beginnings, and in the rest
     """
@@ -52,28 +52,28 @@ class Beginning:
         """Whether any beginning is that of several rows."""
         return len(self.first) < len(self.which)
 
-    def to(self, device: torch.device, *, non_blocking: bool = True) -> Beginning:
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> SharedPrefix:
         """The same on a device."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in own.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
 
-def beginning_of(rows: Sequence[Row], image: Sequence[int]) -> Beginning | None:
+def shared_prefix_of(rows: Sequence[Row], image: Sequence[int]) -> SharedPrefix | None:
     """What right-padded rows begin with: as much as the shortest of their own beginnings. None where one of them has none."""
-    length = min(row.beginning for row in rows)
+    length = min(row.shared_prefix for row in rows)
     if not length:
         return None
-    pictures = list(dict.fromkeys(image))
-    first = [list(image).index(picture) for picture in pictures]
-    which = [pictures.index(picture) for picture in image]
+    images = list(dict.fromkeys(image))
+    first = [list(image).index(number) for number in images]
+    which = [images.index(number) for number in image]
     assert all(row.ids[:length] == rows[first[i]].ids[:length] for i, row in zip(which, rows, strict=True))
     pairs = [list(zip(row.source, row.target, strict=True)) for row in rows]
     shared = [[pair for i, own in zip(which, pairs, strict=True) if i == n for pair in own if pair[0] < length] for n in range(len(first))]
     rest = [[(source - length, target) for source, target in own if source >= length] for own in pairs]
     source, target = _columns(shared)
     own_source, own_target = _columns(rest)
-    return Beginning(
+    return SharedPrefix(
         length=length,
         first=torch.tensor(first),
         which=torch.tensor(which),
@@ -95,7 +95,7 @@ def _columns(pairs: Sequence[Sequence[tuple[int, int]]]) -> tuple[Tensor, Tensor
 
 
 # ----------------------------------------
-# What a token of a packed row may read: what its text shares with the others about its picture, and its own text before it.
+# What a token of a packed row may read: what its text shares with the others about its image, and its own text before it.
 
 
 def additive(
@@ -103,7 +103,7 @@ def additive(
     is_padding: Tensor,
     dtype: torch.dtype,
     *,
-    picture: Tensor | None = None,
+    token_image: Tensor | None = None,
     position: Tensor | None = None,
     window: int | None = None,
     start: int = 0,
@@ -112,15 +112,15 @@ def additive(
 
     Not boolean: eager attention would add 0 and 1 to its scores. Every token reads itself, padding too: a softmax over nothing is NaN.
 
-    segment           int64 [B, T]: 0 for what all texts about a picture share
-    picture           int64 [B, T]: which picture each token is about; None where each row is about one
+    segment           int64 [B, T]: 0 for what all texts about an image share
+    image           int64 [B, T]: which image each token is about; None where each row is about one
     position, window  int64 [B, T]: each token's place in its own text; a token reads `window` places back, itself among them
     """
     order = torch.arange(segment.shape[1], device=segment.device)
     may_read = (order[start:, None] >= order) & ((segment[:, None, :] == 0) | (segment[:, start:, None] == segment[:, None, :]))
     may_read = may_read & ~is_padding[:, None, :]
-    if picture is not None:
-        may_read = may_read & (picture[:, start:, None] == picture[:, None, :])
+    if token_image is not None:
+        may_read = may_read & (token_image[:, start:, None] == token_image[:, None, :])
     if window is not None and position is not None:
         may_read = may_read & (position[:, start:, None] - position[:, None, :] < window)
     may_read = may_read | (order[start:, None] == order)
@@ -128,12 +128,12 @@ def additive(
 
 
 def block_mask(
-    segment: Tensor, is_padding: Tensor, *, position: Tensor, picture: Tensor | None = None, window: int | None = None, start: int = 0
+    segment: Tensor, is_padding: Tensor, *, position: Tensor, token_image: Tensor | None = None, window: int | None = None, start: int = 0
 ) -> Any:
     """The same as a BlockMask [B, 1, T - start, T] for flex attention, which skips blocks that nothing reads and needs a GPU to learn."""
     from torch.nn.attention.flex_attention import create_block_mask  # late: it loads the compiler
 
-    about = torch.zeros_like(segment) if picture is None else picture
+    about = torch.zeros_like(segment) if token_image is None else token_image
 
     def may_read(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         q = q + start
@@ -153,16 +153,16 @@ def packed_attention(
     position: Tensor,
     dtype: torch.dtype,
     start: int = 0,
-    picture: Tensor | None = None,
+    token_image: Tensor | None = None,
 ) -> Any:
     """What the model takes as `attention_mask`: one mask, or one for each kind of layer where kinds have names.
 
     windows: kind of layer -> how far it reads back; {"": None} where all layers are alike
     """
     masks: dict[str, Any] = {
-        kind: block_mask(segment, is_padding, position=position, picture=picture, window=window, start=start)
+        kind: block_mask(segment, is_padding, position=position, token_image=token_image, window=window, start=start)
         if implementation == "flex_attention"
-        else additive(segment, is_padding, dtype, picture=picture, position=position, window=window, start=start)
+        else additive(segment, is_padding, dtype, token_image=token_image, position=position, window=window, start=start)
         for kind, window in windows.items()
     }
     return masks.get("", masks)
@@ -173,24 +173,24 @@ NO_TARGET = -100  # torch's cross entropy ignores it
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B rows about I pictures; a picture with five captions is encoded once.
+    """B rows about I images; an image with five captions is encoded once.
 
     ids          int64 [B, T]
     domain       int64 [B, T]        PAD for padding
     source       int64 [B, M]        position of the hidden state that predicts ...
     target       int64 [B, M]        ... this id; NO_TARGET for padding. Explicit pairs, so that one row may hold several texts
-    image        int64 [B]           which picture the row, or the first part of it, is about
-    pixels       float [I, 3, H, W]  the pictures, or
+    image        int64 [B]           which image the row, or the first part of it, is about
+    pixels       float [I, 3, H, W]  the images, or
     patches      float [I, N + L, Dv]  their features, where they are kept: patches, then the pooled vector of each block (or none), or
     taps         float [I, L, Dv]    pooled vectors alone, of the last blocks
     decoder_ids  int64 [B, U]        encoder-decoder models only; sources are positions in it
     position     int64 [B, T]        each token's position in its own text, padding skipped
-    segment      int64 [B, T]        which of several packed texts about its picture a token belongs to; None where no row is packed
-    picture      int64 [B, T]        which picture a token is about; None where each row is about one
+    segment      int64 [B, T]        which of several packed texts about its image a token belongs to; None where no row is packed
+    image      int64 [B, T]        which image a token is about; None where each row is about one
     beginning    what the rows begin with, where that can be read in a call of its own
     score        float [B, M]        where a head chooses the answer: what each target, the number of an answer, would score; padding too
     n_targets    what the loss is divided by; the batch's own number of targets (of rows, where a head chooses) unless a training loop knows better
-    keys         of the I pictures
+    keys         of the I images
     """
 
     ids: Tensor
@@ -201,8 +201,8 @@ class Batch:
     n_targets: float
     position: Tensor
     segment: Tensor | None = None
-    picture: Tensor | None = None
-    beginning: Beginning | None = None
+    token_image: Tensor | None = None
+    shared_prefix: SharedPrefix | None = None
     pixels: Tensor | None = None
     patches: Tensor | None = None
     taps: Tensor | None = None
@@ -213,7 +213,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in own.items() if isinstance(value, Tensor | Beginning)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in own.items() if isinstance(value, Tensor | SharedPrefix)}
         return replace(self, **moved)
 
     @property
@@ -223,13 +223,13 @@ class Batch:
 
     def attention(self, dtype: torch.dtype) -> Tensor:
         """The mask that a model without windows takes: int64 [B, T], or additive [B, 1, T, T] where rows are packed."""
-        return self.attention_mask if self.segment is None else additive(self.segment, self.domain == PAD, dtype, picture=self.picture)
+        return self.attention_mask if self.segment is None else additive(self.segment, self.domain == PAD, dtype, token_image=self.token_image)
 
 
 def collate(
     rows: Sequence[Row],
     image: Sequence[int],
-    pictures: Tensor,
+    images: Tensor,
     *,
     kind: Literal["pixels", "patches", "taps"],
     side: Literal["left", "right"],
@@ -249,13 +249,13 @@ def collate(
         target=_padded([row.target for row in rows], NO_TARGET),
         image=torch.tensor(image, dtype=torch.int64),
         n_targets=sum(len(row.target) if row.score is None else 1 for row in rows),
-        pixels=pictures if kind == "pixels" else None,
-        patches=pictures if kind == "patches" else None,
-        taps=pictures if kind == "taps" else None,
+        pixels=images if kind == "pixels" else None,
+        patches=images if kind == "patches" else None,
+        taps=images if kind == "taps" else None,
         position=_padded([row.position or tuple(range(len(row.ids))) for row in rows], 0, left),
         segment=_padded([row.segment or (0,) * len(row.ids) for row in rows], 0, left) if any(row.segment for row in rows) else None,
-        picture=_padded([row.picture for row in rows], 0, left) if rows[0].picture else None,
-        beginning=beginning_of(rows, image) if side == "right" else None,
+        token_image=_padded([row.token_image for row in rows], 0, left) if rows[0].token_image else None,
+        shared_prefix=shared_prefix_of(rows, image) if side == "right" else None,
         decoder_ids=_padded([row.decoder_ids for row in rows], pad_id) if rows[0].decoder_ids else None,
         score=_padded(scores, 0, dtype=torch.float32) if scores else None,
         keys=tuple(keys),

@@ -1,6 +1,6 @@
-"""How the texts about one picture share it: in one row, by a cache that each comes after, or not at all.
+"""How the texts about one image share it: in one row, by a cache that each comes after, or not at all.
 
-A picture of 256 tokens with five captions of twelve costs 316 tokens instead of 1,340. Loss and gradients equal those of separate rows.
+An image of 256 tokens with five captions of twelve costs 316 tokens instead of 1,340. Loss and gradients equal those of separate rows.
 
     packed     one row: a 4D mask tells which tokens a text may see, and positions restart after what the texts share
     forked     what the texts share is read once, and each text is a short row after its keys and values (multimodal.data.loader.prefix_sharing)
@@ -20,18 +20,16 @@ from itertools import islice
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adalink import ANSWER, AdaptedModel, Adapter
-from adalink.errors import ConfigError
-from adalink.methods.unipelt import Gate
-from multimodal.batches.prefix_sharing import forks_exactly, may_fork, may_pack, trained_domains
+from multimodal.batches.prefix_sharing import forks_exactly, gates_of, may_fork, may_pack, mixes_texts, trained_domains
 from multimodal.batches.tokenize import Row, RowEncoder
 from multimodal.encoders.tower import VisionTower
 from multimodal.language import Language
 
 __all__ = [
-    "Arrange", "Composed", "arrangement", "arrangement_of", "check_packed", "fork_rows", "joined_rows", "pack_rows", "row_limit",
+    "Arrange", "Composed", "arrangement", "arrangement_of", "fork_rows", "joined_rows", "pack_rows", "row_limit",
     "separate_rows",
 ]  # fmt: skip
 
@@ -67,58 +65,39 @@ def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None =
     prompt    a row as it begins; it tells whether anything comes before what is trained
     weights   split over processes (FSDP2), which must then call the model equally often, whatever their rows: once
     """
-    if adapter is not None and _mixes_texts(adapter):
+    if adapter is not None and mixes_texts(adapter):
         return separate_rows, (
             "one row per text: a slot of the adapter reads later tokens, or a gate the row, and would read every text of a packed row; "
             "padding is read too, so what is learnt depends on which rows share a batch, and so on the number of processes"
         )
-    is_gated = adapter is not None and bool(_gates(adapter))
+    is_gated = adapter is not None and bool(gates_of(adapter))
     kind = model.config.model_type
     packs, forks = may_pack(model), may_fork(model) and not is_gated and weights == "whole"
     trained = NOTHING if adapter is None else trained_domains(adapter)
     may_freeze = forks and adapter is not None and not any(parameter.requires_grad for parameter in model.parameters())
     frozen = _untouched(prompt.domain, trained) if prompt is not None and may_freeze else 0
     if prompt is not None and 2 * frozen >= len(prompt.ids):
-        how = "the texts of a picture packed" if packs else "each text"
-        told = f"nothing trained reads or writes the first {frozen} of a prompt's {len(prompt.ids)} tokens: read without gradient, and {how} after them"
-        return partial(pack_rows, trained=trained) if packs else partial(fork_rows, trained=trained), told
+        how = "the texts of an image packed" if packs else "each text"
+        note = f"nothing trained reads or writes the first {frozen} of a prompt's {len(prompt.ids)} tokens: read without gradient, and {how} after them"
+        return partial(pack_rows, trained=trained) if packs else partial(fork_rows, trained=trained), note
     if packs and is_gated:
-        return pack_answers, "one row per picture whose texts differ in their answers alone: the adapter's gates read the prompt"
+        return pack_answers, "one row per image whose texts differ in their answers alone: the adapter's gates read the prompt"
     if packs:
-        return pack_rows, "one row per picture: its texts share it"
+        return pack_rows, "one row per image: its texts share it"
     if forks:
-        return fork_rows, f"one row per text, after what the texts of a picture share, which is read once: {kind} is not known to take a packed row"
+        return fork_rows, f"one row per text, after what the texts of an image share, which is read once: {kind} is not known to take a packed row"
     why = "a gate of the adapter reads the prompt, and " if is_gated else "the model's weights are split over processes, and " if weights == "split" else ""
     return separate_rows, f"one row per text: {why}{kind} can share {'no row' if why else 'neither row nor cache'}"
 
 
 def arrangement_of(model: Composed, weights: Literal["whole", "split"] = "whole") -> tuple[Arrange, str]:
     """The same for a composed model and its active adapter."""
-    prompt = model.row_encoder().prompt("?") if model.tower.adapter is None else None  # pictures of a trained encoder need a gradient
-    arrange, told = arrangement(model.language.model, model.adapted.active_adapter(), prompt, weights)
+    prompt = model.row_encoder().prompt("?") if model.tower.adapter is None else None  # images of a trained encoder need a gradient
+    arrange, note = arrangement(model.language.model, model.adapted.active_adapter(), prompt, weights)
     if arrange in (pack_rows, pack_answers, separate_rows) or forks_exactly(model.adapted):
-        return arrange, told
+        return arrange, note
     kind = model.language.model.config.model_type
     return separate_rows, f"one row per text: {kind} was tried with a cache of what texts share, and reads them otherwise after it"
-
-
-def check_packed(adapter: Adapter, domain: Tensor, segment: Tensor, picture: Tensor | None = None) -> None:
-    """Raise ConfigError where the adapter would mix the texts, or the pictures, of a row; int64 [B, T] each, as in Batch."""
-    if _mixes_texts(adapter):
-        raise ConfigError(
-            "the batch has several texts in a row, and a slot of the adapter reads later tokens, or a gate the row, so it would read all of them: "
-            "collate one row for each text, or train with mask='causal'"
-        )
-    if _gates(adapter) and picture is not None:
-        raise ConfigError(
-            "the batch has several pictures in a row, and a gate of the adapter reads the whole prompt, so it would read all of them: "
-            "collate one row for each picture"
-        )
-    if _gates(adapter) and bool(((segment > 0) & (domain != ANSWER)).any()):
-        raise ConfigError(
-            "the batch has several texts with questions of their own in a row, and a gate of the adapter reads the whole prompt, so it would read "
-            "all of them: collate one row for each text"
-        )
 
 
 def separate_rows(rows: Sequence[Row]) -> Sequence[Row]:
@@ -132,7 +111,7 @@ def fork_rows(rows: Sequence[Row], trained: frozenset[int] = NOTHING) -> Sequenc
     [a b c], [a b d] -> the same with beginnings of 2.
     """
     n = min(_shared(rows), min(len(row.ids) for row in rows) - 1, _untouched(rows[0].domain, trained))
-    return [replace(row, beginning=n) for row in rows]
+    return [replace(row, shared_prefix=n) for row in rows]
 
 
 def pack_rows(rows: Sequence[Row], trained: frozenset[int] = NOTHING) -> Sequence[Row]:
@@ -142,9 +121,9 @@ def pack_rows(rows: Sequence[Row], trained: frozenset[int] = NOTHING) -> Sequenc
 
     trained: what comes before a token of these domains can be read alone, and is the row's beginning; without any, the row has none
     """
-    beginning = fork_rows(rows, trained)[0].beginning if trained else 0
+    shared_prefix = fork_rows(rows, trained)[0].shared_prefix if trained else 0
     if len(rows) == 1:
-        return [replace(rows[0], beginning=beginning)]
+        return [replace(rows[0], shared_prefix=shared_prefix)]
     shared = _shared(rows)
     ids, domain, segment, position = list(rows[0].ids[:shared]), list(rows[0].domain[:shared]), [0] * shared, list(range(shared))
     source: list[int] = []
@@ -156,23 +135,13 @@ def pack_rows(rows: Sequence[Row], trained: frozenset[int] = NOTHING) -> Sequenc
         segment += [number] * (len(row.ids) - shared)
         position += range(shared, len(row.ids))
     target = tuple(t for row in rows for t in row.target)
-    return [Row(tuple(ids), tuple(domain), tuple(source), target, segment=tuple(segment), position=tuple(position), beginning=beginning)]
+    return [Row(tuple(ids), tuple(domain), tuple(source), target, segment=tuple(segment), position=tuple(position), shared_prefix=shared_prefix)]
 
 
 def pack_answers(rows: Sequence[Row]) -> Sequence[Row]:
     """The rows packed where nothing but answers is left of each; else the rows."""
     shared = _shared(rows)
     return pack_rows(rows) if all(domain == ANSWER for row in rows for domain in row.domain[shared:]) else rows
-
-
-def _mixes_texts(adapter: Adapter) -> bool:
-    """Whether tokens depend on later ones, or on all of their row."""
-    return "sequence" in _gates(adapter) or any(placement.port.side == "cache" for placement in adapter.placements)
-
-
-def _gates(adapter: Adapter) -> set[str]:
-    """What the adapter's gates take the mean of."""
-    return {module.mean for module in adapter.modules() if isinstance(module, Gate)}
 
 
 def _untouched(domain: Sequence[int], trained: frozenset[int]) -> int:
@@ -191,32 +160,32 @@ def _shared(rows: Sequence[Row]) -> int:
 
 
 # ----------------------------------------
-# Several pictures in one row: packed rows, one after the other, so that next to no padding is left.
+# Several images in one row: packed rows, one after the other, so that next to no padding is left.
 #
-# Each token knows its picture: a text reads what its own picture's texts share, and itself. Loss and gradients equal those of rows apart.
+# Each token knows its image: a text reads what its own image's texts share, and itself. Loss and gradients equal those of rows apart.
 
 
 TRIED = 4  # numbers of bins that fit, the smallest first: more bins hardly ever leave less padding
 
 
-def row_limit(arrange: Arrange, told: str, row_tokens: int, positions: int | None) -> tuple[int, str]:
-    """How many tokens a row of several pictures may have, 0 for one picture a row; and `told`, the line for the log, with that.
+def row_limit(arrange: Arrange, note: str, row_tokens: int, positions: int | None) -> tuple[int, str]:
+    """How many tokens a row of several images may have, 0 for one image a row; and `note`, the line for the log, with that.
 
     row_tokens   what is asked for, 0 for nothing
     positions    how many the language model has; None where it has no limit
     """
     if not row_tokens:
-        return 0, told
+        return 0, note
     if arrange is not pack_rows:
-        return 0, f"{told}; train.row_tokens puts no other picture into a row: only texts that are packed, in one call and without gates, can share it"
+        return 0, f"{note}; train.row_tokens puts no other image into a row: only texts that are packed, in one call and without gates, can share it"
     limit = min(row_tokens, positions or row_tokens)
-    return limit, f"{told}, and pictures come one after the other in rows of up to {limit} tokens"
+    return limit, f"{note}, and images come one after the other in rows of up to {limit} tokens"
 
 
 def joined_rows(rows: Sequence[Row], image: Sequence[int], limit: int) -> tuple[list[Row], list[int]]:
-    """Rows of one or several of these, each of at most `limit` tokens or as long as the longest; and the picture that each begins with.
+    """Rows of one or several of these, each of at most `limit` tokens or as long as the longest; and the image that each begins with.
 
-    [7 8] about picture 0, [5] about 1, [6] about 2, limit 2 -> [7 8] and [5 6], positions [0 1] and [0 0], pictures [0 0] and [1 2].
+    [7 8] about image 0, [5] about 1, [6] about 2, limit 2 -> [7 8] and [5 6], positions [0 1] and [0 0], images [0 0] and [1 2].
     A row that is longer than the limit has no other beside it, and sets the length that the others are padded to, so they may fill it.
     Which rows come together depends on their lengths and order alone.
     """
@@ -248,7 +217,7 @@ def _spread(lengths: Sequence[int], n: int) -> tuple[int, list[list[int]]]:
 
 
 def _joined(parts: Sequence[tuple[int, Row]]) -> Row:
-    """The rows of some pictures, one after the other."""
+    """The rows of some images, one after the other."""
     joined = Row((), ())
     for number, row in parts:
         n, start = len(row.ids), len(joined.ids)
@@ -260,6 +229,6 @@ def _joined(parts: Sequence[tuple[int, Row]]) -> Row:
             target=joined.target + row.target,
             segment=joined.segment + (row.segment or (0,) * n),
             position=joined.position + (row.position or tuple(range(n))),
-            picture=joined.picture + (number,) * n,
+            token_image=joined.token_image + (number,) * n,
         )
     return joined

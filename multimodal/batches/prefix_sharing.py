@@ -1,7 +1,7 @@
-"""The calls of the language model that a batch is learnt with: one, or one for what rows about a picture share and one for the rest.
+"""The calls of the language model that a batch is learnt with: one, or one for what rows about an image share and one for the rest.
 
-    rows  [picture, prompt, caption 1]        beginnings  [picture, prompt]       once, or without gradient
-          [picture, prompt, caption 2]        the rest    [caption 1], [caption 2] after its keys and values
+    rows  [image, prompt, caption 1]        beginnings  [image, prompt]       once, or without gradient
+          [image, prompt, caption 2]        the rest    [caption 1], [caption 2] after its keys and values
 
 Equal in loss and gradients to one call wherever no token reads a later one. With gradient it pays where a row cannot hold several texts;
 without, wherever nothing that is trained reads or writes the beginnings.
@@ -21,12 +21,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, Adapter, TokenMap
-from multimodal.batches.collate import Batch, Beginning, collate, packed_attention
+from adalink.errors import ConfigError
+from adalink.methods.unipelt import Gate
+from multimodal.batches.collate import Batch, SharedPrefix, collate, packed_attention
 from multimodal.batches.tokenize import Row
 
 __all__ = [
-    "EAGER_FAMILIES", "REFUSALS", "SDPA_FAMILIES", "ModelCall", "agree", "caches", "calls_of", "forks_exactly", "has_row_cache", "may_fork",
-    "may_pack", "trained_domains", "trial_call", "unadapted", "windows",
+    "EAGER_FAMILIES", "REFUSALS", "SDPA_FAMILIES", "ModelCall", "agree", "caches", "calls_of", "check_packed", "forks_exactly",
+    "gates_of", "has_row_cache", "may_fork", "may_pack", "mixes_texts", "trained_domains", "trial_call", "unadapted", "windows",
 ]  # fmt: skip
 
 
@@ -48,7 +50,7 @@ class After(DynamicLayer):
     """The keys and values that a text comes after; those of the text are not kept, so that a layer may be run twice.
 
     which   int64 [B], the beginning of each row
-    each    how many rows in a row have the same beginning; None where pictures have several numbers of texts
+    each    how many rows in a row have the same beginning; None where images have several numbers of texts
     """
 
     def __init__(self, read: Read, which: Tensor, each: int | None) -> None:
@@ -69,11 +71,11 @@ class After(DynamicLayer):
         """How many keys attention reads, and the place of the first."""
         return self.get_seq_length() + query_length, 0
 
-    def _joined(self, beginning: Tensor, own: Tensor) -> Tensor:
+    def _joined(self, shared_prefix: Tensor, own: Tensor) -> Tensor:
         """[I, H, P, D] and [B, H, T, D] -> [B, H, P + T, D]. Equal numbers need one copy, and a plain sum for the gradient, not two and an index."""
         if self.each is None:
-            return torch.cat([beginning[self.which], own], -2)
-        spread = beginning[:, None].expand(-1, self.each, -1, -1, -1)
+            return torch.cat([shared_prefix[self.which], own], -2)
+        spread = shared_prefix[:, None].expand(-1, self.each, -1, -1, -1)
         return torch.cat([spread, own.unflatten(0, (-1, self.each))], -2).flatten(0, 1)
 
 
@@ -117,11 +119,11 @@ def may_pack(model: Any) -> bool:
 def may_fork(model: Any) -> bool:
     """Whether the model reads a text after the kept keys and values of what came before as it would read both at once.
 
-    Not where attention looks ahead (an encoder; pictures and prompts of PaliGemma), where states and not tokens are kept (Mamba), and
+    Not where attention looks ahead (an encoder; images and prompts of PaliGemma), where states and not tokens are kept (Mamba), and
     where rotations change with a row's length.
     """
     config = model.config
-    # Composite models mark pictures that are read both ways.
+    # Composite models mark images that are read both ways.
     if config.get_text_config() is not config or not model.can_generate() or not has_row_cache(model):
         return False
     looks_ahead = not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False)
@@ -152,8 +154,8 @@ def windows(config: Any) -> Mapping[str, int | None]:
 
 def _is_encoder(model: Any) -> bool:
     """Whether the model's attention says that it is not causal."""
-    said = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
-    return bool(said) and not any(said)
+    stated = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    return bool(stated) and not any(stated)
 
 
 @dataclass(frozen=True)
@@ -179,14 +181,14 @@ class ModelCall:
 
 def calls_of(adapted: AdaptedModel, batch: Batch, token_map: TokenMap) -> list[ModelCall]:
     """The calls to be made, in this order: the second reads what the first left in its cache."""
-    start = batch.beginning
+    start = batch.shared_prefix
     if start is None:
         return [_whole(adapted.base, batch, token_map)]
     learns = not _is_untouched(adapted, start, token_map)
     if learns and (batch.segment is not None or not start.is_shared):
         return [_whole(adapted.base, batch, token_map)]
     first, after = caches(len(adapted.anatomy.layers), start.which, start.each)
-    return [_beginnings(adapted.base, batch, token_map, start, first, learns), _rest(adapted.base, batch, token_map, start, after)]
+    return [_shared_prefixes(adapted.base, batch, token_map, start, first, learns), _rest(adapted.base, batch, token_map, start, after)]
 
 
 def trained_domains(adapter: Adapter) -> frozenset[int]:
@@ -198,7 +200,7 @@ def trained_domains(adapter: Adapter) -> frozenset[int]:
     return frozenset(found)
 
 
-def _is_untouched(adapted: AdaptedModel, start: Beginning, token_map: TokenMap) -> bool:
+def _is_untouched(adapted: AdaptedModel, start: SharedPrefix, token_map: TokenMap) -> bool:
     """Whether no gradient could reach anything trained through the beginnings."""
     served = [adapter for name, adapter in adapted.adapters.items() if token_map.serving is None or adapted.indices[name] in token_map.serving]
     edited = any(not trained_domains(adapter).isdisjoint(start.domains) for adapter in served)  # type: ignore[arg-type]
@@ -215,7 +217,7 @@ def _whole(base: Any, batch: Batch, token_map: TokenMap) -> ModelCall:
     return ModelCall(token_map, _accepted(base, arguments), batch.source, batch.target)
 
 
-def _beginnings(base: Any, batch: Batch, token_map: TokenMap, start: Beginning, cache: Any, learns: bool) -> ModelCall:
+def _shared_prefixes(base: Any, batch: Batch, token_map: TokenMap, start: SharedPrefix, cache: Any, learns: bool) -> ModelCall:
     first, n = start.first, start.length
     inputs = {name: value[first] for name, value in token_map.inputs.items()}
     own = replace(token_map, domain=batch.domain[first, :n], row=token_map.row[first], inputs=inputs, present=start.domains)
@@ -224,7 +226,7 @@ def _beginnings(base: Any, batch: Batch, token_map: TokenMap, start: Beginning, 
     return ModelCall(own, _accepted(base, {**arguments, "use_cache": False}), start.source, start.target, learns)
 
 
-def _rest(base: Any, batch: Batch, token_map: TokenMap, start: Beginning, cache: Any) -> ModelCall:
+def _rest(base: Any, batch: Batch, token_map: TokenMap, start: SharedPrefix, cache: Any) -> ModelCall:
     n = start.length
     arguments = {"input_ids": batch.ids[:, n:], "attention_mask": _attention(base, batch, n), "position_ids": batch.position[:, n:], "past_key_values": cache}
     # Only the rest's own domains: the bridge is not run again for every row.
@@ -237,7 +239,7 @@ def _attention(base: Any, batch: Batch, start: int) -> Any:
         return batch.attention_mask
     is_padding = batch.attention_mask == 0
     implementation = base.config._attn_implementation
-    return packed_attention(implementation, windows(base.config), batch.segment, is_padding, batch.position, base.dtype, start, batch.picture)
+    return packed_attention(implementation, windows(base.config), batch.segment, is_padding, batch.position, base.dtype, start, batch.token_image)
 
 
 def _accepted(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,7 +287,7 @@ NEAR = 0.05  # of the scores' norm: bfloat16 rounds by 0.01, what is wrong is of
 @torch.no_grad()
 def forks_exactly(adapted: AdaptedModel) -> bool:
     """Whether two short texts get the same scores forked and apart. Runs the model on twenty tokens, without its adapters."""
-    whole, forked = (_batch(beginning).to(next(adapted.base.parameters()).device) for beginning in (0, SHARED))
+    whole, forked = (_batch(shared_prefix).to(next(adapted.base.parameters()).device) for shared_prefix in (0, SHARED))
     is_text = whole.attention_mask[:, SHARED:] == 1
     try:
         apart, after = (_scores(adapted, batch)[:, -is_text.shape[1] :][is_text].float() for batch in (whole, forked))
@@ -294,9 +296,9 @@ def forks_exactly(adapted: AdaptedModel) -> bool:
     return bool((after - apart).norm() <= NEAR * apart.norm())
 
 
-def _batch(beginning: int) -> Batch:
+def _batch(shared_prefix: int) -> Batch:
     texts = ((1, 2, 3, 4, 5, 6), (1, 2, 3, 7, 8))
-    rows = [Row(ids, (TEXT,) * SHARED + (ANSWER,) * (len(ids) - SHARED), beginning=beginning) for ids in texts]
+    rows = [Row(ids, (TEXT,) * SHARED + (ANSWER,) * (len(ids) - SHARED), shared_prefix=shared_prefix) for ids in texts]
     return collate(rows, [0, 0], torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0)
 
 
@@ -306,3 +308,36 @@ def _scores(adapted: AdaptedModel, batch: Batch) -> Tensor:
         with one.bound(adapted):
             scores: Tensor = adapted.base(**one.arguments).logits
     return scores
+
+
+# ----------------------------------------
+# What must not share a row.
+
+
+def check_packed(adapter: Adapter, domain: Tensor, segment: Tensor, token_image: Tensor | None = None) -> None:
+    """Raise ConfigError where the adapter would mix the texts, or the images, of a row; int64 [B, T] each, as in Batch."""
+    if mixes_texts(adapter):
+        raise ConfigError(
+            "the batch has several texts in a row, and a slot of the adapter reads later tokens, or a gate the row, so it would read all of them: "
+            "collate one row for each text, or train with mask='causal'"
+        )
+    if gates_of(adapter) and token_image is not None:
+        raise ConfigError(
+            "the batch has several images in a row, and a gate of the adapter reads the whole prompt, so it would read all of them: "
+            "collate one row for each image"
+        )
+    if gates_of(adapter) and bool(((segment > 0) & (domain != ANSWER)).any()):
+        raise ConfigError(
+            "the batch has several texts with questions of their own in a row, and a gate of the adapter reads the whole prompt, so it would read "
+            "all of them: collate one row for each text"
+        )
+
+
+def mixes_texts(adapter: Adapter) -> bool:
+    """Whether tokens depend on later ones, or on all of their row."""
+    return "sequence" in gates_of(adapter) or any(placement.port.side == "cache" for placement in adapter.placements)
+
+
+def gates_of(adapter: Adapter) -> set[str]:
+    """What the adapter's gates take the mean of."""
+    return {module.mean for module in adapter.modules() if isinstance(module, Gate)}

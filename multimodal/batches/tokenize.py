@@ -170,8 +170,8 @@ class Row:
     decoder_ids  [U]        what the decoder reads; empty in a decoder-only model, where sources are positions in ids
     segment      [T]        which of several packed texts a token belongs to, 0 for what they share; empty where nothing is packed
     position     [T]        each token's position in its own text; empty where that is its index
-    picture      [T]        which picture of its batch a token is about; empty where the row is about one
-    beginning    how many of its first tokens may be read in a call of their own: all rows about its picture have the same
+    image      [T]        which image of its batch a token is about; empty where the row is about one
+    beginning    how many of its first tokens may be read in a call of their own: all rows about its image have the same
     score        [M]        where a head chooses the answer: what each target, the number of an answer, would score; there are no sources then
     """
 
@@ -182,8 +182,8 @@ class Row:
     decoder_ids: tuple[int, ...] = ()
     segment: tuple[int, ...] = ()
     position: tuple[int, ...] = ()
-    picture: tuple[int, ...] = ()
-    beginning: int = 0
+    token_image: tuple[int, ...] = ()
+    shared_prefix: int = 0
     score: tuple[float, ...] | None = None
 
 
@@ -251,7 +251,7 @@ class RowEncoder:
 
     def _check(self, length: int, text: str, limit: int | None) -> None:
         if limit is not None and length > limit:
-            raise TextTooLong(f"a text needs {length} tokens with its picture, and the language model has {limit} positions: shorten it ({text[:60]!r}...)")
+            raise TextTooLong(f"a text needs {length} tokens with its image, and the language model has {limit} positions: shorten it ({text[:60]!r}...)")
 
 
 def _decoder_start(config: object) -> int:

@@ -1,4 +1,4 @@
-"""A sample's picture as an encoder takes it, decoded as the sample says."""
+"""A sample's image as an encoder takes it, decoded as the sample says."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from multimodal.data.images.decode import decode_image
 from multimodal.data.order import fingerprint_of, texts_fingerprint_of
 from multimodal.sample import Measure, Sample, SampleSource, lengths_of
 
-__all__ = ["Drafted", "Kept", "needed_side", "read_pixels"]
+__all__ = ["Drafted", "CachedFeatures", "needed_side", "read_pixels"]
 
 
-_RAMP = 512  # pixels a side of the test pictures
+_RAMP = 512  # pixels a side of the test images
 
 
 class Drafted:
@@ -57,21 +57,21 @@ class Drafted:
 
 
 def read_pixels(sample: Sample, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
-    """float [3, H, W]: what an encoder's preprocessing makes of a sample's picture. Raises BadImage."""
+    """float [3, H, W]: what an encoder's preprocessing makes of a sample's image. Raises BadImage."""
     return preprocess(decode_image(sample.image, at_least=needed_side(preprocess) if sample.decode == "draft" else None))
 
 
 @lru_cache(maxsize=8)
 def needed_side(preprocess: Callable[[Image.Image], Tensor]) -> int:
-    """The size in pixels of a square picture that the preprocessing would neither enlarge nor shrink: 256 where it resizes to 256 and crops 224.
+    """The size in pixels of a square image that the preprocessing would neither enlarge nor shrink: 256 where it resizes to 256 and crops 224.
 
     Found out from how much of a ramp from black to white it shows; up to a hundredth less than it is.
     """
     black, white = (preprocess(Image.new("RGB", (_RAMP, _RAMP), color)) for color in ("black", "white"))
     ramp = Image.linear_gradient("L").rotate(90).resize((_RAMP, _RAMP), Image.Resampling.BILINEAR)
-    shown = preprocess(Image.merge("RGB", [ramp] * 3))
-    height, width = shown.shape[-2:]
-    row = shown[0, height // 2]
+    displayed = preprocess(Image.merge("RGB", [ramp] * 3))
+    height, width = displayed.shape[-2:]
+    row = displayed[0, height // 2]
     share = float((row[-1] - row[0]).abs() / (white[0, 0, 0] - black[0, 0, 0]).abs())
     return max(height, round(max(width, height) / min(share + 0.01, 1.0)))
 
@@ -80,7 +80,7 @@ def needed_side(preprocess: Callable[[Image.Image], Tensor]) -> int:
 # Features that are kept, in memory or on disk.
 
 
-class Kept(Protocol):
+class CachedFeatures(Protocol):
     """Features by sample index."""
 
     @property
@@ -89,7 +89,7 @@ class Kept(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one picture's features."""
+        """Of one image's features."""
 
     @property
     def kind(self) -> Literal["patches", "taps", "pixels"]:
@@ -102,5 +102,5 @@ class Kept(Protocol):
     def usable(self) -> list[int]:
         """The indices of the samples that have features."""
 
-    def only(self, indices: Sequence[int]) -> Kept:
+    def only(self, indices: Sequence[int]) -> CachedFeatures:
         """The features of these samples alone: index i is the i-th of them."""

@@ -19,14 +19,14 @@ from multimodal.batches.collate import Batch, collate
 from multimodal.batches.packing import Arrange, Composed, arrangement_of, joined_rows, row_limit, separate_rows
 from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
-from multimodal.data.inputs import Kept, read_pixels
+from multimodal.data.inputs import CachedFeatures, read_pixels
 from multimodal.data.order import BucketedOrder, Order, fingerprint_of, order_of, texts_fingerprint_of
 from multimodal.data.shards.reader import DamagedSample
 from multimodal.data.workers import made_in_order
 from multimodal.sample import Sample, SampleSource, lengths_of
 from multimodal.template import Text
 
-__all__ = ["Batches", "Learns", "Loaded", "Texts", "TrainLoader", "new_batches", "train_loader"]
+__all__ = ["Batches", "TrainingTask", "Loaded", "Texts", "TrainLoader", "new_batches", "train_loader"]
 
 
 Texts = Callable[[Sample, random.Random], Sequence[Text]]
@@ -37,14 +37,14 @@ Preprocess = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What one step reads: a batch (None where every sample of it was bad), its pictures by index, and the bad samples that it would have held.
+    """What one step reads: a batch (None where every sample of it was bad), its images by index, and the bad samples that it would have held.
 
     asked   the indices of all samples of the step, good and bad
     """
 
     batch: Batch | None
     bad: tuple[BadSample, ...]
-    pictures: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
     asked: tuple[int, ...] = ()
 
 
@@ -52,12 +52,12 @@ class Loaded:
 class _Item:
     key: str
     index: int
-    picture: Tensor
+    image: Tensor
     rows: tuple[Row, ...]
 
 
 class _Positions:
-    """Position in the stream -> rows with their picture. `patches` holds features by sample index where they are kept in memory."""
+    """Position in the stream -> rows with their image. `patches` holds features by sample index where they are kept in memory."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class _Positions:
         encoder: RowEncoder,
         arrange: Arrange,
         preprocess: Preprocess,
-        patches: Kept | None,
+        patches: CachedFeatures | None,
     ) -> None:
         self.source, self.order, self.seed, self.texts, self.encoder = source, order, seed, texts, encoder
         self.arrange, self.preprocess, self.patches = arrange, preprocess, patches
@@ -92,15 +92,15 @@ class _Positions:
             return BadSample(key=sample.key, reason="text too long", detail=str(error), file=sample.file)
         except DataError as error:
             return BadSample(key=sample.key, reason="unreadable", detail=str(error), file=sample.file)
-        kept = self.patches[index]  # damage in features that can be made again ends the run: no picture is left out for it
-        return kept if isinstance(kept, BadSample) else _Item(sample.key, index, kept, rows)
+        retained = self.patches[index]  # damage in features that can be made again ends the run: no image is left out for it
+        return retained if isinstance(retained, BadSample) else _Item(sample.key, index, retained, rows)
 
     def texts_of(self, sample: Sample, seed: int) -> list[Text]:
         """What is learnt from a sample, without texts that say nothing: those would teach a model to be silent."""
         return [text for text in self.texts(sample, random.Random(seed)) if text.scores is not None or (text.target or "").strip()]
 
     def rows(self, texts: Sequence[Text]) -> tuple[Row, ...]:
-        """The rows of one picture; raises TextTooLong."""
+        """The rows of one image; raises TextTooLong."""
         return tuple(self.arrange([self.encoder.row(text) for text in texts]))
 
     def length(self, sample: Sample) -> int:
@@ -128,7 +128,7 @@ class _Steps:
 
 
 class _Collate:
-    """row_tokens: how long a row of several pictures may be; 0 where each picture has rows of its own."""
+    """row_tokens: how long a row of several images may be; 0 where each image has rows of its own."""
 
     def __init__(self, kind: Literal["pixels", "patches", "taps"], pad_id: int, row_tokens: int = 0) -> None:
         self.kind, self.pad_id, self.row_tokens = kind, pad_id, row_tokens
@@ -142,13 +142,13 @@ class _Collate:
         image = [i for i, item in enumerate(good) for _ in item.rows]
         if self.row_tokens:
             rows, image = joined_rows(rows, image, self.row_tokens)
-        pictures = torch.stack([item.picture for item in good])
-        batch = collate(rows, image, pictures, kind=self.kind, side="right", pad_id=self.pad_id, keys=[item.key for item in good])
+        images = torch.stack([item.image for item in good])
+        batch = collate(rows, image, images, kind=self.kind, side="right", pad_id=self.pad_id, keys=[item.key for item in good])
         return Loaded(batch, bad, tuple(item.index for item in good))
 
 
-_TOLD = {
-    "seed": "train.seed", "samples": "pictures in the data set", "weights": "the sets' weights", "data": "the data's fingerprint",
+_SENTENCES = {
+    "seed": "train.seed", "samples": "images in the data set", "weights": "the sets' weights", "data": "the data's fingerprint",
     "bucket_pool": "train.bucket_pool", "lengths": "the check sum of the texts' lengths",
 }  # fmt: skip
 
@@ -157,7 +157,7 @@ class TrainLoader:
     """`Loaded` for each step of one rank, in an order that only seed and data decide.
 
     `state_dict` says where the stream is: what was handed out counts, not what worker processes read ahead. A loader with another number
-    of workers, ranks or pictures in a step goes on from there at the next sample.
+    of workers, ranks or images in a step goes on from there at the next sample.
     """
 
     def __init__(self, positions: _Positions, collate: _Collate, *, steps: int, batch_size: int, workers: int, rank: int, world: int) -> None:
@@ -181,30 +181,30 @@ class TrainLoader:
         return self._position
 
     def blank(self) -> Batch:
-        """One row about a black picture: what a rank runs, and learns nothing from, where every sample of its part of a step is bad."""
+        """One row about a black image: what a rank runs, and learns nothing from, where every sample of its part of a step is bad."""
         rows = self._positions.rows([Text("", "a", scores=())])
         patches = self._positions.patches
-        picture = self._positions.preprocess(Image.new("RGB", (8, 8))) if patches is None else torch.zeros(patches.shape)
-        batch = self._collate([_Item("", 0, picture, rows)]).batch
+        image = self._positions.preprocess(Image.new("RGB", (8, 8))) if patches is None else torch.zeros(patches.shape)
+        batch = self._collate([_Item("", 0, image, rows)]).batch
         assert batch is not None
         return batch
 
     def steps_to(self, position: int) -> int:
-        """Steps until the pictures before this position of the stream are read."""
+        """Steps until the images before this position of the stream are read."""
         return max(0, -(-(position - self._position) // (self._batch_size * self._world)))
 
-    def read_kept(self, kept: Kept) -> None:
-        """From here on, features that are kept take the place of pictures."""
-        self._positions.patches, self._collate = kept, _Collate(kept.kind, self._collate.pad_id, self._collate.row_tokens)
+    def read_cached(self, retained: CachedFeatures) -> None:
+        """From here on, features that are kept take the place of images."""
+        self._positions.patches, self._collate = retained, _Collate(retained.kind, self._collate.pad_id, self._collate.row_tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: how many pictures all ranks together were handed, and what the order is a function of."""
+        """JSON: how many images all ranks together were handed, and what the order is a function of."""
         return {"position": self._position, **self._positions.order.state(), "data": texts_fingerprint_of(self._positions.source)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a loader was. Raises CheckpointError where this one has another order or other data."""
         own = self.state_dict()
-        for name, words in _TOLD.items():
+        for name, words in _SENTENCES.items():
             # Without pools a state says nothing of them.
             found, given = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in (state.get(name, 0), own.get(name, 0)))
             if name == "data" and found in ("", fingerprint_of(self._positions.source)):
@@ -230,14 +230,14 @@ def train_loader(
     workers: int,
     rank: int = 0,
     world: int = 1,
-    patches: Kept | None = None,
+    patches: CachedFeatures | None = None,
     row_tokens: int = 0,
     bucket_pool: int = 0,
 ) -> TrainLoader:
     """Reads `steps` steps from the stream's start, or from where `load_state_dict` puts it.
 
-    batch_size   pictures per step and rank
-    row_tokens   pictures of a step come one after the other in rows of up to so many tokens; 0: each has rows of its own
+    batch_size   images per step and rank
+    row_tokens   images of a step come one after the other in rows of up to so many tokens; 0: each has rows of its own
     bucket_pool  samples of like length share a batch, found among so many steps of all ranks (`multimodal.data.order`); 0: as they come
 
     Raises ConfigError where lengths are asked for that the source cannot say.
@@ -268,7 +268,7 @@ def _load(positions: _Positions, collate: _Collate, step: range) -> Loaded:
 CHOSEN = "one row per question: its answer is chosen from the state of its row; loss: binary cross entropy in nats per question"
 
 
-class Learns(Protocol):
+class TrainingTask(Protocol):
     """A task, as far as training asks it: `tasks.captioning.Captioning` and `tasks.vqa.Vqa` are such."""
 
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
@@ -283,8 +283,8 @@ class Batches:
     bad      the samples that were left out so far
     """
 
-    def __init__(self, model: Composed, loader: TrainLoader, told: str, bad: BadSamples, n_samples: int) -> None:
-        self.loader, self.told, self.bad = loader, told, bad
+    def __init__(self, model: Composed, loader: TrainLoader, note: str, bad: BadSamples, n_samples: int) -> None:
+        self.loader, self.note, self.bad = loader, note, bad
         self._model, self._n_samples = model, n_samples
         self._seen: set[tuple[str, str]] = set()
 
@@ -307,13 +307,13 @@ class Batches:
 def new_batches(
     model: Composed,
     source: SampleSource,
-    task: Learns | Texts,
+    task: TrainingTask | Texts,
     *,
     epochs: float = 1.0,
     batch_size: int = 16,
     seed: int = 0,
     workers: int = 0,
-    features: Kept | None = None,
+    features: CachedFeatures | None = None,
     row_tokens: int = 0,
     bucket_pool: int = 0,
     bad_samples: int = 10,
@@ -331,12 +331,12 @@ def new_batches(
     Raises ConfigError where no adapter is active, or lengths are asked for that the source cannot say.
     """
     texts: Texts = task if callable(task) else task.texts
-    arrange, told = (separate_rows, CHOSEN) if model.head is not None else arrangement_of(model, weights)
+    arrange, note = (separate_rows, CHOSEN) if model.head is not None else arrangement_of(model, weights)
     encoder = model.row_encoder()
-    row_tokens, told = row_limit(arrange, told, row_tokens, encoder.max_positions)
+    row_tokens, note = row_limit(arrange, note, row_tokens, encoder.max_positions)
     n_samples = math.ceil(epochs * len(source))
     loader = train_loader(
         source, texts, encoder, arrange, model.tower.preprocess, steps=-(-n_samples // (batch_size * world)), batch_size=batch_size,
         seed=seed, workers=workers, rank=rank, world=world, patches=features, row_tokens=row_tokens, bucket_pool=bucket_pool,
     )  # fmt: skip
-    return Batches(model, loader, told, BadSamples(budget=bad_samples), n_samples)
+    return Batches(model, loader, note, BadSamples(budget=bad_samples), n_samples)

@@ -142,7 +142,7 @@ class BucketedOrder:
         return self._samples[position - self._first]
 
     def state(self) -> dict[str, object]:
-        """The other order's; pictures in a pool's batch, batches in a pool, and a check sum of the lengths."""
+        """The other order's; images in a pool's batch, batches in a pool, and a check sum of the lengths."""
         return {**self.order.state(), "bucket_pool": self.pool, "bucket_batch": self.batch, "lengths": self._digest}
 
     def with_batch(self, batch: int) -> BucketedOrder:
@@ -182,7 +182,7 @@ class BucketedOrder:
 class MixedSet:
     """A data set and its share.
 
-    weight   of every sum(weights) pictures in a row so many are of this set; a set that comes round before the others repeats
+    weight   of every sum(weights) images in a row so many are of this set; a set that comes round before the others repeats
     """
 
     source: SampleSource
@@ -190,13 +190,13 @@ class MixedSet:
 
     def __post_init__(self) -> None:
         if self.weight < 1:
-            raise ConfigError(f"the weight of a data set is {self.weight}: give a whole number from 1, its pictures in each round")
+            raise ConfigError(f"the weight of a data set is {self.weight}: give a whole number from 1, its images in each round")
 
 
 class Mixture:
     """The samples of several sets, one set after the other; `order_of` says how a training stream mixes them.
 
-    A sample's key is NAME:KEY, because two sets may use one key. An epoch is as many pictures as all sets hold together.
+    A sample's key is NAME:KEY, because two sets may use one key. An epoch is as many images as all sets hold together.
     """
 
     def __init__(self, sets: Mapping[str, MixedSet]) -> None:
@@ -245,7 +245,7 @@ class Fingerprinted(Protocol):
 
 @runtime_checkable
 class TextsFingerprinted(Protocol):
-    """A data set without a fingerprint of its pictures that can say whether its keys and texts are what they were."""
+    """A data set without a fingerprint of its images that can say whether its keys and texts are what they were."""
 
     @property
     def texts_fingerprint(self) -> str:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from adalink.errors import DataError
 
-__all__ = ["Parcel", "Receiver", "Sender", "dead_workers_told", "made_in_order"]
+__all__ = ["SharedBatch", "Receiver", "Sender", "dead_workers_named", "made_in_order"]
 
 
 # ----------------------------------------
@@ -36,13 +36,13 @@ __all__ = ["Parcel", "Receiver", "Sender", "dead_workers_told", "made_in_order"]
 
 _ALIGNED = 64  # bytes; every dtype may begin there
 _SMALLEST = 2**16  # bytes of a block
-_WORTH_A_PARCEL = 2**21  # bytes, or
+_WORTH_SHARING = 2**21  # bytes, or
 _WORTH_WAITING = 0.01  # seconds of work: what takes long is not kept back, and is shared out between the workers to the last
 _MOST = 8  # things in a parcel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parcel:
+class SharedBatch:
     """Some things on their way.
 
     things    how many they are
@@ -70,7 +70,7 @@ class Sender:
         self._blocks: list[Tensor] = []
         self._last: list[int] = []  # the parcel that each block holds
 
-    def pack(self, things: Sequence[Any], n_copied: int, seconds: float = 0.0) -> Parcel:
+    def pack(self, things: Sequence[Any], n_copied: int, seconds: float = 0.0) -> SharedBatch:
         """things: whatever pickles, at least one. n_copied: how many of this sender's parcels the receiver has copied out."""
         stripped = _Stripped(things)
         bounds, end = [], 0
@@ -83,7 +83,7 @@ class Sender:
         self._last[block] = self._sent
         self._sent += 1
         memory = self._blocks[block] if is_new else None
-        return Parcel(
+        return SharedBatch(
             sender=self._number, things=len(things), seconds=seconds, content=stripped.content, bounds=tuple(bounds), block=block, memory=memory
         )
 
@@ -107,27 +107,27 @@ class Receiver:
     """The other side.
 
     n_copied         how many parcels of each sender were copied out, which the senders must be told
-    worth_a_parcel   how many things a sender should pack together, by those that came last: 2 MiB, a hundredth of a second's work, or eight
+    worth_sharing   how many things a sender should pack together, by those that came last: 2 MiB, a hundredth of a second's work, or eight
     """
 
     def __init__(self, n_senders: int) -> None:
         self.n_copied = [0] * n_senders
-        self.worth_a_parcel = 1
+        self.worth_sharing = 1
         self._blocks: dict[tuple[int, int], Tensor] = {}
         self._is_pinned = torch.cuda.is_available()  # a copy to the device then goes on beside other work
 
-    def open(self, parcel: Parcel) -> Sequence[Any]:
+    def open(self, shared_batch: SharedBatch) -> Sequence[Any]:
         """The things, with memory of their own. A sender's parcels are opened in the order in which they were packed."""
-        place = parcel.sender, parcel.block
-        if parcel.memory is not None:
-            self._blocks[place] = parcel.memory
-        size = parcel.bounds[-1][1] if parcel.bounds else 0
+        place = shared_batch.sender, shared_batch.block
+        if shared_batch.memory is not None:
+            self._blocks[place] = shared_batch.memory
+        size = shared_batch.bounds[-1][1] if shared_batch.bounds else 0
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._is_pinned)
         memory.copy_(self._blocks[place][:size])
-        self.n_copied[parcel.sender] += 1
-        share = max(size / _WORTH_A_PARCEL, parcel.seconds / _WORTH_WAITING) / parcel.things
-        self.worth_a_parcel = math.ceil(min(_MOST, 1 / max(share, 1 / _MOST)))
-        things: Sequence[Any] = _Refilled(parcel.content, [memory[start:stop] for start, stop in parcel.bounds]).load()
+        self.n_copied[shared_batch.sender] += 1
+        share = max(size / _WORTH_SHARING, shared_batch.seconds / _WORTH_WAITING) / shared_batch.things
+        self.worth_sharing = math.ceil(min(_MOST, 1 / max(share, 1 / _MOST)))
+        things: Sequence[Any] = _Refilled(shared_batch.content, [memory[start:stop] for start, stop in shared_batch.bounds]).load()
         return things
 
 
@@ -174,22 +174,22 @@ def made_in_order(make: Callable[[Task], Made], tasks: Iterable[Task], *, worker
     loader = DataLoader(
         _Job(make),
         batch_size=None,
-        sampler=_Told(tasks, receiver),
+        sampler=_Reported(tasks, receiver),
         collate_fn=_as_it_is,
         num_workers=workers,
         worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # its seeds reach nobody; without one, the program's own random numbers would move
     )
-    with dead_workers_told(), _started(loader) as given:
+    with dead_workers_named(), _started(loader) as given:
         for item in given:
-            for made in receiver.open(item) if isinstance(item, Parcel) else item:
+            for made in receiver.open(item) if isinstance(item, SharedBatch) else item:
                 if isinstance(made, ExceptionWrapper):
                     made.reraise()
                 yield made
 
 
 @dataclass(frozen=True)
-class _Told(Generic[Task]):
+class _Reported(Generic[Task]):
     """The tasks of each parcel, with what the receiver has copied out when they are drawn."""
 
     tasks: Iterable[Task]
@@ -197,7 +197,7 @@ class _Told(Generic[Task]):
 
     def __iter__(self) -> Iterator[tuple[tuple[Task, ...], tuple[int, ...]]]:
         tasks = iter(self.tasks)
-        while group := tuple(islice(tasks, self.receiver.worth_a_parcel)):
+        while group := tuple(islice(tasks, self.receiver.worth_sharing)):
             yield group, tuple(self.receiver.n_copied)
 
 
@@ -206,8 +206,8 @@ class _Job(Dataset[Any], Generic[Task]):
         self.make = make
         self.sender: Sender | None = None
 
-    def __getitem__(self, told: tuple[tuple[Task, ...], tuple[int, ...]]) -> Any:
-        tasks, n_copied = told
+    def __getitem__(self, note: tuple[tuple[Task, ...], tuple[int, ...]]) -> Any:
+        tasks, n_copied = note
         worker = get_worker_info()
         if worker is None:
             return map(self.make, tasks)
@@ -242,7 +242,7 @@ def _started(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
 
 
 @contextlib.contextmanager
-def dead_workers_told() -> Iterator[None]:
+def dead_workers_named() -> Iterator[None]:
     """Raises DataError where a worker process dies inside the block.
 
     torch tells it in the middle of anything, of what is done about an error too, as a RuntimeError of its own; or, where the worker died with
@@ -261,9 +261,9 @@ def dead_workers_told() -> Iterator[None]:
         raise _ended(str(error).splitlines()[0].rstrip(". ")) from error
 
 
-def _ended(said: str) -> DataError:
+def _ended(stated: str) -> DataError:
     return DataError(
-        f"a worker process that reads samples ended before its work ({said}): most often the memory "
+        f"a worker process that reads samples ended before its work ({stated}): most often the memory "
         "is too small; give fewer train.workers or a smaller train.batch_size, and go on with --resume"
     )
 

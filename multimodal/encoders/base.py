@@ -23,7 +23,7 @@ __all__ = ["Encoder", "Features", "FinalNorm", "Grid", "Layout", "Loaded", "Prep
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """The picture at one depth of an encoder.
+    """The image at one depth of an encoder.
 
     patches  float[B, N, D]    registers and the CLS token dropped
     cls      float[B, D]       None where the encoder has no CLS token at this depth
@@ -61,7 +61,7 @@ class Preprocess:
     transform: Callable[[Image.Image], Tensor]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """float32[3, H, W] of a picture of any mode and size."""
+        """float32[3, H, W] of an image of any mode and size."""
         return self.transform(image.convert("RGB"))
 
 
@@ -74,15 +74,15 @@ class Loaded:
 
 
 # ----------------------------------------
-# What a frozen tower says about a batch of pictures.
+# What a frozen tower says about a batch of images.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """One batch of encoded pictures.
+    """One batch of encoded images.
 
-    patches  float[B, N, Dv]   one vector for each place of the picture
-    pooled   float[L, B, Dv]   one vector for the whole picture after each block; Dv may differ from that of the patches
+    patches  float[B, N, Dv]   one vector for each place of the image
+    pooled   float[L, B, Dv]   one vector for the whole image after each block; Dv may differ from that of the patches
     """
 
     patches: Tensor
@@ -125,7 +125,7 @@ class Layout:
 
 
 def read_layout(encoder: Encoder, module: nn.Module, pixels: Tensor) -> Layout:
-    """The layout of an encoder, read off one picture [1, 3, H, W] that passes it four times.
+    """The layout of an encoder, read off one image [1, 3, H, W] that passes it four times.
 
     The final norm is the module that is fed the last block's output: its tokens, its CLS token alone (CLIP), or the mean of its
     patches. Encoders name and place it in many ways, and the final features of some are not normed, so what happens is observed.
@@ -137,11 +137,11 @@ def read_layout(encoder: Encoder, module: nn.Module, pixels: Tensor) -> Layout:
     final, again = encoder.last(pixels), encoder.last(pixels)
     if not _same(final.patches, again.patches):
         raise ConfigError(
-            "the encoder gives different features each time for the same picture, expected the same: it drops or shuffles patches at random; "
+            "the encoder gives different features each time for the same image, expected the same: it drops or shuffles patches at random; "
             "choose an encoder without masking"
         )
     if final.patches.shape[1] < 2:
-        raise ConfigError("the encoder gives one vector for the whole picture, expected patches; choose one whose final features are patches or a map")
+        raise ConfigError("the encoder gives one vector for the whole image, expected patches; choose one whose final features are patches or a map")
     blocks = encoder.blocks(pixels)
     with _fed_to_norms(module) as fed:
         encoder.whole(pixels)

@@ -71,7 +71,7 @@ _ADVICE = "give a local folder with its config.json, 'timm:NAME', 'open_clip:MOD
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnEncoder:
-    """An encoder on the meta device, and the height and width of the pictures that it is given."""
+    """An encoder on the meta device, and the height and width of the images that it is given."""
 
     module: nn.Module
     pixels: tuple[int, int]
@@ -158,11 +158,11 @@ def _transformers(name: str, is_folder: bool) -> DrawnEncoder:
 
 
 def _side(name: str, revision: str | None, config: Any, is_folder: bool) -> tuple[int, int]:
-    """What the image processor makes of a picture; where a folder holds none, what the config says."""
+    """What the image processor makes of an image; where a folder holds none, what the config says."""
     if is_folder and not (Path(name) / "preprocessor_config.json").is_file():
         size = getattr(config, "image_size", None)
         if size is None:
-            raise ConfigError(f"neither a preprocessor_config.json nor `image_size` in config.json says how large the pictures of '{name}' are: add one")
+            raise ConfigError(f"neither a preprocessor_config.json nor `image_size` in config.json says how large the images of '{name}' are: add one")
         high, wide = size if isinstance(size, (tuple, list)) else (size, size)
         return int(high), int(wide)
     from transformers import AutoImageProcessor

@@ -1,4 +1,4 @@
-"""Encoders of open_clip: the picture half of a contrastive model."""
+"""Encoders of open_clip: the image half of a contrastive model."""
 
 from __future__ import annotations
 

@@ -39,12 +39,12 @@ class VisionTower(nn.Module):
     """A frozen encoder and its preprocessing. Always in eval mode, whatever `train()` is called on the model around it.
 
     name        what it was loaded from
-    n_patches   N, at the encoder's own picture size
+    n_patches   N, at the encoder's own image size
     width       Dv of the patches
     layer       the block that the patches come from, counted from the end
     n_layers    L of `Features.pooled`: the number of blocks, or 1 where the widths of the blocks differ
-    n_kept      how many vectors of width Dv a picture's features are, joined: N + L, or N where pooled ones have another width
-    preprocess  PIL picture -> float32[3, H, W]; holds no weights, so it is cheap to send to worker processes
+    n_retained      how many vectors of width Dv an image's features are, joined: N + L, or N where pooled ones have another width
+    preprocess  PIL image -> float32[3, H, W]; holds no weights, so it is cheap to send to worker processes
     """
 
     def __init__(self, loaded: Loaded, *, name: str, layer: int = -1) -> None:
@@ -55,7 +55,7 @@ class VisionTower(nn.Module):
         self.adapter: Adapter | None = None  # of `adapt`; where there is one, features are trained through
         freeze(self.encoder, None)
         pixels = _example(self.preprocess, self.name)
-        with torch.no_grad(), loading("vision encoder", name, "choose an encoder that turns a batch of pictures alone into patches"):
+        with torch.no_grad(), loading("vision encoder", name, "choose an encoder that turns a batch of images alone into patches"):
             self._layout = read_layout(self._encoder, self.encoder, self._placed(pixels))
         if not -self._layout.n_blocks <= layer <= -1:
             raise ConfigError(
@@ -66,7 +66,7 @@ class VisionTower(nn.Module):
         features = self(pixels)
         self.n_layers = features.pooled.shape[0]
         self.n_patches, self.width = features.patches.shape[1:]
-        self.n_kept = features.joined.shape[1]
+        self.n_retained = features.joined.shape[1]
 
     @property
     def _encoder(self) -> Encoder:
@@ -99,7 +99,7 @@ class VisionTower(nn.Module):
         if self.adapter is not None:
             raise ConfigError(
                 f"the encoder '{self.name}' has trained weights, so its features change with every step and cannot be kept: "
-                "encode pictures as they come (train.features: encode)"
+                "encode images as they come (train.features: encode)"
             )
         with torch.no_grad():
             return self(pixels)  # type: ignore[no-any-return]
@@ -134,7 +134,7 @@ class VisionTower(nn.Module):
         return norm.module(tokens) if norm is not None and norm.takes == "tokens" else tokens
 
     def _pooled(self, stage: Stage) -> Tensor:
-        """float[B, Dv]. Norms one row a picture where there is a CLS token, not all of them."""
+        """float[B, Dv]. Norms one row an image where there is a CLS token, not all of them."""
         norm = self._layout.norm
         if norm is not None and norm.takes == "mean":
             return norm.module(stage.patches.mean(1))
@@ -146,14 +146,14 @@ def _pool(stage: Stage) -> Tensor:
 
 
 def _example(preprocess: Preprocess, name: str) -> Tensor:
-    """float32[1, 3, H, W] of a picture with structure. Raises ConfigError where two pictures do not come out at one size."""
+    """float32[1, 3, H, W] of an image with structure. Raises ConfigError where two images do not come out at one size."""
     wide = Image.linear_gradient("L").resize((640, 400))
     pixels = preprocess(Image.merge("RGB", [wide, wide.transpose(Image.Transpose.FLIP_TOP_BOTTOM), wide]))
     high = preprocess(Image.new("RGB", (300, 500)))
     if pixels.shape != high.shape or pixels.dim() != 3:
         raise ConfigError(
-            f"the preprocessing of '{name}' gives pictures of different sizes ({list(pixels.shape)} and {list(high.shape)}), "
-            f"expected one size so that pictures stack; choose an encoder that crops or resizes to a fixed size"
+            f"the preprocessing of '{name}' gives images of different sizes ({list(pixels.shape)} and {list(high.shape)}), "
+            f"expected one size so that images stack; choose an encoder that crops or resizes to a fixed size"
         )
     return pixels[None]
 

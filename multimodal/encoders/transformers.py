@@ -21,7 +21,7 @@ __all__ = ["TransformersEncoder", "load_transformers"]
 def load_transformers(spec: str | Path, dtype: torch.dtype | None) -> Loaded:
     """The encoder of a local folder or of a hub id, `org/name` or `org/name@revision`.
 
-    Raises ConfigError for a name that leads to no encoder of pictures, DataError for damaged or missing weights.
+    Raises ConfigError for a name that leads to no encoder of images, DataError for damaged or missing weights.
     """
     name, revision = (str(spec), None) if Path(spec).is_dir() else split_revision(str(spec))
     advice = "give a local folder, a hub id such as 'google/vit-base-patch16-224', 'timm:NAME' or 'open_clip:MODEL/TAG'"

@@ -51,7 +51,7 @@ class Decoding:
     def join(self, batch: Batch, token_map: TokenMap, *, may_share: bool) -> Tensor:
         """float32 [B, V]: scores for the first token of new rows, which stand after the others from now on. Their prompts are read.
 
-        may_share: whether rows about one picture have the same beginning (see `multimodal.generation.prefill`).
+        may_share: whether rows about one image have the same beginning (see `multimodal.generation.prefill`).
         """
         return self._add(batch, token_map, *prefill(self.language, self.attachment, batch, token_map, n_left=0, may_share=may_share))
 
@@ -67,10 +67,10 @@ class Decoding:
         if self._cache is None:
             self._cache, self._map, self._mask = cache, token_map, batch.attention_mask
             return scores
-        before, kept, n_old = self._now(), self.attachment.kept, len(self._mask)
+        before, retained, n_old = self._now(), self.attachment.retained, len(self._mask)
         length = max(before.domain.shape[1], batch.ids.shape[1])
         states = _joined(self._cache, cache)
-        beside = _beside(kept.get(self._cache, {}), n_old, kept.get(cache, {}), len(scores))
+        beside = _beside(retained.get(self._cache, {}), n_old, retained.get(cache, {}), len(scores))
         joined = TokenMap(
             torch.cat([_padded(before.domain, length, PAD), _padded(token_map.domain, length, PAD)]),
             torch.cat([before.row, token_map.row]),
@@ -92,10 +92,10 @@ class Decoding:
             self._cache = None
             return
         chosen = torch.tensor(rows, device=self._mask.device)
-        now, kept = self._now(), self.attachment.kept
+        now, retained = self._now(), self.attachment.retained
         n_empty = int(self._mask[chosen].any(0).long().argmax())  # columns on the left that only rows which go had
         states = [(layer.keys[chosen, :, n_empty:], layer.values[chosen, :, n_empty:]) for layer in self._cache.layers]
-        beside = {edit: value[chosen] for edit, value in kept.get(self._cache, {}).items()}
+        beside = {edit: value[chosen] for edit, value in retained.get(self._cache, {}).items()}
         row = now.row[chosen]
         inputs = {name: value[chosen] for name, value in now.inputs.items()}
         serving = None if now.serving is None else now.serving & frozenset(row.tolist())
@@ -111,7 +111,7 @@ class Decoding:
         mask = (token_map.domain != PAD).long()
         for layer, (keys, values) in zip(self._cache.layers, states, strict=True):
             layer.keys, layer.values = keys, values
-        self.attachment.kept[self._cache] = dict(beside)
+        self.attachment.retained[self._cache] = dict(beside)
         self._map, self._mask = token_map, mask
 
 

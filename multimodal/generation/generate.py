@@ -1,4 +1,4 @@
-"""Generation: greedy or beams, cached, from left-padded prompts; rows about one picture read it once."""
+"""Generation: greedy or beams, cached, from left-padded prompts; rows about one image read it once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_room(language: Language, n_prompt: int, settings: GenerationSettings) 
 def written_texts(language: Language, attachment: Attachment, batch: Batch, token_map: TokenMap, settings: GenerationSettings) -> list[str]:
     """One text for each row, the fastest way that is exact for this model and these adapters. Raises TextTooLong.
 
-    Rows about one picture with one adapter read what they begin with once; a prompt is read once for all its beams; a row that has ended
+    Rows about one image with one adapter read what they begin with once; a prompt is read once for all its beams; a row that has ended
     leaves the batch. An encoder reads each whole row, a slot or gate may read what follows it, some models keep no keys and values: there
     transformers' own generation runs, on rows that share nothing.
     """

@@ -1,6 +1,6 @@
 """Prompts into a key-value cache: what several rows begin with is read once, then the rest of each row.
 
-Five questions about a picture of 256 tokens cost 256 + 5 x 12 tokens instead of 5 x 268. Rows stay padded on the left without a gap, so
+Five questions about an image of 256 tokens cost 256 + 5 x 12 tokens instead of 5 x 268. Rows stay padded on the left without a gap, so
 any model that generates in batches reads them: after the shared part, each row is given its LAST n tokens, the same n for all. Where a
 row has a shorter question, the last tokens of what it shares are read once more, in place of padding.
 """
@@ -63,8 +63,8 @@ def prefill(language: Language, attachment: Attachment, batch: Batch, token_map:
         return whole, read_rest(language, attachment, whole, ids, domain, token_map)
     n_first = n - fork.n_last
     leaders = torch.tensor(fork.leaders, device=ids.device)
-    beginnings = _beginnings(token_map, leaders, n_first)
-    read_rest(language, attachment, whole, ids[leaders, :n_first], beginnings.domain, beginnings)
+    shared_prefixes = _shared_prefixes(token_map, leaders, n_first)
+    read_rest(language, attachment, whole, ids[leaders, :n_first], shared_prefixes.domain, shared_prefixes)
     _spread(whole, torch.tensor(fork.leader, device=ids.device), torch.tensor(fork.shift, device=ids.device))
     return whole, read_rest(language, attachment, whole, ids, domain, token_map)
 
@@ -115,8 +115,8 @@ def plan_fork(rows: Sequence[Sequence[Hashable]], key: Sequence[Hashable]) -> Fo
     own = {one: max(max(len(rows[i]) for i in group) - n_alike([rows[i] for i in group]), 1) for one, group in groups.items()}
     best, least = 0, WORTH * len(rows) * longest
     for n_last in sorted({own[one] for one, group in groups.items() if len(group) > 1}):
-        n_beginnings = sum(1 if own[one] <= n_last else len(group) for one, group in groups.items())
-        if (cost := n_beginnings * (longest - n_last) + len(rows) * n_last) < least:
+        n_shared_prefixes = sum(1 if own[one] <= n_last else len(group) for one, group in groups.items())
+        if (cost := n_shared_prefixes * (longest - n_last) + len(rows) * n_last) < least:
             best, least = n_last, cost
     if not best:
         return None
@@ -141,14 +141,14 @@ def tokens_of(ids: Tensor, domain: Tensor) -> list[list[tuple[int, int]]]:
     return [[pair for pair in row if pair[1] != PAD] for row in pairs]
 
 
-def _beginnings(token_map: TokenMap, leaders: Tensor, n_first: int) -> TokenMap:
+def _shared_prefixes(token_map: TokenMap, leaders: Tensor, n_first: int) -> TokenMap:
     domain = token_map.domain[leaders, :n_first]
     inputs = {name: value[leaders] for name, value in token_map.inputs.items()}
     return replace(token_map, domain=domain, row=token_map.row[leaders], inputs=inputs, present=_present(domain))
 
 
 def _present(domain: Tensor) -> frozenset[int]:
-    """The domains that occur: a bridge is not run where no picture is read."""
+    """The domains that occur: a bridge is not run where no image is read."""
     return frozenset(domain.unique().tolist()) - {PAD}
 
 
@@ -174,7 +174,7 @@ def _parameters(model: Any) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class KnownPrompt:
-    """A prompt about one picture under one adapter, of which no token becomes another by what follows.
+    """A prompt about one image under one adapter, of which no token becomes another by what follows.
 
     tokens   id and domain of each
     states   keys and values of each layer, [heads, T, Dh]
@@ -189,7 +189,7 @@ class KnownPrompt:
         return sum(value.nbytes for pair in self.states for value in pair)
 
     def n_alike(self, tokens: Sequence[tuple[int, int]]) -> int:
-        """How many tokens of a prompt about the same picture need not be read again: the last is, since what follows it is asked for."""
+        """How many tokens of a prompt about the same image need not be read again: the last is, since what follows it is asked for."""
         return min(n_alike([self.tokens, tokens]), len(tokens) - 1)
 
 

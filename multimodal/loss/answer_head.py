@@ -1,4 +1,4 @@
-"""Answers chosen among a vocabulary: a trained head over the pooled state of the frozen language model, which reads picture and question.
+"""Answers chosen among a vocabulary: a trained head over the pooled state of the frozen language model, which reads image and question.
 
     model = VisionLanguageModel.compose("timm:...", "google-bert/bert-base-uncased", template=template, use="read")
     model.add_adapter("vqa", methods)

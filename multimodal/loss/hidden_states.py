@@ -118,21 +118,21 @@ class LowerStates:
 
     row          the adapter's index in token maps, BASE_ROW for none
     most         bytes that are kept; texts beyond them are run at each reading
-    n_pictures   of the data, to tell after the first batch whether their texts can be kept; 0: nothing is told
+    n_images   of the data, to tell after the first batch whether their texts can be kept; 0: nothing is told
     positions    how many the model has; None without a limit
     """
 
-    def __init__(self, below: LayersBelow, row: int, *, most: float, n_pictures: int = 0, positions: int | None = None) -> None:
-        self.below, self.row, self.most, self.n_pictures, self.positions = below, row, most, n_pictures, positions
+    def __init__(self, below: LayersBelow, row: int, *, most: float, n_images: int = 0, positions: int | None = None) -> None:
+        self.below, self.row, self.most, self.n_images, self.positions = below, row, most, n_images, positions
         self.n_bytes, self.is_full = 0, False
-        self._kept: dict[bytes, Tensor] = {}
+        self._retained: dict[bytes, Tensor] = {}
 
     def __len__(self) -> int:
         """How many texts are kept."""
-        return len(self._kept)
+        return len(self._retained)
 
     @property
-    def told(self) -> str:
+    def note(self) -> str:
         """A line for the log."""
         n_layers = len(self.below.adapted.anatomy.layers)
         return f"the first {self.below.first} of {n_layers} layers run once for each text, as long as its states fit into {self.most / 2**30:.2g} GiB"
@@ -149,19 +149,19 @@ class LowerStates:
         if set(token_map.row.tolist()) != {self.row}:
             raise ConfigError("the states of texts are kept for the adapter that was active, and the batch is served by another: keep them for each apart")
         tokens = torch.stack([batch.ids, batch.domain, batch.position]).cpu().numpy()
-        texts = list(_texts(tokens, *(None if value is None else value.cpu().numpy() for value in (batch.segment, batch.picture))))
+        texts = list(_texts(tokens, *(None if value is None else value.cpu().numpy() for value in (batch.segment, batch.token_image))))
         states = self._states(dict.fromkeys(text.key for text in texts), batch.ids.device)
         n_rows, length = batch.ids.shape
         found = torch.cat([states[text.key][text.n_written :] for text in texts])
         whole = found.new_zeros(n_rows * length, found.shape[1])
         whole[torch.from_numpy(np.concatenate([text.places[text.n_written :] for text in texts]))] = found
-        if self.n_pictures:
-            self._check_room(sum(state.nbytes for state in states.values()), int((batch.image if batch.picture is None else batch.picture).max()) + 1)
+        if self.n_images:
+            self._check_room(sum(state.nbytes for state in states.values()), int((batch.image if batch.token_image is None else batch.token_image).max()) + 1)
         return whole.view(n_rows, length, -1).to(batch.ids.device, non_blocking=True)
 
     def _states(self, keys: dict[bytes, None], device: torch.device) -> dict[bytes, Tensor]:
         """[T, D] of each text, on the CPU."""
-        states = {key: self._kept[key] for key in keys if key in self._kept}
+        states = {key: self._retained[key] for key in keys if key in self._retained}
         by_length: dict[int, list[bytes]] = {}
         for key in keys:
             if key not in states:
@@ -186,22 +186,22 @@ class LowerStates:
         return self.below.run(batch, own).cpu()
 
     def _keep(self, key: bytes, state: Tensor) -> None:
-        if key in self._kept:
+        if key in self._retained:
             return
         if self.n_bytes + state.nbytes > self.most:
             if self.most and not self.is_full:
                 print(f"train.states_gib is full with the states of {len(self):,} texts: others are run at each reading", file=sys.stderr)
             self.is_full = True
             return
-        self._kept[key] = state
+        self._retained[key] = state
         self.n_bytes += state.nbytes
 
     def _padded(self, length: int) -> int:
         padded = -(-length // TOKENS) * TOKENS
         return padded if self.positions is None else max(length, min(padded, self.positions))
 
-    def _check_room(self, n_bytes: int, n_pictures: int) -> None:
-        needed, self.n_pictures = n_bytes / n_pictures * self.n_pictures, 0
+    def _check_room(self, n_bytes: int, n_images: int) -> None:
+        needed, self.n_images = n_bytes / n_images * self.n_images, 0
         if needed > self.most:
             raise ConfigError(
                 f"the states of the texts take about {needed / 2**30:.2g} GiB in each process, as far as the first batch tells, and train.states_gib is "
@@ -215,7 +215,7 @@ def _tokens_of(key: bytes) -> tuple[list[int], list[int], list[int]]:
     return ids, domain, position
 
 
-def _texts(tokens: np.ndarray[Any, Any], segment: np.ndarray[Any, Any] | None, picture: np.ndarray[Any, Any] | None) -> Iterator[_Text]:
+def _texts(tokens: np.ndarray[Any, Any], segment: np.ndarray[Any, Any] | None, token_image: np.ndarray[Any, Any] | None) -> Iterator[_Text]:
     """The texts of a batch, each with what it shares with others. tokens: int64 [3, B, T], ids, domains, positions; the others as in Batch.
 
     A row with the segments [0 0 1 2] holds two texts, at [0 1 2] and at [0 1 3]; the second shares two tokens.
@@ -223,10 +223,10 @@ def _texts(tokens: np.ndarray[Any, Any], segment: np.ndarray[Any, Any] | None, p
     n_rows, length = tokens.shape[1:]
     for b in range(n_rows):
         real = np.flatnonzero(tokens[1, b] != PAD)
-        pictures = np.zeros_like(real) if picture is None else picture[b, real]
+        images = np.zeros_like(real) if token_image is None else token_image[b, real]
         segments = np.zeros_like(real) if segment is None else segment[b, real]
-        for one in dict.fromkeys(pictures.tolist()):
-            places, own = real[pictures == one], segments[pictures == one]
+        for one in dict.fromkeys(images.tolist()):
+            places, own = real[images == one], segments[images == one]
             n_written = 0
             for number in [number for number in dict.fromkeys(own.tolist()) if number] or [0]:
                 at = places[(own == 0) | (own == number)]

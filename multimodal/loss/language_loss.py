@@ -17,11 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from adalink import BASE_ROW, AdaptedModel, TokenMap
 from adalink.attachment.existing import NO_LABEL
 from multimodal.batches.collate import Batch
-from multimodal.batches.packing import check_packed
-from multimodal.batches.prefix_sharing import ModelCall, calls_of
-from multimodal.loss.activations import Activations
+from multimodal.batches.prefix_sharing import ModelCall, calls_of, check_packed
 from multimodal.loss.hidden_states import LowerStates
-from multimodal.loss.last_layer import LastLayer
+from multimodal.loss.savings import Activations, LastLayer
 
 __all__ = ["Finish", "LanguageLoss", "WordHead", "read_word_head", "targets_at_once", "word_loss"]
 
@@ -170,7 +168,7 @@ SCALES = (("logit_scale", 1), ("logits_scaling", -1), ("output_multiplier", 1)) 
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
-class _Kept:
+class _Retained:
     """Stands in for a head: keeps what it is given, and gives known scores, or one token's zeros for the model to go on with."""
 
     def __init__(self, vocabulary: int, scores: Tensor | None = None) -> None:
@@ -191,10 +189,10 @@ class WordHead:
 
     module: nn.Module
     finish: Finish | None
-    stand_in: _Kept
+    stand_in: _Retained
 
     @property
-    def told(self) -> str:
+    def note(self) -> str:
         """A line for the log: how the loss is computed."""
         if self._is_apart():
             return "logits in chunks of targets, none kept"
@@ -226,7 +224,7 @@ class WordHead:
 def read_word_head(model: AdaptedModel) -> WordHead:
     """The head of an adapted language model. Runs the model on two tokens, without its adapters."""
     module = model.base.get_output_embeddings()  # type: ignore[operator]
-    return WordHead(module, None if _is_watched(module) else _finish(model, module), _Kept(len(module.weight)))
+    return WordHead(module, None if _is_watched(module) else _finish(model, module), _Retained(len(module.weight)))
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -234,7 +232,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _replaced(module: nn.Module, by: _Kept) -> Iterator[_Kept]:
+def _replaced(module: nn.Module, by: _Retained) -> Iterator[_Retained]:
     module.forward = by
     try:
         yield by
@@ -252,12 +250,12 @@ def _finish(model: AdaptedModel, module: nn.Module) -> Finish | None:
     scores = torch.stack([sizes, -sizes])[None]
     arguments = {"input_ids": ids, "use_cache": False, **({"decoder_input_ids": ids} if base.config.is_encoder_decoder else {})}
     token_map = TokenMap(ids, torch.full((1,), BASE_ROW, device=base.device), serving=frozenset())
-    with model.attachment.bind(token_map), _replaced(module, _Kept(vocabulary, scores)) as kept:
+    with model.attachment.bind(token_map), _replaced(module, _Retained(vocabulary, scores)) as retained:
         try:
             found = base(**arguments).logits.float()
         except (RuntimeError, ValueError, TypeError):
             return None
-    if kept.hidden is None or kept.hidden.shape != (1, 2, width) or found.shape != scores.shape:
+    if retained.hidden is None or retained.hidden.shape != (1, 2, width) or found.shape != scores.shape:
         return None
     return next((finish for finish in _candidates(base.config.get_text_config(decoder=True)) if torch.allclose(finish(scores), found, rtol=1e-5, atol=0)), None)
 
@@ -292,18 +290,18 @@ class LanguageLoss:
         return Activations(self.adapted)
 
     @property
-    def told(self) -> str:
+    def note(self) -> str:
         """A line for the log: how much of the last layer is run, and what is kept of the layers below the adapter."""
         why = self.last_layer.why_whole(self.adapted.serving(1).serving) if self._is_eager else "the model is compiled"
         last = "the last layer runs where something is predicted" if why is None else f"the last layer runs on every token: {why}"
-        return last if self.lower is None else f"{last}; {self.lower.told}"
+        return last if self.lower is None else f"{last}; {self.lower.note}"
 
     def __call__(self, batch: Batch, token_map: TokenMap) -> Tensor:
         """float []: cross entropy summed over the batch's targets. Raises ConfigError for packed rows that an adapter would mix."""
         adapted = self.adapted
         if batch.segment is not None and adapted.active:
-            check_packed(adapted.active_adapter(), batch.domain, batch.segment, batch.picture)
-        batch = batch if self.lower is None else replace(batch, beginning=None)
+            check_packed(adapted.active_adapter(), batch.domain, batch.segment, batch.token_image)
+        batch = batch if self.lower is None else replace(batch, shared_prefix=None)
         head = self.head  # before a map is bound: to be read, it runs the model
         if self._is_eager:
             _ = self.activations  # likewise, and before the last layer is shortened

@@ -64,7 +64,7 @@ def agree(accelerator: Accelerator, group: Sequence[Loaded], stop: int, ends: Se
     bad = [sample for loaded in group for sample in loaded.bad]
     n_targets = sum(loaded.batch.n_targets for loaded in group if loaded.batch)
     # A process alone asks no device: that would wait for all that the device has still to do.
-    counted = [*_per_set([loaded.asked for loaded in group], ends), *_per_set([loaded.pictures for loaded in group], ends)]
+    counted = [*_per_set([loaded.asked for loaded in group], ends), *_per_set([loaded.images for loaded in group], ends)]
     signals = [float(stop == number) for number in (signal.SIGTERM, signal.SIGINT)]
     own = torch.tensor([float(n_targets), float(len(bad)), *signals, *counted], device=accelerator.device if accelerator.num_processes > 1 else "cpu")
     targets, n_bad, n_terminated, n_interrupted, *counts = accelerator.reduce(own, "sum").tolist()

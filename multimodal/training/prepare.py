@@ -24,7 +24,7 @@ from multimodal.processes import process_state
 from multimodal.training.settings import Compile, TrainSettings
 
 __all__ = [
-    "CompiledModel", "compiled", "first_layer", "kept_states", "learner", "mean_loss", "new_optimizer", "parameter_groups",
+    "CompiledModel", "compiled", "first_layer", "hidden_state_model", "training_form", "mean_loss", "new_optimizer", "parameter_groups",
     "starts_exactly",
 ]  # fmt: skip
 
@@ -71,8 +71,8 @@ class CompiledModel:
         try:
             return self._run(**arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
-            said = str(error).strip().splitlines()[0]
-            raise ConfigError(f"this model cannot be compiled into one graph ({said}): train with train.compile: no") from error
+            stated = str(error).strip().splitlines()[0]
+            raise ConfigError(f"this model cannot be compiled into one graph ({stated}): train with train.compile: no") from error
 
 
 # ----------------------------------------
@@ -83,10 +83,10 @@ ADVICE = "give train.states_gib: 0"
 
 
 @contextlib.contextmanager
-def kept_states(model: VisionLanguageModel, gib: float, n_pictures: int) -> Iterator[None]:
-    """Inside the block the model learns from kept states, of at most `gib` GiB in each process; 0: nothing changes.
+def hidden_state_model(model: VisionLanguageModel, gib: float, n_images: int) -> Iterator[None]:
+    """Inside the block the model learns from cached states, of at most `gib` GiB in each process; 0: nothing changes.
 
-    n_pictures: of the data, so that the first batch can tell whether its texts can be kept; 0 where that is not asked.
+    n_images: of the data, so that the first batch can tell whether its texts can be kept; 0 where that is not asked.
     Raises ConfigError where nothing can be kept, and says what is in the way.
     """
     if not gib:
@@ -102,7 +102,7 @@ def kept_states(model: VisionLanguageModel, gib: float, n_pictures: int) -> Iter
         kind = model.language.model.config.model_type
         raise ConfigError(f"{kind} was tried without its first {first} layers, given what they make of a text, and says something else then: {ADVICE}")
     below, positions = LayersBelow(adapted, first), model.row_encoder().max_positions
-    loss.lower = LowerStates(below, int(adapted.rows(1)), most=gib * 2**30, n_pictures=n_pictures, positions=positions)
+    loss.lower = LowerStates(below, int(adapted.rows(1)), most=gib * 2**30, n_images=n_images, positions=positions)
     try:
         yield
     finally:
@@ -156,9 +156,9 @@ def _scores(adapted: AdaptedModel, batch: Batch, token_map: TokenMap) -> Tensor:
 
 
 @contextlib.contextmanager
-def learner(model: VisionLanguageModel, settings: TrainSettings, n_pictures: int) -> Iterator[None]:
+def training_form(model: VisionLanguageModel, settings: TrainSettings, n_images: int) -> Iterator[None]:
     """Inside the block the model is compiled, or keeps the states of its texts, where that is asked for. Raises ConfigError where it cannot."""
-    with compiled(model, settings.compile), kept_states(model, settings.states_gib, n_pictures):
+    with compiled(model, settings.compile), hidden_state_model(model, settings.states_gib, n_images):
         yield
 
 

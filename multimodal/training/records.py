@@ -24,7 +24,7 @@ from multimodal.sample import SampleSource
 from multimodal.training.distributed import Agreed
 from multimodal.training.settings import TrainSettings
 
-__all__ = ["Learnt", "RunLog", "Shown", "changed_settings", "flat", "refuse_another_model", "run_facts", "track"]
+__all__ = ["TrainedSoFar", "RunLog", "LoggedSamples", "changed_settings", "flat", "refuse_another_model", "run_facts", "track"]
 
 
 METRICS_FILE, BAD_FILE = "metrics.jsonl", "bad_samples.jsonl"
@@ -60,9 +60,9 @@ class RunLog:
         for line in found:
             self._count(BadSample(**json.loads(line)))
         if self.is_main:
-            for path, kept in ((metrics, lines), (bad, found)):
+            for path, retained in ((metrics, lines), (bad, found)):
                 if path.exists():
-                    write_whole(path, "".join(line + "\n" for line in kept).encode())
+                    write_whole(path, "".join(line + "\n" for line in retained).encode())
 
     def _count(self, sample: BadSample) -> None:
         self._seen.add((sample.key, sample.reason))
@@ -83,40 +83,40 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 # ----------------------------------------
-# What TensorBoard or Weights & Biases are told at a measurement: figures, and pictures with what was said about them.
+# What TensorBoard or Weights & Biases are told at a measurement: figures, and images with what was said about them.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """A picture, and what the model said about it. key: the sample's, which the tracker lists it under."""
+class LoggedSamples:
+    """An image, and what the model said about it. key: the sample's, which the tracker lists it under."""
 
     key: str
     image: Image.Image
-    said: str
+    text: str
 
 
-def track(accelerator: Accelerator, step: int, figures: Mapping[str, float], shown: Sequence[Shown] = ()) -> None:
+def track(accelerator: Accelerator, step: int, metrics: Mapping[str, float], logged: Sequence[LoggedSamples] = ()) -> None:
     """Tell every tracker of the run; nothing where there is none, and on the main process alone."""
-    accelerator.log(dict(figures), step=step)
+    accelerator.log(dict(metrics), step=step)
     if not accelerator.is_main_process:
         return
     for tracker in accelerator.trackers:
-        {"tensorboard": _to_tensorboard, "wandb": _to_wandb}[tracker.name](tracker, step, shown)
+        {"tensorboard": _to_tensorboard, "wandb": _to_wandb}[tracker.name](tracker, step, logged)
 
 
-def _to_tensorboard(tracker: Any, step: int, shown: Sequence[Shown]) -> None:
-    """Picture and text under one name each, so that the page has a slider over the steps."""
-    for one in shown:
+def _to_tensorboard(tracker: Any, step: int, logged: Sequence[LoggedSamples]) -> None:
+    """Image and text under one name each, so that the page has a slider over the steps."""
+    for one in logged:
         tracker.writer.add_image(f"samples/{one.key}", np.asarray(one.image.convert("RGB")), step, dataformats="HWC")
-        tracker.writer.add_text(f"samples/{one.key}", one.said, step)
+        tracker.writer.add_text(f"samples/{one.key}", one.text, step)
     tracker.writer.flush()  # whoever looks while it trains sees this measurement
 
 
-def _to_wandb(tracker: Any, step: int, shown: Sequence[Shown]) -> None:
+def _to_wandb(tracker: Any, step: int, logged: Sequence[LoggedSamples]) -> None:
     import wandb  # type: ignore[import-not-found]  # late: an extra, and only where it is asked for
 
-    if shown:
-        tracker.log({"samples": [wandb.Image(one.image, caption=f"{one.key}: {one.said}") for one in shown]}, step=step)
+    if logged:
+        tracker.log({"samples": [wandb.Image(one.image, caption=f"{one.key}: {one.text}") for one in logged]}, step=step)
 
 
 # ----------------------------------------
@@ -168,7 +168,7 @@ def _methods(methods: Mapping[str, Any]) -> dict[str, Any]:
 # What a run has read and learnt from so far, over all its processes.
 
 
-class Learnt:
+class TrainedSoFar:
     """Counts the samples that were asked for and those that could be used, by set of a mixture, and the steps that had nothing to learn.
 
     skipped          steps without a target: no optimizer step was taken

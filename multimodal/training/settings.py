@@ -18,12 +18,12 @@ MAX_SEED = 2**40  # an epoch's seed is a million times this, and a generator tak
 class TrainSettings:
     """How a run trains."""
 
-    epochs: float = 1.0  # passes over the pictures, each with the texts that the task takes
+    epochs: float = 1.0  # passes over the images, each with the texts that the task takes
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
-    batch_size: int = 16  # pictures per process and micro-batch
+    batch_size: int = 16  # images per process and micro-batch
     accumulation: int = 1  # micro-batches per optimizer step
-    bucket_pool: int = 0  # batches (of all processes) within which pictures with texts of like length come together; less padding; 0: off
-    row_tokens: int = 0  # pictures of a micro-batch share rows of up to so many tokens: less padding; on a CPU two or three a row pay best; 0: one
+    bucket_pool: int = 0  # batches (of all processes) within which images with texts of like length come together; less padding; 0: off
+    row_tokens: int = 0  # images of a micro-batch share rows of up to so many tokens: less padding; on a CPU two or three a row pay best; 0: one
     learning_rate: float = 1e-3  # peak; AdamW
     learning_rates: dict[str, float] = field(default_factory=dict)  # method -> a peak of its own
     weight_decay: float = 0.01  # of matrices; vectors (biases, norms) have none
@@ -37,11 +37,11 @@ class TrainSettings:
     compile: Compile = "no"  # torch.compile of the language model, with its adapters: minutes at the start for faster steps, on a GPU above all
     states_gib: float = 0.0  # GiB in each process for what enters the lowest layer that the adapter writes, kept for each text (eP-ALM); 0: nothing is kept
     seed: int = 0  # of weights, order and drawn answers
-    workers: int = 0  # processes that decode pictures
+    workers: int = 0  # processes that decode images
     checkpoint_every: int = 500  # optimizer steps; one is also written at the end
     keep: int = 2  # checkpoints kept
     log_every: int = 20  # optimizer steps
-    measure_every: int = 0  # optimizer steps between two measurements on the validation pictures, printed and drawn in the report; 0: none
+    measure_every: int = 0  # optimizer steps between two measurements on the validation images, printed and drawn in the report; 0: none
     keep_best: bool = False  # end with the weights of the best measurement, by the task's metric, instead of the last ones; needs measure_every
     patience: int = 0  # end after so many measurements in a row that were no better; needs measure_every; 0: go on to the end
     bad_samples: int = 10  # how many may be skipped before the run stops
@@ -77,11 +77,11 @@ class TrainSettings:
             raise ConfigError(f"train.betas is {self.betas}: both are from 0 to below 1")
 
     def n_steps(self, n_samples: int, world: int) -> int:
-        """Optimizer steps of the whole run: every picture is read at least `epochs` times."""
+        """Optimizer steps of the whole run: every image is read at least `epochs` times."""
         return self.n_steps_from(0, 0, n_samples, world)
 
     def n_steps_from(self, step: int, position: int, n_samples: int, world: int) -> int:
-        """The run's last step where `step` steps have read `position` pictures, perhaps with another number of processes."""
+        """The run's last step where `step` steps have read `position` images, perhaps with another number of processes."""
         left = math.ceil(self.epochs * n_samples) - position
         return self.steps or step + max(0, -(-left // (self.batch_size * self.accumulation * world)))
 

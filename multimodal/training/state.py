@@ -169,21 +169,21 @@ class Best:
     waited  measurements since then
     """
 
-    def __init__(self, settings: TrainSettings, figure: str | None) -> None:
-        self.figure, self.step, self.value, self.waited = figure, 0, -math.inf, 0
+    def __init__(self, settings: TrainSettings, metric: str | None) -> None:
+        self.metric, self.step, self.value, self.waited = metric, 0, -math.inf, 0
         self._settings = settings
         self._weights: dict[str, Tensor] = {}
 
-    def judge(self, step: int, figures: Mapping[str, float], parameters: Mapping[str, nn.Parameter]) -> bool:
+    def judge(self, step: int, metrics: Mapping[str, float], parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether this measurement is the best so far; its weights are then kept. Raises ConfigError where the figure was not measured."""
-        self.figure = self.figure or next(iter(figures), None)
-        if self.figure is None or self.figure not in figures:
-            what = self.figure or "a figure to judge by"
-            raise ConfigError(f"train.keep_best and train.patience need {what}, and the measurement gave {', '.join(figures) or 'nothing'}")
+        self.metric = self.metric or next(iter(metrics), None)
+        if self.metric is None or self.metric not in metrics:
+            what = self.metric or "a figure to judge by"
+            raise ConfigError(f"train.keep_best and train.patience need {what}, and the measurement gave {', '.join(metrics) or 'nothing'}")
         self.waited += 1
-        if not figures[self.figure] > self.value:
+        if not metrics[self.metric] > self.value:
             return False
-        self.step, self.value, self.waited = step, figures[self.figure], 0
+        self.step, self.value, self.waited = step, metrics[self.metric], 0
         if self._settings.keep_best:
             self._weights = {name: whole(parameter).clone() for name, parameter in parameters.items()}
         return True
@@ -198,11 +198,11 @@ class Best:
         with torch.no_grad():
             for name, weight in self._weights.items():
                 put_whole(parameters[name], weight)
-        return (self.step, self.figure or "", self.value) if self._weights else None
+        return (self.step, self.metric or "", self.value) if self._weights else None
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return {"figure": self.figure, "step": self.step, "value": self.value if self.step else None, "waited": self.waited}
+        return {"figure": self.metric, "step": self.step, "value": self.value if self.step else None, "waited": self.waited}
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights."""
@@ -210,6 +210,6 @@ class Best:
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         """Go on judging where a run was. One that is judged by another figure than before, or kept no weights, begins anew."""
-        if state.get("step") and self.figure in (None, state["figure"]) and (weights or not self._settings.keep_best):
-            self.figure, self.step, self.value, self.waited = state["figure"], state["step"], state["value"], state["waited"]
+        if state.get("step") and self.metric in (None, state["figure"]) and (weights or not self._settings.keep_best):
+            self.metric, self.step, self.value, self.waited = state["figure"], state["step"], state["value"], state["waited"]
             self._weights = dict(weights) if self._settings.keep_best else {}

@@ -20,9 +20,9 @@ from multimodal.bad_samples import BadSample, BadSamples, counted
 from multimodal.batches.collate import Batch
 from multimodal.data.feature_cache.encode import FillingLoader, encode_all
 from multimodal.data.feature_cache.writer import FeatureWriter
-from multimodal.data.inputs import Kept
+from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Loaded, Texts, TrainLoader, new_batches
-from multimodal.data.workers import dead_workers_told
+from multimodal.data.workers import dead_workers_named
 from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.progress import StepProgress
 from multimodal.sample import SampleSource
@@ -37,12 +37,14 @@ from multimodal.training.distributed import (
     take_off,
     together,
 )
-from multimodal.training.prepare import learner, new_optimizer, parameter_groups
-from multimodal.training.records import Learnt, RunLog, Shown, changed_settings, refuse_another_model, run_facts, track
+from multimodal.training.prepare import new_optimizer, parameter_groups, training_form
+from multimodal.training.records import LoggedSamples, RunLog, TrainedSoFar, changed_settings, refuse_another_model, run_facts, track
 from multimodal.training.settings import TrainSettings
 from multimodal.training.state import BEST, Best, latest_checkpoint, load_state, read_state, state_tensors, write_state
 
 __all__ = ["Trained", "check_training", "train"]
+
+_STEP_SIZE = "pictures in a step"  # the key that checkpoints have
 
 
 @dataclass(frozen=True)
@@ -68,23 +70,23 @@ def train(
     folder: Path,
     *,
     resume: bool = False,
-    patches: Kept | FeatureWriter | None = None,
+    patches: CachedFeatures | FeatureWriter | None = None,
     known_bad: Sequence[BadSample] = (),
     measure: Callable[[], Mapping[str, float]] | None = None,
     judged_by: str | None = None,
-    samples: Callable[[], Sequence[Shown]] | None = None,
+    samples: Callable[[], Sequence[LoggedSamples]] | None = None,
     also_trained: Mapping[str, nn.Parameter] | None = None,
 ) -> Trained:
     """Train the model's active adapter; checkpoints and metrics.jsonl go to `folder`.
 
     resume         go on from the newest checkpoint in `folder`: the same weights, bit for bit, as if the run had never stopped; with
-                   another number of processes, at the very next picture
+                   another number of processes, at the very next image
     patches        features that are kept already, or the folder that the first epoch fills with them; encoded here where settings.features is
                    `memory` and none are given
     known_bad      samples that the source left out already; they count towards the budget
     measure        figures for the screen and metrics.jsonl, asked for every `settings.measure_every` steps
     judged_by      the one of them, of which more is better, that settings.keep_best and settings.patience go by; the first where none is named
-    samples        pictures with what was said about them, for the trackers; asked for after each measurement, where there are trackers
+    samples        images with what was said about them, for the trackers; asked for after each measurement, where there are trackers
     also_trained   further parameters by name, for baselines that fine-tune a frozen part
 
     Raises TerminatedError, with a checkpoint written, where SIGTERM or Ctrl-C asked to end; DataError where a worker process died, or where
@@ -92,7 +94,7 @@ def train(
     """
     if not len(source):
         raise DataError("the training data holds no sample: give data with one or more")
-    with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_told():
+    with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_named():
         torch.manual_seed(settings.seed)
         model.to(accelerator.device).train()  # one that was loaded is in eval mode
         check_training(model, settings, folder, resume=resume, also_trained=also_trained)
@@ -101,25 +103,25 @@ def train(
         if measure is None and (settings.keep_best or settings.patience):
             raise ConfigError("train.keep_best and train.patience judge what `measure` gives, and there is none: give measure")
         if patches is None and settings.features == "memory":
-            patches = encode_all(model, source, workers=settings.workers, label="encoding each picture once")
+            patches = encode_all(model, source, workers=settings.workers, label="encoding each image once")
         if patches is not None and not isinstance(patches, FeatureWriter):
             _refuse_all_bad(patches)
         loader = _loader(accelerator, model, source, texts, settings, patches)
-        run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), loader, stop, Learnt(source), Best(settings, judged_by))
+        run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), loader, stop, TrainedSoFar(source), Best(settings, judged_by))
         first, n_steps = run.restore(len(source)) if resume else (0, settings.n_steps(len(source), accelerator.num_processes))
         run.log.skip(known_bad)
         if settings.checkpointing:
             model.adapted.attachment.checkpoint_layers()
         loader.steps = (n_steps - first) * settings.accumulation
         started = time.perf_counter()
-        with learner(model, settings, len(source)), interrupts_noted(stop):
+        with training_form(model, settings, len(source)), interrupts_noted(stop):
             if model.head is None:
-                accelerator.print(model.language_loss.told)  # here, where it is known what is hooked, checkpointed and compiled
+                accelerator.print(model.language_loss.note)  # here, where it is known what is hooked, checkpointed and compiled
             n_steps = run.learn(first, n_steps, measure, samples)
         seconds = time.perf_counter() - started
         take_off(model)
         best = run.best.put_back({**TrainedParts.of(model).parameters(), **(also_trained or {})})
-        if skipped := run.learnt.skipped:
+        if skipped := run.trained_so_far.skipped:
             accelerator.print(f"{counted(skipped, 'step')} of {n_steps} had nothing to learn, and {'was' if skipped == 1 else 'were'} skipped")
         return Trained(n_steps, seconds, run.log.bad, skipped, best)
 
@@ -135,7 +137,7 @@ def check_training(
     check_trackers(settings)
     parameters = {**TrainedParts.of(model).parameters(), **(also_trained or {})}
     parameter_groups(parameters, settings)
-    with learner(model, settings, 0):
+    with training_form(model, settings, 0):
         pass
     checkpoint = latest_checkpoint(folder / "checkpoints") if resume else None
     if checkpoint is not None:
@@ -154,7 +156,12 @@ def _continued(checkpoint: Path) -> Iterator[None]:
 
 
 def _loader(
-    accelerator: Accelerator, model: VisionLanguageModel, source: SampleSource, texts: Texts, settings: TrainSettings, patches: Kept | FeatureWriter | None
+    accelerator: Accelerator,
+    model: VisionLanguageModel,
+    source: SampleSource,
+    texts: Texts,
+    settings: TrainSettings,
+    patches: CachedFeatures | FeatureWriter | None,
 ) -> TrainLoader | FillingLoader:
     """This process's part of the batches; says how texts share rows."""
     batches = new_batches(
@@ -162,13 +169,13 @@ def _loader(
         features=None if isinstance(patches, FeatureWriter) else patches, row_tokens=settings.row_tokens, bucket_pool=settings.bucket_pool,
         rank=accelerator.process_index, world=accelerator.num_processes, weights="split" if accelerator.is_fsdp2 else "whole",
     )  # fmt: skip
-    accelerator.print(batches.told if model.head is not None else f"{batches.told}; {model.language_loss.head.told}")
+    accelerator.print(batches.note if model.head is not None else f"{batches.note}; {model.language_loss.head.note}")
     if isinstance(patches, FeatureWriter):
         return FillingLoader(batches.loader, patches, model.tower, source, workers=settings.workers)
     return batches.loader
 
 
-def _refuse_all_bad(patches: Kept) -> None:
+def _refuse_all_bad(patches: CachedFeatures) -> None:
     if not patches.usable():
         bad = BadSamples(budget=0, found=patches.bad.values())
         raise DataError(f"none of the {counted(len(patches), 'image')} can be used, so there is nothing to learn: {bad.summary()}; mend the data")
@@ -186,7 +193,7 @@ class _Run:
         also_trained: dict[str, nn.Parameter],
         loader: TrainLoader | FillingLoader,
         stop: StopSignal,
-        learnt: Learnt,
+        trained_so_far: TrainedSoFar,
         best: Best,
     ) -> None:
         if also_trained and accelerator.is_fsdp2:
@@ -198,7 +205,7 @@ class _Run:
         if isinstance(loader, FillingLoader) and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 splits the encoder over processes, so its features cannot be filled in while training: run `adalink features` first")
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
-        self.learnt, self.best, self.ended_by = learnt, best, 0
+        self.trained_so_far, self.best, self.ended_by = trained_so_far, best, 0
         self.bare, self.facts = model, run_facts(model, settings)
         self.is_due = False  # a line of the log: of a step that learns nothing it waits for the next
         self.first = self.read = 0  # the run's first step, and the samples that all processes had read before it
@@ -216,36 +223,36 @@ class _Run:
             accelerator.init_trackers("adalink", init_kwargs={"wandb": {"dir": str(folder)}})  # TensorBoard's files lie in FOLDER/adalink
 
     def learn(
-        self, first: int, n_steps: int, measure: Callable[[], Mapping[str, float]] | None, samples: Callable[[], Sequence[Shown]] | None
+        self, first: int, n_steps: int, measure: Callable[[], Mapping[str, float]] | None, samples: Callable[[], Sequence[LoggedSamples]] | None
     ) -> int:
         """Take the steps from `first` on; the last one comes back, which may be earlier than `n_steps` where patience ends the run."""
         every, judges = self.settings.measure_every, self.settings.keep_best or self.settings.patience > 0
-        with contextlib.closing(StepProgress(first=first, last=n_steps, is_shown=self.accelerator.is_main_process)) as shown:
+        with contextlib.closing(StepProgress(first=first, last=n_steps, is_visible=self.accelerator.is_main_process)) as displayed:
             for step, group in enumerate(_groups(iter(self.loader), self.settings.accumulation), start=first):
                 loss = self.step(group, step, n_steps)
-                shown.step()
+                displayed.step()
                 # Before the checkpoint: a run that is killed between the two measures again.
                 if measure is not None and every and ((step + 1) % every == 0 or (judges and step + 1 == n_steps)):
                     self._refuse_broken()
                     with together(self.bare):
-                        figures = measure()
-                    self.measured(step + 1, figures, samples, shown)
+                        metrics = measure()
+                    self.measured(step + 1, metrics, samples, displayed)
                     if self.best.is_over:
                         self.accelerator.print(f"{self.settings.patience} measurements were no better than that of step {self.best.step}: the run ends")
                         n_steps = step + 1
-                self.after(step + 1, n_steps, loss, shown)
+                self.after(step + 1, n_steps, loss, displayed)
                 if self.best.is_over:
                     break
         return n_steps
 
     def step(self, group: list[Loaded], step: int, n_steps: int) -> torch.Tensor | None:
         """One optimizer step over a group of micro-batches; the mean loss per target comes back, over all ranks. None where there is no target."""
-        agreed = agree(self.accelerator, group, self.stop.number, self.learnt.ends)
+        agreed = agree(self.accelerator, group, self.stop.number, self.trained_so_far.ends)
         self.ended_by = agreed.stop
         self.log.skip(agreed.bad)
         rate = self.rate(step, n_steps)
-        self.learnt.add(agreed)
-        self.learnt.check(self.log.bad)
+        self.trained_so_far.add(agreed)
+        self.trained_so_far.check(self.log.bad)
         if not agreed.n_targets:
             return None
         torch.manual_seed(step_seed(self.settings.seed, step, self.accelerator.process_index))
@@ -272,40 +279,40 @@ class _Run:
 
         Where the run is given in steps, of those. Steps without anything to learn do not move it.
         """
-        size = self._stream()["pictures in a step"]
+        size = self._stream()[_STEP_SIZE]
         if self.settings.steps:
-            return self.settings.rate(step - self.learnt.skipped, n_steps - self.learnt.skipped)
-        done = (self.read - self.learnt.skipped_samples) / size + step - self.first
+            return self.settings.rate(step - self.trained_so_far.skipped, n_steps - self.trained_so_far.skipped)
+        done = (self.read - self.trained_so_far.skipped_samples) / size + step - self.first
         return self.settings.rate(done, done + n_steps - step)
 
-    def measured(self, step: int, figures: Mapping[str, float], samples: Callable[[], Sequence[Shown]] | None, shown: StepProgress) -> None:
-        """Log figures of the validation pictures, judge them, and show some pictures to the trackers."""
+    def measured(self, step: int, metrics: Mapping[str, float], samples: Callable[[], Sequence[LoggedSamples]] | None, displayed: StepProgress) -> None:
+        """Log figures of the validation images, judge them, and show some images to the trackers."""
         if self.accelerator.num_processes > 1:
-            figures, *_ = broadcast_object_list([dict(figures)])  # all decide by the same numbers
+            metrics, *_ = broadcast_object_list([dict(metrics)])  # all decide by the same numbers
         judges = self.settings.keep_best or self.settings.patience > 0
-        is_best = judges and self.best.judge(step, figures, self.parameters)
-        shown.measured(step, figures, is_best)
-        self.log.write({"step": step, **figures})
+        is_best = judges and self.best.judge(step, metrics, self.parameters)
+        displayed.measured(step, metrics, is_best)
+        self.log.write({"step": step, **metrics})
         if self.settings.trackers:
-            track(self.accelerator, step, figures, samples() if samples is not None else ())
+            track(self.accelerator, step, metrics, samples() if samples is not None else ())
 
-    def after(self, step: int, n_steps: int, loss: torch.Tensor | None, shown: StepProgress) -> None:
+    def after(self, step: int, n_steps: int, loss: torch.Tensor | None, displayed: StepProgress) -> None:
         """Log, and write a checkpoint, where it is due.
 
         Raises TerminatedError where a process was asked to end, ConfigError where a loss was not finite, DataError where nothing was learnt.
         """
         if step == n_steps:
-            self.learnt.check(self.log.bad, is_end=True)
+            self.trained_so_far.check(self.log.bad, is_end=True)
         self.is_due |= step % self.settings.log_every == 0 or step in (1, n_steps)
         if loss is not None and self.is_due:
             self.is_due = False
             self._refuse_broken()
             value = float(loss)
             rate = self.optimizer.param_groups[0]["lr"]
-            shown.logged(step, value, rate)
+            displayed.logged(step, value, rate)
             self.log.write({"step": step, "loss": value, "rate": rate})
             self.accelerator.log({"loss": value, "rate": rate}, step=step)
-        if (step % self.settings.checkpoint_every == 0 and not self.learnt.is_nothing) or step == n_steps or self.ended_by:
+        if (step % self.settings.checkpoint_every == 0 and not self.trained_so_far.is_nothing) or step == n_steps or self.ended_by:
             self._refuse_broken()
             self._save(step)
         if self.ended_by and step < n_steps:
@@ -315,7 +322,7 @@ class _Run:
     def restore(self, n_samples: int) -> tuple[int, int]:
         """The step that the newest checkpoint was written after (0 where there is none), and the run's last step.
 
-        Another number of processes reads on at the next picture, and takes as many steps as the rest needs. Raises CheckpointError for
+        Another number of processes reads on at the next image, and takes as many steps as the rest needs. Raises CheckpointError for
         a checkpoint of another run.
         """
         world = self.accelerator.num_processes
@@ -328,24 +335,23 @@ class _Run:
         content = load_state(checkpoint, self.parameters, self.optimizer.optimizer)
         first, found, own = content["step"], content["stream"], self._stream()
         self.first, self.read = first, content["data"]["position"]
-        self.learnt.load_state_dict(content.get("learnt", {}))
+        self.trained_so_far.load_state_dict(content.get("learnt", {}))
         self.best.load_state_dict(content.get("best", {}), read_state(checkpoint, self.parameters)[1])
         with _continued(checkpoint):
             self.loader.load_state_dict(content["data"])
             if found["processes"] != world:
                 n_steps = self.settings.n_steps_from(first, content["data"]["position"], n_samples, world)
             elif found != own:
-                name = "pictures in a step"
-                raise CheckpointError(f"{name} was {found[name]} and is {own[name]}")
+                raise CheckpointError(f"images in a step was {found[_STEP_SIZE]} and is {own[_STEP_SIZE]}")
             if first > n_steps:
                 raise CheckpointError(f"it was written after step {first}, and this config ends at {n_steps}")
         if self.accelerator.scaler is not None and content["scaler"]:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.log.rewind(first)
-        self._say_resumed(checkpoint, first, n_steps, content.get("facts"))
+        self._log_resumed(checkpoint, first, n_steps, content.get("facts"))
         return first, first if self.best.is_over else n_steps
 
-    def _say_resumed(self, checkpoint: Path, first: int, n_steps: int, facts: Mapping[str, Any] | None) -> None:
+    def _log_resumed(self, checkpoint: Path, first: int, n_steps: int, facts: Mapping[str, Any] | None) -> None:
         self.accelerator.print(f"resumed after step {first} of {n_steps}, from {checkpoint}")
         if facts is None:
             self.accelerator.print("an earlier version wrote that checkpoint, so its settings cannot be compared with these")
@@ -372,7 +378,7 @@ class _Run:
             )
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-            states = {"data": self.loader.state_dict(), "learnt": self.learnt.state_dict(), "best": self.best.state_dict()}
+            states = {"data": self.loader.state_dict(), "learnt": self.trained_so_far.state_dict(), "best": self.best.state_dict()}
             extra: dict[str, Any] = {"stream": self._stream(), **states, "facts": self.facts, "scaler": scaler}
             write_state(self.folder / "checkpoints", step, tensors, extra, self.settings.keep)
         self.accelerator.wait_for_everyone()
@@ -380,7 +386,7 @@ class _Run:
     def _stream(self) -> dict[str, int]:
         """What a step reads."""
         world = self.accelerator.num_processes
-        return {"pictures in a step": self.settings.batch_size * self.settings.accumulation * world, "processes": world}
+        return {_STEP_SIZE: self.settings.batch_size * self.settings.accumulation * world, "processes": world}
 
 
 def _groups(loader: Iterator[Loaded], size: int) -> Iterator[list[Loaded]]:

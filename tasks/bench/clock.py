@@ -185,7 +185,7 @@ class Finding:
         return statistics.median(self.ratios)
 
     @property
-    def verdict(self) -> str:
+    def outcome(self) -> str:
         """met, missed by how much, or nothing where nothing is aimed at."""
         if self.target is None or not self.ratios:
             return ""
@@ -213,7 +213,7 @@ def about(bench: Bench) -> dict[str, str]:
 
 def as_line(finding: Finding) -> str:
     """One line: median, spread, target, verdict, what it is."""
-    return f"{finding.part:10s}  {_ratio(finding):24s}  {_goal(finding):14s}  {finding.verdict:14s}  {finding.what}; {finding.detail}"
+    return f"{finding.part:10s}  {_ratio(finding):24s}  {_goal(finding):14s}  {finding.outcome:14s}  {finding.what}; {finding.detail}"
 
 
 def as_markdown(findings: Sequence[Finding], where: Mapping[str, str]) -> str:
@@ -224,14 +224,14 @@ def as_markdown(findings: Sequence[Finding], where: Mapping[str, str]) -> str:
         "| what | ratio | target | | in figures |",
         "|---|---|---|---|---|",
     ]
-    lines += [f"| {found.what} | {_ratio(found)} | {_goal(found)} | {found.verdict} | {found.detail} |" for found in findings]
+    lines += [f"| {found.what} | {_ratio(found)} | {_goal(found)} | {found.outcome} | {found.detail} |" for found in findings]
     return "\n".join(lines) + "\n"
 
 
 def as_json(findings: Sequence[Finding], where: Mapping[str, str]) -> str:
     """One object: where, and findings with every ratio."""
     rows: list[dict[str, Any]] = [
-        {**vars(found), "median": found.median if found.ratios else None, "verdict": found.verdict} for found in findings
+        {**vars(found), "median": found.median if found.ratios else None, "verdict": found.outcome} for found in findings
     ]
     return json.dumps({"where": dict(where), "findings": rows}, indent=2) + "\n"
 

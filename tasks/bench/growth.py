@@ -1,4 +1,4 @@
-"""How the cost of a caption grows with image tokens, captions per picture, the language model and the rank: both sides, each point alone."""
+"""How the cost of a caption grows with image tokens, captions per image, the language model and the rank: both sides, each point alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Point:
         n = self.work.n_texts
         return Finding(
             part="growth",
-            what=f"{self.shape.name}, {self.work.n_patches} image tokens, {n} captions a picture, rank {self.rank}: faster than peft",
+            what=f"{self.shape.name}, {self.work.n_patches} image tokens, {n} captions an image, rank {self.rank}: faster than peft",
             ratios=(self.theirs.seconds / self.ours.seconds,),
             detail=f"{1000 * self.ours.seconds / n:.1f} ms and {self.ours.mib / n:.1f} MiB a caption against "
             f"{1000 * self.theirs.seconds / n:.1f} ms and {self.theirs.mib / n:.1f} MiB",
@@ -48,7 +48,7 @@ def points(bench: Bench) -> Iterator[Point]:
     shape, patches, rank = sizes.growth_models[0], min(N_PATCHES, sizes.growth_patches[-1]), sizes.growth_ranks[0]
     usual = Work(n_patches=patches)
     steps = [("image tokens", n, str(n), shape, Work(n_patches=n), rank) for n in sizes.growth_patches]
-    steps += [("captions a picture", n, str(n), shape, Work(n_patches=patches, n_texts=n), rank) for n in sizes.growth_texts]
+    steps += [("captions an image", n, str(n), shape, Work(n_patches=patches, n_texts=n), rank) for n in sizes.growth_texts]
     steps += [("language model", i, other.name, other, usual, rank) for i, other in enumerate(sizes.growth_models)]
     steps += [("rank", i, str(other), shape, usual, other) for i, other in enumerate(sizes.growth_ranks)]
     known: dict[tuple[str, Work, int], tuple[Needs, Needs]] = {}  # the usual step is on every axis
@@ -62,7 +62,7 @@ def points(bench: Bench) -> Iterator[Point]:
 
 
 # ----------------------------------------
-# The points of growth as one picture: a column for each thing that grows, time above and memory below.
+# The points of growth as one image: a column for each thing that grows, time above and memory below.
 
 
 WIDTH, HEIGHT, LEFT, TOP, GAP_X, GAP_Y = 210, 150, 62, 96, 40, 70  # of a panel, and around it
@@ -70,7 +70,7 @@ OURS, THEIRS, INK, FAINT = "#1d4ed8", "#b45309", "#1f2937", "#e5e7eb"
 
 
 def as_svg(points: Sequence[Point], heading: str) -> str:
-    """The picture. heading: what was measured where."""
+    """The image. heading: what was measured where."""
     axes = list(dict.fromkeys(point.axis for point in points))
     width, height = LEFT + len(axes) * (WIDTH + GAP_X), TOP + 2 * (HEIGHT + GAP_Y)
     parts = [

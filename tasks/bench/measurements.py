@@ -94,7 +94,7 @@ def against_peft(part: str, what: str, turns: Turns, case: Case) -> Finding:
 
 def _speed_of(seconds: float, work: Work) -> str:
     """Rows as the peer reads them are what both sides are paid for."""
-    n_texts = work.n_texts * work.n_pictures
+    n_texts = work.n_texts * work.n_images
     tokens = n_texts * (work.n_patches + work.n_prompt + work.n_target)
     return f"{1000 * seconds / n_texts:.1f} ms a text ({tokens / seconds:.0f} tokens/s)"
 
@@ -111,7 +111,7 @@ def _memory(bench: Bench, shape: Shape, case: Case) -> Finding:
 
 
 # ----------------------------------------
-# A training step on features that are kept, against encoding the picture of every row.
+# A training step on features that are kept, against encoding the image of every row.
 
 
 TOLERANCE = 1e-3  # features are kept in float16
@@ -126,7 +126,7 @@ def features(bench: Bench) -> Iterator[Finding]:
 
 
 def drawn_encoder(name: str, pixels: int, machine: Machine) -> VisionTower:
-    """A timm encoder with drawn weights, for pictures of so many pixels a side."""
+    """A timm encoder with drawn weights, for images of so many pixels a side."""
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=0, img_size=pixels).to(machine.device, machine.dtype)
     return VisionTower(
@@ -136,22 +136,22 @@ def drawn_encoder(name: str, pixels: int, machine: Machine) -> VisionTower:
 
 def _end_to_end(bench: Bench, shape: Shape, tower: VisionTower, case: Case) -> Finding:
     work, machine = case.work, bench.machine
-    side = tower.preprocess.transform(None).shape[-1]  # type: ignore[arg-type]  # it looks at no picture
-    pixels = torch.randn(work.n_pictures, 3, side, side, generator=torch.Generator().manual_seed(0)).to(machine.device, machine.dtype)
+    side = tower.preprocess.transform(None).shape[-1]  # type: ignore[arg-type]  # it looks at no image
+    pixels = torch.randn(work.n_images, 3, side, side, generator=torch.Generator().manual_seed(0)).to(machine.device, machine.dtype)
     model = our_model(shape, machine, tower, "lora")
     table = PatchTable(model.encode(pixels).to("cpu", torch.float16), {})
     per_row = pixels.repeat_interleave(work.n_texts, 0)
 
-    def kept() -> Tensor:
+    def retained() -> Tensor:
         return torch.stack([value for i in range(len(table)) if isinstance(value := table[i], Tensor)]).to(machine.device, machine.dtype)
 
     def every_row() -> Tensor:
         with torch.no_grad():
             return tower(per_row).patches
 
-    sides = {"adalink": our_step(model, work, kept), "peft": their_step(model, shape, machine, work, every_row, "lora")}
+    sides = {"adalink": our_step(model, work, retained), "peft": their_step(model, shape, machine, work, every_row, "lora")}
     turns = alternate(sides, bench.repetitions, machine.device, machine.dtype, max(TOLERANCE, 2e-2 * (machine.dtype.itemsize < 4)))
-    what = f"{shape.name}, {tower.name}, {work.n_patches} image tokens: kept features, end to end, faster than an encoder for every row"
+    what = f"{shape.name}, {tower.name}, {work.n_patches} image tokens: cached features, end to end, faster than an encoder for every row"
     return against_peft("features", what, turns, case)
 
 
@@ -166,7 +166,7 @@ ADALINK: Mapping[str, Method] = {"adalink": AdaLink(rank=16, modalities=("image"
 
 
 def adapters(bench: Bench) -> Iterator[Finding]:
-    """On the last language model: small differences on pictures of the first size and in more turns, the step on those of the last."""
+    """On the last language model: small differences on images of the first size and in more turns, the step on those of the last."""
     shape, first, last = bench.sizes.models[-1], bench.sizes.captions[0].work, bench.sizes.captions[-1].work
     yield _forward(bench, shape, first)
     yield _mixed(bench, shape, first)
@@ -257,7 +257,7 @@ def _adapted(shape: Shape, machine: Machine, n_adapters: int) -> Callable[[Tenso
 
 
 def _rows(work: Work, machine: Machine, n_rows: int) -> tuple[Tensor, Tensor]:
-    """ids and domains of whole rows: a picture, then a text."""
+    """ids and domains of whole rows: an image, then a text."""
     length = work.n_patches + work.n_prompt + work.n_target
     domain = torch.full((n_rows, length), TEXT, device=machine.device)
     domain[:, : work.n_patches] = IMAGE
@@ -269,7 +269,7 @@ def _first(model: Any, ids: Tensor) -> float:
 
 
 # ----------------------------------------
-# Answering five questions about a picture, which is read once, against one prompt with the picture for each question.
+# Answering five questions about an image, which is read once, against one prompt with the image for each question.
 
 
 N_QUESTION = 12
@@ -278,7 +278,7 @@ ASKED = ((12, 1, 1.7), (3, 1, 2.6), (12, 3, 1.5))
 
 
 def generation(bench: Bench) -> Iterator[Finding]:
-    """On the first language model, with every size of pictures."""
+    """On the first language model, with every size of images."""
     shape, machine = bench.sizes.models[0], bench.machine
     for case in bench.sizes.captions:
         work = Work(n_patches=case.work.n_patches, n_prompt=N_QUESTION)
@@ -349,7 +349,7 @@ def shards(bench: Bench) -> Iterator[Finding]:
     script = _script("bench_shards", "shards")
     for name, kind, decode, batch_size, n, target in (
         ("records of 9 KiB", script.Records, script.as_record, 64, bench.sizes.n_records, 5.0),
-        ("JPEGs of 640 x 480", script.Pictures, script.as_picture, 16, bench.sizes.n_pictures, 1.0),
+        ("JPEGs of 640 x 480", script.ReadImages, script.as_image, 16, bench.sizes.n_images, 1.0),
     ):
         with tempfile.TemporaryDirectory() as folder:
             source = kind(n, Path(folder) / "files")

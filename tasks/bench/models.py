@@ -1,4 +1,4 @@
-"""Composed models on drawn features: a picture of any number of image tokens, and texts of a given length about it."""
+"""Composed models on drawn features: an image of any number of image tokens, and texts of a given length about it."""
 
 from __future__ import annotations
 
@@ -115,33 +115,33 @@ TEMPLATE = Template(prompt="<image><bos>{question}", target=" {text}<eos>")
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one training step learns from: pictures with their texts.
+    """What one training step learns from: images with their texts.
 
-    n_patches        image tokens of a picture
+    n_patches        image tokens of an image
     n_texts          texts about it
     n_prompt         tokens of a text that are read and not learnt, the start token among them
     n_target         tokens that are learnt, the end token among them
-    n_pictures       pictures of a step
+    n_images       images of a step
     """
 
     n_patches: int
     n_texts: int = 5
     n_prompt: int = 1
     n_target: int = 12
-    n_pictures: int = 1
+    n_images: int = 1
 
     def texts(self, vocabulary: int) -> list[list[Text]]:
-        """The texts of each picture, drawn: words of ids that stand for themselves."""
+        """The texts of each image, drawn: words of ids that stand for themselves."""
         draw = Random(0)
 
         def words(n: int) -> str:
             return " ".join(f"w{draw.randrange(4, vocabulary)}" for _ in range(n))
 
-        return [[Text(words(self.n_prompt - 1), words(self.n_target - 1)) for _ in range(self.n_texts)] for _ in range(self.n_pictures)]
+        return [[Text(words(self.n_prompt - 1), words(self.n_target - 1)) for _ in range(self.n_texts)] for _ in range(self.n_images)]
 
     def features(self, machine: Machine, width: int = FEATURE_WIDTH) -> Tensor:
-        """[pictures, n_patches, width], drawn."""
-        drawn = torch.randn(self.n_pictures, self.n_patches, width, generator=torch.Generator().manual_seed(0))
+        """[images, n_patches, width], drawn."""
+        drawn = torch.randn(self.n_images, self.n_patches, width, generator=torch.Generator().manual_seed(0))
         return drawn.to(machine.device, machine.dtype)
 
 
@@ -182,7 +182,7 @@ def composed(shape: Shape, machine: Machine, tower: VisionTower, methods: Mappin
 
 
 def encoded(model: VisionLanguageModel, work: Work) -> Sequence[Sequence[Row]]:
-    """The rows of each picture."""
+    """The rows of each image."""
     encoder, vocabulary = model.row_encoder(), model.language.model.config.vocab_size
     return [[encoder.row(text) for text in texts] for texts in work.texts(vocabulary)]
 
@@ -202,7 +202,7 @@ def as_batch(rows: Sequence[Sequence[Row]], features: Tensor, arrange: Arrange) 
 class Case:
     """A step, and how many times as fast and as small it should be as the peer's. None: nothing is aimed at.
 
-    A step reads about as many image tokens whatever the size of a picture: four of 50, or one of 197 or 256.
+    A step reads about as many image tokens whatever the size of an image: four of 50, or one of 197 or 256.
     """
 
     work: Work
@@ -214,7 +214,7 @@ class Case:
 class Sizes:
     """The language models and steps of a run of the command.
 
-    encoders   timm names (image size) and the steps with their features; faster: against encoding each row's picture
+    encoders   timm names (image size) and the steps with their features; faster: against encoding each row's image
     """
 
     models: tuple[Shape, ...]
@@ -223,7 +223,7 @@ class Sizes:
     text_only: tuple[Case, ...]
     encoders: tuple[tuple[str, int, Case], ...]
     n_records: int = 8000
-    n_pictures: int = 120
+    n_images: int = 120
     n_answers: int = 50_000
     n_captions: int = 5000
     growth_models: tuple[Shape, ...] = ()
@@ -237,17 +237,17 @@ def _usual(models: tuple[Shape, ...], smallest: tuple[Shape, ...]) -> Sizes:
     return Sizes(
         models=models,
         captions=(
-            Case(work=Work(n_patches=50, n_pictures=4), faster=3, smaller=4),
+            Case(work=Work(n_patches=50, n_images=4), faster=3, smaller=4),
             Case(work=Work(n_patches=197), faster=4, smaller=5),
             Case(work=Work(n_patches=256), faster=5, smaller=7),
         ),
         questions=(
-            Case(work=Work(n_patches=50, n_pictures=4, **question), faster=3.5),
+            Case(work=Work(n_patches=50, n_images=4, **question), faster=3.5),
             Case(work=Work(n_patches=256, **question), faster=5),
         ),
         text_only=(Case(work=Work(n_patches=256), faster=7),),
         encoders=(
-            ("vit_base_patch32_224", 224, Case(work=Work(n_patches=49, n_pictures=4), faster=3.8)),
+            ("vit_base_patch32_224", 224, Case(work=Work(n_patches=49, n_images=4), faster=3.8)),
             ("vit_small_patch14_dinov2", 224, Case(work=Work(n_patches=256), faster=5.5)),
         ),
         growth_models=smallest,
@@ -258,11 +258,11 @@ SIZES = {
     "tiny": Sizes(
         models=(TINY_LLAMA, TINY_OPT),
         captions=(Case(work=Work(n_patches=9)),),
-        questions=(Case(work=Work(n_patches=9, n_prompt=8, n_target=3, n_pictures=2)),),
+        questions=(Case(work=Work(n_patches=9, n_prompt=8, n_target=3, n_images=2)),),
         text_only=(Case(work=Work(n_patches=9)),),
         encoders=(("test_vit", 160, Case(work=Work(n_patches=100))),),
         n_records=64,
-        n_pictures=8,
+        n_images=8,
         n_answers=200,
         n_captions=20,
         growth_models=(TINY_LLAMA,),
@@ -327,7 +327,7 @@ def our_model(shape: Shape, machine: Machine, tower: VisionTower, taught: Taught
 
 
 def our_step(model: VisionLanguageModel, work: Work, features: Callable[[], Tensor]) -> Step:
-    """A step of the composed model on kept features: rows are arranged and collated in it, as the loader does."""
+    """A step of the composed model on cached features: rows are arranged and collated in it, as the loader does."""
     rows, arrange = encoded(model, work), arrange_of(model)
     optimizer = _optimizer(model.adapted.active_adapter().parameters())
 
@@ -339,7 +339,7 @@ def our_step(model: VisionLanguageModel, work: Work, features: Callable[[], Tens
 
 
 def arrange_of(model: VisionLanguageModel) -> Arrange:
-    """How training arranges the rows of a picture."""
+    """How training arranges the rows of an image."""
     return arrangement(model.language.model, model.adapted.active_adapter(), model.row_encoder().prompt("w4"))[0]
 
 
@@ -348,7 +348,7 @@ def their_step(
 ) -> Step:
     """A step of a peft model with the weights of `ours`: one row per text, logits of every token.
 
-    features: [rows, N, Dv], those of each row's picture.
+    features: [rows, N, Dv], those of each row's image.
     """
     base: Any = language(shape, machine).model
     embed, model = base.get_input_embeddings(), _peft(base, taught, rank)

@@ -98,8 +98,8 @@ def _ask(values: Any, plain: Any) -> None:
         decode_image(path)  # before the first question is answered
     for start in range(0, len(images), CAPTIONED_AT_ONCE):
         paths = images[start : start + CAPTIONED_AT_ONCE]
-        shown = [decode_image(path) for path in paths]  # each once for all its questions, so it is read once
-        asked = [(path, image, question) for path, image in zip(paths, shown, strict=True) for question in questions]
+        displayed = [decode_image(path) for path in paths]  # each once for all its questions, so it is read once
+        asked = [(path, image, question) for path, image in zip(paths, displayed, strict=True) for question in questions]
         texts = model.generate([image for _, image, _ in asked], [question for _, _, question in asked], settings=settings)
         for (path, _, question), text in zip(asked, texts, strict=True):
             print("\t".join([*[str(path)] * (len(images) > 1), *[question] * (len(questions) > 1), text]))

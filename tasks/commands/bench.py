@@ -35,7 +35,7 @@ def bench(
     compile: Literal["no", "yes"] = "no",
     threads: int = 1,
 ) -> None:
-    """Measure this machine: training, kept features, adapters, generation, shards and scorers, each beside its peer, as ratios with their spread.
+    """Measure this machine: training, cached features, adapters, generation, shards and scorers, each beside its peer, as ratios with their spread.
 
     Args:
         only: One part alone; by default every part but growth.
@@ -65,17 +65,17 @@ def bench(
     found: list[Finding] = []
     for part in [only] if only else PARTS:
         if part in PARTS:
-            found += _shown(getattr(measurements, part)(asked))
+            found += _displayed(getattr(measurements, part)(asked))
     if plot is not None or only == "growth":
         grown: list[Point] = []
-        found += _shown(_kept(points(asked), grown))
+        found += _displayed(_retained(points(asked), grown))
         if plot is not None:
             write_whole(plot, as_svg(grown, _held(next(point for point in grown if point.axis == "rank"), where)).encode())
     if out is not None:
         write_whole(out, (as_json if out.suffix == ".json" else as_markdown)(found, where).encode())
 
 
-def _shown(findings: Iterator[Finding]) -> list[Finding]:
+def _displayed(findings: Iterator[Finding]) -> list[Finding]:
     """Printed as they come: a whole run takes long."""
     from tasks.bench.clock import as_line
 
@@ -86,15 +86,15 @@ def _shown(findings: Iterator[Finding]) -> list[Finding]:
     return found
 
 
-def _kept(grown: Iterator[Point], into: list[Point]) -> Iterator[Finding]:
+def _retained(grown: Iterator[Point], into: list[Point]) -> Iterator[Finding]:
     for point in grown:
         into.append(point)
         yield point.finding
 
 
 def _held(point: Point, where: Mapping[str, str]) -> str:
-    """What a picture of growth says of everything that does not grow."""
-    held = f"{point.shape.name}, {point.work.n_patches} image tokens, {point.work.n_texts} captions a picture, rank {point.rank} where these do not grow"
+    """What an image of growth says of everything that does not grow."""
+    held = f"{point.shape.name}, {point.work.n_patches} image tokens, {point.work.n_texts} captions an image, rank {point.rank} where these do not grow"
     return f"{held}; {where['machine']}, {where['precision']}, seconds {where['seconds']}"
 
 

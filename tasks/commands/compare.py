@@ -19,7 +19,7 @@ from tasks.evaluation.compare import (
     compare_captions,
     comparison_json,
     comparison_table,
-    shown_differences,
+    difference_lines,
     write_pairs,
 )
 from tasks.metrics.bootstrap import Resampling, software
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPARE_COCO", "COMPARE_RUNS", "COMPARE_VQA", "RUNS", "compare_coco", "compare_runs", "compare_vqa"]
 
-_MOST_CARDS = 24  # pictures of each direction on the page, about half a megabyte together
+_MOST_CARDS = 24  # images of each direction on the page, about half a megabyte together
 
 
 def compare_runs(
@@ -54,7 +54,7 @@ def compare_runs(
     items: Path | None = None,
     report: Path | None = None,
 ) -> Comparison:
-    """Compare two run folders of `adalink train` or `adalink evaluate`: figures with paired intervals, flips, and a page with pictures.
+    """Compare two run folders of `adalink train` or `adalink evaluate`: figures with paired intervals, flips, and a page with images.
 
     Args:
         before: The run folder of the first run.
@@ -187,7 +187,7 @@ def _scorer(runs: Sequence[SavedRun], given: VqaScorer | None) -> VqaScorer:
 def _page(comparison: Comparison, before: Path, after: Path, asked: Mapping[int, Asked]) -> FlipPage:
     from tasks.report.compare_pages import DifferenceRow, FlipPage, FlipSection
 
-    shown, hidden = shown_differences(comparison)
+    displayed, hidden = difference_lines(comparison)
     n_items, right = len(comparison.pairs), f"right from {comparison.right_from:g} on"
     lost, gained = comparison.right_to_wrong, comparison.wrong_to_right
     return FlipPage(
@@ -204,29 +204,29 @@ def _page(comparison: Comparison, before: Path, after: Path, asked: Mapping[int,
                 interval=(row.interval.low, row.interval.high) if row.interval else None,
                 is_sure=row.is_sure,
             )
-            for row in shown
+            for row in displayed
         ],
         n_hidden_rows=hidden,
         sections=[
-            FlipSection(name="Right to wrong", tone="bad", n_flips=len(lost), cards=list(_cards(lost[:_MOST_CARDS], asked))),
-            FlipSection(name="Wrong to right", tone="good", n_flips=len(gained), cards=list(_cards(gained[:_MOST_CARDS], asked))),
+            FlipSection(name="Right to wrong", tone="bad", n_changed=len(lost), cards=list(_cards(lost[:_MOST_CARDS], asked))),
+            FlipSection(name="Wrong to right", tone="good", n_changed=len(gained), cards=list(_cards(gained[:_MOST_CARDS], asked))),
         ],
     )
 
 
-def _cards(flips: Sequence[Pair], asked: Mapping[int, Asked]) -> Iterator[FlipCard]:
+def _cards(changed: Sequence[Pair], asked: Mapping[int, Asked]) -> Iterator[FlipCard]:
     from multimodal.data.images.decode import read_image_bytes
     from tasks.report.compare_pages import FlipCard
 
-    for flip in flips:
+    for flip in changed:
         one = asked[int(flip.item)]
         try:
-            picture: bytes | None = read_image_bytes(one.sample.image)
+            image: bytes | None = read_image_bytes(one.sample.image)
         except DataError:
-            picture = None
+            image = None
         yield FlipCard(
             key=f"{flip.item}",
-            image=picture,
+            image=image,
             question=one.question.text if one.question else "",
             said_before=flip.said_before,
             said_after=flip.said_after,

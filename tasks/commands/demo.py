@@ -35,7 +35,7 @@ def run_demo(out: Path) -> None:
     for folder in folders.values():
         metrics = json.loads((folder / "metrics.json").read_text())
         print(f"{metrics['task']}: {metrics['headline']} ({metrics['scorer']})")
-        print(results_table({name: {metrics["headline"]: figures[metrics["headline"]]} for name, figures in metrics["rows"].items()}), end="\n\n")
+        print(results_table({name: {metrics["headline"]: values[metrics["headline"]]} for name, values in metrics["rows"].items()}), end="\n\n")
     print(f"{time.perf_counter() - started:.0f} seconds; look at {' and '.join(str(folder / 'report.html') for folder in folders.values())}")
 
 

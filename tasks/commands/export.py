@@ -79,48 +79,48 @@ def export_embeds(
 ) -> None:
     """Write the embeddings of prompts as the frozen language model reads them, for an engine that accepts them.
 
-    Raises ConfigError where the adapter does more than that, and where pictures and prompts do not match.
+    Raises ConfigError where the adapter does more than that, and where images and prompts do not match.
 
     Args:
         adapter: The adapter folder; methods that edit prompts at the embedding only, such as AdaLink with scope prompt.
         out: A new or empty folder, for inputs_embeds.safetensors (float [T, D] for each prompt, by its number) and prompts.json.
-        images: One picture for each prompt, where the adapter reads pictures.
+        images: One image for each prompt, where the adapter reads images.
         prompts: A text file, one prompt a line; none for captions.
         encoder: Where the encoder is, if not where the adapter says.
         language_model: Where the language model is, if not where the adapter says.
     """
     from adalink import AdaptedModel
     from multimodal.language import load_language
-    from multimodal.prompt_embeds import image_prompt_embeds, text_prompt_embeds
+    from multimodal.model import image_prompt_embeds, text_prompt_embeds
     from tasks.runs.compose import found_part, load_adapted
 
-    config, pictures = AdaptedModel.read_config(adapter), images or []
-    texts = _lines(prompts) if prompts is not None else [""] * len(pictures)
-    has_pictures = {"encoder", "language_model"} <= set(config.base)
+    config, images = AdaptedModel.read_config(adapter), images or []
+    texts = _lines(prompts) if prompts is not None else [""] * len(images)
+    has_images = {"encoder", "language_model"} <= set(config.base)
     if not texts:
         raise ConfigError("there is nothing to export: give --images, --prompts, or both")
-    if (len(pictures) != len(texts)) if has_pictures else bool(pictures):
-        wanted = f"{len(texts)}, one for each prompt" if has_pictures else "none, since this adapter reads no pictures"
-        raise ConfigError(f"{len(pictures)} images were given and {len(texts)} prompts: give {wanted}")
+    if (len(images) != len(texts)) if has_images else bool(images):
+        wanted = f"{len(texts)}, one for each prompt" if has_images else "none, since this adapter reads no images"
+        raise ConfigError(f"{len(images)} images were given and {len(texts)} prompts: give {wanted}")
     with _new_folder(out) as folder:
-        if has_pictures:
+        if has_images:
             model, _ = load_adapted(adapter, encoder=encoder, language_model=language_model)
-            embeds = image_prompt_embeds(model, pictures, texts)
+            embeds = image_prompt_embeds(model, images, texts)
             parts: Mapping[str, FrozenPart] = model.adapted.parts
         else:
             language = load_language(found_part(language_model or config.base["language_model"].name))
             adapted = AdaptedModel.from_pretrained(language.model, adapter)
             embeds, parts = text_prompt_embeds(adapted, language, texts), adapted.parts
-        _write_embeds(folder, embeds, texts, pictures, parts)
+        _write_embeds(folder, embeds, texts, images, parts)
     print(f"wrote {out}: {len(embeds)} prompts of {min(map(len, embeds))} to {max(map(len, embeds))} embeddings each")
 
 
-def _write_embeds(folder: Path, embeds: Sequence[Tensor], texts: Sequence[str], pictures: Sequence[Path], parts: Mapping[str, FrozenPart]) -> None:
+def _write_embeds(folder: Path, embeds: Sequence[Tensor], texts: Sequence[str], images: Sequence[Path], parts: Mapping[str, FrozenPart]) -> None:
     from safetensors.torch import save_file
 
     save_file({str(i): value.contiguous().cpu() for i, value in enumerate(embeds)}, folder / EMBEDS_FILE)
     rows = [
-        {"tensor": str(i), "prompt": text, "image": str(pictures[i]) if pictures else None, "tokens": len(value)}
+        {"tensor": str(i), "prompt": text, "picture": str(images[i]) if images else None, "tokens": len(value)}
         for i, (text, value) in enumerate(zip(texts, embeds, strict=True))
     ]
     content = {"language_model": {"name": parts["language_model"].name, "fingerprint": parts["language_model"].fingerprint}, "prompts": rows}

@@ -195,11 +195,11 @@ def _print_help(words: Sequence[str], entry: Entry, command: Command, *, is_shor
 
 def _short_help(parser: _Parser, command: Command, start: str, about: str) -> str:
     options = {action.dest: action for action in parser._actions if action.help != SUPPRESS and action.dest not in ("help", "print_config")}
-    shown = command.first or tuple(name for name, action in options.items() if not _is_group(action))
-    rows = [one if isinstance(one, tuple) else _option(options[one]) for one in shown]
+    displayed = command.first or tuple(name for name, action in options.items() if not _is_group(action))
+    rows = [one if isinstance(one, tuple) else _option(options[one]) for one in displayed]
     usage = " ".join(["usage:", start, "[OPTIONS]", *(_shape(action) for action in parser._get_positional_actions())])
     width = min(max(len(name) for name, _ in rows), 34)
-    is_whole = [isinstance(one, tuple) or not command.first for one in shown]
+    is_whole = [isinstance(one, tuple) or not command.first for one in displayed]
     lines = [line for (name, text), whole in zip(rows, is_whole, strict=True) for line in _row(name, text, width, is_whole=whole)]
     more = ["", f"`{start} --help.all` lists every one."] if command.first else []
     return "\n".join([usage, "", *textwrap.wrap(about, WIDTH), "", "options:", *lines, *more])
@@ -219,8 +219,8 @@ def _option(action: Action) -> tuple[str, str]:
     """(--train.steps STEPS, what it is, with its default)."""
     about = re.sub(r"\s*\((?:required, )?type: .*\)$|\s*\(default: %\(default\)s\)$", "", " ".join((action.help or "").split()))
     default = getattr(action, "default", None)
-    is_told = default not in (None, False, "", (), [], {}) and isinstance(default, (int, float, str, Path))
-    about += f" (default: {default})" if is_told and default is not True else ""
+    is_named = default not in (None, False, "", (), [], {}) and isinstance(default, (int, float, str, Path))
+    about += f" (default: {default})" if is_named and default is not True else ""
     if not action.option_strings:
         return _shape(action), about
     values = "" if action.nargs == 0 else action.metavar or _values(action)

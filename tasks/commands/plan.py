@@ -9,7 +9,7 @@ from typing import Any
 from adalink.errors import BudgetError, ConfigError, DataError
 from multimodal.bad_samples import counted
 from tasks.commands import Command
-from tasks.commands.settings import METHODS_ROW, PARTS_FIRST, SPLITS, Draft, add_run, name_both_parts, only_named_data
+from tasks.commands.settings import METHODS_ROW, PARTS_FIRST, SPLITS, DryRunConfig, add_run, name_both_parts, only_named_data
 from tasks.runs.config import chosen_methods
 
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
@@ -64,10 +64,10 @@ def dry_run_command(values: Any, plain: Any) -> None:
 
     if values.resume:
         raise ConfigError("--dry-run builds nothing and --resume goes on with what was built: give one of them")
-    draft, plan = _draft(values), _plan(values)
-    check_trackers(draft.train)
-    _check_folders(draft)
-    data = _check_data(draft)
+    dry_run, plan = _dry_run_config(values), _plan(values)
+    check_trackers(dry_run.train)
+    _check_folders(dry_run)
+    data = _check_data(dry_run)
     if values.json:
         print(plan_as_json(plan))
         return
@@ -79,20 +79,20 @@ def dry_run_command(values: Any, plain: Any) -> None:
     print("\nnothing was loaded, trained or written")
 
 
-def _check_folders(draft: Any) -> None:
+def _check_folders(dry_run: Any) -> None:
     """Raises ConfigError as a run would where its folder is taken or cannot be made, and where a folder of features holds none."""
     from multimodal.data.feature_cache.reader import read_manifest
     from tasks.runs.run import refuse_taken
 
-    if draft.out is not None:
-        refuse_taken(draft.out, resume=False)
-        if (above := next((path for path in draft.out.absolute().parents if path.exists()), None)) is not None and not above.is_dir():
-            raise ConfigError(f"the run folder {draft.out} cannot be made: {above} is no folder")
-    if draft.features is not None and draft.train.features != "fill":
-        read_manifest(draft.features / "train")
+    if dry_run.out is not None:
+        refuse_taken(dry_run.out, resume=False)
+        if (above := next((path for path in dry_run.out.absolute().parents if path.exists()), None)) is not None and not above.is_dir():
+            raise ConfigError(f"the run folder {dry_run.out} cannot be made: {above} is no folder")
+    if dry_run.features is not None and dry_run.train.features != "fill":
+        read_manifest(dry_run.features / "train")
 
 
-def _check_data(draft: Any) -> Sequence[str]:
+def _check_data(dry_run: Any) -> Sequence[str]:
     """One line for each data set: what was found where it is given, a word where it is not.
 
     Reads annotations or manifests, and images up to the first that can be used. Raises DataError, BudgetError and ConfigError as a run would.
@@ -101,15 +101,15 @@ def _check_data(draft: Any) -> Sequence[str]:
 
     lines = []
     for split in SPLITS:
-        config: DataConfig | None = getattr(draft.data, split)
+        config: DataConfig | None = getattr(dry_run.data, split)
         if config is None:
             lines.append(f"data.{split}: not given, and not checked")
             continue
         opened = config.open()
-        bad = BadSamples(budget=draft.train.bad_samples, found=opened.problems)
-        place = _first_usable(opened.source, draft.chosen_task(), split, bad)
+        bad = BadSamples(budget=dry_run.train.bad_samples, found=opened.problems)
+        place = _first_usable(opened.source, dry_run.chosen_task(), split, bad)
         n_bad, which = sum(bad.counts.values()), "the first one" if place == 0 else f"number {place + 1}"
-        lines.append(f"data.{split}: {counted(len(opened.source), 'picture')}, {n_bad:,} known to be bad; {which} can be read")
+        lines.append(f"data.{split}: {counted(len(opened.source), 'image')}, {n_bad:,} known to be bad; {which} can be read")
     return lines
 
 
@@ -146,38 +146,38 @@ def _check_budget(bad: BadSamples, split: str) -> None:
         raise BudgetError(f"data.{split}: {error}") from None
 
 
-def _draft(values: Any) -> Any:
-    return Draft(**{name: values[name] for name in Draft.__dataclass_fields__})
+def _dry_run_config(values: Any) -> Any:
+    return DryRunConfig(**{name: values[name] for name in DryRunConfig.__dataclass_fields__})
 
 
 def _plan(values: Any) -> Plan:
     from tasks.planning.plan import make_plan
 
-    draft = _draft(values)
-    name_both_parts(draft)
+    dry_run = _dry_run_config(values)
+    name_both_parts(dry_run)
     if values.text_tokens < 1:
         raise ConfigError(f"text_tokens is {values.text_tokens}: give 1 or more")
     return make_plan(
-        draft.encoder,
-        draft.language_model,
-        chosen_methods(draft.methods),
-        encoder_methods=draft.encoder_methods,
-        n_answers=draft.n_answers,
-        layer=draft.layer,
-        template=draft.chosen_task().template,
-        train=draft.train,
-        generation=draft.generation,
+        dry_run.encoder,
+        dry_run.language_model,
+        chosen_methods(dry_run.methods),
+        encoder_methods=dry_run.encoder_methods,
+        n_answers=dry_run.n_answers,
+        layer=dry_run.layer,
+        template=dry_run.chosen_task().template,
+        train=dry_run.train,
+        generation=dry_run.generation,
         text_tokens=values.text_tokens,
     )
 
 
 def _add_compose(parser: Any) -> None:
-    add_run(parser, Draft)
+    add_run(parser, DryRunConfig)
     add_plan_options(parser)
 
 
 def _add_methods(parser: Any) -> None:
-    add_run(parser, Draft)
+    add_run(parser, DryRunConfig)
     _add_json(parser)
 
 

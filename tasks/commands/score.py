@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from adalink.files import write_whole
 from tasks.commands import Command
-from tasks.metrics.bootstrap import Figure, Figures, Listing, Resampling, answer_figures, as_json, as_table, caption_figures, intervals
+from tasks.metrics.bootstrap import Listing, Metrics, MetricValue, Resampling, answer_metrics, as_json, as_table, caption_metrics, intervals
 from tasks.metrics.captions import JavaScores, meteor, score_captions, spice
 from tasks.metrics.files import (
     check_questions,
@@ -56,15 +56,15 @@ def score_coco(
     scores = score_captions(given, expected)
     extra: dict[str, JavaScores] = {name: _JAVA[name](given, expected) for name in java or ()}
     resampling = Resampling(n_resamples=resamples)
-    rows = _rows(scores.corpus, scores.scorer, caption_figures(scores), resampling, _FRACTION)
-    rows += [Figure(name=name, value=java_scores.corpus, scorer=java_scores.scorer, scale=_FRACTION) for name, java_scores in extra.items()]
+    rows = _rows(scores.corpus, scores.scorer, caption_metrics(scores), resampling, _FRACTION)
+    rows += [MetricValue(name=name, value=java_scores.corpus, scorer=java_scores.scorer, scale=_FRACTION) for name, java_scores in extra.items()]
     source = {"references": str(references), "results": str(results)} | ({"split": split} if split else {})
     listing = Listing(
-        source=source, n_items=len(given), unit="images", figures=rows, resampling=resampling, notes=empty_captions(given, results)
+        source=source, n_items=len(given), unit="images", metrics=rows, resampling=resampling, notes=empty_captions(given, results)
     )  # fmt: skip
     if items is not None:
-        figures = scores.per_image.items()
-        _write_items(items, [{"image_id": image, "caption": given[image], **row, **_of_image(extra, image)} for image, row in figures])
+        metrics = scores.per_image.items()
+        _write_items(items, [{"image_id": image, "caption": given[image], **row, **_of_image(extra, image)} for image, row in metrics])
     return listing
 
 
@@ -96,25 +96,25 @@ def score_vqa(
     check_questions(given, ids, results, annotations)
     scores = score_answers(given, graded, scorer)
     found = {"accuracy": scores}
-    rows = _rows(named_accuracies(scores), scores.scorer, answer_figures(scores, graded), Resampling(n_resamples=resamples))
+    rows = _rows(named_accuracies(scores), scores.scorer, answer_metrics(scores, graded), Resampling(n_resamples=resamples))
     if scorer != fitting_scorer(scorer, graded):
         found["exact_match"] = exact = score_answers(given, graded, "exact")
         names = {name: "exact match" if name == "overall" else f"exact match, {name}" for name in named_accuracies(exact)}
         values = {names[name]: value for name, value in named_accuracies(exact).items()}
-        figures = answer_figures(exact, graded).chosen({new: old for old, new in names.items()})
-        rows += _rows(values, exact.scorer, figures, Resampling(n_resamples=resamples))
+        metrics = answer_metrics(exact, graded).chosen({new: old for old, new in names.items()})
+        rows += _rows(values, exact.scorer, metrics, Resampling(n_resamples=resamples))
     source = {"annotations": str(annotations), "results": str(results)} | ({"questions": str(questions)} if questions else {})
     listing = Listing(
-        source=source, n_items=len(graded), unit="questions", figures=rows, resampling=Resampling(n_resamples=resamples), notes=few_answers_note(scorer, graded)
+        source=source, n_items=len(graded), unit="questions", metrics=rows, resampling=Resampling(n_resamples=resamples), notes=few_answers_note(scorer, graded)
     )  # fmt: skip
     if items is not None:
         _write_items(items, _question_rows(graded, given, {name: one.per_question for name, one in found.items()}))
     return listing
 
 
-def _rows(values: Mapping[str, float], scorer: str, figures: Figures, resampling: Resampling, scale: float = 1.0) -> list[Figure]:
-    found = intervals(figures, resampling)
-    return [Figure(name=name, value=value, scorer=scorer, scale=scale, interval=found.get(name)) for name, value in values.items()]
+def _rows(values: Mapping[str, float], scorer: str, metrics: Metrics, resampling: Resampling, scale: float = 1.0) -> list[MetricValue]:
+    found = intervals(metrics, resampling)
+    return [MetricValue(name=name, value=value, scorer=scorer, scale=scale, interval=found.get(name)) for name, value in values.items()]
 
 
 def _of_image(extra: Mapping[str, JavaScores], image: int) -> dict[str, float]:
@@ -122,13 +122,13 @@ def _of_image(extra: Mapping[str, JavaScores], image: int) -> dict[str, float]:
 
 
 def _question_rows(
-    graded: Sequence[GradedQuestion], given: Mapping[QuestionId, str], figures: Mapping[str, Mapping[QuestionId, float]]
+    graded: Sequence[GradedQuestion], given: Mapping[QuestionId, str], metrics: Mapping[str, Mapping[QuestionId, float]]
 ) -> list[Mapping[str, object]]:
     return [
         {
             "question_id": question.question_id,
             "answer": given[question.question_id],
-            **{name: by_question[question.question_id] for name, by_question in figures.items()},
+            **{name: by_question[question.question_id] for name, by_question in metrics.items()},
             "answer_type": question.answer_type,
             "question_type": question.question_type,
         }

@@ -19,7 +19,7 @@ from tasks.runs.help import comments_as_help
 from tasks.vqa import Vqa
 
 __all__ = [
-    "DATA_ROWS", "METHODS_ROW", "PARTS_FIRST", "SAVED", "Draft", "EvaluationSettings", "add_run",
+    "DATA_ROWS", "METHODS_ROW", "PARTS_FIRST", "SAVED", "DryRunConfig", "EvaluationSettings", "add_run",
     "name_both_parts", "only_named_data", "settings_of",
 ]  # fmt: skip
 
@@ -45,7 +45,7 @@ _OPTIONAL: dict[str, Any] = {"task": "captioning", "encoder": "", "language_mode
 _CHECKED = {name: vars(RunConfig)[name] for name in ("__post_init__", "chosen_task", "encoder_methods", "n_answers")}
 
 
-def _draft() -> Any:
+def _dry_run_config() -> Any:
     """RunConfig with defaults for what only a run needs. Fields, types and help stay those of RunConfig."""
     hints = {**typing.get_type_hints(RunConfig), "data": _DATA}
     fields: list[Any] = []
@@ -54,10 +54,10 @@ def _draft() -> Any:
         if field.default_factory is not dataclasses.MISSING:
             default = dataclasses.field(default_factory=field.default_factory)
         fields.append((field.name, hints[field.name]) if default is dataclasses.MISSING else (field.name, hints[field.name], default))
-    return dataclasses.make_dataclass("Draft", fields, kw_only=True, frozen=True, namespace=_CHECKED)
+    return dataclasses.make_dataclass("DryRunConfig", fields, kw_only=True, frozen=True, namespace=_CHECKED)
 
 
-Draft: Any = _draft()
+DryRunConfig: Any = _dry_run_config()
 
 # What an adapter's folder says, so that nobody has to say it again.
 _SAVED: dict[str, Any] = {"task": Optional[Literal["captioning", "vqa"]], "encoder": Optional[str], "language_model": Optional[str]}  # noqa: UP045
@@ -108,7 +108,7 @@ def only_named_data(values: Any) -> None:
             values["data"][split] = None
 
 
-def name_both_parts(draft: Any) -> None:
+def name_both_parts(dry_run: Any) -> None:
     """Raise ConfigError where the encoder or the language model is not said."""
-    if missing := [name for name in ("encoder", "language_model") if not getattr(draft, name)]:
+    if missing := [name for name in ("encoder", "language_model") if not getattr(dry_run, name)]:
         raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given: name both frozen parts, such as --encoder scenes:encoder")

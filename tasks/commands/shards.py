@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHECK", "COCO", "FOLDER", "IMG2DATASET", "VQA", "shards_check", "shards_coco", "shards_folder", "shards_img2dataset", "shards_vqa"]
 
-_FAULTS_SHOWN = 10
+_FAULTS_DISPLAYED = 10
 
 
 def shards_coco(
@@ -31,12 +31,12 @@ def shards_coco(
     """Write COCO captions as shards.
 
     Args:
-        images: The folder of pictures.
+        images: The folder of images.
         annotations: The captions, in COCO's format, such as captions_train2014.json.
         out: A new or empty folder.
-        image_name: The pictures' names, such as COCO_train2014_{image_id:012d}.jpg; by default those in the annotations.
-        samples_per_shard: Pictures in one shard.
-        bad_samples: How many pictures may be missing or unusable before the command stops.
+        image_name: The images' names, such as COCO_train2014_{image_id:012d}.jpg; by default those in the annotations.
+        samples_per_shard: Images in one shard.
+        bad_samples: How many images may be missing or unusable before the command stops.
         workers: Shards written at a time.
     """
     from tasks.data.coco import read_coco_captions
@@ -56,16 +56,16 @@ def shards_vqa(
     bad_samples: int = 0,
     workers: int = 4,
 ) -> Manifest:
-    """Write VQAv2 questions and answers as shards, one picture with all its questions.
+    """Write VQAv2 questions and answers as shards, one image with all its questions.
 
     Args:
-        images: The folder of pictures.
+        images: The folder of images.
         questions: The questions, in VQAv2's format.
         annotations: The answers, in VQAv2's format; none for a test split.
         out: A new or empty folder.
-        image_name: The pictures' names, such as image{image_id}.jpg; by default COCO's where the questions are about COCO.
-        samples_per_shard: Pictures in one shard.
-        bad_samples: How many pictures may be missing or unusable before the command stops.
+        image_name: The images' names, such as image{image_id}.jpg; by default COCO's where the questions are about COCO.
+        samples_per_shard: Images in one shard.
+        bad_samples: How many images may be missing or unusable before the command stops.
         workers: Shards written at a time.
     """
     from tasks.data.vqa import read_vqa
@@ -75,13 +75,13 @@ def shards_vqa(
 
 
 def shards_folder(*, images: Path, out: Path, samples_per_shard: int = 1000, bad_samples: int = 0, workers: int = 4) -> Manifest:
-    """Write a folder of pictures, each with a text file of captions beside it, as shards.
+    """Write a folder of images, each with a text file of captions beside it, as shards.
 
     Args:
         images: The folder: cat.jpg and cat.txt, one caption a line; folders below it too.
         out: A new or empty folder.
-        samples_per_shard: Pictures in one shard.
-        bad_samples: How many pictures may be without a text or unusable before the command stops.
+        samples_per_shard: Images in one shard.
+        bad_samples: How many images may be without a text or unusable before the command stops.
         workers: Shards written at a time.
     """
     from tasks.data.folder import read_caption_folder
@@ -96,7 +96,7 @@ def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
 
     Args:
         shards: The folder of tar files.
-        bad_samples: How many samples may lack a picture or a text, or be too large, before the command stops.
+        bad_samples: How many samples may lack an image or a text, or be too large, before the command stops.
     """
     from multimodal.bad_samples import BadSamples
     from multimodal.data.shards.check import checksummed
@@ -107,7 +107,7 @@ def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
         raise ConfigError(f"{shards / MANIFEST} is there already; run `adalink shards check`, or delete it to index the shards again")
     found = index_shards(shards, ShardLimits())
     if len(found.manifest) == 0:
-        reason = found.manifest.skipped[0].detail if found.manifest.skipped else "none has a picture and a text"
+        reason = found.manifest.skipped[0].detail if found.manifest.skipped else "none has an image and a text"
         raise DataError(f"the shards in {shards} hold no sample: {reason}")
     BadSamples(budget=bad_samples, found=found.manifest.skipped).check()
     known = tuple(checksummed(shards / shard.file, shard) for shard in found.manifest.shards)
@@ -129,10 +129,10 @@ def shards_check(*, shards: Path) -> None:
 
     faults = verify_shards(shards)
     if faults:
-        shown = "; ".join(fault.detail for fault in faults[:_FAULTS_SHOWN])
-        more = f"; and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+        displayed = "; ".join(fault.detail for fault in faults[:_FAULTS_DISPLAYED])
+        more = f"; and {len(faults) - _FAULTS_DISPLAYED} more" if len(faults) > _FAULTS_DISPLAYED else ""
         wrong = "1 thing is" if len(faults) == 1 else f"{len(faults)} things are"
-        raise DataError(f"{wrong} wrong with the shards in {shards}: {shown}{more}")
+        raise DataError(f"{wrong} wrong with the shards in {shards}: {displayed}{more}")
     print(f"the shards in {shards} are what their manifest says")
 
 
@@ -149,8 +149,8 @@ def _report(verb: str, manifest: Manifest, folder: Path) -> None:
 
     size = sum(shard.size for shard in manifest.shards) / 2**20
     shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
-    pictures = "1 picture" if len(manifest) == 1 else f"{len(manifest)} pictures"
-    print(f"{verb} {shards} with {pictures} ({size:.1f} MiB) in {folder}")
+    images = "1 image" if len(manifest) == 1 else f"{len(manifest)} images"
+    print(f"{verb} {shards} with {images} ({size:.1f} MiB) in {folder}")
     if manifest.skipped:
         print(f"skipped: {BadSamples(budget=0, found=manifest.skipped).summary()}")
     if manifest.ignored:

@@ -24,7 +24,7 @@ from tasks.commands.settings import (
     PARTS_FIRST,
     SAVED,
     SPLITS,
-    Draft,
+    DryRunConfig,
     EvaluationSettings,
     add_run,
     name_both_parts,
@@ -49,7 +49,7 @@ def _train(values: Any, plain: Any) -> None:
     from tasks.runs.run import train_run
 
     evaluation = train_run(_config(values), _config_text(plain.as_dict()), resume=values.resume)
-    _show(evaluation, values.out)
+    _display(evaluation, values.out)
 
 
 def _evaluate(values: Any, plain: Any) -> None:
@@ -60,16 +60,16 @@ def _evaluate(values: Any, plain: Any) -> None:
     out = values.out if values.out is not None and values.out.resolve() != run else values.adapter.parent / "evaluation"
     settings = settings_of(values.adapter, values)
     text = _config_text({**plain.as_dict(), **{name: settings[name] for name in SAVED}})
-    _show(evaluate_run(RunConfig(**settings), text, values.adapter, out, values.submission, allow_other_base=values.allow_other_base), out)
+    _display(evaluate_run(RunConfig(**settings), text, values.adapter, out, values.submission, allow_other_base=values.allow_other_base), out)
 
 
-def _show(evaluation: Evaluation, folder: Path) -> None:
+def _display(evaluation: Evaluation, folder: Path) -> None:
     from tasks.runs.results import UNSCORED
     from tasks.runs.run import is_main
 
     if not is_main():
         return
-    print(results_table({name: score.figures for name, score in evaluation.scores.items()}) if evaluation.scores else UNSCORED)
+    print(results_table({name: score.metrics for name, score in evaluation.scores.items()}) if evaluation.scores else UNSCORED)
     print(f"report: {folder / 'report.html'}")
 
 
@@ -79,7 +79,7 @@ def _add_train(parser: Any) -> None:
 
 
 def _add_dry_train(parser: Any) -> None:
-    add_run(parser, Draft)
+    add_run(parser, DryRunConfig)
     _add_train_options(parser)
     add_plan_options(parser)
 
@@ -128,8 +128,8 @@ def _plain(value: Any, name: str = "") -> Any:
 
 def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """One line for each row, one column for each figure, two decimals."""
-    columns = list(dict.fromkeys(name for figures in rows.values() for name in figures))
-    cells = [["", *columns], *([name, *(f"{figures[c]:.2f}" if c in figures else "" for c in columns)] for name, figures in rows.items())]
+    columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    cells = [["", *columns], *([name, *(f"{metrics[c]:.2f}" if c in metrics else "" for c in columns)] for name, metrics in rows.items())]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns) + 1)]
     lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -208,7 +208,7 @@ def _out(arguments: Sequence[str]) -> Path:
 
 
 def _add_features(parser: Any) -> None:
-    add_run(parser, Draft)
+    add_run(parser, DryRunConfig)
     parser.add_argument(
         "--contents", type=Literal["needed", "all"], default="needed",
         help="needed: what the methods of the config read, patches or the few pooled vectors that eP-ALM taps; all: patches and every pooled vector",
@@ -251,14 +251,14 @@ def _write(tower: VisionTower, data: Opened, folder: Path, contents: Contents, v
     from multimodal.bad_samples import BadSamples
     from multimodal.data.feature_cache.encode import write_features
     from multimodal.data.feature_cache.format import as_size
-    from tasks.runs.compose import say, size_of
+    from tasks.runs.compose import log, size_of
 
     above = next(parent for parent in folder.resolve().parents if os.path.exists(parent))
-    say(f"{folder}: {size_of(contents, len(data.source))}; {as_size(shutil.disk_usage(above).free)} are free")
+    log(f"{folder}: {size_of(contents, len(data.source))}; {as_size(shutil.disk_usage(above).free)} are free")
     workers, budget = values.train.workers, values.train.bad_samples
     cache = write_features(tower, data.source, folder, contents, workers=workers, budget=budget, label=folder.name)
     bad = BadSamples(budget=len(cache), found=cache.bad.values())
-    say(f"{folder}: {len(cache) - len(cache.bad):,} pictures have features" + (f"; skipped: {bad.summary()}" if cache.bad else ""))
+    log(f"{folder}: {len(cache) - len(cache.bad):,} images have features" + (f"; skipped: {bad.summary()}" if cache.bad else ""))
 
 
 TRAIN = Command(

@@ -1,4 +1,4 @@
-"""Captions in COCO's format: a folder of pictures and a JSON file with the lists `images` and `annotations`."""
+"""Captions in COCO's format: a folder of images and a JSON file with the lists `images` and `annotations`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["read_coco_captions", "read_coco_images"]
 def read_coco_captions(*, images: Path, annotations: Path, image_name: str | None = None) -> FileSource:
     """One sample per image with all its captions, both in the file's order; the key is the image's id.
 
-    images        the folder of pictures
+    images        the folder of images
     annotations   such as captions_train2014.json
     image_name    a pattern such as `COCO_val2014_{image_id:012d}.jpg`; None takes each image's `file_name`
 
-    Pictures that are not in the folder, images without a caption, and captions without a letter are in `problems`.
+    Images that are not in the folder, images without a caption, and captions without a letter are in `problems`.
     Raises DataError on a file that is missing or of another shape, and on an annotation that names no image; ConfigError on the pattern.
     """
     name = None if image_name is None else ImageName(image_name)
@@ -61,7 +61,7 @@ def read_coco_images(*, images: Path, annotations: Path, image_name: str | None 
 
 
 def _file_names(rows: Rows, name: ImageName | None) -> dict[int, tuple[str, str]]:
-    """Image id -> (the row's name for messages, the picture's file name)."""
+    """Image id -> (the row's name for messages, the image's file name)."""
     files: dict[int, tuple[str, str]] = {}
     for where, row in rows:
         image_id = integer(row, "id", where)

@@ -39,7 +39,7 @@ class Rows:
         for index, row in enumerate(self._rows):
             name = f"{self.where}[{index}]"
             if not isinstance(row, dict):
-                raise DataError(f"{name} is {_shown(row)}; expected an object with named fields")
+                raise DataError(f"{name} is {_displayed(row)}; expected an object with named fields")
             yield name, row
 
 
@@ -50,14 +50,14 @@ def read_annotation_file(path: Path, *keys: str) -> tuple[Mapping[str, object], 
     """
     document = _load(path)
     if not isinstance(document, dict):
-        raise DataError(f"{path} holds {_shown(document)}; expected a JSON object with the lists {_listed(keys)}")
+        raise DataError(f"{path} holds {_displayed(document)}; expected a JSON object with the lists {_listed(keys)}")
     lists = []
     for key in keys:
         if key not in document:
             raise DataError(f"{path} has no list {key!r}; it has {_listed(document)}; is it the right file?")
         rows = document[key]
         if not isinstance(rows, list):
-            raise DataError(f"{path}: {key!r} is {_shown(rows)}; expected a list")
+            raise DataError(f"{path}: {key!r} is {_displayed(rows)}; expected a list")
         lists.append(Rows(f"{path}: {key}", rows))
     return document, tuple(lists)
 
@@ -66,7 +66,7 @@ def integer(row: Mapping[str, object], key: str, name: str) -> int:
     """The whole number under `key`; raises DataError where it is absent or something else (a text of digits too)."""
     value = _value(row, key, name)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise DataError(f"{name}: {key!r} is {_shown(value)}; expected a whole number")
+        raise DataError(f"{name}: {key!r} is {_displayed(value)}; expected a whole number")
     return value
 
 
@@ -74,9 +74,9 @@ def text(row: Mapping[str, object], key: str, name: str) -> str:
     """The text under `key`, as it stands; raises DataError as `integer` does."""
     value = _value(row, key, name)
     if not isinstance(value, str):
-        raise DataError(f"{name}: {key!r} is {_shown(value)}; expected a text")
+        raise DataError(f"{name}: {key!r} is {_displayed(value)}; expected a text")
     if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise DataError(f"{name}: {key!r} is {_shown(value)}, which holds half of a surrogate pair; expected Unicode text")
+        raise DataError(f"{name}: {key!r} is {_displayed(value)}, which holds half of a surrogate pair; expected Unicode text")
     return value
 
 
@@ -110,9 +110,9 @@ def _load(path: Path) -> object:
         raise DataError(f"{path} is not JSON: {error}; is it whole, and unpacked?") from error
 
 
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return f"{shown[:60]}{'...' if len(shown) > 60 else ''} ({type(value).__name__})"
+def _displayed(value: object) -> str:
+    displayed = repr(value)
+    return f"{displayed[:60]}{'...' if len(displayed) > 60 else ''} ({type(value).__name__})"
 
 
 def _listed(names: Iterable[object]) -> str:
@@ -121,13 +121,13 @@ def _listed(names: Iterable[object]) -> str:
 
 
 # ----------------------------------------
-# A data set that lies in files: its samples in memory, its pictures on disk.
+# A data set that lies in files: its samples in memory, its images on disk.
 
 
 class FileSource:
     """Samples whose images are paths, in the order of the annotations; nothing is decoded here.
 
-    problems   what the annotations name and the data set cannot give: pictures that are not there, images without a text.
+    problems   what the annotations name and the data set cannot give: images that are not there, images without a text.
     item_ids   every id that an official result file for this split must hold, in the file's order: of images, or of questions. Those
                that `problems` keep from being asked about are among them.
     """
@@ -143,7 +143,7 @@ class FileSource:
 
     @cached_property
     def texts_fingerprint(self) -> str:
-        """Of keys, ids and all texts; pictures do not count, and neither does the folder in which they lie."""
+        """Of keys, ids and all texts; images do not count, and neither does the folder in which they lie."""
         digest = hashlib.sha256()
         for sample in self._samples:
             words = [sample.key, str(sample.image_id), *sample.captions]
@@ -165,7 +165,7 @@ class FileSource:
 
 
 # ----------------------------------------
-# The picture files that annotations name: found by one listing of each folder, never by one question per file.
+# The image files that annotations name: found by one listing of each folder, never by one question per file.
 
 
 class ImageName:
@@ -197,23 +197,23 @@ _EXAMPLES = "the only field is image_id, as in COCO_val2014_{image_id:012d}.jpg 
 
 
 class ImageFolder:
-    """A folder of pictures, which may have folders in it; raises DataError where it is none."""
+    """A folder of images, which may have folders in it; raises DataError where it is none."""
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             found = "is a file" if root.exists() else "does not exist"
-            raise DataError(f"the images folder {root} {found}; expected a folder of pictures")
+            raise DataError(f"the images folder {root} {found}; expected a folder of images")
         self._root = root
         self._listed: dict[str, frozenset[str]] = {}
 
     def find(self, name: str, where: str) -> Path | None:
-        """The path of the picture called `name` (`a.jpg` or `train/a.jpg`), None where there is no such file.
+        """The path of the image called `name` (`a.jpg` or `train/a.jpg`), None where there is no such file.
 
         Raises DataError where the name would leave the folder; `where` is the row that holds it, for the message.
         """
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or parts[0] == "/" or "\0" in name or "\\" in name:
-            raise DataError(f"{where} names the picture {name!r}; expected a file name inside the images folder {self._root}")
+            raise DataError(f"{where} names the image {name!r}; expected a file name inside the images folder {self._root}")
         parent = "/".join(parts[:-1])
         if parent not in self._listed:
             self._listed[parent] = _names(self._root / parent)

@@ -1,4 +1,4 @@
-"""A folder of pictures with a text file beside each: `cat.jpg` and `cat.txt`, one caption a line."""
+"""A folder of images with a text file beside each: `cat.jpg` and `cat.txt`, one caption a line."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tasks.data.files import FileSource, ImageFolder, text_lines
 
 __all__ = ["read_caption_folder"]
 
-_PICTURES, _TEXTS = frozenset((".jpg", ".jpeg", ".png", ".webp")), frozenset((".txt",))
+_IMAGES, _TEXTS = frozenset((".jpg", ".jpeg", ".png", ".webp")), frozenset((".txt",))
 
 
 def read_caption_folder(*, images: Path) -> FileSource:
-    """One sample per picture, in the order of their names, in folders below `images` too.
+    """One sample per image, in the order of their names, in folders below `images` too.
 
-    The key is the path below `images` without its ending; the image id is the place in that order, counted from 0 over all pictures.
-    Endings may be written in capital letters. Pictures without a text that can be read, and texts without a picture, are in `problems`.
-    Raises DataError where two pictures, or two texts, have one key.
+    The key is the path below `images` without its ending; the image id is the place in that order, counted from 0 over all images.
+    Endings may be written in capital letters. Images without a text that can be read, and texts without an image, are in `problems`.
+    Raises DataError where two images, or two texts, have one key.
     """
     ImageFolder(images)  # says what is wrong with it
     samples: list[Sample] = []
     problems: list[BadSample] = []
     names = {path.relative_to(images).as_posix(): path for path in _files(images)}
-    pictures, texts = _by_key(names, _PICTURES, "pictures", images), _by_key(names, _TEXTS, "texts", images)
-    for number, (key, path) in enumerate(pictures.items()):
+    image_files, texts = _by_key(names, _IMAGES, "pictures", images), _by_key(names, _TEXTS, "texts", images)
+    for number, (key, path) in enumerate(image_files.items()):
         text = texts.get(key)
         try:
             captions = _captions(text) if text is not None else ()
@@ -40,8 +40,8 @@ def read_caption_folder(*, images: Path) -> FileSource:
         except DataError as error:
             problems.append(BadSample(key=key, reason="damaged text", detail=str(error)))
     for key, path in texts.items():
-        if key not in pictures:
-            problems.append(BadSample(key=key, reason="missing file", detail=f"{path} has no picture beside it"))
+        if key not in image_files:
+            problems.append(BadSample(key=key, reason="missing file", detail=f"{path} has no image beside it"))
     return FileSource(samples, problems, read_from=images)
 
 

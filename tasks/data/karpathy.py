@@ -1,4 +1,4 @@
-"""Karpathy's splits of COCO, Flickr8k and Flickr30k: one JSON file with every picture's split and captions."""
+"""Karpathy's splits of COCO, Flickr8k and Flickr30k: one JSON file with every image's split and captions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["KarpathyImage", "read_karpathy", "read_karpathy_images"]
 
 @dataclass(frozen=True, kw_only=True)
 class KarpathyImage:
-    """One picture of a split.
+    """One image of a split.
 
     image_id  COCO's own id where the file has it (`cocoid`), else the number that the file gives (`imgid`)
-    names     where the picture may lie in the images folder: with the folder that the file names, and without it
+    names     where the image may lie in the images folder: with the folder that the file names, and without it
     """
 
     image_id: int
@@ -29,13 +29,13 @@ class KarpathyImage:
 
 
 def read_karpathy(file: Path, images: Path, split: str) -> FileSource:
-    """One sample per picture of the split with all its captions, in the file's order; the key is the image's id.
+    """One sample per image of the split with all its captions, in the file's order; the key is the image's id.
 
     file     such as dataset_coco.json, dataset_flickr8k.json
-    images   the folder of pictures; COCO's may lie in train2014 and val2014 within it, or directly in it
+    images   the folder of images; COCO's may lie in train2014 and val2014 within it, or directly in it
     split    train, restval, val or test, or several with `+`: COCO is usually trained on `train+restval`
 
-    Pictures that are not in the folder and pictures without a caption are in `problems`.
+    Images that are not in the folder and images without a caption are in `problems`.
     Raises DataError on a file that is missing or of another shape; ConfigError on a split that the file does not have.
     """
     folder = ImageFolder(images)
@@ -54,13 +54,13 @@ def read_karpathy(file: Path, images: Path, split: str) -> FileSource:
 
 
 def read_karpathy_images(file: Path, split: str) -> list[KarpathyImage]:
-    """The pictures of a split without their files: what scoring needs. Arguments and errors as those of `read_karpathy`."""
+    """The images of a split without their files: what scoring needs. Arguments and errors as those of `read_karpathy`."""
     _, (rows,) = read_annotation_file(file, "images")
     named = [(text(row, "split", where), where, row) for where, row in rows]
     known = sorted({name for name, _, _ in named})
     wanted = split.split("+")
     if unknown := [name for name in wanted if name not in known]:
-        raise ConfigError(f"{file} has no split {unknown[0]!r}; it has {', '.join(known) or 'no picture'}; several are joined as in train+restval")
+        raise ConfigError(f"{file} has no split {unknown[0]!r}; it has {', '.join(known) or 'no image'}; several are joined as in train+restval")
     found: dict[int, KarpathyImage] = {}
     for name, where, row in named:
         if name in wanted:

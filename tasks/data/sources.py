@@ -1,4 +1,4 @@
-"""Where pictures and texts come from: files in the official formats, webdataset shards, or the embedded scenes."""
+"""Where images and texts come from: files in the official formats, webdataset shards, or the embedded scenes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from multimodal.bad_samples import BadSample
 from multimodal.data.inputs import Drafted
 from multimodal.data.order import MixedSet, Mixture, fingerprint_of, texts_fingerprint_of
 from multimodal.data.shards.reader import ShardSource
-from multimodal.data.shards.storage import RemoteSettings, shown
+from multimodal.data.shards.storage import RemoteSettings, redacted
 from multimodal.sample import Decode, Measure, Sample, SampleSource, lengths_of
 from tasks.data.coco import read_coco_captions, read_coco_images
 from tasks.data.files import FileSource
@@ -41,8 +41,8 @@ def open_shards(place: str, remote: RemoteSettings) -> tuple[SampleSource, tuple
 def open_mix(mix: Mapping[str, int], remote: RemoteSettings, decode: Decode) -> tuple[SampleSource, tuple[BadSample, ...]]:
     """The samples of several folders or URLs, which a training stream mixes by weight; `coco:42` is sample 42 of .../coco."""
     sources = {place: ShardSource(place, remote=remote) for place in mix}
-    short = {place: shown(place).rstrip("/").rpartition("/")[2] for place in mix}
-    names = {place: name if list(short.values()).count(name) == 1 else shown(place) for place, name in short.items()}
+    short = {place: redacted(place).rstrip("/").rpartition("/")[2] for place in mix}
+    names = {place: name if list(short.values()).count(name) == 1 else redacted(place) for place, name in short.items()}
     problems = tuple(replace(bad, key=f"{names[place]}:{bad.key}") for place, source in sources.items() for bad in source.problems)
     return Mixture({names[place]: MixedSet(Drafted(source) if decode == "draft" else source, mix[place]) for place, source in sources.items()}), problems
 
@@ -52,7 +52,7 @@ class Opened:
     """A data set that was opened, and the samples that are known to be bad already.
 
     item_ids   what an official result file for the whole split must hold; empty where only the samples themselves say it
-    left_out   pictures that `limit` leaves out
+    left_out   images that `limit` leaves out
     """
 
     source: SampleSource
@@ -61,7 +61,7 @@ class Opened:
     left_out: int = 0
 
 
-# What gives texts to a folder of pictures, with what may stand beside each.
+# What gives texts to a folder of images, with what may stand beside each.
 _TEXTS: Mapping[str, tuple[str, ...]] = {
     "karpathy": ("split",),
     "vqav2": ("split",),
@@ -73,22 +73,22 @@ _TEXTS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One data set: pictures with a file of texts, or shards, or scenes."""
+    """One data set: images with a file of texts, or shards, or scenes."""
 
-    images: Path | None = None  # the folder of pictures
+    images: Path | None = None  # the folder of images
     annotations: Path | None = None  # COCO captions, or VQAv2 annotations
     questions: Path | None = None  # VQAv2 questions; a test split has these alone
-    image_info: Path | None = None  # COCO's list of pictures without captions, such as image_info_test2014.json: a test split of captioning
+    image_info: Path | None = None  # COCO's list of images without captions, such as image_info_test2014.json: a test split of captioning
     karpathy: Path | None = None  # Karpathy's dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json; needs split
     vqav2: Path | None = None  # the folder of VQAv2's official questions and annotations; needs split
     split: str | None = None  # karpathy: train, restval, val or test; vqav2: train, val, test or test-dev; several as in train+restval
-    image_name: str | None = None  # file name of a picture where the annotations hold none: COCO_val2014_{image_id:012d}.jpg
+    image_name: str | None = None  # file name of an image where the annotations hold none: COCO_val2014_{image_id:012d}.jpg
     shards: str | Path | None = None  # webdataset shards: a folder, or the http, https, s3, gs or hf URL of one
-    mix: dict[str, int] | None = None  # several sets of shards, folder or URL: weight, for instance {coco: 3, vqa: 1}, three of each four pictures coco's
+    mix: dict[str, int] | None = None  # several sets of shards, folder or URL: weight, for instance {coco: 3, vqa: 1}, three of each four images coco's
     cache: Path | None = None  # a folder that keeps whole shards from a URL; none: each sample is read from the server each time
     cache_gib: float = 50.0  # most that the cache may hold
     scenes: str | None = None  # the embedded data set: SPLIT/SIZE, for instance train/2000
-    limit: int = 0  # take the first so many pictures; 0: all
+    limit: int = 0  # take the first so many images; 0: all
     decode: Decode = "exact"  # draft: JPEGs at 1/2, 1/4 or 1/8 of their size where the encoder needs no more; faster, and CHANGES PIXELS (by about 38 dB)
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class DataConfig:
             raise ConfigError(f"a data set needs one of images, shards, mix and scenes, got {', '.join(given) or 'none'}")
         texts = next((name for name in _TEXTS if getattr(self, name) is not None), None)
         if self.images is not None and texts is None:
-            raise ConfigError(f"the pictures in {self.images} come without texts: give annotations (and, for vqa, questions), or image_info for a test split")
+            raise ConfigError(f"the images in {self.images} come without texts: give annotations (and, for vqa, questions), or image_info for a test split")
         names = dict.fromkeys(["annotations", "questions", *_TEXTS, "split", "image_name"])
         read = {texts, *_TEXTS[texts]} if texts is not None and self.images is not None else set()
         if unused := [name for name in names if getattr(self, name) is not None and name not in read]:
@@ -126,7 +126,7 @@ class DataConfig:
         return _in_a_name(words[-1]) if len(words) > 1 else "val"
 
     def open(self) -> Opened:
-        """Read annotations or manifest; pictures are read later. Raises DataError where nothing is left to read."""
+        """Read annotations or manifest; images are read later. Raises DataError where nothing is left to read."""
         source: SampleSource
         problems: tuple[BadSample, ...] = ()
         item_ids: tuple[int, ...] = ()

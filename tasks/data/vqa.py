@@ -1,4 +1,4 @@
-"""Questions and answers in VQAv2's format: a folder of pictures, a questions file, and for all but test splits an annotations file."""
+"""Questions and answers in VQAv2's format: a folder of images, a questions file, and for all but test splits an annotations file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["VQA_SPLITS", "read_vqa", "read_vqa_split", "split_parts"]
 def read_vqa(*, images: Path, questions: Path, annotations: Path | None, image_name: str | None = None) -> FileSource:
     """One sample per image with all its questions, in the order of the questions file; the key is the image's id.
 
-    images        the folder of pictures
+    images        the folder of images
     questions     such as v2_OpenEnded_mscoco_val2014_questions.json
     annotations   such as v2_mscoco_val2014_annotations.json; None for a test split: the questions then have no answers
     image_name    a pattern such as `image{image_id}.jpg`; None takes COCO's names where the questions file says that it is about COCO
 
-    Pictures that are not in the folder, and questions without a letter, are in `problems`.
+    Images that are not in the folder, and questions without a letter, are in `problems`.
     Raises DataError on a file that is missing or of another shape and where questions and annotations do not match one to one;
     ConfigError on the pattern.
     """
@@ -71,11 +71,11 @@ class _Answered:
 def _coco_name(document: Mapping[str, object], questions: Path) -> ImageName:
     """COCO's own file names, where the questions file is one of the official ones (data_type `mscoco`).
 
-    The split test-dev2015 asks about pictures of test2015, and they are named so.
+    The split test-dev2015 asks about images of test2015, and they are named so.
     """
     split = document.get("data_subtype")
     if document.get("data_type") != "mscoco" or not isinstance(split, str):
-        raise ConfigError(f"{questions} does not say what its pictures are called; give an image name, such as image{{image_id}}.jpg")
+        raise ConfigError(f"{questions} does not say what its images are called; give an image name, such as image{{image_id}}.jpg")
     return ImageName(f"COCO_{split.replace('test-dev', 'test')}_{{image_id:012d}}.jpg")
 
 
@@ -179,7 +179,7 @@ def _question(question_id: int, question: str, answered: _Answered | None) -> Qu
 # VQAv2's splits by name, from the official files that a user unpacked into one folder.
 
 
-# Name -> (what the files say, the folder that COCO keeps the pictures in). `test-dev` is the part of `test` that the server scores at once.
+# Name -> (what the files say, the folder that COCO keeps the images in). `test-dev` is the part of `test` that the server scores at once.
 VQA_SPLITS = {
     "train": ("train2014", "train2014"),
     "val": ("val2014", "val2014"),
@@ -190,10 +190,10 @@ _UNANSWERED = ("test", "test-dev")
 
 
 def read_vqa_split(files: Path, images: Path, split: str) -> FileSource:
-    """One sample per picture of the split with all its questions; the key is the image's id.
+    """One sample per image of the split with all its questions; the key is the image's id.
 
     files    the folder of v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json and the like
-    images   the folder of pictures; COCO's may lie in train2014, val2014 and test2015 within it, or directly in it
+    images   the folder of images; COCO's may lie in train2014, val2014 and test2015 within it, or directly in it
     split    train, val, test or test-dev (also as train2014, ...), or several with `+`: the server's models are usually trained on
              `train+val`. Test splits have no answers.
 
@@ -224,9 +224,9 @@ def split_parts(split: str) -> list[str]:
 
 
 def _read(files: Path, images: Path, name: str) -> FileSource:
-    said, folder = VQA_SPLITS[name]
-    questions = files / f"v2_OpenEnded_mscoco_{said}_questions.json"
-    annotations = None if name in _UNANSWERED else files / f"v2_mscoco_{said}_annotations.json"
+    official, folder = VQA_SPLITS[name]
+    questions = files / f"v2_OpenEnded_mscoco_{official}_questions.json"
+    annotations = None if name in _UNANSWERED else files / f"v2_mscoco_{official}_annotations.json"
     for path in (questions, annotations):
         if path is not None and not path.is_file():
             raise DataError(f"{path} is not there; VQAv2's split {name} needs it: unpack the official files into {files}")

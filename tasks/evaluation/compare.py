@@ -13,7 +13,7 @@ import yaml
 from adalink.errors import DataError
 from adalink.files import write_whole
 from multimodal.sample import Question, Sample, SampleSource
-from tasks.metrics.bootstrap import Figures, Interval, Resampling, aligned, answer_figures, caption_figures, paired_intervals, software
+from tasks.metrics.bootstrap import Interval, Metrics, Resampling, aligned, answer_metrics, caption_metrics, paired_intervals, software
 from tasks.metrics.captions import score_captions
 from tasks.metrics.files import read_answer_results, read_caption_results
 from tasks.metrics.vqa import (
@@ -29,7 +29,7 @@ from tasks.metrics.vqa import (
 
 __all__ = [
     "ANSWER_IS_RIGHT", "CAPTION_IS_RIGHT", "Asked", "Comparison", "Difference", "Pair", "SavedRun", "asked_items",
-    "compare_answers", "compare_captions", "comparison_json", "comparison_table", "read_run", "shown_differences", "write_pairs",
+    "compare_answers", "compare_captions", "comparison_json", "comparison_table", "read_run", "difference_lines", "write_pairs",
 ]  # fmt: skip
 
 
@@ -128,11 +128,11 @@ def compare_captions(
     scores = score_captions(before, references), score_captions(after, references)
     items = [{image: 100 * row["CIDEr"] for image, row in run.per_image.items()} for run in scores]
     corpora = [{name: 100 * value for name, value in run.corpus.items()} for run in scores]
-    figures = [caption_figures(run).chosen(tuple(run.corpus), scale=100) for run in scores]
+    metrics = [caption_metrics(run).chosen(tuple(run.corpus), scale=100) for run in scores]
     return Comparison(
         unit="images",
         pairs=_pairs(before, after, items[0], items[1]),
-        differences=_differences(corpora, figures, resampling or Resampling()),
+        differences=_differences(corpora, metrics, resampling or Resampling()),
         right_from=right_from,
         scorer=scores[0].scorer,
     )
@@ -156,30 +156,30 @@ def compare_answers(
     """
     fitting = fitting_scorer(scorer, questions)
     scores = score_answers(before, questions, fitting), score_answers(after, questions, fitting)
-    said = cast("Mapping[QuestionId, str]", before), cast("Mapping[QuestionId, str]", after)
-    figures = [answer_figures(run, questions) for run in scores]
+    stated = cast("Mapping[QuestionId, str]", before), cast("Mapping[QuestionId, str]", after)
+    metrics = [answer_metrics(run, questions) for run in scores]
     return Comparison(
         unit="questions",
-        pairs=_pairs(said[0], said[1], scores[0].per_question, scores[1].per_question),
-        differences=_differences([named_accuracies(run) for run in scores], figures, resampling or Resampling()),
+        pairs=_pairs(stated[0], stated[1], scores[0].per_question, scores[1].per_question),
+        differences=_differences([named_accuracies(run) for run in scores], metrics, resampling or Resampling()),
         right_from=right_from,
         scorer=scores[0].scorer,
         notes=few_answers_note(scorer, questions),
     )
 
 
-def _differences(corpora: Sequence[Mapping[str, float]], figures: Sequence[Figures], resampling: Resampling) -> list[Difference]:
+def _differences(corpora: Sequence[Mapping[str, float]], metrics: Sequence[Metrics], resampling: Resampling) -> list[Difference]:
     before, after = corpora
-    found = paired_intervals(figures[0], figures[1], resampling)
-    return [Difference(name=name, n=figures[0].n_of(name), before=value, after=after[name], interval=found.get(name)) for name, value in before.items()]
+    found = paired_intervals(metrics[0], metrics[1], resampling)
+    return [Difference(name=name, n=metrics[0].n_of(name), before=value, after=after[name], interval=found.get(name)) for name, value in before.items()]
 
 
 def _pairs(
     said_before: Mapping[Item, str], said_after: Mapping[Item, str], before: Mapping[Item, float], after: Mapping[Item, float]
 ) -> list[Pair]:
     return [
-        Pair(item=item, said_before=said_before[item], said_after=said_after[item], before=figure, after=after[item])
-        for item, figure in before.items()
+        Pair(item=item, said_before=said_before[item], said_after=said_after[item], before=metric, after=after[item])
+        for item, metric in before.items()
     ]
 
 
@@ -188,14 +188,14 @@ def _pairs(
 
 
 _MOST_TYPES = 10  # question types in a table, those with the greatest changes; VQAv2 has 65
-_MOST_FLIPS = 5  # of each direction on the screen; the report shows more, with pictures
+_MOST_CHANGED = 5  # of each direction on the screen; the report shows more, with images
 
 
 def comparison_table(comparison: Comparison) -> str:
     """Lines for the screen: every figure with its difference and paired interval, then the flips."""
     rows = [("metric, in percent", "n", "before", "after", "difference", "95 % paired interval", "")]
-    shown, hidden = shown_differences(comparison)
-    for row in shown:
+    displayed, hidden = difference_lines(comparison)
+    for row in displayed:
         between = f"{row.interval.low:+.4f} .. {row.interval.high:+.4f}" if row.interval else ""
         rows.append((row.name, f"{row.n:,}", f"{row.before:.4f}", f"{row.after:.4f}", f"{row.after - row.before:+.4f}", between, "*" if row.is_sure else ""))
     lines = [
@@ -212,17 +212,17 @@ def comparison_table(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def shown_differences(comparison: Comparison) -> tuple[list[Difference], int]:
+def difference_lines(comparison: Comparison) -> tuple[list[Difference], int]:
     """The rows of a table, and how many question types with lesser changes are left out of it."""
     by_question = [row for row in comparison.differences if row.name.startswith("question type")]
-    shown = [row for row in comparison.differences if row not in by_question]
+    displayed = [row for row in comparison.differences if row not in by_question]
     by_question.sort(key=lambda row: -abs(row.after - row.before))
-    return shown + by_question[:_MOST_TYPES], max(0, len(by_question) - _MOST_TYPES)
+    return displayed + by_question[:_MOST_TYPES], max(0, len(by_question) - _MOST_TYPES)
 
 
 def comparison_json(comparison: Comparison) -> str:
     """One object: software, scorer, n_items, figures by name (before, after, difference, interval), and the flips with their rates."""
-    figures = {
+    metrics = {
         row.name: {
             "n": row.n,
             "before": row.before,
@@ -238,7 +238,7 @@ def comparison_json(comparison: Comparison) -> str:
         "n_items": len(comparison.pairs),
         "unit": comparison.unit,
         "notes": list(comparison.notes),
-        "figures": figures,
+        "figures": metrics,
         "right_from": comparison.right_from,
         "negative_flip_rate": comparison.negative_flip_rate,
         "positive_flip_rate": comparison.positive_flip_rate,
@@ -253,10 +253,10 @@ def write_pairs(path: Path, comparison: Comparison) -> None:
     write_whole(path, (json.dumps([vars(pair) for pair in comparison.pairs], indent=1) + "\n").encode("ascii"))
 
 
-def _flip_lines(comparison: Comparison, name: str, flips: Sequence[Pair], rate: float, sign: str) -> list[str]:
+def _flip_lines(comparison: Comparison, name: str, changed: Sequence[Pair], rate: float, sign: str) -> list[str]:
     right = f"right from {comparison.right_from:g} on"
-    lines = ["", f"{name}: {len(flips)} of {len(comparison.pairs)} {comparison.unit}, {sign} flip rate {100 * rate:.2f} % ({right})"]
-    return lines + [f"  {flip.item}: {flip.said_before!r} ({flip.before:.2f}) -> {flip.said_after!r} ({flip.after:.2f})" for flip in flips[:_MOST_FLIPS]]
+    lines = ["", f"{name}: {len(changed)} of {len(comparison.pairs)} {comparison.unit}, {sign} flip rate {100 * rate:.2f} % ({right})"]
+    return lines + [f"  {flip.item}: {flip.said_before!r} ({flip.before:.2f}) -> {flip.said_after!r} ({flip.after:.2f})" for flip in changed[:_MOST_CHANGED]]
 
 
 # ----------------------------------------
@@ -291,7 +291,7 @@ class SavedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One item of a run with its picture, and the question where there was one."""
+    """One item of a run with its image, and the question where there was one."""
 
     sample: Sample
     question: Question | None = None

@@ -1,4 +1,4 @@
-"""Ask a model about every picture of a data set: with its own picture, and with another one."""
+"""Ask a model about every image of a data set: with its own image, and with another one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from multimodal.bad_samples import BadSample, counted
 from multimodal.batches.collate import collate
 from multimodal.batches.tokenize import Row, TextTooLong
 from multimodal.data.feature_cache.encode import encode_all, pixel_table
-from multimodal.data.inputs import Kept
+from multimodal.data.inputs import CachedFeatures
 from multimodal.generation.generate import check_room
 from multimodal.generation.settings import GenerationSettings, saved_generation
 from multimodal.model import VisionLanguageModel
@@ -29,17 +29,17 @@ from tasks.metrics.vqa import refuse
 from tasks.task import Score, Submission, Task
 
 __all__ = [
-    "Pictures", "Predictions", "Submission", "evaluate", "is_graded", "predict", "read_pictures", "refuse_gaps", "told_sameness",
+    "ReadImages", "Predictions", "Submission", "evaluate", "is_graded", "predict", "read_images", "refuse_gaps", "degenerate_note",
     "what_is_missing", "write_submission",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ReadImages:
     """The samples of a data set that can be shown to a model, with their features; the others are in `bad`."""
 
     source: SampleSource
-    patches: Kept
+    patches: CachedFeatures
     bad: tuple[BadSample, ...]
 
 
@@ -55,18 +55,18 @@ class Predictions:
 class _Question:
     item: int
     row: Row
-    picture: int
+    image: int
 
 
-def read_pictures(opened: Opened, table: Kept) -> Pictures:
-    """Every picture of a data set with its features. Raises DataError where none has any."""
+def read_images(opened: Opened, table: CachedFeatures) -> ReadImages:
+    """Every image of a data set with its features. Raises DataError where none has any."""
     indices = table.usable()
     bad = (*opened.problems, *table.bad.values())
     if not indices:
-        raise DataError(f"none of the {counted(len(opened.source), 'picture')} can be used: {bad[0].detail}")
+        raise DataError(f"none of the {counted(len(opened.source), 'image')} can be used: {bad[0].detail}")
     if len(indices) == len(opened.source):
-        return Pictures(opened.source, table, bad)
-    return Pictures(Chosen(opened.source, indices), table.only(indices), bad)
+        return ReadImages(opened.source, table, bad)
+    return ReadImages(Chosen(opened.source, indices), table.only(indices), bad)
 
 
 def evaluate(model: VisionLanguageModel, source: SampleSource, task: Task, *, settings: GenerationSettings | None = None) -> tuple[Score, Predictions]:
@@ -75,10 +75,10 @@ def evaluate(model: VisionLanguageModel, source: SampleSource, task: Task, *, se
     settings: those that the adapter was saved with, where none are given. Raises DataError where nothing can be used or scored.
     """
     encoded = encode_all(model, source) if model.tower.adapter is None else pixel_table(source, model.tower.preprocess, label="reading")
-    pictures = read_pictures(Opened(source, ()), encoded)
+    images = read_images(Opened(source, ()), encoded)
     settings = settings or saved_generation(model.adapted.tasks.get(model.adapted.active or "", {}))
-    said = predict(model, pictures.source, task, pictures.patches, settings=settings)
-    return task.score(said.texts, pictures.source), Predictions(said.texts, (*pictures.bad, *said.bad))
+    predicted = predict(model, images.source, task, images.patches, settings=settings)
+    return task.score(predicted.texts, images.source), Predictions(predicted.texts, (*images.bad, *predicted.bad))
 
 
 def is_graded(task: Task, source: SampleSource) -> bool:
@@ -90,7 +90,7 @@ def predict(
     model: VisionLanguageModel,
     source: SampleSource,
     task: Task,
-    patches: Kept,
+    patches: CachedFeatures,
     *,
     settings: GenerationSettings,
     batch_size: int = 64,
@@ -99,8 +99,8 @@ def predict(
 ) -> Predictions:
     """One text for everything that the task asks about the source: each of several processes generates its share, and all get the whole.
 
-    patches   of the source's pictures
-    shift     sample i is shown the picture of sample i + shift: the blind control, where a model that looks must do worse
+    patches   of the source's images
+    shift     sample i is shown the image of sample i + shift: the blind control, where a model that looks must do worse
     """
     questions: list[_Question] = []
     bad: list[BadSample] = []
@@ -117,48 +117,48 @@ def predict(
 
 
 def _own(questions: Sequence[_Question], state: PartialState) -> list[_Question]:
-    """This process's questions: those about one picture side by side, so that they read it once, and rows of like length near each other."""
+    """This process's questions: those about one image side by side, so that they read it once, and rows of like length near each other."""
     longest: dict[int, int] = {}
     for question in questions:
-        longest[question.picture] = max(longest.get(question.picture, 0), len(question.row.ids))
-    pictures = sorted(longest, key=lambda picture: (longest[picture], picture))
-    turn = {picture: i % state.num_processes for i, picture in enumerate(pictures)}
-    own = [question for question in questions if turn[question.picture] == state.process_index]
-    return sorted(own, key=lambda question: (longest[question.picture], question.picture))
+        longest[question.image] = max(longest.get(question.image, 0), len(question.row.ids))
+    images = sorted(longest, key=lambda image: (longest[image], image))
+    turn = {image: i % state.num_processes for i, image in enumerate(images)}
+    own = [question for question in questions if turn[question.image] == state.process_index]
+    return sorted(own, key=lambda question: (longest[question.image], question.image))
 
 
 def _questions(
-    model: VisionLanguageModel, source: SampleSource, task: Task, patches: Kept, shift: int, settings: GenerationSettings
+    model: VisionLanguageModel, source: SampleSource, task: Task, patches: CachedFeatures, shift: int, settings: GenerationSettings
 ) -> Iterator[_Question | BadSample]:
     encoder = model.row_encoder()
     for index in range(len(source)):
         sample = source[index]
-        shown = (index + shift) % len(source)
-        if shown in patches.bad:
-            yield patches.bad[shown]
+        displayed = (index + shift) % len(source)
+        if displayed in patches.bad:
+            yield patches.bad[displayed]
             continue
         for asked in task.asked(sample):
             try:
                 row = encoder.prompt(asked.question)
                 if model.head is None:  # nothing is written after the prompt of one that chooses
                     check_room(model.language, len(row.ids), settings)
-                yield _Question(asked.item, row, shown)
+                yield _Question(asked.item, row, displayed)
             except TextTooLong as error:
                 yield BadSample(key=sample.key, reason="text too long", detail=str(error))
 
 
-def _answer(model: VisionLanguageModel, questions: Sequence[_Question], patches: Kept, settings: GenerationSettings) -> dict[int, str]:
-    place = {picture: i for i, picture in enumerate(dict.fromkeys(question.picture for question in questions))}
-    shown = [found for picture in place if isinstance(found := patches[picture], Tensor)]
-    image = [place[question.picture] for question in questions]
+def _answer(model: VisionLanguageModel, questions: Sequence[_Question], patches: CachedFeatures, settings: GenerationSettings) -> dict[int, str]:
+    place = {index: i for i, index in enumerate(dict.fromkeys(question.image for question in questions))}
+    features = [found for index in place if isinstance(found := patches[index], Tensor)]
+    image = [place[question.image] for question in questions]
     pad_id = model.language.tokenizer.pad_token_id
-    batch = collate([q.row for q in questions], image, torch.stack(shown), kind=patches.kind, side="left", pad_id=pad_id)
+    batch = collate([q.row for q in questions], image, torch.stack(features), kind=patches.kind, side="left", pad_id=pad_id)
     texts = model.generate_batch(batch.to(model.device), settings)
     return {question.item: text for question, text in zip(questions, texts, strict=True)}
 
 
 # ----------------------------------------
-# A sentence about texts that say too little: many empty, or one text said of many pictures.
+# A sentence about texts that say too little: many empty, or one text said of many images.
 
 
 MOST_EMPTY, MOST_ALIKE = 0.1, 1 / 3  # shares of all texts; what is more is told
@@ -166,7 +166,7 @@ ANSWER_WORDS = 3  # a text of so few words may be the right answer to many quest
 FEWEST = 20  # texts; among fewer, a third alike means nothing
 
 
-def told_sameness(texts: Collection[str], settings: GenerationSettings) -> str:
+def degenerate_note(texts: Collection[str], settings: GenerationSettings) -> str:
     """What is wrong with the texts of an evaluation as a whole, and what to try; empty where nothing is."""
     if len(texts) < FEWEST:
         return ""
@@ -182,7 +182,7 @@ def told_sameness(texts: Collection[str], settings: GenerationSettings) -> str:
 
 def _advice(settings: GenerationSettings) -> str:
     if settings.num_beams == 1:
-        return "the adapter tells the pictures hardly apart, so train it longer or give it more weights"
+        return "the adapter tells the images hardly apart, so train it longer or give it more weights"
     return (
         f"{settings.num_beams} beams find what the frozen model thinks most probable, and a weak adapter does not outweigh that, "
         "so compare with generation.num_beams 1"
@@ -227,7 +227,7 @@ def write_submission(
     path = folder / task.results_name(submission.split or split, submission.algorithm)
     missing = what_is_missing(opened, texts, bad)
     if opened.left_out:
-        gap = f"limit leaves out {opened.left_out} pictures of the split"
+        gap = f"limit leaves out {opened.left_out} images of the split"
     elif missing:
         listed = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         gap = f"{len(missing)} of {len(texts) + len(missing)} predictions are missing (first: {listed})"

@@ -16,8 +16,8 @@ from tasks.metrics.ngrams import Floats
 from tasks.metrics.vqa import AnswerScores, GradedQuestion, named_accuracies
 
 __all__ = [
-    "Figure", "Figures", "Interval", "Listing", "Resampling", "aligned", "answer_figures", "as_json", "as_table",
-    "caption_figures", "intervals", "paired_intervals", "software",
+    "MetricValue", "Metrics", "Interval", "Listing", "Resampling", "aligned", "answer_metrics", "as_json", "as_table",
+    "caption_metrics", "intervals", "paired_intervals", "software",
 ]  # fmt: skip
 
 
@@ -49,7 +49,7 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class Metrics:
     """Figures of a corpus as a function of how often each item counts.
 
     names    of the figures
@@ -67,7 +67,7 @@ class Figures:
         """How many items a figure is of."""
         return self.counts.get(name, self.items)
 
-    def chosen(self, names: Iterable[str] | Mapping[str, str], scale: float = 1.0) -> Figures:
+    def chosen(self, names: Iterable[str] | Mapping[str, str], scale: float = 1.0) -> Metrics:
         """Some of the figures in another order and unit; a mapping gives each a new name: {"accuracy": "overall"}.
 
         Names that there are not are left out.
@@ -76,10 +76,10 @@ class Figures:
         places = {name: self.names.index(old) for name, old in new.items() if old in self.names}
         columns = list(places.values())
         counts = {name: self.n_of(new[name]) for name in places}
-        return Figures(names=tuple(places), items=self.items, of=lambda weights: scale * self.of(weights)[:, columns], counts=counts)
+        return Metrics(names=tuple(places), items=self.items, of=lambda weights: scale * self.of(weights)[:, columns], counts=counts)
 
 
-def caption_figures(scores: CaptionScores) -> Figures:
+def caption_metrics(scores: CaptionScores) -> Metrics:
     """BLEU-1 .. 4, ROUGE-L and CIDEr of resampled images, from sums over images.
 
     CIDEr's document frequencies stay those of the whole corpus: an image's score is what it is, and only the draw of images varies.
@@ -90,13 +90,13 @@ def caption_figures(scores: CaptionScores) -> Figures:
 
     def of(weights: Floats) -> Floats:
         total = weights @ table
-        figures = bleu(total[:, :4], total[:, 4:8], total[:, 8], total[:, 9])
-        return np.hstack([figures, total[:, 10:] / weights.sum(1, keepdims=True)])
+        metrics = bleu(total[:, :4], total[:, 4:8], total[:, 8], total[:, 9])
+        return np.hstack([metrics, total[:, 10:] / weights.sum(1, keepdims=True)])
 
-    return Figures(names=("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"), items=len(table), of=of)
+    return Metrics(names=("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"), items=len(table), of=of)
 
 
-def answer_figures(scores: AnswerScores, questions: Sequence[GradedQuestion]) -> Figures:
+def answer_metrics(scores: AnswerScores, questions: Sequence[GradedQuestion]) -> Metrics:
     """Accuracy overall, by answer type and by question type, of resampled questions, in percent."""
     accuracy = np.array([scores.per_question[question.question_id] for question in questions])
     kinds = ([question.answer_type for question in questions], [question.question_type for question in questions])
@@ -115,15 +115,15 @@ def answer_figures(scores: AnswerScores, questions: Sequence[GradedQuestion]) ->
 
     n_items = [len(questions), *(int(n) for place in places for n in np.bincount(place))]
     names = tuple(named_accuracies(scores))
-    return Figures(names=names, items=len(questions), of=of, counts=dict(zip(names, n_items, strict=True)))
+    return Metrics(names=names, items=len(questions), of=of, counts=dict(zip(names, n_items, strict=True)))
 
 
-def intervals(figures: Figures, settings: Resampling) -> dict[str, Interval]:
+def intervals(metrics: Metrics, settings: Resampling) -> dict[str, Interval]:
     """The interval of each figure; none with no resamples."""
-    return _percentiles(figures, [figures.of], settings)
+    return _percentiles(metrics, [metrics.of], settings)
 
 
-def paired_intervals(before: Figures, after: Figures, settings: Resampling) -> dict[str, Interval]:
+def paired_intervals(before: Metrics, after: Metrics, settings: Resampling) -> dict[str, Interval]:
     """The interval of each difference, after minus before, both of the same items in the same order, drawn together.
 
     Pairing takes out what makes items easy or hard for both, so it finds differences that two separate intervals would hide. A metric of
@@ -139,9 +139,9 @@ def paired_intervals(before: Figures, after: Figures, settings: Resampling) -> d
     return {name: interval for name, interval in found.items() if before.n_of(name) > 1}
 
 
-def _percentiles(figures: Figures, of: Sequence[Callable[[Floats], Floats]], settings: Resampling) -> dict[str, Interval]:
+def _percentiles(metrics: Metrics, of: Sequence[Callable[[Floats], Floats]], settings: Resampling) -> dict[str, Interval]:
     """Of the last function's figures, less the first's where there are two."""
-    n_items = figures.items
+    n_items = metrics.items
     if settings.n_resamples == 0:
         return {}
     generator = np.random.default_rng(settings.seed)
@@ -151,9 +151,9 @@ def _percentiles(figures: Figures, of: Sequence[Callable[[Floats], Floats]], set
         chosen = generator.integers(0, n_items, (rows, n_items)) + np.arange(0, rows * n_items, n_items)[:, None]
         weights = np.bincount(chosen.ravel(), minlength=rows * n_items).reshape(rows, n_items).astype(np.float64)
         drawn.append(of[-1](weights) - (of[0](weights) if len(of) > 1 else 0))
-    outside = 50 * (1 - settings.level)
-    low, high = np.nanpercentile(np.concatenate(drawn), [outside, 100 - outside], axis=0)
-    return {name: Interval(low=float(a), high=float(b)) for name, a, b in zip(figures.names, low, high, strict=True)}
+    unknown = 50 * (1 - settings.level)
+    low, high = np.nanpercentile(np.concatenate(drawn), [unknown, 100 - unknown], axis=0)
+    return {name: Interval(low=float(a), high=float(b)) for name, a, b in zip(metrics.names, low, high, strict=True)}
 
 
 # ----------------------------------------
@@ -161,7 +161,7 @@ def _percentiles(figures: Figures, of: Sequence[Callable[[Floats], Floats]], set
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
+class MetricValue:
     """One number of a corpus.
 
     value     in the unit of the official code: a fraction for captions (CIDEr of 10), percent for answers
@@ -194,7 +194,7 @@ class Listing:
     source: Mapping[str, str]
     n_items: int
     unit: str
-    figures: Sequence[Figure]
+    metrics: Sequence[MetricValue]
     resampling: Resampling
     notes: Sequence[str] = ()
 
@@ -213,13 +213,13 @@ def as_table(listing: Listing) -> str:
     lines.append(f"{listing.n_items} {listing.unit}; computed by {software()}")
     lines += listing.notes
     level = f"{100 * listing.resampling.level:g} % interval"
-    for scorer in dict.fromkeys(figure.scorer for figure in listing.figures):
-        figures = [figure for figure in listing.figures if figure.scorer == scorer]
+    for scorer in dict.fromkeys(metric.scorer for metric in listing.metrics):
+        metrics = [metric for metric in listing.metrics if metric.scorer == scorer]
         rows: list[tuple[str, ...]] = [("figure", "value", level, "in percent")]
-        for figure in figures:
-            between = f"{figure.interval.low:.4f} .. {figure.interval.high:.4f}" if figure.interval else ""
-            rows.append((figure.name, f"{figure.value:.4f}", between, f"{figure.percent:.2f}"))
-        if all(figure.scale == 1 for figure in figures):  # they are percent
+        for metric in metrics:
+            between = f"{metric.interval.low:.4f} .. {metric.interval.high:.4f}" if metric.interval else ""
+            rows.append((metric.name, f"{metric.value:.4f}", between, f"{metric.percent:.2f}"))
+        if all(metric.scale == 1 for metric in metrics):  # they are percent
             rows = [row[:3] for row in rows]
         lines += ["", f"scorer: {scorer}", *aligned(rows)]
     return "\n".join(lines)
@@ -230,17 +230,17 @@ def as_json(listing: Listing) -> str:
 
     Each has its value and interval (low, high, or null) in the unit of the official code, the value in percent, and the scorer.
     """
-    figures = {
-        figure.name: {
-            "value": figure.value,
-            "percent": figure.percent,
-            "interval": [figure.interval.low, figure.interval.high] if figure.interval else None,
-            "scorer": figure.scorer,
+    metrics = {
+        metric.name: {
+            "value": metric.value,
+            "percent": metric.percent,
+            "interval": [metric.interval.low, metric.interval.high] if metric.interval else None,
+            "scorer": metric.scorer,
         }
-        for figure in listing.figures
+        for metric in listing.metrics
     }
     about = {"software": software(), **listing.source, "n_items": listing.n_items, "unit": listing.unit, "resampling": vars(listing.resampling)}
-    return json.dumps({**about, "notes": list(listing.notes), "figures": figures}, indent=2)
+    return json.dumps({**about, "notes": list(listing.notes), "figures": metrics}, indent=2)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -77,11 +77,11 @@ def _score(images: Sequence[int], tokens: Corpus, corpus: Corpus) -> CaptionScor
     columns["ROUGE_L"] = rouge_l(tokens)
     columns["CIDEr"] = cider(corpus, counts)
     whole = bleu(sums.correct.sum(0), sums.guess.sum(0), sums.length.sum(), sums.reference_length.sum()).tolist()
-    figures = {f"Bleu_{n + 1}": whole[n] for n in range(MAX_N)}
-    figures |= {name: float(np.mean(columns[name])) for name in ("ROUGE_L", "CIDEr")}
+    metrics = {f"Bleu_{n + 1}": whole[n] for n in range(MAX_N)}
+    metrics |= {name: float(np.mean(columns[name])) for name in ("ROUGE_L", "CIDEr")}
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
     per_image = {image: dict(zip(columns, row, strict=True)) for image, row in zip(images, values, strict=True)}
-    return CaptionScores(corpus=figures, per_image=per_image, bleu=sums)
+    return CaptionScores(corpus=metrics, per_image=per_image, bleu=sums)
 
 
 def same_images(hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> list[int]:

@@ -73,7 +73,7 @@ def read_graded_questions(path: Path) -> list[GradedQuestion]:
     VQAv2, OK-VQA   an object with the list `annotations`; types as they stand
     TextVQA         an object with the list `data`
     A-OKVQA         a list with `direct_answers`; ids are texts
-    VizWiz          a list with `image` and `answers`; the picture's name is the id, and answers have no id of their own
+    VizWiz          a list with `image` and `answers`; the image's name is the id, and answers have no id of their own
     GQA             an object of questions by id with one `answer`; the types are the structural and the semantic one
     DAQUAR          a text file (.txt), a question and its answer in turn; the id is the question's number, from 1
 

@@ -82,18 +82,18 @@ def _strip_punctuation(answer: str) -> str:
 # Errors that name the first few offenders and count all of them.
 
 
-_SHOWN = 5
+_DISPLAYED = 5
 
 
-def refuse(offenders: Collection[Hashable], what: str, expected: str) -> None:
+def refuse(named_first: Collection[Hashable], what: str, expected: str) -> None:
     """Raises DataError where there are offenders: "3 images have no caption (first: 7, 9, 12); expected ...".
 
     what      follows the count, such as "images have no caption"
     expected  what was expected, or what to do
     """
-    if offenders:
-        first = ", ".join(repr(name) for name in list(offenders)[:_SHOWN])
-        raise DataError(f"{len(offenders)} {what} (first: {first}{', ...' if len(offenders) > _SHOWN else ''}); {expected}")
+    if named_first:
+        first = ", ".join(repr(name) for name in list(named_first)[:_DISPLAYED])
+        raise DataError(f"{len(named_first)} {what} (first: {first}{', ...' if len(named_first) > _DISPLAYED else ''}); {expected}")
 
 
 def refuse_repeated(names: Iterable[Hashable], what: str) -> None:
@@ -153,11 +153,11 @@ def named_accuracies(scores: AnswerScores) -> dict[str, float]:
 
     A data set whose questions have no types has the overall figure alone.
     """
-    figures = {"overall": scores.overall}
+    metrics = {"overall": scores.overall}
     for kind, by_type in (("answer type", scores.per_answer_type), ("question type", scores.per_question_type)):
         if set(by_type) != {""}:
-            figures |= {f"{kind}: {name or '(none)'}": value for name, value in by_type.items()}
-    return figures
+            metrics |= {f"{kind}: {name or '(none)'}": value for name, value in by_type.items()}
+    return metrics
 
 
 def has_few_answers(question: GradedQuestion) -> bool:
@@ -235,13 +235,13 @@ def _accuracy(prediction: str, question: GradedQuestion, scorer: VqaScorer) -> f
     equal = answers.count(prediction)
     if not equal:
         return 0.0
-    inside, outside = min(1, (equal - 1) / 3), min(1, equal / 3)
+    inside, unknown = min(1, (equal - 1) / 3), min(1, equal / 3)
     if question.marks:
         same = [mark for mark, answer in zip(question.marks, answers, strict=True) if answer == prediction]
         marked = {mark: min(1, (equal - same.count(mark)) / 3) for mark in same}
-        each = [marked[mark] if answer == prediction else outside for mark, answer in zip(question.marks, answers, strict=True)]
+        each = [marked[mark] if answer == prediction else unknown for mark, answer in zip(question.marks, answers, strict=True)]
     else:
-        each = [inside if answer == prediction else outside for answer in answers]
+        each = [inside if answer == prediction else unknown for answer in answers]
     return float(sum(each)) / len(each)
 
 

@@ -35,7 +35,7 @@ __all__ = [
 class DrawnTower:
     """What a vision tower will give; fields as in VisionTower.
 
-    pixels    height and width of the pictures
+    pixels    height and width of the images
     n_blocks  how many depths the encoder shows
     n_layers  L of the pooled features: n_blocks where every block has the width and the places of the final features, else 1.
               Seen from shapes alone; an encoder that ends in a neck of the same width is taken for one whose blocks can all be pooled
@@ -52,7 +52,7 @@ class DrawnTower:
 
     @property
     def inputs(self) -> dict[str, InputSpec]:
-        """What the edits can read of a picture; pooled features of another width than the patches are not kept (as in VisionTower)."""
+        """What the edits can read of an image; pooled features of another width than the patches are not kept (as in VisionTower)."""
         image = {"image": InputSpec(self.n_patches, self.width)}
         return {**image, "image_taps": InputSpec(self.n_layers, self.pooled_width)} if self.pooled_width == self.width else image
 
@@ -76,7 +76,7 @@ def draw_tower(spec: str | Path, *, layer: int = -1) -> DrawnTower:
     drawn = draw_encoder(spec)
     dtype = next(drawn.module.parameters()).dtype
     pixels = torch.empty(1, 3, *drawn.pixels, device="meta", dtype=dtype)
-    with torch.no_grad(), loading("vision encoder", spec, "choose an encoder that turns a batch of pictures alone into patches"):
+    with torch.no_grad(), loading("vision encoder", spec, "choose an encoder that turns a batch of images alone into patches"):
         final, blocks = drawn.encoder.last(pixels), drawn.encoder.blocks(pixels)
     if not -len(blocks) <= layer <= -1:
         raise ConfigError(f"layer={layer} is not in the encoder '{spec}', which has {len(blocks)} blocks; choose -1 (the last) to {-len(blocks)} (the first)")
@@ -153,36 +153,36 @@ def saved_bytes(model: Any, *, rows: int, tokens: int) -> int:
     rows, tokens  B and T of the batch; an encoder-decoder model writes as many tokens as it reads
     model         on the meta device. Attention is counted with its whole matrix of weights, which fused kernels do not keep
     """
-    return _kept(lambda: model(**_call(model, rows, tokens), use_cache=False), model)
+    return _retained(lambda: model(**_call(model, rows, tokens), use_cache=False), model)
 
 
-def seen_bytes(tower: DrawnTower, adapter: Adapter, *, pictures: int) -> int:
-    """What autograd keeps of so many pictures in a frozen encoder that an adapter is trained in: nothing below its lowest edit.
+def seen_bytes(tower: DrawnTower, adapter: Adapter, *, images: int) -> int:
+    """What autograd keeps of so many images in a frozen encoder that an adapter is trained in: nothing below its lowest edit.
 
     adapter   on the meta device, as `draw_trained` makes it. Attention is counted as in `saved_bytes`
     """
     module: Any = tower.module
-    pixels = torch.empty(pictures, 3, *tower.pixels, device="meta", dtype=next(module.parameters()).dtype)
+    pixels = torch.empty(images, 3, *tower.pixels, device="meta", dtype=next(module.parameters()).dtype)
     attachment = attach_vision(module.get_submodule("model"), adapter)
     try:
-        return _kept(lambda: module.last(pixels), module, adapter)
+        return _retained(lambda: module.last(pixels), module, adapter)
     finally:
         attachment.detach()
 
 
-def _kept(call: Callable[[], object], *modules: nn.Module) -> int:
+def _retained(call: Callable[[], object], *modules: nn.Module) -> int:
     """The bytes that autograd keeps of a call beside the modules' weights."""
-    kept: dict[int, tuple[Any, int]] = {}  # the storage itself stays here, so that no other takes its address
+    retained: dict[int, tuple[Any, int]] = {}  # the storage itself stays here, so that no other takes its address
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = (storage, storage.nbytes())
+        retained[storage._cdata] = (storage, storage.nbytes())
         return tensor
 
     own = {parameter.untyped_storage()._cdata for module in modules for parameter in module.parameters()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         call()
-    return sum(size for address, (_, size) in kept.items() if address not in own)
+    return sum(size for address, (_, size) in retained.items() if address not in own)
 
 
 def cache_bytes(model: Any, *, tokens: int) -> int:

@@ -66,7 +66,7 @@ def listed_methods(tower: DrawnTower, language: DrawnLanguage, given: Mapping[st
 def _listed(name: str, kind: type[Any], given: Method | None, anatomy: Anatomy) -> Listed:
     required = {f.name: f for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     values = {field: getattr(given, field) for field in required} if given is not None else _examples(kind, required)
-    title, formula = _said(kind)
+    title, formula = _stated(kind)
     listed = Listed(
         name=name,
         title=title,
@@ -82,7 +82,7 @@ def _listed(name: str, kind: type[Any], given: Method | None, anatomy: Anatomy) 
     return dataclasses.replace(listed, edits=places_of(adapter)[name], slots=slots_of(adapter.slots), trained=adapter.n_parameters()[name])
 
 
-def _said(kind: type[Any]) -> tuple[str, tuple[str, ...]]:
+def _stated(kind: type[Any]) -> tuple[str, tuple[str, ...]]:
     lines = (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()
     formula: list[str] = []
     for line in lines[1:]:

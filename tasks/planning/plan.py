@@ -123,7 +123,7 @@ class MethodPlan:
 class Assumed:
     """What the estimates of memory assume of a batch.
 
-    rows        of a training batch: one text for each picture
+    rows        of a training batch: one text for each image
     text        tokens of words in a row, prompt and answer together; the slots of the adapter come on top
     answer      tokens that are learnt, and so have logits
     generated   tokens that a row grows by while serving, in `beams` copies
@@ -141,7 +141,7 @@ class Plan:
     """What would be built. Memory is in bytes; activations and cache are estimates, the rest is counted.
 
     slots             domain -> positions that a row has for it
-    tokens_per_image  positions of a row that stand for its picture
+    tokens_per_image  positions of a row that stand for its image
     prompt_tokens     words of an empty question's prompt; None where there is no tokenizer to count them
     """
 
@@ -238,7 +238,7 @@ def _to_train(
         "gradients": trained * FLOAT,
         "optimizer state": trained * FLOAT * MOMENTS,
         "activations, estimated": activations,
-        **({} if vision is None else {"activations of the encoder, estimated": seen_bytes(tower, vision, pictures=assumed.rows)}),
+        **({} if vision is None else {"activations of the encoder, estimated": seen_bytes(tower, vision, images=assumed.rows)}),
         "logits held at once, estimated": logits,
         **({"states kept of texts, at most": int(train.states_gib * 2**30)} if train.states_gib else {}),
     }

@@ -1,4 +1,4 @@
-"""The page of two runs side by side: differences, and the pictures that went from right to wrong and back. One file, no script."""
+"""The page of two runs side by side: differences, and the images that went from right to wrong and back. One file, no script."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tasks.report.page import policy, thumbnail
 from tasks.report.svg import Point, draw_many
 
 __all__ = [
-    "DifferenceRow", "FlipCard", "FlipPage", "FlipSection", "RunsPage", "Series", "render_flips", "render_runs",
+    "DifferenceRow", "FlipCard", "FlipPage", "FlipSection", "RunsPage", "Series", "render_changed", "render_runs",
     "write_flip_page", "write_runs_page",
 ]  # fmt: skip
 
@@ -39,14 +39,14 @@ class DifferenceRow:
 
 @dataclass(frozen=True, kw_only=True)
 class FlipCard:
-    """A picture with what both runs said about it.
+    """An image with what both runs said about it.
 
     question   empty for captions
     people     references or answers, repeats included
     """
 
     key: str
-    image: Image | bytes | None  # None: the card says that no picture was kept
+    image: Image | bytes | None  # None: the card says that no image was kept
     question: str
     said_before: str
     said_after: str
@@ -57,11 +57,11 @@ class FlipCard:
 
 @dataclass(frozen=True, kw_only=True)
 class FlipSection:
-    """One direction; n_flips counts all, of which the cards are the greatest."""
+    """One direction; n_changed counts all, of which the cards are the greatest."""
 
     name: str
     tone: Literal["good", "bad"]
-    n_flips: int
+    n_changed: int
     cards: Sequence[FlipCard]
 
 
@@ -79,10 +79,10 @@ class FlipPage:
 
 def write_flip_page(page: FlipPage, path: Path) -> None:
     """Write the page to `path`, whole or not at all. Raises DataError where it cannot be written."""
-    write_whole(path, render_flips(page).encode("utf-8", errors="xmlcharrefreplace"))
+    write_whole(path, render_changed(page).encode("utf-8", errors="xmlcharrefreplace"))
 
 
-def render_flips(page: FlipPage) -> str:
+def render_changed(page: FlipPage) -> str:
     """The page as HTML: the same text for the same page."""
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     style = Markup((FOLDER / "page.css").read_text("utf-8"))

@@ -2,7 +2,7 @@
 
     write_report(Report(title="Captioning: ViT-B/32 + OPT, AdaLink", ..., cards=[CaptionCard(key="3", ...)]), Path("run/report.html"))
 
-The page is one file that needs no network and no script: pictures are data URLs, curves are inline SVG, and its content security
+The page is one file that needs no network and no script: images are data URLs, curves are inline SVG, and its content security
 policy forbids it to load or send anything, so a caption that gets past the escaping still could do nothing.
 """
 
@@ -30,16 +30,16 @@ from multimodal.data.images.decode import BadImage, decode_image
 from tasks.report.svg import Point, describe, draw
 
 __all__ = [
-    "AnswerCard", "CaptionCard", "Cell", "Curve", "MetricRow", "Report", "Thumbnail", "Trained", "Verdict", "answer_verdict",
+    "AnswerCard", "CaptionCard", "Cell", "Curve", "MetricRow", "Report", "Thumbnail", "Trained", "Outcome", "answer_outcome",
     "caption_verdicts", "columns", "metric_cells", "policy", "render", "thumbnail", "write_report",
 ]  # fmt: skip
 
 
 # ----------------------------------------
-# A small JPEG of a picture as a data URL, so that the page needs no other file.
+# A small JPEG of an image as a data URL, so that the page needs no other file.
 
 
-SIDE = 224  # pixels of the longer side; a smaller picture keeps its size
+SIDE = 224  # pixels of the longer side; a smaller image keeps its size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +53,18 @@ class Thumbnail:
 
 
 def thumbnail(image: Image.Image | bytes | None) -> Thumbnail:
-    """A JPEG of at most 224 x 224 pixels, about 10 KB, on white where the picture is transparent.
+    """A JPEG of at most 224 x 224 pixels, about 10 KB, on white where the image is transparent.
 
-    A picture that cannot be read costs its place on the page, not the page: the reason stands where it would have been.
+    An image that cannot be read costs its place on the page, not the page: the reason stands where it would have been.
     """
     if image is None:
-        return Thumbnail(reason="no picture was kept")
+        return Thumbnail(reason="no image was kept")
     try:
         small = _small(decode_image(image) if isinstance(image, bytes) else image)
     except BadImage as error:
-        return Thumbnail(reason=f"the picture cannot be shown: {error.reason}")
+        return Thumbnail(reason=f"the image cannot be shown: {error.reason}")
     except (OSError, ValueError) as error:  # a Pillow image that was never loaded, and whose file is closed or damaged
-        return Thumbnail(reason=f"the picture cannot be shown: {error}")
+        return Thumbnail(reason=f"the image cannot be shown: {error}")
     stream = BytesIO()
     small.save(stream, "JPEG", quality=82, optimize=True)
     url = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
@@ -72,7 +72,7 @@ def thumbnail(image: Image.Image | bytes | None) -> Thumbnail:
 
 
 def _small(image: Image.Image) -> Image.Image:
-    """RGB, at most SIDE on the longer side; the caller's picture stays as it is."""
+    """RGB, at most SIDE on the longer side; the caller's image stays as it is."""
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -82,7 +82,7 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 # ----------------------------------------
-# What a page may load: nothing but pictures inside it, and the very style and script that it was written with.
+# What a page may load: nothing but images inside it, and the very style and script that it was written with.
 
 
 def policy(style: str, script: str = "") -> str:
@@ -141,35 +141,35 @@ def _cell(value: float | None, largest: float, has_bars: bool) -> Cell:
 
 
 # ----------------------------------------
-# What the score of one picture means, as a sign, a word and a colour: never the colour alone.
+# What the score of one image means, as a sign, a word and a colour: never the colour alone.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """`tone` colours the badge; `sign`, `word` and `figure` stand in it; people filter the page by `word`."""
+class Outcome:
+    """`tone` colours the badge; `sign`, `word` and `metric` stand in it; people filter the page by `word`."""
 
     tone: Literal["good", "fair", "bad", "none"]
     sign: str
     word: str
-    figure: str = ""
+    metric: str = ""
 
 
-UNSCORED = Verdict(tone="none", sign="–", word="not scored")
+UNSCORED = Outcome(tone="none", sign="–", word="not scored")
 
 
-def answer_verdict(score: float | None) -> Verdict:
+def answer_outcome(score: float | None) -> Outcome:
     """A VQA accuracy in 0..1: 1.0 -> right, 0.6 -> partly right, 0.0 -> wrong."""
     if score is None:
         return UNSCORED
-    figure = f"{100 * score:.3g} %"
+    metric = f"{100 * score:.3g} %"
     if score >= 1:
-        return Verdict(tone="good", sign="✓", word="right", figure=figure)
+        return Outcome(tone="good", sign="✓", word="right", metric=metric)
     if score > 0:
-        return Verdict(tone="fair", sign="◐", word="partly right", figure=figure)
-    return Verdict(tone="bad", sign="✗", word="wrong", figure=figure)
+        return Outcome(tone="fair", sign="◐", word="partly right", metric=metric)
+    return Outcome(tone="bad", sign="✗", word="wrong", metric=metric)
 
 
-def caption_verdicts(scores: Sequence[float | None]) -> list[Verdict]:
+def caption_verdicts(scores: Sequence[float | None]) -> list[Outcome]:
     """Each caption against the others on the page, by thirds: 0.1, 0.5, 2.0 -> lower, middle, higher.
 
     A caption score has no mark for right, so a sign by itself would claim more than the score says. Equal scores share their
@@ -179,14 +179,14 @@ def caption_verdicts(scores: Sequence[float | None]) -> list[Verdict]:
     return [UNSCORED if score is None else _third(score, known) for score in scores]
 
 
-def _third(score: float, known: Sequence[float]) -> Verdict:
+def _third(score: float, known: Sequence[float]) -> Outcome:
     rank = (bisect_left(known, score) + bisect_right(known, score)) / (2 * len(known))
-    figure = f"{score:.3f}"
+    metric = f"{score:.3f}"
     if rank > 2 / 3:
-        return Verdict(tone="good", sign="▲", word="higher", figure=figure)
+        return Outcome(tone="good", sign="▲", word="higher", metric=metric)
     if rank < 1 / 3 or known[0] == score < known[-1]:
-        return Verdict(tone="bad", sign="▼", word="lower", figure=figure)
-    return Verdict(tone="fair", sign="●", word="middle", figure=figure)
+        return Outcome(tone="bad", sign="▼", word="lower", metric=metric)
+    return Outcome(tone="fair", sign="●", word="middle", metric=metric)
 
 
 FOLDER = Path(__file__).parent
@@ -236,10 +236,10 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionCard:
-    """A picture with its generated caption. `score` is in the scorer's own unit, None where it was not scored."""
+    """An image with its generated caption. `score` is in the scorer's own unit, None where it was not scored."""
 
     key: str
-    image: Image.Image | bytes | None  # None: the card says that no picture was kept
+    image: Image.Image | bytes | None  # None: the card says that no image was kept
     generated: str
     references: Sequence[str]
     score: float | None
@@ -252,10 +252,10 @@ class CaptionCard:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerCard:
-    """A picture with a question and its generated answer. `answers` are what people said, repeats included."""
+    """An image with a question and its generated answer. `answers` are what people said, repeats included."""
 
     key: str
-    image: Image.Image | bytes | None  # None: the card says that no picture was kept
+    image: Image.Image | bytes | None  # None: the card says that no image was kept
     question: str
     generated: str
     answers: Sequence[str]
@@ -313,7 +313,7 @@ def render(report: Report) -> str:
         n_trained=sum(part.parameters for part in report.trained),
         verdicts=verdicts,
         has_captions=any(isinstance(card, CaptionCard) for card in report.cards),
-        words=list(dict.fromkeys(verdict.word for verdict in verdicts)),
+        words=list(dict.fromkeys(outcome.word for outcome in verdicts)),
         curve=draw,
         describe=describe,
         thumbnail=thumbnail,
@@ -324,9 +324,9 @@ def render(report: Report) -> str:
     )
 
 
-def _verdicts(cards: Sequence[CaptionCard | AnswerCard]) -> list[Verdict]:
+def _verdicts(cards: Sequence[CaptionCard | AnswerCard]) -> list[Outcome]:
     thirds = iter(caption_verdicts([card.score for card in cards if isinstance(card, CaptionCard)]))
-    return [next(thirds) if isinstance(card, CaptionCard) else answer_verdict(card.score) for card in cards]
+    return [next(thirds) if isinstance(card, CaptionCard) else answer_outcome(card.score) for card in cards]
 
 
 def _share(parameters: int, report: Report) -> str:

@@ -234,7 +234,7 @@ def _thin(points: Sequence[Point], axis: Axis) -> list[Point]:
 
     Averages or every n-th point would hide a spike; 10,000 steps of a loss are looked at for their spikes.
     """
-    kept: list[Point] = []
+    retained: list[Point] = []
     for _, group in groupby(points, key=lambda point: int(axis.place(point[0], 0, WIDTH))):
         column = list(group)
         finite = [i for i, point in enumerate(column) if _drawable(point[1])]
@@ -242,8 +242,8 @@ def _thin(points: Sequence[Point], axis: Axis) -> list[Point]:
         if finite:
             keep |= {min(finite, key=lambda i: column[i][1]), max(finite, key=lambda i: column[i][1])}
         keep |= set([i for i in range(len(column)) if i not in set(finite)][:1])
-        kept += [column[i] for i in sorted(keep)]
-    return kept
+        retained += [column[i] for i in sorted(keep)]
+    return retained
 
 
 def _window(n_points: int) -> int:

@@ -49,7 +49,7 @@ def _given(methods: Any) -> dict[str, Method]:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the pictures and texts are."""
+    """Where the images and texts are."""
 
     val: DataConfig  # what is evaluated
     train: DataConfig | None = None  # what is learnt; only `train` needs it
@@ -70,16 +70,16 @@ class RunConfig:
     vqa: Vqa = field(default_factory=Vqa)  # settings of the task, where it is vqa
     train: TrainSettings = field(default_factory=TrainSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
-    features: Path | None = None  # kept features, in FOLDER/train and FOLDER/val, which `adalink features` or train.features: fill writes; none: encode
+    features: Path | None = None  # cached features, in FOLDER/train and FOLDER/val, which `adalink features` or train.features: fill writes; none: encode
     features_dtype: StoredDtype = "float16"  # what is kept; float16 moves gradients by up to 3e-4 of their size, bfloat16 by up to 2e-3, float32 not at all
     out: Path | None = None  # the run folder
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong between its groups."""
         if self.encoder_methods and (self.train.features != "encode" or self.features is not None):
-            kept = f"train.features is {self.train.features}" if self.features is None else f"features is {self.features}"
+            retained = f"train.features is {self.train.features}" if self.features is None else f"features is {self.features}"
             trained = f"features of an encoder that vision_methods trains ({', '.join(self.encoder_methods)})"
-            raise ConfigError(f"{kept}, and {trained} change with every step: give train.features: encode, and no folder")
+            raise ConfigError(f"{retained}, and {trained} change with every step: give train.features: encode, and no folder")
         if self.train.features == "fill" and self.features is None:
             raise ConfigError("train.features is fill, and no folder is given to fill: give `features`, such as --features runs/features")
 

@@ -18,7 +18,7 @@ from tasks.metrics.bootstrap import Interval, Resampling, software
 from tasks.report.page import AnswerCard, CaptionCard, Curve, MetricRow, Report, Trained, write_report
 from tasks.task import TRAINED, Score, Task
 
-__all__ = ["UNSCORED", "add_figures", "write_card_figures", "write_metrics", "write_run_report"]
+__all__ = ["UNSCORED", "add_metrics", "write_card_metrics", "write_metrics", "write_run_report"]
 
 
 # ----------------------------------------
@@ -28,8 +28,8 @@ __all__ = ["UNSCORED", "add_figures", "write_card_figures", "write_metrics", "wr
 _HEADING = "## Evaluation"
 
 
-def add_figures(
-    folder: Path, figures: Mapping[str, float], intervals: Mapping[str, Interval], *, scorer: str, software: str, data: str
+def add_metrics(
+    folder: Path, metrics: Mapping[str, float], intervals: Mapping[str, Interval], *, scorer: str, software: str, data: str
 ) -> None:
     """Put a table of figures at the end of an adapter folder's README.md, in place of one that is there from before.
 
@@ -39,7 +39,7 @@ def add_figures(
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8").split(f"\n{_HEADING}\n")[0].rstrip("\n") if card.exists() else ""
     rows = []
-    for name, value in figures.items():
+    for name, value in metrics.items():
         between = f"{intervals[name].low:.2f} .. {intervals[name].high:.2f}" if name in intervals else ""
         rows.append(f"| {name} | {value:.2f} | {between} | {scorer} |")
     table = "\n".join(["| figure | value | 95 % interval | scorer |", "|---|---|---|---|", *rows])
@@ -73,10 +73,10 @@ def write_metrics(
         "headline": scores[TRAINED].headline if scores else task.headline,
         "software": software(),
         "scorer": scores[TRAINED].scorer if scores else None,
-        "scorers": {name: score.other_scorers.get(name, score.scorer) for score in scores.values() for name in score.figures},
+        "scorers": {name: score.other_scorers.get(name, score.scorer) for score in scores.values() for name in score.metrics},
         "items": items,
-        "rows": {row: dict(score.figures) for row, score in scores.items()},
-        "intervals": {row: {name: [found.low, found.high] for name, found in figures.items()} for row, figures in intervals.items()},
+        "rows": {row: dict(score.metrics) for row, score in scores.items()},
+        "intervals": {row: {name: [found.low, found.high] for name, found in of_row.items()} for row, of_row in intervals.items()},
         "resampling": vars(resampling),
         "trained_parameters": dict(trained),
         "seconds_to_generate": round(seconds, 2),
@@ -87,19 +87,19 @@ def write_metrics(
     write_whole(path, (json.dumps(metrics, indent=2) + "\n").encode())
 
 
-def write_card_figures(folder: Path, score: Score, *, split: str, items: int, best: str = "") -> None:
+def write_card_metrics(folder: Path, score: Score, *, split: str, items: int, best: str = "") -> None:
     """Put the trained adapter's figures into its model card. best: which step its weights are of, where that is not the last one."""
     data = f"the validation data of the run ({split}, {counted(items, 'item')}{best and ', '}{best})"
-    figures = {name: value for name, value in score.figures.items() if name not in score.other_scorers}
-    add_figures(folder, figures, score.intervals(Resampling()), scorer=score.scorer, software=software(), data=data)
+    metrics = {name: value for name, value in score.metrics.items() if name not in score.other_scorers}
+    add_metrics(folder, metrics, score.intervals(Resampling()), scorer=score.scorer, software=software(), data=data)
 
 
 # ----------------------------------------
-# The report of a run: its curves, table, and pictures with what was said about them.
+# The report of a run: its curves, table, and images with what was said about them.
 
 
-_UNSCORED = Score(figures={}, headline="", items={}, scorer="nothing")  # a test split
-N_CARDS = 24  # pictures on the page: enough to judge by, about half a megabyte
+_UNSCORED = Score(metrics={}, headline="", items={}, scorer="nothing")  # a test split
+N_CARDS = 24  # images on the page: enough to judge by, about half a megabyte
 
 
 def write_run_report(
@@ -118,13 +118,13 @@ def write_run_report(
     counts = TrainedParts.of(model).counts()
     frozen = sum(parameter.numel() for part in (model.tower.encoder, model.adapted.base) for parameter in part.parameters())
     trained = scores.get(TRAINED, _UNSCORED)
-    headline = f"{trained.headline} {trained.figures[trained.headline]:.1f} on" if trained.figures else "not scored, for want of references:"
+    headline = f"{trained.headline} {trained.metrics[trained.headline]:.1f} on" if trained.metrics else "not scored, for want of references:"
     report = Report(
         title=f"{task.name}: {' + '.join(type(method).__name__ for method in adapter.methods.values())}",
         summary=f"{model.tower.name} and {model.language.name}, both frozen; {sum(counts.values()):,} trained parameters; "
         f"{headline} {counted(len(predictions.texts), 'item')}{'; ' * bool(warning)}{warning}",
         scorer=trained.scorer,
-        rows=[MetricRow(name=name, values=score.figures) for name, score in scores.items()],
+        rows=[MetricRow(name=name, values=score.metrics) for name, score in scores.items()],
         trained=[Trained(name=name, parameters=count) for name, count in counts.items()],
         frozen_parameters=frozen,
         curves=_curves(folder / METRICS_FILE, "nats per token" if model.head is None else "nats per question, binary cross entropy"),
@@ -147,7 +147,7 @@ def _curves(file: Path, unit: str) -> list[Curve]:
 
 
 def _cards(source: SampleSource, task: Task, predictions: Predictions, score: Score) -> Iterator[CaptionCard | AnswerCard]:
-    """Pictures spread evenly over the data set, each with one of the things that the task asked about it."""
+    """Images spread evenly over the data set, each with one of the things that the task asked about it."""
     step = max(len(source) // N_CARDS, 1)
     for number, index in enumerate(range(0, min(len(source), step * N_CARDS), step)):
         sample = source[index]
@@ -162,13 +162,13 @@ def _cards(source: SampleSource, task: Task, predictions: Predictions, score: Sc
             question = answers[item]
             share = None if points is None else points / 100
             yield AnswerCard(
-                key=sample.key, image=_picture(sample), question=question.text, generated=generated, answers=question.answers, score=share
+                key=sample.key, image=_image(sample), question=question.text, generated=generated, answers=question.answers, score=share
             )  # fmt: skip
         else:
-            yield CaptionCard(key=sample.key, image=_picture(sample), generated=generated, references=sample.captions, score=points)
+            yield CaptionCard(key=sample.key, image=_image(sample), generated=generated, references=sample.captions, score=points)
 
 
-def _picture(sample: Sample) -> bytes | None:
+def _image(sample: Sample) -> bytes | None:
     try:
         return read_image_bytes(sample.image)
     except DataError:

@@ -22,28 +22,28 @@ from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.processes import process_state
 from multimodal.sample import SampleSource
 from multimodal.training.prepare import mean_loss
-from multimodal.training.records import VAL_LOSS, Shown, flat
+from multimodal.training.records import VAL_LOSS, LoggedSamples, flat
 from multimodal.training.train import check_training, train
 from tasks.data.sources import DataConfig, Opened
 from tasks.evaluation.evaluate import (
-    Pictures,
     Predictions,
+    ReadImages,
     Submission,
+    degenerate_note,
     is_graded,
     predict,
-    read_pictures,
+    read_images,
     refuse_gaps,
-    told_sameness,
     write_submission,
 )
-from tasks.runs.compose import compose, features_to_learn, features_to_show, load_adapted
+from tasks.runs.compose import compose, features_to_learn, features_to_log, load_adapted
 from tasks.runs.config import RunConfig, chosen_methods
-from tasks.runs.results import write_card_figures, write_metrics, write_run_report
+from tasks.runs.results import write_card_metrics, write_metrics, write_run_report
 from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
 from tasks.vqa import answer_vocabulary
 
 __all__ = [
-    "Evaluation", "changed_config", "evaluate_run", "is_main", "new_model", "refuse_taken", "run_folder", "shown_samples",
+    "Evaluation", "changed_config", "evaluate_run", "is_main", "new_model", "refuse_taken", "run_folder", "logged_samples",
     "train_run",
 ]  # fmt: skip
 
@@ -111,31 +111,31 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
 
 
 # ----------------------------------------
-# The pictures that a tracker shows at each measurement.
+# The images that a tracker shows at each measurement.
 
 
-N_SHOWN = 6
+N_DISPLAYED = 6
 
 
-def shown_samples(source: SampleSource, task: Task, texts: Mapping[int, str]) -> Sequence[Shown]:
-    """Some pictures, always the same ones and spread over the source, each with the first thing asked and what was said."""
-    shown: list[Shown] = []
-    for index in range(0, len(source), max(len(source) // N_SHOWN, 1)):
+def logged_samples(source: SampleSource, task: Task, texts: Mapping[int, str]) -> Sequence[LoggedSamples]:
+    """Some images, always the same ones and spread over the source, each with the first thing asked and what was said."""
+    logged: list[LoggedSamples] = []
+    for index in range(0, len(source), max(len(source) // N_DISPLAYED, 1)):
         sample = source[index]
         asked = next((one for one in task.asked(sample) if one.item in texts), None)
-        if asked is None or len(shown) == N_SHOWN:
+        if asked is None or len(logged) == N_DISPLAYED:
             continue
         try:
             image = decode_image(sample.image)
         except DataError:  # a source that has become unreadable is the evaluation's to report
             continue
-        shown.append(Shown(key=sample.key, image=image, said=f"{asked.question} {texts[asked.item]}".strip()))
-    return shown
+        logged.append(LoggedSamples(key=sample.key, image=image, text=f"{asked.question} {texts[asked.item]}".strip()))
+    return logged
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one data set, by what was done to the model; and what was said with its own picture, with a sentence where that is too much alike."""
+    """The scores of one data set, by what was done to the model; and what was said with its own image, with a sentence where that is too much alike."""
 
     scores: Mapping[str, Score]
     predictions: Predictions
@@ -144,7 +144,7 @@ class Evaluation:
 
 
 def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> Evaluation:
-    """Train, save, evaluate with and without the right pictures, and write the report into the run folder.
+    """Train, save, evaluate with and without the right images, and write the report into the run folder.
 
     Raises ConfigError where the config names no run folder or no training data, or the folder is taken.
     """
@@ -158,33 +158,33 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
     check_training(model, config.train, config.out, resume=resume)  # before an image is read
     if is_main():
         model.print_trainable_parameters()
-    with run_folder(config.out) as folder, features_to_learn(model, opened.source, config) as learnt:
+    with run_folder(config.out) as folder, features_to_learn(model, opened.source, config) as trained_so_far:
         config_file = folder / "config.yaml"
         if not config_file.exists():
             config_file.write_text(config_text)
         elif changed := changed_config(config_file, config_text):
-            _say(f"settings that are not those of {config_file}: {'; '.join(changed)}")
-        pictures = read_pictures(val, features_to_show(model, val.source, config, "encoding the validation pictures"))
-        untrained = _predict(model, pictures, task, config)
-        _check_bad(pictures, untrained, config)  # not first after the training
-        before = {UNTRAINED: task.score(untrained.texts, pictures.source)}
-        _say(before[UNTRAINED].note)
-        measurement = _Measurement(model, pictures, task, texts, config)
+            _log(f"settings that are not those of {config_file}: {'; '.join(changed)}")
+        images = read_images(val, features_to_log(model, val.source, config, "encoding the validation images"))
+        untrained = _predict(model, images, task, config)
+        _check_bad(images, untrained, config)  # not first after the training
+        before = {UNTRAINED: task.score(untrained.texts, images.source)}
+        _log(before[UNTRAINED].note)
+        measurement = _Measurement(model, images, task, texts, config)
         trained = train(
-            model, opened.source, texts, config.train, folder, resume=resume, patches=learnt, known_bad=opened.problems, measure=measurement.figures,
+            model, opened.source, texts, config.train, folder, resume=resume, patches=trained_so_far, known_bad=opened.problems, measure=measurement.metrics,
             judged_by=before[UNTRAINED].headline, samples=measurement.samples,
         )  # fmt: skip
-        _say_skipped("training", trained.bad)
+        _log_skipped("training", trained.bad)
         best = "weights of step {}, the best of the run by {} ({:.2f})".format(*trained.best) if trained.best else ""
         if best:
-            _say(f"the adapter has the {best}")
+            _log(f"the adapter has the {best}")
         config_file.write_text(config_text)  # of a resumed run first here: one that is refused leaves the old one
         model.save_pretrained(folder / "adapter", task={"task": task.name, "generation": asdict(config.generation)})
-        evaluation = _evaluate(model, pictures, task, config, before)
-        _write(folder, model, task, config_text, evaluation, pictures)
+        evaluation = _evaluate(model, images, task, config, before)
+        _write(folder, model, task, config_text, evaluation, images)
         if is_main():
             n_items = len(evaluation.predictions.texts)
-            write_card_figures(folder / "adapter", evaluation.scores[TRAINED], split=config.data.val.split_name, items=n_items, best=best)
+            write_card_metrics(folder / "adapter", evaluation.scores[TRAINED], split=config.data.val.split_name, items=n_items, best=best)
     return evaluation
 
 
@@ -201,16 +201,16 @@ def evaluate_run(
         raise ConfigError(f"the adapter in {adapter} was trained for {saved['task']}, and the config's task is {task.name}: give the config of its run")
     val = config.data.val.open()
     with run_folder(out) as folder:
-        pictures = read_pictures(val, features_to_show(model, val.source, config, "encoding the pictures"))
-        refuse_gaps(task, val, pictures.source, pictures.bad, submission)
-        evaluation = _evaluate(model, pictures, task, config, {})
+        images = read_images(val, features_to_log(model, val.source, config, "encoding the images"))
+        refuse_gaps(task, val, images.source, images.bad, submission)
+        evaluation = _evaluate(model, images, task, config, {})
         if is_main():
             write_whole(folder / "config.yaml", config_text.encode())
-        _write(folder, model, task, config_text, evaluation, pictures)
+        _write(folder, model, task, config_text, evaluation, images)
     # Outside: what was generated stays where the official file is refused.
-    said = evaluation.predictions
+    text = evaluation.predictions
     if is_main():
-        print(write_submission(out, task, val, config.data.val.split_name, said.texts, said.bad, submission))
+        print(write_submission(out, task, val, config.data.val.split_name, text.texts, text.bad, submission))
     return evaluation
 
 
@@ -221,58 +221,58 @@ def _opened(data: DataConfig, config: RunConfig) -> Opened:
     return opened
 
 
-def _evaluate(model: VisionLanguageModel, pictures: Pictures, task: Task, config: RunConfig, before: Mapping[str, Score]) -> Evaluation:
+def _evaluate(model: VisionLanguageModel, images: ReadImages, task: Task, config: RunConfig, before: Mapping[str, Score]) -> Evaluation:
     started = time.perf_counter()
-    own = _predict(model, pictures, task, config)
+    own = _predict(model, images, task, config)
     seconds = time.perf_counter() - started
-    _say_skipped("evaluation", _check_bad(pictures, own, config))
-    said = Predictions(own.texts, (*pictures.bad, *own.bad))
-    warning = told_sameness(own.texts.values(), config.generation) if model.head is None else ""
-    _say(warning)
-    if not before and own.texts and not is_graded(task, pictures.source):
-        return Evaluation({}, said, seconds, warning)
-    other = _predict(model, pictures, task, config, shift=max(len(pictures.source) // 2, 1))
-    scores = {**before, TRAINED: task.score(own.texts, pictures.source), BLIND: task.score(other.texts, pictures.source)}
+    _log_skipped("evaluation", _check_bad(images, own, config))
+    text = Predictions(own.texts, (*images.bad, *own.bad))
+    warning = degenerate_note(own.texts.values(), config.generation) if model.head is None else ""
+    _log(warning)
+    if not before and own.texts and not is_graded(task, images.source):
+        return Evaluation({}, text, seconds, warning)
+    other = _predict(model, images, task, config, shift=max(len(images.source) // 2, 1))
+    scores = {**before, TRAINED: task.score(own.texts, images.source), BLIND: task.score(other.texts, images.source)}
     note = scores[TRAINED].note
     if not before:
-        _say(note)
-    return Evaluation(scores, said, seconds, "; ".join(filter(None, (warning, note))))
+        _log(note)
+    return Evaluation(scores, text, seconds, "; ".join(filter(None, (warning, note))))
 
 
 class _Measurement:
     """What a training asks of the validation data on its way."""
 
-    def __init__(self, model: VisionLanguageModel, pictures: Pictures, task: Task, texts: Texts, config: RunConfig) -> None:
-        self._model, self._pictures, self._task, self._texts, self._config = model, pictures, task, texts, config
-        self._said: dict[int, str] = {}  # by the last measurement
+    def __init__(self, model: VisionLanguageModel, images: ReadImages, task: Task, texts: Texts, config: RunConfig) -> None:
+        self._model, self._images, self._task, self._texts, self._config = model, images, task, texts, config
+        self._stated: dict[int, str] = {}  # by the last measurement
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The task's metric, and the loss where there are texts to learn."""
-        self._said.update(_predict(self._model, self._pictures, self._task, self._config).texts)
-        score = self._task.score(self._said, self._pictures.source)
+        self._stated.update(_predict(self._model, self._images, self._task, self._config).texts)
+        score = self._task.score(self._stated, self._images.source)
         loss = mean_loss(self._model, self._batches())
-        return {score.headline: score.figures[score.headline], **({} if loss is None else {VAL_LOSS: loss})}
+        return {score.headline: score.metrics[score.headline], **({} if loss is None else {VAL_LOSS: loss})}
 
-    def samples(self) -> Sequence[Shown]:
+    def samples(self) -> Sequence[LoggedSamples]:
         """Some images with what was said about them."""
-        return shown_samples(self._pictures.source, self._task, self._said)
+        return logged_samples(self._images.source, self._task, self._stated)
 
     def _batches(self) -> Batches:
         """This process's part of the samples, each once, with what a run would learn from them; the same at each measurement."""
-        state, source = process_state(), self._pictures.source
+        state, source = process_state(), self._images.source
         return self._model.batches(
-            source, self._texts, batch_size=self._config.train.batch_size, features=self._pictures.patches, bad_samples=len(source),
+            source, self._texts, batch_size=self._config.train.batch_size, features=self._images.patches, bad_samples=len(source),
             rank=state.process_index, world=state.num_processes,
         )  # fmt: skip
 
 
-def _predict(model: VisionLanguageModel, pictures: Pictures, task: Task, config: RunConfig, shift: int = 0) -> Predictions:
-    return predict(model, pictures.source, task, pictures.patches, settings=config.generation, shift=shift)
+def _predict(model: VisionLanguageModel, images: ReadImages, task: Task, config: RunConfig, shift: int = 0) -> Predictions:
+    return predict(model, images.source, task, images.patches, settings=config.generation, shift=shift)
 
 
-def _check_bad(pictures: Pictures, predictions: Predictions, config: RunConfig) -> BadSamples:
+def _check_bad(images: ReadImages, predictions: Predictions, config: RunConfig) -> BadSamples:
     """What could not be asked about; raises BudgetError over the budget."""
-    bad = BadSamples(budget=config.train.bad_samples, found=[*pictures.bad, *predictions.bad])
+    bad = BadSamples(budget=config.train.bad_samples, found=[*images.bad, *predictions.bad])
     bad.check()
     return bad
 
@@ -282,22 +282,22 @@ def is_main() -> bool:
     return bool(process_state().is_main_process)
 
 
-def _say_skipped(what: str, bad: BadSamples) -> None:
+def _log_skipped(what: str, bad: BadSamples) -> None:
     if bad.counts:
-        _say(f"skipped in {what}: {bad.summary()}")
+        _log(f"skipped in {what}: {bad.summary()}")
 
 
-def _say(sentence: str) -> None:
+def _log(sentence: str) -> None:
     if sentence and is_main():
         print(sentence, file=sys.stderr)
 
 
-def _write(folder: Path, model: VisionLanguageModel, task: Task, config_text: str, evaluation: Evaluation, pictures: Pictures) -> None:
+def _write(folder: Path, model: VisionLanguageModel, task: Task, config_text: str, evaluation: Evaluation, images: ReadImages) -> None:
     if not is_main():
         return
     task.write_results(folder / "results.json", evaluation.predictions.texts)
-    said, trained = evaluation.predictions, TrainedParts.of(model).counts()
+    text, trained = evaluation.predictions, TrainedParts.of(model).counts()
     write_metrics(
-        folder / "metrics.json", task, evaluation.scores, items=len(said.texts), trained=trained, seconds=evaluation.seconds, bad=said.bad
+        folder / "metrics.json", task, evaluation.scores, items=len(text.texts), trained=trained, seconds=evaluation.seconds, bad=text.bad
     )  # fmt: skip
-    write_run_report(folder, model, task, config_text, evaluation.scores, evaluation.predictions, pictures.source, warning=evaluation.warning)
+    write_run_report(folder, model, task, config_text, evaluation.scores, evaluation.predictions, images.source, warning=evaluation.warning)

@@ -24,7 +24,7 @@ FIRST_ID: dict[str, int] = {"train": 0, "val": 1_000_000}  # so that an image id
 
 @dataclass(frozen=True, kw_only=True)
 class Scenes:
-    """Drawn pictures, each with five captions and five questions of ten answers. A `multimodal.sample.SampleSource`.
+    """Drawn images, each with five captions and five questions of ten answers. A `multimodal.sample.SampleSource`.
 
     One sample costs about 2 ms of one core, most of it for the PNG; one that stays in memory, nothing, and about 15 KB.
     The index decides the sample, whatever the size.
@@ -38,11 +38,11 @@ class Scenes:
         if self.split not in FIRST_ID:
             raise ConfigError(f"Scenes has no split {self.split!r}: the splits are 'train' and 'val'")
         if not 1 <= self.size <= 1_000_000:
-            raise ConfigError(f"the size of Scenes is {self.size}: give a number of pictures from 1 to 1,000,000")
+            raise ConfigError(f"the size of Scenes is {self.size}: give a number of images from 1 to 1,000,000")
 
     @property
     def fingerprint(self) -> str:
-        """Of what decides the samples, and of the first picture, which another version of this package may draw otherwise."""
+        """Of what decides the samples, and of the first image, which another version of this package may draw otherwise."""
         return hashlib.sha256(f"{self.split} {self.size} {self.seed} ".encode() + png(self.scene(0), self._lot(0, "picture"))).hexdigest()
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class Scenes:
         return measured(map(self._texts, range(len(self))), len(self), measure)
 
     def _texts(self, index: int) -> Sample:
-        """The sample without its picture."""
+        """The sample without its image."""
         scene, image_id = self.scene(index), FIRST_ID[self.split] + index
         return Sample(
             key=f"{self.split}/{index:06d}",
@@ -70,7 +70,7 @@ class Scenes:
         )
 
     def scene(self, index: int) -> Scene:
-        """What is truly in the picture at this index. Raises IndexError outside of the size."""
+        """What is truly in the image at this index. Raises IndexError outside of the size."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is outside of these {self.size} scenes")
         return make_scene(self._lot(index, "scene"))

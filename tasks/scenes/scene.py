@@ -1,4 +1,4 @@
-"""One scene: the objects of a picture and its background, drawn by lot from a seed. Everything else is said about it."""
+"""One scene: the objects of an image and its background, drawn by lot from a seed. Everything else is said about it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-SIDE = 96  # pixels, of the square picture
+SIDE = 96  # pixels, of the square image
 CELL = 16  # pixels: centres lie near the middles of a grid of 6 x 6 cells, so that a small encoder learns to see in minutes
 JITTER = 3  # pixels, either way
 RADII = {"small": (10, 11), "large": (17, 18)}  # pixels; the gap between the sizes is what the eye can tell
@@ -140,7 +140,7 @@ class Scene:
 
 
 def place(thing: Thing) -> str:
-    """The ninth of the picture in which the centre lies: "top left", "middle", ..."""
+    """The ninth of the image in which the centre lies: "top left", "middle", ..."""
     column, row = ((c > 0.39 * SIDE) + (c > 0.61 * SIDE) for c in (thing.x, thing.y))
     return PLACES[3 * row + column]
 
@@ -191,13 +191,13 @@ def _spots(rng: Random, radii: list[int]) -> list[tuple[int, int]]:
 
 
 def _coordinate(rng: Random, radius: int) -> int:
-    """Near the middle of a cell, and so far from the edge that the object lies within the picture."""
+    """Near the middle of a cell, and so far from the edge that the object lies within the image."""
     near = CELL * rng.randrange(SIDE // CELL) + CELL // 2 + rng.randint(-JITTER, JITTER)
     return min(max(near, radius + 2), SIDE - radius - 3)
 
 
 # ----------------------------------------
-# A scene as a picture: soft backgrounds, outlined objects with a shadow, all drawn six times as large and reduced.
+# A scene as an image: soft backgrounds, outlined objects with a shadow, all drawn six times as large and reduced.
 
 
 FINE = 6  # supersampling: edges are smooth because each pixel is the mean of 36
@@ -217,26 +217,26 @@ PAINTS: dict[str, tuple[RGB, RGB, RGB]] = {  # top and bottom of the body, outli
 
 
 def png(scene: Scene, rng: Random) -> bytes:
-    """The picture as PNG bytes, RGB, 96 x 96."""
+    """The image as PNG bytes, RGB, 96 x 96."""
     buffer = io.BytesIO()
     draw(scene, rng).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def draw(scene: Scene, rng: Random) -> Image.Image:
-    """The picture, RGB, 96 x 96; the lot decides what no text speaks of: the cut of the background and small turns."""
+    """The image, RGB, 96 x 96; the lot decides what no text speaks of: the cut of the background and small turns."""
     texture = _background(scene.background)
     left, top = (rng.randint(0, texture.width - SIDE) for _ in "xy")
-    picture = texture.crop((left, top, left + SIDE, top + SIDE))
+    image = texture.crop((left, top, left + SIDE, top + SIDE))
     if rng.random() < 0.5:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for thing in scene.things:
         body, outline, shadow = _masks(thing.shape, thing.radius, rng.choice(TURNS))
         corner = (thing.x - body.width // 2, thing.y - body.height // 2)
-        picture.paste((16, 20, 36), (corner[0] + 1, corner[1] + 2), shadow)
-        picture.paste(PAINTS[thing.colour][2], corner, outline)
-        picture.paste(_body(thing.colour, body.width), corner, body)
-    return picture
+        image.paste((16, 20, 36), (corner[0] + 1, corner[1] + 2), shadow)
+        image.paste(PAINTS[thing.colour][2], corner, outline)
+        image.paste(_body(thing.colour, body.width), corner, body)
+    return image
 
 
 @lru_cache(maxsize=64)
@@ -298,7 +298,7 @@ _CROSS = [(-_A, -_B), (_A, -_B), (_A, -_A), (_B, -_A), (_B, _A), (_A, _A), (_A, 
 
 @lru_cache(maxsize=8)
 def _background(name: str) -> Image.Image:
-    """A texture larger than a picture, from which each picture cuts its own part. Its marks come from a fixed lot."""
+    """A texture larger than an image, from which each image cuts its own part. Its marks come from a fixed lot."""
     rng = Random(name)
     side = 2 * SIDE
     top, bottom = _GROUND[name]

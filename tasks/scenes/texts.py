@@ -72,7 +72,7 @@ def _related(scene: Scene, rng: Random) -> str:
 
 
 def _placed(scene: Scene, rng: Random) -> str:
-    """A red star in the top left of the picture."""
+    """A red star in the top left of the image."""
     thing = rng.choice(scene.things)
     spot = IN_PLACE[place(thing)]
     return f"{_one(thing, rng)}{rng.choice(('', ' is', ' sits'))} {spot}{rng.choice(('', ' of the picture'))}{_where(scene, rng, 0.3)}"
@@ -175,7 +175,7 @@ PER_SCENE = (("yes/no", 2), ("number", 1), ("other", 2))
 
 
 def questions(scene: Scene, rng: Random, *, image_id: int) -> tuple[Question, ...]:
-    """Five questions, no two alike: two yes/no, one number, two others. Ids are ten times the picture's id and upwards."""
+    """Five questions, no two alike: two yes/no, one number, two others. Ids are ten times the image's id and upwards."""
     made: dict[str, Question] = {}
     for answer_type, wanted in PER_SCENE:
         target = len(made) + wanted
@@ -217,9 +217,9 @@ def _are_there_any(scene: Scene, rng: Random) -> Asked:
 def _are_there_so_many(scene: Scene, rng: Random) -> Asked:
     """Are there three shapes?"""
     n, truth = len(scene.things), rng.random() < 0.5
-    said = n if truth else rng.choice([m for m in (1, 2, 3, 4) if m != n])
-    verb, noun = ("is", "shape") if said == 1 else ("are", "shapes")
-    return _yes_no(f"{verb} there {NUMBERS[said]} {noun}?", f"{verb} there", truth)
+    stated = n if truth else rng.choice([m for m in (1, 2, 3, 4) if m != n])
+    verb, noun = ("is", "shape") if stated == 1 else ("are", "shapes")
+    return _yes_no(f"{verb} there {NUMBERS[stated]} {noun}?", f"{verb} there", truth)
 
 
 def _is_it_coloured(scene: Scene, rng: Random) -> Asked | None:
@@ -234,8 +234,8 @@ def _is_it_coloured(scene: Scene, rng: Random) -> Asked | None:
 
 def _is_it_sized(scene: Scene, rng: Random) -> Asked | None:
     """Is the star small?"""
-    thing, said = _lone(scene, rng), rng.choice(("small", "large"))
-    return None if thing is None else _yes_no(f"is the {thing.shape} {said}?", "is the", thing.size == said)
+    thing, stated = _lone(scene, rng), rng.choice(("small", "large"))
+    return None if thing is None else _yes_no(f"is the {thing.shape} {stated}?", "is the", thing.size == stated)
 
 
 def _is_it_beside(scene: Scene, rng: Random) -> Asked | None:
@@ -245,15 +245,15 @@ def _is_it_beside(scene: Scene, rng: Random) -> Asked | None:
         return None
     a, b, way = pair
     truth = rng.random() < 0.5
-    said = RELATIONS[way if truth else OPPOSITE[way]][0]
-    return _yes_no(f"is the {a.shape} {said} the {b.shape}?", "is the", truth)
+    stated = RELATIONS[way if truth else OPPOSITE[way]][0]
+    return _yes_no(f"is the {a.shape} {stated} the {b.shape}?", "is the", truth)
 
 
 def _is_the_background(scene: Scene, rng: Random) -> Asked:
     """Is the background grass?"""
     truth = rng.random() < 0.5
-    said = scene.background if truth else rng.choice([b for b in BACKGROUNDS if b != scene.background])
-    return _yes_no(f"is the background {said}?", "is the", truth)
+    stated = scene.background if truth else rng.choice([b for b in BACKGROUNDS if b != scene.background])
+    return _yes_no(f"is the background {stated}?", "is the", truth)
 
 
 def _how_many(scene: Scene, rng: Random) -> Asked:

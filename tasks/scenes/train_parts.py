@@ -1,6 +1,6 @@
 """The script that trained the two frozen parts of scenes: `python -m tasks.scenes.train_parts --out DIR`.
 
-The parts are trained apart, on pictures with class numbers and on text, so neither knows the other.
+The parts are trained apart, on images with class numbers and on text, so neither knows the other.
 
 The shipped parts are what it gives with its defaults, up to rounding: the order of sums depends on the number of threads.
 """
@@ -34,11 +34,11 @@ __all__ = ["hash_files", "main", "make_tokenizer", "train_encoder", "train_langu
 # Train the frozen encoder of scenes: a timm vision transformer, supervised with class numbers. It never sees a word.
 #
 # Every patch tells the object that covers it (shape, colour, size), whether that object's centre lies in it, and how many objects
-# of its shape and of its colour the picture holds; the class token tells the background and the counts. The heads are linear and
+# of its shape and of its colour the image holds; the class token tells the background and the counts. The heads are linear and
 # dropped afterwards, so what they read lies linearly in the features that an adapter gets.
 
 
-# One convolution before the transformer. After 38,000 pictures it names four shapes in five; without it, little more than one in four.
+# One convolution before the transformer. After 38,000 images it names four shapes in five; without it, little more than one in four.
 ARCHITECTURE = "vit_tiny_r_s16_p8_224"
 MODEL_ARGS = {"img_size": SIDE, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}  # 4 x the convolution's stride of 4 = 16
 PATCH = 16
@@ -53,30 +53,30 @@ N_GLOBAL = {"background": len(BACKGROUNDS), "things": 5} | {f"count {w}": 5 for 
 
 
 def train_encoder(folder: Path, *, steps: int) -> None:
-    """Train for this many batches of 64 fresh pictures, then write config.json and model.safetensors into the folder."""
+    """Train for this many batches of 64 fresh images, then write config.json and model.safetensors into the folder."""
     torch.manual_seed(SEED)
     encoder = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=0, **MODEL_ARGS)
     heads = nn.ModuleList(nn.Linear(encoder.embed_dim, sum(sizes.values())) for sizes in (PATCH_TARGETS, N_GLOBAL))
     weights = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=3e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
-    for step, (pixels, per_patch, per_picture) in zip(range(steps), _batches(), strict=False):
+    for step, (pixels, per_patch, per_image) in zip(range(steps), _batches(), strict=False):
         tokens = encoder.forward_features(pixels)
         patch_loss, patch_right = _score(heads[0](tokens[:, 1:]), per_patch, PATCH_TARGETS)
-        global_loss, global_right = _score(heads[1](tokens[:, 0]), per_picture, N_GLOBAL)
+        global_loss, global_right = _score(heads[1](tokens[:, 0]), per_image, N_GLOBAL)
         optimizer.zero_grad()
         (patch_loss + 0.1 * global_loss).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            shown = {name: round(right, 3) for name, right in (patch_right | dict(list(global_right.items())[:3])).items()}
-            print(f"encoder {step + 1}/{steps} loss {patch_loss:.3f} {global_loss:.3f} {shown}", flush=True)
+            displayed = {name: round(right, 3) for name, right in (patch_right | dict(list(global_right.items())[:3])).items()}
+            print(f"encoder {step + 1}/{steps} loss {patch_loss:.3f} {global_loss:.3f} {displayed}", flush=True)
     _save(encoder, folder)
 
 
 def _batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pixels f32 [B, 3, 96, 96], targets of the patches i64 [B, 36, 6] and of the pictures i64 [B, 18], without end."""
+    """Pixels f32 [B, 3, 96, 96], targets of the patches i64 [B, 36, 6] and of the images i64 [B, 18], without end."""
     rng = Random(SEED)
     while True:
         scenes = [make_scene(rng) for _ in range(IMAGES_BATCH)]
@@ -88,13 +88,13 @@ def _batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 def _patch_targets(scene: Scene) -> list[list[int]]:
     rows = [[0, 0, 0, 0, NONE, NONE] for _ in range(CELLS * CELLS)]
     for thing in scene.things:
-        said = [list(SHAPES).index(thing.shape) + 1, COLOURS.index(thing.colour) + 1, list(SIZES).index(thing.size) + 1]
+        stated = [list(SHAPES).index(thing.shape) + 1, COLOURS.index(thing.colour) + 1, list(SIZES).index(thing.size) + 1]
         counts = [len(scene.alike(shape=thing.shape)) - 1, len(scene.alike(colour=thing.colour)) - 1]
         centre = thing.y // PATCH * CELLS + thing.x // PATCH
         for cell in range(CELLS * CELLS):
             x, y = (cell % CELLS + 0.5) * PATCH, (cell // CELLS + 0.5) * PATCH
             if cell == centre or (rows[cell][0] == 0 and (x - thing.x) ** 2 + (y - thing.y) ** 2 < (0.85 * thing.radius) ** 2):
-                rows[cell] = [*said, int(cell == centre), *counts]
+                rows[cell] = [*stated, int(cell == centre), *counts]
     return rows
 
 
@@ -133,7 +133,7 @@ def _save(encoder: nn.Module, folder: Path) -> None:
 
 
 # ----------------------------------------
-# Train the frozen language model of scenes: a small Llama and its own tokenizer, on text alone. It never sees a picture.
+# Train the frozen language model of scenes: a small Llama and its own tokenizer, on text alone. It never sees an image.
 #
 # A document is what can be said of one scene: captions, and questions with their answers, `</s>` before, between and after them. So
 # the model learns what models of natural text learn: to go on in keeping with what was said before. With texts one by one it
@@ -179,10 +179,10 @@ def _documents(rng: Random) -> Iterator[list[str]]:
     """One scene's texts after another, without end: captions and questions with their usual answers, mixed or captions first."""
     while True:
         scene = make_scene(rng)
-        told = [*captions(scene, rng), *captions(scene, rng)]
+        note = [*captions(scene, rng), *captions(scene, rng)]
         answered = [*questions(scene, rng, image_id=0), *questions(scene, rng, image_id=0)]
         asked = [f"question: {q.text} answer: {Counter(q.answers).most_common(1)[0][0]}" for q in answered]
-        texts = rng.sample(told, rng.randint(1, 8)) + rng.sample(asked, rng.randint(2, 6))
+        texts = rng.sample(note, rng.randint(1, 8)) + rng.sample(asked, rng.randint(2, 6))
         if rng.random() < 0.5:
             rng.shuffle(texts)
         yield texts
@@ -220,7 +220,7 @@ def main() -> None:
     """Train both parts (or the one named), and record the hashes of all files."""
     parser = argparse.ArgumentParser(description="Train the frozen parts of scenes.")
     parser.add_argument("--out", type=Path, required=True, help="folder that gets encoder/, language/ and SHA256SUMS")
-    parser.add_argument("--encoder-steps", type=int, default=3000, help="batches of 64 pictures; 0 leaves the encoder as it is")
+    parser.add_argument("--encoder-steps", type=int, default=3000, help="batches of 64 images; 0 leaves the encoder as it is")
     parser.add_argument("--language-steps", type=int, default=3000, help="batches of 16 documents; 0 leaves the language model as it is")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -80,7 +80,7 @@ class _GuardedBody:
         self.guard.n_bytes += length
         if self.n_bytes > limits.body_bytes:
             await self.discard()
-            raise Refused(413, f"the body has more than {limits.body_bytes} bytes, the limit: send a smaller picture", code="too_many_bytes")
+            raise Refused(413, f"the body has more than {limits.body_bytes} bytes, the limit: send a smaller image", code="too_many_bytes")
         if self.guard.n_bytes > limits.buffered_bytes:
             await self.discard()
             raise Refused(429, f"{limits.buffered_bytes} bytes of requests are held, the limit: try again in a moment", code="queue_full")
@@ -101,7 +101,7 @@ class _GuardedBody:
                 message = await self._receive()
         except TimeoutError:
             seconds = self.guard.limits.seconds
-            raise Refused(408, f"the body did not arrive within {seconds:g} seconds: send it faster, or a smaller picture", code="too_slow") from None
+            raise Refused(408, f"the body did not arrive within {seconds:g} seconds: send it faster, or a smaller image", code="too_slow") from None
         self._complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
         return message
 
@@ -114,7 +114,7 @@ TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 # Connections that are accepted at once, before any of them is looked at; asyncio fills the log where there is no descriptor left for one.
 BACKLOG = 128
-OTHER_FILES = 96  # descriptors that the rest of the server has: weights, decoders, pictures from elsewhere
+OTHER_FILES = 96  # descriptors that the rest of the server has: weights, decoders, images from elsewhere
 
 
 def room_for_connections(wanted: int) -> int:
@@ -168,9 +168,9 @@ class _Patient(H11Protocol):
         if self._waits():
             self._close(TOO_SLOW)
 
-    def _close(self, told: bytes) -> None:
+    def _close(self, note: bytes) -> None:
         if not self.transport.is_closing():
-            self.transport.write(told)
+            self.transport.write(note)
             self.transport.close()
 
 
@@ -219,21 +219,21 @@ class OriginGuard:
         host, origin = headers.get("host", ""), headers.get("origin")
         name = _name(host)
         if "*" not in self.hosts and name not in self.hosts and not _is_address(name):
-            told = f"the host {name[:60]!r} is not a name of this server: ask under its own, or start it with --access.hosts"
-            raise Refused(403, told, field="host", code="wrong_host")
+            note = f"the host {name[:60]!r} is not a name of this server: ask under its own, or start it with --access.hosts"
+            raise Refused(403, note, field="host", code="wrong_host")
         if origin is None or method in CHANGES_NOTHING or "*" in self.origins or origin.lower() in self.origins:
             return
         if urlsplit(origin).netloc.lower() != host.lower():
-            told = f"pages of {origin[:60]!r} may not use this server: start it with --access.origins to allow them"
-            raise Refused(403, told, field="origin", code="wrong_origin")
+            note = f"pages of {origin[:60]!r} may not use this server: start it with --access.origins to allow them"
+            raise Refused(403, note, field="origin", code="wrong_origin")
 
 
 def check_json(content_type: str) -> None:
     """Raise Refused unless a body is JSON: other types are what a foreign page can send without being asked."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        told = f"the content type is {kind[:60]!r}" if kind else "there is no content type"
-        raise Refused(415, f"{told}, expected application/json: send the body as JSON", field="content-type", code="not_json")
+        note = f"the content type is {kind[:60]!r}" if kind else "there is no content type"
+        raise Refused(415, f"{note}, expected application/json: send the body as JSON", field="content-type", code="not_json")
 
 
 def _name(host: str) -> str:

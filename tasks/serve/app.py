@@ -64,7 +64,7 @@ async def _chat(service: Service, request: Request) -> Response:
         with service.served.using(asked.model) as card:
             ask, question, source = await service.in_thread(lambda: service.reader.ask(asked, card))
             if source is not None:
-                ask = replace(ask, picture=await service.picture(source))
+                ask = replace(ask, image=await service.image(source))
             job = Job(replace(ask, owner=request.state.owner), streams=bool(asked.stream))
             service.worker.waiting.put(job)
     service.metrics.n_accepted += 1
@@ -125,18 +125,18 @@ async def _stream(service: Service, job: Job, reply: Reply, *, include_usage: bo
 
 
 # ----------------------------------------
-# /v1/files: pictures that are uploaded once and asked about often.
+# /v1/files: images that are uploaded once and asked about often.
 
 
 def file_routes(service: Service) -> APIRouter:
-    """Routes that keep and forget pictures."""
+    """Routes that keep and forget images."""
     routes = APIRouter(prefix="/v1/files")
 
     @routes.post("")
     async def add(request: Request) -> dict[str, Any]:
         name, data = await _uploaded(request)
         with service.worker.waiting.arriving():
-            await service.picture(Source("file", data=data))  # what is no picture is refused now, not when it is asked about
+            await service.image(Source("file", data=data))  # what is no image is refused now, not when it is asked about
         upload = Upload(name, data)
         service.uploads.add(upload)
         return _entry(upload)
@@ -160,7 +160,7 @@ async def _uploaded(request: Request) -> tuple[str, bytes]:
         async with request.form(max_files=1, max_fields=8, max_part_size=4096) as form:
             file = form.get("file")
             if not isinstance(file, UploadFile):
-                raise Refused(400, "the form has no field `file` with a file: add the picture there", field="file", code="missing")
+                raise Refused(400, "the form has no field `file` with a file: add the image there", field="file", code="missing")
             return (file.filename or "")[:200], await file.read()
     except (MultiPartException, HTTPException) as error:
         detail = error.message if isinstance(error, MultiPartException) else error.detail
@@ -221,7 +221,7 @@ def _inside(root: Path | None, folder: str) -> Path:
 
 
 PAGE = Path(__file__).parent / "page"
-# The page needs nothing from anywhere else; blob: is the picture that was dropped on it.
+# The page needs nothing from anywhere else; blob: is the image that was dropped on it.
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
 PAGE_HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 

@@ -23,7 +23,7 @@ from multimodal.generation.generate import check_room, run_generation
 from multimodal.generation.settings import GenerationSettings
 from multimodal.language import Language
 from multimodal.model import VisionLanguageModel
-from tasks.serve.cache import KeptFeatures, KeptPrompts, Part
+from tasks.serve.cache import FeatureLRU, Part, PromptCache
 from tasks.serve.scheduler import Answer, Draw, DrawnRows, Job, Waiting
 from tasks.serve.settings import Batching, RequestLimits
 
@@ -122,20 +122,20 @@ class JobRow:
         written = self._written
         written.add(token)
         if self.job.streams and (piece := written.fresh()):
-            self.job.tell(piece)
+            self.job.report(piece)
         if written.reason is not None:
-            self._tell(written.text, written.reason, len(written.ids))
+            self._report(written.text, written.reason, len(written.ids))
 
     def end(self, text: str) -> None:
         """Take a whole text. Beams do not tell how the best of them ended; a text of all its tokens was cut."""
         n_new = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if self.job.streams and text:
-            self.job.tell(text)
-        self._tell(text, "length" if n_new >= self.job.ask.settings.max_new_tokens else "stop", n_new)
+            self.job.report(text)
+        self._report(text, "length" if n_new >= self.job.ask.settings.max_new_tokens else "stop", n_new)
 
-    def _tell(self, text: str, reason: str, n_new: int) -> None:
+    def _report(self, text: str, reason: str, n_new: int) -> None:
         job, now = self.job, time.perf_counter()
-        self.job.tell(
+        self.job.report(
             Answer(
                 text=text, reason=reason, n_prompt=len(job.ask.row.ids), n_known=self._n_known, n_new=n_new, waited=self._started - job.queued,
                 generated=now - self._started, n_rows=self._n_rows,
@@ -188,7 +188,7 @@ def run_beams(model: VisionLanguageModel, batch: Batch, jobs: Sequence[Job]) -> 
 class Running:
     """Rows that are being written. Each is told its text as it comes and its end as it ends, and makes room for another at once."""
 
-    def __init__(self, model: VisionLanguageModel, features: KeptFeatures, prompts: KeptPrompts) -> None:
+    def __init__(self, model: VisionLanguageModel, features: FeatureLRU, prompts: PromptCache) -> None:
         self.model = model
         self.features = features
         self.prompts = prompts
@@ -248,16 +248,16 @@ class Running:
 
     def _keep_prompts(self, jobs: Sequence[Job], batch: Batch) -> None:
         adapters = self.model.adapted.adapters
-        kept = [
+        retained = [
             i
             for i, job in enumerate(jobs)
             if self.prompts.most and (job.ask.adapter == BASE_NAME or not reads_later_tokens(adapters[job.ask.adapter]))  # type: ignore[arg-type]
         ]
-        for i, prompt in zip(kept, self._decoding.prompts(batch, kept), strict=True):
+        for i, prompt in zip(retained, self._decoding.prompts(batch, retained), strict=True):
             self.prompts.add(jobs[i], prompt)
 
     def _batch(self, jobs: Sequence[Job]) -> Batch:
-        patches, image = self.features.of([job.ask.picture for job in jobs])
+        patches, image = self.features.of([job.ask.image for job in jobs])
         pad_id = self.model.language.tokenizer.pad_token_id
         return collate([job.ask.row for job in jobs], image, patches, kind=self.features.kind, side="left", pad_id=pad_id).to(self.model.device)
 
@@ -293,8 +293,8 @@ class Worker:
         self.model = model
         self.waiting = Waiting(batching, self._fits)
         self.seen = seen  # called with the jobs of the running batch whenever some join it
-        self.features = KeptFeatures(model, limits.cached_pictures, limits.feature_bytes)
-        self.prompts = KeptPrompts(limits.prompt_bytes)
+        self.features = FeatureLRU(model, limits.cached_images, limits.feature_bytes)
+        self.prompts = PromptCache(limits.prompt_bytes)
         self.running = Running(model, self.features, self.prompts)
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
 
@@ -363,5 +363,5 @@ class Worker:
 def _failed(jobs: Sequence[Job], error: Exception) -> None:
     logger.error("a batch of %d failed", len(jobs), exc_info=error)
     for job in jobs:
-        job.tell(error)
+        job.report(error)
         job.cancelled = True  # a row that it has already goes with the next token

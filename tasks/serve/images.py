@@ -1,4 +1,4 @@
-"""Pictures from addresses: only from hosts that the operator allows, never from a private network, with limits on bytes and time."""
+"""Images from addresses: only from hosts that the operator allows, never from a private network, with limits on bytes and time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from PIL import Image
 from multimodal.data.images.decode import BadImage, ImageLimits, decode_image
 from tasks.serve.errors import Refused
 
-__all__ = ["Decoders", "RemotePictures", "Upload", "Uploads", "is_public", "n_cores", "start_early"]
+__all__ = ["Decoders", "RemoteImages", "Upload", "Uploads", "is_public", "n_cores", "start_early"]
 
 
 SECONDS = 10.0  # for all of one fetch: the name, the connection, the header and the body, however slowly each of their bytes comes
@@ -55,8 +55,8 @@ def is_public(address: str) -> bool:
     return found.sixtofour is None or is_public(str(found.sixtofour))
 
 
-class RemotePictures:
-    """Fetches pictures. A name is resolved once and that very address is connected to, so a name cannot change in between.
+class RemoteImages:
+    """Fetches images. A name is resolved once and that very address is connected to, so a name cannot change in between.
 
     hosts      allowed host names; "*" for every public one
     reachable  whether an address may be connected to
@@ -79,14 +79,14 @@ class RemotePictures:
                 stream = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if parts.scheme == "https" else plain
                 return self._read(stream, parts, deadline, field)
         except TimeoutError:
-            raise Refused(400, f"{field}: {host} did not send the picture within {self.seconds:g} seconds", field=field, code="fetch_failed") from None
+            raise Refused(400, f"{field}: {host} did not send the image within {self.seconds:g} seconds", field=field, code="fetch_failed") from None
         except (OSError, http.client.HTTPException) as error:  # not what a service that is no web server said
-            told = (error.strerror or "the connection failed") if isinstance(error, OSError) else "what it sent is no HTTP"
-            raise Refused(400, f"{field}: the picture could not be fetched from {host}: {told}", field=field, code="fetch_failed") from None
+            note = (error.strerror or "the connection failed") if isinstance(error, OSError) else "what it sent is no HTTP"
+            raise Refused(400, f"{field}: the image could not be fetched from {host}: {note}", field=field, code="fetch_failed") from None
 
     def _checked(self, url: str, field: str) -> tuple[SplitResult, str, int]:
         if not self.hosts:
-            raise Refused(400, f"{field}: this server fetches no pictures: send a data URL, or upload the file", field=field, code="remote_not_allowed")
+            raise Refused(400, f"{field}: this server fetches no images: send a data URL, or upload the file", field=field, code="remote_not_allowed")
         try:
             parts = urlsplit(url)
             host, port = (parts.hostname or "").lower(), parts.port
@@ -95,7 +95,7 @@ class RemotePictures:
         if not host or parts.username is not None or any(ord(letter) < 33 or ord(letter) > 126 for letter in url):
             raise Refused(400, f"{field} is {url[:60]!r}: expected https://HOST/PATH in ASCII, without a user name", field=field)
         if "*" not in self.hosts and host not in self.hosts:
-            raise Refused(400, f"{field}: this server fetches no pictures from {host[:60]}: send a data URL", field=field, code="remote_not_allowed")
+            raise Refused(400, f"{field}: this server fetches no images from {host[:60]}: send a data URL", field=field, code="remote_not_allowed")
         return parts, host, port or (443 if parts.scheme == "https" else 80)
 
     def _resolved(self, host: str, port: int, deadline: float, field: str) -> str:
@@ -112,12 +112,12 @@ class RemotePictures:
         response = http.client.HTTPResponse(_InTime(stream, deadline), method="GET")  # type: ignore[arg-type]  # all of a socket that it uses
         response.begin()
         if response.status != 200:
-            raise Refused(400, f"{field}: {parts.hostname} answered {response.status}, expected 200 and a picture", field=field, code="fetch_failed")
+            raise Refused(400, f"{field}: {parts.hostname} answered {response.status}, expected 200 and an image", field=field, code="fetch_failed")
         data = bytearray()
         while block := response.read1(BLOCK):
             data += block
             if len(data) > self.most_bytes:
-                raise Refused(413, f"{field}: the picture has more than {self.most_bytes} bytes, the limit", field=field, code="too_many_bytes")
+                raise Refused(413, f"{field}: the image has more than {self.most_bytes} bytes, the limit", field=field, code="too_many_bytes")
         return bytes(data)
 
 
@@ -170,12 +170,12 @@ def _left(deadline: float) -> float:
 
 
 # ----------------------------------------
-# Pictures that were uploaded, in memory; the oldest make room for new ones.
+# Images that were uploaded, in memory; the oldest make room for new ones.
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One uploaded picture. Its id cannot be guessed, so only who uploaded it can ask about it."""
+    """One uploaded image. Its id cannot be guessed, so only who uploaded it can ask about it."""
 
     name: str
     data: bytes
@@ -184,33 +184,33 @@ class Upload:
 
 
 class Uploads:
-    """Uploaded pictures by id, at most `most_bytes` of them. Used by the event loop alone."""
+    """Uploaded images by id, at most `most_bytes` of them. Used by the event loop alone."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
-        self._kept: OrderedDict[str, Upload] = OrderedDict()
+        self._retained: OrderedDict[str, Upload] = OrderedDict()
         self._n_bytes = 0
 
     def add(self, upload: Upload) -> None:
         """Keep one more. Raises Refused where it is larger than all that may be kept."""
         if len(upload.data) > self.most_bytes:
-            raise Refused(413, f"the picture has {len(upload.data)} bytes, and {self.most_bytes} are kept of all uploads together", field="file")
-        self._kept[upload.id] = upload
+            raise Refused(413, f"the image has {len(upload.data)} bytes, and {self.most_bytes} are kept of all uploads together", field="file")
+        self._retained[upload.id] = upload
         self._n_bytes += len(upload.data)
         while self._n_bytes > self.most_bytes:
-            self._n_bytes -= len(self._kept.popitem(last=False)[1].data)
+            self._n_bytes -= len(self._retained.popitem(last=False)[1].data)
 
     def get(self, file_id: str, field: str) -> Upload:
         """The upload of an id. Raises Refused where it is not kept, or not any more."""
-        if file_id not in self._kept:
-            raise Refused(404, f"{field} is {file_id[:60]!r}, which is not kept (any more): upload the picture again", field=field, code="file_not_found")
-        self._kept.move_to_end(file_id)
-        return self._kept[file_id]
+        if file_id not in self._retained:
+            raise Refused(404, f"{field} is {file_id[:60]!r}, which is not kept (any more): upload the image again", field=field, code="file_not_found")
+        self._retained.move_to_end(file_id)
+        return self._retained[file_id]
 
     def remove(self, file_id: str) -> None:
         """Forget one. Raises Refused where it is not kept."""
         self._n_bytes -= len(self.get(file_id, "file_id").data)
-        del self._kept[file_id]
+        del self._retained[file_id]
 
 
 # ----------------------------------------
@@ -257,7 +257,7 @@ class Decoders:
             return decoder.decode(data)
         except _Ended as ended:
             decoder = None
-            raise BadImage("too slow", f"a picture of {len(data)} bytes {ended}: save it anew, as a plain JPEG or PNG") from None
+            raise BadImage("too slow", f"an image of {len(data)} bytes {ended}: save it anew, as a plain JPEG or PNG") from None
         finally:
             self._free.put(decoder)
 
@@ -330,7 +330,7 @@ def _work(connection: Connection, limits: ImageLimits, seconds: float) -> None:
             except BadImage as error:
                 connection.send(error)
             except MemoryError:
-                connection.send(BadImage("too much memory", f"a picture of {len(data)} bytes needs too much memory to decode: save it anew"))
+                connection.send(BadImage("too much memory", f"an image of {len(data)} bytes needs too much memory to decode: save it anew"))
             else:
                 connection.send(image.size)
                 connection.send_bytes(image.tobytes())

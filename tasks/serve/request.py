@@ -1,4 +1,4 @@
-"""From a chat request to what is asked of the model: its one picture, its question, its settings, all within the limits."""
+"""From a chat request to what is asked of the model: its one image, its question, its settings, all within the limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from multimodal.generation.settings import GenerationChoice, GenerationSettings,
 from multimodal.model import VisionLanguageModel
 from tasks.serve.errors import Refused
 from tasks.serve.registry import Card
-from tasks.serve.scheduler import Ask, Picture, Sampling
+from tasks.serve.scheduler import Ask, Sampling, ServedImage
 from tasks.serve.schema import ChatRequest, FilePart, ImagePart, SystemMessage, TextPart, UserMessage
 from tasks.serve.settings import RequestLimits
 
@@ -35,7 +35,7 @@ _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 @dataclass(frozen=True)
 class Source:
-    """Where the picture of a request is: its bytes, or the id of an upload, or an address; and the field that names it."""
+    """Where the image of a request is: its bytes, or the id of an upload, or an address; and the field that names it."""
 
     field: str
     data: bytes | None = None
@@ -46,8 +46,8 @@ class Source:
 class Reader:
     """Makes asks of requests; called from several threads.
 
-    features   of a picture that was seen before, by the sum of its bytes
-    decode     a picture; raises BadImage
+    features   of an image that was seen before, by the sum of its bytes
+    decode     an image; raises BadImage
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class Reader:
         self.default = default
         self.features = features
         self.decode = decode
-        self._blank = Picture("", model.tower.preprocess(Image.new("RGB", (64, 64), "white")))
+        self._blank = ServedImage("", model.tower.preprocess(Image.new("RGB", (64, 64), "white")))
         self._tokenizing = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
 
     def ask(self, request: ChatRequest, card: Card) -> tuple[Ask, str | None, Source | None]:
-        """What is asked, the question that is read, and where its picture is. Raises Refused.
+        """What is asked, the question that is read, and where its image is. Raises Refused.
 
-        The question is None where the adapter's template has no place for one, the source where there is no picture: the ask has a blank one.
+        The question is None where the adapter's template has no place for one, the source where there is no image: the ask has a blank one.
         """
         settings = self._settings(request, card)
         question = self._question(request, card)
@@ -81,7 +81,7 @@ class Reader:
         for field, is_given in (("temperature", sampling), ("stop", stop)):
             if is_given and settings.num_beams > 1:
                 raise Refused(400, f"{field} and num_beams were both given, and beams know no {field}: leave one of them out", field=field)
-        ask = Ask(adapter=card.name, row=row, picture=self._blank, settings=settings, stop=stop, sampling=sampling)
+        ask = Ask(adapter=card.name, row=row, image=self._blank, settings=settings, stop=stop, sampling=sampling)
         return ask, question if card.asks else None, source
 
     def _settings(self, request: ChatRequest, card: Card) -> GenerationSettings:
@@ -125,22 +125,22 @@ class Reader:
             raise Refused(400, str(error).replace("generation.max_new_tokens", "max_tokens"), field="messages", code="too_long") from None
         return row
 
-    def known(self, data: bytes) -> Picture:
-        """A picture of its bytes, with its features where they are known, else with neither features nor pixels."""
+    def known(self, data: bytes) -> ServedImage:
+        """An image of its bytes, with its features where they are known, else with neither features nor pixels."""
         key = hashlib.sha256(data).hexdigest()
-        return Picture(key, None, self.features(key))
+        return ServedImage(key, None, self.features(key))
 
-    def decoded(self, data: bytes, key: str, field: str) -> Picture:
-        """A picture of its bytes. Raises Refused."""
+    def decoded(self, data: bytes, key: str, field: str) -> ServedImage:
+        """An image of its bytes. Raises Refused."""
         try:
             image = self.decode(data)
         except BadImage as error:
             status = 413 if error.reason.startswith("too ") else 400
             raise Refused(status, f"{field}: {error.detail}", field=field, code=error.reason.replace(" ", "_")) from None
-        return Picture(key, self.model.tower.preprocess(image))
+        return ServedImage(key, self.model.tower.preprocess(image))
 
     def _source(self, request: ChatRequest, card: Card) -> Source | None:
-        """The one picture of the conversation."""
+        """The one image of the conversation."""
         found = [
             (part, f"messages[{i}].content[{j}]")
             for i, message in enumerate(request.messages)
@@ -149,11 +149,11 @@ class Reader:
             if isinstance(part, ImagePart | FilePart)
         ]
         if len(found) > 1:
-            raise Refused(400, f"{found[1][1]} is a second picture, and an adapter reads one: start a new conversation for it", field=found[1][1])
+            raise Refused(400, f"{found[1][1]} is a second image, and an adapter reads one: start a new conversation for it", field=found[1][1])
         if not found:
             if card.name == BASE_NAME:
                 return None
-            raise Refused(400, "the messages hold no picture: add a content part of type image_url (a data URL) or file", field="messages", code="missing")
+            raise Refused(400, "the messages hold no image: add a content part of type image_url (a data URL) or file", field="messages", code="missing")
         part, field = found[0]
         if isinstance(part, FilePart):
             return self._file(part, f"{field}.file")
@@ -179,7 +179,7 @@ class Reader:
         try:
             digits = unquote_to_bytes(payload).translate(_FROM_URL_SAFE, b" \t\r\n\f").rstrip(b"=")
             if len(digits) > self.limits.image_bytes // 3 * 4 + 4:
-                raise Refused(413, f"{field}: the picture has more than {self.limits.image_bytes} bytes, the limit", field=field, code="too_many_bytes")
+                raise Refused(413, f"{field}: the image has more than {self.limits.image_bytes} bytes, the limit", field=field, code="too_many_bytes")
             return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
         except (binascii.Error, ValueError) as error:
             raise Refused(400, f"{field} is no base64: {error}", field=field, code="not_base64") from None

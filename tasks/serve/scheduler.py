@@ -18,7 +18,7 @@ from multimodal.batches.tokenize import Row
 from multimodal.generation.settings import GenerationSettings
 from tasks.serve.settings import Batching
 
-__all__ = ["Answer", "Ask", "Draw", "DrawnRows", "Job", "Picture", "Sampling", "Waiting", "chosen", "joining", "n_tokens"]
+__all__ = ["Answer", "Ask", "Draw", "DrawnRows", "Job", "ServedImage", "Sampling", "Waiting", "chosen", "joining", "n_tokens"]
 
 
 # ----------------------------------------
@@ -80,8 +80,8 @@ def _nucleus(log_p: Tensor, top_p: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture: what tells it from others, and either float32 [3, H, W] as the encoder takes it, or what the encoder gave before."""
+class ServedImage:
+    """An image: what tells it from others, and either float32 [3, H, W] as the encoder takes it, or what the encoder gave before."""
 
     key: str
     pixels: Tensor | None
@@ -94,7 +94,7 @@ class Ask:
 
     adapter: str
     row: Row
-    picture: Picture
+    image: ServedImage
     settings: GenerationSettings
     stop: tuple[str, ...] = ()
     sampling: Sampling | None = None
@@ -112,7 +112,7 @@ class Answer:
 
     text: str
     reason: str  # "stop" or "length"
-    n_prompt: int  # tokens of the prompt, the picture's among them
+    n_prompt: int  # tokens of the prompt, the image's among them
     n_known: int  # of these, tokens that were known from a prompt before and not read
     n_new: int  # tokens written, the end token among them
     waited: float  # seconds from the queue to the batch
@@ -132,7 +132,7 @@ class Job:
     cancelled: bool = False  # the client has gone: the row ends at the next token
     ended: bool = False
 
-    def tell(self, event: str | Answer | Exception) -> None:
+    def report(self, event: str | Answer | Exception) -> None:
         """Send a piece of text, the answer or an error to the request; called from the generation thread. Nothing follows an end."""
         if self.ended:
             return

@@ -22,8 +22,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-N_SHOWN = 60  # characters of a wrong value
-N_COMMAS = 50_000  # of a body; a wrong one gets an error object for each of its values, and a picture in base64 has none
+N_DISPLAYED = 60  # characters of a wrong value
+N_COMMAS = 50_000  # of a body; a wrong one gets an error object for each of its values, and an image in base64 has none
 
 Body = TypeVar("Body", bound="_Body")
 
@@ -56,7 +56,7 @@ class _ImageUrl(_Body):
 
 
 class ImagePart(_Body):
-    """A picture: `data:image/png;base64,...`, or an address where the operator allows its host."""
+    """An image: `data:image/png;base64,...`, or an address where the operator allows its host."""
 
     type: Literal["image_url"]
     image_url: _ImageUrl
@@ -69,7 +69,7 @@ class _File(_Body):
 
 
 class FilePart(_Body):
-    """A picture that was uploaded to /v1/files, or its data URL."""
+    """An image that was uploaded to /v1/files, or its data URL."""
 
     type: Literal["file"]
     file: _File
@@ -90,7 +90,7 @@ _Words = Annotated[
     Annotated[str, Tag("a text")] | Annotated[list[TextPart], Field(max_length=64), Tag("a list of parts")],
     Discriminator(_form),
 ]
-_Said = Annotated[TextPart | _RefusalPart, Field(discriminator="type")]
+_TextPart = Annotated[TextPart | _RefusalPart, Field(discriminator="type")]
 _StopText = Annotated[str, Field(min_length=1, max_length=64)]
 _Stop = Annotated[
     Annotated[str, Field(max_length=64), Tag("a text")] | Annotated[list[_StopText], Field(max_length=4), Tag("a list of texts")],
@@ -115,7 +115,7 @@ class AssistantMessage(_Body):
     """What was answered before, in all the fields in which a client sends an answer back; an adapter does not read it."""
 
     role: Literal["assistant"]
-    content: str | Annotated[list[_Said], Field(max_length=64)] | None = None
+    content: str | Annotated[list[_TextPart], Field(max_length=64)] | None = None
     refusal: str | None = None
     name: str | None = None
     annotations: Nothing = None
@@ -195,8 +195,8 @@ class ChatRequest(_Body):
     @property
     def has_instructions(self) -> bool:
         """Whether a system message says anything."""
-        said = [message.content for message in self.messages if isinstance(message, SystemMessage)]
-        return any(content.strip() if isinstance(content, str) else any(part.text.strip() for part in content) for content in said)
+        stated = [message.content for message in self.messages if isinstance(message, SystemMessage)]
+        return any(content.strip() if isinstance(content, str) else any(part.text.strip() for part in content) for content in stated)
 
 
 class LoadRequest(_Body):
@@ -229,9 +229,9 @@ def _refused(error: ValidationError) -> Refused:
         name = str(first["ctx"]["discriminator"]).strip("'")
         expected = first["ctx"].get("expected_tags", "'role' or 'type'")
         return Refused(400, f"{field}.{name} is {value.get(name)!r:.60}: expected one of {expected}", field=f"{field}.{name}")
-    shown = repr(value)
-    shown = shown if len(shown) <= N_SHOWN else shown[:N_SHOWN] + "..."
-    return Refused(400, f"{field or 'the body'} is {shown}: {first['msg'][0].lower()}{first['msg'][1:]}", field=field or None)
+    displayed = repr(value)
+    displayed = displayed if len(displayed) <= N_DISPLAYED else displayed[:N_DISPLAYED] + "..."
+    return Refused(400, f"{field or 'the body'} is {displayed}: {first['msg'][0].lower()}{first['msg'][1:]}", field=field or None)
 
 
 def _path(where: Sequence[int | str]) -> str:

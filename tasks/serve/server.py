@@ -50,8 +50,8 @@ def run_server(settings: ServeSettings, adapters: Mapping[str, Path]) -> None:
             timeout_keep_alive=15,
         )
         host, port = listening.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        server = _Announced(config, f"adalink serves {', '.join(service.served.cards)}: page at http://{shown}:{port}/, API at http://{shown}:{port}/v1")
+        displayed = f"[{host}]" if ":" in host else host
+        server = _Announced(config, f"adalink serves {', '.join(service.served.cards)}: page at http://{displayed}:{port}/, API at http://{displayed}:{port}/v1")
         sys.setswitchinterval(SWITCH_SECONDS)
         # uvicorn ends in good order on SIGTERM, and then raises the signal again: this handler gets it, so that the exit code is 0. A signal
         # that comes before uvicorn listens for it counts as well.
@@ -66,14 +66,14 @@ def run_server(settings: ServeSettings, adapters: Mapping[str, Path]) -> None:
 class _Announced(uvicorn.Server):
     """Says that it serves once it does: whoever reads it may connect, and may ask it to end."""
 
-    def __init__(self, config: uvicorn.Config, said: str) -> None:
+    def __init__(self, config: uvicorn.Config, stated: str) -> None:
         super().__init__(config)
-        self._said = said
+        self._stated = stated
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so."""
         await super().startup(sockets=sockets)
-        print(self._said, flush=True)
+        print(self._stated, flush=True)
 
 
 def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> VisionLanguageModel:

@@ -14,10 +14,10 @@ from multimodal.data.images.decode import ImageLimits
 from multimodal.model import VisionLanguageModel
 from tasks.serve.access import Keys
 from tasks.serve.engine import Worker
-from tasks.serve.images import Decoders, RemotePictures, Uploads, n_cores
+from tasks.serve.images import Decoders, RemoteImages, Uploads, n_cores
 from tasks.serve.registry import Served
 from tasks.serve.request import Reader, Source
-from tasks.serve.scheduler import Answer, Job, Picture
+from tasks.serve.scheduler import Answer, Job, ServedImage
 from tasks.serve.settings import ServeSettings
 
 __all__ = ["Metrics", "Service"]
@@ -72,7 +72,7 @@ class Metrics:
 
 Result = TypeVar("Result")
 READERS = 2  # threads that read texts, numbers and base64, which nobody else waits for long
-FETCHERS = 16  # threads that wait for pictures from elsewhere
+FETCHERS = 16  # threads that wait for images from elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +90,9 @@ class Service:
     admin_keys: Keys
     decoders: Decoders
     readers: ThreadPoolExecutor
-    image_readers: ThreadPoolExecutor  # one for each core: what they take off the others is memory for decoded pictures
+    image_readers: ThreadPoolExecutor  # one for each core: what they take off the others is memory for decoded images
     fetchers: ThreadPoolExecutor
-    remote: RemotePictures
+    remote: RemoteImages
 
     @staticmethod
     def of(model: VisionLanguageModel, settings: ServeSettings) -> Service:
@@ -117,15 +117,15 @@ class Service:
             readers=ThreadPoolExecutor(READERS, thread_name_prefix="reader"),
             image_readers=ThreadPoolExecutor(n_cores(), thread_name_prefix="image-reader"),
             fetchers=ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetcher"),
-            remote=RemotePictures(access.image_hosts, limits.image_bytes),
+            remote=RemoteImages(access.image_hosts, limits.image_bytes),
         )
 
     async def in_thread(self, work: Callable[[], Result]) -> Result:
         """The result of something that would hold up the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, work)
 
-    async def picture(self, source: Source) -> Picture:
-        """A picture, fetched where it is elsewhere; one whose features are known is not decoded again. Raises Refused."""
+    async def image(self, source: Source) -> ServedImage:
+        """An image, fetched where it is elsewhere; one whose features are known is not decoded again. Raises Refused."""
         loop, field = asyncio.get_running_loop(), source.field
         if source.file_id is not None:
             data = self.uploads.get(source.file_id, field).data
@@ -134,10 +134,10 @@ class Service:
             data = await loop.run_in_executor(self.fetchers, lambda: self.remote.fetch(url, field))
         else:
             data = source.data or b""
-        picture = await self.in_thread(lambda: self.reader.known(data))
-        if picture.features is not None:
-            return picture
-        return await loop.run_in_executor(self.image_readers, lambda: self.reader.decoded(data, picture.key, field))
+        image = await self.in_thread(lambda: self.reader.known(data))
+        if image.features is not None:
+            return image
+        return await loop.run_in_executor(self.image_readers, lambda: self.reader.decoded(data, image.key, field))
 
     def close(self) -> None:
         """End the threads and processes that read."""

@@ -36,26 +36,26 @@ class Batching:
 class RequestLimits:
     """What one request, and all requests together, may cost. Whatever is above is refused with 400, 408, 413 or 429 before it costs more."""
 
-    body_bytes: int = 16 * 2**20  # of a request's body; a picture in base64 is a third larger than its file
-    image_bytes: int = 10 * 2**20  # of a picture's file
-    pixels: int = 2**24  # width x height of a picture, checked before it is decoded
-    decode_seconds: float = 10.0  # of processor time to decode a picture; then its process is ended, and the picture refused
+    body_bytes: int = 16 * 2**20  # of a request's body; an image in base64 is a third larger than its file
+    image_bytes: int = 10 * 2**20  # of an image's file
+    pixels: int = 2**24  # width x height of an image, checked before it is decoded
+    decode_seconds: float = 10.0  # of processor time to decode an image; then its process is ended, and the image refused
     text_bytes: int = 32_768  # of all texts of a conversation; the model's positions limit the question that is read besides
     new_tokens: int = 512  # most tokens that a request may ask for
     beams: int = 8  # most beams that a request may ask for
     in_flight: int = 256  # requests that are read, wait or are answered; one more is refused with 429
     buffered_bytes: int = 512 * 2**20  # of all bodies in memory at once; more is refused with 429
-    upload_bytes: int = 256 * 2**20  # of all uploaded pictures; the oldest make room
+    upload_bytes: int = 256 * 2**20  # of all uploaded images; the oldest make room
     seconds: float = 30.0  # for a client to send its request, header and body
     connections: int = 512  # open ones; for one more, the one that has waited longest without a request is closed, or it gets 503
-    feature_bytes: int = 256 * 2**20  # of features kept of pictures, in the memory of the device
-    cached_pictures: int = 256  # pictures whose features are kept, so that a second question about one costs no encoder
-    prompt_bytes: int = 256 * 2**20  # of keys and values kept of prompts, so that a second question about a picture is read from where it differs
+    feature_bytes: int = 256 * 2**20  # of features kept of images, in the memory of the device
+    cached_images: int = 256  # images whose features are kept, so that a second question about one costs no encoder
+    prompt_bytes: int = 256 * 2**20  # of keys and values kept of prompts, so that a second question about an image is read from where it differs
 
     def __post_init__(self) -> None:
         """Check what a command line can get wrong."""
         for name, value in vars(self).items():
-            if value < (least := 0 if name in ("cached_pictures", "feature_bytes", "prompt_bytes") else 1):
+            if value < (least := 0 if name in ("cached_images", "feature_bytes", "prompt_bytes") else 1):
                 raise ConfigError(f"limits.{name} is {value}: give {least} or more")
         if self.pixels > PILLOW_PIXELS:
             raise ConfigError(f"limits.pixels is {self.pixels}: give at most {PILLOW_PIXELS}, Pillow's own limit")
@@ -70,7 +70,7 @@ class Access:
     adapters_folder: Path | None = None  # adapters may be loaded at run time from folders in this one; without it, none can be
     hosts: tuple[str, ...] | str = ()  # names of this server besides localhost and --host, which requests may ask for; "*" for every one
     origins: tuple[str, ...] | str = ()  # origins of other web pages that may use the API, such as https://app.example.org; "*" for every one
-    image_hosts: tuple[str, ...] | str = ()  # hosts that pictures may be fetched from; "*" for every public one. Private addresses never
+    image_hosts: tuple[str, ...] | str = ()  # hosts that images may be fetched from; "*" for every public one. Private addresses never
 
     def __post_init__(self) -> None:
         """Take a list with commas for a list."""

@@ -94,7 +94,7 @@ def test_an_encoder_decoder_model_and_one_with_pictures_are_not_folded() -> None
         fold_embedding(model.base, model.active_adapter())
     model, _ = adapted("llama", TEXT)
     model.base.config.image_token_id = 5  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match="this model also reads pictures"):
+    with pytest.raises(ConfigError, match="this model also reads images"):
         fold_embedding(model.base, model.active_adapter())
 
 

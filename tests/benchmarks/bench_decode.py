@@ -1,8 +1,8 @@
-"""Decoding JPEGs for an encoder, exactly and at a fraction of their size: pictures a second, and how far apart the pixels are.
+"""Decoding JPEGs for an encoder, exactly and at a fraction of their size: images a second, and how far apart the pixels are.
 
     OMP_NUM_THREADS=1 PYTHONPATH=. python tests/benchmarks/bench_decode.py --images FOLDER --side 224 --rounds 5 [--mosaic 3 2]
 
---mosaic joins so many columns and rows of small pictures into one JPEG (quality 90), where no large photographs are at hand. Each picture is resized so that its shorter side is `side`, and cropped in the middle, as encoders do. Seconds are of the processor.
+--mosaic joins so many columns and rows of small images into one JPEG (quality 90), where no large photographs are at hand. Each image is resized so that its shorter side is `side`, and cropped in the middle, as encoders do. Seconds are of the processor.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=120)
     asked = parser.parse_args()
     prepare = Prepare(asked.side)
-    pictures = list(islice(encoded(sorted(asked.images.rglob("*.jpg")), *asked.mosaic), asked.limit))
+    images = list(islice(encoded(sorted(asked.images.rglob("*.jpg")), *asked.mosaic), asked.limit))
     needed_side(prepare)  # once for a run: not counted
     took: dict[Decode, list[float]] = {"exact": [], "draft": []}
     apart: list[float] = []
     how: tuple[Decode, ...] = ("exact", "draft")
     for _ in range(asked.rounds):
         seconds: Counter[str] = Counter()
-        for i, data in enumerate(pictures):
+        for i, data in enumerate(images):
             pixels = []
             for decode in how:
                 began = time.process_time()
@@ -83,15 +83,15 @@ def main() -> None:
         for decode in how:
             took[decode].append(seconds[decode])
     ratios = [exact / draft for exact, draft in zip(took["exact"], took["draft"], strict=True)]
-    rates = {decode: len(pictures) / statistics.median(found) for decode, found in took.items()}
+    rates = {decode: len(images) / statistics.median(found) for decode, found in took.items()}
     shrunk = torch.tensor([noise for noise in apart if noise > 0])
     psnr = -10 * torch.log10(shrunk)
-    print(f"{len(pictures)} pictures for an encoder of {asked.side}: exact {rates['exact']:.0f} a second, draft {rates['draft']:.0f}")
+    print(f"{len(images)} images for an encoder of {asked.side}: exact {rates['exact']:.0f} a second, draft {rates['draft']:.0f}")
     print(f"draft is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
     share = len(shrunk) / len(apart)
     if len(shrunk):
         worst = -10 * math.log10(float(shrunk.max()))
-        print(f"{100 * share:.0f} % of the pictures shrink; PSNR of these to the exact ones: median {float(psnr.median()):.1f} dB, worst {worst:.1f} dB")
+        print(f"{100 * share:.0f} % of the images shrink; PSNR of these to the exact ones: median {float(psnr.median()):.1f} dB, worst {worst:.1f} dB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Microseconds of processor time to read the features of one picture in random order: this package's files, a memory map, safetensors, .npy files, webdataset.
+"""Microseconds of processor time to read the features of one image in random order: this package's files, a memory map, safetensors, .npy files, webdataset.
 
     python tests/benchmarks/bench_features.py [--records 2000] [--repetitions 9]
 

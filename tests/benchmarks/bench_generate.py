@@ -34,7 +34,7 @@ CONFIG = LlamaConfig(
     max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 FEATURES, RANK, N_ADAPTERS = 768, 16, 8  # width of ViT-B's patches; rank of AdaLink; adapters of the mixed batch
-QUESTION = (12, 9, 14, 11, 12)  # tokens of the questions about a picture
+QUESTION = (12, 9, 14, 11, 12)  # tokens of the questions about an image
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Host:
         return Host(adapted, Language(model=adapted.base, tokenizer=tokenizer, name="llama60"), n_patches)
 
     def asked(self, questions: Sequence[int], image: Sequence[int], adapters: Sequence[str]) -> tuple[Batch, TokenMap]:
-        """Rows of questions with so many tokens, about these pictures, and their map."""
+        """Rows of questions with so many tokens, about these images, and their map."""
         generator = torch.Generator().manual_seed(1)
         ids = [torch.randint(3, CONFIG.vocab_size, (n,), generator=generator).tolist() for n in questions]
         rows = [Row((0,) * self.n_patches + tuple(one), (IMAGE,) * self.n_patches + (TEXT,) * len(one)) for one in ids]
@@ -105,7 +105,7 @@ def compare(label: str, sides: dict[str, Callable[[], Any]], repetitions: int) -
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--patches", type=int, nargs="+", default=[256], help="image tokens of a picture")
+    parser.add_argument("--patches", type=int, nargs="+", default=[256], help="image tokens of an image")
     parser.add_argument("--repetitions", type=int, default=7)
     arguments = parser.parse_args()
     print("| work | ratio | wall | CPU | CPU of the second |\n|---|---|---|---|---|")
@@ -115,9 +115,9 @@ def main() -> None:
 
 
 def measure(host: Host, repetitions: int) -> None:
-    """All rows of one size of pictures."""
+    """All rows of one size of images."""
     one = host.asked(QUESTION, [0] * 5, ["a0"] * 5)
-    apart = (one[0].__class__(**{**vars(one[0]), "image": torch.arange(5)}), one[1])  # the same rows, not known to be about one picture
+    apart = (one[0].__class__(**{**vars(one[0]), "image": torch.arange(5)}), one[1])  # the same rows, not known to be about one image
     for label, settings in (("12 new", GenerationSettings(max_new_tokens=12)), ("3 new", GenerationSettings(max_new_tokens=3)),
                             ("12 new, 3 beams", GenerationSettings(max_new_tokens=12, num_beams=3)), ("3 new, 3 beams", GenerationSettings(max_new_tokens=3, num_beams=3))):  # fmt: skip
         sides = {

@@ -27,7 +27,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     machine, shape = Machine(device=torch.device("cpu"), dtype=torch.float32), SHAPES[given.model]
-    work = Work(n_patches=given.patches, n_pictures=4 if given.patches == 50 else 1)
+    work = Work(n_patches=given.patches, n_images=4 if given.patches == 50 else 1)
     print(f"{shape.name}, {given.patches} image tokens: {needs('adalink', shape, machine, work, 'lora').mib:.0f} MiB above the loaded model")
     model = our_model(shape, machine, drawn_tower(given.patches), "lora")
     features = work.features(machine)

@@ -120,13 +120,13 @@ def alternate(sides: dict[str, Callable[[], float]], repetitions: int) -> dict[s
     """Median seconds of each side, which take turns; their figures must agree."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repetitions):
-        figures = {}
+        metrics = {}
         for name, side in sides.items():
             started = time.perf_counter()
-            figures[name] = side()
+            metrics[name] = side()
             seconds[name].append(time.perf_counter() - started)
-        if max(figures.values()) - min(figures.values()) > 1e-9:
-            raise SystemExit(f"the figures differ: {figures}")
+        if max(metrics.values()) - min(metrics.values()) > 1e-9:
+            raise SystemExit(f"the figures differ: {metrics}")
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -53,7 +53,7 @@ def language(texts: Iterator[str], tokenizer: Path | None) -> Language:
 
 
 def padding(samples: Sequence[Sample], texts: Texts, rows: Callable[[Sequence[Text]], Sequence[Row]], batch: int, order: Order) -> tuple[float, float]:
-    """The shares of padding among tokens of texts, and beside 256 tokens of the picture a row; in percent, over two epochs."""
+    """The shares of padding among tokens of texts, and beside 256 tokens of the image a row; in percent, over two epochs."""
     padded = tokens = n_rows = 0
     for first in range(0, 2 * len(samples) // batch * batch, batch):
         lengths = [
@@ -69,8 +69,8 @@ def padding(samples: Sequence[Sample], texts: Texts, rows: Callable[[Sequence[Te
 
 def sorted_order(lengths: Iterable[int], batch: int, pool: int) -> BucketedOrder:
     """As training sorts; the lengths are what differs."""
-    told = np.fromiter(lengths, dtype=np.int64)
-    return BucketedOrder(SampleOrder(len(told), 0), told, seed=0, pool=pool, batch=batch)
+    note = np.fromiter(lengths, dtype=np.int64)
+    return BucketedOrder(SampleOrder(len(note), 0), note, seed=0, pool=pool, batch=batch)
 
 
 def lookups(n: int, batch: int, pool: int) -> None:

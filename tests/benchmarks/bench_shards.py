@@ -1,6 +1,6 @@
 """Samples per second from shards: this package, plain webdataset, a plain tarfile loop, and a folder of files; and what writing costs.
 
-    python tests/benchmarks/bench_shards.py [--pictures 240] [--records 20000] [--repetitions 5]
+    python tests/benchmarks/bench_shards.py [--images 240] [--records 20000] [--repetitions 5]
 
 Every reader decodes with the same functions and gives the same batches of the same tensors, put together in the worker processes: this
 package's as in training (`made_in_order`), webdataset's as its documentation advises (`batched`, `WebLoader`), the others' by a DataLoader.
@@ -48,7 +48,7 @@ Decode = Callable[[bytes], NDArray[Any]]
 Json = json.loads
 
 
-def as_picture(data: bytes) -> NDArray[Any]:
+def as_image(data: bytes) -> NDArray[Any]:
     """uint8 [64, 64, 3] of a JPEG, decoded whole."""
     return np.asarray(decode_image(data).resize((SIDE, SIDE), Image.Resampling.NEAREST))
 
@@ -58,7 +58,7 @@ def as_record(data: bytes) -> NDArray[Any]:
     return np.frombuffer(data, dtype=np.float16, offset=HEADER)
 
 
-class Pictures:
+class ReadImages:
     """JPEGs of 640 x 480 with about the bytes of a photograph."""
 
     def __init__(self, n: int, folder: Path) -> None:
@@ -79,8 +79,8 @@ class Pictures:
 HEADER = 64
 
 
-class Records(Pictures):
-    """9 KB of features a sample. They stand where a picture would, behind the first bytes of a JPEG, and are never decoded as one."""
+class Records(ReadImages):
+    """9 KB of features a sample. They stand where an image would, behind the first bytes of a JPEG, and are never decoded as one."""
 
     def __init__(self, n: int, folder: Path) -> None:
         self.n, self.folder = n, folder
@@ -122,7 +122,7 @@ class Ours:
 
 @dataclass
 class Folder(Dataset[tuple[NDArray[Any], int]]):
-    """A map-style folder: each picture and its texts in files of their own."""
+    """A map-style folder: each image and its texts in files of their own."""
 
     folder: Path
     n: int
@@ -187,7 +187,7 @@ def one_pass(batches: Any, n: int) -> tuple[float, float]:
     return wall / n, (cpu() - started) / n
 
 
-def readers_of(folder: Path, source: Pictures, decode: Decode, batch_size: int, workers: int) -> dict[str, Callable[[], Any]]:
+def readers_of(folder: Path, source: ReadImages, decode: Decode, batch_size: int, workers: int) -> dict[str, Callable[[], Any]]:
     """What gives the batches, by name."""
     shards = sorted((folder / "shards").glob("*.tar"))
     loader = partial(DataLoader, batch_size=batch_size, num_workers=workers, collate_fn=collate)
@@ -199,7 +199,7 @@ def readers_of(folder: Path, source: Pictures, decode: Decode, batch_size: int, 
     }
 
 
-def read(name: str, folder: Path, source: Pictures, decode: Decode, batch_size: int, repetitions: int) -> None:
+def read(name: str, folder: Path, source: ReadImages, decode: Decode, batch_size: int, repetitions: int) -> None:
     """Print one table of readers for each number of workers."""
     write_shards(source, folder / "shards", samples_per_shard=len(source) // 8)
     for workers in (0, 1, 2):
@@ -237,8 +237,8 @@ def share_of_state(name: str, folder: Path, decode: Decode, batch_size: int, rep
     print(f"\nmanifest, order and state: {100 * statistics.median(shares):.2f} % of an epoch of reading and decoding {len(indices)} {name} in one process")
 
 
-def copy(source: Pictures, out: Path, per_shard: int, hashed: Callable[[bytes], Any]) -> None:
-    """Each picture's bytes and its texts, into tar files by Python's tarfile, each of which reaches the disk."""
+def copy(source: ReadImages, out: Path, per_shard: int, hashed: Callable[[bytes], Any]) -> None:
+    """Each image's bytes and its texts, into tar files by Python's tarfile, each of which reaches the disk."""
     out.mkdir()
     for start in range(0, len(source), per_shard):
         with (out / f"{start}.tar").open("wb") as file:
@@ -254,7 +254,7 @@ def copy(source: Pictures, out: Path, per_shard: int, hashed: Callable[[bytes], 
             os.fsync(file.fileno())
 
 
-def write(folder: Path, source: Pictures, repetitions: int) -> None:
+def write(folder: Path, source: ReadImages, repetitions: int) -> None:
     """Print what writing costs against plain copy loops; four threads are what `adalink shards` takes."""
     per_shard = len(source) // 8
     loops: dict[str, Callable[[Path], Any]] = {
@@ -270,7 +270,7 @@ def write(folder: Path, source: Pictures, repetitions: int) -> None:
             if repetition:
                 taken[name].append((time.perf_counter() - clock, cpu() - started))
             shutil.rmtree(folder / "written")
-    print("\nWriting\n\n| writer | pictures/s | of the time of | wall | CPU |\n|---|---|---|---|---|")
+    print("\nWriting\n\n| writer | images/s | of the time of | wall | CPU |\n|---|---|---|---|---|")
     for name, loop in ((writer, loop) for writer in writers for loop in loops):
         wall, seconds = (statistics.median(own[k] / other[k] for own, other in zip(taken[name], taken[loop], strict=True)) for k in (0, 1))
         print(f"| {name} | {len(source) / statistics.median(own[0] for own in taken[name]):.0f} | {loop} | {wall:.2f} | {seconds:.2f} |", flush=True)
@@ -279,22 +279,22 @@ def write(folder: Path, source: Pictures, repetitions: int) -> None:
 def main() -> None:
     """Run all of it in a temporary folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--pictures", type=int, default=240, help="0: none")
+    parser.add_argument("--images", type=int, default=240, help="0: none")
     parser.add_argument("--records", type=int, default=20000, help="0: none")
     parser.add_argument("--repetitions", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print(f"{given.pictures} JPEGs, {given.records} records of 9 KiB, {given.repetitions} repetitions, {os.cpu_count()} cores")
+        print(f"{given.images} JPEGs, {given.records} records of 9 KiB, {given.repetitions} repetitions, {os.cpu_count()} cores")
         for part in ("p", "r"):
             (folder / part).mkdir()
-        if given.pictures:
-            pictures = Pictures(given.pictures, folder / "pictures")
-            size = sum(path.stat().st_size for path in (folder / "pictures").glob("*.jpg")) / given.pictures
-            read(f"JPEG decode ({size / 1024:.0f} KiB each)", folder / "p", pictures, as_picture, 16, given.repetitions)
-            share_of_state("pictures", folder / "p", as_picture, 16, given.repetitions)
-            write(folder, pictures, given.repetitions)
+        if given.images:
+            images = ReadImages(given.images, folder / "pictures")
+            size = sum(path.stat().st_size for path in (folder / "pictures").glob("*.jpg")) / given.images
+            read(f"JPEG decode ({size / 1024:.0f} KiB each)", folder / "p", images, as_image, 16, given.repetitions)
+            share_of_state("pictures", folder / "p", as_image, 16, given.repetitions)
+            write(folder, images, given.repetitions)
         if given.records:
             read("Small records", folder / "r", Records(given.records, folder / "records"), as_record, 64, given.repetitions)
             share_of_state("small records", folder / "r", as_record, 64, given.repetitions)

@@ -31,7 +31,7 @@ WORDS = {"captions": (1, 12), "questions": (8, 3)}  # tokens that are read befor
 
 
 def texts(kind: str, seed: int, n: int) -> list[Row]:
-    """Rows of one picture: the slot, a start token, and texts of lengths around the usual ones."""
+    """Rows of one image: the slot, a start token, and texts of lengths around the usual ones."""
     generator = torch.Generator().manual_seed(seed)
     n_read, n_learnt = WORDS[kind]
     rows = []
@@ -44,10 +44,10 @@ def texts(kind: str, seed: int, n: int) -> list[Row]:
     return rows
 
 
-def batch_of(kind: str, arrange: Callable[[Sequence[Row]], Sequence[Row]], n_pictures: int, n_texts: int) -> Batch:
-    arranged = [list(arrange(texts(kind, seed, n_texts))) for seed in range(n_pictures)]
+def batch_of(kind: str, arrange: Callable[[Sequence[Row]], Sequence[Row]], n_images: int, n_texts: int) -> Batch:
+    arranged = [list(arrange(texts(kind, seed, n_texts))) for seed in range(n_images)]
     image = [i for i, rows in enumerate(arranged) for _ in rows]
-    taps = torch.randn(n_pictures, N_TAPS, FEATURES, generator=torch.Generator().manual_seed(0))
+    taps = torch.randn(n_images, N_TAPS, FEATURES, generator=torch.Generator().manual_seed(0))
     return collate([row for rows in arranged for row in rows], image, taps, kind="taps", side="right", pad_id=0)
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=SHAPES, default="opt125")
     parser.add_argument("--first", type=int, default=6, help="the first layer of eP-ALM's window, which ends with the last")
-    parser.add_argument("--pictures", type=int, default=4)
+    parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--texts", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", choices=WORDS, default=list(WORDS))
     parser.add_argument("--rounds", type=int, default=7)
@@ -82,20 +82,20 @@ def main() -> None:
     n_layers = len(model.anatomy.layers)
     model.add_adapter("epalm", {"epalm": EPALM(layers=(asked.first, n_layers), n_taps=N_TAPS, connector="shared")})
     below, row = LayersBelow(model, asked.first), int(model.rows(1))
-    print(f"{shape.name}, eP-ALM in layers {asked.first} to {n_layers}, {asked.pictures} pictures with {asked.texts} texts, {asked.rounds} rounds")
+    print(f"{shape.name}, eP-ALM in layers {asked.first} to {n_layers}, {asked.images} images with {asked.texts} texts, {asked.rounds} rounds")
     for kind in asked.kinds:
         for way, arrange in (("apart", separate_rows), ("packed", pack_rows)):
-            batch = batch_of(kind, arrange, asked.pictures, asked.texts)
+            batch = batch_of(kind, arrange, asked.images, asked.texts)
             fresh = partial(LowerStates, below, row, most=2**40)
-            kept = fresh()
-            sides = {"every layer": Side(model, batch, lambda: None), "first reading": Side(model, batch, fresh), "kept": Side(model, batch, lambda kept=kept: kept)}  # type: ignore[misc]
+            retained = fresh()
+            sides = {"every layer": Side(model, batch, lambda: None), "first reading": Side(model, batch, fresh), "kept": Side(model, batch, lambda retained=retained: retained)}  # type: ignore[misc]
             turns = alternate(sides, asked.rounds, machine.device, machine.dtype)
             for slow, fast in pairwise(("first reading", "every layer", "kept")):
                 ratios = turns.ratios(slow, fast)
                 print(f"{kind:9} {way:6}  {slow} / {fast}: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
             off = max(float((one - other).norm() / one.norm()) for one, other in zip(sides["every layer"].gradients, sides["kept"].gradients, strict=True))
             alike = all(torch.equal(one, other) for one, other in zip(sides["first reading"].gradients, sides["kept"].gradients, strict=True))
-            print(f"{kind:9} {way:6}  {turns.median('kept'):.2f} s; gradients {off:.1e} from those of every layer; kept equals first reading bit for bit: {alike}")
+            print(f"{kind:9} {way:6}  {turns.median('retained'):.2f} s; gradients {off:.1e} from those of every layer; kept equals first reading bit for bit: {alike}")
 
 
 if __name__ == "__main__":

@@ -92,9 +92,9 @@ class Runner:
             patched.setattr(Entry, "load", only_parsing)
             self._main(arguments, shlex.join(arguments))
 
-    def _main(self, arguments: list[str], said: str) -> None:
+    def _main(self, arguments: list[str], stated: str) -> None:
         with contextlib.suppress(SystemExit):  # --help
-            assert main(arguments) == 0, said
+            assert main(arguments) == 0, stated
 
 
 load = Entry.load

@@ -43,8 +43,8 @@ def test_the_sample_of_a_shard_is_what_is_written() -> None:
     from multimodal.sample import Question, Sample
 
     page = (ROOT / "examples" / "docs" / "concepts" / "shards.md").read_text()
-    (shown,) = re.findall(r"000042\.json +(\{.*?\]\}\]\})", page, flags=re.DOTALL)
+    (displayed,) = re.findall(r"000042\.json +(\{.*?\]\}\]\})", page, flags=re.DOTALL)
     sample = Sample(key="42", image_id=42, image=b"", captions=("a dog runs.",), questions=(Question(question_id=7, text="?", answers=("yes",)),))
     written = encode_record(sample).decode()
-    assert all(name in written for name in re.findall(r'"(\w+)":', shown))
+    assert all(name in written for name in re.findall(r'"(\w+)":', displayed))
     assert decode_record(written.encode()).captions == ("a dog runs.",)

@@ -95,11 +95,11 @@ def test_what_a_recipe_says_of_cached_features_is_so(tmp_path: Path) -> None:
     tower = draw_tower(content["encoder"])
     adapter = draw_adapter(tower, draw_language(shape_folder(tmp_path, content["language_model"])), {"bridge": Bridge(**content["methods"]["bridge"])})
     everything = Contents(patches=tower.n_patches, pooled=tower.n_layers, width=tower.width)
-    kept = needed_contents(adapter, everything)
-    assert (kept.patches, kept.pooled) == (tower.n_patches, 0)
-    assert f"{kept.n_bytes:,}" in text
-    assert f"{113_287 * kept.n_bytes / 2**30:.1f} GiB" in text
-    assert RunConfig.__dataclass_fields__["features_dtype"].default == kept.dtype == "float16"
+    retained = needed_contents(adapter, everything)
+    assert (retained.patches, retained.pooled) == (tower.n_patches, 0)
+    assert f"{retained.n_bytes:,}" in text
+    assert f"{113_287 * retained.n_bytes / 2**30:.1f} GiB" in text
+    assert RunConfig.__dataclass_fields__["features_dtype"].default == retained.dtype == "float16"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -113,7 +113,7 @@ def test_a_recipe_says_how_it_is_run(recipe: Path) -> None:
 @pytest.mark.parametrize("name", ["coco_epalm.yaml", "coco_context_peft.yaml", "vqav2_adalink.yaml", "vqav2_bert.yaml"])
 def test_a_hub_name_that_cannot_be_reached_is_one_sentence(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--dry-run", "--config", str(EXAMPLES / name)]) == 2
-    said = capsys.readouterr().err.strip()
-    assert said.startswith("adalink: cannot load the ")
-    assert "\n" not in said
-    assert any(f"'{part}'" in said for part in SHAPES)
+    stated = capsys.readouterr().err.strip()
+    assert stated.startswith("adalink: cannot load the ")
+    assert "\n" not in stated
+    assert any(f"'{part}'" in stated for part in SHAPES)

@@ -125,7 +125,7 @@ def test_limits_and_ids_are_read_where_a_config_of_several_parts_keeps_them(tmp_
     assert (language.tokenizer.bos_token_id, language.tokenizer.eos_token_id) == (1, 2)
     encoder = RowEncoder(Template(prompt="<image><bos>{question}", target="{text}<eos>"), language, [])
     encoder.row(Text("a " * 5, "a " * 5))
-    with pytest.raises(TextTooLong, match="a text needs 13 tokens with its picture, and the language model has 12 positions: shorten it"):
+    with pytest.raises(TextTooLong, match="a text needs 13 tokens with its image, and the language model has 12 positions: shorten it"):
         encoder.row(Text("a " * 6, "a " * 5))
 
 

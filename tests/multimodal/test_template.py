@@ -33,8 +33,8 @@ def test_an_empty_question_leaves_no_empty_part() -> None:
 
 
 WRONG = [
-    ({"prompt": "a picture of"}, r"'a picture of' has 0 places for the picture: write <image> once"),
-    ({"prompt": "<image> and <image>"}, "has 2 places for the picture"),
+    ({"prompt": "an image of"}, r"'an image of' has 0 places for the image: write <image> once"),
+    ({"prompt": "<image> and <image>"}, "has 2 places for the image"),
     ({"prompt": "<image>", "target": "<eos>"}, r"target template '<eos>' must hold \{text\}, and not <image>"),
     ({"prompt": "<image>", "target": "<image>{text}"}, r"must hold \{text\}, and not <image>"),
     ({"prompt": "<image>{qestion}"}, r"the prompt template '<image>\{qestion\}' has a place \{qestion\} that nothing fills: it may have \{question\}"),

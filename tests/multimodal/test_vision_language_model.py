@@ -1,4 +1,4 @@
-"""The composed model: its loss is transformers' own, its prompt holds the picture, and it trains with every family."""
+"""The composed model: its loss is transformers' own, its prompt holds the image, and it trains with every family."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def test_pixels_are_encoded_once_for_all_texts_of_a_picture() -> None:
     loss = model(collate(rows, [0, 0, 1], pixels, kind="pixels", side="right", pad_id=0))
     handle.remove()
     assert calls == [2]
-    kept = collate(rows, [0, 0, 1], model.encode(pixels), kind="patches", side="right", pad_id=0)
-    assert torch.equal(model(kept), loss)
+    retained = collate(rows, [0, 0, 1], model.encode(pixels), kind="patches", side="right", pad_id=0)
+    assert torch.equal(model(retained), loss)
 
 
 def test_a_batch_without_a_picture_is_refused() -> None:
@@ -133,7 +133,7 @@ def test_a_batch_without_a_picture_is_refused() -> None:
 
 
 def test_as_many_prompts_as_pictures_are_wanted() -> None:
-    with pytest.raises(ConfigError, match="1 pictures and 2 prompts were given: give one prompt for each picture"):
+    with pytest.raises(ConfigError, match="1 images and 2 prompts were given: give one prompt for each image"):
         with_adapter("opt").generate([Image.new("RGB", (9, 9))], ["", ""])
 
 
@@ -160,11 +160,11 @@ def test_images_come_as_images_paths_or_bytes_and_one_image_or_prompt_goes_with_
 def test_two_adapters_serve_the_rows_of_one_batch() -> None:
     model = with_adapter("opt", seed=1)
     excite(model.add_adapter("two", METHODS).double(), seed=2)
-    pictures, prompts = [Image.new("RGB", (50, 40), "red")] * 3, ["is it red ?"] * 3
+    images, prompts = [Image.new("RGB", (50, 40), "red")] * 3, ["is it red ?"] * 3
     settings = GenerationSettings(max_new_tokens=6)
 
     def generated(names: list[str | None]) -> list[str]:
-        return model.generate(pictures, prompts, settings=settings, adapter_names=names)
+        return model.generate(images, prompts, settings=settings, adapter_names=names)
 
     mixed = generated(["one", "two", None])
     assert mixed == [generated([name] * 3)[0] for name in ("one", "two", None)]
@@ -181,8 +181,8 @@ def test_a_saved_adapter_brings_its_template_and_layer(tmp_path: Path) -> None:
     again = VisionLanguageModel.from_pretrained(tmp_path)
     assert (again.template, again.tower.layer) == (template, -2)
     assert again.adapted.task["task"] == "vqa"
-    picture = Image.new("RGB", (50, 40), "red")
-    assert again.generate([picture], ["is it red?"]) == model.generate([picture], ["is it red?"])
+    image = Image.new("RGB", (50, 40), "red")
+    assert again.generate([image], ["is it red?"]) == model.generate([image], ["is it red?"])
     other = VisionLanguageModel(tower(), language("opt"), template)
     with pytest.raises(CheckpointError, match=r"was trained on the language model .*language .* but this one is tiny-opt"):
         other.load_adapter(tmp_path, "one")

@@ -13,8 +13,8 @@ from multimodal.data.shards.writer import write_shards
 from multimodal.sample import Question, Sample
 
 
-def picture(number: int, kind: str = "JPEG") -> bytes:
-    """A small picture whose bytes differ from those of other numbers."""
+def image(number: int, kind: str = "JPEG") -> bytes:
+    """A small image whose bytes differ from those of other numbers."""
     out = io.BytesIO()
     Image.new("RGB", (16 + number % 7, 16), (number * 37 % 256, number * 59 % 256, 90)).save(out, format=kind)
     return out.getvalue()
@@ -25,7 +25,7 @@ def made_sample(number: int, key: str | None = None) -> Sample:
     return Sample(
         key=str(number) if key is None else key,
         image_id=number,
-        image=picture(number, ("JPEG", "PNG", "WEBP")[number % 3]),
+        image=image(number, ("JPEG", "PNG", "WEBP")[number % 3]),
         captions=tuple(f"caption {each} of {number}, é" for each in range(1 + number % 3)),
         questions=tuple(
             Question(

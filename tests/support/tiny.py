@@ -90,7 +90,7 @@ def taps(n_rows: int = 3, seed: int = 3) -> Tensor:
 
 
 def token_map(domain: Tensor, row: Tensor | None = None, seed: int = 3) -> TokenMap:
-    """Every row served by adapter 0 unless told otherwise, with a picture each."""
+    """Every row served by adapter 0 unless told otherwise, with an image each."""
     row = torch.zeros(len(domain), dtype=torch.int64) if row is None else row
     return TokenMap(domain, row, {"image": features(len(domain), seed), "image_taps": taps(len(domain), seed)})
 

@@ -40,8 +40,8 @@ def test_scores_are_the_official_accuracy_and_answers_outside_are_no_target() ->
     assert dict(text.scores or ()) == pytest.approx({0: 1.0, 2: 0.9, 1: 0.3})  # five people, three, one; "bird" is outside
     ladder = {n: dict(found.scores(Question(question_id=0, text="", answers=("cat",) * n + ("?",) * (10 - n)))) for n in (1, 2, 3, 4, 10)}
     assert ladder == {n: pytest.approx({1: score}) for n, score in {1: 0.3, 2: 0.6, 3: 0.9, 4: 1.0, 10: 1.0}.items()}
-    (outside,) = found.texts(sample(("bird",) * 10), random.Random(0))
-    assert outside.scores == ()  # still a question to learn from: no answer is right
+    (unknown,) = found.texts(sample(("bird",) * 10), random.Random(0))
+    assert unknown.scores == ()  # still a question to learn from: no answer is right
 
 
 def test_questions_with_one_answer_have_it_as_their_target() -> None:
@@ -61,8 +61,8 @@ def test_what_is_learnt_is_what_the_scorer_gives_for_saying_it() -> None:
         for question in scenes[i].questions:
             for number, score in found.scores(question):
                 if len(set(question.answers)) > 1:  # the official scorer normalises
-                    said = {question.question_id: found.answers[number]}
-                    assert score_answers(said, [graded_question(question)]).overall == pytest.approx(100 * score)
+                    stated = {question.question_id: found.answers[number]}
+                    assert score_answers(stated, [graded_question(question)]).overall == pytest.approx(100 * score)
 
 
 def test_a_vocabulary_goes_to_worker_processes_and_takes_the_questions_that_the_task_takes() -> None:
@@ -87,7 +87,7 @@ def test_samples_that_cannot_be_read_are_left_for_the_training_to_count() -> Non
 
 
 def test_data_without_answers_is_refused() -> None:
-    with pytest.raises(DataError, match=r"the 1 training pictures have no answers to choose among: give VQA data with annotations, or leave out vqa\.answers"):
+    with pytest.raises(DataError, match=r"the 1 training images have no answers to choose among: give VQA data with annotations, or leave out vqa\.answers"):
         answer_vocabulary(Vqa(answers=3), [sample(())])
 
 

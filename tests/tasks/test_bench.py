@@ -81,7 +81,7 @@ def test_growth_is_drawn(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     drawn = ElementTree.parse(tmp_path / "growth.svg").getroot()
     texts = ["".join(node.itertext()) for node in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"image tokens", "captions a picture", "language model", "rank", "ms a caption", "MiB a caption"} <= set(texts)
+    assert {"image tokens", "captions an image", "language model", "rank", "ms a caption", "MiB a caption"} <= set(texts)
     assert len(list(drawn.iter("{http://www.w3.org/2000/svg}polyline"))) == 2 * 2 * 4
     assert done.out.count("\ngrowth") == 7
 
@@ -90,7 +90,7 @@ def test_growth_is_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [TINY_LLAMA, TINY_OPT], ids=lambda shape: shape.name)
 def test_both_sides_learn_the_same_from_the_same(shape, taught) -> None:
     """Three steps, so that gradients and optimizers agree too; text alone has another gradient, so there the first step says it all."""
-    work, machine = Work(n_patches=7, n_prompt=4, n_pictures=2), replace(CPU, dtype=torch.float64)
+    work, machine = Work(n_patches=7, n_prompt=4, n_images=2), replace(CPU, dtype=torch.float64)
     model = our_model(shape, machine, drawn_tower(7).double(), taught).double()
     features = work.features(machine)
     ours = our_step(model, work, lambda: features)
@@ -129,10 +129,10 @@ def test_a_verdict_says_by_how_much_a_target_is_missed() -> None:
     def found(*ratios: float, target: float | None, sense="at least") -> Finding:
         return Finding(part="p", what="w", ratios=ratios, target=target, sense=sense)
 
-    assert found(2.0, 3.0, 9.0, target=3).verdict == "met"
-    assert found(2.7, target=3).verdict == "missed by 10.0 %"
-    assert found(1.03, target=1.02, sense="at most").verdict == "missed by 1.0 %"
-    assert found(1.0, target=None).verdict == found(target=3).verdict == ""
+    assert found(2.0, 3.0, 9.0, target=3).outcome == "met"
+    assert found(2.7, target=3).outcome == "missed by 10.0 %"
+    assert found(1.03, target=1.02, sense="at most").outcome == "missed by 1.0 %"
+    assert found(1.0, target=None).outcome == found(target=3).outcome == ""
     assert re.search(r"3 \(2 to 9\) +at least 3 +met +w", as_line(found(2.0, 3.0, 9.0, target=3)))
 
 

@@ -47,13 +47,13 @@ def test_each_picture_is_asked_about_once() -> None:
 
 def test_scores_are_in_percent_and_over_the_predicted_pictures() -> None:
     score = Captioning().score({7: "a brown dog", 9: "a cat sits"}, [DOG, CAT])
-    assert list(score.figures) == ["CIDEr", "Bleu_4", "Bleu_3", "Bleu_2", "Bleu_1", "ROUGE_L"]
-    assert score.figures["Bleu_1"] == pytest.approx(100.0, abs=1e-4)
+    assert list(score.metrics) == ["CIDEr", "Bleu_4", "Bleu_3", "Bleu_2", "Bleu_1", "ROUGE_L"]
+    assert score.metrics["Bleu_1"] == pytest.approx(100.0, abs=1e-4)
     assert set(score.items) == {7, 9}
-    assert sum(score.items.values()) / 2 == pytest.approx(score.figures["CIDEr"])
+    assert sum(score.items.values()) / 2 == pytest.approx(score.metrics["CIDEr"])
     assert score.scorer
     worse = Captioning().score({7: "a cat sits", 9: "a brown dog"}, [DOG, CAT])
-    assert worse.figures["CIDEr"] < score.figures["CIDEr"]
+    assert worse.metrics["CIDEr"] < score.metrics["CIDEr"]
     assert set(Captioning().score({9: "a cat"}, [DOG, CAT]).items) == {9}
 
 
@@ -61,7 +61,7 @@ def test_nothing_to_score_is_one_sentence() -> None:
     with pytest.raises(DataError, match="nothing was predicted for this data set"):
         Captioning().score({1: "a"}, [DOG])
     bare = Sample(key="x", image_id=3, image=b"")
-    with pytest.raises(DataError, match="1 of 2 pictures have no caption to score against, such as image 3: give their captions"):
+    with pytest.raises(DataError, match="1 of 2 images have no caption to score against, such as image 3: give their captions"):
         Captioning().score({7: "a", 3: "b"}, [DOG, bare])
 
 

@@ -48,9 +48,9 @@ def test_accuracy_is_the_official_one_overall_and_per_type() -> None:
     score = Vqa().score({1: "no", 2: "3"}, [SCENE])
     # 3 of 10 said no: each of the ten subsets of nine holds 2 or 3 of them: 3 x 2/3 + 7 x 1 of ten. 5 of 10 said 3.
     assert score.items == {1: pytest.approx(90.0), 2: pytest.approx(100.0)}
-    assert score.figures == {"accuracy": pytest.approx(95.0), "accuracy (yes/no)": pytest.approx(90.0), "accuracy (number)": pytest.approx(100.0)}
-    assert Vqa().score({1: "green", 2: "3"}, [SCENE]).figures["accuracy"] == pytest.approx(50.0)
-    assert Vqa().score({1: "yes"}, [SCENE]).figures["accuracy"] == pytest.approx(100.0)
+    assert score.metrics == {"accuracy": pytest.approx(95.0), "accuracy (yes/no)": pytest.approx(90.0), "accuracy (number)": pytest.approx(100.0)}
+    assert Vqa().score({1: "green", 2: "3"}, [SCENE]).metrics["accuracy"] == pytest.approx(50.0)
+    assert Vqa().score({1: "yes"}, [SCENE]).metrics["accuracy"] == pytest.approx(100.0)
     assert score.scorer != Vqa(scorer="normalized").score({1: "no"}, [SCENE]).scorer
 
 
@@ -68,7 +68,7 @@ ONE = Sample(
 def test_data_with_one_answer_each_is_judged_by_the_exact_match_and_says_so(tmp_path: Path) -> None:
     score = Vqa().score({7: "The liver.", 8: "no"}, [ONE])
     exact = {"exact match": 50.0, "exact match (other)": 100.0, "exact match (yes/no)": 0.0}
-    assert score.figures == {**exact, "accuracy": 0.0, "accuracy (other)": 0.0, "accuracy (yes/no)": 0.0}
+    assert score.metrics == {**exact, "accuracy": 0.0, "accuracy (other)": 0.0, "accuracy (yes/no)": 0.0}
     assert (score.headline, score.items) == ("exact match", {7: 100.0, 8: 0.0})
     assert list(score.intervals(Resampling(n_resamples=5))) == list(exact)
     assert "2 of 2 questions (first: question 7, with 1)" in score.note
@@ -81,7 +81,7 @@ def test_data_with_one_answer_each_is_judged_by_the_exact_match_and_says_so(tmp_
 
 def test_the_exact_match_can_be_asked_for() -> None:
     score = Vqa(scorer="exact").score({1: "Yes!", 2: "4"}, [SCENE])
-    assert score.figures == {"exact match": 50.0, "exact match (yes/no)": 100.0, "exact match (number)": 0.0}
+    assert score.metrics == {"exact match": 50.0, "exact match (yes/no)": 100.0, "exact match (number)": 0.0}
     assert score.note == Vqa().score({1: "yes", 2: "2"}, [SCENE]).note == ""
 
 

@@ -23,7 +23,7 @@ from multimodal.data.images.decode import BadImage
 from multimodal.data.inputs import read_pixels
 from multimodal.data.loader import Loaded, TrainLoader
 from multimodal.data.shards.reader import DamagedSample
-from multimodal.data.workers import dead_workers_told, made_in_order
+from multimodal.data.workers import dead_workers_named, made_in_order
 from multimodal.encoders.base import Features, Preprocess
 from multimodal.encoders.tower import VisionTower
 from multimodal.model import VisionLanguageModel
@@ -42,19 +42,19 @@ __all__ = [
 
 
 # ----------------------------------------
-# Pictures through a frozen encoder, each once, in groups that only the data set decides.
+# Images through a frozen encoder, each once, in groups that only the data set decides.
 
 
-GROUP = 32  # pictures that are encoded together: always numbers 32 k to 32 k + 31, so that a device's rounding is the same each time
+GROUP = 32  # images that are encoded together: always numbers 32 k to 32 k + 31, so that a device's rounding is the same each time
 
 Encoded = tuple[list[int], Features | None, dict[int, BadSample]]
-"""Pictures, their features (None where there are none), and those of the group that cannot be used."""
+"""Images, their features (None where there are none), and those of the group that cannot be used."""
 
 
 def encoded_groups(tower: VisionTower, source: SampleSource, groups: Sequence[int], *, workers: int) -> Iterator[Encoded]:
-    """The features of the pictures of each group, on the device of the encoder. Raises ConfigError where the encoder is adapted."""
+    """The features of the images of each group, on the device of the encoder. Raises ConfigError where the encoder is adapted."""
     of_groups = (range(GROUP * group, min(GROUP * (group + 1), len(source))) for group in groups)
-    with dead_workers_told():  # while a group is encoded too
+    with dead_workers_named():  # while a group is encoded too
         for items in made_in_order(partial(_read, source, tower.preprocess), of_groups, workers=workers):
             good = {index: item for index, item in items if isinstance(item, Tensor)}
             bad = {index: item for index, item in items if isinstance(item, BadSample)}
@@ -78,7 +78,7 @@ def _read_one(source: SampleSource, preprocess: Any, index: int) -> Tensor | Bad
 
 @contextlib.contextmanager
 def opened_writer(tower: VisionTower, source: SampleSource, folder: Path, contents: Contents) -> Iterator[FeatureWriter]:
-    """A writer of these pictures' features, which lets go of the folder at the end. Raises as FeatureWriter does, and as `bind`."""
+    """A writer of these images' features, which lets go of the folder at the end. Raises as FeatureWriter does, and as `bind`."""
     writer = FeatureWriter(folder, bind(tower, source), contents)
     try:
         yield writer
@@ -91,9 +91,9 @@ def write_features(
 ) -> FeatureCache:
     """Write the folder, or what is missing of it; each of several processes encodes its share. A whole folder is checked, every byte.
 
-    The same pictures give the same features, whatever the number of workers, processes and interruptions.
+    The same images give the same features, whatever the number of workers, processes and interruptions.
 
-    budget   how many pictures may be unusable before the writing stops
+    budget   how many images may be unusable before the writing stops
 
     Raises ConfigError and DataError as FeatureWriter does, BudgetError over the budget; what is written stays, and the folder is not finished.
     """
@@ -104,7 +104,7 @@ def write_features(
 def complete(
     writer: FeatureWriter, tower: VisionTower, source: SampleSource, *, workers: int = 0, budget: int | None = None, label: str = "encoding"
 ) -> FeatureCache:
-    """Encode the pictures that are missing, and finish the folder; all processes together. budget: None where bad pictures count elsewhere."""
+    """Encode the images that are missing, and finish the folder; all processes together. budget: None where bad images count elsewhere."""
     if writer.is_whole:
         return FeatureCache.open(writer.folder)
     state, missing = process_state(), writer.missing()
@@ -114,28 +114,28 @@ def complete(
     counted = BadSamples(budget=allowed)
     n_own = sum(min(GROUP, len(source) - GROUP * group) for group in groups)
     with tqdm(total=n_own, desc=label, unit="image", disable=None if state.is_main_process else True, dynamic_ncols=True) as bar:
-        for pictures, features, found in encoded_groups(tower, source, groups, workers=workers):
+        for images, features, found in encoded_groups(tower, source, groups, workers=workers):
             if features is not None:
-                writer.add(pictures, writer.contents.of(features).cpu())
+                writer.add(images, writer.contents.of(features).cpu())
             bad.update(found)
             for sample in found.values():
                 counted.add(sample)
             counted.check()
-            bar.update(len(pictures) + len(found))
+            bar.update(len(images) + len(found))
     all_bad = {index: sample for part in gather_object([bad]) for index, sample in part.items()}
     BadSamples(budget=allowed, found=all_bad.values()).check()
     return writer.finish(all_bad)
 
 
 # ----------------------------------------
-# Features that are written while the first epoch reads the pictures, and read from there on.
+# Features that are written while the first epoch reads the images, and read from there on.
 
 
 class FillingLoader:
-    """A training stream that encodes each picture as it comes and keeps its features; from the second epoch on it reads them.
+    """A training stream that encodes each image as it comes and keeps its features; from the second epoch on it reads them.
 
     What a step learns from is what is kept, rounded as it is kept: the first epoch does not differ from the others, nor from a run whose
-    features were written before. Pictures that no step has read by then (after a resume without the folder; in a mixture, of a set that
+    features were written before. Images that no step has read by then (after a resume without the folder; in a mixture, of a set that
     comes round seldom) are encoded before the second epoch begins. Where the run ends earlier the folder is not finished, and goes on in
     another run, or in `adalink features`.
     """
@@ -149,9 +149,9 @@ class FillingLoader:
         first = 0 if self._writer.is_whole else min(self.steps, self._stream.steps_to(len(self._source)))
         self._stream.steps = first
         for loaded in self._stream:
-            yield self._kept(loaded)
+            yield self._retained(loaded)
         if self._writer.is_whole or self._stream.steps_to(len(self._source)) == 0:
-            self._stream.read_kept(complete(self._writer, self._tower, self._source, workers=self._workers, label="encoding what is left"))
+            self._stream.read_cached(complete(self._writer, self._tower, self._source, workers=self._workers, label="encoding what is left"))
             self._stream.steps = self.steps - first
             yield from self._stream
 
@@ -167,21 +167,21 @@ class FillingLoader:
         """As the stream's."""
         self._stream.load_state_dict(state)
 
-    def _kept(self, loaded: Loaded) -> Loaded:
+    def _retained(self, loaded: Loaded) -> Loaded:
         batch, contents = loaded.batch, self._writer.contents
         if batch is None or batch.pixels is None:
             return loaded
         records = contents.of(self._tower.encode(batch.pixels))
-        self._writer.add(loaded.pictures, records.cpu())
+        self._writer.add(loaded.images, records.cpu())
         patches, taps = (records, None) if contents.patches else (None, records)
         return replace(loaded, batch=replace(batch, pixels=None, patches=patches, taps=taps))
 
 
 # ----------------------------------------
-# Every picture's features, kept in memory: a frozen encoder says the same thing in every epoch.
+# Every image's features, kept in memory: a frozen encoder says the same thing in every epoch.
 
 
-_SHARED_AT_ONCE = 1024  # pictures; their features pass through the memory of the device
+_SHARED_AT_ONCE = 1024  # images; their features pass through the memory of the device
 
 
 class PatchTable:
@@ -217,7 +217,7 @@ class PatchTable:
 def encode_all(
     model: VisionLanguageModel, source: SampleSource, *, workers: int = 0, label: str = "encoding", dtype: StoredDtype = "float16"
 ) -> PatchTable:
-    """The features of every picture, each encoded once, with a progress bar. Memory: 2 (N + L) Dv bytes a picture (128 KB for 7 x 7 x 1280).
+    """The features of every image, each encoded once, with a progress bar. Memory: 2 (N + L) Dv bytes an image (128 KB for 7 x 7 x 1280).
 
     Each of several processes encodes its share, and all get the whole. Raises DataError for a feature that the dtype cannot hold.
     """
@@ -225,9 +225,9 @@ def encode_all(
     table = torch.zeros(len(source), *contents.shape, dtype=contents.torch_dtype)
     bad: dict[int, BadSample] = {}
     own = range(state.process_index, -(-len(source) // GROUP), state.num_processes)
-    for pictures, features, found in progress(encoded_groups(tower, source, own, workers=workers), label, len(own)):
+    for images, features, found in progress(encoded_groups(tower, source, own, workers=workers), label, len(own)):
         if features is not None:
-            table[pictures] = contents.of(features).cpu()
+            table[images] = contents.of(features).cpu()
         bad.update(found)
     if state.num_processes > 1:
         bad = dict(sorted(((index, sample) for part in gather_object([bad]) for index, sample in part.items()), key=lambda pair: pair[0]))
@@ -239,12 +239,12 @@ def encode_all(
 
 
 # ----------------------------------------
-# The pictures of a data set, decoded anew whenever they are shown: in the place of kept features where the encoder is trained.
+# The images of a data set, decoded anew whenever they are shown: in the place of cached features where the encoder is trained.
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelTable:
-    """Pixels by sample index, float32 [3, H, W] as an encoder takes them. A `multimodal.data.inputs.Kept`, though it keeps nothing.
+    """Pixels by sample index, float32 [3, H, W] as an encoder takes them. A `multimodal.data.inputs.CachedFeatures`, though it keeps nothing.
 
     indices   of the samples in the source
     bad       the samples that cannot be shown, by their place among the indices
@@ -274,7 +274,7 @@ class PixelTable:
 
 
 def pixel_table(source: SampleSource, preprocess: Preprocess, *, label: str) -> PixelTable:
-    """Every picture of a data set, each decoded once here, with a progress bar, to find those that cannot be shown."""
+    """Every image of a data set, each decoded once here, with a progress bar, to find those that cannot be shown."""
     bad: dict[int, BadSample] = {}
     shape: tuple[int, ...] = ()
     for index in progress(range(len(source)), label):

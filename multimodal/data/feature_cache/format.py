@@ -1,4 +1,4 @@
-"""Which vectors of a picture are kept, and in which dtype."""
+"""Which vectors of an image are kept, and in which dtype."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ def as_size(n_bytes: int) -> str:
 
 
 def all_contents(tower: VisionTower, dtype: StoredDtype = "float16") -> Contents:
-    """All that an encoder says of a picture: its patches, and the pooled vector of each block where they have one width."""
-    return Contents(patches=tower.n_patches, pooled=tower.n_kept - tower.n_patches, width=tower.width, dtype=dtype)
+    """All that an encoder says of an image: its patches, and the pooled vector of each block where they have one width."""
+    return Contents(patches=tower.n_patches, pooled=tower.n_retained - tower.n_patches, width=tower.width, dtype=dtype)
 
 
 def needed_contents(adapter: Adapter, everything: Contents) -> Contents:
-    """What an adapter reads of a picture: a bridge the patches, eP-ALM the last few pooled vectors. All, where nothing says that it reads."""
+    """What an adapter reads of an image: a bridge the patches, eP-ALM the last few pooled vectors. All, where nothing says that it reads."""
     patches, pooled = 0, 0
     for module in adapter.modules():
         if isinstance(module, (Projection, Tap)) and module.source == "image":
@@ -120,13 +120,13 @@ def needed_contents(adapter: Adapter, everything: Contents) -> Contents:
 
 
 # ----------------------------------------
-# A file of features: a safetensors file of three tensors, which is written record by record, in any order of the pictures.
+# A file of features: a safetensors file of three tensors, which is written record by record, in any order of the images.
 #
-#     picture   int64 [C]          which picture each record is of; -1 where there is none (yet)
-#     check     int64 [C]          the crc32 of the picture's number and the record: a changed bit changes it, and so do words that changed places
+#     image   int64 [C]          which image each record is of; -1 where there is none (yet)
+#     check     int64 [C]          the crc32 of the image's number and the record: a changed bit changes it, and so do words that changed places
 #     features  [M, N + L, Dv]     the first M of C records are written
 #
-# A record becomes part of the file when its picture is written, which is last. While a file is being written its header says M = C;
+# A record becomes part of the file when its image is written, which is last. While a file is being written its header says M = C;
 # `seal` puts the true M there, and other programs can then read the file too. Files of format 1, whose check is a sum, are read and continued
 # as they are.
 
@@ -139,14 +139,14 @@ _STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, as int64; of format 1
 _NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
-def check_of(words: Tensor, picture: int) -> int:
-    """Of a record in words of `word_bytes`: from 0 to 2^32 - 1. Two pictures of equal features have other checks."""
-    return zlib.crc32(words.numpy().data, zlib.crc32(picture.to_bytes(8, "little")))
+def check_of(words: Tensor, image: int) -> int:
+    """Of a record in words of `word_bytes`: from 0 to 2^32 - 1. Two images of equal features have other checks."""
+    return zlib.crc32(words.numpy().data, zlib.crc32(image.to_bytes(8, "little")))
 
 
-def _sum_of(words: Tensor, picture: int) -> int:
+def _sum_of(words: Tensor, image: int) -> int:
     """The check of format 1, an int64: blind to words that changed places."""
-    return (int(words.sum().item()) + picture * _STRIDE + 2**63) % 2**64 - 2**63
+    return (int(words.sum().item()) + image * _STRIDE + 2**63) % 2**64 - 2**63
 
 
 def word_bytes(n_bytes: int) -> int:
@@ -202,30 +202,30 @@ class ShardFile:
         return cls(path, contents, is_written=True)
 
     def index(self) -> NDArray[np.int64]:
-        """int64 [2, C]: the picture and the check of each record. Raises DataError where the file ends before."""
+        """int64 [2, C]: the image and the check of each record. Raises DataError where the file ends before."""
         data = bytearray(16 * self.capacity)
         if os.preadv(self._number, [data], HEADER) != len(data):
             raise DataError(f"{self.path} is cut: it has {os.fstat(self._number).st_size} bytes; {MEND}")
         return np.frombuffer(data, dtype=np.int64).reshape(2, self.capacity)
 
-    def read(self, slot: int, picture: int, check: int) -> Tensor:
+    def read(self, slot: int, image: int, check: int) -> Tensor:
         """One record, [N + L, Dv], in memory of its own. Raises DataError where it is not what was written."""
         buffer = np.empty(self._size // self._word.itemsize, dtype=self._word)
         found = os.preadv(self._number, [buffer], self._start + slot * self._size)  # type: ignore[list-item]  # a buffer, whatever its type says
         words = torch.from_numpy(buffer)
-        if found != self._size or check != self._check(words, picture):
+        if found != self._size or check != self._check(words, image):
             raise DataError(
-                f"the features of picture {picture} in {self.path} are not what was written: the file was cut or changed; {MEND}"
+                f"the features of image {image} in {self.path} are not what was written: the file was cut or changed; {MEND}"
             )
         return words.view(self._dtype).view(self._shape)
 
-    def write(self, slot: int, pictures: Sequence[int], records: Tensor) -> None:
-        """Put records [B, N + L, Dv] at a slot and those after it; their pictures last. Raises OSError, the disk being full for instance."""
+    def write(self, slot: int, images: Sequence[int], records: Tensor) -> None:
+        """Put records [B, N + L, Dv] at a slot and those after it; their images last. Raises OSError, the disk being full for instance."""
         raw = records.contiguous().view(len(records), -1).view(torch.uint8).numpy().view(self._word)
-        checks = [self._check(words, picture) for words, picture in zip(torch.from_numpy(raw), pictures, strict=True)]
+        checks = [self._check(words, image) for words, image in zip(torch.from_numpy(raw), images, strict=True)]
         self._put(raw, self._start + slot * self._size)
         self._put(np.asarray(checks, dtype=np.int64), HEADER + 8 * (self.capacity + slot))
-        self._put(np.asarray(pictures, dtype=np.int64), HEADER + 8 * slot)
+        self._put(np.asarray(images, dtype=np.int64), HEADER + 8 * slot)
 
     def erase(self, slot: int) -> None:
         """Take a damaged record away. Raises OSError."""
@@ -270,9 +270,9 @@ def seal(path: Path, contents: Contents) -> int:
 def _capacity(head: bytes, contents: Contents, path: Path) -> tuple[int, str]:
     """The records that a file has room for, and its format; DataError where its header is not, to the byte, one that we write."""
     try:
-        said = json.loads(head[8:])
-        capacity, records = int(said["picture"]["shape"][0]), int(said["features"]["shape"][0])
-        version = str(said["__metadata__"]["format"])
+        stated = json.loads(head[8:])
+        capacity, records = int(stated["picture"]["shape"][0]), int(stated["features"]["shape"][0])
+        version = str(stated["__metadata__"]["format"])
         if version not in _FORMATS or _header(contents, capacity, records, version) != head:
             raise ValueError("another header than it should have")
     except (ValueError, KeyError, TypeError, IndexError) as error:

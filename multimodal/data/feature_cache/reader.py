@@ -37,19 +37,19 @@ __all__ = [
 
 
 # ----------------------------------------
-# What a folder of kept features holds, in `features.json`; written last, so that a folder with it is whole.
+# What a folder of cached features holds, in `features.json`; written last, so that a folder with it is whole.
 #
 # While the folder is being filled the same is in `unfinished.json`, without shards.
 
 
 # ----------------------------------------
-# What kept features are features of: an encoder, its preprocessing, a layer, and a data set.
+# What cached features are features of: an encoder, its preprocessing, a layer, and a data set.
 
 
-N_READ = 64  # pictures of a folder whose bytes are compared; of the others names and sizes
-SLICE_BYTES = 4096  # of each of four slices of every picture
+N_READ = 64  # images of a folder whose bytes are compared; of the others names and sizes
+SLICE_BYTES = 4096  # of each of four slices of every image
 N_THREADS, N_WAITING = 16, 4096
-SAME_PIXELS = 0.05  # of the range of values; one step in 255 of a normalised picture is 0.004 of it
+SAME_PIXELS = 0.05  # of the range of values; one step in 255 of a normalised image is 0.004 of it
 SAME_FEATURES = 0.03  # of the largest value; bfloat16 and TF32 stay under 0.01
 
 
@@ -61,11 +61,11 @@ class Binding:
     fingerprint  of its weights
     precision    the dtype that it computes in
     layer        the block that the patches come from
-    pixels       of a test picture, prepared
-    features     of the test picture: what no fingerprint of weights tells, such as another activation
-    pictures     how many the data set has
-    data         a fingerprint of them and their order; texts do not count, so captions and questions of one list of pictures share features
-    slices       of some bytes of every picture that is a file: one that was replaced by another of its size shows; empty where `data` says it
+    pixels       of a test image, prepared
+    features     of the test image: what no fingerprint of weights tells, such as another activation
+    images     how many the data set has
+    data         a fingerprint of them and their order; texts do not count, so captions and questions of one list of images share features
+    slices       of some bytes of every image that is a file: one that was replaced by another of its size shows; empty where `data` says it
                  all, and in folders that were written before it was looked at
     """
 
@@ -75,29 +75,29 @@ class Binding:
     layer: int
     pixels: Sketch
     features: Sketch
-    pictures: int
+    images: int
     data: str
     slices: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data, under the keys of the file's format."""
+        return {"pictures" if name == "images" else name: value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Binding:
         """The reverse. Raises KeyError, TypeError or ValueError where something does not fit."""
         sketches: dict[str, Any] = {name: Sketch.from_json(content[name]) for name in ("pixels", "features")}
         words: dict[str, Any] = {name: str(content[name]) for name in ("encoder", "fingerprint", "precision", "data")}
-        return cls(**words, **sketches, layer=int(content["layer"]), pictures=int(content["pictures"]), slices=str(content.get("slices", "")))
+        return cls(**words, **sketches, layer=int(content["layer"]), images=int(content["pictures"]), slices=str(content.get("slices", "")))
 
 
 def bind(tower: VisionTower, source: SampleSource) -> Binding:
-    """What this encoder's features of these pictures are bound to; one picture is encoded for it.
+    """What this encoder's features of these images are bound to; one image is encoded for it.
 
     Raises ConfigError where the encoder has trained weights: its features change with every step.
     """
     pixels = tower.preprocess(test_image())
-    data, slices = _fingerprints_of_pictures(source)
+    data, slices = _fingerprints_of_images(source)
     return Binding(
         encoder=tower.name,
         fingerprint=fingerprint(tower),
@@ -105,7 +105,7 @@ def bind(tower: VisionTower, source: SampleSource) -> Binding:
         layer=tower.layer,
         pixels=Sketch.of(pixels),
         features=Sketch.of(tower.encode(pixels[None]).joined),
-        pictures=len(source),
+        images=len(source),
         data=data,
         slices=slices,
     )
@@ -126,21 +126,21 @@ def _differences(was: Binding, now: Binding) -> Iterator[tuple[str, object, obje
         if getattr(was, name) != getattr(now, name):
             yield words, getattr(was, name), getattr(now, name)
     if (gap := was.pixels.difference(now.pixels)) > SAME_PIXELS:
-        yield "pictures prepared as", f"{was.pixels}", f"{now.pixels} (a test picture differs by {100 * gap:.0f} % of the range)"
+        yield "images prepared as", f"{was.pixels}", f"{now.pixels} (a test image differs by {100 * gap:.0f} % of the range)"
     if (gap := was.features.difference(now.features)) > SAME_FEATURES:
-        yield "an encoder that makes of a test picture", f"{was.features}", f"{now.features} (they differ by {100 * gap:.0f} % of the range)"
-    if was.pictures != now.pictures:
-        yield "a data set of", f"{was.pictures:,} pictures", f"{now.pictures:,}"
+        yield "an encoder that makes of a test image", f"{was.features}", f"{now.features} (they differ by {100 * gap:.0f} % of the range)"
+    if was.images != now.images:
+        yield "a data set of", f"{was.images:,} images", f"{now.images:,}"
     if was.data != now.data:
-        yield "the data set", was.data, f"{now.data} (other pictures, or in another order)"
+        yield "the data set", was.data, f"{now.data} (other images, or in another order)"
     elif was.slices and now.slices and was.slices != now.slices:
-        yield "the data set", f"{was.data}-{was.slices}", f"{now.data}-{now.slices} (a picture was replaced by another of the same name and size)"
+        yield "the data set", f"{was.data}-{was.slices}", f"{now.data}-{now.slices} (an image was replaced by another of the same name and size)"
 
 
-def _fingerprints_of_pictures(source: SampleSource) -> tuple[str, str]:
+def _fingerprints_of_images(source: SampleSource) -> tuple[str, str]:
     """`Binding.data` and `Binding.slices`, 16 digits each.
 
-    The set's own, where it has one; else of each picture's key, name and size (or bytes), and the bytes of some.
+    The set's own, where it has one; else of each image's key, name and size (or bytes), and the bytes of some.
     """
     digest = hashlib.sha256()
     if known := fingerprint_of(source):
@@ -151,7 +151,7 @@ def _fingerprints_of_pictures(source: SampleSource) -> tuple[str, str]:
     for index in range(len(source)):
         try:
             sample = source[index]
-            digest.update(_told(sample, is_read=index % step == 0))
+            digest.update(_note(sample, is_read=index % step == 0))
             if isinstance(sample.image, (str, Path)):
                 files.append(Path(sample.image))
         except DamagedSample as error:
@@ -179,13 +179,13 @@ def _some_bytes(path: Path) -> bytes:
     return digest.digest()
 
 
-def _told(sample: Sample, *, is_read: bool) -> bytes:
+def _note(sample: Sample, *, is_read: bool) -> bytes:
     key = sample.key if sample.decode == "exact" else f"{sample.key}\0{sample.decode}"
     if isinstance(sample.image, (bytes, Image.Image)):
         content = sample.image if isinstance(sample.image, bytes) else sample.image.tobytes()
         return f"{key}\0{hashlib.sha256(content).hexdigest()}\0".encode()
     path, size, read = Path(sample.image), -1, b""
-    with suppress(OSError, ValueError):  # a missing picture is told where it is encoded
+    with suppress(OSError, ValueError):  # a missing image is told where it is encoded
         size = path.stat().st_size
         read = hashlib.sha256(path.read_bytes()).digest() if is_read else b""
     return f"{key}\0{path.name}\0{size}\0".encode() + read
@@ -268,7 +268,7 @@ def _file_name(file: str) -> str:
 # Features on disk, read by sample index.
 #
 #     cache = FeatureCache.open("features/train")     # a folder that `adalink features` wrote
-#     cache[7]                                        # float16 [N + L, Dv] of picture 7, or the BadSample that has none
+#     cache[7]                                        # float16 [N + L, Dv] of image 7, or the BadSample that has none
 
 
 class FeatureCache:
@@ -280,7 +280,7 @@ class FeatureCache:
     """
 
     def __init__(self, files: Sequence[ShardFile], places: NDArray[np.int64], contents: Contents, bad: Mapping[int, BadSample]) -> None:
-        """places: int64 [n, 4]: file, record in it, the picture's number there, and its check sum."""
+        """places: int64 [n, 4]: file, record in it, the image's number there, and its check sum."""
         self._files, self._places, self.contents, self.bad = tuple(files), places, contents, dict(bad)
         stored = files[0].contents if files else contents
         self._parts = None if stored == contents else contents.inside(stored)
@@ -296,20 +296,20 @@ class FeatureCache:
     @classmethod
     def of(cls, folder: Path, manifest: FeatureManifest) -> FeatureCache:
         """As `open`, with the manifest read already. Raises DataError as it does."""
-        places = np.full((manifest.binding.pictures, 4), ABSENT, dtype=np.int64)
+        places = np.full((manifest.binding.images, 4), ABSENT, dtype=np.int64)
         files = []
         for number, (name, size) in enumerate(manifest.shards.items()):
             path = folder / name
             files.append(ShardFile(path, manifest.contents))
             if (found := path.stat().st_size) != size:
                 raise DataError(f"{path} has {found} bytes, and its manifest says {size}; {MEND}")
-            pictures, checks = files[-1].index()
-            slots = np.flatnonzero((pictures >= 0) & (pictures < len(places)))
-            places[pictures[slots]] = np.stack([np.full_like(slots, number), slots, pictures[slots], checks[slots]], 1)
+            images, checks = files[-1].index()
+            slots = np.flatnonzero((images >= 0) & (images < len(places)))
+            places[images[slots]] = np.stack([np.full_like(slots, number), slots, images[slots], checks[slots]], 1)
         lost = [index for index in np.flatnonzero(places[:, 0] == ABSENT).tolist() if index not in manifest.bad]
         if lost:
             raise DataError(
-                f"the files in {folder} lack the features of {len(lost)} pictures, the first number {lost[0]}, which its manifest promises; {MEND}"
+                f"the files in {folder} lack the features of {len(lost)} images, the first number {lost[0]}, which its manifest promises; {MEND}"
             )
         return cls(files, places, manifest.contents, manifest.bad)
 
@@ -318,7 +318,7 @@ class FeatureCache:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of one picture's features."""
+        """Of one image's features."""
         return self.contents.shape
 
     @property
@@ -330,8 +330,8 @@ class FeatureCache:
         """[N + L, Dv] in the dtype that is kept, in memory of its own. Raises DataError where the file was cut or changed since."""
         if index in self.bad:
             return self.bad[index]
-        number, slot, picture, check = self._places[index].tolist()
-        record = self._files[number].read(slot, picture, check)
+        number, slot, image, check = self._places[index].tolist()
+        record = self._files[number].read(slot, image, check)
         if self._parts is None:
             return record
         return record[self._parts[0]] if len(self._parts) == 1 else torch.cat([record[part] for part in self._parts])
@@ -360,7 +360,7 @@ class FeatureCache:
 
 
 def matching_features(folder: Path, tower: VisionTower, source: SampleSource, needed: Contents) -> FeatureCache:
-    """The folder's features of these pictures by this encoder, of which only what is needed is read.
+    """The folder's features of these images by this encoder, of which only what is needed is read.
 
     Raises DataError as `FeatureCache.open`; ConfigError, naming both sides, where they are of another encoder, layer, preprocessing or data
     set, or lack what is needed, and where the encoder has trained weights.

@@ -30,11 +30,11 @@ from multimodal.data.feature_cache.reader import (
 from multimodal.processes import done_by_main, process_state
 from multimodal.progress import progress
 
-__all__ = ["FeatureWriter", "found_pictures", "shard_files"]
+__all__ = ["FeatureWriter", "found_images", "shard_files"]
 
 
 # ----------------------------------------
-# What an interrupted writing left: which pictures have features as they were written.
+# What an interrupted writing left: which images have features as they were written.
 
 
 def shard_files(folder: Path) -> Sequence[Path]:
@@ -42,24 +42,24 @@ def shard_files(folder: Path) -> Sequence[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def found_pictures(folder: Path, contents: Contents, n_pictures: int) -> NDArray[np.bool_]:
+def found_images(folder: Path, contents: Contents, n_images: int) -> NDArray[np.bool_]:
     """bool [n]: whose features are there. Every record is read; one that is damaged is taken out of its file, and a file without a head removed.
 
     Raises DataError where that is refused.
     """
-    done = np.zeros(n_pictures, dtype=np.bool_)
+    done = np.zeros(n_images, dtype=np.bool_)
     for path in progress(shard_files(folder), f"checking {folder}"):
         try:
             try:
                 file = ShardFile(path, contents, is_written=True)
-                pictures, checks = file.index()
+                images, checks = file.index()
             except DataError:
                 path.unlink()
                 continue
-            for slot in np.flatnonzero(pictures != ABSENT).tolist():
-                picture = int(pictures[slot])
-                if 0 <= picture < n_pictures and _is_whole(file, slot, picture, int(checks[slot])):
-                    done[picture] = True
+            for slot in np.flatnonzero(images != ABSENT).tolist():
+                image = int(images[slot])
+                if 0 <= image < n_images and _is_whole(file, slot, image, int(checks[slot])):
+                    done[image] = True
                 else:
                     file.erase(slot)
             trim(path, contents)  # of what a full disk or a kill left of a record
@@ -68,9 +68,9 @@ def found_pictures(folder: Path, contents: Contents, n_pictures: int) -> NDArray
     return done
 
 
-def _is_whole(file: ShardFile, slot: int, picture: int, check: int) -> bool:
+def _is_whole(file: ShardFile, slot: int, image: int, check: int) -> bool:
     try:
-        file.read(slot, picture, check)
+        file.read(slot, image, check)
     except DataError:
         return False
     return True
@@ -82,7 +82,7 @@ _LOCK = ".lock"
 
 
 class FeatureWriter:
-    """Takes the features of pictures in any order, and goes on where a writing was interrupted; every process of a run has one.
+    """Takes the features of images in any order, and goes on where a writing was interrupted; every process of a run has one.
 
     Each process writes files of its own, so that processes on several machines do not write to one page of a shared disk. A record that a
     kill or a power cut left half-written is found by its check sum, and written again.
@@ -99,7 +99,7 @@ class FeatureWriter:
         self._done, self.is_whole = done_by_main(self._opened)
 
     def _opened(self) -> tuple[NDArray[np.bool_], bool]:
-        """The pictures that are there, and whether that is all; what was made here is gone where it is refused."""
+        """The images that are there, and whether that is all; what was made here is gone where it is refused."""
         is_new = not os.path.exists(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -118,13 +118,13 @@ class FeatureWriter:
         if name is None:
             if others := sorted(path.name for path in self.folder.iterdir() if path.name != _LOCK):
                 raise ConfigError(f"the folder {self.folder} holds {others[0]!r} and no features: give a new folder, or empty it")
-            done, is_whole = np.zeros(self.binding.pictures, dtype=np.bool_), False
+            done, is_whole = np.zeros(self.binding.images, dtype=np.bool_), False
         else:
             found = read_manifest(self.folder, name)
             refuse_other(found.binding, self.binding, self.folder)
             if found.contents != self.contents:
                 raise ConfigError(f"the features in {self.folder} are {found.contents}, and here they would be {self.contents}: give another folder")
-            done = found_pictures(self.folder, self.contents, self.binding.pictures)
+            done = found_images(self.folder, self.contents, self.binding.images)
             is_whole = name == FINISHED and all(done[i] or i in found.bad for i in range(len(done)))
         if not is_whole:
             _check_room(self.folder, self.contents, int((~done).sum()))
@@ -132,38 +132,38 @@ class FeatureWriter:
             (self.folder / FINISHED).unlink(missing_ok=True)  # of a set that was found damaged
         return done, is_whole
 
-    def add(self, pictures: Sequence[int], records: Tensor) -> None:
-        """Write records [B, N + L, Dv] of these pictures, as far as they are not there. Raises DataError where the disk refuses it."""
-        new = {picture: i for i, picture in enumerate(pictures) if not self._done[picture]}
-        chosen, kept = list(new), records[list(new.values())]
+    def add(self, images: Sequence[int], records: Tensor) -> None:
+        """Write records [B, N + L, Dv] of these images, as far as they are not there. Raises DataError where the disk refuses it."""
+        new = {image: i for i, image in enumerate(images) if not self._done[image]}
+        chosen, retained = list(new), records[list(new.values())]
         try:
             while chosen:
                 if self._file is None or self._slot == self._file.capacity:
                     self._file, self._slot = self._create(), 0
                 room = self._file.capacity - self._slot
-                self._file.write(self._slot, chosen[:room], kept[:room])
+                self._file.write(self._slot, chosen[:room], retained[:room])
                 self._done[chosen[:room]] = True
                 self._slot += len(chosen[:room])
-                chosen, kept = chosen[room:], kept[room:]
+                chosen, retained = chosen[room:], retained[room:]
         except OSError as error:
-            there = f"{int(self._done.sum()):,} of {len(self._done):,} pictures are there and stay"
+            there = f"{int(self._done.sum()):,} of {len(self._done):,} images are there and stay"
             raise DataError(f"features cannot be written to {self.folder}: {error.strerror}; {there}: make room and run the same again") from error
 
     def missing(self) -> NDArray[np.int64]:
-        """The pictures that no process has written; all processes ask together."""
+        """The images that no process has written; all processes ask together."""
         for packed in gather_object([np.packbits(self._done)]):
             self._done |= np.unpackbits(packed, count=len(self._done)).astype(np.bool_)
         return np.flatnonzero(~self._done)
 
     def finish(self, bad: Mapping[int, BadSample]) -> FeatureCache:
-        """Make the folder whole, all processes together. bad: why every picture that is missing is missing.
+        """Make the folder whole, all processes together. bad: why every image that is missing is missing.
 
         Raises DataError where one is missing without a reason, or the disk refuses it; the folder is then not finished.
         """
         self._file = None
         lost = [index for index in self.missing().tolist() if index not in bad]
         if lost:
-            raise DataError(f"{len(lost)} pictures have no features, the first number {lost[0]}: run `adalink features` with the same settings")
+            raise DataError(f"{len(lost)} images have no features, the first number {lost[0]}: run `adalink features` with the same settings")
         done_by_main(lambda: self._finish(bad))
         return FeatureCache.open(self.folder)
 
@@ -181,14 +181,14 @@ class FeatureWriter:
             raise DataError(f"the features in {self.folder} cannot be finished: {error.strerror}; make room and run the same again") from error
         shards = {name: size for name, size in sealed.items() if size}
         manifest = FeatureManifest(binding=self.binding, contents=self.contents, shards=shards, bad=dict(sorted(bad.items())))
-        FeatureCache.of(self.folder, manifest)  # finds every picture
+        FeatureCache.of(self.folder, manifest)  # finds every image
         write_manifest(manifest, self.folder / FINISHED)
         (self.folder / UNFINISHED).unlink()
 
     def _create(self) -> ShardFile:
         """The next file of this process that is not there yet. Raises OSError."""
-        rank, pictures = process_state().process_index, self.binding.pictures
-        capacity = min(pictures, max(SHARD_BYTES // self.contents.n_bytes, -(-pictures // MOST_SHARDS), 1))
+        rank, images = process_state().process_index, self.binding.images
+        capacity = min(images, max(SHARD_BYTES // self.contents.n_bytes, -(-images // MOST_SHARDS), 1))
         while True:
             path = self.folder / f"{rank:03d}-{self._number:05d}.safetensors"
             self._number += 1
@@ -200,6 +200,6 @@ def _check_room(folder: Path, contents: Contents, n_missing: int) -> None:
     free, needed = shutil.disk_usage(folder).free, n_missing * (contents.n_bytes + 16)
     if needed > free:
         raise DataError(
-            f"the features of {n_missing:,} pictures take {as_size(needed)} ({contents.n_bytes:,} bytes each: {contents}), "
+            f"the features of {n_missing:,} images take {as_size(needed)} ({contents.n_bytes:,} bytes each: {contents}), "
             f"and {folder} has {as_size(free)} left: give a folder on a larger disk"
         )

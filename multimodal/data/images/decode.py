@@ -1,7 +1,7 @@
-"""One picture, decoded: an RGB image the right way up, or a `BadImage` that says why not.
+"""One image, decoded: an RGB image the right way up, or a `BadImage` that says why not.
 
-JPEG, PNG and WebP, told by content and not by name. Limits on bytes and pixels are checked before a decoder sees the picture.
-A damaged picture is refused, never filled with grey: Pillow's LOAD_TRUNCATED_IMAGES stays off. What no decoder can tell is a bit
+JPEG, PNG and WebP, told by content and not by name. Limits on bytes and pixels are checked before a decoder sees the image.
+A damaged image is refused, never filled with grey: Pillow's LOAD_TRUNCATED_IMAGES stays off. What no decoder can tell is a bit
 that flipped inside a JPEG's data; the shard manifest's sha256 finds that.
 """
 
@@ -49,7 +49,7 @@ PILLOW_PIXELS = 89_478_485  # Pillow itself warns from here on, on standard erro
 
 
 class BadImage(DataError):
-    """A picture that cannot be used; `reason` is short and stable, so that reports can count by it.
+    """An image that cannot be used; `reason` is short and stable, so that reports can count by it.
 
     Reasons: missing file, unreadable file, empty file, not an image, truncated, corrupt, too many bytes, too many pixels, too many scans,
     too many chunks.
@@ -66,9 +66,9 @@ class BadImage(DataError):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
-    """What a picture may cost, checked before it is decoded."""
+    """What an image may cost, checked before it is decoded."""
 
-    max_bytes: int = 64 * 2**20  # of the encoded picture
+    max_bytes: int = 64 * 2**20  # of the encoded image
     max_pixels: int = 2**26  # width x height; 8192 x 8192, which is 192 MiB of RGB
 
     def __post_init__(self) -> None:
@@ -79,9 +79,9 @@ class ImageLimits:
 
 
 def decode_image(image: ImageOrFile, *, limits: ImageLimits = ImageLimits(), at_least: int | None = None) -> Image.Image:
-    """The picture in mode RGB, turned upright by its EXIF orientation; of an animation, the first frame.
+    """The image in mode RGB, turned upright by its EXIF orientation; of an animation, the first frame.
 
-    Transparent pixels show white, as on a page; a 16-bit greyscale picture keeps its high byte.
+    Transparent pixels show white, as on a page; a 16-bit greyscale image keeps its high byte.
 
     at_least  decode a JPEG at a half, a quarter or an eighth of its size where each side keeps so many pixels: faster, and other pixels
 
@@ -89,7 +89,7 @@ def decode_image(image: ImageOrFile, *, limits: ImageLimits = ImageLimits(), at_
     """
     if isinstance(image, Image.Image):
         return _upright(image, limits)
-    name = f"a picture of {len(image)} bytes" if isinstance(image, bytes) else str(image)
+    name = f"an image of {len(image)} bytes" if isinstance(image, bytes) else str(image)
     data = read_image_bytes(image, limits=limits)
     header, parts = _checked(data, limits, name)
     try:
@@ -98,8 +98,8 @@ def decode_image(image: ImageOrFile, *, limits: ImageLimits = ImageLimits(), at_
         raise BadImage("too many pixels", f"{name} has more pixels than its first header says: {error}") from error
     except _DECODER_ERRORS as error:
         reason = "truncated" if _ends_early(data, header.kind) or "truncated" in str(error) else "corrupt"
-        told = "which its decoder does not recognise" if isinstance(error, UnidentifiedImageError) else error  # Pillow's has a memory address
-        raise BadImage(reason, f"{name} is {reason}: {header.kind} of {header.width} x {header.height} pixels, {told}") from error
+        note = "which its decoder does not recognise" if isinstance(error, UnidentifiedImageError) else error  # Pillow's has a memory address
+        raise BadImage(reason, f"{name} is {reason}: {header.kind} of {header.width} x {header.height} pixels, {note}") from error
 
 
 def read_image_bytes(image: ImageOrFile, *, limits: ImageLimits = ImageLimits()) -> bytes:
@@ -112,12 +112,12 @@ def read_image_bytes(image: ImageOrFile, *, limits: ImageLimits = ImageLimits())
         _upright(image, limits).save(png, "PNG")
         return png.getvalue()
     image = Path(image) if isinstance(image, str) else image
-    name = str(image) if isinstance(image, Path) else "a picture"
+    name = str(image) if isinstance(image, Path) else "an image"
     try:
         if isinstance(image, Path):
             status = image.stat()
             if not stat.S_ISREG(status.st_mode):
-                raise BadImage("not an image", f"{name} is not a regular file; expected a jpg, png or webp picture")
+                raise BadImage("not an image", f"{name} is not a regular file; expected a jpg, png or webp image")
             _check_bytes(status.st_size, limits, name)
             with image.open("rb") as file:
                 image = file.read(status.st_size + 1)  # not the limit: memory for it would be made and given back
@@ -133,8 +133,8 @@ def read_image_bytes(image: ImageOrFile, *, limits: ImageLimits = ImageLimits())
     return image
 
 
-def check_header(data: bytes, *, limits: ImageLimits = ImageLimits(), name: str = "a picture") -> ImageHeader:
-    """Kind and size of a picture that is worth a decoder's time; nothing is decoded.
+def check_header(data: bytes, *, limits: ImageLimits = ImageLimits(), name: str = "an image") -> ImageHeader:
+    """Kind and size of an image that is worth a decoder's time; nothing is decoded.
 
     Raises BadImage where the bytes begin as none of the three kinds, end within the header, or promise too many pixels
     or more passes over them than any camera or encoder writes.
@@ -172,7 +172,7 @@ def _headless(data: bytes, name: str) -> BadImage:
 
 
 def _ends_early(data: bytes, kind: ImageKind) -> bool:
-    """Whether the end that the format prescribes is absent; asked only of pictures that failed, to name the reason."""
+    """Whether the end that the format prescribes is absent; asked only of images that failed, to name the reason."""
     if kind == "webp":
         return len(data) < 8 + int.from_bytes(data[4:8], "little")
     return (b"\xff\xd9" if kind == "jpg" else b"IEND") not in data
@@ -185,8 +185,8 @@ def _decode(parts: ImageParts, limits: ImageLimits, name: str, at_least: int | N
             opened.draft(None, (at_least, at_least))  # does nothing to other kinds
         opened.load()
         turn = _UPRIGHT.get(orientation(parts.exif, parts.xmp))
-        picture = _to_rgb(opened)
-        return picture.transpose(turn) if turn is not None else picture
+        image = _to_rgb(opened)
+        return image.transpose(turn) if turn is not None else image
 
 
 def _upright(image: Image.Image, limits: ImageLimits) -> Image.Image:
@@ -195,14 +195,14 @@ def _upright(image: Image.Image, limits: ImageLimits) -> Image.Image:
     try:
         exif = image.info.get("exif", b"")
         turn = _UPRIGHT.get(orientation(exif if isinstance(exif, bytes) else b"", b""))
-        picture = _to_rgb(image)
-        return picture.transpose(turn) if turn is not None else picture
+        rgb = _to_rgb(image)
+        return rgb.transpose(turn) if turn is not None else rgb
     except _DECODER_ERRORS as error:
         raise BadImage("corrupt", f"an image of {image.width} x {image.height} pixels cannot be read: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255 and gives a white picture
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255 and gives a white image
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     elif "A" in image.getbands() or "transparency" in image.info:
         # The colour under a transparent pixel is arbitrary, often black: dropping alpha would show what nobody was meant to see.

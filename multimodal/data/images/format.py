@@ -1,7 +1,7 @@
-"""What kind of picture some bytes are, and how many pixels it claims, read from the first bytes alone.
+"""What kind of image some bytes are, and how many pixels it claims, read from the first bytes alone.
 
-Pillow's WebP reader allocates the whole canvas when it opens a file, and Pillow warns on standard error about large pictures before
-a caller can refuse them. So the size is read here first, and a picture over the limit never reaches a decoder.
+Pillow's WebP reader allocates the whole canvas when it opens a file, and Pillow warns on standard error about large images before
+a caller can refuse them. So the size is read here first, and an image over the limit never reaches a decoder.
 """
 
 from __future__ import annotations
@@ -110,27 +110,27 @@ def orientation(exif: bytes, xmp: bytes) -> int:
 
 
 def _jpeg_parts(data: bytes) -> ImageParts:
-    kept, exif, xmp, n_scans = [], b"", b"", 0
+    retained, exif, xmp, n_scans = [], b"", b"", 0
     for marker, start, end in jpeg_segments(data):
         n_scans += marker == _SOS
         if n_scans > MAX_SCANS:
             raise TooManyParts("too many scans", f"a JPEG of more than {MAX_SCANS} scans, each of which is a pass over all of its pixels")
         if marker == _SOS and n_scans == 1:
-            kept.append(data[start:])  # libjpeg passes over metadata between scans, and over what follows the image
+            retained.append(data[start:])  # libjpeg passes over metadata between scans, and over what follows the image
         elif n_scans == 0 and marker not in _JPEG_METADATA:
-            kept.append(data[start:end])
+            retained.append(data[start:end])
         elif n_scans == 0 and marker == 0xE1:
             content = data[start + 4 : end]
             exif = exif or (content if content.startswith(_EXIF) else b"")
             xmp = xmp or (content if content.startswith(_XMP_JPEG) else b"")
-    return ImageParts(b"".join(kept), exif, xmp)
+    return ImageParts(b"".join(retained), exif, xmp)
 
 
 def _png_parts(data: bytes) -> ImageParts:
-    kept, exif, xmp, profile = [data[:8]], b"", b"", b""
+    retained, exif, xmp, profile = [data[:8]], b"", b"", b""
     for kind, start, end in _png_chunks(data):
         if kind in _PNG_PIXELS:
-            kept.append(data[start:end])
+            retained.append(data[start:end])
             continue
         content = data[start + 8 : end - 4]
         if kind == b"eXIf":
@@ -139,7 +139,7 @@ def _png_parts(data: bytes) -> ImageParts:
             xmp = xmp or _international_text(content)
         elif kind in (b"tEXt", b"zTXt") and content.startswith(b"Raw profile type exif\0"):  # as ImageMagick writes it
             profile = profile or _raw_profile(content.partition(b"\0")[2], kind)
-    return ImageParts(b"".join(kept), exif or profile, xmp)
+    return ImageParts(b"".join(retained), exif or profile, xmp)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -170,7 +170,7 @@ def _next_png_pixels(data: bytes, at: int) -> int:
 
 
 def _webp_parts(data: bytes) -> ImageParts:
-    kept, found, at = [], dict[bytes, bytes](), 12
+    retained, found, at = [], dict[bytes, bytes](), 12
     for number in range(MAX_PARTS + 1):
         kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         if not kind:
@@ -179,13 +179,13 @@ def _webp_parts(data: bytes) -> ImageParts:
             raise TooManyParts("too many chunks", f"a WebP of more than {MAX_PARTS} chunks")
         end = at + 8 + size + size % 2
         if kind == b"VP8X":  # without the bits that announce metadata
-            kept.append(data[at : at + 8] + bytes([data[at + 8] & ~_WEBP_METADATA]) + data[at + 9 : end] if at + 8 < len(data) else data[at:])
+            retained.append(data[at : at + 8] + bytes([data[at + 8] & ~_WEBP_METADATA]) + data[at + 9 : end] if at + 8 < len(data) else data[at:])
         elif kind in _WEBP_PIXELS:
-            kept.append(data[at:end])
+            retained.append(data[at:end])
         elif kind in (b"EXIF", b"XMP "):
             found.setdefault(kind, data[at + 8 : at + 8 + size])
         at = end
-    body = b"".join(kept)
+    body = b"".join(retained)
     return ImageParts(b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body, found.get(b"EXIF", b""), found.get(b"XMP ", b""))
 
 
@@ -238,7 +238,7 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 @dataclass(frozen=True, kw_only=True)
 class ImageHeader:
-    """What a picture says about itself; sizes in pixels, before its EXIF orientation."""
+    """What an image says about itself; sizes in pixels, before its EXIF orientation."""
 
     kind: ImageKind
     width: int

@@ -32,7 +32,7 @@ from multimodal.data.shards.manifest import (
     read_manifest,
     refuse_unfinished,
 )
-from multimodal.data.shards.storage import RemoteFiles, beside, shown
+from multimodal.data.shards.storage import RemoteFiles, beside, redacted
 
 __all__ = [
     "IndexedShard", "Place", "ShardLimits", "ShardSet", "TarMember", "index_shard", "index_shards", "open_remote_set",
@@ -326,11 +326,11 @@ def open_remote_set(folder: str, files: RemoteFiles, limits: ShardLimits) -> Sha
     Raises DataError as `open_shard_set` does, and where there is no manifest.
     """
     name = beside(folder, MANIFEST)
-    shards = parse_manifest(files.whole(name), shown(name)).shards
+    shards = parse_manifest(files.whole(name), redacted(name)).shards
     urls = [beside(folder, quote(shard.file)) for shard in shards]
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
         sizes = list(tqdm(pool.map(files.size, urls), total=len(urls), unit="shard", desc="opening shards", disable=None, leave=False))
-    found = [_whole(shown(url), size, shard, limits) for url, size, shard in zip(urls, sizes, shards, strict=True)]
+    found = [_whole(redacted(url), size, shard, limits) for url, size, shard in zip(urls, sizes, shards, strict=True)]
     return _set(urls, found)
 
 

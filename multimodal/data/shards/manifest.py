@@ -56,9 +56,9 @@ class Members:
         self._ends = array("q", accumulate(map(len, encoded)))  # its elements are read one by one, for which NumPy is slow
         self.table = table.reshape(len(encoded), len(PARTS), 3)
 
-    def only(self, kept: NDArray[np.bool_]) -> Members:
-        """The samples at which `kept` is true."""
-        return Members([self.key(index) for index in np.flatnonzero(kept).tolist()], self.table[kept])
+    def only(self, retained: NDArray[np.bool_]) -> Members:
+        """The samples at which `retained` is true."""
+        return Members([self.key(index) for index in np.flatnonzero(retained).tolist()], self.table[retained])
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -148,8 +148,8 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise DataError(f"the manifest {name} is not JSON: {error}; index the shards again") from error
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
-        said = str(found.get("format") if isinstance(found, dict) else found)[:60]
-        raise DataError(f"{name} is not a manifest of this version: its format is {said!r}, expected {_FORMAT!r}; index the shards again")
+        answered = str(found.get("format") if isinstance(found, dict) else found)[:60]
+        raise DataError(f"{name} is not a manifest of this version: its format is {answered!r}, expected {_FORMAT!r}; index the shards again")
     try:
         manifest = Manifest(
             shards=tuple(shard_from_json(shard) for shard in found["shards"]),

@@ -23,7 +23,7 @@ from adalink.errors import DataError
 from multimodal.bad_samples import BadSample
 from multimodal.data.shards.index import Place, ShardLimits, open_remote_set, open_shard_set
 from multimodal.data.shards.manifest import PARTS, UNKNOWN_CRC, Shard
-from multimodal.data.shards.storage import FsspecFiles, HttpFiles, RemoteFiles, RemoteSettings, ShardCache, is_url, shown
+from multimodal.data.shards.storage import FsspecFiles, HttpFiles, RemoteFiles, RemoteSettings, ShardCache, is_url, redacted
 from multimodal.sample import Measure, Question, Sample
 
 __all__ = [
@@ -352,7 +352,7 @@ class ShardSource:
 
 
 def _name(place: Place) -> str:
-    return shown(place) if isinstance(place, str) else str(place)
+    return redacted(place) if isinstance(place, str) else str(place)
 
 
 def _folder(place: Place) -> str:

@@ -24,7 +24,7 @@ from multimodal.data.shards.manifest import Shard
 
 __all__ = [
     "FsspecFiles", "HttpFiles", "Passing", "RemoteFiles", "RemoteSettings", "ShardCache", "beside", "cached_name", "is_url",
-    "patiently", "shown", "unsigned",
+    "patiently", "redacted", "unsigned",
 ]  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def patiently(read: Callable[[], T], url: str, settings: RemoteSettings) -> T:
             if attempt == settings.attempts:
                 spent = time.monotonic() - started
                 raise DataError(
-                    f"{shown(url)} cannot be read: {error}, in the last of {attempt} attempts over {spent:.0f} s; "
+                    f"{redacted(url)} cannot be read: {error}, in the last of {attempt} attempts over {spent:.0f} s; "
                     "is the server well? --resume goes on with the next sample"
                 ) from error
             time.sleep(min(max(wait, error.wait), _LONGEST_WAIT))
@@ -123,7 +123,7 @@ def unsigned(url: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
 
 
-def shown(url: str) -> str:
+def redacted(url: str) -> str:
     """The URL for a message: without password and query, which may be secrets."""
     parts = urlsplit(url)
     return urlunsplit(SplitResult(parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -174,7 +174,9 @@ class HttpFiles:
         answer = self._get(url, {"Range": f"bytes={offset}-{offset + size - 1}"}, size)
         found = re.fullmatch(r"bytes ([0-9]{1,19})-[0-9]+/([0-9]{1,19})", answer.headers.get("content-range", ""))
         if answer.status != 206 or found is None or int(found[1]) != offset:
-            raise DataError(f"{shown(url)} is on a server that reads no ranges (it answered {answer.status}); copy the shards to a disk, or to another server")
+            raise DataError(
+                f"{redacted(url)} is on a server that reads no ranges (it answered {answer.status}); copy the shards to a disk, or to another server"
+            )
         if len(answer.body) != size:
             raise Passing(f"{len(answer.body)} of {size} bytes came")
         return answer.body, int(found[2])
@@ -186,10 +188,10 @@ class HttpFiles:
             if answer.status in _MOVED and "location" in answer.headers:
                 at = urljoin(at, answer.headers["location"])
                 if urlsplit(at).scheme not in ("http", "https"):
-                    raise DataError(f"{shown(url)} was moved to {shown(at)}, which is not on the web; give the URL of the shards themselves")
+                    raise DataError(f"{redacted(url)} was moved to {redacted(at)}, which is not on the web; give the URL of the shards themselves")
                 continue
             return _checked(answer, url)
-        raise DataError(f"{shown(url)} is moved on more than {_MOST_MOVES} times; give the URL of the shards themselves")
+        raise DataError(f"{redacted(url)} is moved on more than {_MOST_MOVES} times; give the URL of the shards themselves")
 
     def _once(self, url: str, headers: Mapping[str, str], size: int) -> _Answer:
         parts = urlsplit(url)
@@ -231,16 +233,16 @@ class HttpFiles:
 
 
 def _checked(answer: _Answer, url: str) -> _Answer:
-    said = f"the server answered {answer.status} {answer.reason}".strip()
+    answered = f"the server answered {answer.status} {answer.reason}".strip()
     if answer.status in _TEMPORARY:
         wait = answer.headers.get("retry-after", "")
-        raise Passing(said, wait=float(wait) if wait.isdecimal() else 0.0)
+        raise Passing(answered, wait=float(wait) if wait.isdecimal() else 0.0)
     if answer.status in (404, 410):
-        raise DataError(f"{shown(url)} is not there ({said}); check the URL, or put the file there again")
+        raise DataError(f"{redacted(url)} is not there ({answered}); check the URL, or put the file there again")
     if answer.status in (401, 403):
-        raise DataError(f"{shown(url)} may not be read ({said}); is the URL signed, and is the signature still good?")
+        raise DataError(f"{redacted(url)} may not be read ({answered}); is the URL signed, and is the signature still good?")
     if answer.status not in (200, 206):
-        raise DataError(f"{shown(url)} cannot be read ({said}); expected 200 or 206")
+        raise DataError(f"{redacted(url)} cannot be read ({answered}); expected 200 or 206")
     return answer
 
 
@@ -292,9 +294,9 @@ class FsspecFiles:
             try:
                 return act(files, path)
             except (FileNotFoundError, IsADirectoryError) as error:
-                raise DataError(f"{shown(url)} is not there; check the URL, or put the file there again") from error
+                raise DataError(f"{redacted(url)} is not there; check the URL, or put the file there again") from error
             except PermissionError as error:
-                raise DataError(f"{shown(url)} may not be read ({error}); are the credentials set as {_package(url)} wants them?") from error
+                raise DataError(f"{redacted(url)} may not be read ({error}); are the credentials set as {_package(url)} wants them?") from error
             except OSError as error:
                 raise Passing(f"{type(error).__name__} {error}".strip()) from error
 
@@ -305,15 +307,15 @@ def _opened(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ConfigError(f"{shown(url)} needs a package that is not here: pip install 'adalink[remote]'") from error
+        raise ConfigError(f"{redacted(url)} needs a package that is not here: pip install 'adalink[remote]'") from error
     if "::" in url:  # fsspec would unpack, or read one file by what another says
-        raise ConfigError(f"{shown(url)} is a chain of URLs, which is not supported; give the URL of the folder of shards itself")
+        raise ConfigError(f"{redacted(url)} is a chain of URLs, which is not supported; give the URL of the folder of shards itself")
     try:
         files, path = url_to_fs(url)
     except ImportError as error:
-        raise ConfigError(f"{shown(url)} needs a package that is not here: pip install {_package(url)}") from error
+        raise ConfigError(f"{redacted(url)} needs a package that is not here: pip install {_package(url)}") from error
     except ValueError as error:
-        raise ConfigError(f"{shown(url)} is of a kind that is not known ({error}); give a folder, or an http, https, s3, gs or hf URL") from error
+        raise ConfigError(f"{redacted(url)} is of a kind that is not known ({error}); give a folder, or an http, https, s3, gs or hf URL") from error
     return files, path
 
 
@@ -331,7 +333,7 @@ def _package(url: str) -> str:
 
 _CHUNK = 2**23  # bytes of one read from the server
 _LOG = logging.getLogger("adalink")
-_NOT_KEPT = "adalink: %s is not kept in the cache %s: %s"
+_NOT_CACHED = "adalink: %s is not kept in the cache %s: %s"
 
 
 def cached_name(url: str, shard: Shard) -> str:
@@ -397,9 +399,9 @@ class ShardCache:
                 _fetch(self._files, url, shard, part)
                 part.replace(self._folder / name)
             except OSError as error:
-                _LOG.warning(_NOT_KEPT, shown(url), self._folder, f"{error.strerror}; its samples are read from the server; is the disk full?")
+                _LOG.warning(_NOT_CACHED, redacted(url), self._folder, f"{error.strerror}; its samples are read from the server; is the disk full?")
             except DataError as error:
-                _LOG.warning(_NOT_KEPT, shown(url), self._folder, error)
+                _LOG.warning(_NOT_CACHED, redacted(url), self._folder, error)
             finally:
                 with suppress(OSError):
                     part.unlink()

@@ -1,4 +1,4 @@
-"""Samples into webdataset tar files with a manifest: pictures as they are, not encoded again, and all texts of a picture as JSON.
+"""Samples into webdataset tar files with a manifest: images as they are, not encoded again, and all texts of an image as JSON.
 
 Each shard holds a fixed range of the source, so that shards can be written side by side, and a killed writing can go on with the next.
 """
@@ -124,7 +124,7 @@ class ShardJob:
     def __init__(self, source: SampleSource, work: Path, bad: BadSamples, progress: Callable[[int], object]) -> None:
         self.source, self.work, self.bad, self.progress = source, work, bad, progress
         self.stopped, self.lock = Event(), Lock()
-        self.limits, self.pictures = ShardLimits(), ImageLimits()
+        self.limits, self.images = ShardLimits(), ImageLimits()
 
     def write(self, number: int, indices: range) -> WrittenShard:
         """Shard `number`, which may be there already from a writing that was killed.
@@ -177,8 +177,8 @@ class ShardJob:
 
     def _add(self, tar: TarFile, key: str, sample: Sample) -> tuple[tuple[int, int, int], ...]:
         """The places of image, json and txt in the tar file."""
-        image = read_image_bytes(sample.image, limits=self.pictures)
-        kind = check_header(image, limits=self.pictures, name=str(sample.image) if isinstance(sample.image, (str, Path)) else "its picture").kind
+        image = read_image_bytes(sample.image, limits=self.images)
+        kind = check_header(image, limits=self.images, name=str(sample.image) if isinstance(sample.image, (str, Path)) else "its image").kind
         record = encode_record(sample)
         if len(record) > self.limits.max_text_bytes:
             raise BadImage("too much text", f"{sample.key} has {len(record)} bytes of text, and the limit is {self.limits.max_text_bytes}")
@@ -194,7 +194,7 @@ class ShardJob:
 
 
 class _MadeOf:
-    """What a shard is made of, without reading the pictures: texts, and each file's name, size and time."""
+    """What a shard is made of, without reading the images: texts, and each file's name, size and time."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -252,8 +252,8 @@ def write_shards(
     """Writes `out/PREFIX-000000.tar` and so on, and `out/manifest.json`; the same source gives the same bytes.
 
     samples_per_shard   images in a shard, less those that are bad
-    budget              how many pictures may be unusable (missing, no picture by content, over the limits) before the writing stops.
-                        Pictures are not decoded here: damage inside one shows when it is read
+    budget              how many images may be unusable (missing, no image by content, over the limits) before the writing stops.
+                        Images are not decoded here: damage inside one shows when it is read
     skipped             what the source itself left out; it counts against the budget and stands in the manifest with the rest
     workers             threads that write shards side by side: check sums and disk are waited for together
 

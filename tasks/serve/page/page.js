@@ -1,10 +1,10 @@
-// The page of `adalink serve`: a picture, the adapters that are asked about it, and what each of them says, with the time it took.
-// It uses the same API that programs use. Each question is asked of the picture alone: adapters do not read earlier answers.
+// The page of `adalink serve`: an image, the adapters that are asked about it, and what each of them says, with the time it took.
+// It uses the same API that programs use. Each question is asked of the image alone: adapters do not read earlier answers.
 
 const at = (id) => document.getElementById(id);
 const made = (id) => at(id).content.firstElementChild.cloneNode(true);
-// shown: the turn of captions; latest: that of the last question about this picture
-const state = { models: [], picture: null, fileId: null, asked: 0, shown: null, latest: null };
+// shown: the turn of captions; latest: that of the last question about this image
+const state = { models: [], image: null, fileId: null, asked: 0, shown: null, latest: null };
 
 class Told extends Error {
   constructor(error, status) {
@@ -72,26 +72,26 @@ function update() {
   const answers = chosen().filter((model) => model.asks);
   const silent = chosen().filter((model) => !model.asks);
   at("cannot").textContent = silent.map((model) => `${called(model)} takes no question: ${why(model)}.`).join(" ");
-  const ready = Boolean(state.picture) && answers.length > 0;
+  const ready = Boolean(state.image) && answers.length > 0;
   at("question").disabled = at("send").disabled = !ready;
-  at("hint").textContent = !state.picture
-    ? "Give a picture first."
+  at("hint").textContent = !state.image
+    ? "Give an image first."
     : answers.length === 0
       ? "None of the chosen adapters answers questions."
       : `Asked of ${answers.map(called).join(", ")}. Each question is read alone, without the earlier ones.`;
 }
 
-// The picture
+// The image
 
 async function take(file) {
   if (!file) return;
-  URL.revokeObjectURL(at("picture").src);
-  state.picture = file;
+  URL.revokeObjectURL(at("image").src);
+  state.image = file;
   state.fileId = state.shown = state.latest = null;
   const asked = ++state.asked;
-  at("picture").src = URL.createObjectURL(file);
-  at("picture").alt = `The picture ${file.name}`;
-  at("picture").hidden = false;
+  at("image").src = URL.createObjectURL(file);
+  at("image").alt = `The image ${file.name}`;
+  at("image").hidden = false;
   at("invitation").hidden = true;
   at("drop").classList.add("full");
   at("turns").replaceChildren();
@@ -99,7 +99,7 @@ async function take(file) {
     await upload();
   } catch (error) {
     if (asked !== state.asked) return;
-    state.picture = null;
+    state.image = null;
     update();
     at("hint").textContent = error.message;
     return;
@@ -109,7 +109,7 @@ async function take(file) {
   await catchUp();
 }
 
-// What the chosen models have not said yet: captions of the picture, and answers to the last question about it.
+// What the chosen models have not said yet: captions of the image, and answers to the last question about it.
 async function catchUp() {
   if (!state.fileId) return;
   const captioning = chosen().filter((model) => !model.asks);
@@ -123,10 +123,10 @@ async function catchUp() {
 async function upload() {
   const form = new FormData();
   form.append("purpose", "vision");
-  form.append("file", state.picture);
-  const picture = state.picture;
+  form.append("file", state.image);
+  const image = state.image;
   const { id } = await (await api("v1/files", { method: "POST", body: form })).json();
-  if (picture === state.picture) state.fileId = id;
+  if (image === state.image) state.fileId = id;
 }
 
 // Questions and answers

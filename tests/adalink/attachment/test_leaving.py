@@ -68,10 +68,10 @@ def test_an_adapter_that_fails_leaves_no_trace(why: str) -> None:
     error, methods = FAILING[why]
     model = trained("llama")
     before = trace(model)
-    with pytest.raises(error) as kept:  # as a notebook keeps it
+    with pytest.raises(error) as retained:  # as a notebook keeps it
         get_adalink_model(model, methods)
     assert trace(model) == before
-    assert kept
+    assert retained
     model(IDS)
 
 
@@ -122,15 +122,15 @@ def test_a_cell_that_is_run_twice_leaves_one_adapter() -> None:
     plain = tiny("llama")(IDS).logits
     first: Any = get_adalink_model(frozen, METHODS)
     once = trace(frozen)
-    kept = first  # as a notebook keeps its outputs
+    retained = first  # as a notebook keeps its outputs
     model = get_adalink_model(frozen, METHODS)
-    excite(kept.active_adapter().double(), 1)
+    excite(retained.active_adapter().double(), 1)
     excite(model.active_adapter().double(), 2)
     alone = get_adalink_model(tiny("llama"), METHODS)
     alone.active_adapter().double().load_state_dict(model.active_adapter().state_dict())
     assert torch.equal(model(IDS).logits, alone(IDS).logits)  # the first one's edits are not in it
     assert torch.equal(frozen(IDS).logits, plain)
-    del first, kept
+    del first, retained
     gc.collect()
     assert trace(frozen) == once  # still frozen
     assert torch.equal(model(IDS).logits, alone(IDS).logits)

@@ -50,7 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 class Work:
     """What a forward and a backward pass did in each layer; -1 stands for all that ran outside of the layers."""
 
-    kept: Counter[int]
+    retained: Counter[int]
     runs: Counter[int]
     results: list[Tensor]
 
@@ -78,7 +78,7 @@ def watched(attachment: Attachment, work: Work) -> Iterator[None]:
         handles.append(projection.register_forward_pre_hook(partial(ran, number)))
 
     def keep(tensor: Tensor) -> Tensor:
-        work.kept[at[0]] += tensor.data_ptr() not in own
+        work.retained[at[0]] += tensor.data_ptr() not in own
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -112,11 +112,11 @@ def done(family: str, methods: dict[str, Any], *, checkpointed: bool) -> Work:
 def test_nothing_is_kept_below_the_lowest_edit(family: str, case: str) -> None:
     methods, lowest = CASES[case]
     work = done(family, methods, checkpointed=False)
-    assert {layer for layer in range(N_LAYERS) if work.kept[layer]} == set(range(max(lowest, 0), N_LAYERS))
+    assert {layer for layer in range(N_LAYERS) if work.retained[layer]} == set(range(max(lowest, 0), N_LAYERS))
     assert work.runs == Counter(range(N_LAYERS))
     if lowest >= 0:
         before = done(family, {"adalink": AdaLink(rank=2, modalities=("text",))}, checkpointed=False)
-        assert work.kept[-1] < before.kept[-1]  # nothing at the embedding either, only around the head
+        assert work.retained[-1] < before.retained[-1]  # nothing at the embedding either, only around the head
 
 
 @pytest.mark.parametrize(("case", "family"), covering(product(CASES, DECODERS), each=1, shift=1))

@@ -318,7 +318,7 @@ def test_pictures_are_not_invented_for_a_bridge() -> None:
 
     model = AdaptedModel(tiny("llama"), inputs=INPUTS)
     model.add_adapter("one", {"bridge": Bridge(kind="linear")})
-    with pytest.raises(ConfigError, match="an adapter with a bridge or with percepts needs pictures, and plain ids bring none"):
+    with pytest.raises(ConfigError, match="an adapter with a bridge or with percepts needs images, and plain ids bring none"):
         model(**prompts(1))
 
 

@@ -41,9 +41,9 @@ def test_without_slots_nothing_moves() -> None:
 
 
 def test_a_bridges_slots_have_no_place_among_plain_ids() -> None:
-    with pytest.raises(ConfigError, match="an adapter with a bridge or with percepts needs pictures, and plain ids bring none"):
+    with pytest.raises(ConfigError, match="an adapter with a bridge or with percepts needs images, and plain ids bring none"):
         Reserved(MASK, ((Slots(IMAGE, 4),), (), ()), "left")
-    with pytest.raises(ConfigError, match="with percepts needs pictures"):
+    with pytest.raises(ConfigError, match="with percepts needs images"):
         Reserved(MASK, ((), (Slots(PERCEPT, 1),), ()), "right")
 
 

@@ -19,7 +19,7 @@ from adalink.errors import CheckpointError
 BOTH = AdaLink(rank=4, modalities=("text", "image"), activation="gelu", bias=True)
 PROMPT_SCOPE = AdaLink(rank=4, modalities=("text", "image"), scope="prompt")
 SOFT = Prompt(length=3, init_std=0.5)
-LORA = LoRA(groups={"image": ("image",), "text": ("text",)}, rank={"image": 4, "text": 2}, alpha=4)  # Context-PEFT, on pictures and text apart
+LORA = LoRA(groups={"image": ("image",), "text": ("text",)}, rank={"image": 4, "text": 2}, alpha=4)  # Context-PEFT, on images and text apart
 METHODS: dict[str, Any] = {
     "adalink": {"adalink": BOTH},
     "prompt_scope": {"adalink": PROMPT_SCOPE},
@@ -28,7 +28,7 @@ METHODS: dict[str, Any] = {
 }
 ON_EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 MATRIX = list(product(FAMILIES, METHODS))
-NEVER = [2, 60, IMAGE_ID]  # no end, and no token that would want a picture
+NEVER = [2, 60, IMAGE_ID]  # no end, and no token that would want an image
 SETTINGS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": NEVER}
 
 
@@ -107,7 +107,7 @@ def test_a_few_steps_lower_the_loss_and_leave_every_frozen_byte(family: str, nam
         loss = model(**inputs).loss
         loss.backward()
         for role, parameter in model.active_adapter().named_parameters():
-            if ".1." not in role:  # the last layer writes nothing at the pictures that anybody reads
+            if ".1." not in role:  # the last layer writes nothing at the images that anybody reads
                 assert parameter.grad is not None
                 assert parameter.grad.abs().max() > 0, role
         optimizer.step()
@@ -142,11 +142,11 @@ def test_training_sees_the_edits_that_generation_saw(family: str, name: str) -> 
     ids = model.generate(**inputs, **SETTINGS)
     n_prompt = inputs["input_ids"].shape[1]
     assert torch.equal(ids[:, :n_prompt], inputs["input_ids"])
-    learnt = answers(family, inputs, n=4)
-    learnt["input_ids"] = ids
-    learnt["labels"][:, n_prompt:] = ids[:, n_prompt:]
+    trained_so_far = answers(family, inputs, n=4)
+    trained_so_far["input_ids"] = ids
+    trained_so_far["labels"][:, n_prompt:] = ids[:, n_prompt:]
     with torch.no_grad():
-        logits = model(**learnt).logits
+        logits = model(**trained_so_far).logits
     assert logits.shape[1] == ids.shape[1]
     logits[..., NEVER] = -torch.inf
     assert torch.equal(logits[:, n_prompt - 1 : -1].argmax(-1), ids[:, n_prompt:])

@@ -143,7 +143,7 @@ def test_a_model_with_pictures_needs_the_ids_that_say_where_they_are() -> None:
     given = batch("llava")
     base: Any = model.base
     embeds = base.get_input_embeddings()(given["input_ids"])
-    with pytest.raises(ConfigError, match=r"cannot be told apart without input_ids \(embeddings do not say which of them are a picture's\): pass input_ids"):
+    with pytest.raises(ConfigError, match=r"cannot be told apart without input_ids \(embeddings do not say which of them are an image's\): pass input_ids"):
         model(inputs_embeds=embeds, attention_mask=given["attention_mask"])
     with pytest.raises(ConfigError, match="cannot be told apart without input_ids"):
         model.generate(pixel_values=given["pixel_values"])
@@ -167,7 +167,7 @@ def test_models_that_cannot_be_served_are_refused_at_attach() -> None:
     git = AutoModelForImageTextToText.from_config(GitConfig(**SIZES, vision_config={**small, "image_size": 8, "patch_size": 4}))
     message = r"the edit adalink\.image is for image tokens, .* hold only text, answer: it puts an image's features among the words where no id says which"
     with pytest.raises(ConfigError, match=message):
-        get_adalink_model(git, AdaLink(rank=4, modalities=("image",)))  # its pictures have no tokens among the ids
+        get_adalink_model(git, AdaLink(rank=4, modalities=("image",)))  # its images have no tokens among the ids
 
 
 def test_a_target_of_the_vision_tower_is_refused_with_the_language_models_names() -> None:

@@ -93,11 +93,11 @@ def test_two_encoders_live_in_one_adapter(family: str) -> None:
     ids = nn.functional.pad(text, (4, 0))
     sound = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 
-    def bound(picture: Tensor, sound: Tensor) -> TokenMap:
-        return TokenMap(domain, torch.zeros(2, dtype=torch.int64), {"image_taps": picture, "audio_taps": sound})
+    def bound(image: Tensor, sound: Tensor) -> TokenMap:
+        return TokenMap(domain, torch.zeros(2, dtype=torch.int64), {"image_taps": image, "audio_taps": sound})
 
-    def logits(picture: Tensor, sound: Tensor) -> Tensor:
-        with attachment.bind(bound(picture, sound)), torch.no_grad():
+    def logits(image: Tensor, sound: Tensor) -> Tensor:
+        with attachment.bind(bound(image, sound)), torch.no_grad():
             found: Tensor = model(input_ids=ids).logits[:, -1]
         return found
 

@@ -105,7 +105,7 @@ def test_dropout_takes_whole_tokens_with_one_draw_for_all_layers_in_training_alo
     again = TokenMap(torch.full((4, 50), TEXT), torch.zeros(4, dtype=torch.int64)).window(4, 0, 50, 50)
     adapter = Adapter({"m": method}, LLAMA).double()
     excite(adapter)
-    kept: dict[str, set[tuple[bool, ...]]] = {"image": set(), "text": set()}
+    retained: dict[str, set[tuple[bool, ...]]] = {"image": set(), "text": set()}
     for placement in adapter.placements:
         linear = next(one for one in LLAMA.linears if one.name == placement.port.module)
         x = torch.randn(4, 50, linear.n_in).double()
@@ -113,13 +113,13 @@ def test_dropout_takes_whole_tokens_with_one_draw_for_all_layers_in_training_alo
         changed = placement.edit(h, tokens, x) - h
         plain = placement.edit.eval()(h, tokens, x) - h
         placement.edit.train()
-        is_kept = changed.abs().amax(-1, keepdim=True) > 0
-        torch.testing.assert_close(changed, plain * is_kept * 2)
-        kept[placement.role.split(".")[1]].add(tuple(is_kept.flatten().tolist()))
+        is_cached = changed.abs().amax(-1, keepdim=True) > 0
+        torch.testing.assert_close(changed, plain * is_cached * 2)
+        retained[placement.role.split(".")[1]].add(tuple(is_cached.flatten().tolist()))
         assert not torch.equal(placement.edit(h, again, x) - h, changed)  # the next call draws anew
-    assert [len(draws) for draws in kept.values()] == [1, 1]
-    assert kept["image"] != kept["text"]
-    assert 0.3 < torch.tensor(next(iter(kept["text"]))).double().mean() < 0.7
+    assert [len(draws) for draws in retained.values()] == [1, 1]
+    assert retained["image"] != retained["text"]
+    assert 0.3 < torch.tensor(next(iter(retained["text"]))).double().mean() < 0.7
 
 
 def test_the_draw_is_the_same_when_a_layer_runs_again() -> None:

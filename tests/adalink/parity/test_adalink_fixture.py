@@ -1,4 +1,4 @@
-"""AdaLink against reference computations: every file of fixtures/adalink, and cases of pictures and text made here, in float64, to 1e-10."""
+"""AdaLink against reference computations: every file of fixtures/adalink, and cases of images and text made here, in float64, to 1e-10."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def case(name: str) -> Case:
 
 
 def run(c: Case, model: Any, row: Tensor, *adapters: Adapter) -> tuple[Tensor, Tensor]:
-    """(edited embeddings, logits): by ids where a bridge projects the pictures, else by embeddings in which they are."""
-    given = {"input_ids": c.whole("input_ids", 0)} if c.pictures is None or (c.is_bridged and bool((row >= 0).all())) else {"inputs_embeds": c.embeddings(model)}
+    """(edited embeddings, logits): by ids where a bridge projects the images, else by embeddings in which they are."""
+    given = {"input_ids": c.whole("input_ids", 0)} if c.images is None or (c.is_bridged and bool((row >= 0).all())) else {"inputs_embeds": c.embeddings(model)}
     attachment = attach(model, *adapters)
     seen: list[Tensor | None] = []
     stack = attachment.stack
@@ -117,8 +117,8 @@ def test_without_a_row_of_its_own_the_model_is_the_frozen_one(name: str) -> None
 def test_pictures_are_not_taken_for_embeddings_of_the_text_and_frequencies_not_for_exact_ones() -> None:
     """The control: what the files say otherwise matters."""
     c = case("made_opt_pictures_and_embeddings_of_the_models_width")
-    assert c.pictures is c.tensors["in.image_features"]
-    assert c.pictures.shape[2] == c.tensors["in.embeds"].shape[2]
+    assert c.images is c.tensors["in.image_features"]
+    assert c.images.shape[2] == c.tensors["in.embeds"].shape[2]
     exact, rounded, stored = (case(f"made_llama_text{which}").tensors["out.base.logits"] for which in ("", "_rounded_frequencies", "_stored_frequencies"))
     assert (rounded - exact).abs().max() > 1e-9
     assert (stored - exact).abs().max() > 1e-4

@@ -1,4 +1,4 @@
-"""Cases in the form of fixtures/adalink with other settings: pictures and text, other families, ranks that differ; embeddings edited in plain operations."""
+"""Cases in the form of fixtures/adalink with other settings: images and text, other families, ranks that differ; embeddings edited in plain operations."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def _shapes(rank: int) -> list[tuple[str, str, tuple[int, ...]]]:
     return [("down", "weight", (rank, WIDTH)), ("down", "bias", (rank,)), ("up", "weight", (WIDTH, rank)), ("up", "bias", (WIDTH,))]
 
 
-def _inputs(generator: torch.Generator, has_pictures: bool, among: bool, left: bool, reads: bool) -> dict[str, Tensor]:
+def _inputs(generator: torch.Generator, has_images: bool, among: bool, left: bool, reads: bool) -> dict[str, Tensor]:
     mask = (torch.arange(8) < torch.tensor([[8], [7], [6]])).long()
     mask = mask.flip(1) if left else mask
     ids = torch.randint(3, 70, (3, 8), generator=generator) * mask
-    if has_pictures and among:
+    if has_images and among:
         ids[0, :3], ids[1, 1:4], ids[2, [0, 2, 3]] = IMAGE_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN
     prompt = (torch.arange(8) < 4).long().expand_as(ids) * mask
     labels = torch.where((prompt == 0) & (mask == 1), ids, -100)
@@ -112,9 +112,9 @@ def _results(spec: dict[str, Any], weights: dict[str, Tensor], inputs: dict[str,
         h = torch.where(is_text, edited(text, f"text{task}", variant), text) if scope != "none" else text
         mask, labels = inputs["in.attention_mask"], inputs["in.labels"]
         if "image" in modalities:
-            picture = _projected(inputs["in.image_features"], weights)
-            picture = edited(picture, f"image{task}", variant) if scope != "none" else picture
-            h = torch.cat([picture, h], 1) if n_before else h.masked_scatter((ids == IMAGE_TOKEN)[..., None], picture)
+            image = _projected(inputs["in.image_features"], weights)
+            image = edited(image, f"image{task}", variant) if scope != "none" else image
+            h = torch.cat([image, h], 1) if n_before else h.masked_scatter((ids == IMAGE_TOKEN)[..., None], image)
             mask = nn.functional.pad(mask, (n_before, 0), value=1)
         if model.config.is_encoder_decoder:
             logits = model(inputs_embeds=h, attention_mask=mask, labels=labels).logits

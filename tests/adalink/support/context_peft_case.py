@@ -21,7 +21,7 @@ from adalink.attachment.attachment import Attachment
 
 LEAVES = re.compile(r"\.(lora_A|lora_B|lora_bias|bitfit_bias|ia3_l)\.([^.]+)(\.weight)?$")
 OURS = {"down.weight": "lora_A.{}.weight", "up.weight": "lora_B.{}.weight", "gain": "ia3_l.{}"}
-BOUNDARY = ("connector.image.eos_bias", "connector.image.bos_bias")  # in the released code the one called eos stands before the picture
+BOUNDARY = ("connector.image.eos_bias", "connector.image.bos_bias")  # in the released code the one called eos stands before the image
 CONNECTOR = {"norm": "layers.0", "in_proj": "layers.1", "out_proj": "layers.3"}
 BIAS = {True: "all", False: "none", None: "none"}
 Routing = Mapping[str, tuple[str, ...]]  # adaptor -> the modalities that it serves
@@ -200,10 +200,10 @@ class Case(FixtureFile):
     def special_ids(self) -> dict[str, int]:
         """End and padding, as the .json's words on `gen.output_ids` have them."""
         words = " ".join(self.spec["keys"].values())
-        told = {name: re.search(rf"\b{name}=(\d+)", words) for name in ("eos", "pad")}
+        note = {name: re.search(rf"\b{name}=(\d+)", words) for name in ("eos", "pad")}
         padding = self.tensors["gen.input_ids"][self.tensors["gen.attention_mask"] == 0]
         read = {"eos": self.spec.get("assistant_suffix_ids", [2])[-1], "pad": int(padding[0]) if len(padding) else 0}
-        return {f"{name}_token_id": int(found[1]) if found else read[name] for name, found in told.items()}
+        return {f"{name}_token_id": int(found[1]) if found else read[name] for name, found in note.items()}
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:

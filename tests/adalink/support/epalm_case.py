@@ -114,7 +114,7 @@ class Case(FixtureFile):
         return TokenMap(domain, torch.zeros(len(domain), dtype=torch.int64), {"image_taps": taps}, generated=TEXT)
 
     def taps(self) -> Tensor:
-        """float64 [B, L, Dv]: the normed class token of every block, from the pictures where the case has them."""
+        """float64 [B, L, Dv]: the normed class token of every block, from the images where the case has them."""
         if "in.images" in self.tensors:
             return self.tower()(self.tensors["in.images"]).pooled.transpose(0, 1)
         return self.tensors["mid.vit_cls_normed"].double().transpose(0, 1)
@@ -137,8 +137,8 @@ def _tower(sizes: Mapping[str, Any], weights: dict[str, Tensor]) -> VisionTower:
     """The frozen encoder, loaded from files as a user's would be."""
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "in_chans")
     arguments = {name: sizes[name] for name in names if name in sizes}
-    picture = {"input_size": [3, sizes["img_size"], sizes["img_size"]]}
-    config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "model_args": arguments, "pretrained_cfg": picture}
+    image = {"input_size": [3, sizes["img_size"], sizes["img_size"]]}
+    config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "model_args": arguments, "pretrained_cfg": image}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         save_file({name: value.contiguous() for name, value in weights.items()}, Path(folder) / "model.safetensors")

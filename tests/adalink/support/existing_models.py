@@ -1,4 +1,4 @@
-"""Tiny random vision-language models of real classes, each with a batch as its processor would make it: left-padded, some rows with two pictures."""
+"""Tiny random vision-language models of real classes, each with a batch as its processor would make it: left-padded, some rows with two images."""
 
 from __future__ import annotations
 
@@ -86,18 +86,18 @@ def existing(family: str, seed: int = 0) -> Any:
     return model.double().eval().requires_grad_(False)
 
 
-def batch(family: str, seed: int = 5, pictures: Sequence[int] = (1, 2, 1)) -> dict[str, Any]:
-    """Rows of 4, 6 and 5 words around one or two pictures of 4 tokens each, left-padded; what the family's processor adds."""
+def batch(family: str, seed: int = 5, images: Sequence[int] = (1, 2, 1)) -> dict[str, Any]:
+    """Rows of 4, 6 and 5 words around one or two images of 4 tokens each, left-padded; what the family's processor adds."""
     generator = torch.Generator().manual_seed(seed)
-    n_pictures = [1] * len(pictures) if family in ONE_PICTURE_A_ROW else list(pictures)
+    n_images = [1] * len(images) if family in ONE_PICTURE_A_ROW else list(images)
     rows = []
-    for n_words, n in zip((4, 6, 5), n_pictures, strict=True):
+    for n_words, n in zip((4, 6, 5), n_images, strict=True):
         words = torch.randint(3, 59, (n_words,), generator=generator).tolist()
-        picture = [START, *[IMAGE_ID] * 4, END]
-        rows.append([1, *picture * n, *words])
+        image = [START, *[IMAGE_ID] * 4, END]
+        rows.append([1, *image * n, *words])
     length = max(map(len, rows))
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
-    result: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != 0).long(), **_pixels(family, n_pictures, generator)}
+    result: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != 0).long(), **_pixels(family, n_images, generator)}
     if family.startswith("paligemma") or family == "gemma3":
         result["token_type_ids"] = (ids == IMAGE_ID).long() if family == "gemma3" else torch.zeros_like(ids)
     if family.startswith("qwen"):
@@ -105,9 +105,9 @@ def batch(family: str, seed: int = 5, pictures: Sequence[int] = (1, 2, 1)) -> di
     return result
 
 
-def _pixels(family: str, n_pictures: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
-    n = sum(n_pictures)
-    if family.startswith("qwen"):  # each picture 4 x 4 patches of 4 x 4, twice in time; 2 x 2 of them make one token
+def _pixels(family: str, n_images: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
+    n = sum(n_images)
+    if family.startswith("qwen"):  # each image 4 x 4 patches of 4 x 4, twice in time; 2 x 2 of them make one token
         return {"pixel_values": torch.randn(n * 16, 3 * 2 * 4 * 4, generator=generator).double(), "image_grid_thw": torch.tensor([[1, 4, 4]] * n)}
     size = 16 if family == "internvl" else 8
     pixels = torch.randn(n, 3, size, size, generator=generator).double()
@@ -115,9 +115,9 @@ def _pixels(family: str, n_pictures: Sequence[int], generator: torch.Generator) 
         return {"pixel_values": pixels, "qformer_input_ids": torch.tensor([[5, 6]] * n)}
     if family not in ("idefics3", "smolvlm"):
         return {"pixel_values": pixels}
-    by_row = torch.zeros(len(n_pictures), max(n_pictures), 3, size, size, dtype=torch.float64)  # an all-zero picture is padding there
+    by_row = torch.zeros(len(n_images), max(n_images), 3, size, size, dtype=torch.float64)  # an all-zero image is padding there
     first = 0
-    for i, count in enumerate(n_pictures):
+    for i, count in enumerate(n_images):
         by_row[i, :count] = pixels[first : first + count]
         first += count
     return {"pixel_values": by_row}

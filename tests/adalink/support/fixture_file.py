@@ -34,8 +34,8 @@ def refuse_unchecked(outputs: Mapping[str, Tensor], checked: Collection[str], sp
 
     That is a single number (a statistic of the run), or what the .json says so of: among its `keys`, with the word "information".
     """
-    told = [key for key, words in spec.get("keys", {}).items() if "information" in str(words).lower()]
-    patterns = [re.sub(r"<[^>]*>|\\\*|I\b", ".*", re.escape(key.removeprefix("out."))) for key in told]
+    note = [key for key, words in spec.get("keys", {}).items() if "information" in str(words).lower()]
+    patterns = [re.sub(r"<[^>]*>|\\\*|I\b", ".*", re.escape(key.removeprefix("out."))) for key in note]
     left = [name for name, value in outputs.items() if name not in checked and value.numel() > 1]
     unknown = [name for name in left if not any(re.fullmatch(pattern, name) for pattern in patterns)]
     assert not unknown, f"outputs that this test does not check: {', '.join(unknown)}"

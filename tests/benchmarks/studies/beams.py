@@ -1,6 +1,6 @@
 """What beams do to the texts of an adapter: figures, texts and their probability, beside an uncached run of transformers' own generation.
 
-    PYTHONPATH=. python tests/benchmarks/studies/beams.py --config RUN/config.yaml --adapter RUN/adapter --pictures 100
+    PYTHONPATH=. python tests/benchmarks/studies/beams.py --config RUN/config.yaml --adapter RUN/adapter --images 100
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from multimodal.batches.collate import collate
 from multimodal.generation.generate import generated_texts
 from tasks.data.sources import Chosen
-from tasks.runs.compose import features_to_show, load_adapted
+from tasks.runs.compose import features_to_log, load_adapted
 from tasks.runs.config import RunConfig
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser = ArgumentParser()
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=100, help="spread evenly over the validation data, in one batch")
+    parser.add_argument("--images", type=int, default=100, help="spread evenly over the validation data, in one batch")
     parser.add_argument("--beams", type=list[int], default=[1, 2, 3, 5])
     parser.add_class_arguments(RunConfig, None)
     values = parser.instantiate(parser.parse_args())
@@ -35,20 +35,20 @@ def main() -> None:
     model, _ = load_adapted(values.adapter, encoder=config.encoder, language_model=config.language_model)
     val, task = config.data.val.open(), config.chosen_task()
     n_all = len(val.source)
-    chosen = Chosen(val.source, range(0, n_all, max(n_all // values.pictures, 1))[: values.pictures])
-    patches = features_to_show(model, chosen, config, "encoding")
+    chosen = Chosen(val.source, range(0, n_all, max(n_all // values.images, 1))[: values.images])
+    patches = features_to_log(model, chosen, config, "encoding")
     n = len(chosen)
     encoder, pad = model.row_encoder(), model.language.tokenizer.pad_token_id
     features = torch.stack([found for i in range(n) if isinstance(found := patches[i], Tensor)])
     batch = collate([encoder.prompt("") for _ in range(n)], range(n), features, kind=patches.kind, side="left", pad_id=pad)
     found = {beams: written(model, batch, config, beams) for beams in values.beams}
     for beams, (texts, scores) in found.items():
-        figures = task.score({chosen[i].image_id: text for i, text in enumerate(texts)}, chosen).figures
+        metrics = task.score({chosen[i].image_id: text for i, text in enumerate(texts)}, chosen).metrics
         alike = model.generate_batch(batch, replace(config.generation, num_beams=beams))
         better = sum(one >= greedy - 1e-4 for one, greedy in zip(scores, found[values.beams[0]][1], strict=True))
         text, count = Counter(texts).most_common(1)[0]
         print(
-            f"{beams} beams: {task.headline} {figures[task.headline]:.2f}, {sum(map(len, map(str.split, texts))) / n:.1f} words, {texts.count('')} empty, "
+            f"{beams} beams: {task.headline} {metrics[task.headline]:.2f}, {sum(map(len, map(str.split, texts))) / n:.1f} words, {texts.count('')} empty, "
             f"{len(set(texts))} different, {count} x {text!r}; log probability a token {sum(scores) / n:.2f}, as high as the first line's in {better} "
             f"of {n}; {sum(a == b for a, b in zip(texts, alike, strict=True))} of {n} equal to the uncached run"
         )

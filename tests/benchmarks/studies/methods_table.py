@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="a file with a line for each run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", type=str, default="", help="part of a variant's name")
-    parser.add_argument("--patches", type=Path, required=True, help="a file that keeps the encoded pictures between runs")
+    parser.add_argument("--patches", type=Path, required=True, help="a file that keeps the encoded images between runs")
     parser.add_argument("--run", type=str, default="", help="the one variant that this process measures; the command itself gives it")
     parser.add_argument("--seed", type=int, default=0, help="of that run")
     parser.add_class_arguments(RunConfig, None)
@@ -110,10 +110,10 @@ def table(rows: Sequence[Mapping[str, Any]], headline: str) -> str:
 
     lines = [f"| variant | trained | {headline} (range) | blind | time / full | memory / full | seeds |", "|---|---|---|---|---|---|---|"]
     for name, runs in sorted(by_name.items(), key=lambda item: median(item[0], headline)):
-        figures = [run[headline] for run in runs]
+        metrics = [run[headline] for run in runs]
         cost = [f"{median(name, column) / median(FULL, column):.2f}" if FULL in by_name else "" for column in ("cpu", "MB")]
         lines.append(
-            f"| {name} | {median(name, 'trained'):,.0f} | {statistics.median(figures):.1f} ({min(figures):.1f} to {max(figures):.1f}) "
+            f"| {name} | {median(name, 'trained'):,.0f} | {statistics.median(metrics):.1f} ({min(metrics):.1f} to {max(metrics):.1f}) "
             f"| {median(name, 'blind'):.1f} | {cost[0]} | {cost[1]} | {len(runs)} |"
         )
     return "\n".join(lines)

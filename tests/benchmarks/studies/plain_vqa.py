@@ -52,15 +52,15 @@ def accuracy(prediction: str, records: Sequence[Mapping[str, object]]) -> float:
     people = [dict(record) for record in records]
     for record in people:
         record["answer"] = one_line(str(record["answer"]))
-    said = one_line(prediction)
+    stated = one_line(prediction)
     if len({str(record["answer"]) for record in people}) > 1:
         for record in people:
             record["answer"] = in_plain_words(without_marks(str(record["answer"])))
-        said = in_plain_words(without_marks(said))
+        stated = in_plain_words(without_marks(stated))
     shares = []
     for record in people:
         others = [other for other in people if other != record]
-        matching = [other for other in others if other["answer"] == said]
+        matching = [other for other in others if other["answer"] == stated]
         shares.append(min(1, float(len(matching)) / 3))
     return float(sum(shares)) / len(shares)
 

@@ -39,7 +39,7 @@ def main() -> None:
     parser = ArgumentParser()
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_argument("--only", type=str, default="")
-    parser.add_argument("--patches", type=Path | None, default=None, help="a file that keeps the encoded pictures between calls")
+    parser.add_argument("--patches", type=Path | None, default=None, help="a file that keeps the encoded images between calls")
     parser.add_argument("--full_rate", type=float, default=FULL_RATE)
     parser.add_class_arguments(RunConfig, None)
     values = parser.instantiate(parser.parse_args())
@@ -75,7 +75,7 @@ def kept_patches(config: RunConfig, data: tuple[Opened, Opened], file: Path | No
 
 
 def run(config: RunConfig, methods: Mapping[str, Method], data: tuple[Opened, Opened], patches: tuple[PatchTable, PatchTable], full_rate: float) -> dict[str, float]:
-    """Train one variant, and score it with its pictures and with others. full_rate: of the language model's weights; 0 keeps them frozen."""
+    """Train one variant, and score it with its images and with others. full_rate: of the language model's weights; 0 keeps them frozen."""
     task = config.chosen_task()
     rates = {name: rate for name, rate in config.train.learning_rates.items() if name in methods}
     settings = replace(config.train, learning_rates=rates)
@@ -113,7 +113,7 @@ def peak_megabytes(*, fresh: bool = False) -> float:
 def score(model, task, val, patches, config, shift=0):  # type: ignore[no-untyped-def]
     """The headline figure."""
     texts = predict(model, val.source, task, patches, settings=config.generation, shift=shift).texts
-    return task.score(texts, val.source).figures[task.headline]
+    return task.score(texts, val.source).metrics[task.headline]
 
 
 if __name__ == "__main__":

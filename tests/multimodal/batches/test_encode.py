@@ -79,21 +79,21 @@ def test_without_a_bridge_the_picture_takes_no_place() -> None:
 @given(question=st.lists(st.sampled_from(sorted(ID)[:8])).map(" ".join), target=st.lists(st.sampled_from(["yes", "no", "ball"])).map(" ".join))
 def test_what_is_learnt_begins_with_what_is_asked(model: object, question: str, target: str) -> None:
     encoder = RowEncoder(VQA, model, [Slots(IMAGE, 2), Slots(PROMPT, 1)])  # type: ignore[arg-type]
-    asked, learnt = encoder.prompt(question), encoder.row(Text(question, target))
+    asked, trained_so_far = encoder.prompt(question), encoder.row(Text(question, target))
     n = len(asked.ids)
-    assert (learnt.ids[:n], learnt.domain[:n]) == (asked.ids, asked.domain)
+    assert (trained_so_far.ids[:n], trained_so_far.domain[:n]) == (asked.ids, asked.domain)
     assert encoder.row(Text(question, None)) == asked
-    assert learnt.target == (*ids(target), EOS)
-    read = learnt.decoder_ids if model is T5 else learnt.ids
-    assert [read[s + 1] for s in learnt.source[:-1]] == list(learnt.target[:-1])  # each source is followed by its target
-    assert learnt.source[-1] == len(read) - 1
+    assert trained_so_far.target == (*ids(target), EOS)
+    read = trained_so_far.decoder_ids if model is T5 else trained_so_far.ids
+    assert [read[s + 1] for s in trained_so_far.source[:-1]] == list(trained_so_far.target[:-1])  # each source is followed by its target
+    assert trained_so_far.source[-1] == len(read) - 1
 
 
 def test_a_text_beyond_the_positions_is_refused_and_one_that_fits_is_not() -> None:
     encoder = RowEncoder(Template(prompt="<image><bos>", target="{text}<eos>"), OPT, [Slots(IMAGE, 36)])
     room = N_POSITIONS - 36 - 2  # start and end
     assert len(encoder.row(Text("", "yes " * room)).target) == room + 1
-    message = f"a text needs {N_POSITIONS + 1} tokens with its picture, and the language model has {N_POSITIONS} positions: shorten it"
+    message = f"a text needs {N_POSITIONS + 1} tokens with its image, and the language model has {N_POSITIONS} positions: shorten it"
     with pytest.raises(TextTooLong, match=message):
         encoder.row(Text("", "yes " * (room + 1)))
     with pytest.raises(TextTooLong, match="positions: shorten it"):

@@ -1,4 +1,4 @@
-"""Pictures that share rows are learnt from as they are apart: by every method, in the same order, with next to no padding."""
+"""Images that share rows are learnt from as they are apart: by every method, in the same order, with next to no padding."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ JOINED: dict[str, dict[str, Method]] = {
 
 
 def batch_of(model: VisionLanguageModel, arrange: Any, row_tokens: int) -> Batch:
-    """Four pictures with 3, 1, 2 and 4 texts."""
+    """Four images with 3, 1, 2 and 4 texts."""
     encoder = model.row_encoder()
     samples = [list(arrange([encoder.row(text) for text in TEXTS[:n]])) for n in (3, 1, 2, 4)]
     rows, image = [row for sample in samples for row in sample], [i for i, sample in enumerate(samples) for _ in sample]
     if row_tokens:
         rows, image = joined_rows(rows, image, row_tokens)
-    kept = torch.randn(4, tower().n_kept, tower().width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    return collate(rows, image, kept, kind="patches", side="right", pad_id=0)
+    retained = torch.randn(4, tower().n_retained, tower().width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return collate(rows, image, retained, kind="patches", side="right", pad_id=0)
 
 
-def learnt(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
+def trained_so_far(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
     loss = model(batch)
     return [loss.detach(), *torch.autograd.grad(loss, list(model.adapted.active_adapter().parameters()))]
 
@@ -66,22 +66,22 @@ def test_every_causal_method_learns_the_same(name: str, family: str) -> None:
         excite(model.add_adapter("a", JOINED[name]).double())
         assert arrangement(model.language.model, model.adapted.active_adapter())[0] is pack_rows
         torch.manual_seed(2)
-        wanted = learnt(model, batch_of(model, separate_rows, 0))
+        wanted = trained_so_far(model, batch_of(model, separate_rows, 0))
         for row_tokens, n_rows in ((10_000, 1), (2 * len(batch_of(model, pack_rows, 0).ids[0]), 2)):
             torch.manual_seed(2)
             batch = batch_of(model, pack_rows, row_tokens)
             assert len(batch.ids) == n_rows
-            check_equal(learnt(model, batch), wanted)
+            check_equal(trained_so_far(model, batch), wanted)
 
 
 def test_pictures_with_one_text_each_share_rows_too() -> None:
     rows = [Row((7, 8, 9, 6)[:n], (TEXT, TEXT, TEXT, ANSWER)[:n], (n - 1,), (5,)) for n in (4, 2, 2, 1)]
     found, image = joined_rows(rows, [0, 1, 2, 3], 5)
-    assert [(row.ids, row.picture) for row in found] == [((7, 8, 9, 6, 7), (0, 0, 0, 0, 3)), ((7, 8, 7, 8), (1, 1, 2, 2))]
+    assert [(row.ids, row.token_image) for row in found] == [((7, 8, 9, 6, 7), (0, 0, 0, 0, 3)), ((7, 8, 7, 8), (1, 1, 2, 2))]
     assert [(row.position, row.segment, row.source) for row in found] == [((0, 1, 2, 3, 0), (0,) * 5, (3, 4)), ((0, 1, 0, 1), (0,) * 4, (1, 3))]
     assert image == [0, 1]
     batch = collate(found, image, torch.zeros(4, 1, 1), kind="patches", side="right", pad_id=0)
-    assert batch.segment is not None  # nothing is packed, and yet a mask must tell the pictures apart
+    assert batch.segment is not None  # nothing is packed, and yet a mask must tell the images apart
     assert batch.attention_mask.tolist() == [[1] * 5, [1] * 4 + [0]]
     assert (batch.attention(torch.float32)[1, 0, 3] == 0).tolist() == [False, False, True, True, False]
 
@@ -100,14 +100,14 @@ def test_every_row_is_there_once_and_within_the_limit(lengths: list[int], limit:
     assert all(row.ids[source] == target + 3 for row in found for source, target in zip(row.source, row.target, strict=True))
     assert len(found) * longest <= len(rows) * max(lengths)
     if len(found) < len(rows):
-        assert all(row.picture == tuple(i - 3 for i in row.ids) for row in found)
-        assert image == [row.picture[0] for row in found]
+        assert all(row.token_image == tuple(i - 3 for i in row.ids) for row in found)
+        assert image == [row.token_image[0] for row in found]
 
 
 def test_a_picture_longer_than_the_limit_has_a_row_of_its_own() -> None:
     rows = [Row((7,) * n, (TEXT,) * n) for n in (30, 9, 8, 7)]
     found, _ = joined_rows(rows, [0, 1, 2, 3], 5)
-    assert [row.picture for row in found] == [(0,) * 30, (1,) * 9 + (2,) * 8 + (3,) * 7]  # the others are padded to it, so they fill it
+    assert [row.token_image for row in found] == [(0,) * 30, (1,) * 9 + (2,) * 8 + (3,) * 7]  # the others are padded to it, so they fill it
     assert joined_rows(rows[1:], [0, 1, 2], 5) == (rows[1:], [0, 1, 2])  # as they were
 
 
@@ -151,7 +151,7 @@ def test_a_run_learns_the_same_tells_so_and_goes_on_bit_for_bit(tmp_path: Path, 
     limit = whole.row_encoder().max_positions
     assert limit is not None
     assert limit < 200
-    assert f"one row per picture: its texts share it, and pictures come one after the other in rows of up to {limit} tokens" in capsys.readouterr().out
+    assert f"one row per image: its texts share it, and images come one after the other in rows of up to {limit} tokens" in capsys.readouterr().out
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "apart"), rel=1e-6)
     with pytest.raises(Stop):
         trained(tmp_path / "stopped", row_tokens=200, **{**settings, "measure": stop_at(3)})
@@ -159,7 +159,7 @@ def test_a_run_learns_the_same_tells_so_and_goes_on_bit_for_bit(tmp_path: Path, 
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
 
 
-KEPT = "; train.row_tokens puts no other picture into a row: only texts that are packed, in one call and without gates, can share it"
+KEPT = "; train.row_tokens puts no other image into a row: only texts that are packed, in one call and without gates, can share it"
 
 
 def test_what_cannot_share_a_row_with_another_picture_is_left_as_it_was_and_said() -> None:
@@ -173,17 +173,17 @@ def test_what_cannot_share_a_row_with_another_picture_is_left_as_it_was_and_said
         ways.append(arrangement_of(model))
     assert isinstance(ways[0][0], partial)
     assert len({str(arrange) for arrange, _ in ways}) == 4
-    for arrange, told in ways:
-        assert row_limit(arrange, told, 1024, 99) == (0, told + KEPT)
-        assert row_limit(arrange, told, 0, 99) == (0, told)
-    assert row_limit(pack_rows, "packed", 1024, None) == (1024, "packed, and pictures come one after the other in rows of up to 1024 tokens")
+    for arrange, note in ways:
+        assert row_limit(arrange, note, 1024, 99) == (0, note + KEPT)
+        assert row_limit(arrange, note, 0, 99) == (0, note)
+    assert row_limit(pack_rows, "packed", 1024, None) == (1024, "packed, and images come one after the other in rows of up to 1024 tokens")
 
 
 def test_pictures_that_a_gate_would_mix_are_refused() -> None:
     model = compose("opt")
     model.add_adapter("a", {"bridge": BRIDGE, "gated": Gated(inner=Bottleneck(width=4))}).double()
     assert IMAGE in {slot.domain for slot in model.adapted.active_adapter().slots}
-    with pytest.raises(ConfigError, match=r"several pictures in a row, and a gate of the adapter reads the whole prompt.*collate one row for each picture"):
+    with pytest.raises(ConfigError, match=r"several images in a row, and a gate of the adapter reads the whole prompt.*collate one row for each image"):
         model(batch_of(model, pack_rows, 10_000))
 
 
@@ -192,10 +192,10 @@ def test_without_what_tells_the_pictures_apart_they_would_be_mixed() -> None:
     model = compose("opt")
     excite(model.add_adapter("a", METHODS["adalink"]).double())
     batch = batch_of(model, pack_rows, 10_000)
-    assert batch.picture is not None
+    assert batch.token_image is not None
     right = model(batch)
     token_map = model.token_map(batch)
-    mixed = replace(batch, picture=torch.zeros_like(batch.picture))
+    mixed = replace(batch, token_image=torch.zeros_like(batch.token_image))
     assert not torch.allclose(model.language_loss(mixed, token_map) / batch.n_targets, right, rtol=1e-3)
     assert not torch.allclose(model.language_loss(batch, model.token_map(mixed)) / batch.n_targets, right, rtol=1e-3)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sharing import N_PATCHES, adapted, batch_of, learnt
+from sharing import N_PATCHES, adapted, batch_of, trained_so_far
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
@@ -36,14 +36,14 @@ def test_a_token_reads_what_is_shared_and_its_own_text_before_it() -> None:
 
 
 def test_a_text_reads_its_own_picture_alone() -> None:
-    """Two pictures, one with two texts and one with one, which nothing else tells apart."""
-    segment, position, picture = torch.tensor([[0, 1, 2, 0, 0]]), torch.tensor([[0, 1, 1, 0, 1]]), torch.tensor([[3, 3, 3, 1, 1]])
+    """Two images, one with two texts and one with one, which nothing else tells apart."""
+    segment, position, token_image = torch.tensor([[0, 1, 2, 0, 0]]), torch.tensor([[0, 1, 1, 0, 1]]), torch.tensor([[3, 3, 3, 1, 1]])
     padding = torch.zeros(1, 5, dtype=torch.bool)
-    mask = additive(segment, padding, torch.float32, picture=picture, position=position)[:, 0] == 0
+    mask = additive(segment, padding, torch.float32, token_image=token_image, position=position)[:, 0] == 0
     assert mask[0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
     for window in (None, 1):
-        mask = additive(segment, padding, torch.float32, picture=picture, position=position, window=window)[:, 0] == 0
-        blocks = block_mask(segment, padding, picture=picture, position=position, window=window)
+        mask = additive(segment, padding, torch.float32, token_image=token_image, position=position, window=window)[:, 0] == 0
+        blocks = block_mask(segment, padding, token_image=token_image, position=position, window=window)
         assert torch.equal(create_mask(blocks.mask_mod, 1, None, 5, 5, device="cpu")[:, 0], mask)
 
 
@@ -75,14 +75,14 @@ def with_flex_attention(name: str, device: str) -> list[list[Tensor]]:
     for attention in ("sdpa", "flex_attention"):
         model = adapted(name, {"bridge": Bridge(kind="mlp"), "adalink": AdaLink(rank=4, modalities=("image", "text"))}, attention).float().to(device)
         batch = batch_of(pack_rows).to(torch.device(device))
-        found.append(learnt(model, batch) if device == "cuda" else [loss_of(model, batch)])
+        found.append(trained_so_far(model, batch) if device == "cuda" else [loss_of(model, batch)])
     return found
 
 
 @torch.no_grad()
 def loss_of(model: AdaptedModel, batch: object) -> Tensor:
-    kept = batch.patches[batch.image].float()  # type: ignore[attr-defined]
-    inputs = {"image": kept[:, :N_PATCHES], "image_taps": kept[:, N_PATCHES:]}
+    retained = batch.patches[batch.image].float()  # type: ignore[attr-defined]
+    inputs = {"image": retained[:, :N_PATCHES], "image_taps": retained[:, N_PATCHES:]}
     return LanguageLoss(model)(batch, TokenMap(batch.domain, model.rows(len(batch.ids)), inputs))  # type: ignore[arg-type, attr-defined]
 
 

@@ -12,7 +12,7 @@ from multimodal.batches.tokenize import Row
 
 
 def rows(prefix: int, lengths: list[int], seed: int) -> list[Row]:
-    """Rows of one picture: two prompt slots, its image slots, `prefix` shared tokens, then a text of its own each, all of it learnt."""
+    """Rows of one image: two prompt slots, its image slots, `prefix` shared tokens, then a text of its own each, all of it learnt."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(n: int) -> tuple[int, ...]:
@@ -30,8 +30,8 @@ def rows(prefix: int, lengths: list[int], seed: int) -> list[Row]:
 def batch_of(samples: list[list[Row]], arrange: object) -> Batch:
     arranged = [list(arrange(sample)) for sample in samples]  # type: ignore[operator]
     image = [i for i, sample in enumerate(arranged) for _ in sample]
-    pictures = torch.randn(len(samples), N_PATCHES, FEATURE_WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return collate([row for sample in arranged for row in sample], image, pictures, kind="patches", side="right", pad_id=0)
+    images = torch.randn(len(samples), N_PATCHES, FEATURE_WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return collate([row for sample in arranged for row in sample], image, images, kind="patches", side="right", pad_id=0)
 
 
 def test_a_text_does_not_see_another_text_of_its_row() -> None:

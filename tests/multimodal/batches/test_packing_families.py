@@ -1,4 +1,4 @@
-"""Texts that share their picture lose what they lose alone, with the same gradients: in one row, after one cache, in every family."""
+"""Texts that share their image lose what they lose alone, with the same gradients: in one row, after one cache, in every family."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from shared import every_other
-from sharing import FORKED, PACKED, TEXTS, adapted, batch_of, check_equal, in_double, learnt, slots_of
+from sharing import FORKED, PACKED, TEXTS, adapted, batch_of, check_equal, in_double, slots_of, trained_so_far
 from tiny_families import HARD, tiny_of
 
 from multimodal.batches.packing import arrangement, fork_rows, pack_rows, separate_rows
@@ -22,46 +22,46 @@ def _in_double() -> Iterator[None]:
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_texts_equal_separate_ones(name: str) -> None:
     model = adapted(name)
-    arrange, told = arrangement(model.base, model.active_adapter())
+    arrange, note = arrangement(model.base, model.active_adapter())
     assert arrange is pack_rows
-    assert told == "one row per picture: its texts share it"
+    assert note == "one row per image: its texts share it"
     batch = batch_of(pack_rows, slots_of(model))
     assert batch.ids.shape[0] == len(TEXTS)
-    check_equal(learnt(model, batch), learnt(model, batch_of(separate_rows, slots_of(model))))
+    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows, slots_of(model))))
 
 
 @pytest.mark.parametrize("name", every_other(PACKED, hard=HARD))
 def test_pictures_that_share_rows_equal_separate_ones(name: str) -> None:
-    """Four pictures in two rows, one of them padded."""
+    """Four images in two rows, one of them padded."""
     model = adapted(name)
     texts = [*TEXTS, (2, [7])]
     batch = batch_of(pack_rows, slots_of(model), texts, row_tokens=45)
-    assert batch.picture is not None
-    assert [sorted(set(row.tolist())) for row in batch.picture] == [[1, 2], [0, 3]]
-    check_equal(learnt(model, batch), learnt(model, batch_of(separate_rows, slots_of(model), texts)))
+    assert batch.token_image is not None
+    assert [sorted(set(row.tolist())) for row in batch.token_image] == [[1, 2], [0, 3]]
+    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows, slots_of(model), texts)))
 
 
 @pytest.mark.parametrize("name", FORKED)
 def test_forked_texts_equal_separate_ones(name: str) -> None:
     model = adapted(name)
     assert may_fork(model.base)
-    arrange, told = arrangement(model.base, model.active_adapter())
+    arrange, note = arrangement(model.base, model.active_adapter())
     if name not in PACKED:
         assert arrange is fork_rows
-        assert "read once" in told
+        assert "read once" in note
     batch = batch_of(fork_rows, slots_of(model))
-    assert batch.beginning is not None
-    assert batch.beginning.is_shared
-    check_equal(learnt(model, batch), learnt(model, batch_of(separate_rows, slots_of(model))))
+    assert batch.shared_prefix is not None
+    assert batch.shared_prefix.is_shared
+    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows, slots_of(model))))
 
 
 @pytest.mark.parametrize("texts", [[(2, [4, 6, 2]), (3, [8, 4, 2])], [(2, [5, 3]), (2, [7, 9])], [(2, [5, 3, 2])]])
 def test_pictures_with_equal_numbers_of_texts_are_forked_without_an_index(texts: list[tuple[int, list[int]]]) -> None:
     model = adapted("opt")
     batch = batch_of(fork_rows, slots_of(model), texts)
-    assert batch.beginning is not None
-    assert batch.beginning.each == len(texts[0][1])
-    check_equal(learnt(model, batch), learnt(model, batch_of(separate_rows, slots_of(model), texts)))
+    assert batch.shared_prefix is not None
+    assert batch.shared_prefix.each == len(texts[0][1])
+    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows, slots_of(model), texts)))
 
 
 def test_every_family_of_the_lists_is_tested() -> None:

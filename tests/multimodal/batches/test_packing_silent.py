@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharing import adapted, batch_of, in_double, learnt, slots_of
+from sharing import adapted, batch_of, in_double, slots_of, trained_so_far
 from tiny_families import tiny_of
 from torch import Tensor
 
@@ -27,13 +27,13 @@ def _in_double() -> Iterator[None]:
 
 def error(model: AdaptedModel, **changed: Any) -> float:
     """The largest difference of a gradient between packed rows, with arguments of the frozen model changed, and separate ones."""
-    wanted = learnt(model, batch_of(separate_rows, slots_of(model)))
+    wanted = trained_so_far(model, batch_of(separate_rows, slots_of(model)))
 
     def change(module: object, args: object, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, **{name: make(kwargs[name]) for name, make in changed.items() if kwargs["input_ids"].shape[1] > 2}}
 
     handle = model.base.register_forward_pre_hook(change, with_kwargs=True)
-    found = learnt(model, batch_of(pack_rows, slots_of(model)))
+    found = trained_so_far(model, batch_of(pack_rows, slots_of(model)))
     handle.remove()
     return max(float((one - other).abs().max()) for one, other in zip(found, wanted, strict=True))
 
@@ -97,7 +97,7 @@ def test_prompt_tuning_of_peft_drops_positions_and_ours_reads_them() -> None:
     tuned = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     ids, usual = torch.arange(5, 13)[None], torch.arange(8)[None]
     restarted = torch.tensor([[0, 1, 2, 3, 4, 2, 3, 4]])
-    told = [tuned(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=position).logits for position in (usual, restarted)]
-    assert torch.equal(*told)
+    note = [tuned(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=position).logits for position in (usual, restarted)]
+    assert torch.equal(*note)
     model = adapted("llama", {"prompt": Prompt(length=2, init_std=0.5)})
     assert error(model, position_ids=lambda position: torch.arange(position.shape[1]).expand_as(position)) > WRONG

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from sharing import N_PATCHES, adapted, batch_of, check_equal, in_double, learnt, rows
+from sharing import N_PATCHES, adapted, batch_of, check_equal, in_double, rows, trained_so_far
 
 from adalink import ANSWER, TEXT, AdaLink, AdaptedModel, Bottleneck, Bridge, Gated, LoRA, Method, Prompt, TokenMap
 from multimodal.batches.packing import arrangement, fork_rows, pack_rows, separate_rows
@@ -35,10 +35,10 @@ def graph_of_beginnings(model: AdaptedModel, batch: object) -> list[bool]:
     """For each run of the first layer, whether it made a graph."""
     made: list[bool] = []
     loss = LanguageLoss(model)
-    learnt(model, batch, loss)  # type: ignore[arg-type]  # the first call tries the model out
+    trained_so_far(model, batch, loss)  # type: ignore[arg-type]  # the first call tries the model out
     layer = model.attachment.stack.get_submodule(model.anatomy.layers[0])
     handle = layer.register_forward_pre_hook(lambda module, args: made.append(torch.is_grad_enabled()))
-    learnt(model, batch, loss)  # type: ignore[arg-type]
+    trained_so_far(model, batch, loss)  # type: ignore[arg-type]
     handle.remove()
     return made
 
@@ -48,16 +48,16 @@ def test_the_picture_is_read_without_gradient_and_the_rest_is_equal(name: str) -
     model = frozen_bridge(name)
     prompt = rows((), 2, [4], 0)[0]
     first = Row(prompt.ids[: N_PATCHES + 2], prompt.domain[: N_PATCHES + 2])
-    arrange, told = arrangement(model.base, model.active_adapter(), first)
+    arrange, note = arrangement(model.base, model.active_adapter(), first)
     packs = name not in ("mpt", "bloom", "gpt_neo_local")
-    how = "the texts of a picture packed" if packs else "each text"
-    assert told == f"nothing trained reads or writes the first 3 of a prompt's 5 tokens: read without gradient, and {how} after them"
+    how = "the texts of an image packed" if packs else "each text"
+    assert note == f"nothing trained reads or writes the first 3 of a prompt's 5 tokens: read without gradient, and {how} after them"
     batch = batch_of(arrange)
     assert (batch.segment is not None) == packs
-    assert batch.beginning is not None
-    assert batch.beginning.length == N_PATCHES
+    assert batch.shared_prefix is not None
+    assert batch.shared_prefix.length == N_PATCHES
     assert graph_of_beginnings(model, batch) == [False, True]
-    check_equal(learnt(model, batch), learnt(model, batch_of(separate_rows)))
+    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows)))
 
 
 def pack_text_only(model: AdaptedModel) -> Callable[[Sequence[Row]], Sequence[Row]]:
@@ -71,7 +71,7 @@ def test_what_is_trained_after_all_gets_its_gradient() -> None:
     assert graph_of_beginnings(model, batch) == [False, True]
     model.active_adapter().get_submodule("bridge").requires_grad_(True)
     assert graph_of_beginnings(model, batch) == [True]  # packed rows, in one call
-    check_equal(learnt(model, batch), learnt(model, batch_of(separate_rows)))
+    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows)))
     model = frozen_bridge("llama")
     model.base.get_input_embeddings().weight.requires_grad_(True)  # type: ignore[operator]
     assert graph_of_beginnings(model, batch) == [True]
@@ -81,9 +81,9 @@ def test_features_that_are_trained_need_the_gradient_too() -> None:
     model = frozen_bridge("llama")
     batch = batch_of(pack_text_only(model))
     assert batch.patches is not None
-    kept = batch.patches[batch.image][:, :N_PATCHES]
+    retained = batch.patches[batch.image][:, :N_PATCHES]
     counts = []
-    for features in (kept, kept.clone().requires_grad_(True)):
+    for features in (retained, retained.clone().requires_grad_(True)):
         token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), {"image": features})
         counts.append(len(calls_of(model, batch, token_map)))
     assert counts == [2, 1]
@@ -122,7 +122,7 @@ def test_only_answers_trained_cut_a_row_where_its_question_ends() -> None:
     a = Row((0, 7, 8, 9, 5), (2, 0, 0, 1, 1), (2, 3, 4), (9, 5, 4))
     b = Row((0, 7, 6, 9), (2, 0, 0, 1), (2, 3), (9, 4))
     answers = frozenset({ANSWER})
-    assert [row.beginning for row in fork_rows([a, b], answers)] == [2, 2]  # what both begin with
+    assert [row.shared_prefix for row in fork_rows([a, b], answers)] == [2, 2]  # what both begin with
     (packed,) = pack_rows([a, b], answers)
-    assert packed.beginning == 2
-    assert [row.beginning for row in pack_rows([a], answers)] == [3]
+    assert packed.shared_prefix == 2
+    assert [row.shared_prefix for row in pack_rows([a], answers)] == [3]

@@ -1,4 +1,4 @@
-"""Training picks the way that texts share their picture, and says so; half precision and compiled models learn the same from it."""
+"""Training picks the way that texts share their image, and says so; half precision and compiled models learn the same from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from composed import Drawn, compose, two_texts
-from sharing import adapted, batch_of, graphs_of, learnt, slots_of
+from sharing import adapted, batch_of, graphs_of, slots_of, trained_so_far
 from torch import Tensor
 
 from adalink import AdaLink, Bridge, LoRA
@@ -28,10 +28,10 @@ def test_training_tells_how_texts_are_read(tmp_path: Path, capsys: pytest.Captur
     model = compose("opt", Template(prompt="<image><bos>question: {question} answer:"))
     adapter = model.add_adapter("one", BRIDGED).double()
     adapter.get_submodule("bridge").requires_grad_(False)
-    _, told = arrangement_of(model, "whole")
+    _, note = arrangement_of(model, "whole")
     train(model, Drawn(4), two_texts, TrainSettings(steps=2, batch_size=2), tmp_path)
-    assert told in capsys.readouterr().out
-    assert told.startswith("nothing trained reads or writes the first")
+    assert note in capsys.readouterr().out
+    assert note.startswith("nothing trained reads or writes the first")
 
 
 def test_pictures_of_a_trained_encoder_and_trained_language_models_are_read_with_gradient() -> None:
@@ -54,9 +54,9 @@ def test_training_leaves_texts_apart_where_a_trial_failed(monkeypatch: pytest.Mo
     assert arrangement_of(model)[0] is pack_rows  # no trial is needed
     adapter.get_submodule("bridge").requires_grad_(False)
     monkeypatch.setattr("multimodal.data.loader.packing.forks_exactly", lambda adapted: False)
-    arrange, told = arrangement_of(model)
+    arrange, note = arrangement_of(model)
     assert arrange is separate_rows
-    assert told == "one row per text: opt was tried with a cache of what texts share, and reads them otherwise after it"
+    assert note == "one row per text: opt was tried with a cache of what texts share, and reads them otherwise after it"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mpt"])
@@ -65,10 +65,10 @@ def test_half_precision_is_as_near_in_every_way(name: str) -> None:
     model = adapted(name)
     model.float()
     ways = (fork_rows,) if name == "mpt" else (pack_rows, fork_rows)
-    exact = learnt(model, batch_of(separate_rows, slots_of(model)))
+    exact = trained_so_far(model, batch_of(separate_rows, slots_of(model)))
     with torch.autocast("cpu", torch.bfloat16):
-        apart = learnt(model, batch_of(separate_rows, slots_of(model)))
-        shared = [learnt(model, batch_of(arrange, slots_of(model))) for arrange in ways]
+        apart = trained_so_far(model, batch_of(separate_rows, slots_of(model)))
+        shared = [trained_so_far(model, batch_of(arrange, slots_of(model))) for arrange in ways]
     allowed = 3 * far(apart, exact)
     assert 0 < allowed < 0.3
     assert all(far(found, exact) < allowed for found in shared)
@@ -83,7 +83,7 @@ def far(found: list[Tensor], exact: list[Tensor]) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "text_only"), [("llama", False), ("llama", True), ("mpt", False)])
 def test_compiled_calls_after_a_beginning_are_the_same(name: str, text_only: bool) -> None:
-    """Two graphs for each of the two calls, one for the first length and one for any other, and one for pictures with other numbers of texts."""
+    """Two graphs for each of the two calls, one for the first length and one for any other, and one for images with other numbers of texts."""
     model = adapted(name, BRIDGED)
     model.active_adapter().get_submodule("bridge").requires_grad_(not text_only)
     arrange = partial(pack_rows, trained=trained_domains(model.active_adapter())) if text_only else fork_rows

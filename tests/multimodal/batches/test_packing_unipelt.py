@@ -34,6 +34,6 @@ def test_packed_texts_read_the_prefix_as_texts_of_their_own_do(family: str) -> N
 def test_a_gate_over_the_sequence_reads_its_row_so_texts_are_not_packed() -> None:
     model: Any = tiny("gpt2")
     adapter = Adapter({"gated": Gated(inner=Bottleneck(width=4), mean="sequence")}, Anatomy.read(model))
-    arrange, told = arrangement(model, adapter)
+    arrange, note = arrangement(model, adapter)
     assert arrange is separate_rows
-    assert "a gate the row" in told
+    assert "a gate the row" in note

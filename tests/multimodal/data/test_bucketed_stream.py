@@ -30,7 +30,7 @@ N = 300
 
 
 class Ragged:
-    """Like a VQA set: one to twelve questions a picture, of one to nine words."""
+    """Like a VQA set: one to twelve questions an image, of one to nine words."""
 
     def __init__(self, n: int = N, seed: int = 0) -> None:
         draw = random.Random(seed)
@@ -84,7 +84,7 @@ def test_padding_falls_by_a_large_factor(texts: Any, arrange: Any) -> None:
 
 
 def test_a_sample_is_as_long_as_its_longest_row() -> None:
-    """By hand: the picture, <s>, question:, the question, answer:, yes. Packed texts share what they begin with."""
+    """By hand: the image, <s>, question:, the question, answer:, yes. Packed texts share what they begin with."""
     words = [[caption.count("is") for caption in sample.captions] for sample in Ragged().samples]
     head = tower().n_patches + 2
     apart, packed = (Ragged().text_lengths(loader(1, texts=all_texts, arrange=arrange)._positions.length).tolist() for arrange in (separate_rows, pack_rows))
@@ -133,7 +133,7 @@ def test_a_stream_goes_on_in_the_middle_of_a_pool_bit_for_bit(stop: int) -> None
 
 @pytest.mark.parametrize(("world", "batch_size"), [(1, 8), (4, 8), (3, 8), (2, 5), (1, 1)])
 def test_another_number_of_ranks_or_pictures_goes_on_in_the_order_of_the_first(world: int, batch_size: int) -> None:
-    """The order keeps the batches that it was sorted for: 16 pictures of two ranks."""
+    """The order keeps the batches that it was sorted for: 16 images of two ranks."""
     expected = keys(list(loader(2 * N // 16, batch_size=16)))
     first = [loader(5, rank=rank, world=2) for rank in range(2)]
     read = [key for step in zip(*first, strict=True) for key in keys(step)]
@@ -158,7 +158,7 @@ def test_ranks_that_are_more_than_before_still_read_batches_of_like_length() -> 
 
 
 class Longer(Ragged):
-    """The same pictures with other texts."""
+    """The same images with other texts."""
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         return super().text_lengths(measure) + np.arange(len(self))

@@ -144,9 +144,9 @@ def test_a_pool_is_made_once() -> None:
 
 def test_what_the_order_is_a_function_of_is_told() -> None:
     order = bucketed(40, 3, 8)
-    told = order.state()
-    assert told == {"seed": 3, "samples": [40], "weights": [1], "bucket_pool": 3, "bucket_batch": 8, "lengths": told["lengths"]}
-    assert BucketedOrder(SampleOrder(40, 3), lengths(40, seed=2), seed=3, pool=3, batch=8).state()["lengths"] != told["lengths"]
+    note = order.state()
+    assert note == {"seed": 3, "samples": [40], "weights": [1], "bucket_pool": 3, "bucket_batch": 8, "lengths": note["lengths"]}
+    assert BucketedOrder(SampleOrder(40, 3), lengths(40, seed=2), seed=3, pool=3, batch=8).state()["lengths"] != note["lengths"]
     assert read(order.with_batch(4), range(40)) == read(bucketed(40, 3, 4), range(40))
     positions = random.Random(0).sample(range(200), 50)
     assert [order.with_batch(4).with_batch(8).sample(p) for p in positions] == [order.sample(p) for p in positions]

@@ -21,8 +21,8 @@ from adalink.errors import ConfigError, DataError
 from multimodal.data.images.decode import PILLOW_PIXELS, BadImage, ImageLimits, decode_image
 
 
-def picture(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """A smooth picture, so that JPEG keeps its colours."""
+def photo(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """A smooth image, so that JPEG keeps its colours."""
     width, height = size
     across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([across, down, 255 - across], axis=-1).astype(np.uint8), "RGB").convert(mode)
@@ -54,12 +54,12 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 WHOLE = {
-    "jpg": encoded(picture(), "JPEG", quality=95),
-    "progressive jpg": encoded(picture(), "JPEG", quality=95, progressive=True),
-    "png": encoded(picture(), "PNG"),
-    "webp": encoded(picture(), "WEBP", quality=95),
-    "lossless webp": encoded(picture(), "WEBP", lossless=True),
-    "extended webp": encoded(picture(), "WEBP", exif=b"Exif\0\0" + bytes(12)),
+    "jpg": encoded(photo(), "JPEG", quality=95),
+    "progressive jpg": encoded(photo(), "JPEG", quality=95, progressive=True),
+    "png": encoded(photo(), "PNG"),
+    "webp": encoded(photo(), "WEBP", quality=95),
+    "lossless webp": encoded(photo(), "WEBP", lossless=True),
+    "extended webp": encoded(photo(), "WEBP", exif=b"Exif\0\0" + bytes(12)),
 }
 
 
@@ -70,13 +70,13 @@ def test_each_allowed_kind_decodes_to_rgb_from_bytes_and_from_a_file(kind: str, 
     for image in (WHOLE[kind], path):
         found = decode_image(image)
         assert (found.mode, found.size) == ("RGB", (40, 30))
-        assert far(found, picture()) < 3
+        assert far(found, photo()) < 3
 
 
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "PPM", "ICO"])
 def test_other_kinds_are_refused_even_under_an_allowed_name(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "picture.jpg"
-    path.write_bytes(encoded(picture("P" if kind == "GIF" else "RGB"), kind))
+    path = tmp_path / "image.jpg"
+    path.write_bytes(encoded(photo("P" if kind == "GIF" else "RGB"), kind))
     with pytest.raises(BadImage, match=r"begins with b'.*', which is none of jpg, png and webp") as caught:
         decode_image(path)
     assert caught.value.reason == "not an image"
@@ -94,35 +94,35 @@ def test_the_exif_orientation_is_applied(kind: str, orientation: int) -> None:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }.get(orientation)
-    stored = picture() if back is None else picture().transpose(back)
+    stored = photo() if back is None else photo().transpose(back)
     exif = Image.Exif()
     exif[0x0112] = orientation
     found = decode_image(encoded(stored, kind, exif=exif, quality=95))
     assert found.size == (40, 30)
-    assert far(found, picture()) < 3
+    assert far(found, photo()) < 3
 
 
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12\x00\x02" * 4]
 )
 def test_damaged_exif_data_does_not_make_a_picture_bad(exif: bytes) -> None:
-    assert decode_image(encoded(picture(), "JPEG", exif=exif)).size == (40, 30)
+    assert decode_image(encoded(photo(), "JPEG", exif=exif)).size == (40, 30)
 
 
 def test_damaged_exif_data_prints_nothing(tmp_path: Path) -> None:
     """In a process of its own, because pytest sets the warning filters anew."""
     path = tmp_path / "a.jpg"
-    path.write_bytes(encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
+    path.write_bytes(encoded(photo(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
     code = "import sys, pathlib, multimodal.data.images.decode as i; print(i.decode_image(pathlib.Path(sys.argv[1])).size)"
     ran = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert (ran.stdout, ran.stderr) == ("(40, 30)\n", "")
 
 
 def test_grey_palette_bilevel_and_cmyk_pictures_show_their_colours() -> None:
-    assert far(decode_image(encoded(picture("L"), "PNG")), picture("L").convert("RGB")) == 0
-    assert far(decode_image(encoded(picture("1"), "PNG")), picture("1").convert("RGB")) == 0
-    assert far(decode_image(encoded(picture("P"), "PNG")), picture("P").convert("RGB")) == 0
-    assert far(decode_image(encoded(picture("CMYK"), "JPEG", quality=95)), picture()) < 3
+    assert far(decode_image(encoded(photo("L"), "PNG")), photo("L").convert("RGB")) == 0
+    assert far(decode_image(encoded(photo("1"), "PNG")), photo("1").convert("RGB")) == 0
+    assert far(decode_image(encoded(photo("P"), "PNG")), photo("P").convert("RGB")) == 0
+    assert far(decode_image(encoded(photo("CMYK"), "JPEG", quality=95)), photo()) < 3
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -196,10 +196,10 @@ def test_pillow_still_refuses_truncated_files_itself() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(kind=st.sampled_from(sorted(WHOLE)), flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8))
-def test_any_damage_gives_a_picture_or_a_bad_image_and_nothing_else(kind: str, flips: list[tuple[int, int]]) -> None:
+@given(kind=st.sampled_from(sorted(WHOLE)), changed=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8))
+def test_any_damage_gives_a_picture_or_a_bad_image_and_nothing_else(kind: str, changed: list[tuple[int, int]]) -> None:
     damaged = bytearray(WHOLE[kind])
-    for at, value in flips:
+    for at, value in changed:
         damaged[at % len(damaged)] = value
     assert outcome(bytes(damaged)) in {"decoded", "not an image", "truncated", "corrupt", "too many pixels"}
 
@@ -213,7 +213,7 @@ def test_any_bytes_give_a_picture_or_a_bad_image_and_nothing_else(data: bytes) -
 def test_a_corrupt_picture_says_so() -> None:
     whole = WHOLE["png"]
     at = whole.index(b"IDAT") + 6
-    with pytest.raises(BadImage, match=r"a picture of .* bytes is corrupt: png of 40 x 30 pixels") as caught:
+    with pytest.raises(BadImage, match=r"an image of .* bytes is corrupt: png of 40 x 30 pixels") as caught:
         decode_image(whole[:at] + b"\xff\xff\xff\xff" + whole[at + 4 :])
     assert caught.value.reason == "corrupt"
 

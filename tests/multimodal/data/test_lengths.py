@@ -1,11 +1,11 @@
-"""Data sets say how long their texts are without reading a picture."""
+"""Data sets say how long their texts are without reading an image."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from made_shards import made_shards, picture, tar_of
+from made_shards import image, made_shards, tar_of
 
 from multimodal.data.inputs import Drafted
 from multimodal.data.order import MixedSet, Mixture
@@ -30,8 +30,8 @@ def test_of_shards_they_are_the_bytes_of_what_holds_the_texts(tmp_path: Path) ->
 
 
 def test_of_foreign_shards_the_caption_counts_and_not_what_else_their_json_says(tmp_path: Path) -> None:
-    members = [("0.jpg", picture(0)), ("0.txt", b"a dog"), ("0.json", b'{"url": "https://x.example/' + b"y" * 90 + b'"}')]
-    members += [("1.jpg", picture(1)), ("1.txt", b"a dog runs in the snow"), ("2.png", picture(2, "PNG")), ("2.json", b'{"caption": "a cat"}')]
+    members = [("0.jpg", image(0)), ("0.txt", b"a dog"), ("0.json", b'{"url": "https://x.example/' + b"y" * 90 + b'"}')]
+    members += [("1.jpg", image(1)), ("1.txt", b"a dog runs in the snow"), ("2.png", image(2, "PNG")), ("2.json", b'{"caption": "a cat"}')]
     assert lengths_of(ShardSource([tar_of(tmp_path / "0.tar", members)]), never).tolist() == [5, 22, 20]
 
 

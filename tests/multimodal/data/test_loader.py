@@ -22,7 +22,7 @@ from multimodal.template import Text
 
 @pytest.fixture(scope="module")
 def stream() -> list[Loaded]:
-    """Nine steps of two pictures: two epochs and a half of seven."""
+    """Nine steps of two images: two epochs and a half of seven."""
     return load(Drawn(N), range(9))
 
 
@@ -134,5 +134,5 @@ def test_kept_features_take_the_place_of_pixels() -> None:
         assert one.batch is not None
         assert one.batch.pixels is None
         assert one.batch.patches is not None
-        for key, kept in zip(one.batch.keys, one.batch.patches, strict=True):
-            assert torch.equal(kept, table.patches[int(key[-6:])].float())
+        for key, retained in zip(one.batch.keys, one.batch.patches, strict=True):
+            assert torch.equal(retained, table.patches[int(key[-6:])].float())

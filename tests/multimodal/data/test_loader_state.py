@@ -119,7 +119,7 @@ class Told(Drawn):
 
 
 class Captioned(Drawn):
-    """Scenes in files, as far as a run that goes on is concerned: no fingerprint of pictures, and one of texts."""
+    """Scenes in files, as far as a run that goes on is concerned: no fingerprint of images, and one of texts."""
 
     def __init__(self, n: int, texts: str) -> None:
         super().__init__(n)
@@ -141,9 +141,9 @@ def test_a_state_of_other_data_is_refused() -> None:
     loader(Told(7, "a"), 1, workers=2, batch_size=3).load_state_dict(state)
     for other, message in (
         (loader(Told(7, "a"), 1, seed=6), "train.seed was 5 and is 6"),
-        (loader(Told(8, "a"), 1), "pictures in the data set was 7 and is 8"),
+        (loader(Told(8, "a"), 1), "images in the data set was 7 and is 8"),
         (loader(Told(7, "b"), 1), "the data's fingerprint was a and is b"),
-        (loader(Mixture({"x": MixedSet(Told(7, "a"), 1), "y": MixedSet(Told(7, "a"), 1)}), 1), r"pictures in the data set was 7 and is \[7, 7\]"),
+        (loader(Mixture({"x": MixedSet(Told(7, "a"), 1), "y": MixedSet(Told(7, "a"), 1)}), 1), r"images in the data set was 7 and is \[7, 7\]"),
     ):
         with pytest.raises(CheckpointError, match=message):
             other.load_state_dict(state)

@@ -55,16 +55,16 @@ def test_memory_that_is_too_small_is_replaced() -> None:
     sender, receiver = Sender(0), Receiver(1)
     for size in (1, 2**16, 3, 2**17, 2**17 + 9):
         thing = torch.arange(size)
-        parcel = sender.pack([thing], receiver.n_copied[0])
-        assert parcel.block == 0
-        assert (parcel.memory is not None) == (size in (1, 2**16, 2**17))  # a quarter of room is left for the last
-        assert equal(receiver.open(parcel)[0], thing)
+        shared_batch = sender.pack([thing], receiver.n_copied[0])
+        assert shared_batch.block == 0
+        assert (shared_batch.memory is not None) == (size in (1, 2**16, 2**17))  # a quarter of room is left for the last
+        assert equal(receiver.open(shared_batch)[0], thing)
 
 
 def test_several_senders_do_not_meet() -> None:
     senders, receiver = [Sender(0), Sender(1)], Receiver(2)
     parcels = [sender.pack([torch.full((2,), float(i))], 0) for _ in range(2) for i, sender in enumerate(senders)]
-    assert [receiver.open(parcel)[0].tolist() for parcel in parcels] == [[0.0] * 2, [1.0] * 2] * 2
+    assert [receiver.open(shared_batch)[0].tolist() for shared_batch in parcels] == [[0.0] * 2, [1.0] * 2] * 2
     assert receiver.n_copied == [2, 2]
 
 
@@ -74,7 +74,7 @@ def test_several_senders_do_not_meet() -> None:
 )
 def test_small_things_that_were_made_quickly_travel_together_and_others_alone(size: int, seconds: float, together: int) -> None:
     receiver = Receiver(1)
-    assert receiver.worth_a_parcel == 1
+    assert receiver.worth_sharing == 1
     for things in (1, 2):
         receiver.open(Sender(0).pack([torch.zeros(size, dtype=torch.uint8)] * things, 0, seconds * things))
-        assert receiver.worth_a_parcel == together
+        assert receiver.worth_sharing == together

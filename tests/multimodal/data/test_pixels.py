@@ -143,10 +143,10 @@ def test_every_reader_of_samples_reads_drafts() -> None:
         assert found is not None
         return found.joined
 
-    def shown(given: object) -> Tensor:
+    def displayed(given: object) -> Tensor:
         return torch.stack([pixel_table(given, tower().preprocess, label="")[i] for i in range(2)])  # type: ignore[arg-type]
 
-    for read in (streamed, features, shown):
+    for read in (streamed, features, displayed):
         assert not torch.equal(read(source), read(drafted))
         assert torch.equal(read(source), read(source))  # the control
 
@@ -171,7 +171,7 @@ def test_how_pictures_are_decoded_is_part_of_a_data_sets_fingerprint(tmp_path: P
     write_shards(source, tmp_path, samples_per_shard=2, workers=1)
     shards = ShardSource(tmp_path)
     assert fingerprint_of(Drafted(shards)) not in ("", fingerprint_of(shards))
-    assert fingerprint_of(Drafted(source)) == ""  # files have none: their pictures are looked at, and how they are decoded with them
+    assert fingerprint_of(Drafted(source)) == ""  # files have none: their images are looked at, and how they are decoded with them
     for exact in (source, shards):
         written, here = bind(tower(), exact), bind(tower(), Drafted(exact))
         refuse_other(written, bind(tower(), exact), tmp_path)

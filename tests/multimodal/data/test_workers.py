@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adalink.errors import DataError
 from multimodal.data import workers
-from multimodal.data.workers import dead_workers_told, made_in_order
+from multimodal.data.workers import dead_workers_named, made_in_order
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -37,21 +37,21 @@ def whole(thing: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_everything_comes_whole_and_in_the_order_of_the_tasks(workers: int) -> None:
-    kept = list(made_in_order(made, range(60), workers=workers))
-    assert [thing["task"] for thing in kept] == list(range(60))
-    assert all(whole(thing) for thing in kept)  # looked at when all have come: nothing was written over
-    processes = {thing["process"] for thing in kept}
+    retained = list(made_in_order(made, range(60), workers=workers))
+    assert [thing["task"] for thing in retained] == list(range(60))
+    assert all(whole(thing) for thing in retained)  # looked at when all have come: nothing was written over
+    processes = {thing["process"] for thing in retained}
     assert len(processes) == max(workers, 1)
     assert (os.getpid() in processes) == (workers == 0)
 
 
 def test_the_file_descriptors_in_use_do_not_grow_with_what_is_kept() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    kept = []
+    retained = []
     for thing in made_in_order(made, range(200), workers=1):
-        kept.append(thing)
+        retained.append(thing)
         assert len(os.listdir("/proc/self/fd")) < before + 30
-    assert len(kept) == 200
+    assert len(retained) == 200
 
 
 def small(task: int) -> Tensor:
@@ -147,7 +147,7 @@ def test_a_worker_that_dies_with_tensors_on_their_way_is_told() -> None:
     process = context.Process(target=_lend_and_die, args=(queue,))
     process.start()
     process.join()
-    with pytest.raises(DataError, match=r"ended before its work \(with its samples on their way\).*go on with --resume"), dead_workers_told():
+    with pytest.raises(DataError, match=r"ended before its work \(with its samples on their way\).*go on with --resume"), dead_workers_named():
         queue.get()
 
 
@@ -156,12 +156,12 @@ def test_a_death_that_torch_tells_while_another_sign_of_it_is_looked_at_is_told(
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
     monkeypatch.setattr(workers, "_between_processes", interrupted)
-    with pytest.raises(DataError, match=r"ended before its work \(DataLoader worker \(pid 7\)"), dead_workers_told():
+    with pytest.raises(DataError, match=r"ended before its work \(DataLoader worker \(pid 7\)"), dead_workers_named():
         raise ConnectionResetError("of a connection")
 
 
 def test_what_is_no_death_of_a_worker_is_not_told_as_one() -> None:
-    with pytest.raises(EOFError, match="of a file"), dead_workers_told():
+    with pytest.raises(EOFError, match="of a file"), dead_workers_named():
         raise EOFError("of a file")
-    with pytest.raises(RuntimeError, match="of a layer"), dead_workers_told():
+    with pytest.raises(RuntimeError, match="of a layer"), dead_workers_named():
         raise RuntimeError("of a layer")

@@ -79,9 +79,9 @@ def test_statistics_of_a_batch_norm_and_activations_belong_to_an_encoder() -> No
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_var is not None
             module.running_var.mul_(1.02)
-    told = list(differences(known, encoder_part(changed)))
-    assert "with other buffers" in told[0]
-    assert any("makes other features of the same image" in each for each in told)
+    note = list(differences(known, encoder_part(changed)))
+    assert "with other buffers" in note[0]
+    assert any("makes other features of the same image" in each for each in note)
 
 
 def test_a_tokenizer_is_known_by_its_words_and_by_what_it_makes_of_texts() -> None:

@@ -68,8 +68,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     cases = {name: (str(torchvision_of(kind, folder / name)), code) for name, (kind, code) in CASES.items()}
     done = subprocess.run([sys.executable, "-c", FORK_EACH, json.dumps(cases)], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
-    said: dict[str, str] = json.loads(done.stdout)
-    return said
+    stated: dict[str, str] = json.loads(done.stdout)
+    return stated
 
 
 def test_all_libraries_of_encoders_import_after_it() -> None:

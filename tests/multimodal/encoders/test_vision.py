@@ -50,10 +50,10 @@ def tower(named_tower: tuple[str, VisionTower]) -> VisionTower:
 
 
 def pixels_for(tower: VisionTower, count: int) -> torch.Tensor:
-    return torch.randn(count, *tower.preprocess(picture()).shape, dtype=torch.float64)
+    return torch.randn(count, *tower.preprocess(photo()).shape, dtype=torch.float64)
 
 
-def picture() -> Image.Image:
+def photo() -> Image.Image:
     return Image.merge("RGB", [Image.linear_gradient("L").rotate(angle) for angle in (0, 90, 180)]).resize((90, 70))
 
 
@@ -96,7 +96,7 @@ def test_the_preprocessing_travels_without_the_weights(tower: VisionTower) -> No
     assert len(packed) < 4000
     again = pickle.loads(packed)
     for mode in ("RGB", "L", "RGBA", "P"):
-        image = picture().convert(mode)
+        image = photo().convert(mode)
         assert torch.equal(again(image), tower.preprocess(image))
         assert again(image).dtype == torch.float32
 
@@ -134,7 +134,7 @@ def test_the_final_norm_is_found_in_half_precision(tmp_path: Path, pool: str, dt
 def test_a_real_mobilenet_gives_its_map_of_features() -> None:
     tower = load_tower(shared("parts/mobilenet_v2_1.0_224_hf"))
     assert (tower.n_patches, tower.width, tower.n_layers) == (49, 1280, 1)
-    pixels = tower.preprocess(picture())[None]
+    pixels = tower.preprocess(photo())[None]
     assert pixels.shape == (1, 3, 224, 224)
     features = tower(pixels)
     model = tower.encoder.model

@@ -48,7 +48,7 @@ def adapted(vision: dict[str, Method] = VISION, layer: int = -1) -> VisionLangua
 
 
 def pixels(model: VisionLanguageModel) -> Tensor:
-    return torch.stack([model.tower.preprocess(picture) for picture in PICTURES])
+    return torch.stack([model.tower.preprocess(image) for image in PICTURES])
 
 
 def batch_of(model: VisionLanguageModel) -> Batch:
@@ -93,9 +93,9 @@ def test_nothing_keeps_features_that_change() -> None:
         model.encode(pixels(model))
     with pytest.raises(ConfigError, match="has trained weights, so its features change"):
         encode_all(model, Drawn(2))
-    kept = collate([model.row_encoder().prompt("is it ?")], [0], patches(1), kind="patches", side="right", pad_id=0)
-    with pytest.raises(ConfigError, match="the batch holds kept features, and this model's encoder has trained weights: collate it with pixels"):
-        model(kept)
+    retained = collate([model.row_encoder().prompt("is it ?")], [0], patches(1), kind="patches", side="right", pad_id=0)
+    with pytest.raises(ConfigError, match="the batch holds cached features, and this model's encoder has trained weights: collate it with pixels"):
+        model(retained)
     model_of().encode(pixels(model))  # control
 
 

@@ -33,8 +33,8 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def test_epalm_reads_these_cls_tokens(path: Path, tmp_path: Path) -> None:
     sizes, tensors = json.loads(path.read_text())["vit"], load_file(path.with_suffix(".safetensors"))
     arguments = {name: sizes[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
-    picture = {"input_size": [3, sizes["img_size"], sizes["img_size"]]}
-    config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "model_args": arguments, "pretrained_cfg": picture}
+    image = {"input_size": [3, sizes["img_size"], sizes["img_size"]]}
+    config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "model_args": arguments, "pretrained_cfg": image}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(part(tensors, "vit."), tmp_path / "model.safetensors")
     found = load_tower(tmp_path, dtype=torch.float64)(tensors["in.images"])

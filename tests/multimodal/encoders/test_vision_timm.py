@@ -117,7 +117,7 @@ def test_the_preprocessing_is_timms_own(tmp_path: Path) -> None:
 
 def test_an_encoder_that_gives_one_vector_is_refused(tmp_path: Path) -> None:
     save_timm(tmp_path, "pit_ti_224", img_size=64, base_dims=(8, 8, 8), heads=(1, 1, 1), depth=(1, 1, 1))
-    with pytest.raises(ConfigError, match="the encoder gives one vector for the whole picture, expected patches"):
+    with pytest.raises(ConfigError, match="the encoder gives one vector for the whole image, expected patches"):
         load_tower(tmp_path)
 
 

@@ -142,13 +142,13 @@ def test_a_model_that_reads_text_is_refused(tmp_path: Path) -> None:
 def test_an_encoder_that_needs_more_than_pixels_is_refused(tmp_path: Path) -> None:
     config = Siglip2VisionConfig(**SMALL, num_patches=16, patch_size=8)
     save_transformers(tmp_path, config)
-    with pytest.raises(ConfigError, match=r"missing 2 required positional arguments.* choose an encoder that turns a batch of pictures alone"):
+    with pytest.raises(ConfigError, match=r"missing 2 required positional arguments.* choose an encoder that turns a batch of images alone"):
         load_tower(tmp_path)
 
 
 def test_an_encoder_that_drops_patches_at_random_is_refused(tmp_path: Path) -> None:
     save_transformers(tmp_path, ViTMAEConfig(**SMALL, **PICTURE, mask_ratio=0.5))
-    with pytest.raises(ConfigError, match="gives different features each time for the same picture"):
+    with pytest.raises(ConfigError, match="gives different features each time for the same image"):
         load_tower(tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_a_missing_preprocessing_is_named(tmp_path: Path) -> None:
 def test_preprocessing_that_keeps_the_shape_of_pictures_is_refused(tmp_path: Path) -> None:
     save_transformers(tmp_path, ViTConfig(**SMALL, **PICTURE))
     CLIPImageProcessor(size={"shortest_edge": 32}, do_center_crop=False).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"gives pictures of different sizes \(\[3, 32, 51\] and \[3, 53, 32\]\), expected one size"):
+    with pytest.raises(ConfigError, match=r"gives images of different sizes \(\[3, 32, 51\] and \[3, 53, 32\]\), expected one size"):
         load_tower(tmp_path)
 
 

@@ -130,12 +130,12 @@ def test_words_that_changed_places_are_found(words: int, tmp_path: Path) -> None
     path, at, size = only_shard(folder), HEADER + 16 * N + 6 * CONTENTS.n_bytes, 8
     data = bytearray(path.read_bytes())
     first, other = slice(at, at + size), slice(at + words % 5 * size, at + (words % 5 + 1) * size)
-    if words == 5:  # the whole record with that of another picture
+    if words == 5:  # the whole record with that of another image
         first, other = (slice(start, start + CONTENTS.n_bytes) for start in (at, at + CONTENTS.n_bytes))
     assert other.stop <= len(data)
     data[first], data[other] = data[other], data[first]
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"the features of picture 6 in .* are not what was written"):
+    with pytest.raises(DataError, match=r"the features of image 6 in .* are not what was written"):
         FeatureCache.open(folder)[6]
 
 
@@ -145,15 +145,15 @@ def test_files_of_the_first_format_are_read_and_continued_as_they_are(tmp_path: 
     data = bytearray(path.read_bytes())
     data[:HEADER] = data[:HEADER].replace(b"adalink features 2", b"adalink features 1")
     word, size = word_bytes(CONTENTS.n_bytes), CONTENTS.n_bytes
-    for picture in range(N):
-        at = HEADER + 16 * N + picture * size
+    for image in range(N):
+        at = HEADER + 16 * N + image * size
         found = np.frombuffer(data[at : at + size], dtype=f"i{word}").astype(np.int64)
-        total = (int(found.sum()) + picture * (0x9E3779B97F4A7C15 - 2**64) + 2**63) % 2**64 - 2**63
-        data[HEADER + 8 * (N + picture) : HEADER + 8 * (N + picture + 1)] = total.to_bytes(8, "little", signed=True)
+        total = (int(found.sum()) + image * (0x9E3779B97F4A7C15 - 2**64) + 2**63) % 2**64 - 2**63
+        data[HEADER + 8 * (N + image) : HEADER + 8 * (N + image + 1)] = total.to_bytes(8, "little", signed=True)
     path.write_bytes(data)
     assert same(FeatureCache.open(folder))
     flip(path, HEADER + 16 * N + 3 * size)
-    with pytest.raises(DataError, match="the features of picture 3 in"):
+    with pytest.raises(DataError, match="the features of image 3 in"):
         FeatureCache.open(folder)[3]
     writer = FeatureWriter(folder, binding(), CONTENTS)  # the damaged record is written anew
     assert writer.missing().tolist() == [3]
@@ -179,7 +179,7 @@ def test_a_flipped_byte_names_the_picture_and_the_file_and_others_are_read(tmp_p
     folder = written(tmp_path / "kept")
     flip(only_shard(folder), HEADER + 16 * N + 6 * CONTENTS.n_bytes + 1)
     cache = FeatureCache.open(folder)
-    with pytest.raises(DataError, match=r"the features of picture 6 in .*000-00000.safetensors are not what was written: the file was cut or changed; run"):
+    with pytest.raises(DataError, match=r"the features of image 6 in .*000-00000.safetensors are not what was written: the file was cut or changed; run"):
         cache[6]
     assert torch.equal(cache[5], records([5])[0])  # type: ignore[arg-type]
 
@@ -190,7 +190,7 @@ def test_a_file_that_is_cut_is_told_when_it_is_opened_and_when_it_is_read(tmp_pa
     path = only_shard(folder)
     size = path.stat().st_size
     os.truncate(path, size - 1)
-    with pytest.raises(DataError, match=r"the features of picture 9 in .* are not what was written: the file was cut or changed"):
+    with pytest.raises(DataError, match=r"the features of image 9 in .* are not what was written: the file was cut or changed"):
         cache[9]
     with pytest.raises(DataError, match=f"has {size - 1} bytes, and its manifest says {size}; run `adalink features` again"):
         FeatureCache.open(folder)
@@ -233,8 +233,8 @@ def test_a_damaged_manifest_is_one_sentence(change: object, tmp_path: Path) -> N
 
 def test_a_manifest_that_promises_more_is_found_out(tmp_path: Path) -> None:
     path = written(tmp_path / "kept") / "features.json"
-    path.write_text(path.read_text().replace(f'"pictures": {N}', f'"pictures": {N + 2}'))
-    with pytest.raises(DataError, match="lack the features of 2 pictures, the first number 10, which its manifest promises; run"):
+    path.write_text(path.read_text().replace(f'"images": {N}', f'"images": {N + 2}'))
+    with pytest.raises(DataError, match="lack the features of 2 images, the first number 10, which its manifest promises; run"):
         FeatureCache.open(tmp_path / "kept")
 
 
@@ -260,14 +260,14 @@ def test_worker_processes_read_too(tmp_path: Path) -> None:
         ({"fingerprint": "f2", "encoder": "two"}, r"are of the encoder one \(f1\), and here it is two \(f2\)"),
         ({"layer": -2}, "are of the encoder's layer -1, and here it is -2"),
         ({"precision": "bfloat16"}, "are of an encoder that computes in float32, and here it is bfloat16"),
-        ({"pixels": Sketch((3, 4, 4), (0.0, 1.0, 0.5))}, "are of pictures prepared as 3 x 2 x 2, from 0 to 1, and here it is 3 x 4 x 4, from 0 to 1 .*"),
-        ({"pixels": Sketch((3, 2, 2), (0.0, 1.0, 0.6))}, r"are of pictures prepared as .* \(a test picture differs by 10 % of the range\)"),
-        ({"features": Sketch((3, 2, 2), (0.0, 1.0, 0.6))}, r"are of an encoder that makes of a test picture .* \(they differ by 10 % of the range\)"),
-        ({"pictures": 11}, "are of a data set of 10 pictures, and here it is 11"),
-        ({"data": "d2"}, r"are of the data set d1, and here it is d2 \(other pictures, or in another order\)"),
+        ({"pixels": Sketch((3, 4, 4), (0.0, 1.0, 0.5))}, "are of images prepared as 3 x 2 x 2, from 0 to 1, and here it is 3 x 4 x 4, from 0 to 1 .*"),
+        ({"pixels": Sketch((3, 2, 2), (0.0, 1.0, 0.6))}, r"are of images prepared as .* \(a test image differs by 10 % of the range\)"),
+        ({"features": Sketch((3, 2, 2), (0.0, 1.0, 0.6))}, r"are of an encoder that makes of a test image .* \(they differ by 10 % of the range\)"),
+        ({"pictures": 11}, "are of a data set of 10 images, and here it is 11"),
+        ({"data": "d2"}, r"are of the data set d1, and here it is d2 \(other images, or in another order\)"),
     ],
 )  # fmt: skip
-def test_features_of_anything_else_are_refused_naming_both(fields: dict[str, object], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"the features in {tmp_path} {said}: give another folder, or none"):
+def test_features_of_anything_else_are_refused_naming_both(fields: dict[str, object], stated: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"the features in {tmp_path} {stated}: give another folder, or none"):
         refuse_other(binding(), binding(**fields), tmp_path)
     refuse_other(binding(), binding(encoder="the same by another name", pixels=Sketch((3, 2, 2), (0.0, 1.0, 0.51))), tmp_path)

@@ -27,7 +27,7 @@ from multimodal.data.feature_cache.encode import opened_writer, write_features
 from multimodal.data.feature_cache.format import Contents, StoredDtype, all_contents, needed_contents
 from multimodal.data.feature_cache.reader import FeatureCache, matching_features
 from multimodal.data.images.decode import decode_image
-from multimodal.data.inputs import Kept
+from multimodal.data.inputs import CachedFeatures
 from multimodal.encoders.tower import load_tower
 from multimodal.model import VisionLanguageModel
 from multimodal.sample import Sample
@@ -64,7 +64,7 @@ class Killed(Exception):
 
 
 def weights(
-    folder: Path, given: Path | Kept | None, *, sees: str = "patches", resume: bool = False, killed_at: int = 0, texts: Any = two_texts, **fields: Any
+    folder: Path, given: Path | CachedFeatures | None, *, sees: str = "patches", resume: bool = False, killed_at: int = 0, texts: Any = two_texts, **fields: Any
 ) -> dict[str, Tensor]:
     """Of the adapter after training that fills a folder, or reads what is kept, or encodes."""
     model, source, calls = model_of(sees), Drawn(N, BAD), iter(range(1, 100))
@@ -126,7 +126,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 @pytest.mark.parametrize("killed_at", [1, 2, 3, 4])
 def test_interrupted_and_resumed_filling_is_exact(killed_at: int, unbroken: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
-    """Three steps are an epoch. The third is the one that pictures of both epochs are in. The folder is there when the run goes on, or gone."""
+    """Three steps are an epoch. The third is the one that images of both epochs are in. The folder is there when the run goes on, or gone."""
     whole, expected = unbroken
     killed = tmp_path / "killed"
     with pytest.raises(Killed):
@@ -171,7 +171,7 @@ def test_a_damaged_record_ends_the_run_and_no_picture_is_left_out_for_it(tmp_pat
         file.seek(-3, 2)
         file.write(b"\xff")
     for workers in (0, 1):
-        with pytest.raises(DataError, match=r"the features of picture 7 in .* are not what was written"):
+        with pytest.raises(DataError, match=r"the features of image 7 in .* are not what was written"):
             weights(tmp_path / f"run{workers}", cache, workers=workers)
 
 
@@ -211,7 +211,7 @@ def test_how_much_rounding_moves_gradients_on_the_embedded_parts(dtype: StoredDt
 
 
 def gradient_moved(dtype: StoredDtype, folder: Path) -> float:
-    """On scenes: captions of 32 pictures, the embedded encoder and language model, AdaLink and a bridge with weights away from their start."""
+    """On scenes: captions of 32 images, the embedded encoder and language model, AdaLink and a bridge with weights away from their start."""
     task, source = Captioning(), Scenes(split="train", size=32)
     model = compose_parts("scenes:encoder", "scenes:language", template=task.template)
     torch.manual_seed(0)
@@ -244,7 +244,7 @@ def state(folder: Path) -> dict[str, Tensor]:
 
 
 def test_two_processes_fill_one_folder_together_also_when_they_are_killed(machine: Machine, tmp_path: Path) -> None:
-    """Thirteen pictures in steps of two times two: the fourth step ends the first epoch."""
+    """Thirteen images in steps of two times two: the fourth step ends the first epoch."""
     one = machine.start(1, feature_jobs.filled, tmp_path / "one", tmp_path / "alone", 4)
     two = machine.start(2, feature_jobs.filled, tmp_path / "two", tmp_path / "together")
     killed = machine.start(2, feature_jobs.filled, tmp_path / "killed", tmp_path / "resumed", 2, 3)

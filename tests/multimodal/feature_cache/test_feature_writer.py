@@ -49,9 +49,9 @@ def is_right(cache: FeatureCache) -> bool:
     return all(torch.equal(cache[i], records([i])[0]) for i in range(N))  # type: ignore[arg-type]
 
 
-def half(folder: Path, pictures: list[int]) -> Path:
+def half(folder: Path, images: list[int]) -> Path:
     writer = FeatureWriter(folder, binding(), CONTENTS)
-    writer.add(pictures, records(pictures))
+    writer.add(images, records(images))
     writer.close()
     return folder
 
@@ -62,7 +62,7 @@ def test_a_writing_goes_on_where_it_stopped_and_looks_whole_at_the_end_alone(tmp
         FeatureCache.open(folder)
     writer = FeatureWriter(folder, binding(), CONTENTS)
     assert writer.missing().tolist() == [0, 1, 3, 4, 6, 8, 9]
-    with pytest.raises(DataError, match="7 pictures have no features, the first number 0: run `adalink features` with the same settings"):
+    with pytest.raises(DataError, match="7 images have no features, the first number 0: run `adalink features` with the same settings"):
         writer.finish({})
     writer.close()
     with pytest.raises(DataError, match="are not finished"):
@@ -75,7 +75,7 @@ def test_a_writing_goes_on_where_it_stopped_and_looks_whole_at_the_end_alone(tmp
 def test_a_record_is_written_once_whatever_comes_twice(tmp_path: Path) -> None:
     writer = FeatureWriter(tmp_path / "kept", binding(), CONTENTS)
     writer.add([3, 3, 1], records([3, 3, 1]))
-    writer.add([1, 0], records([2, 0]))  # the features of picture 1 are there
+    writer.add([1, 0], records([2, 0]))  # the features of image 1 are there
     writer.close()
     assert np.count_nonzero(ShardFile(only_shard(tmp_path / "kept"), CONTENTS).index()[0] != ABSENT) == 3
     assert is_right(complete(tmp_path / "kept"))
@@ -204,7 +204,7 @@ def test_a_second_writer_is_told_that_there_is_one(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_encoded(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the features of 10 pictures take \d+\.00 GiB \(2,199,023,255,552 bytes each: 1 patches of width .*\), and .* has .*iB left: give a"):
+    with pytest.raises(DataError, match=r"the features of 10 images take \d+\.00 GiB \(2,199,023,255,552 bytes each: 1 patches of width .*\), and .* has .*iB left: give a"):
         FeatureWriter(tmp_path / "kept", binding(), Contents(patches=1, pooled=0, width=2**40))
     assert list(tmp_path.iterdir()) == []
 
@@ -220,9 +220,9 @@ def test_a_disk_that_fills_up_is_told_and_what_is_written_stays(tmp_path: Path) 
             writer.add([i], records([i]))
 
     room = 3 * CONTENTS.n_bytes + HEADER + 16 * N + 20
-    said = forked(fill).recv()
-    assert "features cannot be written to" in said
-    assert "File too large; 3 of 10 pictures are there and stay: make room and run the same again" in said
+    stated = forked(fill).recv()
+    assert "features cannot be written to" in stated
+    assert "File too large; 3 of 10 images are there and stay: make room and run the same again" in stated
     with pytest.raises(DataError, match="are not finished"):
         FeatureCache.open(tmp_path / "kept")
     writer = FeatureWriter(tmp_path / "kept", binding(), CONTENTS)
@@ -247,13 +247,13 @@ def test_a_small_disk_is_told_before_and_while_it_fills(small_disk: Path) -> Non
     with pytest.raises(DataError, match=r"take 0.08 MiB \(8,192 bytes each: .*\), and .* has 0.06 MiB left: give a folder on a larger disk"):
         FeatureWriter(small_disk / "kept", binding(), large)
     assert not (small_disk / "kept").exists()
-    writer = FeatureWriter(small_disk / "kept", binding(pictures=6), large)
+    writer = FeatureWriter(small_disk / "kept", binding(images=6), large)
     (small_disk / "another").write_bytes(bytes(30_000))  # by somebody else, meanwhile
-    with pytest.raises(DataError, match=r"No space left on device; [0-3] of 6 pictures are there and stay: make room and run the same again"):
+    with pytest.raises(DataError, match=r"No space left on device; [0-3] of 6 images are there and stay: make room and run the same again"):
         writer.add(list(range(6)), records(list(range(6)), large))
     writer.close()
     (small_disk / "another").unlink()
-    writer = FeatureWriter(small_disk / "kept", binding(pictures=6), large)
+    writer = FeatureWriter(small_disk / "kept", binding(images=6), large)
     missing = writer.missing().tolist()
     writer.add(missing, records(missing, large))
     assert len(writer.finish({})) == 6
@@ -283,7 +283,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_features(tmp_path: Path) ->
     assert is_right(complete(tmp_path / "kept"))
 
 
-def kept(cache: FeatureCache, index: int) -> Tensor:
+def retained(cache: FeatureCache, index: int) -> Tensor:
     found = cache[index]
     assert isinstance(found, Tensor)
     return found
@@ -296,7 +296,7 @@ def test_pictures_are_encoded_once_and_bad_ones_are_recorded(workers: int, tmp_p
     assert {index: bad.reason for index, bad in cache.bad.items()} == {1: "not an image", 34: "not an image"}
     for index in (0, 33, 39):
         alone = tower()(tower().preprocess(decode_image(source[index].image))[None]).joined[0]
-        torch.testing.assert_close(kept(cache, index), alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(retained(cache, index), alone, rtol=1e-5, atol=1e-5)
     again = write_features(tower(), source, tmp_path / "kept", all_contents(tower(), "float32"), budget=2)
     assert again.bad == cache.bad
 
@@ -318,12 +318,12 @@ def test_features_do_not_depend_on_how_many_pictures_are_encoded_together(tmp_pa
         caches.append(write_features(tower(), source, tmp_path / str(size), all_contents(tower(), "float32")))
     for index in range(9):
         for cache in caches[1:]:
-            torch.testing.assert_close(kept(cache, index), kept(caches[0], index), rtol=0, atol=1e-5)
-            assert torch.equal(kept(cache, index).half(), kept(caches[0], index).half())
+            torch.testing.assert_close(retained(cache, index), retained(caches[0], index), rtol=0, atol=1e-5)
+            assert torch.equal(retained(cache, index).half(), retained(caches[0], index).half())
 
 
 class Renamed:
-    """Pictures of scenes, told by nothing but keys and bytes."""
+    """Images of scenes, told by nothing but keys and bytes."""
 
     def __init__(self, n: int, prefix: str = "") -> None:
         self.scenes, self.prefix = Scenes(split="train", size=n), prefix
@@ -345,8 +345,8 @@ def test_features_are_bound_to_pictures_and_their_order_and_not_to_texts() -> No
     assert len(set(others)) == 3
     assert bind(tower(), Scenes(split="train", size=5)) == bind(tower(), Scenes(split="train", size=5))
     assert bind(tower(), Scenes(split="train", size=5)).data != bind(tower(), Scenes(split="val", size=5)).data
-    shown = bind(tower(), Chosen(Scenes(split="train", size=5), [0, 1])).data
-    assert shown != bind(tower(), Chosen(Scenes(split="train", size=5), [0, 2])).data
+    displayed = bind(tower(), Chosen(Scenes(split="train", size=5), [0, 1])).data
+    assert displayed != bind(tower(), Chosen(Scenes(split="train", size=5), [0, 2])).data
 
 
 def test_pictures_in_files_are_told_by_name_size_and_some_bytes(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_every_picture_that_was_replaced_by_another_of_its_size_is_found(tmp_pat
         (tmp_path / f"{index}.png").write_bytes(bytes(len(whole)))
         now = bind(tower(), Files())
         assert now.data == own.data
-        with pytest.raises(ConfigError, match=r"a picture was replaced by another of the same name and size"):
+        with pytest.raises(ConfigError, match=r"an image was replaced by another of the same name and size"):
             refuse_other(own, now, tmp_path)
         refuse_other(old, now, tmp_path)  # a folder from before this was looked at is read
         (tmp_path / f"{index}.png").write_bytes(whole)

@@ -33,7 +33,7 @@ class Damaged(Drawn):
         return super().__getitem__(index)
 
 
-def kept(table: PatchTable, index: int) -> Tensor:
+def retained(table: PatchTable, index: int) -> Tensor:
     found = table[index]
     assert isinstance(found, Tensor)
     return found
@@ -52,20 +52,20 @@ def test_every_picture_has_its_own_features_and_bad_ones_say_why(workers: int, m
     for index in table.usable():
         pixels = tower().preprocess(decode_image(source[index].image))[None]
         expected = tower()(pixels).joined[0]
-        torch.testing.assert_close(kept(table, index), expected, rtol=1e-3, atol=1e-3)
-        assert kept(table, index).dtype == torch.float32
+        torch.testing.assert_close(retained(table, index), expected, rtol=1e-3, atol=1e-3)
+        assert retained(table, index).dtype == torch.float32
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_encoding_leaves_the_programs_random_numbers_where_they_were(workers: int, model: VisionLanguageModel) -> None:
-    """A run on kept features then draws what the same run on pictures draws."""
+    """A run on cached features then draws what the same run on images draws."""
     before = torch.get_rng_state()
     encode_all(model, Drawn(2), workers=workers)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 class Deadly(Drawn):
-    """The worker process that reads the last picture is killed, as one that needs too much memory is."""
+    """The worker process that reads the last image is killed, as one that needs too much memory is."""
 
     def __getitem__(self, index: int) -> Sample:
         if index == len(self) - 1:
@@ -81,7 +81,7 @@ def test_a_worker_that_dies_while_pictures_are_encoded_is_told_in_a_sentence(mod
 def test_features_are_kept_in_sixteen_bits(model: VisionLanguageModel) -> None:
     table = encode_all(model, Drawn(2))
     assert table.patches.dtype == torch.float16
-    assert table.patches.nbytes == 2 * tower().n_kept * tower().width * 2  # two pictures, two bytes a value
+    assert table.patches.nbytes == 2 * tower().n_retained * tower().width * 2  # two images, two bytes a value
 
 
 def test_a_feature_that_sixteen_bits_cannot_hold_is_refused_and_kept_in_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_a_feature_that_sixteen_bits_cannot_hold_is_refused_and_kept_in_another_
     with pytest.raises(DataError, match=r"an encoder's feature is .*, and float16 holds at most 65504: keep the features in bfloat16 or float32 \(features_dtype\)"):
         encode_all(model, Drawn(2))
     for dtype in ("bfloat16", "float32"):
-        assert kept(encode_all(model, Drawn(2), dtype=dtype), 0).isfinite().all()  # type: ignore[arg-type]
+        assert retained(encode_all(model, Drawn(2), dtype=dtype), 0).isfinite().all()  # type: ignore[arg-type]
 
 
 def test_a_table_of_some_samples_counts_them_anew() -> None:
@@ -104,6 +104,6 @@ def test_a_table_of_some_samples_counts_them_anew() -> None:
     table = PatchTable(torch.arange(5.0).reshape(5, 1, 1).half(), {3: bad})
     some = table.only([4, 3, 0])
     assert len(some) == 3
-    assert [kept(some, i).item() for i in (0, 2)] == [4.0, 0.0]
+    assert [retained(some, i).item() for i in (0, 2)] == [4.0, 0.0]
     assert some[1] is bad
     assert some.usable() == [0, 2]

@@ -25,7 +25,7 @@ def model_of() -> VisionLanguageModel:
     return model
 
 
-def said(model: VisionLanguageModel, beams: int) -> list[str]:
+def stated(model: VisionLanguageModel, beams: int) -> list[str]:
     rows = [model.row_encoder().prompt(question) for question in QUESTIONS]
     batch = collate(rows, range(3), patches(3), kind="patches", side="left", pad_id=0)
     return model.generate_batch(batch, GenerationSettings(max_new_tokens=8, num_beams=beams))
@@ -34,17 +34,17 @@ def said(model: VisionLanguageModel, beams: int) -> list[str]:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_texts_are_those_of_eval_mode_and_the_mode_stays(beams: int) -> None:
     model = model_of()
-    drawn = [said(model, beams) for _ in range(3)]
+    drawn = [stated(model, beams) for _ in range(3)]
     assert model.adapted.active_adapter().training
     model.eval()
-    assert drawn == [said(model, beams)] * 3
+    assert drawn == [stated(model, beams)] * 3
     assert not model.adapted.active_adapter().training
 
 
 def test_answers_are_chosen_without_dropout() -> None:
     model = model_of()
     model.add_answer_head([f"answer {i}" for i in range(50)]).double()
-    assert said(model, 1) == said(model, 1) == said(model, 1)
+    assert stated(model, 1) == stated(model, 1) == stated(model, 1)
 
 
 def test_a_loaded_adapter_is_still_until_it_is_trained(tmp_path: Path) -> None:
@@ -57,4 +57,4 @@ def test_a_loaded_adapter_is_still_until_it_is_trained(tmp_path: Path) -> None:
     train(loaded, Drawn(4), two_texts, settings, tmp_path / "run")
     assert all(module.training for module in adapter.modules())
     torch.manual_seed(0)
-    assert said(loaded, 1) == said(loaded, 1)
+    assert stated(loaded, 1) == stated(loaded, 1)

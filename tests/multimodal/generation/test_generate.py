@@ -27,7 +27,7 @@ def model_of(family: str) -> VisionLanguageModel:
 
 
 def generated(model: VisionLanguageModel, which: list[int], settings: GenerationSettings) -> tuple[Tensor, list[str]]:
-    """The new ids and the texts of some of the questions, each about the picture of its own number."""
+    """The new ids and the texts of some of the questions, each about the image of its own number."""
     encoder = model.row_encoder()
     rows = [encoder.prompt(QUESTIONS[i]) for i in which]
     batch = collate(rows, range(len(which)), patches(5)[which], kind="patches", side="left", pad_id=0)
@@ -48,7 +48,7 @@ def test_a_text_does_not_depend_on_the_batch_it_is_generated_in(family: str, bea
     other_pictures = model.generate_batch(
         collate([model.row_encoder().prompt(q) for q in QUESTIONS], range(5), patches(5, seed=8), kind="patches", side="left", pad_id=0), settings
     )
-    assert other_pictures != together  # and the pictures are looked at
+    assert other_pictures != together  # and the images are looked at
 
 
 def test_no_more_than_the_new_tokens_are_generated_and_an_end_ends_it() -> None:

@@ -46,8 +46,8 @@ def test_a_mixed_batch_says_what_its_rows_say_alone(family: str, beams: int) -> 
     model, settings = served(family), GenerationSettings(max_new_tokens=7, num_beams=beams)
     mixed = model.generate(PICTURES, QUESTIONS, settings=settings, adapter_names=NAMES)
     alone = [
-        model.generate([picture], [question], settings=settings, adapter_names=[name])[0]
-        for picture, question, name in zip(PICTURES, QUESTIONS, NAMES, strict=True)
+        model.generate([photo], [question], settings=settings, adapter_names=[name])[0]
+        for photo, question, name in zip(PICTURES, QUESTIONS, NAMES, strict=True)
     ]
     assert mixed == alone
     assert len(set(mixed)) > 1

@@ -1,4 +1,4 @@
-"""Rows about one picture, read once: the same tokens as transformers' own generation gives each row alone."""
+"""Rows about one image, read once: the same tokens as transformers' own generation gives each row alone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_questions(method: str, family: str, beams: int) -> None:
         texts = model.generate_batch(batch, settings, names)
     assert texts == alone(model, names, about, which, settings)
     assert len(set(texts)) > 1  # the control: rows differ
-    if method != "epalm":  # without slots for the picture, there is little to share
+    if method != "epalm":  # without slots for the image, there is little to share
         assert sum(calls[:2]) < 0.6 * batch.ids.numel()
     assert max(calls[2:]) <= len(names) * beams
 
@@ -78,7 +78,7 @@ def test_scores_after_a_shared_prompt_are_those_after_a_whole_one(method: str, f
             prefill(model.language, model.adapted.attachment, batch, token_map, n_left=0, may_share=may_share)[1] for may_share in (True, False)
         )
     assert torch.allclose(shared, whole, rtol=0, atol=1e-5)  # scores are float32
-    assert not torch.allclose(shared[0], shared[5], rtol=0, atol=1e-3)  # the control: pictures differ
+    assert not torch.allclose(shared[0], shared[5], rtol=0, atol=1e-3)  # the control: images differ
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -167,7 +167,7 @@ def test_every_family_that_keeps_keys_and_values_shares_them(family: str, beams:
 def test_what_is_shared_is_read_once_and_then_the_last_tokens_of_every_row() -> None:
     assert plan_fork([[1, 2, 3, 4], [1, 2, 3, 5]], "aa") == Fork(leaders=(0,), leader=(0, 0), shift=(0, 0), n_last=1)
     assert plan_fork([[1, 2, 3, 4], [1, 2, 3, 5, 6]], "aa") == Fork(leaders=(1,), leader=(0, 0), shift=(1, 0), n_last=2)
-    # Rows of other pictures share nothing; a long row of its own is read in two parts, and two rows that share little are left alone.
+    # Rows of other images share nothing; a long row of its own is read in two parts, and two rows that share little are left alone.
     assert plan_fork([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 5], [7, 8, 9, 9]], "aaab") == Fork(leaders=(0, 3), leader=(0, 0, 0, 1), shift=(0,) * 4, n_last=1)
     assert plan_fork([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 5], [1, 8, 9, 9], [1, 6, 6, 6]], "aaabb") == Fork(
         leaders=(0, 3, 4), leader=(0, 0, 0, 1, 2), shift=(0,) * 5, n_last=1

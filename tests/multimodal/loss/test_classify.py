@@ -61,7 +61,7 @@ def model_of(family: str, methods: dict[str, Method] | None = None, answers: tup
 
 def batch_of(model: VisionLanguageModel, texts: list[Text], side: Any = "right") -> Batch:
     rows = [model.row_encoder().row(text) for text in texts]
-    pixels = torch.stack([model.tower.preprocess(picture) for picture in PICTURES])
+    pixels = torch.stack([model.tower.preprocess(token_image) for token_image in PICTURES])
     return collate(rows, [i % 2 for i in range(len(rows))], pixels, kind="pixels", side=side, pad_id=0)
 
 
@@ -121,7 +121,7 @@ def test_a_row_is_as_long_as_the_positions_that_the_model_has() -> None:
         assert taken[family] is not None
         longest = " ".join(["red"] * (taken[family] - len(model.row_encoder().prompt("").ids)))
         model(batch_of(model, [Text(longest, None, ())]))
-        with pytest.raises(Exception, match=r"a text needs \d+ tokens with its picture, and the language model has"):
+        with pytest.raises(Exception, match=r"a text needs \d+ tokens with its image, and the language model has"):
             model.row_encoder().prompt(longest + " red")
     assert taken == {"bert": 96, "roberta": 95}  # RoBERTa counts from after its padding id, which is 0 here
 

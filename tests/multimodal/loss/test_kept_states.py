@@ -15,7 +15,7 @@ from adalink.errors import ConfigError
 from multimodal.data.images.decode import decode_image
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
-from multimodal.training.prepare import kept_states
+from multimodal.training.prepare import hidden_state_model
 from multimodal.training.settings import TrainSettings
 from multimodal.training.train import train
 
@@ -38,9 +38,9 @@ def trained(folder: Path, *, resume: bool = False, **fields: Any) -> dict[str, T
 
 
 def test_a_run_that_keeps_states_ends_as_one_that_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain, kept = trained(tmp_path / "plain"), trained(tmp_path / "kept", states_gib=0.1)
+    plain, retained = trained(tmp_path / "plain"), trained(tmp_path / "kept", states_gib=0.1)
     assert "the first 1 of 3 layers run once for each text, as long as its states fit into 0.1 GiB" in capsys.readouterr().out
-    assert all(torch.allclose(value, plain[name], rtol=1e-6, atol=1e-6) for name, value in kept.items())
+    assert all(torch.allclose(value, plain[name], rtol=1e-6, atol=1e-6) for name, value in retained.items())
 
 
 @pytest.mark.parametrize("fields", [{}, {"precision": "bf16"}, {"row_tokens": 64}, {"checkpointing": True}], ids=str)
@@ -54,15 +54,15 @@ def test_a_run_that_keeps_states_goes_on_bit_for_bit(fields: dict[str, Any], tmp
 
 def test_texts_are_written_while_states_are_kept_as_they_are_without(tmp_path: Path) -> None:
     model = composed()
-    pictures, said = [decode_image(Drawn(2)[i].image) for i in range(2)], []
+    images, stated = [decode_image(Drawn(2)[i].image) for i in range(2)], []
     for gib in (0.0, 0.1):
-        with kept_states(model, gib, 2):
-            said.append(model.generate(pictures, ["is it red ?", ""]))
-    assert said[0] == said[1]
+        with hidden_state_model(model, gib, 2):
+            stated.append(model.generate(images, ["is it red ?", ""]))
+    assert stated[0] == stated[1]
 
 
 def refused(model: VisionLanguageModel, match: str) -> None:
-    with pytest.raises(ConfigError, match=match), kept_states(model, 1.0, 6):
+    with pytest.raises(ConfigError, match=match), hidden_state_model(model, 1.0, 6):
         pass
 
 
@@ -108,5 +108,5 @@ def test_a_model_that_cannot_be_started_is_refused() -> None:
 
 def test_nothing_is_kept_where_nothing_is_asked_for() -> None:
     model = composed({"prompt": Prompt(length=2, init_std=0.5)})
-    with kept_states(model, 0.0, 6):
+    with hidden_state_model(model, 0.0, 6):
         assert model.language_loss.lower is None

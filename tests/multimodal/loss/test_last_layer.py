@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from shared import covering, every_other
-from sharing import EXACT, FORKED, PACKED, adapted, batch_of, check_equal, in_double, learnt, slots_of
+from sharing import EXACT, FORKED, PACKED, adapted, batch_of, check_equal, in_double, slots_of, trained_so_far
 from tiny import tiny
 from tiny_families import HARD
 from torch import Tensor, nn
@@ -41,9 +41,9 @@ from adalink.edit import Slots
 from adalink.tokens import Tokens
 from multimodal.batches.collate import Batch
 from multimodal.batches.packing import fork_rows, pack_rows, separate_rows
-from multimodal.loss import last_layer
+from multimodal.loss import savings as last_layer
 from multimodal.loss.language_loss import LanguageLoss
-from multimodal.loss.last_layer import LastLayer
+from multimodal.loss.savings import LastLayer
 
 WHOLE = ("gpt_neo", "gpt_neo_local", "mamba")  # GPT-Neo counts a query's place from the last key
 ALL = {"all": ("all",)}
@@ -101,11 +101,11 @@ def feed_forward(model: AdaptedModel) -> str:
 def check_short(model: AdaptedModel, batch: Batch) -> None:
     """Equal to the whole layer, whose feed-forward network then sees the sources alone."""
     loss = LanguageLoss(model)
-    assert loss.told == "the last layer runs where something is predicted"
+    assert loss.note == "the last layer runs where something is predicted"
     with rows_of_last(model) as short:
-        found = learnt(model, batch, loss)
+        found = trained_so_far(model, batch, loss)
     with rows_of_last(model) as every:
-        wanted = learnt(model, batch, whole(model))
+        wanted = trained_so_far(model, batch, whole(model))
     check_equal(found, wanted)
     assert short[feed_forward(model)][-1] == batch.source.numel()
     assert every[feed_forward(model)][-1] == batch.ids.numel()
@@ -123,11 +123,11 @@ def test_forked_rows_learn_the_same_in_every_family(name: str) -> None:
     model = adapted(name)
     batch = batch_of(fork_rows, slots_of(model))
     with rows_of_last(model) as seen:
-        found = learnt(model, batch)
-    check_equal(found, learnt(model, batch, whole(model)))
-    assert batch.beginning is not None
+        found = trained_so_far(model, batch)
+    check_equal(found, trained_so_far(model, batch, whole(model)))
+    assert batch.shared_prefix is not None
     if name not in WHOLE:
-        assert batch.beginning.source.numel() in seen[feed_forward(model)]
+        assert batch.shared_prefix.source.numel() in seen[feed_forward(model)]
 
 
 @pytest.mark.parametrize(("name", "family"), covering(product(METHODS, ("llama", "opt", "gpt2")), each=1))
@@ -148,9 +148,9 @@ def test_what_is_dropped_of_a_token_is_drawn_once_for_the_whole_layer() -> None:
     draws = []
     for loss in (LanguageLoss(model), whole(model)):
         assert loss.head
-        assert loss.told
+        assert loss.note
         torch.manual_seed(3)
-        draws.append(learnt(model, batch, loss))
+        draws.append(trained_so_far(model, batch, loss))
     check_equal(*draws)
 
 
@@ -165,7 +165,7 @@ def test_rows_of_several_adapters_learn_the_same() -> None:
     found = []
     for loss in (LanguageLoss(model), whole(model)):
         assert loss.head
-        assert loss.told == "the last layer runs where something is predicted" or loss.call is not model.base
+        assert loss.note == "the last layer runs where something is predicted" or loss.call is not model.base
         torch.manual_seed(3)
         total = loss(batch, token_map)
         found.append([total.detach(), *torch.autograd.grad(total, weights)])
@@ -176,11 +176,11 @@ def test_rows_of_several_adapters_learn_the_same() -> None:
 def why(model: AdaptedModel) -> str:
     """Why the layer is run on every token, which it then is."""
     batch, loss = batch_of(separate_rows, slots_of(model)), LanguageLoss(model)
-    said = loss.told
+    stated = loss.note
     with rows_of_last(model) as seen:
-        learnt(model, batch, loss)
+        trained_so_far(model, batch, loss)
     assert seen[feed_forward(model)][-1] == batch.ids.numel()
-    return said.removeprefix("the last layer runs on every token: ")
+    return stated.removeprefix("the last layer runs on every token: ")
 
 
 @pytest.mark.parametrize("methods", [{"gated": Gated(inner=Bottleneck(width=4))}, {"unipelt": UniPELT(variant="AP", bottleneck=4, prefix_length=2, prefix_hidden=6)}])
@@ -194,19 +194,19 @@ def test_gates_below_the_last_layer_are_none_of_its_business() -> None:
 
 
 def test_hooks_of_others_and_checkpointing_need_every_token() -> None:
-    said = "something else is hooked to it, or it is checkpointed"
+    stated = "something else is hooked to it, or it is checkpointed"
     for part in ("model.layers.1.mlp.down_proj", "model.norm"):
         model = adapted("llama")
         model.base.get_submodule(part).register_forward_hook(lambda *_: None)
-        assert why(model) == said
+        assert why(model) == stated
     model = adapted("opt")
     model.attachment.checkpoint_layers()
-    assert why(model) == said
+    assert why(model) == stated
 
 
 def test_a_compiled_model_and_a_family_that_counts_queries_need_every_token() -> None:
     assert why(adapted("gpt_neo")) == "the model was tried so, and gave other scores"
-    assert whole(adapted("llama")).told == "the last layer runs on every token: the model is compiled"
+    assert whole(adapted("llama")).note == "the last layer runs on every token: the model is compiled"
     t5 = AdaptedModel(tiny("t5"))
     assert LastLayer(t5).why_whole() == "the model has a decoder of its own, or its attention takes no mask for each token"
 
@@ -216,10 +216,10 @@ def test_a_wrong_short_layer_is_found_by_the_trial(monkeypatch: pytest.MonkeyPat
     model = adapted("gpt_neo")
     batch, loss = batch_of(pack_rows, slots_of(model), texts=[(2, [4, 6, 2])]), LanguageLoss(model)  # captions: one token predicts three
     vars(loss.last_layer)["_form"] = "filled up"
-    assert (learnt(model, batch, loss)[0] - learnt(model, batch)[0]).abs() > 1e-3
+    assert (trained_so_far(model, batch, loss)[0] - trained_so_far(model, batch)[0]).abs() > 1e-3
     right = last_layer._queried
     monkeypatch.setattr(last_layer, "_queried", lambda mask, tokens, source, dtype: right(mask, tokens, source.roll(1, 1), dtype))
-    assert "gave other scores" in LanguageLoss(adapted("llama")).told
+    assert "gave other scores" in LanguageLoss(adapted("llama")).note
 
 
 class Counted(nn.Module):
@@ -258,8 +258,8 @@ def test_an_edit_after_the_layer_sees_the_tokens_that_were_asked_for(family: str
 def test_a_call_that_fails_leaves_the_layer_as_it_was() -> None:
     model = adapted("opt")
     loss = LanguageLoss(model)
-    assert loss.told
+    assert loss.note
     model.base.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        learnt(model, batch_of(pack_rows, slots_of(model)), loss)
+        trained_so_far(model, batch_of(pack_rows, slots_of(model)), loss)
     assert not any("forward" in vars(module) for module in model.modules())

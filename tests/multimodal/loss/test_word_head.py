@@ -110,7 +110,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor], atol: float = 1e-10) 
 def test_loss_and_gradients_equal_those_of_the_models_own_logits(family: str) -> None:
     model = adapted(family)
     head = read_word_head(model)
-    assert head.told == "logits in chunks of targets, none kept"
+    assert head.note == "logits in chunks of targets, none kept"
     assert head.finish is not None
     expected = OTHERS[family][1] if family in OTHERS else Finish()
     assert (head.finish.scale, head.finish.cap) == (pytest.approx(expected.scale), expected.cap)
@@ -145,7 +145,7 @@ def test_a_model_that_does_something_else_with_its_scores_keeps_its_own_logits()
     model = adapted("bart")
     model.base.final_logits_bias.normal_()
     head = read_word_head(model)
-    assert head.told == "logits of every token at once: what this model makes of its head's scores is not known"
+    assert head.note == "logits of every token at once: what this model makes of its head's scores is not known"
     assert_equal(*both(model, head))
 
 
@@ -159,7 +159,7 @@ def test_what_watches_the_head_sees_every_token(kind: str) -> None:
     else:
         own = head.module.forward
         head.module.forward = lambda hidden: own(hidden) * 2 if not seen.append((*hidden.shape[:2], VOCABULARY)) else None
-    assert head.told == "logits of every token at once: something is hooked to the head"
+    assert head.note == "logits of every token at once: something is hooked to the head"
     assert_equal(*both(model, head))
     assert seen == [(2, 9, VOCABULARY)] * 2
     assert read_word_head(model).finish is None
@@ -234,11 +234,11 @@ class Flat(GPT2LMHeadModel):
 
 
 @pytest.mark.parametrize(("port", "width", "told"), [("ln_f", WIDTH, "logits in chunks"), ("lm_head", VOCABULARY, "logits of every token at once: something is hooked")])
-def test_an_edit_at_the_final_norm_or_the_head_is_learnt(port: str, width: int, told: str) -> None:
+def test_an_edit_at_the_final_norm_or_the_head_is_learnt(port: str, width: int, note: str) -> None:
     torch.manual_seed(0)
     flat = Flat(GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64)).double().eval()
     model = AdaptedModel(flat, inputs={"image": InputSpec(N_PATCHES, FEATURE_WIDTH)})
     excite(model.add_adapter("a", {"bridge": Bridge(kind="linear"), "shift": ShiftAt(port, width)}).double())
     head = read_word_head(model)
-    assert head.told.startswith(told)
+    assert head.note.startswith(note)
     assert_equal(*both(model, head))

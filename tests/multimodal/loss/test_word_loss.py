@@ -88,10 +88,10 @@ def test_no_tensor_of_all_targets_and_words_is_made(trained: bool) -> None:
 
 def test_a_frozen_head_keeps_the_gradient_alone_for_the_backward_pass() -> None:
     hidden, target, head = case()
-    kept: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
+    retained: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (retained.append(tuple(t.shape)), t)[1], lambda t: t):
         word_loss(hidden, target, head, Finish())
-    assert kept == [(15, WIDTH)]
+    assert retained == [(15, WIDTH)]
 
 
 def test_without_gradients_none_is_made() -> None:

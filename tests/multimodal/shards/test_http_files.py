@@ -14,7 +14,7 @@ from bad_server import Server, served, until
 from shared import PATIENCE
 
 from adalink.errors import ConfigError, DataError
-from multimodal.data.shards.storage import HttpFiles, RemoteSettings, beside, is_url, shown
+from multimodal.data.shards.storage import HttpFiles, RemoteSettings, beside, displayed, is_url
 
 FAST = RemoteSettings(attempts=3, first_wait=0.01, timeout=PATIENCE)
 HASTY = RemoteSettings(attempts=3, first_wait=0.01, timeout=0.3)  # where the server stalls
@@ -73,9 +73,9 @@ LASTING: dict[int | str, tuple[str, int]] = {
 
 @pytest.mark.parametrize("fault", LASTING)
 def test_what_lasts_is_one_sentence(server: Server, fault: int | str) -> None:
-    said, asked = LASTING[fault]
+    stated, asked = LASTING[fault]
     server.faults["a.tar"] = [fault] * 20
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=stated):
         HttpFiles(HASTY if fault == "stall" else FAST).read(server.url + "/a.tar", 10, 20)
     until(lambda: server.asked["a.tar"] == asked)  # a client that has had enough may be ahead of the server
 
@@ -130,7 +130,7 @@ def test_a_name_and_a_password_are_sent_and_not_shown(server: Server) -> None:
 def test_urls_are_told_from_paths_and_joined_before_their_query() -> None:
     assert [is_url(name) for name in ("http://a/b", "S3://a", "hf://datasets/x", "pipe:touch x", "/a/b", "a//b", "C:\\x")] == [True, True, True] + [False] * 4
     assert beside("https://h/set/?sig=1", "a.tar") == "https://h/set/a.tar?sig=1"
-    assert shown("https://u:p@h:8/x?y#z") == "https://h:8/x"
+    assert displayed("https://u:p@h:8/x?y#z") == "https://h:8/x"
 
 
 @pytest.mark.parametrize("fields", [{"attempts": 0}, {"cache_bytes": -1}, {"timeout": 0.0}, {"first_wait": float("nan")}])

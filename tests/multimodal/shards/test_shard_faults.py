@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from made_shards import flip, made_shards, made_source, picture, tar_of
+from made_shards import flip, image, made_shards, made_source, tar_of
 
 from adalink.errors import DataError
 from multimodal.bad_samples import BadSample, BadSamples
@@ -116,21 +116,21 @@ def overwritten(data: bytes, start: int) -> bytes:
 
 SAMPLE_FAULTS: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     # what is in the tar file beside ten good samples, and what is counted
-    "cut jpeg": ([("x.jpg", picture(0)[:-200]), ("x.txt", b"x")], "1 truncated (x)"),
-    "cut png": ([("x.png", picture(0, "PNG")[:60]), ("x.txt", b"x")], "1 truncated (x)"),
-    "cut webp": ([("x.webp", picture(0, "WEBP")[:-10]), ("x.txt", b"x")], "1 truncated (x)"),
-    "corrupt png": ([("x.png", picture(0, "PNG").replace(b"IDAT", b"IDXT")), ("x.txt", b"x")], "1 corrupt (x)"),
-    "corrupt webp": ([("x.webp", overwritten(picture(0, "WEBP"), 20)), ("x.txt", b"x")], "1 corrupt (x)"),
-    "corrupt jpeg": ([("x.jpg", overwritten(picture(0), 3)), ("x.txt", b"x")], "1 corrupt (x)"),
-    "no picture by content": ([("x.jpg", b"<html>404</html>"), ("x.txt", b"x")], "1 not an image (x)"),
+    "cut jpeg": ([("x.jpg", image(0)[:-200]), ("x.txt", b"x")], "1 truncated (x)"),
+    "cut png": ([("x.png", image(0, "PNG")[:60]), ("x.txt", b"x")], "1 truncated (x)"),
+    "cut webp": ([("x.webp", image(0, "WEBP")[:-10]), ("x.txt", b"x")], "1 truncated (x)"),
+    "corrupt png": ([("x.png", image(0, "PNG").replace(b"IDAT", b"IDXT")), ("x.txt", b"x")], "1 corrupt (x)"),
+    "corrupt webp": ([("x.webp", overwritten(image(0, "WEBP"), 20)), ("x.txt", b"x")], "1 corrupt (x)"),
+    "corrupt jpeg": ([("x.jpg", overwritten(image(0), 3)), ("x.txt", b"x")], "1 corrupt (x)"),
+    "no image by content": ([("x.jpg", b"<html>404</html>"), ("x.txt", b"x")], "1 not an image (x)"),
     "no bytes": ([("x.jpg", b""), ("x.txt", b"x")], "1 empty file (x)"),
     "pixel bomb": ([("x.png", bomb()), ("x.txt", b"x")], "1 too many pixels (x)"),
-    "huge text": ([("x.jpg", picture(0)), ("x.txt", b"x" * (2**20 + 1))], "1 too much text (x)"),
-    "no text": ([("x.jpg", picture(0))], "1 no text (x)"),
-    "empty text": ([("x.jpg", picture(0)), ("x.txt", b" \n")], "1 no text (x)"),
-    "no picture": ([("x.txt", b"x")], "1 no image (x)"),
-    "json that is none": ([("x.jpg", picture(0)), ("x.json", b"{'a'")], "1 damaged text (x)"),
-    "text in another encoding": ([("x.jpg", picture(0)), ("x.txt", b"caf\xe9")], "1 damaged text (x)"),
+    "huge text": ([("x.jpg", image(0)), ("x.txt", b"x" * (2**20 + 1))], "1 too much text (x)"),
+    "no text": ([("x.jpg", image(0))], "1 no text (x)"),
+    "empty text": ([("x.jpg", image(0)), ("x.txt", b" \n")], "1 no text (x)"),
+    "no image": ([("x.txt", b"x")], "1 no image (x)"),
+    "json that is none": ([("x.jpg", image(0)), ("x.json", b"{'a'")], "1 damaged text (x)"),
+    "text in another encoding": ([("x.jpg", image(0)), ("x.txt", b"caf\xe9")], "1 damaged text (x)"),
     "a key with control characters": ([("x\x1b[2J\n.jpg", b""), ("x\x1b[2J\n.txt", b"x")], r"1 empty file ('x\x1b[2J\n')"),
 }
 
@@ -167,7 +167,7 @@ def test_members_that_could_run_or_unpack_are_counted_and_never_opened(tmp_path:
 def test_a_key_that_looks_like_a_path_or_a_command_is_only_a_key(tmp_path: Path, key: str) -> None:
     (tmp_path / "in").mkdir()
     with tarfile.open(tmp_path / "in" / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        for suffix, data in (("jpg", picture(0)), ("txt", b"text")):
+        for suffix, data in (("jpg", image(0)), ("txt", b"text")):
             info = tarfile.TarInfo("x")
             info.size, info.pax_headers = len(data), {"path": f"{key}.{suffix}"}
             tar.addfile(info, io.BytesIO(data))
@@ -178,7 +178,7 @@ def test_a_key_that_looks_like_a_path_or_a_command_is_only_a_key(tmp_path: Path,
 
 
 def test_a_key_that_comes_twice_stops_the_run(tmp_path: Path) -> None:
-    with_others(tmp_path, [("3.jpg", picture(0)), ("3.txt", b"again")])
+    with_others(tmp_path, [("3.jpg", image(0)), ("3.txt", b"again")])
     with pytest.raises(
         DataError, match=r"a.tar has the image of the sample '3' twice \('3.jpg' and '3.jpg'\); keys must be unique in a shard"
     ):

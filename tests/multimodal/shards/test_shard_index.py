@@ -5,7 +5,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from made_shards import picture, tar_of
+from made_shards import image, tar_of
 
 from adalink.errors import ConfigError, DataError
 from multimodal.data.shards.index import ShardLimits, index_shard, split_name
@@ -109,5 +109,5 @@ def test_senseless_limits_are_refused(name: str) -> None:
 
 
 def test_a_shard_that_holds_nothing_of_use_has_no_samples(tmp_path: Path) -> None:
-    found = index_shard(tar_of(tmp_path / "a.tar", [("a.npz", picture(1)), ("b.json", json.dumps({}).encode())]), ShardLimits())
+    found = index_shard(tar_of(tmp_path / "a.tar", [("a.npz", image(1)), ("b.json", json.dumps({}).encode())]), ShardLimits())
     assert (len(found.shard.members), found.shard.members.table.shape) == (0, (0, 3, 3))

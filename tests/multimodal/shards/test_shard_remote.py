@@ -43,7 +43,7 @@ def local(server: Server) -> ShardSource:
     return ShardSource(server.folder / "set")
 
 
-def kept(cache: Path) -> list[str]:
+def retained(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.glob("*.tar"))
 
 
@@ -54,7 +54,7 @@ def test_a_set_on_a_server_is_the_set_that_was_written(server: Server) -> None:
     assert everything(pickle.loads(pickle.dumps(found))) == everything(found)
     requests = server.asked["set/shard-000000.tar"]
     found[1]
-    assert server.asked["set/shard-000000.tar"] == requests + 1  # picture and texts in one
+    assert server.asked["set/shard-000000.tar"] == requests + 1  # image and texts in one
 
 
 OPENING: dict[str, tuple[str, list[int | str], str]] = {
@@ -70,9 +70,9 @@ OPENING: dict[str, tuple[str, list[int | str], str]] = {
 
 @pytest.mark.parametrize("fault", OPENING)
 def test_a_set_that_is_not_whole_is_told_when_it_is_opened(server: Server, fault: str) -> None:
-    name, faults, said = OPENING[fault]
+    name, faults, stated = OPENING[fault]
     server.faults[name] = faults
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=stated):
         ShardSource(server.url + "/set", remote=HASTY if "stall" in faults else FAST)
 
 
@@ -97,10 +97,10 @@ def test_shards_are_cached_in_the_background_and_then_no_longer_asked_for(server
     cache = tmp_path / "cache"
     found = source(server, cache)
     assert everything(found) == everything(local(server))
-    until(lambda: len(kept(cache)) == 3)
+    until(lambda: len(retained(cache)) == 3)
     manifest = read_manifest(server.folder / "set")
-    assert kept(cache) == sorted(cached_name(f"{server.url}/set/{shard.file}", shard) for shard in manifest.shards)
-    assert [(cache / name).stat().st_size for name in kept(cache)] == [shard.size for _, shard in sorted(
+    assert retained(cache) == sorted(cached_name(f"{server.url}/set/{shard.file}", shard) for shard in manifest.shards)
+    assert [(cache / name).stat().st_size for name in retained(cache)] == [shard.size for _, shard in sorted(
         (cached_name(f"{server.url}/set/{shard.file}", shard), shard) for shard in manifest.shards
     )]  # fmt: skip
     again = source(server, cache)
@@ -166,7 +166,7 @@ def test_the_cache_holds_its_bound_keeps_its_own_and_puts_others_out_oldest_firs
         left.append([len(list(folder.glob("*-*.tar"))), *sorted(path.name for path in folder.glob("???.tar"))])
     assert left == [[1, "new.tar"], [2], [2]]
     assert not list(folder.glob(".*.part"))
-    assert cache.find(urls[0]) == folder / next(name for name in kept(folder) if name == cached_name(urls[0], read_manifest(server.folder / "set").shards[0]))
+    assert cache.find(urls[0]) == folder / next(name for name in retained(folder) if name == cached_name(urls[0], read_manifest(server.folder / "set").shards[0]))
     assert cache.find(urls[2]) is None
 
 
@@ -180,7 +180,7 @@ def test_a_shard_that_changed_under_its_manifest_is_not_cached_and_its_samples_a
         cache.fetch(urls[0])
     assert "set/shard-000000.tar is not kept in the cache" in caplog.text
     assert "it is not what its manifest says, by its sha256" in caplog.text
-    assert kept(tmp_path / "cache") == []
+    assert retained(tmp_path / "cache") == []
     found = source(server, tmp_path / "cache")
     assert found[0].key == "0"
     with pytest.raises(DamagedSample):
@@ -191,7 +191,7 @@ def test_a_copy_that_was_damaged_on_the_disk_is_put_out_and_the_sample_read_from
     cache, urls = caches(server, tmp_path / "cache", 2**30)
     cache.fetch(urls[0])
     at, size, _ = read_manifest(server.folder / "set").shards[0].members.table[1, 0].tolist()
-    flip(tmp_path / "cache" / kept(tmp_path / "cache")[0], at + size // 2)
+    flip(tmp_path / "cache" / retained(tmp_path / "cache")[0], at + size // 2)
     found = source(server, tmp_path / "cache")
     assert found[1] == local(server)[1]
 
@@ -199,7 +199,7 @@ def test_a_copy_that_was_damaged_on_the_disk_is_put_out_and_the_sample_read_from
 def test_a_damaged_copy_that_is_open_does_not_put_out_the_good_one_that_another_process_fetched(server: Server, tmp_path: Path) -> None:
     cache, urls = caches(server, tmp_path / "cache", 2**30)
     cache.fetch(urls[0])
-    copy = tmp_path / "cache" / kept(tmp_path / "cache")[0]
+    copy = tmp_path / "cache" / retained(tmp_path / "cache")[0]
     good = copy.read_bytes()
     at, size, _ = read_manifest(server.folder / "set").shards[0].members.table[1, 0].tolist()
     flip(copy, at + size // 2)
@@ -219,10 +219,10 @@ def test_a_discarded_copy_is_fetched_again_once(server: Server, tmp_path: Path) 
         assert cache.find(urls[0]) is None
         if not again:
             break
-        until(lambda: len(kept(tmp_path / "cache")) == 1)
+        until(lambda: len(retained(tmp_path / "cache")) == 1)
         assert cache.discard(urls[0])
     time.sleep(0.05)
-    assert kept(tmp_path / "cache") == []
+    assert retained(tmp_path / "cache") == []
 
 
 def test_a_disk_that_is_full_while_caching_is_one_sentence_and_every_sample_is_read(server: Server, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_disk_that_is_full_while_caching_is_one_sentence_and_every_sample_is_r
     lines = printed.read_text().splitlines()
     assert len(lines) == 1
     assert lines[0].endswith(f"is not kept in the cache {tmp_path / 'cache'}: File too large; its samples are read from the server; is the disk full?")
-    assert kept(tmp_path / "cache") == []
+    assert retained(tmp_path / "cache") == []
     assert not list((tmp_path / "cache").glob(".*.part"))
 
 
@@ -257,7 +257,7 @@ def test_several_processes_fetch_each_shard_once(server: Server, tmp_path: Path)
             os._exit(0)
         pids.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
-    assert len(kept(tmp_path / "cache")) == 3
+    assert len(retained(tmp_path / "cache")) == 3
     assert [server.asked[f"set/shard-00000{k}.tar"] for k in range(3)] == [1, 1, 1]
 
 
@@ -310,9 +310,9 @@ class Failing:
     [(PermissionError("no credentials"), r"may not be read \(no credentials\); are the credentials set as s3fs wants them"),
      (ConnectionResetError("by peer"), "cannot be read: ConnectionResetError by peer, in the last of 2 attempts")],
 )  # fmt: skip
-def test_what_fsspec_raises_becomes_a_sentence(error: OSError, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fsspec_raises_becomes_a_sentence(error: OSError, stated: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from multimodal.data.shards import storage as fsspec_files
 
     monkeypatch.setattr(fsspec_files, "_opened", lambda url: (Failing(error), "b"))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=stated):
         fsspec_files.FsspecFiles(FAST).size("s3://a/b")

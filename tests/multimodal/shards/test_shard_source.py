@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from made_shards import ListSource, everything, flip, made_sample, made_shards, made_source, picture, tar_of
+from made_shards import ListSource, everything, flip, image, made_sample, made_shards, made_source, tar_of
 
 from adalink.errors import DataError
 from multimodal.data.shards import reader as shard_files_module
@@ -59,7 +59,7 @@ def foreign(folder: Path) -> Path:
         for n in (0, 1):
             key = f"{number:05d}{n:04d}"
             members += [
-                (f"{key}.jpg", picture(n)),
+                (f"{key}.jpg", image(n)),
                 (f"{key}.json", b'{"key": "%s", "caption": "json %d"}' % (key.encode(), n)),
                 (f"{key}.txt", b"text %d" % n),
             ]
@@ -69,7 +69,7 @@ def foreign(folder: Path) -> Path:
 
 def test_img2datasets_shards_are_samples_whose_ids_are_their_places(tmp_path: Path) -> None:
     assert everything(ShardSource(foreign(tmp_path / "s"))) == [
-        Sample(key=f"{n // 2:05d}{n % 2:04d}", image_id=n, image=picture(n % 2), captions=(f"json {n % 2}",)) for n in range(4)
+        Sample(key=f"{n // 2:05d}{n % 2:04d}", image_id=n, image=image(n % 2), captions=(f"json {n % 2}",)) for n in range(4)
     ]
 
 
@@ -79,9 +79,9 @@ def test_a_text_member_is_the_caption_where_the_json_has_none(tmp_path: Path) ->
 
 
 def test_members_far_apart_are_read_one_by_one(tmp_path: Path) -> None:
-    tar_of(tmp_path / "a.tar", [("a.jpg", picture(1)), ("b.jpg", bytes(10**6)), ("b.txt", b"b"), ("a.txt", b"text")])
+    tar_of(tmp_path / "a.tar", [("a.jpg", image(1)), ("b.jpg", bytes(10**6)), ("b.txt", b"b"), ("a.txt", b"text")])
     found = ShardSource(tmp_path)[0]
-    assert (found.image, found.captions) == (picture(1), ("text",))
+    assert (found.image, found.captions) == (image(1), ("text",))
 
 
 def test_what_cannot_be_used_is_in_problems_and_what_is_never_read_is_counted(tmp_path: Path) -> None:
@@ -96,11 +96,11 @@ def test_limits_hold_for_shards_with_a_manifest_too(tmp_path: Path) -> None:
     written = made_shards(tmp_path)
     limit = len(written[5].image)
     source = ShardSource(tmp_path, limits=ShardLimits(max_image_bytes=limit))
-    kept = [sample for sample in written.samples if len(sample.image) <= limit]
-    assert 0 < len(kept) < 10
-    assert everything(source) == kept
+    retained = [sample for sample in written.samples if len(sample.image) <= limit]
+    assert 0 < len(retained) < 10
+    assert everything(source) == retained
     assert {bad.reason for bad in source.problems} == {"too many bytes"}
-    assert len(source.problems) == 10 - len(kept)
+    assert len(source.problems) == 10 - len(retained)
     short = ShardSource(tmp_path, limits=ShardLimits(max_text_bytes=200))
     assert {bad.reason for bad in short.problems} == {"too much text"}
 

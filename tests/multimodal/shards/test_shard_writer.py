@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from made_shards import ListSource, everything, made_sample, made_shards, made_source, picture
+from made_shards import ListSource, everything, image, made_sample, made_shards, made_source
 
 from adalink.errors import BudgetError, ConfigError, DataError
 from multimodal.bad_samples import BadSample
@@ -76,7 +76,7 @@ def test_the_same_source_gives_the_same_bytes_for_any_number_of_workers(tmp_path
 
 def test_pictures_in_files_pass_as_they_are_whatever_their_names(tmp_path: Path) -> None:
     path = tmp_path / "named.jpg"
-    path.write_bytes(picture(4, "PNG"))
+    path.write_bytes(image(4, "PNG"))
     write_shards(ListSource([replace(made_sample(4), image=path)]), tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
         assert tar.getnames() == ["4.json", "4.png"]
@@ -107,9 +107,9 @@ def test_a_key_that_comes_twice_is_refused_within_a_shard_and_across(tmp_path: P
 BAD = {
     "missing file": Path("absent.jpg"),
     "not an image": b"GIF89a" + bytes(50),
-    "truncated": picture(0, "PNG")[:20],
+    "truncated": image(0, "PNG")[:20],
     "empty file": b"",
-    "too many pixels": picture(0, "PNG").replace(b"\0\0\0\x10\0\0\0\x10", b"\0\0\xff\xff\0\0\xff\xff"),
+    "too many pixels": image(0, "PNG").replace(b"\0\0\0\x10\0\0\0\x10", b"\0\0\xff\xff\0\0\xff\xff"),
 }
 
 
@@ -247,13 +247,13 @@ def test_what_an_interrupted_writing_left_is_used_only_where_it_still_fits(tmp_p
 
 def test_a_picture_that_changed_since_the_interruption_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    path.write_bytes(picture(1, "PNG"))
+    path.write_bytes(image(1, "PNG"))
     samples = [replace(made_sample(0), image=path), made_sample(1)]
     with pytest.raises(KeyboardInterrupt):
         write_shards(Interrupted(samples, 1), tmp_path / "out", samples_per_shard=1)
-    path.write_bytes(picture(2, "PNG"))
+    path.write_bytes(image(2, "PNG"))
     write_shards(ListSource(samples), tmp_path / "out", samples_per_shard=1)
-    assert ShardSource(tmp_path / "out")[0].image == picture(2, "PNG")
+    assert ShardSource(tmp_path / "out")[0].image == image(2, "PNG")
 
 
 def test_bad_pictures_of_the_part_that_was_written_before_count_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small composed models and their pictures: real classes, a tokenizer of known words, the embedded encoder."""
+"""Small composed models and their images: real classes, a tokenizer of known words, the embedded encoder."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def tower() -> VisionTower:
     return load_tower(encoder_folder())
 
 
-N_POSITIONS = tower().n_patches + 60  # room for a picture and a few words
+N_POSITIONS = tower().n_patches + 60  # room for an image and a few words
 
 
 def compose(family: str, template: Template | None = None) -> VisionLanguageModel:
@@ -88,7 +88,7 @@ def excite(module: nn.Module, seed: int = 1) -> None:
 
 
 class Drawn:
-    """The first `n` scenes; those in `bad` have a picture that cannot be decoded."""
+    """The first `n` scenes; those in `bad` have an image that cannot be decoded."""
 
     def __init__(self, n: int, bad: Sequence[int] = ()) -> None:
         self.scenes, self.bad = Scenes(split="train", size=n), frozenset(bad)
@@ -98,7 +98,7 @@ class Drawn:
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.scenes[index]
-        return Sample(key=sample.key, image_id=sample.image_id, image=b"no picture", captions=sample.captions) if index in self.bad else sample
+        return Sample(key=sample.key, image_id=sample.image_id, image=b"no image", captions=sample.captions) if index in self.bad else sample
 
 
 def two_texts(sample: Sample, rng: random.Random) -> list[Text]:

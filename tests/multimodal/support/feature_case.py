@@ -1,4 +1,4 @@
-"""Made-up features of made-up pictures, for the tests of what is kept on disk."""
+"""Made-up features of made-up images, for the tests of what is kept on disk."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ CONTENTS = Contents(patches=3, pooled=2, width=4)
 
 
 def binding(**fields: Any) -> Binding:
-    """Of `N` pictures."""
+    """Of `N` images."""
     sketch = Sketch((3, 2, 2), (0.0, 1.0, 0.5))
     own = {"encoder": "one", "fingerprint": "f1", "precision": "float32", "layer": -1, "pixels": sketch, "features": sketch, "pictures": N, "data": "d1"}
     return Binding(**{**own, **fields})
 
 
-def records(pictures: list[int], contents: Contents = CONTENTS) -> Tensor:
-    """A record of each picture, told apart from every other."""
-    made = [torch.randn(contents.shape, generator=torch.Generator().manual_seed(picture)) for picture in pictures]
+def records(images: list[int], contents: Contents = CONTENTS) -> Tensor:
+    """A record of each image, told apart from every other."""
+    made = [torch.randn(contents.shape, generator=torch.Generator().manual_seed(image)) for image in images]
     return torch.stack(made).to(contents.torch_dtype)
 
 
 def written(folder: Path, contents: Contents = CONTENTS, n: int = N) -> Path:
     """A whole folder."""
-    writer = FeatureWriter(folder, binding(pictures=n), contents)
+    writer = FeatureWriter(folder, binding(images=n), contents)
     writer.add(list(range(n)), records(list(range(n)), contents))
     writer.finish({})
     writer.close()

@@ -1,4 +1,4 @@
-"""Rows of questions about two pictures, for adapters of every method; and what transformers writes for each row alone."""
+"""Rows of questions about two images, for adapters of every method; and what transformers writes for each row alone."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def tokens_read(model: VisionLanguageModel) -> Iterator[list[int]]:
 
 
 def asked(model: VisionLanguageModel, names: list[str], about: list[int], which: list[int]) -> Batch:
-    """Rows of some adapters, each about one of two pictures."""
+    """Rows of some adapters, each about one of two images."""
     rows = [model.row_encoder(name).prompt(QUESTIONS[i]) for name, i in zip(names, which, strict=True)]
-    kept = torch.randn(2, tower().n_kept, tower().width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    return collate(rows, about, kept, kind="patches", side="left", pad_id=0)
+    retained = torch.randn(2, tower().n_retained, tower().width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return collate(rows, about, retained, kind="patches", side="left", pad_id=0)
 
 
 def alone(model: VisionLanguageModel, names: list[str], about: list[int], which: list[int], settings: GenerationSettings, *, use_cache: bool = True) -> list[str]:
     """What transformers writes for each row in a batch of its own, without anything that is shared."""
     texts = []
-    for name, picture, i in zip(names, about, which, strict=True):
-        batch = asked(model, [name], [picture], [i])
+    for name, token_image, i in zip(names, about, which, strict=True):
+        batch = asked(model, [name], [token_image], [i])
         with torch.no_grad(), model.adapted.attachment.bind(model.token_map(batch, [name])):
             texts += generated_texts(model.language, batch, run_generation(model.language, batch, settings, use_cache=use_cache))
     return texts

@@ -31,7 +31,7 @@ from multimodal.training.settings import TrainSettings
 from multimodal.training.train import train
 
 GO = "go"  # the file in a run's folder that lets it go on
-N = 7  # pictures: no batch size and no number of ranks here divides it
+N = 7  # images: no batch size and no number of ranks here divides it
 SETTINGS: dict[str, Any] = {"steps": 20, "batch_size": 2, "log_every": 1, "checkpoint_every": 5, "warmup": 0.0, "learning_rate": 1e-2}
 
 
@@ -50,9 +50,9 @@ def model(methods: Mapping[str, Method] | None = None) -> VisionLanguageModel:
 
 
 def table(n: int = N) -> PatchTable:
-    """The pictures' features, made once: an encoder in float32 rounds differently in another batch."""
+    """The images' features, made once: an encoder in float32 rounds differently in another batch."""
     one = compose("opt").tower
-    return PatchTable(torch.randn(n, one.n_kept, one.width, generator=torch.Generator().manual_seed(3)).half(), {})
+    return PatchTable(torch.randn(n, one.n_retained, one.width, generator=torch.Generator().manual_seed(3)).half(), {})
 
 
 def holding(step: int, go: Path) -> Callable[[], dict[str, float]]:
@@ -101,7 +101,7 @@ def several(jobs: list[dict[str, Any]]) -> int:
 
 
 class Suicidal(Drawn):
-    """The process that reads picture 3 is killed, as the system kills one that takes too much memory."""
+    """The process that reads image 3 is killed, as the system kills one that takes too much memory."""
 
     def __getitem__(self, index: int) -> Sample:
         if index == 3 and torch.utils.data.get_worker_info() is not None:
@@ -131,12 +131,12 @@ def sharded(jobs: list[dict[str, Any]], then: Callable[[], int] = lambda: 0) -> 
     """As `several`, with FSDP2: accelerate takes it from the environment on GPUs alone, so on a CPU its state is told."""
     plain = AcceleratorState.__init__
 
-    def told(self: Any, *arguments: Any, **options: Any) -> None:
+    def note(self: Any, *arguments: Any, **options: Any) -> None:
         plain(self, *arguments, **options)
         if options.get("fsdp_plugin") is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, options["fsdp_plugin"]
 
-    AcceleratorState.__init__ = told
+    AcceleratorState.__init__ = note
     return several(jobs) or then()
 
 
@@ -147,10 +147,10 @@ def generated(folder: Path) -> int:
 
     def measure() -> dict[str, float]:
         if PartialState().process_index == 0:
-            said.append(made.generate(asked, ["is it red ?"], settings=GenerationSettings(max_new_tokens=4))[0])
+            stated.append(made.generate(asked, ["is it red ?"], settings=GenerationSettings(max_new_tokens=4))[0])
         return {}
 
-    said: list[str] = []
+    stated: list[str] = []
     names = [type(module).__name__ for module in made.modules()]
     try:
         train(made, Drawn(N), ragged, TrainSettings(**{**SETTINGS, "steps": 4, "measure_every": 2}), folder, patches=table(), measure=measure)
@@ -159,10 +159,10 @@ def generated(folder: Path) -> int:
         return 6
     assert [type(module).__name__ for module in made.modules()] == names
     assert made.language.model.lm_head.weight is made.language.model.get_input_embeddings().weight
-    said.append(made.generate(asked, ["is it red ?"], settings=GenerationSettings(max_new_tokens=4))[0])
+    stated.append(made.generate(asked, ["is it red ?"], settings=GenerationSettings(max_new_tokens=4))[0])
     if PartialState().process_index == 0:
         made.save_pretrained(folder / "adapter", task={"task": "vqa"})
-        (folder / "said.json").write_text(json.dumps(said))
+        (folder / "said.json").write_text(json.dumps(stated))
         frozen = {name: value.contiguous().clone() for name, value in made.state_dict().items() if "adapters" not in name}
         save_file(frozen, folder / "frozen.safetensors")
     return 0

@@ -98,8 +98,8 @@ class Machine:
         errors = self.folder / f"errors{self.n}.txt"
         errors.touch()
         meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free, and held from here on
-        told = (meeting.port, str(errors), arguments, env)
-        processes = [self.context.Process(target=_child, args=(function, rank, world, *told)) for rank in range(world)]
+        note = (meeting.port, str(errors), arguments, env)
+        processes = [self.context.Process(target=_child, args=(function, rank, world, *note)) for rank in range(world)]
         for process in processes:
             process.start()
         return Group(processes, errors, meeting)

@@ -1,4 +1,4 @@
-"""Batches of texts about pictures, and what an adapted tiny model learns from them: loss and gradients, however the texts are arranged."""
+"""Batches of texts about images, and what an adapted tiny model learns from them: loss and gradients, however the texts are arranged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKED = [name for name in SETTINGS if name not in ("gpt_neo_local", "falcon_ali
 FORKED = [name for name in SETTINGS if name != "mamba"]
 EXACT = 1e-10
 EAGER = (*EAGER_FAMILIES, "gpt_neo_local", "bloom", "mpt", "mamba")  # transformers knows no sdpa there
-TEXTS = [(2, [4, 6, 1]), (2, [5]), (3, [9, 3])]  # of each picture: tokens of its prompt, and of each text
+TEXTS = [(2, [4, 6, 1]), (2, [5]), (3, [9, 3])]  # of each image: tokens of its prompt, and of each text
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def in_double() -> Iterator[None]:
 
 
 def rows(slots: Sequence[int], prefix: int, lengths: Sequence[int], seed: int) -> list[Row]:
-    """Rows of one picture: slots, image slots, `prefix` shared tokens, then a question of 3 tokens and an answer of each length."""
+    """Rows of one image: slots, image slots, `prefix` shared tokens, then a question of 3 tokens and an answer of each length."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(n: int) -> tuple[int, ...]:
@@ -65,9 +65,9 @@ def batch_of(
     flat, image = [row for sample in arranged for row in sample], [i for i, sample in enumerate(arranged) for _ in sample]
     if row_tokens:
         flat, image = joined_rows(flat, image, row_tokens)
-    n_kept = N_PATCHES + N_TAPS
-    pictures = torch.randn(len(arranged), n_kept, FEATURE_WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return collate(flat, image, pictures, kind="patches", side="right", pad_id=0)
+    n_retained = N_PATCHES + N_TAPS
+    images = torch.randn(len(arranged), n_retained, FEATURE_WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return collate(flat, image, images, kind="patches", side="right", pad_id=0)
 
 
 def excite(adapter: torch.nn.Module) -> None:
@@ -98,19 +98,19 @@ def slots_of(model: AdaptedModel) -> list[int]:
     return [slot.domain for slot in model.active_adapter().slots if slot.domain != IMAGE for _ in range(slot.count)]
 
 
-def learnt(model: AdaptedModel, batch: Batch, loss_of: LanguageLoss | None = None) -> list[Tensor]:
+def trained_so_far(model: AdaptedModel, batch: Batch, loss_of: LanguageLoss | None = None) -> list[Tensor]:
     """Loss and gradients."""
     assert batch.patches is not None
-    kept = batch.patches[batch.image] if batch.picture is None else batch.patches
-    inputs = {"image": kept[:, :N_PATCHES], "image_taps": kept[:, N_PATCHES:]}
-    token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), inputs, entry=batch.picture)
+    retained = batch.patches[batch.image] if batch.image is None else batch.patches
+    inputs = {"image": retained[:, :N_PATCHES], "image_taps": retained[:, N_PATCHES:]}
+    token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), inputs, entry=batch.image)
     loss = (loss_of or LanguageLoss(model))(batch, token_map)
     parameters = [parameter for parameter in model.active_adapter().parameters() if parameter.requires_grad]
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
 
 def check_equal(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    assert sum(bool(one.abs().max() > 0) for one in wanted) > 0.7 * len(wanted)  # nothing reads what the last layer makes of a picture
+    assert sum(bool(one.abs().max() > 0) for one in wanted) > 0.7 * len(wanted)  # nothing reads what the last layer makes of an image
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=EXACT, atol=EXACT)
 
@@ -119,11 +119,11 @@ def graphs_of(model: AdaptedModel, batches: Sequence[Batch]) -> int:
     """How many graphs a compiled form of the model makes of the batches; it learns the same. Captured and run op by op, which needs no compiler."""
     from torch._dynamo.testing import CompileCounterWithBackend  # late: it loads the compiler
 
-    wanted = [learnt(model, batch) for batch in batches]
+    wanted = [trained_so_far(model, batch) for batch in batches]
     counter, loss = CompileCounterWithBackend("aot_eager"), LanguageLoss(model)
     loss.call = CompiledModel(model, backend=counter)
     for batch, plain in zip(batches, wanted, strict=True):
-        for one, other in zip(learnt(model, batch, loss), plain, strict=True):
+        for one, other in zip(trained_so_far(model, batch, loss), plain, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     torch._dynamo.reset()
     return int(counter.frame_count)

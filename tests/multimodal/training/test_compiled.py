@@ -42,15 +42,15 @@ def model_of(family: str) -> VisionLanguageModel:
 
 
 def batch_of(model: VisionLanguageModel, n_words: int, *, packed: bool) -> Batch:
-    """Two pictures with two texts each, of `n_words` words and one more."""
+    """Two images with two texts each, of `n_words` words and one more."""
     texts = [Text("is it red", " ".join(["red"] * (n_words + i))) for i in range(2)]
     rows = [model.row_encoder().row(text) for text in texts]
     rows = list(arrangement_of(model)[0](rows)) if packed else rows
-    kept = torch.randn(2, model.tower.n_kept, model.tower.width, generator=torch.Generator().manual_seed(n_words), dtype=torch.float64)
-    return collate([*rows, *rows], [0] * len(rows) + [1] * len(rows), kept, kind="patches", side="right", pad_id=0)
+    retained = torch.randn(2, model.tower.n_retained, model.tower.width, generator=torch.Generator().manual_seed(n_words), dtype=torch.float64)
+    return collate([*rows, *rows], [0] * len(rows) + [1] * len(rows), retained, kind="patches", side="right", pad_id=0)
 
 
-def learnt(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
+def trained_so_far(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
     loss = model(batch)
     return [loss.detach(), *torch.autograd.grad(loss, list(model.adapted.active_adapter().parameters()))]
 
@@ -65,11 +65,11 @@ def learnt(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
 def test_loss_and_gradients_are_the_same_from_two_graphs_for_all_lengths(family: str, packed: bool, backend: str) -> None:
     model = model_of(family)
     batches = [batch_of(model, n, packed=packed) for n in (2, 5, 3)]
-    expected = [learnt(model, batch) for batch in batches]
+    expected = [trained_so_far(model, batch) for batch in batches]
     counter = CompileCounterWithBackend(backend)
     model.language_loss.call = CompiledModel(model.adapted, backend=counter)
     for batch, before in zip(batches, expected, strict=True):
-        for ours, theirs in zip(learnt(model, batch), before, strict=True):
+        for ours, theirs in zip(trained_so_far(model, batch), before, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if family in ("llama", "t5") else 1e-10)
     assert counter.frame_count == 2  # one for the first length, one for any other
 

@@ -25,7 +25,7 @@ from multimodal.template import Template, Text
 TEXTS = [Text("is it red ?", "yes"), Text("", "a big cube"), Text("", "no")]
 
 
-def pictures(n: int) -> list[Image.Image]:
+def images(n: int) -> list[Image.Image]:
     return [decode_image(Drawn(n)[i].image) for i in range(n)]
 
 
@@ -42,7 +42,7 @@ def batch_of(model: VisionLanguageModel, arrange: Any) -> Batch:
     encoder = model.row_encoder()
     rows = [list(arrange([encoder.row(text) for text in TEXTS[:n]])) for n in (3, 1, 2)]
     image = [i for i, sample in enumerate(rows) for _ in sample]
-    pixels = torch.stack([model.tower.preprocess(picture) for picture in pictures(3)])
+    pixels = torch.stack([model.tower.preprocess(photo) for photo in images(3)])
     return collate([row for sample in rows for row in sample], image, pixels, kind="pixels", side="right", pad_id=0)
 
 
@@ -63,9 +63,9 @@ def test_packed_rows_of_the_causal_mask_equal_separate_ones(family: str) -> None
 
 def test_a_slot_that_reads_later_tokens_is_not_packed() -> None:
     model = model_with("opt", "published", (0, 1))
-    arrange, told = arranged_for(model.language.model, model.adapted.active_adapter())
+    arrange, note = arranged_for(model.language.model, model.adapted.active_adapter())
     assert arrange is separate_rows
-    assert told.startswith("one row per text: a slot of the adapter reads later tokens")
+    assert note.startswith("one row per text: a slot of the adapter reads later tokens")
     assert model(batch_of(model, arrange)).isfinite()
     with pytest.raises(ConfigError, match=r"the batch has several texts in a row, and a slot of the adapter reads later tokens.*train with mask='causal'"):
         model(batch_of(model, pack_rows))
@@ -76,29 +76,29 @@ def test_what_two_processes_learn_is_what_one_does_but_with_a_slot_that_reads_pa
     """Each process pads to the longest of its own rows."""
     model = model_with("opt", mask, layers)
     encoder, parameters = model.row_encoder(), list(model.adapted.active_adapter().parameters())
-    rows, pixels = [encoder.row(text) for text in TEXTS], torch.stack([model.tower.preprocess(picture) for picture in pictures(3)])
+    rows, pixels = [encoder.row(text) for text in TEXTS], torch.stack([model.tower.preprocess(photo) for photo in images(3)])
 
-    def learnt(*which: int) -> list[Tensor]:
+    def trained_so_far(*which: int) -> list[Tensor]:
         given = list(which)
         batch = collate([rows[i] for i in given], list(range(len(given))), pixels[given], kind="pixels", side="right", pad_id=0)
         return list(torch.autograd.grad(model(replace(batch, n_targets=1.0)), parameters))
 
     assert len(rows[0].ids) != len(rows[1].ids)
-    together, apart = learnt(0, 1, 2), [sum(parts) for parts in zip(learnt(0), learnt(1, 2), strict=True)]
+    together, apart = trained_so_far(0, 1, 2), [sum(parts) for parts in zip(trained_so_far(0), trained_so_far(1, 2), strict=True)]
     difference = max(float((one - other).abs().max()) for one, other in zip(together, apart, strict=True))
     assert (difference > 1e-4) == depends
-    _, told = arranged_for(model.language.model, model.adapted.active_adapter())
-    assert ("and so on the number of processes" in told) == depends
+    _, note = arranged_for(model.language.model, model.adapted.active_adapter())
+    assert ("and so on the number of processes" in note) == depends
 
 
 @pytest.mark.parametrize(("mask", "layers"), [("causal", (0, 1)), ("published", (0, 1)), ("published", (1, 2))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_do_not_depend_on_the_batch_nor_on_the_cache(family: str, mask: str, layers: tuple[int, int]) -> None:
     model = model_with(family, mask, layers)
-    asked, shown = ["is it red ?", "", "is it a big ball ?"], pictures(3)
+    asked, displayed = ["is it red ?", "", "is it a big ball ?"], images(3)
     settings = GenerationSettings(max_new_tokens=5, num_beams=2)
-    together = model.generate(shown, asked, settings=settings)
-    apart = [model.generate([picture], [question], settings=settings)[0] for picture, question in zip(shown, asked, strict=True)]
+    together = model.generate(displayed, asked, settings=settings)
+    apart = [model.generate([photo], [question], settings=settings)[0] for photo, question in zip(displayed, asked, strict=True)]
     assert together == apart
 
 
@@ -108,7 +108,7 @@ def test_where_no_cache_is_exact_none_is_used() -> None:
     seen: list[bool] = []
     decoder = model.adapted.attachment.stack
     decoder.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs.get("past_key_values") is not None), with_kwargs=True)
-    model.generate(pictures(1), ["is it ?"], settings=GenerationSettings(max_new_tokens=3))
+    model.generate(images(1), ["is it ?"], settings=GenerationSettings(max_new_tokens=3))
     assert seen
     assert all(seen)  # two layers: the last alone reads the slot, so a cache is exact
     deep = compose("deep_opt", Template(prompt="<image><bos>{question}"))
@@ -116,10 +116,10 @@ def test_where_no_cache_is_exact_none_is_used() -> None:
     seen.clear()
     decoder = deep.adapted.attachment.stack
     decoder.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs.get("past_key_values") is not None), with_kwargs=True)
-    deep.generate(pictures(1), ["is it ?"], settings=GenerationSettings(max_new_tokens=3))
+    deep.generate(images(1), ["is it ?"], settings=GenerationSettings(max_new_tokens=3))
     assert seen
     assert not any(seen)
-    one_beam, beams = (deep.generate(pictures(2), ["is it ?", ""], settings=GenerationSettings(max_new_tokens=3, num_beams=n)) for n in (1, 2))
+    one_beam, beams = (deep.generate(images(2), ["is it ?", ""], settings=GenerationSettings(max_new_tokens=3, num_beams=n)) for n in (1, 2))
     assert one_beam != ["", ""]
     assert beams != ["", ""]
 

@@ -31,11 +31,11 @@ def test_one_process_of_several_says_it(seconds: list[float], capsys: pytest.Cap
 
 
 def test_steps_say_a_line_where_nothing_is_logged_for_half_a_minute(seconds: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    shown = StepProgress(first=10, last=16, is_shown=True)
+    displayed = StepProgress(first=10, last=16, is_visible=True)
     for step in range(11, 17):
         seconds[0] += 10.0
-        shown.step()
+        displayed.step()
         if step == 16:
-            shown.logged(step, 1.5, 1e-3)
-    shown.close()
+            displayed.logged(step, 1.5, 1e-3)
+    displayed.close()
     assert capsys.readouterr().err.splitlines() == ["step 13/16  0.10 steps/s  30 s left", "step 16/16  0.10 steps/s  0 s left", "step 16/16  loss 1.500  rate 1.0e-03  0.10 steps/s  0 s left"]

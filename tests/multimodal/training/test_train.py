@@ -97,9 +97,9 @@ def test_recomputed_activations_give_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_kept_features_give_nearly_the_same_weights(tmp_path: Path) -> None:
-    plain, kept = trained(tmp_path / "plain")[0], trained(tmp_path / "kept", features="memory")[0]
+    plain, retained = trained(tmp_path / "plain")[0], trained(tmp_path / "kept", features="memory")[0]
     assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "plain"), rel=2e-3)
-    assert not close(plain, kept, 1e-12)
+    assert not close(plain, retained, 1e-12)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
@@ -141,13 +141,13 @@ def test_a_checkpoint_of_another_stream_is_not_continued(tmp_path: Path) -> None
     trained(tmp_path)
     for fields, message in (
         ({"seed": 1}, "train.seed was 0 and is 1"),
-        ({"batch_size": 2}, "pictures in a step was 4 and is 2"),
-        ({"source": Drawn(9)}, "pictures in the data set was 8 and is 9"),
+        ({"batch_size": 2}, "images in a step was 4 and is 2"),
+        ({"source": Drawn(9)}, "images in the data set was 8 and is 9"),
         ({"steps": 3}, "it was written after step 4, and this config ends at 3"),
     ):
         with pytest.raises(CheckpointError, match=f"cannot be continued exactly: {message}; resume with the config and the data of its run"):
             trained(tmp_path, resume=True, **fields)
-    trained(tmp_path, resume=True, batch_size=2, accumulation=2, steps=5)  # the same pictures in a step, and further
+    trained(tmp_path, resume=True, batch_size=2, accumulation=2, steps=5)  # the same images in a step, and further
 
 
 def test_bad_samples_are_counted_once_and_stop_the_run_over_the_budget(tmp_path: Path) -> None:
@@ -193,15 +193,15 @@ def huge() -> bytes:
     return b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (2**20).to_bytes(4) * 2 + b"\x08\2\0\0\0" + bytes(8)
 
 
-def said(*targets: str) -> Callable[[Sample, random.Random], list[Text]]:
+def stated(*targets: str) -> Callable[[Sample, random.Random], list[Text]]:
     return lambda sample, rng: [Text("is it red ?", target) for target in targets]
 
 
 NOTHING: list[tuple[str, Any, Any]] = [
     ("6 not an image", Drawn(6, bad=range(6)), two_texts),
-    ("6 no text", Drawn(6), said()),
-    ("6 no text", Drawn(6), said("", "  \n")),
-    ("6 text too long", Drawn(6), said("yes " * 200)),
+    ("6 no text", Drawn(6), stated()),
+    ("6 no text", Drawn(6), stated("", "  \n")),
+    ("6 text too long", Drawn(6), stated("yes " * 200)),
     ("2 too many pixels", Given(*(Sample(key=f"{i}", image_id=i, image=huge()) for i in range(2))), two_texts),
     ("2 missing file", Given(*(Sample(key=f"{i}", image_id=i, image="no/such.jpg") for i in range(2))), two_texts),
     ("the 2 samples of dead", Mixture({"dead": MixedSet(Drawn(2, bad=[0, 1]), 1), "good": MixedSet(Drawn(4), 1)}), two_texts),
@@ -228,14 +228,14 @@ def test_less_than_an_epoch_that_learns_nothing_is_refused_at_its_end(tmp_path: 
 
 
 def test_an_empty_text_among_others_is_left_out(tmp_path: Path) -> None:
-    plain, _ = trained(tmp_path / "plain", texts=said("yes"))
-    with_empty, done = trained(tmp_path / "empty", texts=said("yes", "", " "))
+    plain, _ = trained(tmp_path / "plain", texts=stated("yes"))
+    with_empty, done = trained(tmp_path / "empty", texts=stated("yes", "", " "))
     assert close(plain, with_empty, 0)
     assert not done.bad.counts
 
 
 def test_images_are_taken_as_files_text_bytes_and_in_memory(tmp_path: Path) -> None:
-    """The same picture in four forms gives the same weights; anything else is refused where the sample is made."""
+    """The same image in four forms gives the same weights; anything else is refused where the sample is made."""
     path = tmp_path / "one.png"
     path.write_bytes(Drawn(1)[0].image)
     forms: list[Any] = [path, str(path), path.read_bytes(), Image.open(path), Image.open(path).convert("RGBA")]
@@ -320,9 +320,9 @@ def test_a_resume_says_from_where_it_goes_on_and_with_which_other_settings(tmp_p
     trained(tmp_path, resume=True, steps=6, learning_rate=5e-3, learning_rates={"bridge": 1e-3}, log_every=2)
     out = capsys.readouterr().out
     assert f"resumed after step 4 of 6, from {tmp_path / 'checkpoints' / 'step_00000004'}\n" in out
-    said = next(line for line in out.splitlines() if line.startswith("settings that are not those of the checkpoint: "))
+    stated = next(line for line in out.splitlines() if line.startswith("settings that are not those of the checkpoint: "))
     expected = "train.steps 4 -> 6; train.learning_rate 0.01 -> 0.005; train.learning_rates {} -> {'bridge': 0.001}; train.log_every 1 -> 2"
-    assert said.split(": ", 1)[1] == expected
+    assert stated.split(": ", 1)[1] == expected
     trained(tmp_path, resume=True, steps=6, learning_rate=5e-3, learning_rates={"bridge": 1e-3}, log_every=2)
     assert "settings that" not in capsys.readouterr().out
     trained(tmp_path / "new", resume=True)

@@ -45,7 +45,7 @@ def step_of(folder: Path) -> int:
 
 
 def test_two_processes_equal_one_with_the_same_pictures_in_a_step(machine: Machine, tmp_path: Path) -> None:
-    """float64, ragged numbers of targets, accumulation, and seven pictures that nothing divides."""
+    """float64, ragged numbers of targets, accumulation, and seven images that nothing divides."""
     two = [{"folder": tmp_path / "two", "kept": True}, {"folder": tmp_path / "two_accumulated", "kept": True, "batch_size": 1, "accumulation": 2}]
     one = [{"folder": tmp_path / name, "kept": True, "batch_size": 4, "seed": seed} for name, seed in (("one", 0), ("control", 1))]
     groups = [machine.start(2, rank_jobs.several, two), machine.start(1, rank_jobs.several, one)]
@@ -62,7 +62,7 @@ def test_two_processes_equal_one_with_the_same_pictures_in_a_step(machine: Machi
 def test_ten_steps_a_kill_and_ten_more_are_twenty_bit_for_bit_with_any_number_of_workers(
     world: int, before: tuple[int, ...], machine: Machine, tmp_path: Path
 ) -> None:
-    """Pictures are decoded and encoded in each run, and read by 0, 1 and 2 workers; the unbroken run had one."""
+    """Images are decoded and encoded in each run, and read by 0, 1 and 2 workers; the unbroken run had one."""
     whole = machine.start(world, rank_jobs.several, [{"folder": tmp_path / "whole", "workers": 1}])
     killed = {}
     for workers in before:
@@ -114,7 +114,7 @@ def test_sigterm_to_the_whole_group_spares_the_workers_until_the_step_is_saved(m
 
 
 def test_bad_samples_of_all_ranks_count_once_and_stop_all_of_them_at_the_same_step(machine: Machine, tmp_path: Path) -> None:
-    """Pictures 1 to 4 of 7 are bad: in some steps every picture of one rank is, and the other learns alone."""
+    """Images 1 to 4 of 7 are bad: in some steps every image of one rank is, and the other learns alone."""
     bad = {"bad": (1, 2, 3, 4), "steps": 5, "batch_size": 1}
     machine.start(
         2, rank_jobs.several, [
@@ -130,7 +130,7 @@ def test_bad_samples_of_all_ranks_count_once_and_stop_all_of_them_at_the_same_st
 
 
 def test_a_step_that_is_bad_on_every_rank_is_skipped_on_all_and_a_run_of_such_steps_is_refused_on_all(machine: Machine, tmp_path: Path) -> None:
-    """Of 7 pictures 6 are bad: of 7 steps of two ranks only those of picture 0 are steps."""
+    """Of 7 images 6 are bad: of 7 steps of two ranks only those of image 0 are steps."""
     fields = {"steps": 7, "batch_size": 1, "bad_samples": 20, "checkpoint_every": 1}
     jobs = [{"folder": tmp_path / "few", "bad": (1, 2, 3, 4, 5, 6), **fields}, {"folder": tmp_path / "none", "bad": tuple(range(7)), "code": 8, **fields}]
     printed = machine.start(2, rank_jobs.several, jobs).ended()
@@ -148,7 +148,7 @@ def test_a_killed_worker_is_one_sentence_and_its_run_goes_on_with_resume(machine
 
 
 def test_another_number_of_processes_goes_on_at_the_next_picture(machine: Machine, tmp_path: Path) -> None:
-    """Two processes read 2 x 2 pictures a step: after 3 steps 12 of 28. One process takes 8 steps more, four take 2."""
+    """Two processes read 2 x 2 images a step: after 3 steps 12 of 28. One process takes 8 steps more, four take 2."""
     fields = {"batch_size": 2, "steps": 0, "epochs": 4.0, "checkpoint_every": 3}
     machine.start(2, rank_jobs.several, [{"folder": tmp_path / "two", **fields, "steps": 3}]).ended()
     for world in (1, 4):

@@ -39,7 +39,7 @@ def jobs(folder: Path, **fields: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders of all runs: one process with twice the pictures in a step, two with DDP, two with FSDP2."""
+    """The folders of all runs: one process with twice the images in a step, two with DDP, two with FSDP2."""
     folder = tmp_path_factory.mktemp("methods")
     with machine(folder) as one:
         groups = [

@@ -101,8 +101,8 @@ def test_a_checkpoint_that_cannot_be_written_says_so_and_the_one_before_stays(tm
         try:
             Run(1).save(tmp_path, 6)
         except DataError as error:
-            said = "step_00000006 cannot be written" in str(error) and "make room and go on with --resume" in str(error)
-            os._exit(5 if said else 1)
+            stated = "step_00000006 cannot be written" in str(error) and "make room and go on with --resume" in str(error)
+            os._exit(5 if stated else 1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]

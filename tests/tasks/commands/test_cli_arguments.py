@@ -66,11 +66,11 @@ def test_no_setting_imports_anything_by_its_name(given: str, tmp_path: Path, mon
     content = copy.deepcopy(RECIPE)
     inner = {"class_path": "somebodys.Method", "init_args": {}}
     content["methods"]["gated"] = {"inner": inner if given == "class_path" else "somebodys.Method"}
-    said = "methods.gated.inner names the class somebodys.Method, and a setting imports nothing: give a method of the package, such as adalink.LoRA"
+    stated = "methods.gated.inner names the class somebodys.Method, and a setting imports nothing: give a method of the package, such as adalink.LoRA"
     if given == "arguments":
-        assert refused(train("captioning", tmp_path / "run", "--methods.gated.inner.class_path", "somebodys.Method")).startswith(said)
+        assert refused(train("captioning", tmp_path / "run", "--methods.gated.inner.class_path", "somebodys.Method")).startswith(stated)
     else:
-        assert run_yaml(tmp_path, content).startswith(said)
+        assert run_yaml(tmp_path, content).startswith(stated)
     assert not (tmp_path / "ran").exists()
 
 
@@ -138,14 +138,14 @@ VALUES = [
     ("methods.bridge.hidden", -1, "the bridge's hidden width is -1"),
     ("methods.prompt", {"length": 0, "init_std": 0.1}, "the prompt's length is 0"),
     ("methods", {}, "the config names no method: under `methods:`, give one or more of adalink, bitfit, "),
-    ("captioning.template", {"prompt": "a picture of"}, "the prompt template 'a picture of' has 0 places for the picture"),
+    ("captioning.template", {"prompt": "an image of"}, "the prompt template 'an image of' has 0 places for the image"),
     ("captioning.template", {"prompt": "<image>", "target": "x"}, "the target template 'x' must hold {text}"),
     ("captioning.captions_per_image", -1, "captions_per_image is -1"),
     ("generation.max_new_tokens", 0, "max_new_tokens is 0 and num_beams 1"),
     ("data.train", {"scenes": "train/3", "shards": "x"}, "a data set needs one of images, shards, mix and scenes, got shards, scenes"),
     ("data.train", {"scenes": "train/3", "annotations": "x"}, "annotations would not be read: scenes holds its own texts"),
     ("data.train", {"scenes": "train/3", "limit": -1}, "the data set's limit is -1"),
-    ("data.train", {"images": "x"}, "the pictures in x come without texts: give annotations"),
+    ("data.train", {"images": "x"}, "the images in x come without texts: give annotations"),
     ("data.train", None, "training needs `out`, the run folder, and `data.train`"),
 ]
 

@@ -14,7 +14,7 @@ from multimodal.data.shards.writer import write_shards
 from tasks.data.coco import read_coco_captions
 
 SHORT = ("--train.steps", "4", "--train.batch_size", "2", "--generation.max_new_tokens", "2", "--data.val.limit", "3")
-N_STEPS_TO_MEET_ALL = 4  # 4 x 2 pictures of 6
+N_STEPS_TO_MEET_ALL = 4  # 4 x 2 images of 6
 
 
 def run(files: Files, out: Path, *more: object, task: str = "captioning", val: Files | None = None) -> Done:
@@ -33,9 +33,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def damage(files: Files) -> None:
-    """One picture of each kind of trouble; 4 and 5 are left whole."""
-    files.picture(0).unlink()
-    files.picture(1).write_bytes(files.picture(1).read_bytes()[:300])
+    """One image of each kind of trouble; 4 and 5 are left whole."""
+    files.image(0).unlink()
+    files.image(1).write_bytes(files.image(1).read_bytes()[:300])
     files.captions["annotations"] = [row for row in files.captions["annotations"] if row["image_id"] != 2]
     next(row for row in files.captions["annotations"] if row["image_id"] == 3)["caption"] = "word " * 400
     files.save()
@@ -51,14 +51,14 @@ def test_bad_samples_are_skipped_counted_and_named(files: Files, whole: Files, t
     assert done.code == 0, done
     bad = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     assert {row["key"]: row["reason"] for row in bad} == REASONS
-    assert len(bad) == 4  # once each, though every picture was met more than once
-    assert str(files.picture(0)) in bad[0]["detail"] + bad[1]["detail"]
+    assert len(bad) == 4  # once each, though every image was met more than once
+    assert str(files.image(0)) in bad[0]["detail"] + bad[1]["detail"]
     skipped = next(line for line in done.err.splitlines() if line.startswith("skipped in training: "))
     assert all(f"1 {reason} ({key})" in skipped for key, reason in REASONS.items())
     page = (out / "report.html").read_text()
     assert all(reason in page for reason in REASONS.values())
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [2, N_STEPS_TO_MEET_ALL]  # the first step read two bad pictures: it was none
+    assert steps == [2, N_STEPS_TO_MEET_ALL]  # the first step read two bad images: it was none
 
 
 @pytest.mark.parametrize("options", [("--train.features", "encode", "--train.workers", "1"), ("--train.features", "memory")], ids=" ".join)
@@ -190,7 +190,7 @@ SCENES = {
     "train": "scenes is 'train': give SPLIT/SIZE",
     "train/many": "scenes is 'train/many': give SPLIT/SIZE",
     "train/²": "scenes is 'train/²': give SPLIT/SIZE",
-    "train/0": "the size of Scenes is 0: give a number of pictures from 1",
+    "train/0": "the size of Scenes is 0: give a number of images from 1",
 }
 
 
@@ -208,7 +208,7 @@ def test_shards_that_are_not_there_are_one_sentence(tmp_path: Path) -> None:
 def test_the_data_of_another_task_is_refused(whole: Files, tmp_path: Path) -> None:
     captions, questions = (whole.as_data("train", task) + whole.as_data("val", task) for task in ("captioning", "vqa"))
     sentence = refused(train("captioning", tmp_path / "run", *questions, small=SHORT))
-    assert sentence == "3 of 3 pictures have no caption to score against, such as image 0: give their captions"
+    assert sentence == "3 of 3 images have no caption to score against, such as image 0: give their captions"
     sentence = refused(train("vqa", tmp_path / "run", *captions, small=SHORT))
     assert sentence.startswith("these questions cannot be scored: none was predicted")
     assert not (tmp_path / "run").exists()

@@ -39,7 +39,7 @@ def adapter(runs: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("picture") / "scene.png"
     image = Scenes(split="val", size=1)[0].image
     assert isinstance(image, bytes)
@@ -47,8 +47,8 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def caption(adapter: Path, *pictures: Path, options: tuple[object, ...] = ()) -> Done:
-    return adalink("caption", "--adapter", adapter, "--generation.max_new_tokens", "3", *options, *pictures)
+def caption(adapter: Path, *images: Path, options: tuple[object, ...] = ()) -> Done:
+    return adalink("caption", "--adapter", adapter, "--generation.max_new_tokens", "3", *options, *images)
 
 
 UNKNOWN = [
@@ -99,17 +99,17 @@ def test_trackers_that_are_not_installed_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_saved_adapter_captions_and_answers(runs: Path, picture: Path) -> None:
-    done = caption(runs / "captioning" / "adapter", picture)
+def test_a_saved_adapter_captions_and_answers(runs: Path, photo: Path) -> None:
+    done = caption(runs / "captioning" / "adapter", photo)
     assert (done.code, done.err) == (0, "")
     assert len(done.out.splitlines()) == 1
-    two = caption(runs / "captioning" / "adapter", picture, picture)
-    assert two.out == f"{picture}\t{done.out}" * 2
-    answered = adalink("ask", "--adapter", runs / "vqa" / "adapter", picture, "how many circles are there?", "--generation.max_new_tokens", "3")
+    two = caption(runs / "captioning" / "adapter", photo, photo)
+    assert two.out == f"{photo}\t{done.out}" * 2
+    answered = adalink("ask", "--adapter", runs / "vqa" / "adapter", photo, "how many circles are there?", "--generation.max_new_tokens", "3")
     assert (answered.code, answered.err) == (0, "")
     assert answered.out.strip()
     question = "what is in the middle?"
-    several = adalink("ask", "--adapter", runs / "vqa" / "adapter", picture, question, "how many circles are there?", "--generation.max_new_tokens", "3")
+    several = adalink("ask", "--adapter", runs / "vqa" / "adapter", photo, question, "how many circles are there?", "--generation.max_new_tokens", "3")
     assert several.out.splitlines()[1] == f"how many circles are there?\t{answered.out.strip()}"
     assert several.out.startswith(f"{question}\t")
 
@@ -127,11 +127,11 @@ def test_many_pictures_are_captioned_in_parts_and_in_order(runs: Path, tmp_path:
     assert caption(runs / "captioning" / "adapter", paths[17]).out.strip() == lines[17][1]
 
 
-def test_a_folder_and_a_pattern_stand_for_their_images(runs: Path, picture: Path, tmp_path: Path) -> None:
+def test_a_folder_and_a_pattern_stand_for_their_images(runs: Path, photo: Path, tmp_path: Path) -> None:
     folder = tmp_path / "some [images]"
     folder.mkdir()
     for name in ("b.PNG", "a.png"):
-        (folder / name).write_bytes(picture.read_bytes())
+        (folder / name).write_bytes(photo.read_bytes())
     (folder / "notes.txt").write_text("no image")
     adapter = runs / "captioning" / "adapter"
     expected = [str(folder / "a.png"), str(folder / "b.PNG")]
@@ -142,28 +142,28 @@ def test_a_folder_and_a_pattern_stand_for_their_images(runs: Path, picture: Path
     assert refused(caption(adapter, tmp_path / "*.jpg")) == f"no file matches {tmp_path / '*.jpg'}: check the pattern"
 
 
-def test_one_question_about_several_images_and_several_about_each(runs: Path, picture: Path, tmp_path: Path) -> None:
+def test_one_question_about_several_images_and_several_about_each(runs: Path, photo: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.png"
     image = Scenes(split="val", size=18)[7].image
     assert isinstance(image, bytes)
     other.write_bytes(image)
     adapter, what, how = runs / "vqa" / "adapter", "what is in the middle?", "how many circles are there?"
-    alone = {(path, question): adalink("ask", "--adapter", adapter, path, question).out.strip() for path in (picture, other) for question in (what, how)}
-    one = adalink("ask", "--adapter", adapter, picture, other, what)
-    assert one.out.splitlines() == [f"{path}\t{alone[path, what]}" for path in (picture, other)]
-    both = adalink("ask", "--adapter", adapter, picture, other, what, how)
-    assert both.out.splitlines() == [f"{path}\t{question}\t{alone[path, question]}" for path in (picture, other) for question in (what, how)]
-    assert refused(adalink("ask", "--adapter", adapter, picture, other)).startswith(f"no question is given after {other}")
-    assert refused(adalink("ask", "--adapter", adapter, picture, tmp_path / "no.png", what)) == f"{tmp_path / 'no.png'} is missing"
+    alone = {(path, question): adalink("ask", "--adapter", adapter, path, question).out.strip() for path in (photo, other) for question in (what, how)}
+    one = adalink("ask", "--adapter", adapter, photo, other, what)
+    assert one.out.splitlines() == [f"{path}\t{alone[path, what]}" for path in (photo, other)]
+    both = adalink("ask", "--adapter", adapter, photo, other, what, how)
+    assert both.out.splitlines() == [f"{path}\t{question}\t{alone[path, question]}" for path in (photo, other) for question in (what, how)]
+    assert refused(adalink("ask", "--adapter", adapter, photo, other)).startswith(f"no question is given after {other}")
+    assert refused(adalink("ask", "--adapter", adapter, photo, tmp_path / "no.png", what)) == f"{tmp_path / 'no.png'} is missing"
 
 
-def test_a_picture_that_cannot_be_read_is_told_before_anything_is_captioned(runs: Path, picture: Path, tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_read_is_told_before_anything_is_captioned(runs: Path, photo: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.png"
-    cut.write_bytes(picture.read_bytes()[:200])
+    cut.write_bytes(photo.read_bytes()[:200])
     (tmp_path / "text.png").write_text("hello")
     adapter = runs / "captioning" / "adapter"
     for path, expected in ((cut, "is truncated: png of 96 x 96"), (tmp_path / "no.png", "is missing"), (tmp_path / "text.png", "begins with b'hello'")):
-        done = caption(adapter, picture, path)
+        done = caption(adapter, photo, path)
         assert expected in refused(done)
         assert str(path) in done.err
         assert not done.out
@@ -171,13 +171,13 @@ def test_a_picture_that_cannot_be_read_is_told_before_anything_is_captioned(runs
     assert sentence == f"{tmp_path / 'no.png'} is missing"
 
 
-def test_the_wrong_command_for_an_adapter_names_the_right_one(runs: Path, picture: Path) -> None:
-    assert "was trained for captioning: use `adalink caption`" in refused(adalink("ask", "--adapter", runs / "captioning" / "adapter", picture, "is it?"))
-    assert "was trained for vqa: use `adalink ask`" in refused(caption(runs / "vqa" / "adapter", picture))
+def test_the_wrong_command_for_an_adapter_names_the_right_one(runs: Path, photo: Path) -> None:
+    assert "was trained for captioning: use `adalink caption`" in refused(adalink("ask", "--adapter", runs / "captioning" / "adapter", photo, "is it?"))
+    assert "was trained for vqa: use `adalink ask`" in refused(caption(runs / "vqa" / "adapter", photo))
 
 
 def test_what_a_run_generated_with_is_saved_with_its_adapter_and_the_command_line_overrides(
-    runs: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = runs / "captioning" / "adapter"
     config = adapter / "adalink_config.json"
@@ -196,7 +196,7 @@ def test_what_a_run_generated_with_is_saved_with_its_adapter_and_the_command_lin
     monkeypatch.setattr(VisionLanguageModel, "generate_batch", watched)
     data = ("--data.val.scenes", "val/2")
     for given, beams in (((), 3), (("--generation.num_beams", "2"), 2)):
-        assert adalink("caption", "--adapter", copy, *given, picture).code == 0
+        assert adalink("caption", "--adapter", copy, *given, photo).code == 0
         done = adalink("evaluate", "--adapter", copy, "--out", tmp_path / f"out{beams}", *data, *given)
         assert done.code == 0, done
         assert set(used) == {GenerationSettings(max_new_tokens=3, num_beams=beams)}
@@ -204,17 +204,17 @@ def test_what_a_run_generated_with_is_saved_with_its_adapter_and_the_command_lin
         settings = yaml.safe_load((tmp_path / f"out{beams}" / "config.yaml").read_text())
         assert settings["generation"] == {"max_new_tokens": 3, "num_beams": beams, "length_penalty": 1.0}
         assert (settings["task"], settings["encoder"], settings["language_model"]) == ("captioning", "scenes:encoder", "scenes:language")
-    VisionLanguageModel.from_pretrained(copy, encoder=encoder_folder(), language_model=language_folder()).generate([Image.open(picture).convert("RGB")], [""])
+    VisionLanguageModel.from_pretrained(copy, encoder=encoder_folder(), language_model=language_folder()).generate([Image.open(photo).convert("RGB")], [""])
     assert used == [GenerationSettings(max_new_tokens=3, num_beams=3)]
     assert adalink("evaluate", "--config", tmp_path / "out3" / "config.yaml", "--adapter", copy, "--out", tmp_path / "again").code == 0
     del saved["task"]["generation"]  # as adapters were saved before
     (copy / config.name).write_text(json.dumps(saved))
     used.clear()
-    assert adalink("caption", "--adapter", copy, picture).code == 0
+    assert adalink("caption", "--adapter", copy, photo).code == 0
     assert used == [GenerationSettings()]
     saved["task"]["generation"] = {"num_beams": "many"}
     (copy / config.name).write_text(json.dumps(saved))
-    assert refused(adalink("caption", "--adapter", copy, picture)).startswith("the generation settings of the adapter's config are {'num_beams': 'many'}")
+    assert refused(adalink("caption", "--adapter", copy, photo)).startswith("the generation settings of the adapter's config are {'num_beams': 'many'}")
 
 
 def test_what_may_be_chosen_of_generation_is_what_there_is_to_choose() -> None:
@@ -248,13 +248,13 @@ def other_encoder(folder: Path) -> Path:
     return folder
 
 
-def test_an_adapter_of_another_base_is_refused_naming_both(runs: Path, picture: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused_naming_both(runs: Path, photo: Path, tmp_path: Path) -> None:
     adapter = runs / "captioning" / "adapter"
     language, encoder = other_language(tmp_path / "language"), other_encoder(tmp_path / "encoder")
-    sentence = refused(caption(adapter, picture, options=("--language_model", language)))
+    sentence = refused(caption(adapter, photo, options=("--language_model", language)))
     assert sentence.startswith(f"the adapter in {adapter} was trained on the language model scenes:language (")
     assert f"but this one is {language} (" in sentence
-    sentence = refused(caption(adapter, picture, options=("--encoder", encoder)))
+    sentence = refused(caption(adapter, photo, options=("--encoder", encoder)))
     assert sentence.startswith(f"the adapter in {adapter} was trained on the encoder scenes:encoder (")
     out = tmp_path / "out"
     sentence = refused(adalink("evaluate", "--config", RECIPES["captioning"], "--adapter", adapter, "--out", out, *SMALL, "--language_model", language))
@@ -262,13 +262,13 @@ def test_an_adapter_of_another_base_is_refused_naming_both(runs: Path, picture: 
     assert not out.exists()
     # The same parts elsewhere are the same parts.
     copy = Path(shutil.copytree(language_folder(), tmp_path / "copy"))
-    assert caption(adapter, picture, options=("--language_model", copy)).out == caption(adapter, picture).out
+    assert caption(adapter, photo, options=("--language_model", copy)).out == caption(adapter, photo).out
 
 
-def test_a_missing_adapter_is_one_sentence(picture: Path, tmp_path: Path) -> None:
-    assert refused(caption(tmp_path / "no", picture)).startswith(f"{tmp_path / 'no'} is no adapter folder: it has no adalink_config.json")
-    assert "is no adapter folder" in refused(caption(picture, picture))
-    assert "is no adapter folder" in refused(caption(tmp_path, picture))
+def test_a_missing_adapter_is_one_sentence(photo: Path, tmp_path: Path) -> None:
+    assert refused(caption(tmp_path / "no", photo)).startswith(f"{tmp_path / 'no'} is no adapter folder: it has no adalink_config.json")
+    assert "is no adapter folder" in refused(caption(photo, photo))
+    assert "is no adapter folder" in refused(caption(tmp_path, photo))
     sentence = refused(adalink("evaluate", "--config", RECIPES["vqa"], "--adapter", tmp_path / "no", "--out", tmp_path / "out", *SMALL))
     assert "is no adapter folder" in sentence
     assert not (tmp_path / "out").exists()
@@ -284,9 +284,9 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_foreign_or_damaged_adapter_config_is_one_sentence(case: str, adapter: Path, picture: Path) -> None:
+def test_a_foreign_or_damaged_adapter_config_is_one_sentence(case: str, adapter: Path, photo: Path) -> None:
     (adapter / CONFIG_FILE).write_text(CONFIGS[case][0])
-    sentence = refused(caption(adapter, picture))
+    sentence = refused(caption(adapter, photo))
     assert CONFIGS[case][1] in sentence
     assert str(adapter / CONFIG_FILE) in sentence
 
@@ -301,36 +301,36 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("method", "expected"), METHODS, ids=range(len(METHODS)))
-def test_wrong_method_values_in_an_adapter_config_are_one_sentence(method: object, expected: str, adapter: Path, picture: Path) -> None:
+def test_wrong_method_values_in_an_adapter_config_are_one_sentence(method: object, expected: str, adapter: Path, photo: Path) -> None:
     content = json.loads((adapter / CONFIG_FILE).read_text())
     content["methods"]["adalink"] = method
     (adapter / CONFIG_FILE).write_text(json.dumps(content))
-    assert expected in refused(caption(adapter, picture))
+    assert expected in refused(caption(adapter, photo))
 
 
-def test_an_adapter_that_was_not_saved_by_train_is_one_sentence(adapter: Path, picture: Path) -> None:
+def test_an_adapter_that_was_not_saved_by_train_is_one_sentence(adapter: Path, photo: Path) -> None:
     content = json.loads((adapter / CONFIG_FILE).read_text())
     content["task"] = {}
     (adapter / CONFIG_FILE).write_text(json.dumps(content))
-    assert "was not saved by `adalink train`: it names no encoder, language model and task" in refused(caption(adapter, picture))
+    assert "was not saved by `adalink train`: it names no encoder, language model and task" in refused(caption(adapter, photo))
 
 
 @pytest.mark.parametrize("size", [0, 100])
-def test_truncated_weights_are_one_sentence(size: int, adapter: Path, picture: Path) -> None:
+def test_truncated_weights_are_one_sentence(size: int, adapter: Path, photo: Path) -> None:
     whole = (adapter / WEIGHTS_FILE).read_bytes()
     (adapter / WEIGHTS_FILE).write_bytes(whole[:size])
-    sentence = refused(caption(adapter, picture))
+    sentence = refused(caption(adapter, photo))
     assert sentence.startswith(f"{adapter / WEIGHTS_FILE} is damaged (")
     assert sentence.endswith("): copy or train it again")
 
 
-def test_missing_foreign_and_misshapen_weights_are_one_sentence(adapter: Path, picture: Path) -> None:
+def test_missing_foreign_and_misshapen_weights_are_one_sentence(adapter: Path, photo: Path) -> None:
     path = adapter / WEIGHTS_FILE
     tensors = load_file(path)
     name = "adalink.image.down.weight"
     save_file({**tensors, name: tensors[name][:3].clone()}, path)
-    assert f"{name} is (3, {WIDTH}), and this model needs (16, {WIDTH})" in refused(caption(adapter, picture))
+    assert f"{name} is (3, {WIDTH}), and this model needs (16, {WIDTH})" in refused(caption(adapter, photo))
     save_file({"other": torch.zeros(1)}, path)
-    assert "does not fit its config: missing [" in refused(caption(adapter, picture))
+    assert "does not fit its config: missing [" in refused(caption(adapter, photo))
     path.unlink()
-    assert refused(caption(adapter, picture)) == f"{adapter} has no {WEIGHTS_FILE}"
+    assert refused(caption(adapter, photo)) == f"{adapter} has no {WEIGHTS_FILE}"

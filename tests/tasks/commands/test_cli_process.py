@@ -36,12 +36,12 @@ def test_webdatasets_own_security_switch_is_on_in_the_commands_process() -> None
     command = "import sys\nsys.argv = ['adalink', '--version']\nfrom adalink.__main__ import entry\ntry:\n    entry()\nexcept SystemExit:\n    pass\n"
     environment = {name: value for name, value in os.environ.items() if name != "WDS_SECURE"}
 
-    def said(code: str) -> list[str]:
+    def stated(code: str) -> list[str]:
         code += LOOK_AT_WEBDATASET
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout.splitlines()
 
-    assert said(command)[1:] == ["imported by us: False", "gopen_pipe: unsafe_gopen is False, cannot open pipe URLs"]
-    assert said("import sys") == ["imported by us: False", "a pipe was opened"]  # the control
+    assert stated(command)[1:] == ["imported by us: False", "gopen_pipe: unsafe_gopen is False, cannot open pipe URLs"]
+    assert stated("import sys") == ["imported by us: False", "a pipe was opened"]  # the control
 
 
 def test_a_wrong_command_line_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_an_interrupt_is_one_line_and_what_was_trained_can_be_resumed(tmp_path: 
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
     err = (tmp_path / "err").read_text()
-    said = re.fullmatch(r"adalink: ended by Ctrl-C after step (\d+) of 100000, which is saved in .*: go on with --resume", err.splitlines()[-1])
-    assert said, err[-2000:]
+    stated = re.fullmatch(r"adalink: ended by Ctrl-C after step (\d+) of 100000, which is saved in .*: go on with --resume", err.splitlines()[-1])
+    assert stated, err[-2000:]
     assert "Traceback" not in err
-    assert (run / "checkpoints" / f"step_{int(said[1]):08d}").is_dir()
+    assert (run / "checkpoints" / f"step_{int(stated[1]):08d}").is_dir()

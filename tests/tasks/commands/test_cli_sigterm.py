@@ -30,8 +30,8 @@ def test_sigterm_ends_a_run_with_a_sentence_and_it_goes_on_with_resume(tmp_path:
         patched.setattr(RunLog, "write", write_and_be_asked_to_end)
         done = train("captioning", tmp_path / "run", small=FEW)
     assert done.code == 143, done
-    said = f"adalink: ended by SIGTERM after step 2 of 3, which is saved in {tmp_path / 'run' / 'checkpoints'}: go on with --resume"
-    assert done.err.splitlines()[-1] == said
+    stated = f"adalink: ended by SIGTERM after step 2 of 3, which is saved in {tmp_path / 'run' / 'checkpoints'}: go on with --resume"
+    assert done.err.splitlines()[-1] == stated
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
     assert signal.getsignal(signal.SIGTERM) == before
     resumed = train("captioning", tmp_path / "run", "--resume", small=FEW)
@@ -62,8 +62,8 @@ def test_ctrl_c_ends_a_run_as_sigterm_does_and_a_second_one_at_once(tmp_path: Pa
         times[0] = 2
         at_once = train("captioning", tmp_path / "at_once", small=FEW)
     assert done.code == at_once.code == 130, done
-    said = f"adalink: ended by Ctrl-C after step 2 of 3, which is saved in {tmp_path / 'run' / 'checkpoints'}: go on with --resume"
-    assert done.err.splitlines()[-1] == said
+    stated = f"adalink: ended by Ctrl-C after step 2 of 3, which is saved in {tmp_path / 'run' / 'checkpoints'}: go on with --resume"
+    assert done.err.splitlines()[-1] == stated
     assert at_once.err.splitlines()[-1] == "adalink: interrupted"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -97,7 +97,7 @@ def test_embeddings_of_words_generate_the_adapters_ids_in_transformers_alone(met
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     done = adalink("export", "embeds", "--adapter", tmp_path / "adapter", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out")
     assert done.code == 0, done.err
-    embeds, said = load_file(tmp_path / "out" / EMBEDS_FILE), json.loads((tmp_path / "out" / PROMPTS_FILE).read_text())
+    embeds, stated = load_file(tmp_path / "out" / EMBEDS_FILE), json.loads((tmp_path / "out" / PROMPTS_FILE).read_text())
     plain = AutoModelForCausalLM.from_pretrained(language_folder()).eval()
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": language.tokenizer.pad_token_id}
     for i, prompt in enumerate(prompts):
@@ -106,33 +106,33 @@ def test_embeddings_of_words_generate_the_adapters_ids_in_transformers_alone(met
         value = embeds[str(i)][None]
         own = plain.generate(inputs_embeds=value, attention_mask=torch.ones(value.shape[:2], dtype=torch.int64), **settings)[0]
         assert own.tolist() == expected.tolist()
-        assert said["prompts"][i] == {"tensor": str(i), "prompt": prompt, "image": None, "tokens": value.shape[1]}
-    assert said["language_model"]["fingerprint"] == model.parts["language_model"].fingerprint
+        assert stated["prompts"][i] == {"tensor": str(i), "prompt": prompt, "image": None, "tokens": value.shape[1]}
+    assert stated["language_model"]["fingerprint"] == model.parts["language_model"].fingerprint
 
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, VisionLanguageModel, list[Path]]:
-    """A composed captioning model whose adapter edits prompts alone, its folder, and two pictures."""
+    """A composed captioning model whose adapter edits prompts alone, its folder, and two images."""
     folder = tmp_path_factory.mktemp("seeing")
-    pictures = []
+    images = []
     for i in range(2):
         image = Scenes(split="val", size=2)[i].image
         assert isinstance(image, bytes)
-        pictures.append(folder / f"{i}.png")
-        pictures[-1].write_bytes(image)
+        images.append(folder / f"{i}.png")
+        images[-1].write_bytes(image)
     model = compose("scenes:encoder", "scenes:language", template=Template(prompt="<image><bos>"))
     excite(model.add_adapter("default", {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"), scope="prompt")}))
     model.save_pretrained(folder / "adapter", task={"task": Captioning().name})
-    return folder / "adapter", model, pictures
+    return folder / "adapter", model, images
 
 
 def test_embeddings_of_pictures_generate_the_adapters_captions_in_transformers_alone(
     seeing: tuple[Path, VisionLanguageModel, list[Path]], tmp_path: Path
 ) -> None:
-    adapter, model, pictures = seeing
-    done = adalink("export", "embeds", "--adapter", adapter, "--images", json.dumps([str(p) for p in pictures]), "--out", tmp_path / "out")
+    adapter, model, images = seeing
+    done = adalink("export", "embeds", "--adapter", adapter, "--images", json.dumps([str(p) for p in images]), "--out", tmp_path / "out")
     assert done.code == 0, done.err
-    expected = model.generate([decode_image(path) for path in pictures], ["", ""])
+    expected = model.generate([decode_image(path) for path in images], ["", ""])
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(language_folder()).eval(), model.language.tokenizer
     embeds = load_file(tmp_path / "out" / EMBEDS_FILE)
     for i, text in enumerate(expected):
@@ -142,7 +142,7 @@ def test_embeddings_of_pictures_generate_the_adapters_captions_in_transformers_a
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == text
-    assert not torch.equal(embeds["0"], embeds["1"])  # the control: the picture is in them
+    assert not torch.equal(embeds["0"], embeds["1"])  # the control: the image is in them
 
 
 def test_what_embeddings_cannot_carry_is_refused(tmp_path: Path) -> None:
@@ -160,15 +160,15 @@ def test_what_embeddings_cannot_carry_is_refused(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_of_an_export_are_one_sentence(seeing: tuple[Path, VisionLanguageModel, list[Path]], tmp_path: Path) -> None:
-    adapter, _, pictures = seeing
+    adapter, _, images = seeing
     saved(tmp_path / "words", WORDS)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     (tmp_path / "two.txt").write_text("a\nb\n")
     (tmp_path / "latin.txt").write_bytes(b"\xe9")
-    (tmp_path / "no.png").write_bytes(b"no picture")
+    (tmp_path / "no.png").write_bytes(b"no image")
     out = ("--out", tmp_path / "out")
-    one = json.dumps([str(pictures[0])])
+    one = json.dumps([str(images[0])])
     for arguments, expected in (
         (("folded", "--adapter", tmp_path / "nothing", *out), "nothing is no adapter folder"),
         (("folded", "--adapter", adapter, *out), "an adapter that is one AdaLink alone can be folded, and this one has Bridge, AdaLink"),
@@ -178,7 +178,7 @@ def test_bad_arguments_of_an_export_are_one_sentence(seeing: tuple[Path, VisionL
         (("folded", "--adapter", tmp_path / "words", *out, "--language_model", "no-such-lm"), "cannot load the language model 'no-such-lm'"),
         (("embeds", "--adapter", adapter, *out), "there is nothing to export: give --images, --prompts, or both"),
         (("embeds", "--adapter", adapter, *out, "--prompts", tmp_path / "two.txt", "--images", one), "1 images were given and 2 prompts: give 2, one for each"),
-        (("embeds", "--adapter", tmp_path / "words", *out, "--prompts", tmp_path / "two.txt", "--images", one), "give none, since this adapter reads no pictures"),
+        (("embeds", "--adapter", tmp_path / "words", *out, "--prompts", tmp_path / "two.txt", "--images", one), "give none, since this adapter reads no images"),
         (("embeds", "--adapter", tmp_path / "words", *out, "--prompts", tmp_path / "none.txt"), "none.txt cannot be read"),
         (("embeds", "--adapter", tmp_path / "words", *out, "--prompts", tmp_path / "latin.txt"), "give a text file in UTF-8, one prompt a line"),
         (("embeds", "--adapter", adapter, *out, "--images", json.dumps([str(tmp_path / "no.png")])), "no.png"),
@@ -195,6 +195,6 @@ def test_an_adapter_of_another_model_is_not_folded(tmp_path: Path) -> None:
         other.model.get_input_embeddings().weight.add_(1.0)
     other.model.save_pretrained(tmp_path / "other")
     other.tokenizer.save_pretrained(tmp_path / "other")
-    said = refused(adalink("export", "folded", "--adapter", tmp_path / "adapter", "--language_model", tmp_path / "other", "--out", tmp_path / "out"))
-    assert "was trained on the language model" in said
+    stated = refused(adalink("export", "folded", "--adapter", tmp_path / "adapter", "--language_model", tmp_path / "other", "--out", tmp_path / "out"))
+    assert "was trained on the language model" in stated
     assert not (tmp_path / "out").exists()

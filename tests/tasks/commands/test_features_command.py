@@ -48,10 +48,10 @@ def test_it_tells_what_it_takes_before_it_writes_and_checks_what_is_there(tmp_pa
     done = features(tmp_path / "features")
     assert done.code == 0
     lines = done.err.splitlines()
-    assert f"{tmp_path}/features/train: 0.07 MiB: 8 pictures of 9,216 bytes, 36 patches of width 128 in float16; " in lines[0]
+    assert f"{tmp_path}/features/train: 0.07 MiB: 8 images of 9,216 bytes, 36 patches of width 128 in float16; " in lines[0]
     assert lines[0].endswith("iB are free")
-    assert f"{tmp_path}/features/train: 8 pictures have features" in lines
-    assert f"{tmp_path}/features/val: 4 pictures have features" in lines
+    assert f"{tmp_path}/features/train: 8 images have features" in lines
+    assert f"{tmp_path}/features/val: 4 images have features" in lines
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*") if path.name != ".lock"}
     assert features(tmp_path / "features").code == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*") if path.name != ".lock"}
@@ -60,13 +60,13 @@ def test_it_tells_what_it_takes_before_it_writes_and_checks_what_is_there(tmp_pa
 def test_a_run_reads_them_says_so_and_learns_what_features_in_memory_teach(written: Path, in_memory: Path, tmp_path: Path) -> None:
     done = learn(tmp_path / "run", "--features", written, "--train.workers", "1")
     assert done.code == 0
-    assert f"features: 8 pictures are read from {written}/train, 36 patches of width 128 in float16 of scenes:encoder; 0 have none" in done.err
-    assert f"features: 4 pictures are read from {written}/val" in done.err
+    assert f"features: 8 images are read from {written}/train, 36 patches of width 128 in float16 of scenes:encoder; 0 have none" in done.err
+    assert f"features: 4 images are read from {written}/val" in done.err
     assert weights(tmp_path / "run") == weights(in_memory)
     assert (tmp_path / "run" / "results.json").read_bytes() == (in_memory / "results.json").read_bytes()
     again = adalink("evaluate", "--adapter", tmp_path / "run" / "adapter", "--config", tmp_path / "run" / "config.yaml")
     assert again.code == 0
-    assert f"features: 4 pictures are read from {written}/val" in again.err  # the config of the run names the folder
+    assert f"features: 4 images are read from {written}/val" in again.err  # the config of the run names the folder
     wrong = adalink("evaluate", "--adapter", tmp_path / "run" / "adapter", "--config", tmp_path / "run" / "config.yaml", "--features", tmp_path / "nowhere")
     assert refused(wrong) == f"{tmp_path}/nowhere holds no features, neither in train nor in val: write them with `adalink features`, or give features: null"
 
@@ -74,37 +74,37 @@ def test_a_run_reads_them_says_so_and_learns_what_features_in_memory_teach(writt
 def test_the_first_epoch_fills_them(in_memory: Path, tmp_path: Path) -> None:
     done = learn(tmp_path / "run", "--features", tmp_path / "features", "--train.features", "fill")
     assert done.code == 0
-    assert f"features: the first epoch fills {tmp_path}/features/train with 0.07 MiB: 8 pictures of 9,216 bytes" in done.err
+    assert f"features: the first epoch fills {tmp_path}/features/train with 0.07 MiB: 8 images of 9,216 bytes" in done.err
     assert weights(tmp_path / "run") == weights(in_memory)
     for split, n in (("train", 8), ("val", 4)):
         assert len(FeatureCache.open(tmp_path / "features" / split)) == n
-    assert "features: 8 pictures are read from" in learn(tmp_path / "again", "--features", tmp_path / "features", "--train.features", "fill").err
+    assert "features: 8 images are read from" in learn(tmp_path / "again", "--features", tmp_path / "features", "--train.features", "fill").err
 
 
 def test_a_run_that_ends_early_says_that_they_are_not_finished_and_the_command_goes_on(tmp_path: Path) -> None:
     done = learn(tmp_path / "run", "--features", tmp_path / "features", "--train.features", "fill", "--train.steps", "1")
-    assert f"features: {tmp_path}/features/train is not finished, 5 of 8 pictures are missing; another run or `adalink features` goes on" in done.err
-    said = refused(learn(tmp_path / "next", "--features", tmp_path / "features"))
-    assert said.startswith(f"the features in {tmp_path}/features/train are not finished: a writing was interrupted or still goes on; run `adalink features`")
+    assert f"features: {tmp_path}/features/train is not finished, 5 of 8 images are missing; another run or `adalink features` goes on" in done.err
+    stated = refused(learn(tmp_path / "next", "--features", tmp_path / "features"))
+    assert stated.startswith(f"the features in {tmp_path}/features/train are not finished: a writing was interrupted or still goes on; run `adalink features`")
     assert features(tmp_path / "features").code == 0
     assert len(FeatureCache.open(tmp_path / "features" / "train")) == 8
 
 
 def test_what_a_method_does_not_read_is_not_written(tmp_path: Path, written: Path) -> None:
     done = features(tmp_path / "taps", *EPALM, "--features_dtype", "float32")
-    assert "8 pictures of 1,024 bytes, 2 pooled vectors of width 128 in float32" in done.err
-    assert "features: 8 pictures are read" in learn(tmp_path / "run", *EPALM, "--features", tmp_path / "taps").err
-    said = refused(learn(tmp_path / "other", *EPALM, "--features", written))
-    assert "are 36 patches of width 128 in float16, and these methods read 2 pooled vectors of width 128 in float16: write them with `adalink features`" in said
+    assert "8 images of 1,024 bytes, 2 pooled vectors of width 128 in float32" in done.err
+    assert "features: 8 images are read" in learn(tmp_path / "run", *EPALM, "--features", tmp_path / "taps").err
+    stated = refused(learn(tmp_path / "other", *EPALM, "--features", written))
+    assert "are 36 patches of width 128 in float16, and these methods read 2 pooled vectors of width 128 in float16: write them with `adalink features`" in stated
     assert "36 patches and 4 pooled vectors of width 128" in features(tmp_path / "all", "--contents", "all").err
-    assert "features: 8 pictures are read" in learn(tmp_path / "third", *EPALM, "--features", tmp_path / "all").err
+    assert "features: 8 images are read" in learn(tmp_path / "third", *EPALM, "--features", tmp_path / "all").err
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (("--layer", "-2"), "train are of the encoder's layer -1, and here it is -2: give another folder, or none (features: null)"),
-        (("--data.train.scenes", "train/9"), "train are of a data set of 8 pictures, and here it is 9: give another folder, or none (features: null)"),
+        (("--data.train.scenes", "train/9"), "train are of a data set of 8 images, and here it is 9: give another folder, or none (features: null)"),
         (("--data.val.scenes", "train/4"), "val are of the data set "),
     ],
     ids=["layer", "pictures", "data"],
@@ -115,36 +115,36 @@ def test_features_of_something_else_are_refused_naming_both(overrides: tuple[str
 
 
 def test_a_wrong_folder_and_a_damaged_one_are_one_sentence(written: Path, tmp_path: Path) -> None:
-    said = refused(learn(tmp_path / "run", "--features", tmp_path / "nowhere"))
-    assert said == (
+    stated = refused(learn(tmp_path / "run", "--features", tmp_path / "nowhere"))
+    assert stated == (
         f"there are no features in {tmp_path}/nowhere/train (No such file or directory): write them with `adalink features`, or train with train.features: fill"
     )
     folder = Path(shutil.copytree(written, tmp_path / "features"))
     flip(next((folder / "train").glob("*.safetensors")), -5)
     for workers in ("0", "1"):
-        said = refused(learn(tmp_path / "run", "--features", folder, "--train.workers", workers))
-        assert said.startswith("the features of picture 7 in ")
-        assert "are not what was written: the file was cut or changed; run `adalink features` again, which writes anew what is damaged" in said
+        stated = refused(learn(tmp_path / "run", "--features", folder, "--train.workers", workers))
+        assert stated.startswith("the features of image 7 in ")
+        assert "are not what was written: the file was cut or changed; run `adalink features` again, which writes anew what is damaged" in stated
     assert features(folder).code == 0
     assert learn(tmp_path / "mended", "--features", folder).code == 0
 
 
 def test_bad_pictures_are_counted_and_named(tmp_path: Path) -> None:
     files = Files(tmp_path / "files")
-    files.picture(2).write_bytes(b"none")
+    files.image(2).write_bytes(b"none")
     data = (*files.as_data("train"), *files.as_data("val"))
-    said = refused(features(tmp_path / "few", *data, "--train.bad_samples", "0"))
-    assert said.startswith("1 bad sample, and at most 0 are allowed: 1 not an image (2)")
+    stated = refused(features(tmp_path / "few", *data, "--train.bad_samples", "0"))
+    assert stated.startswith("1 bad sample, and at most 0 are allowed: 1 not an image (2)")
     done = features(tmp_path / "features", *data, "--train.bad_samples", "1")
-    assert f"{tmp_path}/features/train: 5 pictures have features; skipped: 1 not an image (2)" in done.err
+    assert f"{tmp_path}/features/train: 5 images have features; skipped: 1 not an image (2)" in done.err
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert refused(features(None)) == "no folder is given to write the features to: give --features FOLDER"
     nothing = features(tmp_path / "features", "--data.train.scenes", "null", "--data.val.scenes", "null")
     assert refused(nothing) == "no data is given whose features could be written: give data.train, data.val or both"
-    said = refused(learn(tmp_path / "run", "--train.features", "fill"))
-    assert "train.features is fill, and no folder is given to fill: give `features`, such as --features runs/features" in said
+    stated = refused(learn(tmp_path / "run", "--train.features", "fill"))
+    assert "train.features is fill, and no folder is given to fill: give `features`, such as --features runs/features" in stated
 
 
 def test_the_help_says_what_rounding_costs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ def test_the_entry_point_names_something_that_is_there() -> None:
 @pytest.mark.skipif(HAS_SUITE, reason="lmms_eval is installed")
 def test_without_the_suite_the_error_says_what_to_install() -> None:
     with pytest.raises(ConfigError, match=r"the lmms_eval suite is not installed .*: pip install 'adalink\[lmms_eval\]'"):
-        importlib.import_module("tasks.lmms_eval_model")
+        importlib.import_module("tasks.commands.lmms_eval")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(adapter: Path) -> Any:
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
-    from tasks.lmms_eval_model import manifest
+    from tasks.commands.lmms_eval import manifest
 
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())
@@ -50,7 +50,7 @@ def model(adapter: Path) -> Any:
 
 
 def requests(model: Any, contexts: list[str], **settings: Any) -> list[Any]:
-    """As the suite makes them: the context, how to generate, and where the picture is found."""
+    """As the suite makes them: the context, how to generate, and where the image is found."""
     from lmms_eval.api.instance import Instance
 
     from multimodal.data.images.decode import decode_image
@@ -72,8 +72,8 @@ def test_a_tiny_task_is_answered_in_order_as_the_model_answers_by_itself(model: 
 
     asked = ["what color is the circle?", "how many shapes?", "is it red?"]
     made = requests(model, [f"{question}\nAnswer the question using a single word or phrase." for question in asked], max_new_tokens=4)
-    pictures = [document["image"] for document in model.task_dict["tiny"]["test"]]
-    direct = model._model.generate(pictures, asked, settings=GenerationSettings(max_new_tokens=4))
+    images = [document["image"] for document in model.task_dict["tiny"]["test"]]
+    direct = model._model.generate(images, asked, settings=GenerationSettings(max_new_tokens=4))
     found = model.generate_until(made)
     assert found == [text.strip() for text in direct]
     longer = requests(model, asked, max_new_tokens=8)
@@ -83,7 +83,7 @@ def test_a_tiny_task_is_answered_in_order_as_the_model_answers_by_itself(model: 
 
 @needs_suite
 def test_texts_stop_where_the_task_says(model: Any) -> None:
-    from tasks.lmms_eval_model import _until
+    from tasks.commands.lmms_eval import _until
 
     assert _until("a dog. a cat", {"until": ["."]}) == "a dog"
     assert _until("a dog\n\nx", {"until": "\n\n"}) == "a dog"
@@ -92,7 +92,7 @@ def test_texts_stop_where_the_task_says(model: Any) -> None:
 
 @needs_suite
 def test_what_is_not_offered_is_one_sentence(model: Any, adapter: Path) -> None:
-    from tasks.lmms_eval_model import LmmsEvalModel
+    from tasks.commands.lmms_eval import LmmsEvalModel
 
     with pytest.raises(ConfigError, match="choose tasks whose output type is generate_until"):
         model.loglikelihood([])
@@ -100,7 +100,7 @@ def test_what_is_not_offered_is_one_sentence(model: Any, adapter: Path) -> None:
         model.generate_until_multi_round([])
     (request,) = requests(model, ["?"])
     request.arguments = (*request.arguments[:2], lambda document: [], *request.arguments[3:])
-    with pytest.raises(DataError, match="document 0 of tiny has 0 visuals; expected one picture"):
+    with pytest.raises(DataError, match="document 0 of tiny has 0 visuals; expected one image"):
         model.generate_until([request])
     with pytest.raises(ConfigError, match="question is 'last': give whole or first_line"):
         LmmsEvalModel(str(adapter), question="last")  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ def scored(task: str, *more: object, **files: Path) -> Done:
     return adalink("score", task, *(part for name, path in files.items() for part in (f"--{name}", path)), "--resamples", "20", *more)
 
 
-def figures(done: Done) -> dict[str, Any]:
+def metrics(done: Done) -> dict[str, Any]:
     assert done.code == 0, done
     document: dict[str, Any] = json.loads(done.out)
     return document
@@ -69,30 +69,30 @@ def test_captions_are_scored_into_a_table_that_names_scorer_version_and_files(wr
     for name, value in expected.corpus.items():
         assert re.search(rf"^{name} +{value:.4f}  +[0-9.]+ \.\. [0-9.]+ +{100 * value:.2f}$", done.out, re.MULTILINE)
     assert "95 % interval" in done.out
-    found = figures(scored("coco", "--json", references=write("refs.json", REFERENCES), results=write("res.json", RESULTS)))["figures"]
-    assert {name: figure["percent"] for name, figure in found.items()} == {name: 100 * value for name, value in expected.corpus.items()}
+    found = metrics(scored("coco", "--json", references=write("refs.json", REFERENCES), results=write("res.json", RESULTS)))["figures"]
+    assert {name: metric["percent"] for name, metric in found.items()} == {name: 100 * value for name, value in expected.corpus.items()}
 
 
 def test_json_holds_every_figure_with_its_scorer_and_interval(write: Write) -> None:
     files = {"annotations": write("ann.json", ANSWERS), "results": write("res.json", ANSWERED), "questions": write("q.json", QUESTIONS)}
-    found = figures(scored("vqa", "--json", **files))
+    found = metrics(scored("vqa", "--json", **files))
     assert (found["n_items"], found["unit"]) == (2, "questions")
     assert found["software"].startswith("adalink ")
-    assert {name: round(figure["value"], 2) for name, figure in found["figures"].items()} == {
+    assert {name: round(metric["value"], 2) for name, metric in found["figures"].items()} == {
         "overall": 45.0,  # "Yes!" is not "yes" where all agree; "b" is right for three of ten
         "answer type: yes/no": 0.0,
         "answer type: other": 90.0,
         "question type: is it": 0.0,
         "question type: what": 90.0,
     }
-    for figure in found["figures"].values():
-        assert figure["scorer"].startswith("VQA accuracy, official")
-        assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
+    for metric in found["figures"].values():
+        assert metric["scorer"].startswith("VQA accuracy, official")
+        assert metric["interval"][0] <= metric["value"] <= metric["interval"][1]
 
 
 def test_the_normalized_scorer_is_named_and_mends_unanimous_answers(write: Write) -> None:
     files = {"annotations": write("ann.json", ANSWERS), "results": write("res.json", ANSWERED)}
-    assert figures(scored("vqa", "--scorer", "normalized", "--json", **files))["figures"]["overall"]["value"] == pytest.approx(95)
+    assert metrics(scored("vqa", "--scorer", "normalized", "--json", **files))["figures"]["overall"]["value"] == pytest.approx(95)
     assert "scorer: VQA accuracy, normalized" in scored("vqa", "--scorer", "normalized", **files).out
     assert "scorer is best: expected one of 'official', 'normalized'" in refused(scored("vqa", "--scorer", "best", **files))
 
@@ -117,8 +117,8 @@ def test_items_are_written_with_their_texts(write: Write, tmp_path: Path) -> Non
 
 def test_without_resamples_there_is_no_interval(write: Write) -> None:
     files = {"references": write("refs.json", REFERENCES), "results": write("res.json", RESULTS)}
-    found = figures(scored("coco", "--resamples", "0", "--json", **files))
-    assert {figure["interval"] for figure in found["figures"].values()} == {None}
+    found = metrics(scored("coco", "--resamples", "0", "--json", **files))
+    assert {metric["interval"] for metric in found["figures"].values()} == {None}
     assert refused(scored("coco", "--resamples", "-1", **files)).startswith("the number of resamples is -1; give 0")
 
 
@@ -139,7 +139,7 @@ def test_the_recorded_official_files_give_the_official_figures() -> None:
     for results in sorted(folder.glob("official_format_*_results.json")):
         stem = results.name.removesuffix("_results.json")
         files = {name: folder / f"{stem}_{name}.json" for name in ("questions", "annotations")}
-        found = figures(scored("vqa", "--resamples", "0", "--json", **files, results=results))
+        found = metrics(scored("vqa", "--resamples", "0", "--json", **files, results=results))
         cases = json.loads((folder / f"vqa_cases_{stem.removeprefix('official_format_')}.json").read_text())
         assert round(found["figures"]["overall"]["value"], 12) == cases["aggregates"]["n12"]["overall"]
 
@@ -151,12 +151,12 @@ def test_a_file_with_one_answer_each_is_scored_by_the_exact_match_too(write: Wri
     files = {"annotations": write("ann.json", ONE_EACH), "results": write("res.json", [{"question_id": 1, "answer": "Yes!"}, {"question_id": 2, "answer": "heart"}])}
     done = scored("vqa", "--items", tmp_path / "items.json", **files)
     assert "2 of 2 questions (first: question 1, with 1), so the exact match after the official normalisation is given" in done.out
-    found = figures(scored("vqa", "--json", **files))
-    assert {name: figure["value"] for name, figure in found["figures"].items()} == {"overall": 0.0, "exact match": 50.0}
+    found = metrics(scored("vqa", "--json", **files))
+    assert {name: metric["value"] for name, metric in found["figures"].items()} == {"overall": 0.0, "exact match": 50.0}
     assert found["figures"]["exact match"]["scorer"].startswith("exact match with one of the answers")
     assert found["figures"]["exact match"]["interval"] is not None
     assert [(row["accuracy"], row["exact_match"]) for row in json.loads((tmp_path / "items.json").read_text())] == [(0.0, 100.0), (0.0, 0.0)]
-    asked = figures(scored("vqa", "--json", "--scorer", "exact", **files))
+    asked = metrics(scored("vqa", "--json", "--scorer", "exact", **files))
     assert (asked["figures"]["overall"]["value"], asked["notes"]) == (50.0, [])
     compared = adalink("compare", "vqa", "--before", files["results"], "--after", write("b.json", [{"question_id": 1, "answer": "no"}, {"question_id": 2, "answer": "liver"}]), "--annotations", files["annotations"])
     assert "exact match with one of the answers" in compared.out
@@ -166,7 +166,7 @@ def test_a_file_with_one_answer_each_is_scored_by_the_exact_match_too(write: Wri
 def test_an_empty_caption_is_scored_and_said(write: Write) -> None:
     files = {"references": write("refs.json", REFERENCES), "results": write("res.json", [DOG, {"image_id": 7, "caption": " \n"}])}
     sentence = f"empty captions in {files['results']}: 1 of 2 (first: image 7), scored as the official evaluation does; did the model end at once?"
-    found = figures(scored("coco", "--json", **files))
+    found = metrics(scored("coco", "--json", **files))
     assert found["notes"] == [sentence]
     expected = {3: ["A dog runs over green grass.", "a brown dog on grass"], 7: ["Two men look at a red ball."]}
     assert found["figures"]["CIDEr"]["value"] == score_captions({3: "a dog", 7: ""}, expected).corpus["CIDEr"]

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from made_shards import everything, flip, made_shards, picture, tar_of
+from made_shards import everything, flip, image, made_shards, tar_of
 from shared import shared
 
 from adalink.errors import BudgetError, ConfigError, DataError
@@ -17,10 +17,10 @@ from tasks.data.vqa import read_vqa
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three pictures, one of them absent, in COCO's and in VQAv2's format."""
+    """Three images, one of them absent, in COCO's and in VQAv2's format."""
     (tmp_path / "images").mkdir()
     for number in (1, 2):
-        (tmp_path / "images" / f"image{number}.jpg").write_bytes(picture(number))
+        (tmp_path / "images" / f"image{number}.jpg").write_bytes(image(number))
     images = [{"id": number, "file_name": f"image{number}.jpg"} for number in (1, 2, 3)]
     captions = [{"image_id": number, "caption": f"caption of {number}"} for number in (1, 2, 3)]
     questions = [{"question_id": number * 10, "image_id": number, "question": "What?"} for number in (1, 2, 3)]
@@ -39,7 +39,7 @@ def test_coco_captions_become_shards_and_what_is_missing_is_counted(root: Path, 
     ]
     assert [(bad.key, bad.reason) for bad in manifest.skipped] == [("3", "missing file")]
     printed = capsys.readouterr().out
-    assert printed == f"wrote 1 shard with 2 pictures (0.0 MiB) in {root / 'out'}\nskipped: 1 missing file (3 image3.jpg)\n"
+    assert printed == f"wrote 1 shard with 2 images (0.0 MiB) in {root / 'out'}\nskipped: 1 missing file (3 image3.jpg)\n"
 
 
 def test_questions_become_shards_with_and_without_answers(root: Path) -> None:
@@ -58,11 +58,11 @@ def test_a_missing_picture_stops_the_command_unless_it_is_allowed(root: Path) ->
 
 def test_a_folder_of_pictures_and_texts_becomes_shards(tmp_path: Path) -> None:
     (tmp_path / "in" / "b").mkdir(parents=True)
-    (tmp_path / "in" / "b" / "x.JPG").write_bytes(picture(1))
+    (tmp_path / "in" / "b" / "x.JPG").write_bytes(image(1))
     (tmp_path / "in" / "b" / "x.txt").write_text("one\n\n two \n")
-    (tmp_path / "in" / "a.webp").write_bytes(picture(2, "WEBP"))
+    (tmp_path / "in" / "a.webp").write_bytes(image(2, "WEBP"))
     (tmp_path / "in" / "a.txt").write_text("\ufeffthree\n")
-    (tmp_path / "in" / "alone.png").write_bytes(picture(3, "PNG"))
+    (tmp_path / "in" / "alone.png").write_bytes(image(3, "PNG"))
     (tmp_path / "in" / "lost.txt").write_text("four")
     (tmp_path / "in" / "readme.md").touch()
     manifest = shards_folder(images=tmp_path / "in", out=tmp_path / "out", bad_samples=2)
@@ -74,7 +74,7 @@ def test_a_folder_of_pictures_and_texts_becomes_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("boundary", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
 def test_what_unicode_calls_a_line_boundary_does_not_end_a_caption(tmp_path: Path, boundary: str) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "in" / "a.jpg").write_bytes(image(1))
     (tmp_path / "in" / "a.txt").write_bytes(f"one{boundary}line\ntwo\r\nthree\rfour".encode())
     shards_folder(images=tmp_path / "in", out=tmp_path / "out")
     assert everything(ShardSource(tmp_path / "out"))[0].captions == (f"one{boundary}line", "two", "three", "four")
@@ -85,11 +85,11 @@ def test_endings_in_capital_letters_are_endings(tmp_path: Path, ending: str) -> 
     kind = {"jpg": "JPEG", "jpeg": "JPEG"}.get(ending.lower(), ending.upper())
     for name, text in (("a", "a.TXT"), ("b.2", "b.2.txt")):
         (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / f"{name}.{ending}").write_bytes(picture(1, kind))
+        (tmp_path / "in" / f"{name}.{ending}").write_bytes(image(1, kind))
         (tmp_path / "in" / text).write_text("one")
     shards_folder(images=tmp_path / "in", out=tmp_path / "out")
     assert [(sample.key, sample.captions) for sample in everything(ShardSource(tmp_path / "out"))] == [("a", ("one",)), ("b.2", ("one",))]
-    tar_of(tmp_path / "foreign.tar", [(f"a.{ending}", picture(1, kind)), ("a.TXT", b"one")])
+    tar_of(tmp_path / "foreign.tar", [(f"a.{ending}", image(1, kind)), ("a.TXT", b"one")])
     assert [sample.captions for sample in everything(ShardSource([tmp_path / "foreign.tar"]))] == [("one",)]
 
 
@@ -106,18 +106,18 @@ def test_a_folder_that_cannot_be_read_as_captions_says_so(tmp_path: Path) -> Non
         shards_folder(images=tmp_path, out=tmp_path / "out")
     (tmp_path / "a.png").touch()
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(DataError, match=r"the pictures 'a.jpg' and 'a.png' in .* have one key, 'a'; rename one of them"):
+    with pytest.raises(DataError, match=r"the images 'a.jpg' and 'a.png' in .* have one key, 'a'; rename one of them"):
         shards_folder(images=tmp_path, out=tmp_path / "out")
 
 
 def test_foreign_shards_are_indexed_once_and_then_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    members = [("0.jpg", picture(0)), ("0.txt", b"zero"), ("0.cls", b"5"), ("1.jpg", picture(1)), ("1.txt", b"one"), ("2.txt", b"two")]
+    members = [("0.jpg", image(0)), ("0.txt", b"zero"), ("0.cls", b"5"), ("1.jpg", image(1)), ("1.txt", b"one"), ("2.txt", b"two")]
     tar_of(tmp_path / "00000.tar", members)
     with pytest.raises(BudgetError, match=r"1 no image \(2\)"):
         shards_img2dataset(shards=tmp_path)
     assert os.listdir(tmp_path) == ["00000.tar"]
     shards_img2dataset(shards=tmp_path, bad_samples=1)
-    assert "indexed 1 shard with 2 pictures" in (printed := capsys.readouterr().out)
+    assert "indexed 1 shard with 2 images" in (printed := capsys.readouterr().out)
     assert "skipped: 1 no image (2)\nmembers that no sample uses: 1 .cls\n" in printed
     shards_check(shards=tmp_path)
     source = ShardSource(tmp_path)
@@ -131,20 +131,20 @@ def test_foreign_shards_are_indexed_once_and_then_checked(tmp_path: Path, capsys
 
 def test_foreign_shards_without_a_sample_are_not_indexed(tmp_path: Path) -> None:
     tar_of(tmp_path / "a.tar", [("a.cls", b"1")])
-    with pytest.raises(DataError, match=r"hold no sample: none has a picture and a text"):
+    with pytest.raises(DataError, match=r"hold no sample: none has an image and a text"):
         shards_img2dataset(shards=tmp_path)
     assert os.listdir(tmp_path) == ["a.tar"]
 
 
 def test_foreign_names_with_dots_are_told_by_one_that_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dotted = [(f"trip.2014.{n}.{suffix}", data) for n in (1, 2) for suffix, data in (("JPG", picture(n)), ("txt", b"a square"))]
+    dotted = [(f"trip.2014.{n}.{suffix}", data) for n in (1, 2) for suffix, data in (("JPG", image(n)), ("txt", b"a square"))]
     path = tar_of(tmp_path / "a.tar", dotted)
     why = r"'trip.2014.1.JPG' of .*a.tar is the member '2014.1.jpg' of a sample 'trip', since a key ends at the first dot, as in webdataset"
     for read in (lambda: shards_img2dataset(shards=tmp_path), lambda: ShardSource(tmp_path)):
         with pytest.raises(DataError, match=f"hold no sample.*{why}: write names without dots, such as trip_2014_1.JPG"):
             read()
     # Beside samples that can be read they are samples that cannot, and further members of a sample are none.
-    others = [("b.jpg", picture(3)), ("b.txt", b"three"), ("b.seg.png", b"4"), ("c.seg.png", b"5"), ("c.json", b"{}")]
+    others = [("b.jpg", image(3)), ("b.txt", b"three"), ("b.seg.png", b"4"), ("c.seg.png", b"5"), ("c.json", b"{}")]
     tar_of(path, [*dotted, *others])
     with pytest.raises(BudgetError, match=r"2 dots in the name \(trip.2014.1, trip.2014.2\), 1 no image \(c\)"):
         shards_img2dataset(shards=tmp_path)

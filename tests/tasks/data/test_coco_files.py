@@ -131,7 +131,7 @@ def test_a_file_of_another_shape_says_what_was_found_and_expected(root: Path, do
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "a/../../b.jpg", "a\0.jpg", "", "..\\b.jpg"])
 def test_a_file_name_cannot_leave_the_folder(root: Path, name: str) -> None:
     path = written(root, changed(images=[{"id": 7, "file_name": name}], annotations=[]))
-    with pytest.raises(DataError, match=r"images\[0\] names the picture .*; expected a file name inside the images folder"):
+    with pytest.raises(DataError, match=r"images\[0\] names the image .*; expected a file name inside the images folder"):
         read_coco_captions(images=root / "images", annotations=path)
 
 
@@ -158,9 +158,9 @@ def test_missing_files_and_folders_say_so(root: Path) -> None:
         read_coco_captions(images=root / "images", annotations=root / "absent.json")
     with pytest.raises(DataError, match=r"annotation file .*images cannot be read: Is a directory"):
         read_coco_captions(images=root / "images", annotations=root / "images")
-    with pytest.raises(DataError, match=r"images folder .*absent does not exist; expected a folder of pictures"):
+    with pytest.raises(DataError, match=r"images folder .*absent does not exist; expected a folder of images"):
         read_coco_captions(images=root / "absent", annotations=path)
-    with pytest.raises(DataError, match=r"images folder .*captions.json is a file; expected a folder of pictures"):
+    with pytest.raises(DataError, match=r"images folder .*captions.json is a file; expected a folder of images"):
         read_coco_captions(images=path, annotations=path)
 
 
@@ -171,7 +171,7 @@ def test_missing_files_and_folders_say_so(root: Path) -> None:
         ("{image_id.real}.jpg", "unknown field 'image_id.real'"),
         ("{}.jpg", "unknown field ''"),
         ("{image_id}_{split}.jpg", "unknown field 'split'"),
-        ("picture.jpg", "has no field, so all images would have one name"),
+        ("image.jpg", "has no field, so all images would have one name"),
         ("{image_id.jpg", "cannot be used: expected '}'"),
         ("{image_id:q}.jpg", "cannot be used: Unknown format code 'q'"),
         ("{image_id:{width}}.jpg", "cannot be used: 'width'"),

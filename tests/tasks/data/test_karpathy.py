@@ -100,7 +100,7 @@ SETTINGS = [
     ({"annotations": Path("a.json"), "split": "val"}, "split would not be read: annotations gives the texts, so leave them out"),
     ({"karpathy": Path("d.json"), "split": "val", "annotations": Path("a.json")}, "annotations would not be read: karpathy gives the texts"),
     ({"image_info": Path("i.json"), "annotations": Path("a.json")}, "annotations would not be read: image_info gives the texts"),
-    ({}, "the pictures in images come without texts"),
+    ({}, "the images in images come without texts"),
 ]
 
 

@@ -78,10 +78,10 @@ def test_every_kind_of_data_set_may_be_drafted(tmp_path: Path) -> None:
         {"images": tmp_path, "annotations": tmp_path / "captions.json"},
     ]  # fmt: skip
     for fields in kinds:
-        exact, draft = (DataConfig(**fields, decode=decode).open().source for decode in ("exact", "draft"))  # type: ignore[arg-type]
-        assert [source[0].decode for source in (exact, draft)] == ["exact", "draft"]
-        assert isinstance(draft, Mixture) == ("mix" in fields)  # its order is a mixture's
-        assert len(exact) == len(draft)
+        exact, dry_run = (DataConfig(**fields, decode=decode).open().source for decode in ("exact", "draft"))  # type: ignore[arg-type]
+        assert [source[0].decode for source in (exact, dry_run)] == ["exact", "draft"]
+        assert isinstance(dry_run, Mixture) == ("mix" in fields)  # its order is a mixture's
+        assert len(exact) == len(dry_run)
 
 
 def test_a_folder_may_be_given_as_text_or_path(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Data sets in memory measure each sample's texts; pictures are not touched."""
+"""Data sets in memory measure each sample's texts; images are not touched."""
 
 from __future__ import annotations
 

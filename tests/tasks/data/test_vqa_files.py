@@ -92,7 +92,7 @@ def test_official_files_need_no_pattern_and_test_dev_shares_the_pictures_of_test
 
 def test_other_files_need_a_pattern_and_say_so(root: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"questions.json does not say what its pictures are called; give an image name, such as image\{image_id\}.jpg"
+        ConfigError, match=r"questions.json does not say what its images are called; give an image name, such as image\{image_id\}.jpg"
     ):
         read_vqa(**arguments(root) | {"image_name": None})
 

@@ -17,20 +17,20 @@ SPLITS = {"train2014": 1, "val2014": 2, "test2015": 3, "test-dev2015": 3}
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    for said, image in SPLITS.items():
+    for stated, image in SPLITS.items():
         ids = {"question_id": 10 * image, "image_id": image}
-        questions = {"data_type": "mscoco", "data_subtype": said, "questions": [{**ids, "question": "is it?"}]}
-        (tmp_path / f"v2_OpenEnded_mscoco_{said}_questions.json").write_text(json.dumps(questions))
-        if not said.startswith("test"):
+        questions = {"data_type": "mscoco", "data_subtype": stated, "questions": [{**ids, "question": "is it?"}]}
+        (tmp_path / f"v2_OpenEnded_mscoco_{stated}_questions.json").write_text(json.dumps(questions))
+        if not stated.startswith("test"):
             row = {**ids, "question_type": "is it", "answer_type": "yes/no", "answers": [{"answer": "yes", "answer_id": i} for i in range(10)]}
-            (tmp_path / f"v2_mscoco_{said}_annotations.json").write_text(json.dumps({"annotations": [row]}))
+            (tmp_path / f"v2_mscoco_{stated}_annotations.json").write_text(json.dumps({"annotations": [row]}))
     (tmp_path / "images").mkdir()
     return tmp_path
 
 
-def pictures(files: Path, *, nested: bool) -> Path:
-    for said, image in SPLITS.items():
-        folder = said.replace("test-dev", "test")
+def image_files(files: Path, *, nested: bool) -> Path:
+    for stated, image in SPLITS.items():
+        folder = stated.replace("test-dev", "test")
         path = files / "images" / (folder if nested else "")
         path.mkdir(exist_ok=True)
         (path / f"COCO_{folder}_{image:012d}.jpg").touch()
@@ -43,7 +43,7 @@ def pictures(files: Path, *, nested: bool) -> Path:
     [("train", [10], True), ("val2014", [20], True), ("train+val", [10, 20], True), ("test", [30], False), ("test-dev", [30], False)],
 )
 def test_splits_are_read_by_name(files: Path, nested: bool, split: str, asked: list[int], answered: bool) -> None:
-    config = DataConfig(images=pictures(files, nested=nested), vqav2=files, split=split)
+    config = DataConfig(images=image_files(files, nested=nested), vqav2=files, split=split)
     opened = config.open()
     found = [question for i in range(len(opened.source)) for question in opened.source[i].questions]
     assert [question.question_id for question in found] == asked == list(opened.item_ids)
@@ -52,7 +52,7 @@ def test_splits_are_read_by_name(files: Path, nested: bool, split: str, asked: l
 
 
 def test_problems_of_every_part_are_kept(files: Path) -> None:
-    images = pictures(files, nested=True)
+    images = image_files(files, nested=True)
     (images / "train2014" / "COCO_train2014_000000000001.jpg").unlink()
     with pytest.raises(DataError, match="gives no sample"):
         read_vqa_split(files, images, "train")

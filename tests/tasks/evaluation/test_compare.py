@@ -67,8 +67,8 @@ def test_captions_are_compared_by_their_cider() -> None:
 
 @given(st.lists(st.sampled_from(["yes", "no", "maybe", "The yes!", ""]), min_size=12, max_size=12))
 @settings(max_examples=40, deadline=None)
-def test_identical_answers_give_no_flip_and_no_difference(said: list[str]) -> None:
-    found = compare_answers(dict(enumerate(said)), dict(enumerate(said)), QUESTIONS, resampling=Resampling(n_resamples=5))
+def test_identical_answers_give_no_flip_and_no_difference(stated: list[str]) -> None:
+    found = compare_answers(dict(enumerate(stated)), dict(enumerate(stated)), QUESTIONS, resampling=Resampling(n_resamples=5))
     assert found.right_to_wrong == found.wrong_to_right == []
     assert found.negative_flip_rate == found.positive_flip_rate == 0
     for row in found.differences:
@@ -80,13 +80,13 @@ def test_identical_answers_give_no_flip_and_no_difference(said: list[str]) -> No
 
 @given(st.lists(st.text(max_size=20) | st.just("a dog runs"), min_size=1, max_size=5))
 @settings(max_examples=40, deadline=None)
-def test_identical_captions_give_no_flip_and_no_difference(said: list[str]) -> None:
-    texts = dict(enumerate(said))
+def test_identical_captions_give_no_flip_and_no_difference(stated: list[str]) -> None:
+    texts = dict(enumerate(stated))
     found = compare_captions(texts, texts, {i: ["a dog runs", "a brown dog"] for i in texts}, resampling=Resampling(n_resamples=5))
     assert found.right_to_wrong == found.wrong_to_right == []
     for row in found.differences:
-        assert (row.before, row.n) == (row.after, len(said))
-        assert (row.interval is None) == (len(said) == 1)
+        assert (row.before, row.n) == (row.after, len(stated))
+        assert (row.interval is None) == (len(stated) == 1)
         assert row.interval is None or (row.interval.low, row.interval.high) == (0, 0)
 
 
@@ -97,7 +97,7 @@ def test_a_metric_of_one_question_has_no_interval_and_no_star_and_n_stands_in_ev
     table = comparison_table(found)
     assert re.search(r"^question type: one +1 +0.0000 +100.0000 +\+100.0000$", table, re.MULTILINE)
     assert re.search(r"^question type: more +3 +0.0000 .*\*$", table, re.MULTILINE)
-    assert [figure["n"] for figure in json.loads(comparison_json(found))["figures"].values()] == [4, 1, 3]
+    assert [metric["n"] for metric in json.loads(comparison_json(found))["figures"].values()] == [4, 1, 3]
 
 
 def test_what_bleu_adds_to_nothing_is_no_difference() -> None:

@@ -1,4 +1,4 @@
-"""Two run folders: figures, flips, and a page with the pictures that changed sides."""
+"""Two run folders: figures, flips, and a page with the images that changed sides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import yaml
 from cli_run import Files, adalink, refused
 
-from tasks.report.compare_pages import FlipCard, FlipPage, FlipSection, render_flips
+from tasks.report.compare_pages import FlipCard, FlipPage, FlipSection, render_changed
 from tasks.scenes.dataset import Scenes
 
 N = 6
@@ -79,13 +79,13 @@ def test_captions_of_two_runs_are_compared_with_their_references(tmp_path: Path)
     good = {i: next(row["caption"] for row in files.captions["annotations"] if row["image_id"] == i) for i in range(4)}
     first = run_folder(tmp_path / "a", good, "captioning", data)
     second = run_folder(tmp_path / "b", {**good, 3: ""}, "captioning", data)
-    files.picture(3).write_bytes(b"no picture any more")
+    files.image(3).write_bytes(b"no image any more")
     done = compare(first, second)
     assert "right to wrong: 1 of 4 images, negative flip rate 25.00 % (right from 100 on)" in done.out, done
     page = (second / "comparison.html").read_text()
-    assert "the picture cannot be shown: not an image" in page
+    assert "the image cannot be shown: not an image" in page
     assert good[3] in page
-    files.picture(3).unlink()  # then the data set has no such item any more
+    files.image(3).unlink()  # then the data set has no such item any more
     assert "1 of 4 results of" in refused(compare(first, second))
 
 
@@ -131,19 +131,19 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path, answers: dict[int, s
         ("config.yaml", "data: {val: {scenes: val/1}}", f"of {len(answers)} results of"),
         ("config.yaml", f"{{data: {{val: {{scenes: val/{N}}}}}, vqa: {{scorer: best}}}}", "the runs chose the scorer 'best'"),
     ):
-        kept = (run / name).read_text()
+        retained = (run / name).read_text()
         (run / name).write_text(text)
         sentence = refused(compare(run, run))
         assert message in sentence, sentence
-        (run / name).write_text(kept)
+        (run / name).write_text(retained)
     assert compare(run, run).code == 0
 
 
 def test_the_page_is_the_same_for_the_same_flips_and_escapes_what_it_shows() -> None:
     card = FlipCard(key="<i>", image=None, question="", said_before="</style><script>1</script>", said_after="b", before=1.5, after=0, people=["<x>"])
-    page = FlipPage(title="<t>", summary="s", scorer="c", rows=[], n_hidden_rows=0, sections=[FlipSection(name="n", tone="bad", n_flips=1, cards=[card])])
-    html = render_flips(page)
-    assert html == render_flips(page)
+    page = FlipPage(title="<t>", summary="s", scorer="c", rows=[], n_hidden_rows=0, sections=[FlipSection(name="n", tone="bad", n_changed=1, cards=[card])])
+    html = render_changed(page)
+    assert html == render_changed(page)
     assert "<script" not in html
-    assert "no picture was kept" in html
+    assert "no image was kept" in html
     assert "References" in html

@@ -1,4 +1,4 @@
-"""Asking about every picture: each item once, its own picture with it, and what is bad counted."""
+"""Asking about every image: each item once, its own image with it, and what is bad counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from multimodal.model import VisionLanguageModel
 from tasks.captioning import Captioning
 from tasks.data.coco import read_coco_captions
 from tasks.data.sources import Opened
-from tasks.evaluation.evaluate import predict, read_pictures
+from tasks.evaluation.evaluate import predict, read_images
 from tasks.runs.compose import compose
 from tasks.scenes.dataset import Scenes
 from tasks.vqa import Vqa
@@ -56,7 +56,7 @@ def test_a_picture_is_read_once_for_all_its_questions(model: VisionLanguageModel
     handle.remove()
     n_questions = sum(len(SOURCE[i].questions) for i in range(5))
     assert n_questions > 10
-    assert sum(read) < 0.6 * n_questions * model.tower.n_patches  # less than the picture's own tokens for each question
+    assert sum(read) < 0.6 * n_questions * model.tower.n_patches  # less than the image's own tokens for each question
 
 
 def test_the_batch_size_does_not_matter(model: VisionLanguageModel, patches: PatchTable) -> None:
@@ -70,8 +70,8 @@ def test_the_answers_are_those_of_the_model_asked_directly(model: VisionLanguage
 
     found = predict(model, SOURCE, Vqa(), patches, settings=FEW)
     sample = SOURCE[3]
-    pictures = [decode_image(sample.image)] * len(sample.questions)
-    direct = model.generate(pictures, [question.text for question in sample.questions], settings=FEW)
+    images = [decode_image(sample.image)] * len(sample.questions)
+    direct = model.generate(images, [question.text for question in sample.questions], settings=FEW)
     assert [found.texts[question.question_id] for question in sample.questions] == direct
 
 
@@ -92,22 +92,22 @@ def test_pictures_without_features_are_not_asked_about(model: VisionLanguageMode
 
 def test_what_cannot_be_read_is_left_out_of_the_source(model: VisionLanguageModel, tmp_path: Path) -> None:
     files = Files(tmp_path / "files", n=4)
-    files.picture(1).unlink()
-    files.picture(2).write_bytes(b"no picture")
+    files.image(1).unlink()
+    files.image(2).write_bytes(b"no image")
     source = read_coco_captions(images=files.folder / "pictures", annotations=files.folder / "captions.json")
-    pictures = read_pictures(Opened(source, source.problems), encode_all(model, source))
-    assert [pictures.source[i].image_id for i in range(len(pictures.source))] == [0, 3]
-    assert len(pictures.patches) == 2
-    assert {bad.key: bad.reason for bad in pictures.bad} == {"1": "missing file", "2": "not an image"}
+    images = read_images(Opened(source, source.problems), encode_all(model, source))
+    assert [images.source[i].image_id for i in range(len(images.source))] == [0, 3]
+    assert len(images.patches) == 2
+    assert {bad.key: bad.reason for bad in images.bad} == {"1": "missing file", "2": "not an image"}
     with pytest.raises(IndexError, match="index 2 is outside of these 2 samples"):
-        pictures.source[2]
+        images.source[2]
     for i in (0, 3):
-        files.picture(i).write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"none of the 3 pictures can be used: .*1.png is missing"):
-        read_pictures(Opened(source, source.problems), encode_all(model, source))
+        files.image(i).write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of the 3 images can be used: .*1.png is missing"):
+        read_images(Opened(source, source.problems), encode_all(model, source))
 
 
 def test_a_whole_data_set_is_left_as_it_is(model: VisionLanguageModel) -> None:
-    pictures = read_pictures(Opened(SOURCE, ()), encode_all(model, SOURCE))
-    assert pictures.source is SOURCE
-    assert pictures.bad == ()
+    images = read_images(Opened(SOURCE, ()), encode_all(model, SOURCE))
+    assert images.source is SOURCE
+    assert images.bad == ()

@@ -47,7 +47,7 @@ def evaluated() -> dict[str, Any]:
     model.generate_batch = counted  # type: ignore[method-assign]
     found = predict(model, source, task, encode_all(model, source), settings=GenerationSettings(max_new_tokens=8))
     score = task.score(found.texts, source)
-    return {"texts": {str(item): text for item, text in found.texts.items()}, "figures": dict(score.figures), "rows": sum(rows)}
+    return {"texts": {str(item): text for item, text in found.texts.items()}, "figures": dict(score.metrics), "rows": sum(rows)}
 
 
 def written(folder: Path) -> int:
@@ -64,11 +64,11 @@ def test_two_processes_give_the_figures_of_one_on_the_whole_corpus(tmp_path: Pat
     assert [share["rows"] for share in shares] == [3, 2]
     assert alone["rows"] == N_PICTURES
     for share in shares:
-        assert list(share["texts"]) == list(alone["texts"])  # each picture once, in the order of the data
+        assert list(share["texts"]) == list(alone["texts"])  # each image once, in the order of the data
         assert share["texts"] == alone["texts"]
         assert share["figures"] == pytest.approx(alone["figures"], abs=1e-9)
     # The control: a mean over the two shares would be another figure, since CIDEr's document frequencies are those of the corpus.
     items = list(alone["texts"])
     source = Scenes(split="val", size=N_PICTURES)
-    halves = [Captioning().score({int(item): alone["texts"][item] for item in part}, source).figures["CIDEr"] for part in (items[:3], items[3:])]
+    halves = [Captioning().score({int(item): alone["texts"][item] for item in part}, source).metrics["CIDEr"] for part in (items[:3], items[3:])]
     assert abs((3 * halves[0] + 2 * halves[1]) / N_PICTURES - alone["figures"]["CIDEr"]) > 1e-6

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cli_run import Done, Files, adalink, refused, train
 
-from tasks.runs.results import add_figures
+from tasks.runs.results import add_metrics
 from tasks.task import BLIND, TRAINED
 
 SHORT = ("--data.train.scenes", "train/8", "--data.val.scenes", "val/2", "--train.steps", "1", "--train.batch_size", "2", "--generation.max_new_tokens", "3")
@@ -60,8 +60,8 @@ def test_answers_are_handed_in_with_every_question_of_the_split(runs: dict[str, 
     official = out / "v2_OpenEnded_mscoco_val2014_adalink_results.json"
     assert [row["question_id"] for row in rows(official)] == [row["question_id"] for row in files.questions["questions"]]
     scored = adalink("score", "vqa", "--questions", given["questions"], "--annotations", given["annotations"], "--results", official, "--json")
-    figures = json.loads((out / "metrics.json").read_text())["rows"][TRAINED]
-    assert json.loads(scored.out)["figures"]["overall"]["value"] == figures["accuracy"]
+    values = json.loads((out / "metrics.json").read_text())["rows"][TRAINED]
+    assert json.loads(scored.out)["figures"]["overall"]["value"] == values["accuracy"]
 
 
 def test_answers_without_ids_count_in_an_evaluation_as_they_do_for_the_scorer(runs: dict[str, Path], files: Files, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_test_split_of_pictures_alone_is_captioned_and_not_scored(runs: dict[s
 
 def test_a_karpathy_split_is_evaluated(runs: dict[str, Path], files: Files, tmp_path: Path) -> None:
     images = [
-        {"imgid": i, "split": "test" if i % 2 else "train", "filename": f"{i}.png", "sentences": [{"raw": f"a picture of {i}"}]} for i in range(4)
+        {"imgid": i, "split": "test" if i % 2 else "train", "filename": f"{i}.png", "sentences": [{"raw": f"an image of {i}"}]} for i in range(4)
     ]
     (files.folder / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
     given = {"images": files.folder / "pictures", "karpathy": files.folder / "dataset_flickr8k.json", "split": "test"}
@@ -115,7 +115,7 @@ def test_a_karpathy_split_is_evaluated(runs: dict[str, Path], files: Files, tmp_
 
 
 def test_a_gap_is_refused_before_anything_is_generated(runs: dict[str, Path], files: Files, tmp_path: Path) -> None:
-    files.picture(2).unlink()
+    files.image(2).unlink()
     given: dict[str, object] = {"images": files.folder / "pictures", "questions": files.folder / "questions.json", "image_name": "{image_id}.png"}
     lost = [row["question_id"] for row in files.questions["questions"] if row["image_id"] == 2]
     sentence = refused(evaluate(runs["vqa"], tmp_path / "out", **given))
@@ -133,7 +133,7 @@ def test_a_gap_is_refused_before_anything_is_generated(runs: dict[str, Path], fi
 
 def test_a_picture_that_cannot_be_read_and_a_question_too_long_are_gaps(runs: dict[str, Path], files: Files, tmp_path: Path) -> None:
     given = {"images": files.folder / "pictures", "annotations": files.folder / "captions.json"}
-    files.picture(1).write_bytes(b"no picture")
+    files.image(1).write_bytes(b"no image")
     assert "1 of the 4 items of this split would be missing from its official result file (first: 1)" in refused(evaluate(runs["captioning"], tmp_path / "a", **given))
     files.questions["questions"] = [row for row in files.questions["questions"] if row["image_id"] != 1]
     files.questions["questions"][0]["question"] = "word " * 600
@@ -149,7 +149,7 @@ def test_a_picture_that_cannot_be_read_and_a_question_too_long_are_gaps(runs: di
 def test_a_limit_leaves_out_the_official_file_and_says_so(runs: dict[str, Path], tmp_path: Path) -> None:
     done = evaluate(runs["captioning"], tmp_path / "out", scenes="val/3", limit=2)
     assert done.code == 0, done
-    assert "no official result file is written: limit leaves out 1 pictures of the split" in done.out
+    assert "no official result file is written: limit leaves out 1 images of the split" in done.out
     assert list((tmp_path / "out").glob("captions_*")) == []
     assert len(rows(tmp_path / "out" / "results.json")) == 2
     done = evaluate(runs["captioning"], tmp_path / "all", "--submission.incomplete", "allow", scenes="val/3", limit=2)
@@ -168,13 +168,13 @@ def test_every_figure_has_its_scorer_its_version_and_its_interval(runs: dict[str
         assert metrics["software"].startswith("adalink ")
         assert set(metrics["scorers"]) == set(metrics["rows"][TRAINED]) == set(metrics["rows"][BLIND])
         assert set(metrics["scorers"].values()) == {name}
-        for row, figures in metrics["rows"].items():
-            for figure, value in figures.items():
-                low, high = metrics["intervals"][row][figure]
+        for row, values in metrics["rows"].items():
+            for metric, value in values.items():
+                low, high = metrics["intervals"][row][metric]
                 assert low - 1e-9 <= value <= high + 1e-9 or value != value
         card = (runs[task] / "adapter" / "README.md").read_text()
-        for figure, value in metrics["rows"][TRAINED].items():
-            assert f"| {figure} | {value:.2f} | " in card
+        for metric, value in metrics["rows"][TRAINED].items():
+            assert f"| {metric} | {value:.2f} | " in card
         assert name in card
         assert f"computed by {metrics['software']}" in card
         assert card.startswith("---\nlibrary_name: adalink\n")
@@ -183,7 +183,7 @@ def test_every_figure_has_its_scorer_its_version_and_its_interval(runs: dict[str
 def test_figures_replace_those_of_before_in_a_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Adapter\n")
     for value in (1.0, 2.0):
-        add_figures(tmp_path, {"CIDEr": value}, {}, scorer="s 1", software="adalink 0", data="the data")
+        add_metrics(tmp_path, {"CIDEr": value}, {}, scorer="s 1", software="adalink 0", data="the data")
     assert (tmp_path / "README.md").read_text() == (
         "# Adapter\n\n## Evaluation\n\nOn the data; computed by adalink 0.\n\n"
         "| figure | value | 95 % interval | scorer |\n|---|---|---|---|\n| CIDEr | 2.00 |  | s 1 |\n"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from adalink.errors import ConfigError, DataError
-from tasks.metrics.bootstrap import Figures, Resampling, answer_figures, caption_figures, intervals, paired_intervals
+from tasks.metrics.bootstrap import Metrics, Resampling, answer_metrics, caption_metrics, intervals, paired_intervals
 from tasks.metrics.captions import score_captions
 from tasks.metrics.vqa import GradedQuestion, score_answers
 
@@ -39,11 +39,11 @@ def answers(n: int, seed: int) -> dict[int, str]:
 
 def test_with_every_item_once_the_figures_are_those_of_the_corpus() -> None:
     scores = score_captions(captions(40, 1), references(40))
-    figures = caption_figures(scores)
-    assert dict(zip(figures.names, figures.of(np.ones((1, 40)))[0], strict=True)) == pytest.approx(scores.corpus, abs=1e-12)
+    metrics = caption_metrics(scores)
+    assert dict(zip(metrics.names, metrics.of(np.ones((1, 40)))[0], strict=True)) == pytest.approx(scores.corpus, abs=1e-12)
     asked = questions(60)
     graded = score_answers(answers(60, 1), asked)
-    found = answer_figures(graded, asked)
+    found = answer_metrics(graded, asked)
     expected = {"overall": graded.overall}
     expected |= {f"answer type: {name}": value for name, value in graded.per_answer_type.items()}
     expected |= {f"question type: {name}": value for name, value in graded.per_question_type.items()}
@@ -53,16 +53,16 @@ def test_with_every_item_once_the_figures_are_those_of_the_corpus() -> None:
 def test_weights_are_the_same_as_repeated_images() -> None:
     hypotheses, refs = captions(12, 1), references(12)
     weights = np.array([2.0, 0.0, 1.0] * 4)
-    figures = caption_figures(score_captions(hypotheses, refs))
+    metrics = caption_metrics(score_captions(hypotheses, refs))
     repeated = [image for image in range(12) for _ in range(int(weights[image]))]
     again = score_captions({k: hypotheses[i] for k, i in enumerate(repeated)}, {k: refs[i] for k, i in enumerate(repeated)})
-    weighted = dict(zip(figures.names, figures.of(weights[None])[0], strict=True))
+    weighted = dict(zip(metrics.names, metrics.of(weights[None])[0], strict=True))
     for name in ("Bleu_1", "Bleu_4", "ROUGE_L"):  # CIDEr's document frequencies are those of the whole corpus on purpose
         assert weighted[name] == pytest.approx(again.corpus[name], abs=1e-9)
 
 
-def mean_of(values: Any) -> Figures:
-    return Figures(names=("mean",), items=len(values), of=lambda weights: (weights @ values / weights.sum(1))[:, None])
+def mean_of(values: Any) -> Metrics:
+    return Metrics(names=("mean",), items=len(values), of=lambda weights: (weights @ values / weights.sum(1))[:, None])
 
 
 def test_the_interval_of_a_mean_is_that_of_theory() -> None:
@@ -89,21 +89,21 @@ def test_pairing_finds_a_small_steady_difference_that_separate_intervals_hide() 
 
 
 def test_a_run_does_not_differ_from_itself() -> None:
-    figures = caption_figures(score_captions(captions(20, 1), references(20)))
-    assert {(found.low, found.high) for found in paired_intervals(figures, figures, Resampling(n_resamples=50)).values()} == {(0.0, 0.0)}
+    metrics = caption_metrics(score_captions(captions(20, 1), references(20)))
+    assert {(found.low, found.high) for found in paired_intervals(metrics, metrics, Resampling(n_resamples=50)).values()} == {(0.0, 0.0)}
 
 
 def test_equal_seeds_give_equal_intervals_and_no_resamples_give_none() -> None:
-    figures = caption_figures(score_captions(captions(20, 1), references(20)))
-    first: Mapping[str, Any] = intervals(figures, Resampling(n_resamples=50, seed=1))
-    assert first == intervals(figures, Resampling(n_resamples=50, seed=1)) != intervals(figures, Resampling(n_resamples=50, seed=2))
-    assert intervals(figures, Resampling(n_resamples=0)) == {}
+    metrics = caption_metrics(score_captions(captions(20, 1), references(20)))
+    first: Mapping[str, Any] = intervals(metrics, Resampling(n_resamples=50, seed=1))
+    assert first == intervals(metrics, Resampling(n_resamples=50, seed=1)) != intervals(metrics, Resampling(n_resamples=50, seed=2))
+    assert intervals(metrics, Resampling(n_resamples=0)) == {}
 
 
 def test_a_type_that_a_resample_does_not_draw_is_left_out_of_that_resample() -> None:
     asked = [*questions(6), GradedQuestion(question_id=99, answers=("a",) * 10, answer_type="rare")]
-    figures = answer_figures(score_answers({**answers(6, 1), 99: "a"}, asked), asked)
-    found = intervals(figures, Resampling(n_resamples=200))
+    metrics = answer_metrics(score_answers({**answers(6, 1), 99: "a"}, asked), asked)
+    found = intervals(metrics, Resampling(n_resamples=200))
     assert (found["answer type: rare"].low, found["answer type: rare"].high) == (100, 100)
 
 

@@ -64,10 +64,10 @@ def test_every_figure_of_a_real_corpus_equals_the_official_one(name: str, which:
     scores = score_captions({image: text for image, text, _ in rows}, {image: refs for image, _, refs in rows})
     assert [metric for metric in NAMES if not close(scores.corpus[metric], official["corpus"][metric])] == []
     wrong = [
-        (image, metric, figures[metric], official["per_image"][str(image)][metric])
-        for image, figures in scores.per_image.items()
+        (image, metric, metrics[metric], official["per_image"][str(image)][metric])
+        for image, metrics in scores.per_image.items()
         for metric in NAMES
-        if not close(figures[metric], official["per_image"][str(image)][metric])
+        if not close(metrics[metric], official["per_image"][str(image)][metric])
     ]
     assert wrong == []
 
@@ -133,9 +133,9 @@ def test_an_unbreakable_space_is_one_word_for_rouge_and_two_for_the_others() -> 
         ),
     ],
 )
-def test_a_side_is_one_text_and_an_empty_caption_counts(hypotheses: list[str], references: list[list[str]], figures: dict[str, float]) -> None:
+def test_a_side_is_one_text_and_an_empty_caption_counts(hypotheses: list[str], references: list[list[str]], metrics: dict[str, float]) -> None:
     found = score_captions(dict(enumerate(hypotheses)), dict(enumerate(references))).corpus
-    assert {name: found[name] for name in figures} == pytest.approx(figures, abs=1e-9)
+    assert {name: found[name] for name in metrics} == pytest.approx(metrics, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,6 @@ def test_the_order_of_images_and_references_changes_no_figure_of_captions_that_l
 def test_a_caption_equal_to_its_only_reference_is_perfect(rows: list[tuple[str, list[str]]]) -> None:
     texts = {image: f"dogs run in snow {text}" for image, (text, _) in enumerate(rows)}
     scores = score_captions(texts, {image: [text] for image, text in texts.items()})
-    for figures in [scores.corpus, *scores.per_image.values()]:
-        assert figures["ROUGE_L"] == pytest.approx(1)
-        assert figures["Bleu_4"] == pytest.approx(1, abs=1e-6)
+    for metrics in [scores.corpus, *scores.per_image.values()]:
+        assert metrics["ROUGE_L"] == pytest.approx(1)
+        assert metrics["Bleu_4"] == pytest.approx(1, abs=1e-6)

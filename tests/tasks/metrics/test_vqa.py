@@ -200,9 +200,9 @@ TEXTS = st.lists(WORDS, max_size=4).map(" ".join) | st.text("abT12.,;/[]\"{}()=+
 
 @given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3), st.data())
 @settings(max_examples=400, deadline=None)
-def test_the_fast_scorer_equals_the_published_rules_written_plainly(other: str, said: list[str], data: Any) -> None:
-    answers = data.draw(st.lists(st.sampled_from(said), min_size=1, max_size=10))
-    prediction = data.draw(st.sampled_from([*said, other]))
+def test_the_fast_scorer_equals_the_published_rules_written_plainly(other: str, stated: list[str], data: Any) -> None:
+    answers = data.draw(st.lists(st.sampled_from(stated), min_size=1, max_size=10))
+    prediction = data.draw(st.sampled_from([*stated, other]))
     plain = plain_vqa.accuracy(prediction, [{"answer": text, "answer_id": i} for i, text in enumerate(answers)])
     assert accuracy(prediction, answers) == pytest.approx(100 * plain, abs=1e-9)
     bare = plain_vqa.accuracy(prediction, [{"answer": text, "answer_confidence": "yes"} for text in answers])

@@ -60,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_drawn_tower_has_the_sizes_of_the_loaded_one(name: str, layer: int, folders: Path) -> None:
     drawn, loaded = draw_tower(folders / name, layer=layer), load_tower(folders / name, layer=layer)
     assert (drawn.n_patches, drawn.width, drawn.n_layers) == (loaded.n_patches, loaded.width, loaded.n_layers)
-    assert ("image_taps" in drawn.inputs) == (loaded.n_kept > loaded.n_patches)
+    assert ("image_taps" in drawn.inputs) == (loaded.n_retained > loaded.n_patches)
     assert parameter_bytes(drawn.module) == parameter_bytes(loaded)
     assert all(parameter.is_meta for parameter in drawn.module.parameters())
 
@@ -121,22 +121,22 @@ def test_a_folder_without_a_config_or_a_picture_size_is_refused(tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"holds no config.json or open_clip_config.json; give the folder of a saved vision encoder"):
         draw_tower(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "resnet", "num_channels": 3}')
-    with pytest.raises(ConfigError, match=r"neither a preprocessor_config.json nor `image_size` in config.json says how large the pictures"):
+    with pytest.raises(ConfigError, match=r"neither a preprocessor_config.json nor `image_size` in config.json says how large the images"):
         draw_tower(tmp_path)
 
 
 def measured_bytes(call: Callable[[], object], *modules: nn.Module) -> int:
     """What autograd keeps of a call on real tensors, beside the modules' weights."""
-    kept: dict[int, tuple[Any, int]] = {}
+    retained: dict[int, tuple[Any, int]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = (tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        retained[tensor.untyped_storage()._cdata] = (tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return tensor
 
     own = {parameter.untyped_storage()._cdata for module in modules for parameter in module.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         call()
-    return sum(size for address, (_, size) in kept.items() if address not in own)
+    return sum(size for address, (_, size) in retained.items() if address not in own)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -161,7 +161,7 @@ IN_THE_ENCODER = {"lora": LoRA(**IMAGE_LORA), "late": LoRA(**IMAGE_LORA, exclude
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "timm", "open_clip"])
 def test_the_activations_of_a_trained_encoder_are_counted_near_those_that_autograd_keeps(name: str, folders: Path) -> None:
-    """Within a quarter. The control: nothing is kept below the lowest edit, and twice as many pictures keep twice as much."""
+    """Within a quarter. The control: nothing is kept below the lowest edit, and twice as many images keep twice as much."""
     drawn, counted = draw_tower(folders / name), {}
     for method, settings in IN_THE_ENCODER.items():
         real = load_tower(folders / name)
@@ -170,11 +170,11 @@ def test_the_activations_of_a_trained_encoder_are_counted_near_those_that_autogr
         measured = measured_bytes(partial(real, pixels), real)
         with torch.device("meta"):
             shapes = Adapter({method: settings}, read_vision(drawn.module.get_submodule("model")))
-        counted[method] = seen_bytes(drawn, shapes, pictures=3)
+        counted[method] = seen_bytes(drawn, shapes, images=3)
         assert 0.8 < counted[method] / measured < 1.25
-        assert seen_bytes(drawn, shapes, pictures=6) > 1.9 * counted[method]
+        assert seen_bytes(drawn, shapes, images=6) > 1.9 * counted[method]
     assert counted["late"] < 0.8 * counted["lora"]
-    assert seen_bytes(drawn, shapes, pictures=3) == counted[method]  # nothing stays attached
+    assert seen_bytes(drawn, shapes, images=3) == counted[method]  # nothing stays attached
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

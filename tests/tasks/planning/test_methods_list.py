@@ -45,8 +45,8 @@ def test_a_method_says_its_formula_its_places_and_its_count(listed: dict[str, di
 
 
 def test_every_method_inside_the_layers_can_leave_some_of_them_alone(listed: dict[str, dict[str, Any]]) -> None:
-    told = {name: setting["about"] for name, one in listed.items() for setting in one["settings"] if setting["name"] == "exclude_layers"}
-    assert told == dict.fromkeys(("bitfit", "bottleneck", "ia3", "lora", "prefix"), "layers that are left alone, counted from 0")
+    note = {name: setting["about"] for name, one in listed.items() for setting in one["settings"] if setting["name"] == "exclude_layers"}
+    assert note == dict.fromkeys(("bitfit", "bottleneck", "ia3", "lora", "prefix"), "layers that are left alone, counted from 0")
 
 
 def test_settings_that_are_given_are_counted() -> None:

@@ -69,23 +69,23 @@ def test_states_of_texts_are_counted_and_refused_where_a_run_would_refuse_them()
 def test_the_text_of_a_plan_says_it_all() -> None:
     done = adalink("compose", *PARTS, "--methods.bridge.kind", "linear", *ADALINK)
     assert done.code == 0
-    for said in (
+    for stated in (
         "fingerprint ", "adalink       1,024 trained", "embedding, for text, answer", "36 per image; slots of a row: 36 image; prompt: 1 words of an empty question",
         "memory to train about ", "activations, estimated", "memory to serve about ",
     ):  # fmt: skip
-        assert said in done.out
+        assert stated in done.out
 
 
 @pytest.mark.parametrize(("n", "said"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 * 2**29, "2.5 GiB"), (3 * 2**50, "3072.0 TiB")])
-def test_sizes_are_written_in_powers_of_1024(n: int, said: str) -> None:
-    assert size(n) == said
+def test_sizes_are_written_in_powers_of_1024(n: int, stated: str) -> None:
+    assert size(n) == stated
 
 
 def test_a_dry_run_loads_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = adalink("train", "--dry-run", "--config", RECIPES["vqa"], "--out", out)
     assert done.code == 0
-    assert "data.train: 2,400 pictures, 0 known to be bad; the first one can be read" in done.out
+    assert "data.train: 2,400 images, 0 known to be bad; the first one can be read" in done.out
     assert "nothing was loaded, trained or written" in done.out
     assert not out.exists()
 
@@ -96,9 +96,9 @@ def test_a_dry_run_checks_the_data_that_is_given_and_says_what_is_not(tmp_path: 
     done = adalink(*half)
     assert done.code == 0, done.err
     assert "data.train: not given, and not checked" in done.out
-    assert "data.val: 6 pictures, 0 known to be bad; the first one can be read" in done.out
-    files.picture(0).write_bytes(b"no picture")  # a run leaves it out
-    assert "data.val: 6 pictures, 1 known to be bad; number 2 can be read" in adalink(*half).out
+    assert "data.val: 6 images, 0 known to be bad; the first one can be read" in done.out
+    files.image(0).write_bytes(b"no image")  # a run leaves it out
+    assert "data.val: 6 images, 1 known to be bad; number 2 can be read" in adalink(*half).out
     (tmp_path / "files" / "captions.json").unlink()
     assert "captions.json does not exist" in refused(adalink(*half))
 
@@ -114,12 +114,12 @@ def test_a_dry_run_of_a_taken_run_folder_is_refused_as_the_run_is(tmp_path: Path
 
 def spoil_images(files: Files) -> None:
     for i in range(files.n):
-        files.picture(i).write_bytes(b"no picture")
+        files.image(i).write_bytes(b"no image")
 
 
 def spoil_two_images(files: Files) -> None:
     for i in range(2):
-        files.picture(i).unlink()
+        files.image(i).unlink()
 
 
 def take_captions(files: Files) -> None:
@@ -164,7 +164,7 @@ BAD = [
     (("compose", *PARTS, "--methods.epalm", "{layers: [0, 99], n_taps: 1, connector: shared}"), "are outside this model, which has"),
     (("train", "--dry-run", *PARTS, *ADALINK, "--resume"), "--dry-run builds nothing and --resume goes on with what was built: give one of them"),
     (("train", "--dry-run", *PARTS, *ADALINK, "--data", "null"), "data is null: expected settings by name under it"),
-    (("train", "--dry-run", *PARTS, *ADALINK, "--data.val.images", "/nowhere"), "the pictures in /nowhere come without texts"),
+    (("train", "--dry-run", *PARTS, *ADALINK, "--data.val.images", "/nowhere"), "the images in /nowhere come without texts"),
 ]
 
 

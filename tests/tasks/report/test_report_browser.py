@@ -27,7 +27,7 @@ addEventListener("load", () => {
   for (const frame of document.querySelectorAll("iframe")) {
     const page = frame.contentDocument, form = page.querySelector("#filter");
     found[frame.name] = {title: page.title, width: page.documentElement.scrollWidth, filter: form ? !form.hidden : null,
-      pictures: [...page.images].filter((image) => image.complete && image.naturalWidth).length};
+      images: [...page.images].filter((image) => image.complete && image.naturalWidth).length};
     if (form) {
       form.elements.word.value = "right";
       form.dispatchEvent(new Event("input"));

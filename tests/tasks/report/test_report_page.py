@@ -36,7 +36,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def outside(html: str) -> list[str]:
+def unknown(html: str) -> list[str]:
     """What the page would load or lead to outside itself."""
     page = Page(html)
     names = {"src", "href", "srcset", "action", "formaction", "data", "poster", "xlink:href", "background"}
@@ -57,9 +57,9 @@ def test_hostile_texts_are_shown_as_they_are_and_make_no_element() -> None:
 
 def test_nothing_is_loaded_from_outside_and_the_check_can_fail() -> None:
     html = render(full(["a dog", "https://example.org/x.png"]))
-    assert outside(html) == []
+    assert unknown(html) == []
     for foreign in ['<img src="https://x.org/a.png">', "<link href=//x.org/a.css>", "<style>b{background:url(http://x.org/b)}</style>"]:
-        assert len(outside(html.replace("<main>", foreign + "<main>"))) == 1
+        assert len(unknown(html.replace("<main>", foreign + "<main>"))) == 1
 
 
 def test_the_policy_names_the_digests_of_the_one_style_and_the_one_script() -> None:
@@ -73,7 +73,7 @@ def test_the_policy_names_the_digests_of_the_one_style_and_the_one_script() -> N
 
 def test_every_empty_part_is_a_sentence() -> None:
     text = Page(render(EMPTY)).text
-    parts = ["No metric was", "Nothing was trained", "No curve was", "No picture was", "No sample was skipped", "No configuration was"]
+    parts = ["No metric was", "Nothing was trained", "No curve was", "No image was", "No sample was skipped", "No configuration was"]
     assert [part for part in parts if part not in text] == []
 
 
@@ -82,7 +82,7 @@ def test_every_empty_part_of_a_card_is_a_sentence() -> None:
     answer = AnswerCard(key="2", image=b"", question="?", generated="", answers=[], score=None)
     text = Page(render(replace(EMPTY, cards=[caption, answer]))).text
     assert [text.count(words) for words in ("the model wrote nothing", "not scored")] == [2, 3]  # and once in the filter
-    for words in ("no picture was kept", "no references are known", "no answers are known", "cannot be shown: empty file"):
+    for words in ("no image was kept", "no references are known", "no answers are known", "cannot be shown: empty file"):
         assert words in text
 
 

@@ -7,7 +7,7 @@ import math
 from PIL import Image
 from report_sample import jpeg
 
-from tasks.report.page import answer_verdict, caption_verdicts, columns, metric_cells, thumbnail
+from tasks.report.page import answer_outcome, caption_verdicts, columns, metric_cells, thumbnail
 
 
 def test_pictures_become_small_jpegs_and_unreadable_ones_say_why() -> None:
@@ -20,16 +20,16 @@ def test_pictures_become_small_jpegs_and_unreadable_ones_say_why() -> None:
     assert Image.open(io.BytesIO(base64.b64decode(clear.url.split(",")[1]))).getpixel((4, 4)) == (255, 255, 255)
     for mode in ("1", "L", "P", "CMYK", "I;16", "F", "LA"):
         assert thumbnail(Image.new(mode, (3000, 2))).width == 224
-    assert thumbnail(jpeg()[:300]).reason == "the picture cannot be shown: truncated"
-    assert thumbnail(b"nothing").reason == "the picture cannot be shown: not an image"
-    assert thumbnail(None).reason == "no picture was kept"
+    assert thumbnail(jpeg()[:300]).reason == "the image cannot be shown: truncated"
+    assert thumbnail(b"nothing").reason == "the image cannot be shown: not an image"
+    assert thumbnail(None).reason == "no image was kept"
     closed = Image.open(io.BytesIO(jpeg()))
     closed.close()
-    assert thumbnail(closed).reason.startswith("the picture cannot be shown: ")
+    assert thumbnail(closed).reason.startswith("the image cannot be shown: ")
 
 
 def test_a_verdict_is_told_by_sign_and_word() -> None:
-    assert [(v.sign, v.word, v.figure) for v in map(answer_verdict, (1.0, 0.9, 0.0, None))] == [
+    assert [(v.sign, v.word, v.metric) for v in map(answer_outcome, (1.0, 0.9, 0.0, None))] == [
         ("✓", "right", "100 %"), ("◐", "partly right", "90 %"), ("✗", "wrong", "0 %"), ("–", "not scored", "")]  # fmt: skip
     assert [v.word for v in caption_verdicts([0.1, None, 2.0, 0.5])] == ["lower", "not scored", "higher", "middle"]
     assert [v.word for v in caption_verdicts([0.0, 0.0, 0.0, 0.0, 1.0])] == ["lower"] * 4 + ["higher"]

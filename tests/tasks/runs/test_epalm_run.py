@@ -19,14 +19,14 @@ def epalm(**settings: object) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("task", "settings", "told"),
     [
-        ("captioning", {}, "one row per picture"),
+        ("captioning", {}, "one row per image"),
         ("vqa", {"mask": "published", "layers": [1, 2], "connector": "shared"}, "one row per text: a slot of the adapter reads later tokens"),
     ],
 )
-def test_it_trains_and_is_evaluated(task: str, settings: dict[str, object], told: str, tmp_path: Path) -> None:
+def test_it_trains_and_is_evaluated(task: str, settings: dict[str, object], note: str, tmp_path: Path) -> None:
     done = train(task, tmp_path / "run", *WITHOUT, *epalm(**settings))
     assert done.code in (0, None), done
-    assert told in done.out + done.err
+    assert note in done.out + done.err
     saved = json.loads((tmp_path / "run" / "adapter" / "adalink_config.json").read_text())
     assert saved["methods"]["epalm"]["mask"] == settings.get("mask", "causal")
     again = adalink("evaluate", "--config", RECIPES[task], "--adapter", tmp_path / "run" / "adapter", "--out", tmp_path / "again", *SMALL)

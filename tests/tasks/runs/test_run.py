@@ -107,8 +107,8 @@ def test_a_finished_run_resumed_is_only_evaluated_again(run: Path, tmp_path: Pat
 
 CHANGED = [
     (("--train.seed", "1"), "train.seed was 0 and is 1"),
-    (("--train.batch_size", "2"), "pictures in a step was 4 and is 2"),
-    (("--data.train.scenes", "train/13"), "pictures in the data set was 12 and is 13"),
+    (("--train.batch_size", "2"), "images in a step was 4 and is 2"),
+    (("--data.train.scenes", "train/13"), "images in the data set was 12 and is 13"),
     (("--train.steps", "5"), "it was written after step 6, and this config ends at 5"),
     (("--methods.adalink.rank", "8"), f"is [16, {WIDTH}], this config makes it [8, {WIDTH}]"),
     (("--methods.prompt", "{length: 2, init_std: 0.1}"), "holds other weights than this config trains"),
@@ -133,7 +133,7 @@ def test_a_run_folder_that_is_taken_is_refused_and_left_alone(run: Path) -> None
 def test_a_run_whose_training_images_are_all_bad_ends_with_2_and_leaves_nothing(tmp_path: Path) -> None:
     files = Files(tmp_path / "data", n=3)
     for i in range(3):
-        files.picture(i).write_bytes(b"no picture")
+        files.image(i).write_bytes(b"no image")
     done = train("captioning", tmp_path / "run", *files.as_data("train"), "--data.val.scenes", "val/2", "--train.steps", "3", "--train.batch_size", "2")
     assert "none of the 3 images can be used" in refused(done)
     assert "3 not an image (" in done.err

@@ -1,4 +1,4 @@
-"""TensorBoard's event file of a run, read back: curves, figures, and pictures with what was said about them."""
+"""TensorBoard's event file of a run, read back: curves, figures, and images with what was said about them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from cli_run import refused, train
 from PIL import Image
 
-from multimodal.training.records import Shown, track
+from multimodal.training.records import LoggedSamples, track
 from tasks.captioning import Captioning
-from tasks.runs.run import N_SHOWN, shown_samples
+from tasks.runs.run import N_DISPLAYED, logged_samples
 from tasks.scenes.dataset import Scenes
 
 
@@ -36,10 +36,10 @@ def test_tensorboard_has_the_curves_and_sample_pictures_of_each_measurement(tmp_
     sample = Scenes(split="val", size=4)[0]
     assert f"samples/{sample.key}" in tags["images"]
     assert len(tags["images"]) == 4
-    picture = read.Images(f"samples/{sample.key}")
-    assert [event.step for event in picture] == [1, 2]
+    image = read.Images(f"samples/{sample.key}")
+    assert [event.step for event in image] == [1, 2]
     assert isinstance(sample.image, bytes)
-    assert Image.open(io.BytesIO(picture[0].encoded_image_string)).tobytes() == Image.open(io.BytesIO(sample.image)).convert("RGB").tobytes()
+    assert Image.open(io.BytesIO(image[0].encoded_image_string)).tobytes() == Image.open(io.BytesIO(sample.image)).convert("RGB").tobytes()
     texts = read.Tensors(f"samples/{sample.key}/text_summary")
     assert all(event.tensor_proto.string_val[0].decode() for event in texts)
 
@@ -52,12 +52,12 @@ def test_a_run_without_trackers_writes_no_events(tmp_path: Path) -> None:
 def test_the_samples_shown_are_the_same_each_time_and_only_those_that_were_answered() -> None:
     source, task = Scenes(split="val", size=20), Captioning()
     texts = {source[i].image_id: f"text {i}" for i in range(20)}
-    shown = shown_samples(source, task, texts)
-    assert [one.key for one in shown] == [one.key for one in shown_samples(source, task, texts)]
-    assert len(shown) == N_SHOWN
-    assert (shown[0].said, shown[1].said) == ("text 0", "text 3")
+    displayed = logged_samples(source, task, texts)
+    assert [one.key for one in displayed] == [one.key for one in logged_samples(source, task, texts)]
+    assert len(displayed) == N_DISPLAYED
+    assert (displayed[0].stated, displayed[1].stated) == ("text 0", "text 3")
     del texts[source[3].image_id]
-    assert "text 3" not in [one.said for one in shown_samples(source, task, texts)]
+    assert "text 3" not in [one.stated for one in logged_samples(source, task, texts)]
 
 
 def test_only_the_main_process_shows() -> None:
@@ -66,11 +66,11 @@ def test_only_the_main_process_shows() -> None:
 
         is_main_process, trackers, logged = False, [None], 0
 
-        def log(self, figures: dict[str, float], step: int) -> None:
+        def log(self, metrics: dict[str, float], step: int) -> None:
             self.logged += 1  # accelerate's own trackers hold their tongue elsewhere
 
     process: Any = Process()
-    track(process, 1, {"CIDEr": 1.0}, [Shown(key="a", image=Image.new("RGB", (1, 1)), said="")])
+    track(process, 1, {"CIDEr": 1.0}, [LoggedSamples(key="a", image=Image.new("RGB", (1, 1)), stated="")])
     assert process.logged == 1
 
 

@@ -18,8 +18,8 @@ from multimodal.sample import Sample
 from tasks.captioning import Captioning
 from tasks.runs.compose import compose, load_adapted
 from tasks.scenes.dataset import Scenes
-from tasks.serve.cache import KeptFeatures
-from tasks.serve.scheduler import Picture
+from tasks.serve.cache import FeatureLRU
+from tasks.serve.scheduler import ServedImage
 from tasks.task import BLIND, TRAINED
 
 LORA = ("--vision_methods.lora", '{"groups": {"image": ["image"]}, "rank": 2, "alpha": 4}')
@@ -59,10 +59,10 @@ def test_the_loaded_run_gives_the_same_captions(run: Path, tmp_path: Path) -> No
     scene = Scenes(split="val", size=4)[1]
     assert isinstance(scene.image, bytes)
     (tmp_path / "scene.png").write_bytes(scene.image)
-    said = {row["image_id"]: row["caption"] for row in json.loads((run / "results.json").read_text())}[scene.image_id]
+    stated = {row["image_id"]: row["caption"] for row in json.loads((run / "results.json").read_text())}[scene.image_id]
     caption = adalink("caption", "--adapter", run / "adapter", tmp_path / "scene.png", "--generation.max_new_tokens", 3)
     assert caption.code == 0, caption
-    assert caption.out.rstrip("\n").endswith(said)
+    assert caption.out.rstrip("\n").endswith(stated)
 
 
 def test_what_is_measured_is_the_encoder_as_it_is_trained(run: Path, tmp_path: Path) -> None:
@@ -90,21 +90,21 @@ def test_questions_are_answered_with_an_adapted_encoder_too(tmp_path: Path) -> N
     scene = Scenes(split="val", size=4)[0]
     assert isinstance(scene.image, bytes)
     (tmp_path / "scene.png").write_bytes(scene.image)
-    said = {row["question_id"]: row["answer"] for row in json.loads((tmp_path / "run" / "results.json").read_text())}
+    stated = {row["question_id"]: row["answer"] for row in json.loads((tmp_path / "run" / "results.json").read_text())}
     asked = scene.questions[0]
     answer = adalink("ask", "--adapter", tmp_path / "run" / "adapter", tmp_path / "scene.png", asked.text, "--generation.max_new_tokens", 3)
-    assert (answer.code, answer.out.strip()) == (0, said[asked.question_id])
+    assert (answer.code, answer.out.strip()) == (0, stated[asked.question_id])
 
 
 def test_a_server_reads_pictures_through_the_adapted_encoder(run: Path) -> None:
     model, _ = load_adapted(run / "adapter", encoder=None, language_model=None)
     scenes = Scenes(split="val", size=3)
-    pictures = [model.tower.preprocess(decode_image(scenes[i].image)) for i in range(3)]
-    kept = KeptFeatures(model, 2)
-    shown, order = kept.of([Picture(str(i), pictures[i]) for i in (0, 1, 0)])
-    assert (kept.kind, order) == ("pixels", [0, 1, 0])
-    assert torch.equal(shown, torch.stack(pictures[:2]))
-    assert torch.equal(kept.of([Picture("0", None, kept.get("0"))])[0][0], pictures[0])
+    images = [model.tower.preprocess(decode_image(scenes[i].image)) for i in range(3)]
+    retained = FeatureLRU(model, 2)
+    displayed, order = retained.of([ServedImage(str(i), images[i]) for i in (0, 1, 0)])
+    assert (retained.kind, order) == ("pixels", [0, 1, 0])
+    assert torch.equal(displayed, torch.stack(images[:2]))
+    assert torch.equal(retained.of([ServedImage("0", None, retained.get("0"))])[0][0], images[0])
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_exports_do_not_drop_an_adapted_encoder(run: Path, tmp_path: Path) -> No
 
 
 class Damaged:
-    """Four scenes; the picture of the second cannot be decoded."""
+    """Four scenes; the image of the second cannot be decoded."""
 
     def __len__(self) -> int:
         return 4
 
     def __getitem__(self, index: int) -> Sample:
         scene = Scenes(split="val", size=4)[index]
-        return replace(scene, image=b"no picture") if index == 1 else scene
+        return replace(scene, image=b"no image") if index == 1 else scene
 
 
 def test_pixels_stand_where_features_would() -> None:

@@ -80,10 +80,10 @@ def test_asking_it_gives_what_the_evaluation_gave(run: tuple[Path, Done], tmp_pa
     scene = Scenes(split="val", size=4)[0]
     assert isinstance(scene.image, bytes)
     (tmp_path / "scene.png").write_bytes(scene.image)
-    said = {row["question_id"]: row["answer"] for row in json.loads((out / "results.json").read_text())}
+    stated = {row["question_id"]: row["answer"] for row in json.loads((out / "results.json").read_text())}
     for question in scene.questions[:2]:
         done = adalink("ask", "--adapter", out / "adapter", tmp_path / "scene.png", question.text)
-        assert (done.code, done.out) == (0, said[question.question_id] + "\n")
+        assert (done.code, done.out) == (0, stated[question.question_id] + "\n")
 
 
 def test_a_resumed_run_is_the_same_run(run: tuple[Path, Done], tmp_path: Path) -> None:
@@ -167,18 +167,18 @@ class Counting:
 
 
 def test_a_random_bert_learns_to_look(readers: dict[str, Path], tmp_path: Path) -> None:
-    learnt, held_out, task = Counting("train", 200), Counting("val", 60), Vqa(answers=8, template=Template(prompt=PROMPT))
+    trained_so_far, held_out, task = Counting("train", 200), Counting("val", 60), Vqa(answers=8, template=Template(prompt=PROMPT))
     model = compose("scenes:encoder", str(readers["bert"]), template=task.template, use="read")
     torch.manual_seed(0)
     model.add_adapter("one", {"bridge": Bridge(kind="mlp", hidden=128, init_scale=1.0), "adalink": AdaLink(rank=16, modalities=("image", "text"))})
-    vocabulary = answer_vocabulary(task, learnt)
+    vocabulary = answer_vocabulary(task, trained_so_far)
     model.add_answer_head(vocabulary.answers)
     train_model(
-        model, learnt, vocabulary.texts, TrainSettings(steps=120, batch_size=16, learning_rate=0.008, weight_decay=0.0, features="memory"), tmp_path
+        model, trained_so_far, vocabulary.texts, TrainSettings(steps=120, batch_size=16, learning_rate=0.008, weight_decay=0.0, features="memory"), tmp_path
     )  # fmt: skip
     patches = encode_all(model, held_out)
     own, other = (
-        task.score(predict(model, held_out, task, patches, settings=GenerationSettings(), shift=shift).texts, held_out).figures["accuracy"] for shift in (0, 30)
+        task.score(predict(model, held_out, task, patches, settings=GenerationSettings(), shift=shift).texts, held_out).metrics["accuracy"] for shift in (0, 30)
     )
     assert own > 38  # five seeds: 45.5 to 57.7, and 15 to 30 above the control; what a short training reaches is the processor's too
     assert own > other + 8

@@ -41,8 +41,8 @@ def test_a_sample_stays_what_it_was_when_it_was_first_written_down() -> None:
 def test_every_sample_has_a_picture_five_captions_and_five_questions_of_ten_answers(val: Scenes) -> None:
     for sample in (val[i] for i in range(50)):
         assert isinstance(sample.image, bytes)
-        picture = Image.open(io.BytesIO(sample.image))
-        assert (picture.size, picture.mode, picture.format) == ((SIDE, SIDE), "RGB", "PNG")
+        image = Image.open(io.BytesIO(sample.image))
+        assert (image.size, image.mode, image.format) == ((SIDE, SIDE), "RGB", "PNG")
         assert len(set(sample.captions)) == 5
         assert len({q.text for q in sample.questions}) == 5
         assert all(len(q.answers) == 10 and q.text.startswith(q.question_type) for q in sample.questions)
@@ -58,10 +58,10 @@ def test_ids_are_of_one_sample_only() -> None:
 
 def test_captions_are_true_of_their_scene_and_seldom_of_the_next(val: Scenes) -> None:
     scenes = [val.scene(i) for i in range(N)]
-    told = [val[i].captions for i in range(N)]
-    wrong = [text for scene, texts in zip(scenes, told, strict=True) for text in texts if not caption_is_true(text, scene)]
+    note = [val[i].captions for i in range(N)]
+    wrong = [text for scene, texts in zip(scenes, note, strict=True) for text in texts if not caption_is_true(text, scene)]
     assert wrong == []
-    by_chance = [caption_is_true(text, scene) for scene, texts in zip(scenes[1:], told, strict=False) for text in texts]
+    by_chance = [caption_is_true(text, scene) for scene, texts in zip(scenes[1:], note, strict=False) for text in texts]
     assert sum(by_chance) / len(by_chance) < 0.05
 
 
@@ -85,19 +85,19 @@ def test_captions_vary_in_words_and_order(val: Scenes) -> None:
 
 
 def _asked(split: str, n: int) -> list[tuple[str, str, str]]:
-    """(answer type, question, most common answer), without the pictures."""
+    """(answer type, question, most common answer), without the images."""
     scenes = Scenes(split=split, size=n)  # type: ignore[arg-type]
     asked = [q for i in range(n) for q in questions(scenes.scene(i), scenes._lot(i, "questions"), image_id=i)]
     return [(q.answer_type, q.text, Counter(q.answers).most_common(1)[0][0]) for q in asked]
 
 
 def test_the_text_of_a_question_tells_little_of_its_answer() -> None:
-    said: dict[str, Counter[str]] = defaultdict(Counter)
+    stated: dict[str, Counter[str]] = defaultdict(Counter)
     for _, text, answer in _asked("train", 6000):
-        said[text][answer] += 1
+        stated[text][answer] += 1
     right: dict[str, list[bool]] = defaultdict(list)
     for kind, text, answer in _asked("val", 2000):
-        right[kind].append(bool(said[text]) and said[text].most_common(1)[0][0] == answer)
+        right[kind].append(bool(stated[text]) and stated[text].most_common(1)[0][0] == answer)
     accuracy = {kind: sum(r) / len(r) for kind, r in right.items()}
     assert accuracy["yes/no"] < 0.54
     assert accuracy["number"] < 0.40
@@ -105,12 +105,12 @@ def test_the_text_of_a_question_tells_little_of_its_answer() -> None:
 
 
 def test_yes_and_no_are_even_whatever_the_question_begins_with() -> None:
-    said: dict[str, Counter[str]] = defaultdict(Counter)
+    stated: dict[str, Counter[str]] = defaultdict(Counter)
     for kind, text, answer in _asked("train", 4000):
         if kind == "yes/no":
-            said[" ".join(text.split()[:2])][answer] += 1
-            said[re.sub(r"^is the (\w+) .*", r"\1", text)][answer] += 1
-    shares = {start: answers["yes"] / answers.total() for start, answers in said.items() if answers.total() > 300}
+            stated[" ".join(text.split()[:2])][answer] += 1
+            stated[re.sub(r"^is the (\w+) .*", r"\1", text)][answer] += 1
+    shares = {start: answers["yes"] / answers.total() for start, answers in stated.items() if answers.total() > 300}
     assert len(shares) >= 4
     assert all(0.42 < share < 0.58 for share in shares.values()), shares
 
@@ -133,7 +133,7 @@ def test_numbers_of_objects_sizes_and_backgrounds_are_even() -> None:
 def test_a_wrong_split_or_size_is_refused() -> None:
     with pytest.raises(ConfigError, match="no split 'test': the splits are 'train' and 'val'"):
         Scenes(split="test", size=3)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="size of Scenes is 0: give a number of pictures from 1 to 1,000,000"):
+    with pytest.raises(ConfigError, match="size of Scenes is 0: give a number of images from 1 to 1,000,000"):
         Scenes(split="val", size=0)
 
 

@@ -29,14 +29,14 @@ def val() -> Scenes:
 
 @pytest.fixture(scope="module")
 def features(val: Scenes) -> Tensor:
-    """float32 [300, 37, 128]: the class token and the patches of the first pictures."""
+    """float32 [300, 37, 128]: the class token and the patches of the first images."""
     import timm  # after the package, which makes torchvision importable
     from timm.data import create_transform, resolve_model_data_config
 
     encoder = timm.create_model(f"local-dir:{encoder_folder()}", pretrained=True, num_classes=0).eval()
     transform = create_transform(**resolve_model_data_config(encoder), is_training=False)
-    pictures = [val[i].image for i in range(300)]
-    pixels = torch.stack([transform(Image.open(io.BytesIO(p))) for p in pictures if isinstance(p, bytes)])
+    images = [val[i].image for i in range(300)]
+    pixels = torch.stack([transform(Image.open(io.BytesIO(p))) for p in images if isinstance(p, bytes)])
     with torch.no_grad():
         return torch.cat([encoder.forward_features(part) for part in pixels.split(100)])
 
@@ -103,8 +103,8 @@ def test_the_tokenizer_is_made_from_text_alone_and_adds_no_tokens_of_its_own() -
     assert make_tokenizer().get_vocab() == tokenizer.get_vocab()
 
 
-def _say(prompts: list[str], n: int) -> list[str]:
-    """What the language model says after each prompt, greedily, with no picture."""
+def _log(prompts: list[str], n: int) -> list[str]:
+    """What the language model says after each prompt, greedily, with no image."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(language_folder()).eval()
@@ -116,20 +116,20 @@ def _say(prompts: list[str], n: int) -> list[str]:
 
 def test_the_language_model_alone_answers_little_more_than_chance(val: Scenes) -> None:
     questions = [question for i in range(N) for question in val[i].questions]
-    said = _say([f"question: {question.text} answer:" for question in questions], 4)
+    stated = _log([f"question: {question.text} answer:" for question in questions], 4)
     graded = [
         GradedQuestion(question_id=q.question_id, answers=q.answers, question_type=q.question_type, answer_type=q.answer_type) for q in questions
     ]
-    scores = score_answers({q.question_id: answer for q, answer in zip(questions, said, strict=True)}, graded)
+    scores = score_answers({q.question_id: answer for q, answer in zip(questions, stated, strict=True)}, graded)
     assert scores.overall < 45
     assert scores.per_answer_type["other"] < 25
     # It knows what kind of answer a question wants: its answers are of those that people give.
     given = {answer for question in questions for answer in question.answers}
-    assert sum(answer in given for answer in said) > 0.95 * len(said)
+    assert sum(answer in given for answer in stated) > 0.95 * len(stated)
 
 
 def test_the_language_model_alone_captions_every_picture_alike_and_badly(val: Scenes) -> None:
-    caption = "a " + _say([" a"], 30)[0]
+    caption = "a " + _log([" a"], 30)[0]
     references = {i: val[i].captions for i in range(N)}
     assert score_captions(dict.fromkeys(references, caption), references).corpus["CIDEr"] < 0.4
     assert Counter(caption)["."] == 1

@@ -62,7 +62,7 @@ class Page:
             time.sleep(0.05)
 
     def look(self, width: int, scheme: str, path: Path | None = None) -> None:
-        """Show the page at a width and in a colour scheme; a picture of all of it where a path is given."""
+        """Show the page at a width and in a colour scheme; an image of all of it where a path is given."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         if path is not None:

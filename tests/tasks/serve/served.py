@@ -30,7 +30,7 @@ from tasks.vqa import Vqa
 
 ROOT = Path(__file__).parents[3]
 TASKS = {"cap": Captioning(), "cap_b": Captioning(), "vqa": Vqa(), "vqa_b": Vqa()}
-QUESTIONS = ("is it red?", "how many large balls are in the picture?", "what is in the middle?", "what colour is the star?")
+QUESTIONS = ("is it red?", "how many large balls are in the image?", "what is in the middle?", "what colour is the star?")
 
 
 def save_adapters(folder: Path) -> VisionLanguageModel:
@@ -51,7 +51,7 @@ def save_adapters(folder: Path) -> VisionLanguageModel:
 
 
 @cache
-def picture(index: int) -> bytes:
+def image(index: int) -> bytes:
     """The PNG of a scene."""
     data = Scenes(split="val", size=1000)[index].image
     assert isinstance(data, bytes)

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from served import Server, data_url, messages, picture, serving
+from served import Server, data_url, messages, photo, serving
 from shared import PATIENCE
 
 
@@ -40,12 +40,12 @@ class Case:
     change: Any
     status: int
     field: str | None
-    told: str
+    note: str
 
     def sent(self, client: httpx.Client, model: str) -> httpx.Response:
         if isinstance(self.change, bytes):
             return client.post("/v1/chat/completions", content=self.change)
-        return client.post("/v1/chat/completions", json={"model": model, "messages": messages("is it red?", picture(0)), **self.change})
+        return client.post("/v1/chat/completions", json={"model": model, "messages": messages("is it red?", photo(0)), **self.change})
 
 
 URL = "messages[0].content[0].image_url.url"
@@ -64,14 +64,14 @@ BAD = (
     Case({"messages": [{"role": "king", "content": "x"}]}, 400, "messages[0].role", "messages[0].role is 'king': expected one of 'user', 'assistant'"),
     Case({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0].text", "is missing"),
     Case({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, 400, "messages[0].content[0].type", "is 'sound'"),
-    Case({"messages": messages("x", picture(0)) + [{"role": "assistant", "content": "y"}]}, 400, "messages[1].role", "the last message to be the user's"),
-    Case({"messages": image(data_url(picture(0))) + image(data_url(picture(1)))}, 400, "messages[1].content[0]", "a second picture"),
+    Case({"messages": messages("x", photo(0)) + [{"role": "assistant", "content": "y"}]}, 400, "messages[1].role", "the last message to be the user's"),
+    Case({"messages": image(data_url(photo(0))) + image(data_url(photo(1)))}, 400, "messages[1].content[0]", "a second image"),
     Case({"messages": image(data_url(b"GIF89a, or so"))}, 400, URL, "none of jpg, png and webp"),
-    Case({"messages": image(data_url(picture(0)[:2000]))}, 400, URL, "truncated"),
+    Case({"messages": image(data_url(photo(0)[:2000]))}, 400, URL, "truncated"),
     Case({"messages": image(data_url(b""))}, 400, URL, "0 bytes"),
     Case({"messages": image("data:image/png;base64,%%%")}, 400, URL, "is no base64"),
     Case({"messages": image("ftp://example.com/a.png")}, 400, URL, "expected data:image/"),
-    Case({"messages": image("http://127.0.0.1/a.png")}, 400, URL, "fetches no pictures"),
+    Case({"messages": image("http://127.0.0.1/a.png")}, 400, URL, "fetches no images"),
     Case({"messages": image(data_url(bomb()))}, 413, URL, "20000 x 20000 pixels, and the limit is 4000000"),
     Case({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "tools is [{'type': 'function'"),
     Case({"colour": 1}, 400, "colour", "there is no field colour"),
@@ -90,12 +90,12 @@ BAD = (
     Case({"max_tokens": 500}, 400, "messages", "the language model has 512"),
     Case({"num_beams": 9}, 400, "num_beams", "the limit is 8"),
     Case({"num_beams": 2, "temperature": 1}, 400, "temperature", "beams know no temperature"),
-    Case({"messages": messages("word " * 2000, picture(0))}, 400, "messages", "8041 tokens"),
-    Case({"messages": messages("x" * 40_000, picture(0))}, 400, "messages", "40000 bytes of text"),
+    Case({"messages": messages("word " * 2000, photo(0))}, 400, "messages", "8041 tokens"),
+    Case({"messages": messages("x" * 40_000, photo(0))}, 400, "messages", "40000 bytes of text"),
 )  # fmt: skip
 ONLY_OF_QUESTIONS = (
-    Case({"messages": messages("", picture(0))}, 400, "messages[0].content", "the last message has none"),
-    Case({"messages": messages("is it red?", None)}, 400, "messages", "hold no picture"),
+    Case({"messages": messages("", photo(0))}, 400, "messages[0].content", "the last message has none"),
+    Case({"messages": messages("is it red?", None)}, 400, "messages", "hold no image"),
     Case({"messages": image(data_url(b"\x89PNG" + b"\0" * 2_100_000))}, 413, URL, "more than 2000000 bytes"),
     Case({"messages": image(data_url(b"\0" * 3_000_000))}, 413, None, "the body has more than 3000000 bytes"),
 )
@@ -107,16 +107,16 @@ def client(server: Server) -> httpx.Client:
 
 
 def works(client: httpx.Client) -> bool:
-    good = {"model": "vqa", "messages": messages("is it red?", picture(0))}
+    good = {"model": "vqa", "messages": messages("is it red?", photo(0))}
     return client.post("/v1/chat/completions", json=good).status_code == 200
 
 
-@pytest.mark.parametrize("case", [*BAD, *ONLY_OF_QUESTIONS], ids=lambda case: case.told[:40])
+@pytest.mark.parametrize("case", [*BAD, *ONLY_OF_QUESTIONS], ids=lambda case: case.note[:40])
 def test_a_bad_request_is_told_what_is_wrong_and_where(case: Case, client: httpx.Client) -> None:
     response = case.sent(client, "vqa")
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (case.status, case.field), error
-    assert case.told in error["message"]
+    assert case.note in error["message"]
     assert len(error["message"]) < 500
 
 
@@ -128,17 +128,17 @@ def test_wrong_paths_and_methods_are_told(client: httpx.Client) -> None:
 
 
 def test_wrong_uploads_are_told(client: httpx.Client) -> None:
-    for sent, told in (
+    for sent, note in (
         ({"files": {"file": ("a.png", b"GIF89a..")}}, "none of jpg"), ({"files": {"other": ("a.png", b"x")}}, "no field `file`"), ({"json": {}}, "no multipart form"),
         ({"files": {"file": ("a.png", bomb())}}, "20000 x 20000 pixels"), ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, "cannot be read"),
     ):  # fmt: skip
         response = client.post("/v1/files", **sent)  # type: ignore[arg-type]
         assert response.status_code in (400, 413)
-        assert told in response.json()["error"]["message"]
+        assert note in response.json()["error"]["message"]
 
 
 def test_wrong_loads_are_told(client: httpx.Client) -> None:
-    for body, status, field, told in (
+    for body, status, field, note in (
         ({"id": "x", "folder": "../.."}, 400, "folder", "no folder inside of the operator's"), ({"id": "x", "folder": "/etc"}, 400, "folder", "no folder inside"),
         ({"id": "x", "folder": "."}, 400, "folder", "no folder inside"), ({"id": "x", "folder": "cap/\0"}, 400, "folder", "no folder inside"),
         ({"id": "cap", "folder": "vqa"}, 409, "id", "is there already"), ({"id": "a-b", "folder": "vqa"}, 400, "id", "give an identifier"),
@@ -146,7 +146,7 @@ def test_wrong_loads_are_told(client: httpx.Client) -> None:
     ):  # fmt: skip
         response = client.post("/v1/models", json=body)
         assert (response.status_code, response.json()["error"]["param"]) == (status, field)
-        assert told in response.json()["error"]["message"]
+        assert note in response.json()["error"]["message"]
     assert "application/json" in client.post("/v1/models", content=b"{}").json()["error"]["message"]
     assert "no adapter '__base__' to take away" in client.delete("/v1/models/__base__").json()["error"]["message"]
 
@@ -184,7 +184,7 @@ def test_a_client_that_sends_too_slowly_is_told_and_let_go(adapters: Path) -> No
 
 
 def test_a_connection_that_is_cut_leaves_nothing_behind(server: Server, client: httpx.Client) -> None:
-    good = json.dumps({"model": "cap", "messages": messages("", picture(0)), "stream": True, "max_tokens": 400, "temperature": 2, "seed": 1}).encode()
+    good = json.dumps({"model": "cap", "messages": messages("", photo(0)), "stream": True, "max_tokens": 400, "temperature": 2, "seed": 1}).encode()
     for sent in (good, good[: len(good) // 2]):
         for _ in range(5):
             with opened(server) as connection:

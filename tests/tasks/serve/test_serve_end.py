@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import ROOT, messages, picture, serving
+from served import ROOT, image, messages, serving
 from shared import PATIENCE
 
 from multimodal.model import VisionLanguageModel
@@ -23,7 +23,7 @@ def test_a_server_that_is_asked_to_end_answers_what_it_accepted(model: VisionLan
     keys = tmp_path / "keys"
     keys.write_text("# of the test\nsecret-1\nsecret-2\n")
     ends: list[str] = []  # of every request; appending is safe between threads, counting is not
-    body = json.dumps({"model": "cap_b", "messages": messages("", picture(0)), "max_tokens": 30})
+    body = json.dumps({"model": "cap_b", "messages": messages("", image(0)), "max_tokens": 30})
 
     def client(address: str) -> None:
         while True:
@@ -86,19 +86,19 @@ def test_a_server_that_says_that_it_serves_can_be_reached_and_ended_at_once(tmp_
     (("--limits.pixels", "999999999"), "Pillow's own limit"),
     (("--generation.max_new_tokens", "600"), "above limits.new_tokens, 512"),
 ])  # fmt: skip
-def test_what_keeps_a_server_from_beginning_is_one_sentence(arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_keeps_a_server_from_beginning_is_one_sentence(arguments: tuple[str, ...], note: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", *(() if "--port" in arguments else ("--port", "0")), *arguments]) == 2
     err = capsys.readouterr().err
-    assert told in err
+    assert note in err
     assert "Traceback" not in err
 
 
 def test_keys_that_cannot_be_used_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").write_text("# none yet\n")
     base = ROOT / "tasks" / "scenes" / "vqa.yaml"
-    for name, told in (("empty", "holds none"), ("absent", "cannot be read")):
+    for name, note in (("empty", "holds none"), ("absent", "cannot be read")):
         assert main(["serve", "--base", str(base), "--port", "0", "--access.api_keys", str(tmp_path / name)]) == 2
-        assert told in capsys.readouterr().err
+        assert note in capsys.readouterr().err
     (tmp_path / "other.yaml").write_text("task: vqa\n")
     assert main(["serve", "--base", str(tmp_path / "other.yaml"), "--port", "0"]) == 2
     assert "names no encoder and language_model" in capsys.readouterr().err

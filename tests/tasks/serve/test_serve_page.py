@@ -1,4 +1,4 @@
-"""The page as a person uses it, in a real browser: drop a picture, read captions, ask questions."""
+"""The page as a person uses it, in a real browser: drop an image, read captions, ask questions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Page, browsing
-from served import QUESTIONS, Server, picture
+from served import QUESTIONS, Server, photo
 
 from adalink import BASE_NAME
 from multimodal.data.images.decode import decode_image
@@ -57,13 +57,13 @@ def ask(page: Page, question: str) -> None:
 
 def test_a_dropped_picture_is_captioned_and_questions_are_answered_side_by_side(page: Page, model: VisionLanguageModel) -> None:
     assert page.js("document.querySelector('#question').disabled") is True
-    drop(page, picture(3))
+    drop(page, photo(3))
     page.until("document.querySelectorAll('.answer[data-done]').length === 2")
-    image = [decode_image(picture(3))]
+    image = [decode_image(photo(3))]
     captions = {name: model.generate(image, [""], adapter_names=[name])[0] for name in ("cap", "cap_b")}
     ((title, cards),) = turns(page)
     assert title == "What it shows"
-    assert {name: said for name, said, _ in cards} == captions
+    assert {name: stated for name, stated, _ in cards} == captions
     assert all(" s" in time for _, _, time in cards)
     for number, question in enumerate(QUESTIONS[:2]):
         ask(page, question)
@@ -71,16 +71,16 @@ def test_a_dropped_picture_is_captioned_and_questions_are_answered_side_by_side(
         title, cards = turns(page)[0]  # the newest is the first
         assert title == question
         answers = {name: model.generate(image, [question], adapter_names=[name])[0] for name in ("vqa", "vqa_b")}
-        assert {name: said for name, said, _ in cards} == answers
+        assert {name: stated for name, stated, _ in cards} == answers
 
 
 def test_the_chosen_adapters_are_asked_and_no_others(page: Page, model: VisionLanguageModel) -> None:
     page.js("[...document.querySelectorAll('.model input')].forEach((box) => { if (box.checked !== (box.value === 'cap' || box.value === '__base__')) box.click(); })")
     assert page.js("document.querySelector('#hint').textContent") == "None of the chosen adapters answers questions."
-    drop(page, picture(4))
+    drop(page, photo(4))
     page.until("document.querySelectorAll('.turn').length === 1")
     ((_, cards),) = turns(page)
-    base = model.generate([decode_image(picture(4))], [""], adapter_names=[BASE_NAME])[0]
+    base = model.generate([decode_image(photo(4))], [""], adapter_names=[BASE_NAME])[0]
     assert [name for name, _, _ in cards] == ["cap", "no adapter"]
     assert cards[1][1] == base
 
@@ -91,11 +91,11 @@ def tick(page: Page, *names: str) -> None:
 
 
 def test_an_adapter_that_is_ticked_later_catches_up(page: Page, model: VisionLanguageModel) -> None:
-    def said(name: str, question: str) -> str:
-        return model.generate([decode_image(picture(7))], [question], adapter_names=[name])[0]
+    def stated(name: str, question: str) -> str:
+        return model.generate([decode_image(photo(7))], [question], adapter_names=[name])[0]
 
     tick(page, "vqa")
-    drop(page, picture(7))
+    drop(page, photo(7))
     page.until("!document.querySelector('#send').disabled && !document.querySelector('.turn')")
     ask(page, QUESTIONS[0])
     page.until("document.querySelectorAll('.answer[data-done]').length === 1")
@@ -108,8 +108,8 @@ def test_an_adapter_that_is_ticked_later_catches_up(page: Page, model: VisionLan
     tick(page, "vqa", "vqa_b", "cap", BASE_NAME)  # they are there already
     found = {title: {name: text for name, text, _ in cards} for title, cards in turns(page)}
     assert found == {
-        "What it shows": {"no adapter": said(BASE_NAME, ""), "cap": said("cap", "")},
-        QUESTIONS[0]: {name: said(name, QUESTIONS[0]) for name in ("vqa", "vqa_b")},
+        "What it shows": {"no adapter": stated(BASE_NAME, ""), "cap": stated("cap", "")},
+        QUESTIONS[0]: {name: stated(name, QUESTIONS[0]) for name in ("vqa", "vqa_b")},
     }
 
 
@@ -126,7 +126,7 @@ def test_what_is_no_picture_is_told_and_the_next_one_works(page: Page) -> None:
     drop(page, b"GIF89a", "<img src=x onerror=alert(1)>.gif")
     page.until("document.querySelector('#hint').textContent.includes('none of jpg, png and webp')")
     assert page.js("document.querySelectorAll('img').length") == 1  # a name is text
-    drop(page, picture(5))
+    drop(page, photo(5))
     page.until(QUIET)
     assert len(turns(page)) == 1
 
@@ -144,4 +144,4 @@ def test_the_page_fits_every_screen_and_loads_nothing_from_elsewhere(page: Page,
     # The policy stops a script that gets in: the control is that the element is there.
     page.js("document.body.insertAdjacentHTML('beforeend', " + json.dumps('<img id="evil" src="x" onerror="document.title=\'pwned\'">') + ")")
     page.until("document.querySelector('#evil').complete")
-    assert page.js("document.title") == "adalink: ask about a picture"
+    assert page.js("document.title") == "adalink: ask about an image"

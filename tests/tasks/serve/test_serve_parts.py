@@ -1,4 +1,4 @@
-"""The parts of the server that need no model: waiting, written text, draws, uploads, remote pictures, limits."""
+"""The parts of the server that need no model: waiting, written text, draws, uploads, remote images, limits."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tasks.scenes import language_folder
 from tasks.serve.access import BodyGuard, room_for_connections
 from tasks.serve.engine import Written
 from tasks.serve.errors import Refused
-from tasks.serve.images import RemotePictures, Upload, Uploads, is_public
-from tasks.serve.scheduler import Ask, DrawnRows, Job, Picture, Sampling, Waiting, chosen, joining
+from tasks.serve.images import RemoteImages, Upload, Uploads, is_public
+from tasks.serve.scheduler import Ask, DrawnRows, Job, Sampling, ServedImage, Waiting, chosen, joining
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
 
 def job(adapter: str = "a", n_prompt: int = 5, n_new: int = 10, beams: int = 1) -> Job:
     settings = GenerationSettings(max_new_tokens=n_new, num_beams=beams)
-    ask = Ask(adapter=adapter, row=Row((0,) * n_prompt, (0,) * n_prompt), picture=Picture("p", None), settings=settings)
+    ask = Ask(adapter=adapter, row=Row((0,) * n_prompt, (0,) * n_prompt), image=ServedImage("p", None), settings=settings)
     return Job(ask, streams=False, loop=None, events=asyncio.Queue())  # type: ignore[arg-type]
 
 
@@ -261,7 +261,7 @@ def test_the_oldest_uploads_make_room() -> None:
     assert uploads.get(first.id, "f") is first
     with pytest.raises(Refused, match=r"f is 'file-.*' *, which is not kept"):
         uploads.get(second.id, "f")
-    with pytest.raises(Refused, match="the picture has 11 bytes, and 10 are kept"):
+    with pytest.raises(Refused, match="the image has 11 bytes, and 10 are kept"):
         uploads.add(Upload("d", b"x" * 11))
 
 
@@ -287,19 +287,19 @@ def origin() -> Any:
 
 
 def test_pictures_are_fetched_from_allowed_hosts_within_limits(origin: str) -> None:
-    pictures = RemotePictures(["localhost"], 1000, seconds=PATIENCE, reachable=lambda address: True)
-    assert pictures.fetch(f"{origin}/a.png?size=1", "url") == b"x" * 10
-    for url, told in (
+    images = RemoteImages(["localhost"], 1000, seconds=PATIENCE, reachable=lambda address: True)
+    assert images.fetch(f"{origin}/a.png?size=1", "url") == b"x" * 10
+    for url, note in (
         (f"{origin}/large", "more than 1000 bytes"), (f"{origin}/moved", "localhost answered 302, expected 200"),
-        ("http://other.example/a", "fetches no pictures from other.example"), ("http://user@localhost/a", "without a user name"), ("http://localhost/a b", "in ASCII"),
+        ("http://other.example/a", "fetches no images from other.example"), ("http://user@localhost/a", "without a user name"), ("http://localhost/a b", "in ASCII"),
         ("http://localhost:1/", "could not be fetched from localhost"), ("http://localhost:99999/", "is no address"), ("http://[::1/", "is no address"),
     ):  # fmt: skip
-        with pytest.raises(Refused, match=told):
-            pictures.fetch(url, "url")
-    with pytest.raises(Refused, match=r"localhost did not send the picture within 0\.3 seconds"):
-        RemotePictures(["localhost"], 1000, seconds=0.3, reachable=lambda address: True).fetch(f"{origin}/slow", "url")
-    with pytest.raises(Refused, match="this server fetches no pictures: send a data URL"):
-        RemotePictures([], 1000).fetch(f"{origin}/a.png", "url")
+        with pytest.raises(Refused, match=note):
+            images.fetch(url, "url")
+    with pytest.raises(Refused, match=r"localhost did not send the image within 0\.3 seconds"):
+        RemoteImages(["localhost"], 1000, seconds=0.3, reachable=lambda address: True).fetch(f"{origin}/slow", "url")
+    with pytest.raises(Refused, match="this server fetches no images: send a data URL"):
+        RemoteImages([], 1000).fetch(f"{origin}/a.png", "url")
 
 
 TRICKLES = {
@@ -328,23 +328,23 @@ def test_a_host_that_sends_a_byte_now_and_then_is_let_go_in_time(name: str) -> N
                     time.sleep(0.03)
 
         threading.Thread(target=trickle, daemon=True).start()
-        pictures = RemotePictures(["localhost"], 10**6, seconds=0.3, reachable=lambda address: True)
-        with pytest.raises(Refused, match=r"did not send the picture within|is no HTTP"):  # http.client allows a hundred headers
-            pictures.fetch(f"http://localhost:{listening.getsockname()[1]}/a.png", "url")
+        images = RemoteImages(["localhost"], 10**6, seconds=0.3, reachable=lambda address: True)
+        with pytest.raises(Refused, match=r"did not send the image within|is no HTTP"):  # http.client allows a hundred headers
+            images.fetch(f"http://localhost:{listening.getsockname()[1]}/a.png", "url")
 
 
 def test_a_name_that_nobody_resolves_is_let_go_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [] * answer.wait(PATIENCE))
-    with pytest.raises(Refused, match=r"did not send the picture within 0\.2 seconds"):
-        RemotePictures(["*"], 1000, seconds=0.2).fetch("http://slow.example/a.png", "url")
+    with pytest.raises(Refused, match=r"did not send the image within 0\.2 seconds"):
+        RemoteImages(["*"], 1000, seconds=0.2).fetch("http://slow.example/a.png", "url")
     answer.set()
 
 
 def test_private_addresses_are_never_connected_to(origin: str) -> None:
     for url in (origin, "http://127.0.0.1/", "http://[::ffff:127.0.0.1]/", "http://0.0.0.0/", "http://169.254.169.254/latest", "http://10.1.2.3/", "http://2130706433/"):
         with pytest.raises(Refused, match=r"is not on the public internet|could not be fetched"):
-            RemotePictures(["*"], 1000, seconds=PATIENCE).fetch(url, "url")
+            RemoteImages(["*"], 1000, seconds=PATIENCE).fetch(url, "url")
     assert [is_public(address) for address in ("8.8.8.8", "2606:4700::1111", "192.168.1.1", "::1", "::ffff:10.0.0.1", "224.0.0.1", "100.64.0.1", "2002:7f00:1::")] == [
         True, True, False, False, False, False, False, False]  # fmt: skip
 
@@ -398,7 +398,7 @@ def test_more_requests_than_the_limit_are_told_to_come_again() -> None:
 
 
 def test_more_bytes_than_the_limits_are_refused() -> None:
-    assert asyncio.run(_sent(RequestLimits(body_bytes=10), [10, 11])) == [(200, "10"), (413, "the body has more than 10 bytes, the limit: send a smaller picture")]
+    assert asyncio.run(_sent(RequestLimits(body_bytes=10), [10, 11])) == [(200, "10"), (413, "the body has more than 10 bytes, the limit: send a smaller image")]
     found = asyncio.run(_sent(RequestLimits(buffered_bytes=25), [10, 10, 10]))
     assert sorted(status for status, _ in found) == [200, 200, 429]
     assert "25 bytes of requests are held" in next(text for status, text in found if status == 429)

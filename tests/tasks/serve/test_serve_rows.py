@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from composed import FAMILIES, compose, excite
-from served import picture
+from served import photo
 from shared import PATIENCE
 
 from adalink import BASE_NAME, AdaLink, Bridge, Gated, Prompt
 from multimodal.data.images.decode import decode_image
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
-from tasks.serve.cache import KeptFeatures, KeptPrompts
+from tasks.serve.cache import FeatureLRU, PromptCache
 from tasks.serve.engine import Running, Worker
-from tasks.serve.scheduler import Answer, Ask, Job, Picture, Sampling
+from tasks.serve.scheduler import Answer, Ask, Job, Sampling, ServedImage
 from tasks.serve.settings import Batching, RequestLimits
 
 QUESTIONS = ("is it red ?", "is it a big red ball ?", "is it ?", "a cube ?")
@@ -45,15 +45,15 @@ def model_of(family: str) -> VisionLanguageModel:
 
 
 def job(model: VisionLanguageModel, name: str, index: int, n_new: int, question: int | None = None, **more: Any) -> Job:
-    image = Picture(str(index), model.tower.preprocess(decode_image(picture(index))))
+    image = ServedImage(str(index), model.tower.preprocess(decode_image(photo(index))))
     row = model.row_encoder(name).prompt(QUESTIONS[index % 4 if question is None else question])
-    ask = Ask(adapter=name, row=row, picture=image, settings=GenerationSettings(max_new_tokens=n_new), **more)
+    ask = Ask(adapter=name, row=row, photo=image, settings=GenerationSettings(max_new_tokens=n_new), **more)
     return Job(ask, streams=False, loop=Here(), events=asyncio.Queue())  # type: ignore[arg-type]
 
 
 def running_of(model: VisionLanguageModel, most: int = 0) -> Running:
     """No prompts are kept unless told."""
-    return Running(model, KeptFeatures(model, 8), KeptPrompts(most))
+    return Running(model, FeatureLRU(model, 8), PromptCache(most))
 
 
 def run_jobs(running: Running, jobs: list[Job]) -> list[Answer]:
@@ -72,7 +72,7 @@ def answers(model: VisionLanguageModel, jobs: list[Job], running: Running | None
 
 def generated(model: VisionLanguageModel, name: str, index: int, n_new: int, question: int | None = None) -> str:
     asked, settings = QUESTIONS[index % 4 if question is None else question], GenerationSettings(max_new_tokens=n_new)
-    (text,) = model.generate([decode_image(picture(index))], [asked], adapter_names=[name], settings=settings)
+    (text,) = model.generate([decode_image(photo(index))], [asked], adapter_names=[name], settings=settings)
     return text
 
 
@@ -85,7 +85,7 @@ def test_a_row_is_what_generate_gives_in_any_company(family: str) -> None:
     drawn = job(model, "one", 5, 12, sampling=Sampling(temperature=1.5, top_p=1.0, seed=3))
     running = running_of(model)
     assert answers(model, [drawn, *(job(model, *case) for case in reversed(cases))], running)[1:] == alone[::-1]
-    assert answers(model, [job(model, *case) for case in cases], running) == alone  # from kept features
+    assert answers(model, [job(model, *case) for case in cases], running) == alone  # from cached features
     assert len(set(alone)) > 3  # the control
 
 
@@ -94,7 +94,7 @@ def test_what_a_prompt_shares_with_one_before_is_not_read_again_and_changes_no_t
     model = model_of(family)
     running = running_of(model, MANY)
     first = [("one", 0, 5), ("two", 0, 5), (BASE_NAME, 1, 5), ("one", 2, 5)]
-    # Other questions about known pictures, the same ones again, and new pictures, all in one batch.
+    # Other questions about known images, the same ones again, and new images, all in one batch.
     second = [("one", 0, 6, 1), ("two", 0, 4), (BASE_NAME, 1, 6), ("one", 1, 6), ("two", 2, 5), ("one", 2, 7, 3), ("one", 2, 6)]
     for cases, n_hits in ((first, 0), (second, 5), (second, 7)):
         found = run_jobs(running, [job(model, *case) for case in cases])
@@ -289,13 +289,13 @@ def test_where_memory_ends_while_a_row_joins_the_rows_that_run_are_not_touched(p
 
 def test_features_take_no_more_memory_than_was_given_and_the_least_recently_used_go() -> None:
     model = model_of("llama")
-    pictures = [job(model, "one", index, 1).ask.picture for index in range(4)]
-    each = KeptFeatures(model, 8).of(pictures[:1])[0].nbytes
-    kept = KeptFeatures(model, 8, 2 * each)
+    images = [job(model, "one", index, 1).ask.photo for index in range(4)]
+    each = FeatureLRU(model, 8).of(images[:1])[0].nbytes
+    retained = FeatureLRU(model, 8, 2 * each)
     for index in (0, 1, 0, 2, 0, 3):
-        kept.of([pictures[index]])
-        assert kept.n_bytes <= 2 * each
-    assert [index for index in range(4) if kept.get(str(index)) is not None] == [0, 3]
-    kept = KeptFeatures(model, 8, each - 1)
-    features, image = kept.of(pictures[:2])
-    assert (len(features), image, kept.n_bytes) == (2, [0, 1], 0)
+        retained.of([images[index]])
+        assert retained.n_bytes <= 2 * each
+    assert [index for index in range(4) if retained.get(str(index)) is not None] == [0, 3]
+    retained = FeatureLRU(model, 8, each - 1)
+    features, image = retained.of(images[:2])
+    assert (len(features), image, retained.n_bytes) == (2, [0, 1], 0)

@@ -75,7 +75,7 @@ def hostile(folder: Path) -> Path:
 
 @dataclass
 class Files:
-    """Pictures in a folder, with captions in COCO's format and questions in VQAv2's: change the documents, then `save`."""
+    """Images in a folder, with captions in COCO's format and questions in VQAv2's: change the documents, then `save`."""
 
     folder: Path
     n: int = 6
@@ -88,7 +88,7 @@ class Files:
         for i in range(self.n):
             sample = Scenes(split="train", size=self.n)[i]
             assert isinstance(sample.image, bytes)
-            self.picture(i).write_bytes(sample.image)
+            self.image(i).write_bytes(sample.image)
             self.captions["images"].append({"id": i, "file_name": f"{i}.png"})
             self.captions["annotations"] += [{"id": 10 * i + j, "image_id": i, "caption": text} for j, text in enumerate(sample.captions)]
             for question in sample.questions:
@@ -98,7 +98,7 @@ class Files:
                 self.answers["annotations"].append({**ids, "answers": answers, "question_type": "", "answer_type": question.answer_type})
         self.save()
 
-    def picture(self, i: int) -> Path:
+    def image(self, i: int) -> Path:
         return self.folder / "pictures" / f"{i}.png"
 
     def save(self) -> None:

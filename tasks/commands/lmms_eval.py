@@ -30,7 +30,7 @@ __all__ = ["LmmsEvalModel", "manifest"]
 
 def manifest() -> Any:
     """What the suite's registry reads."""
-    return ModelManifest(model_id="adalink", simple_class_path="tasks.lmms_eval_model.LmmsEvalModel")
+    return ModelManifest(model_id="adalink", simple_class_path="tasks.commands.lmms_eval.LmmsEvalModel")
 
 
 class LmmsEvalModel(lmms):  # type: ignore[misc]  # the suite takes subclasses of its own class alone
@@ -67,7 +67,7 @@ class LmmsEvalModel(lmms):  # type: ignore[misc]  # the suite takes subclasses o
         self._rank, self._world_size = state.process_index, state.num_processes
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """One text for each request, in their order. Raises DataError where a request has not exactly one picture."""
+        """One text for each request, in their order. Raises DataError where a request has not exactly one image."""
         texts: dict[int, str] = {}
         by_settings: dict[GenerationSettings, list[int]] = {}
         for number, request in enumerate(requests):
@@ -75,26 +75,26 @@ class LmmsEvalModel(lmms):  # type: ignore[misc]  # the suite takes subclasses o
         for settings, numbers in by_settings.items():
             for start in range(0, len(numbers), self._batch_size):
                 part = numbers[start : start + self._batch_size]
-                pictures = [self._picture(requests[number]) for number in part]
+                images = [self._image(requests[number]) for number in part]
                 asked = [self._prompt(requests[number].args[0]) for number in part]
-                found = self._model.generate(pictures, asked, settings=settings)
+                found = self._model.generate(images, asked, settings=settings)
                 for number, text in zip(part, found, strict=True):
                     texts[number] = _until(text, requests[number].args[1])
         return [texts[number] for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered: an adapter answers one question about one picture. Raises ConfigError."""
-        raise ConfigError("adalink models answer one question about one picture: choose tasks of one round")
+        """Not offered: an adapter answers one question about one image. Raises ConfigError."""
+        raise ConfigError("adalink models answer one question about one image: choose tasks of one round")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Not offered. Raises ConfigError."""
         raise ConfigError("adalink models generate, and give no likelihoods to the suite: choose tasks whose output type is generate_until")
 
-    def _picture(self, request: Any) -> Image:
+    def _image(self, request: Any) -> Image:
         _, _, to_visual, doc_id, task, split = request.args
         visuals = [visual for visual in to_visual(self.task_dict[task][split][doc_id]) if visual is not None]
         if len(visuals) != 1 or not isinstance(visuals[0], Image):
-            raise DataError(f"document {doc_id} of {task} has {len(visuals)} visuals; expected one picture: adalink models see one at a time")
+            raise DataError(f"document {doc_id} of {task} has {len(visuals)} visuals; expected one image: adalink models see one at a time")
         return visuals[0].convert("RGB")
 
     def _prompt(self, context: str) -> str:
