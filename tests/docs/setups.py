@@ -41,11 +41,16 @@ def photos() -> None:
 
 def tutorial() -> None:
     """What the captioning tutorial makes: photos, their shards, and photos.yaml."""
-    photos()
+    config()
     for split in ("train", "val"):
         assert main(["shards", "folder", "--images", f"photos/{split}", "--out", f"shards/{split}"]) == 0
-    (config,) = (block.text for block in blocks(ROOT / "examples/docs/tutorials/captions.md") if block.comments.get("file") == "photos.yaml")
-    Path("photos.yaml").write_text(replaced(config, PARTS))
+
+
+def config() -> None:
+    """photos, and photos.yaml as the captioning tutorial has it."""
+    photos()
+    (text,) = (block.text for block in blocks(ROOT / "examples/docs/tutorials/captions.md") if block.comments.get("file") == "photos.yaml")
+    Path("photos.yaml").write_text(replaced(text, PARTS))
 
 
 def coco() -> None:
@@ -74,7 +79,7 @@ def coco() -> None:
 
 
 def trained() -> None:
-    """runs/caption and runs/vqa, trained for a step, and images to ask about."""
+    """runs/first and runs/vqa, trained for a step, and images to ask about."""
     shutil.copytree(_runs(), "runs")
     if not Path("photos").exists():
         photos()
@@ -103,7 +108,7 @@ def llava() -> None:
     ).save_pretrained("llava")  # fmt: skip
 
 
-SETUPS: dict[str, Callable[[], None]] = {made.__name__: made for made in (photos, tutorial, coco, trained, llava)}
+SETUPS: dict[str, Callable[[], None]] = {made.__name__: made for made in (photos, config, tutorial, coco, trained, llava)}
 
 
 def replaced(text: str, names: Mapping[str, str]) -> str:
@@ -117,7 +122,7 @@ def replaced(text: str, names: Mapping[str, str]) -> str:
 def _runs() -> Path:
     """Trained once for all pages."""
     runs = Path(mkdtemp())
-    for task, name in (("captioning", "caption"), ("vqa", "vqa")):
+    for task, name in (("captioning", "first"), ("vqa", "vqa")):
         arguments = ["train", "--config", str(ROOT / "tasks" / "scenes" / f"{task}.yaml"), "--out", str(runs / name), *QUICK["train"]]
         arguments += ["--encoder", str(encoder_folder()), "--language_model", str(language_folder())]
         assert main([*arguments, "--data.train", "{scenes: train/6}", "--data.val.scenes", "val/3"]) == 0

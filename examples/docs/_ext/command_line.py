@@ -45,11 +45,11 @@ class CommandHelp(SphinxDirective):
 
 
 class EveryCommand(SphinxDirective):
-    """A section for each command there is, with its help; where a command has short and long help, the long one."""
+    """A section for each command there is, with its help."""
 
     def run(self) -> list[nodes.Node]:
         """The sections, from Markdown."""
-        text = "\n\n".join(f"## adalink {words}\n\n```{{command-help}} {words}\n:options: {_longest_help(words)}\n```" for words in _commands(COMMANDS))
+        text = "\n\n".join(f"## adalink {words}\n\n```{{command-help}} {words}\n```" for words in _commands(COMMANDS))
         return self.parse_text_to_nodes(text, allow_section_headings=True)
 
 
@@ -71,10 +71,6 @@ def _commands(group: Mapping[str, Any]) -> Iterator[str]:
     """`train`, `shards folder`: all but `launch`, whose options are another program's."""
     for name, found in group.items():
         yield from (f"{name} {inner}" for inner in _commands(found)) if isinstance(found, Mapping) else [name] if name != "launch" else []
-
-
-def _longest_help(words: str) -> str:
-    return "--help.all" if "--help.all" in _printed([*words.split(), "--help"]) else "--help"
 
 
 def _printed(words: list[str]) -> str:
