@@ -1,3 +1,3 @@
 """Captioning and visual question answering: data, metrics, runs, commands and a server."""
 
-import adalink  # noqa: F401  (from here on, modules are found at their old paths too)
+import multimodal  # noqa: F401  (first: from here on torchvision can be imported, and modules are found at their old paths)

@@ -24,7 +24,7 @@ from tasks.metrics import vqa as vqa_words
 from tasks.metrics.captions import score_captions, tokenized
 from tasks.metrics.cider import cider
 from tasks.metrics.ngrams import count_ngrams, cut_at_spaces
-from tasks.metrics.ptb.tokenizer import tokenizer as ptb
+from tasks.metrics.ptb import tokenizer as ptb
 from tasks.metrics.vqa import GradedQuestion, score_answers
 
 N_CAPTIONS, N_REFERENCES, N_QUESTIONS, N_PEOPLE = 5_000, 5, 200_000, 10
