@@ -254,10 +254,17 @@ def _row(name: str, text: str, width: int, *, is_whole: bool) -> Iterator[str]:
         yield f"  {'':<{width}}  {line}"
 
 
+# Settings of version 0.1 that have another name now.
+RENAMED = {"--limits.cached_pictures": "--limits.cached_images"}
+
+
 def _underscored(argument: str) -> str:
-    """--image-name=x_{a-b} -> --image_name=x_{a-b}: either spelling of a setting is understood."""
+    """--image-name=x_{a-b} -> --image_name=x_{a-b}: either spelling of a setting is understood, and for one version more its old name."""
     name, separator, value = argument.partition("=")
-    return (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + separator + value
+    name = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
+    if name in RENAMED:
+        print(f"adalink: {name} is now {RENAMED[name]}; the old name goes with the next version", file=sys.stderr)
+    return RENAMED.get(name, name) + separator + value
 
 
 class ConfigFile(ActionConfigFile):  # type: ignore[misc]  # untyped here

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from cli_run import RECIPES, SMALL, adalink, refused, train
 
-from tasks.commands.parser import one_sentence, worker_sentence
+from tasks.commands.parser import one_sentence, parsed, worker_sentence
 from tasks.runs.config import setting_names
 
 RECIPE = yaml.safe_load(RECIPES["captioning"].read_text())
@@ -263,3 +263,9 @@ def test_refusals_of_these_tests_can_be_told_from_success(tmp_path: Path) -> Non
     with pytest.raises(AssertionError):
         refused(done)
     assert SMALL
+
+
+def test_a_setting_of_before_has_its_old_name_for_one_version(capsys: pytest.CaptureFixture[str]) -> None:
+    _, values, _ = parsed(["serve", "--adapter", "one=runs/adapter", "--limits.cached-pictures=7"])
+    assert values.limits.cached_images == 7
+    assert capsys.readouterr().err == "adalink: --limits.cached_pictures is now --limits.cached_images; the old name goes with the next version\n"
