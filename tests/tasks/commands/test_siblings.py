@@ -55,6 +55,6 @@ def test_the_command_line_does_not_mind_the_working_folder(paths: str, tmp_path:
 
 
 def test_the_console_script_does_not_mind_the_working_folder_on_the_search_path(tmp_path: Path) -> None:
-    script = "import sys; sys.argv[1:] = ['methods']; from adalink.__main__ import entry; entry()"
+    script = "import sys; sys.argv[1:] = ['--help']; from adalink.__main__ import entry; entry()"
     done = run(tmp_path, "-c", script, paths=(hostile(tmp_path), ROOT))
     assert done.returncode == 0, done.stderr
