@@ -24,7 +24,7 @@ class Submission:
 
     algorithm: str = "adalink"  # the part of the file's name that stands for the method
     split: str | None = None  # the part that stands for the split, such as val2014; by default what the data's files are called
-    incomplete: Literal["refuse", "allow"] = "refuse"  # a file without every picture or question of the split; servers take none such
+    incomplete: Literal["refuse", "allow"] = "refuse"  # a file without every image or question of the split; servers take none such
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A task's figures on a whole data set.
+    """A task's metrics on a whole data set.
 
-    figures   name -> figure, in the unit that papers print (CIDEr 25.5, accuracy 40.1)
-    headline  the figure that the run is judged by: the task's, or the one that these data allow
-    items     item -> the headline figure of one item
+    metrics   name -> metric, in the unit that papers print (CIDEr 25.5, accuracy 40.1)
+    headline  the metric that the run is judged by: the task's, or the one that these data allow
+    items     item -> the headline metric of one item
     scorer    what computed them, with its version
-    other_scorers   by figure, what computed it, where that is another one
-    resampled the same figures of resampled items, for intervals; None where they cannot be resampled
+    other_scorers   by metric, what computed it, where that is another one
+    resampled the same metrics of resampled items, for intervals; None where they cannot be resampled
     note      a sentence about what was scored, or empty
     """
 
@@ -57,7 +57,7 @@ class Score:
     note: str = ""
 
     def intervals(self, resampling: Resampling) -> dict[str, Interval]:
-        """The bootstrap interval of every figure that has one."""
+        """The bootstrap interval of every metric that has one."""
         return {} if self.resampled is None else intervals(self.resampled, resampling)
 
 
@@ -70,7 +70,7 @@ class Task(Protocol):
 
     @property
     def headline(self) -> str:
-        """The figure that a run is judged by, where the data allow it (`Score.headline`)."""
+        """The metric that a run is judged by, where the data allow it (`Score.headline`)."""
 
     @property
     def template(self) -> Template:
@@ -90,7 +90,7 @@ class Task(Protocol):
         """Whether people said what a prediction for this sample is scored against; in a test split nobody did."""
 
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
-        """The figures of predictions for every item of a source."""
+        """The metrics of predictions for every item of a source."""
 
     def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
         """The official result file."""

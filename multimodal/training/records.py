@@ -83,7 +83,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 # ----------------------------------------
-# What TensorBoard or Weights & Biases are told at a measurement: figures, and images with what was said about them.
+# What TensorBoard or Weights & Biases are told at a measurement: metrics, and images with what was said about them.
 
 
 @dataclass(frozen=True, kw_only=True)

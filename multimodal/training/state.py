@@ -161,11 +161,11 @@ def _read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class Best:
-    """Judges each measurement by one figure, of which more is better.
+    """Judges each measurement by one metric, of which more is better.
 
-    figure  its name; None: the first that is measured
+    metric  its name; None: the first that is measured
     step    after which the best was measured, 0 before the first
-    value   of the figure then
+    value   of the metric then
     waited  measurements since then
     """
 
@@ -175,10 +175,10 @@ class Best:
         self._weights: dict[str, Tensor] = {}
 
     def judge(self, step: int, metrics: Mapping[str, float], parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Whether this measurement is the best so far; its weights are then kept. Raises ConfigError where the figure was not measured."""
+        """Whether this measurement is the best so far; its weights are then kept. Raises ConfigError where the metric was not measured."""
         self.metric = self.metric or next(iter(metrics), None)
         if self.metric is None or self.metric not in metrics:
-            what = self.metric or "a figure to judge by"
+            what = self.metric or "a metric to judge by"
             raise ConfigError(f"train.keep_best and train.patience need {what}, and the measurement gave {', '.join(metrics) or 'nothing'}")
         self.waited += 1
         if not metrics[self.metric] > self.value:
@@ -194,7 +194,7 @@ class Best:
         return 0 < self._settings.patience <= self.waited
 
     def put_back(self, parameters: Mapping[str, nn.Parameter]) -> tuple[int, str, float] | None:
-        """Give the parameters the best weights; their step, figure and value come back, None where none were kept."""
+        """Give the parameters the best weights; their step, metric and value come back, None where none were kept."""
         with torch.no_grad():
             for name, weight in self._weights.items():
                 put_whole(parameters[name], weight)
@@ -209,7 +209,7 @@ class Best:
         return dict(self._weights)
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-        """Go on judging where a run was. One that is judged by another figure than before, or kept no weights, begins anew."""
+        """Go on judging where a run was. One that is judged by another metric than before, or kept no weights, begins anew."""
         if state.get("step") and self.metric in (None, state["figure"]) and (weights or not self._settings.keep_best):
             self.metric, self.step, self.value, self.waited = state["figure"], state["step"], state["value"], state["waited"]
             self._weights = dict(weights) if self._settings.keep_best else {}

@@ -52,7 +52,7 @@ class Trained:
     """What a run did: its steps, the seconds that they took (loading and encoding apart), and what it skipped.
 
     skipped   steps without anything to learn, which every sample of was bad: no optimizer step was taken
-    best      with train.keep_best, the step that the weights are of, and the figure that was best there; None: the weights are the last
+    best      with train.keep_best, the step that the weights are of, and the metric that was best there; None: the weights are the last
     """
 
     steps: int
@@ -84,7 +84,7 @@ def train(
     patches        features that are kept already, or the folder that the first epoch fills with them; encoded here where settings.features is
                    `memory` and none are given
     known_bad      samples that the source left out already; they count towards the budget
-    measure        figures for the screen and metrics.jsonl, asked for every `settings.measure_every` steps
+    measure        metrics for the screen and metrics.jsonl, asked for every `settings.measure_every` steps
     judged_by      the one of them, of which more is better, that settings.keep_best and settings.patience go by; the first where none is named
     samples        images with what was said about them, for the trackers; asked for after each measurement, where there are trackers
     also_trained   further parameters by name, for baselines that fine-tune a frozen part
@@ -286,7 +286,7 @@ class _Run:
         return self.settings.rate(done, done + n_steps - step)
 
     def measured(self, step: int, metrics: Mapping[str, float], samples: Callable[[], Sequence[LoggedSamples]] | None, displayed: StepProgress) -> None:
-        """Log figures of the validation images, judge them, and show some images to the trackers."""
+        """Log metrics of the validation images, judge them, and show some images to the trackers."""
         if self.accelerator.num_processes > 1:
             metrics, *_ = broadcast_object_list([dict(metrics)])  # all decide by the same numbers
         judges = self.settings.keep_best or self.settings.patience > 0

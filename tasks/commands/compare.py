@@ -54,15 +54,15 @@ def compare_runs(
     items: Path | None = None,
     report: Path | None = None,
 ) -> Comparison:
-    """Compare two run folders of `adalink train` or `adalink evaluate`: figures with paired intervals, flips, and a page with images.
+    """Compare two run folders of `adalink train` or `adalink evaluate`: metrics with paired intervals, flips, and a page with images.
 
     Args:
         before: The run folder of the first run.
         after: The run folder of the second run, on the same data.
         scorer: The VQA accuracy of both; by default the one that both runs chose.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
-        right_from: The figure from which on an item counts as right; in percent; by default a CIDEr of 100, an accuracy of 50.
-        items: A file to write both figures of each item to, as JSON.
+        right_from: The metric from which on an item counts as right; in percent; by default a CIDEr of 100, an accuracy of 50.
+        items: A file to write both metrics of each item to, as JSON.
         report: The page; by default comparison.html in the second folder.
     """
     from tasks.evaluation.compare import read_run
@@ -97,7 +97,7 @@ def compare_coco(
     right_from: float = CAPTION_IS_RIGHT,
     items: Path | None = None,
 ) -> Comparison:
-    """Compare the captions of two runs: every figure with a paired interval of its difference, and the images that changed sides.
+    """Compare the captions of two runs: every metric with a paired interval of its difference, and the images that changed sides.
 
     Args:
         before: Captions of the first run, in the official result format.
@@ -106,7 +106,7 @@ def compare_coco(
         split: The part of Karpathy's file that was captioned, such as test.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         right_from: The CIDEr in percent from which on an image counts as right.
-        items: A file to write both figures of each image to, as JSON.
+        items: A file to write both metrics of each image to, as JSON.
     """
     expected = read_references(references, split)
     runs = {path: read_caption_results(path) for path in (before, after)}
@@ -140,7 +140,7 @@ def compare_vqa(
         scorer: official normalises answers only where people disagree, as the official script does; normalized does so always.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         right_from: The accuracy in percent from which on a question counts as right.
-        items: A file to write both figures of each question to, as JSON.
+        items: A file to write both metrics of each question to, as JSON.
     """
     graded = read_graded_questions(annotations)
     runs = {path: read_answer_results(path) for path in (before, after)}

@@ -27,7 +27,7 @@ __all__ = ["JSON_HELP", "SCORE_COCO", "SCORE_VQA", "given_arguments", "score_coc
 
 JSON_HELP = "print JSON in place of the table"
 
-_FRACTION = 100.0  # the official caption figures are fractions
+_FRACTION = 100.0  # the official caption metrics are fractions
 _JAVA = {"METEOR": meteor, "SPICE": spice}
 
 
@@ -48,7 +48,7 @@ def score_coco(
         split: The part of Karpathy's file that was captioned, such as test or train+restval.
         java: Also METEOR and SPICE, through pycocoevalcap and Java, such as '[METEOR]'.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
-        items: A file to write each image's figures to, as JSON.
+        items: A file to write each image's metrics to, as JSON.
     """
     expected = read_references(references, split)
     given = read_caption_results(results)

@@ -127,7 +127,7 @@ def _plain(value: Any, name: str = "") -> Any:
 
 
 def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """One line for each row, one column for each figure, two decimals."""
+    """One line for each row, one column for each metric, two decimals."""
     columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     cells = [["", *columns], *([name, *(f"{metrics[c]:.2f}" if c in metrics else "" for c in columns)] for name, metrics in rows.items())]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns) + 1)]

@@ -27,7 +27,7 @@ def read_caption_folder(*, images: Path) -> FileSource:
     samples: list[Sample] = []
     problems: list[BadSample] = []
     names = {path.relative_to(images).as_posix(): path for path in _files(images)}
-    image_files, texts = _by_key(names, _IMAGES, "pictures", images), _by_key(names, _TEXTS, "texts", images)
+    image_files, texts = _by_key(names, _IMAGES, "images", images), _by_key(names, _TEXTS, "texts", images)
     for number, (key, path) in enumerate(image_files.items()):
         text = texts.get(key)
         try:

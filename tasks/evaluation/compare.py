@@ -35,7 +35,7 @@ __all__ = [
 
 Item = TypeVar("Item", bound=QuestionId)
 
-# From which figure on an item counts as right. An answer: at least two of ten people gave it. A caption: a CIDEr of 100 percent, about what one
+# From which metric on an item counts as right. An answer: at least two of ten people gave it. A caption: a CIDEr of 100 percent, about what one
 # person's caption reaches against those of others (corpus CIDEr of human captions is near 90 percent).
 ANSWER_IS_RIGHT = 50.0
 CAPTION_IS_RIGHT = 100.0
@@ -44,7 +44,7 @@ _NOTHING = 1e-9  # percent; BLEU of no word in common is a little above 0
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A corpus figure of both runs in percent, of n items; interval is that of after - before, paired, None without resamples or for one item."""
+    """A corpus metric of both runs in percent, of n items; interval is that of after - before, paired, None without resamples or for one item."""
 
     name: str
     n: int
@@ -60,7 +60,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One item in both runs: what each said, and its figure (CIDEr or accuracy, in percent)."""
+    """One item in both runs: what each said, and its metric (CIDEr or accuracy, in percent)."""
 
     item: QuestionId
     said_before: str
@@ -75,9 +75,9 @@ class Comparison:
 
     unit         what an item is: "images" or "questions"
     pairs        every item, in the order of the data set
-    differences  every corpus figure, those of types included
-    right_from   the figure from which on an item counts as right
-    scorer       what computed the figures, with its version
+    differences  every corpus metric, those of types included
+    right_from   the metric from which on an item counts as right
+    scorer       what computed the metrics, with its version
     notes        sentences about what was scored
     """
 
@@ -192,7 +192,7 @@ _MOST_CHANGED = 5  # of each direction on the screen; the report shows more, wit
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """Lines for the screen: every figure with its difference and paired interval, then the flips."""
+    """Lines for the screen: every metric with its difference and paired interval, then the flips."""
     rows = [("metric, in percent", "n", "before", "after", "difference", "95 % paired interval", "")]
     displayed, hidden = difference_lines(comparison)
     for row in displayed:
@@ -221,7 +221,7 @@ def difference_lines(comparison: Comparison) -> tuple[list[Difference], int]:
 
 
 def comparison_json(comparison: Comparison) -> str:
-    """One object: software, scorer, n_items, figures by name (before, after, difference, interval), and the flips with their rates."""
+    """One object: software, scorer, n_items, metrics by name (before, after, difference, interval), and the flips with their rates."""
     metrics = {
         row.name: {
             "n": row.n,
@@ -249,7 +249,7 @@ def comparison_json(comparison: Comparison) -> str:
 
 
 def write_pairs(path: Path, comparison: Comparison) -> None:
-    """Every item with what both runs said and its two figures, as JSON."""
+    """Every item with what both runs said and its two metrics, as JSON."""
     write_whole(path, (json.dumps([vars(pair) for pair in comparison.pairs], indent=1) + "\n").encode("ascii"))
 
 

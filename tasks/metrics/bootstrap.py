@@ -1,4 +1,4 @@
-"""Bootstrap intervals of corpus figures: how far a figure would move with another draw of items from the same source."""
+"""Bootstrap intervals of corpus metrics: how far a metric would move with another draw of items from the same source."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Resampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """The percentile interval of a figure, in the figure's unit."""
+    """The percentile interval of a metric, in the metric's unit."""
 
     low: float
     high: float
@@ -50,12 +50,12 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Figures of a corpus as a function of how often each item counts.
+    """Metrics of a corpus as a function of how often each item counts.
 
-    names    of the figures
+    names    of the metrics
     items    how many items the corpus has
-    counts   how many items a figure is of, by name, where not all of them
-    of       float64[draws, items] -> float64[draws, names]: with all ones, the corpus figures; NaN where nothing of a kind is drawn
+    counts   how many items a metric is of, by name, where not all of them
+    of       float64[draws, items] -> float64[draws, names]: with all ones, the corpus metrics; NaN where nothing of a kind is drawn
     """
 
     names: tuple[str, ...]
@@ -64,11 +64,11 @@ class Metrics:
     counts: Mapping[str, int] = field(default_factory=dict)
 
     def n_of(self, name: str) -> int:
-        """How many items a figure is of."""
+        """How many items a metric is of."""
         return self.counts.get(name, self.items)
 
     def chosen(self, names: Iterable[str] | Mapping[str, str], scale: float = 1.0) -> Metrics:
-        """Some of the figures in another order and unit; a mapping gives each a new name: {"accuracy": "overall"}.
+        """Some of the metrics in another order and unit; a mapping gives each a new name: {"accuracy": "overall"}.
 
         Names that there are not are left out.
         """
@@ -119,7 +119,7 @@ def answer_metrics(scores: AnswerScores, questions: Sequence[GradedQuestion]) ->
 
 
 def intervals(metrics: Metrics, settings: Resampling) -> dict[str, Interval]:
-    """The interval of each figure; none with no resamples."""
+    """The interval of each metric; none with no resamples."""
     return _percentiles(metrics, [metrics.of], settings)
 
 
@@ -128,11 +128,11 @@ def paired_intervals(before: Metrics, after: Metrics, settings: Resampling) -> d
 
     Pairing takes out what makes items easy or hard for both, so it finds differences that two separate intervals would hide. A metric of
     one item has none: every draw repeats that item, and its difference would seem sure.
-    Raises DataError where the two are not of the same figures and items.
+    Raises DataError where the two are not of the same metrics and items.
     """
     if (before.names, before.items) != (after.names, after.items):
         raise DataError(
-            f"the two runs cannot be paired: {len(before.names)} figures of {before.items} items, and {len(after.names)} of {after.items}; "
+            f"the two runs cannot be paired: {len(before.names)} metrics of {before.items} items, and {len(after.names)} of {after.items}; "
             "expected the same of both"
         )
     found = _percentiles(before, [before.of, after.of], settings)
@@ -140,7 +140,7 @@ def paired_intervals(before: Metrics, after: Metrics, settings: Resampling) -> d
 
 
 def _percentiles(metrics: Metrics, of: Sequence[Callable[[Floats], Floats]], settings: Resampling) -> dict[str, Interval]:
-    """Of the last function's figures, less the first's where there are two."""
+    """Of the last function's metrics, less the first's where there are two."""
     n_items = metrics.items
     if settings.n_resamples == 0:
         return {}
@@ -157,7 +157,7 @@ def _percentiles(metrics: Metrics, of: Sequence[Callable[[Floats], Floats]], set
 
 
 # ----------------------------------------
-# Figures with their intervals and scorers, as a table for people and as JSON for machines.
+# Metrics with their intervals and scorers, as a table for people and as JSON for machines.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ class Listing:
 
 
 def software() -> str:
-    """This package with its version, which stands beside every figure."""
+    """This package with its version, which stands beside every metric."""
     try:
         return f"adalink {version('adalink')}"
     except PackageNotFoundError:  # run from a folder that was never installed
@@ -208,14 +208,14 @@ def software() -> str:
 
 
 def as_table(listing: Listing) -> str:
-    """Lines for the screen; the scorers stand above the figures that they made."""
+    """Lines for the screen; the scorers stand above the metrics that they made."""
     lines = [f"{name}: {value}" for name, value in listing.source.items()]
     lines.append(f"{listing.n_items} {listing.unit}; computed by {software()}")
     lines += listing.notes
     level = f"{100 * listing.resampling.level:g} % interval"
     for scorer in dict.fromkeys(metric.scorer for metric in listing.metrics):
         metrics = [metric for metric in listing.metrics if metric.scorer == scorer]
-        rows: list[tuple[str, ...]] = [("figure", "value", level, "in percent")]
+        rows: list[tuple[str, ...]] = [("metric", "value", level, "in percent")]
         for metric in metrics:
             between = f"{metric.interval.low:.4f} .. {metric.interval.high:.4f}" if metric.interval else ""
             rows.append((metric.name, f"{metric.value:.4f}", between, f"{metric.percent:.2f}"))
@@ -226,7 +226,7 @@ def as_table(listing: Listing) -> str:
 
 
 def as_json(listing: Listing) -> str:
-    """One object: software, source, n_items, resampling, notes, and figures by name.
+    """One object: software, source, n_items, resampling, notes, and metrics by name.
 
     Each has its value and interval (low, high, or null) in the unit of the official code, the value in percent, and the scorer.
     """

@@ -26,16 +26,16 @@ from tasks.metrics.vqa import refuse
 __all__ = ["CAPTION_SCORER", "CaptionScores", "JavaScores", "meteor", "same_images", "score_captions", "spice", "tokenized"]
 
 
-# Named beside every figure: what it equals, and the version it was checked against.
+# Named beside every metric: what it equals, and the version it was checked against.
 CAPTION_SCORER = "COCO caption evaluation (equal to pycocoevalcap 1.2)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionScores:
-    """The figures of a corpus and of each image; CIDEr is CIDEr-D, all are fractions of 1 (CIDEr of 10) as the official code gives them.
+    """The metrics of a corpus and of each image; CIDEr is CIDEr-D, all are fractions of 1 (CIDEr of 10) as the official code gives them.
 
     corpus     {"Bleu_1", .. "Bleu_4", "ROUGE_L", "CIDEr"}
-    per_image  {image id: the same six}; Bleu_n of an image is that of a corpus of one, so their mean is not the corpus figure
+    per_image  {image id: the same six}; Bleu_n of an image is that of a corpus of one, so their mean is not the corpus metric
     bleu       what corpus BLEU is made of, one row per image in the order of per_image
     """
 
@@ -49,7 +49,7 @@ def score_captions(hypotheses: Mapping[int, str], references: Mapping[int, Seque
     """Scores of one generated caption per image against the references of the same images.
 
     The references' order of images is that of the annotation file, as the official evaluation has it: its tokenizer reads all captions as
-    one text, so a few figures depend on it.
+    one text, so a few metrics depend on it.
 
     Raises DataError where the two do not hold the same images, or an image has no reference.
     """
@@ -106,7 +106,7 @@ def same_images(hypotheses: Mapping[int, str], references: Mapping[int, Sequence
 
 @dataclass(frozen=True, kw_only=True)
 class JavaScores:
-    """One metric's figure of the corpus and of each image, as fractions of 1."""
+    """One metric's metric of the corpus and of each image, as fractions of 1."""
 
     corpus: float
     per_image: dict[int, float]
@@ -135,7 +135,7 @@ def spice(hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]]
     images = sorted(same_images(hypotheses, references))
     module = _official("spice.spice", "SPICE")
     try:
-        with redirect_stdout(sys.stderr):  # it prints its progress, which must not stand among figures
+        with redirect_stdout(sys.stderr):  # it prints its progress, which must not stand among metrics
             corpus, each = module.Spice().compute_score(*_tokenized(images, hypotheses, references))
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(

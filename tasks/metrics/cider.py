@@ -15,7 +15,7 @@ _SIGMA = 6.0  # width of the penalty on different lengths; pycocoevalcap 1.2, ci
 
 
 def cider(corpus: Corpus, counts: Sequence[NgramCounts]) -> Floats:
-    """float64[images]; the corpus figure is their mean. Document frequencies come from the references of this corpus.
+    """float64[images]; the corpus metric is their mean. Document frequencies come from the references of this corpus.
 
     counts  as `count_ngrams` gives them
 

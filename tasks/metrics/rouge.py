@@ -14,7 +14,7 @@ _BETA = 1.2  # pycocoevalcap 1.2, rouge.py
 
 
 def rouge_l(corpus: Corpus) -> Floats:
-    """float64[images]; the corpus figure is their mean.
+    """float64[images]; the corpus metric is their mean.
 
     The best precision and the best recall may come from two different references: that is the official way.
     """

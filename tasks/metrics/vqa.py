@@ -105,7 +105,7 @@ VqaScorer: TypeAlias = Literal["official", "normalized", "exact"]
 QuestionId: TypeAlias = int | str  # numbers everywhere but in A-OKVQA (strings) and VizWiz (file names)
 Predictions: TypeAlias = Mapping[int, str] | Mapping[str, str] | Mapping[QuestionId, str]
 
-# Named beside every figure: what it equals, and the version it was checked against.
+# Named beside every metric: what it equals, and the version it was checked against.
 VQA_SCORERS: dict[VqaScorer, str] = {
     "official": "VQA accuracy, official (equal to GT-Vision-Lab/VQA a013f004)",
     "normalized": "VQA accuracy, normalized (GT-Vision-Lab/VQA a013f004, but every answer is normalised)",
@@ -139,7 +139,7 @@ class GradedQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerScores:
-    """Accuracies in percent, unrounded: the official script prints them with round(figure, 2)."""
+    """Accuracies in percent, unrounded: the official script prints them with round(metric, 2)."""
 
     overall: float
     per_question_type: dict[str, float]
@@ -149,9 +149,9 @@ class AnswerScores:
 
 
 def named_accuracies(scores: AnswerScores) -> dict[str, float]:
-    """Every corpus figure by a name that says what it is of: "overall", "answer type: number", "question type: what is the".
+    """Every corpus metric by a name that says what it is of: "overall", "answer type: number", "question type: what is the".
 
-    A data set whose questions have no types has the overall figure alone.
+    A data set whose questions have no types has the overall metric alone.
     """
     metrics = {"overall": scores.overall}
     for kind, by_type in (("answer type", scores.per_answer_type), ("question type", scores.per_question_type)):

@@ -71,7 +71,7 @@ class FlipPage:
 
     title: str
     summary: str  # one line
-    scorer: str  # name and version of what computed the figures
+    scorer: str  # name and version of what computed the metrics
     rows: Sequence[DifferenceRow]
     n_hidden_rows: int  # question types left out of the table
     sections: Sequence[FlipSection]

@@ -105,7 +105,7 @@ _NOTHING = 1e-6  # BLEU of no word in common is a little above 0, by the constan
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """The figure as written, and the length of its bar: its share of the largest of its column, 0..100, or None where no bar fits."""
+    """The metric as written, and the length of its bar: its share of the largest of its column, 0..100, or None where no bar fits."""
 
     text: str
     bar: float | None = None

@@ -1,4 +1,4 @@
-"""metrics.json and the figures in the model card: every figure with its interval and with what computed it."""
+"""metrics.json and the metrics in the model card: every metric with its interval and with what computed it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["UNSCORED", "add_metrics", "write_card_metrics", "write_metrics", "wr
 
 
 # ----------------------------------------
-# The figures of an evaluation in an adapter's model card, each with its scorer.
+# The metrics of an evaluation in an adapter's model card, each with its scorer.
 
 
 _HEADING = "## Evaluation"
@@ -31,9 +31,9 @@ _HEADING = "## Evaluation"
 def add_metrics(
     folder: Path, metrics: Mapping[str, float], intervals: Mapping[str, Interval], *, scorer: str, software: str, data: str
 ) -> None:
-    """Put a table of figures at the end of an adapter folder's README.md, in place of one that is there from before.
+    """Put a table of metrics at the end of an adapter folder's README.md, in place of one that is there from before.
 
-    scorer, software   what computed the figures, each with its version
+    scorer, software   what computed the metrics, each with its version
     data               one line that says what was evaluated on, and on how many items
     """
     card = folder / "README.md"
@@ -42,7 +42,7 @@ def add_metrics(
     for name, value in metrics.items():
         between = f"{intervals[name].low:.2f} .. {intervals[name].high:.2f}" if name in intervals else ""
         rows.append(f"| {name} | {value:.2f} | {between} | {scorer} |")
-    table = "\n".join(["| figure | value | 95 % interval | scorer |", "|---|---|---|---|", *rows])
+    table = "\n".join(["| metric | value | 95 % interval | scorer |", "|---|---|---|---|", *rows])
     write_whole(card, f"{text}\n\n{_HEADING}\n\nOn {data}; computed by {software}.\n\n{table}\n".encode())
 
 
@@ -61,10 +61,10 @@ def write_metrics(
 ) -> None:
     """Write metrics.json.
 
-    rows        by what was done to the model, the figures by name
-    intervals   the same, each figure's bootstrap interval (low, high)
-    scorers     by figure, what it equals, with the version; `software` computed it
-    note        about what was scored; in place of figures, where there is nothing to score against
+    rows        by what was done to the model, the metrics by name
+    intervals   the same, each metric's bootstrap interval (low, high)
+    scorers     by metric, what it equals, with the version; `software` computed it
+    note        about what was scored; in place of metrics, where there is nothing to score against
     """
     resampling = Resampling()
     intervals = {row: score.intervals(resampling) for row, score in scores.items()}
@@ -88,7 +88,7 @@ def write_metrics(
 
 
 def write_card_metrics(folder: Path, score: Score, *, split: str, items: int, best: str = "") -> None:
-    """Put the trained adapter's figures into its model card. best: which step its weights are of, where that is not the last one."""
+    """Put the trained adapter's metrics into its model card. best: which step its weights are of, where that is not the last one."""
     data = f"the validation data of the run ({split}, {counted(items, 'item')}{best and ', '}{best})"
     metrics = {name: value for name, value in score.metrics.items() if name not in score.other_scorers}
     add_metrics(folder, metrics, score.intervals(Resampling()), scorer=score.scorer, software=software(), data=data)
@@ -140,7 +140,7 @@ def _curves(file: Path, unit: str) -> list[Curve]:
     if not file.exists():
         return []
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    names = {"loss": "loss", "rate": "learning rate", VAL_LOSS: "validation loss"}  # and the task's headline figure, where it was measured
+    names = {"loss": "loss", "rate": "learning rate", VAL_LOSS: "validation loss"}  # and the task's headline metric, where it was measured
     keys = dict.fromkeys(key for line in lines for key in line if key != "step")
     points = {key: [(line["step"], line[key]) for line in lines if key in line] for key in keys}
     return [Curve(name=names.get(key, key), points=points[key], unit=unit if key in ("loss", VAL_LOSS) else "") for key in keys]

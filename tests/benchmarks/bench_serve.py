@@ -29,7 +29,7 @@ from pathlib import Path
 
 import httpx
 import torch
-from served import Server, data_url, image, messages, serving
+from served import Server, data_url, messages, photo, serving
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalink import AdaLink, Bridge
@@ -113,7 +113,7 @@ def save(folder: Path, language: str = "scenes:language") -> None:
 def uploaded(server: Server, lengths: Sequence[int] = EVEN) -> list[bytes]:
     """A request for each adapter, image and length. Each adapter was asked about each image once: what a server keeps of them is kept."""
     with httpx.Client(base_url=server.url, timeout=60) as client:
-        ids = [client.post("/v1/files", files={"file": ("p.png", image(i))}).json()["id"] for i in range(N_PICTURES)]
+        ids = [client.post("/v1/files", files={"file": ("p.png", photo(i))}).json()["id"] for i in range(N_PICTURES)]
         contents = [[{"role": "user", "content": [{"type": "file", "file": {"file_id": file_id}}]}] for file_id in ids]
         for name, content in itertools.product(NAMES, contents):
             status = client.post("/v1/chat/completions", json={"model": name, "messages": content, "max_tokens": 1}).status_code
@@ -176,7 +176,7 @@ def reload(folder: Path, *options: str) -> None:
     """An adapter is loaded, asked and unloaded over and over, while others are asked."""
     with serving(folder, *options, "--access.adapters_folder", folder, names=NAMES[:3]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         load = Load(server, [body for body in uploaded(server) if NAMES[3].encode() not in body])
-        one = {"model": "guest", "messages": messages("", image(0))}
+        one = {"model": "guest", "messages": messages("", photo(0))}
         load.start()
         give_up, n_times, texts = time.monotonic() + SECONDS, 0, set()
         while time.monotonic() < give_up:
@@ -206,7 +206,7 @@ def bad(folder: Path, *options: str) -> None:
     from test_serve_bad_requests import BAD
 
     with serving(folder, *options, "--limits.pixels", "4000000", names=NAMES) as server, httpx.Client(base_url=server.url, timeout=60) as client:
-        good = {"model": NAMES[0], "messages": messages("", image(0))}
+        good = {"model": NAMES[0], "messages": messages("", photo(0))}
         statuses: Counter[int] = Counter()
         for n in range(10_000):
             case = BAD[n % len(BAD)]

@@ -255,7 +255,7 @@ def test_worker_processes_read_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "stated"),
     [
         ({"fingerprint": "f2", "encoder": "two"}, r"are of the encoder one \(f1\), and here it is two \(f2\)"),
         ({"layer": -2}, "are of the encoder's layer -1, and here it is -2"),

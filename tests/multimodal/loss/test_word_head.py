@@ -233,7 +233,7 @@ class Flat(GPT2LMHeadModel):
         return SimpleNamespace(logits=self.lm_head(states.last_hidden_state))
 
 
-@pytest.mark.parametrize(("port", "width", "told"), [("ln_f", WIDTH, "logits in chunks"), ("lm_head", VOCABULARY, "logits of every token at once: something is hooked")])
+@pytest.mark.parametrize(("port", "width", "note"), [("ln_f", WIDTH, "logits in chunks"), ("lm_head", VOCABULARY, "logits of every token at once: something is hooked")])
 def test_an_edit_at_the_final_norm_or_the_head_is_learnt(port: str, width: int, note: str) -> None:
     torch.manual_seed(0)
     flat = Flat(GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64)).double().eval()

@@ -14,7 +14,7 @@ from bad_server import Server, served, until
 from shared import PATIENCE
 
 from adalink.errors import ConfigError, DataError
-from multimodal.data.shards.storage import HttpFiles, RemoteSettings, beside, displayed, is_url
+from multimodal.data.shards.storage import HttpFiles, RemoteSettings, beside, is_url, redacted
 
 FAST = RemoteSettings(attempts=3, first_wait=0.01, timeout=PATIENCE)
 HASTY = RemoteSettings(attempts=3, first_wait=0.01, timeout=0.3)  # where the server stalls
@@ -130,7 +130,7 @@ def test_a_name_and_a_password_are_sent_and_not_shown(server: Server) -> None:
 def test_urls_are_told_from_paths_and_joined_before_their_query() -> None:
     assert [is_url(name) for name in ("http://a/b", "S3://a", "hf://datasets/x", "pipe:touch x", "/a/b", "a//b", "C:\\x")] == [True, True, True] + [False] * 4
     assert beside("https://h/set/?sig=1", "a.tar") == "https://h/set/a.tar?sig=1"
-    assert displayed("https://u:p@h:8/x?y#z") == "https://h:8/x"
+    assert redacted("https://u:p@h:8/x?y#z") == "https://h:8/x"
 
 
 @pytest.mark.parametrize("fields", [{"attempts": 0}, {"cache_bytes": -1}, {"timeout": 0.0}, {"first_wait": float("nan")}])

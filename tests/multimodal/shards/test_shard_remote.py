@@ -306,7 +306,7 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    "error, stated",
     [(PermissionError("no credentials"), r"may not be read \(no credentials\); are the credentials set as s3fs wants them"),
      (ConnectionResetError("by peer"), "cannot be read: ConnectionResetError by peer, in the last of 2 attempts")],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Two run folders: figures, flips, and a page with the images that changed sides."""
+"""Two run folders: metrics, flips, and a page with the images that changed sides."""
 
 from __future__ import annotations
 

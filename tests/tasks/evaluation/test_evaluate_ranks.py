@@ -34,7 +34,7 @@ def composed() -> VisionLanguageModel:
 
 
 def evaluated() -> dict[str, Any]:
-    """Texts, figures, and how many rows this process generated."""
+    """Texts, metrics, and how many rows this process generated."""
     model, source, task = composed(), Scenes(split="val", size=N_PICTURES), Captioning()
     rows = []
     generate = model.generate_batch
@@ -67,7 +67,7 @@ def test_two_processes_give_the_figures_of_one_on_the_whole_corpus(tmp_path: Pat
         assert list(share["texts"]) == list(alone["texts"])  # each image once, in the order of the data
         assert share["texts"] == alone["texts"]
         assert share["figures"] == pytest.approx(alone["figures"], abs=1e-9)
-    # The control: a mean over the two shares would be another figure, since CIDEr's document frequencies are those of the corpus.
+    # The control: a mean over the two shares would be another metric, since CIDEr's document frequencies are those of the corpus.
     items = list(alone["texts"])
     source = Scenes(split="val", size=N_PICTURES)
     halves = [Captioning().score({int(item): alone["texts"][item] for item in part}, source).metrics["CIDEr"] for part in (items[:3], items[3:])]

@@ -1,4 +1,4 @@
-"""What `adalink evaluate` hands in: official files with every item, test splits without answers, gaps refused; and scorers beside figures."""
+"""What `adalink evaluate` hands in: official files with every item, test splits without answers, gaps refused; and scorers beside metrics."""
 
 from __future__ import annotations
 
@@ -186,5 +186,5 @@ def test_figures_replace_those_of_before_in_a_card(tmp_path: Path) -> None:
         add_metrics(tmp_path, {"CIDEr": value}, {}, scorer="s 1", software="adalink 0", data="the data")
     assert (tmp_path / "README.md").read_text() == (
         "# Adapter\n\n## Evaluation\n\nOn the data; computed by adalink 0.\n\n"
-        "| figure | value | 95 % interval | scorer |\n|---|---|---|---|\n| CIDEr | 2.00 |  | s 1 |\n"
+        "| metric | value | 95 % interval | scorer |\n|---|---|---|---|\n| CIDEr | 2.00 |  | s 1 |\n"
     )

@@ -16,7 +16,7 @@ SAME, OTHERS = "how many people are there? 2.", [f"a dog runs past tree {i}." fo
 
 
 @pytest.mark.parametrize(
-    ("texts", "settings", "told"),
+    ("texts", "settings", "note"),
     [
         ([SAME] * 16 + OTHERS, BEAMS, f"16 of 46 texts are the same, {SAME!r}: 3 beams find what the frozen model thinks most probable"),
         ([SAME] * 16 + OTHERS, GREEDY, f"16 of 46 texts are the same, {SAME!r}: the adapter tells the images hardly apart"),

@@ -117,5 +117,5 @@ def test_settings_out_of_range_are_named(settings: dict[str, Any], message: str)
 
 
 def test_runs_of_other_items_cannot_be_paired() -> None:
-    with pytest.raises(DataError, match="cannot be paired: 1 figures of 3 items, and 1 of 4"):
+    with pytest.raises(DataError, match="cannot be paired: 1 metrics of 3 items, and 1 of 4"):
         paired_intervals(mean_of(np.ones(3)), mean_of(np.ones(4)), Resampling())

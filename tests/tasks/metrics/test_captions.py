@@ -100,15 +100,15 @@ def test_every_figure_of_an_edge_corpus_equals_the_official_one(name: str, index
 
 
 def test_an_unbreakable_space_is_one_word_for_rouge_and_two_for_the_others() -> None:
-    # pycocoevalcap 1.2 gives these figures.
+    # pycocoevalcap 1.2 gives these metrics.
     scores = score_captions({1: "2 1/2 dogs", 2: "a cat"}, {1: ["2 1/2 cats"], 2: ["a cat"]})
     assert scores.per_image[1]["ROUGE_L"] == pytest.approx(0.5, abs=1e-9)
     assert scores.per_image[1]["Bleu_1"] == pytest.approx(2 / 3, abs=1e-8)
 
 
-# pycocoevalcap 1.2 gives these figures.
+# pycocoevalcap 1.2 gives these metrics.
 @pytest.mark.parametrize(
-    ("hypotheses", "references", "figures"),
+    ("hypotheses", "references", "metrics"),
     [
         (
             ["a street sign that reads k", "two men play ball"],

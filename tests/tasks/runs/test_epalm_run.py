@@ -17,7 +17,7 @@ def epalm(**settings: object) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("task", "settings", "told"),
+    ("task", "settings", "note"),
     [
         ("captioning", {}, "one row per image"),
         ("vqa", {"mask": "published", "layers": [1, 2], "connector": "shared"}, "one row per text: a slot of the adapter reads later tokens"),

@@ -1,4 +1,4 @@
-"""TensorBoard's event file of a run, read back: curves, figures, and images with what was said about them."""
+"""TensorBoard's event file of a run, read back: curves, metrics, and images with what was said about them."""
 
 from __future__ import annotations
 

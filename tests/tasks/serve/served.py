@@ -51,7 +51,7 @@ def save_adapters(folder: Path) -> VisionLanguageModel:
 
 
 @cache
-def image(index: int) -> bytes:
+def photo(index: int) -> bytes:
     """The PNG of a scene."""
     data = Scenes(split="val", size=1000)[index].image
     assert isinstance(data, bytes)

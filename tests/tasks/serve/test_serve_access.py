@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from served import Server, image, messages, serving
+from served import Server, messages, photo, serving
 from shared import PATIENCE
 
 pytestmark = pytest.mark.long  # with the other tests of the server
@@ -32,7 +32,7 @@ def guarded(adapters: Path, model: object, tmp_path_factory: pytest.TempPathFact
 
 
 def body(question: str = QUESTION, index: int = 0) -> dict[str, Any]:
-    return {"model": "vqa", "max_tokens": 4, "messages": messages(question, image(index))}
+    return {"model": "vqa", "max_tokens": 4, "messages": messages(question, photo(index))}
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "evil", "", "[::1", "user@evil.example"])
@@ -53,7 +53,7 @@ def test_a_page_of_another_origin_changes_nothing(origin: str, client: httpx.Cli
     sent = {"headers": {"origin": origin}}
     for response in (
         client.post("/v1/chat/completions", json=body(), **sent), client.post("/v1/models", json={"id": "x", "folder": "cap"}, **sent),
-        client.delete("/v1/models/cap", **sent), client.post("/v1/files", files={"file": ("a.png", image(0))}, **sent), client.delete("/v1/files/x", **sent),
+        client.delete("/v1/models/cap", **sent), client.post("/v1/files", files={"file": ("a.png", photo(0))}, **sent), client.delete("/v1/files/x", **sent),
     ):  # fmt: skip
         assert (response.status_code, response.json()["error"]["code"]) == (403, "wrong_origin")
         assert "access-control-allow-origin" not in response.headers

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import httpx
 import openai
 import pytest
-from served import Server, data_url, image, messages
+from served import Server, data_url, messages, photo
 from shared import PATIENCE
 
 from tasks.serve.schema import ChatRequest
@@ -23,7 +23,7 @@ def client(server: Server) -> httpx.Client:
 
 
 def sent(client: httpx.Client, **change: Any) -> httpx.Response:
-    return client.post("/v1/chat/completions", json={"model": "vqa", "max_tokens": 4, "messages": messages(QUESTION, image(0)), **change})
+    return client.post("/v1/chat/completions", json={"model": "vqa", "max_tokens": 4, "messages": messages(QUESTION, photo(0)), **change})
 
 
 def text(response: httpx.Response) -> str:
@@ -31,8 +31,8 @@ def text(response: httpx.Response) -> str:
     return str(response.json()["choices"][0]["message"]["content"])
 
 
-HEAD, _, DIGITS = data_url(image(0)).partition(",")
-LINES = base64.encodebytes(image(0)).decode()
+HEAD, _, DIGITS = data_url(photo(0)).partition(",")
+LINES = base64.encodebytes(photo(0)).decode()
 URLS = {
     "lines of 76 characters": f"{HEAD},{LINES}",
     "lines that end as in MIME": f"{HEAD},{LINES}".replace("\n", "\r\n"),
@@ -40,7 +40,7 @@ URLS = {
     "a space after the comma": f"{HEAD}, {DIGITS}",
     "tabs": f"{HEAD},\t{DIGITS[:50]}\t{DIGITS[50:]}",
     "white space around it": f"\n  {HEAD},{DIGITS}  ",
-    "the alphabet of addresses": f"{HEAD},{base64.urlsafe_b64encode(image(0)).decode()}",
+    "the alphabet of addresses": f"{HEAD},{base64.urlsafe_b64encode(photo(0)).decode()}",
     "no padding": f"{HEAD},{DIGITS.rstrip('=')}",
     "percent signs": f"{HEAD},{quote(DIGITS, safe='')}",
     "lines in percent signs": f"{HEAD},{quote(LINES)}",
@@ -80,7 +80,7 @@ def test_null_stands_for_every_field_that_is_optional(client: httpx.Client) -> N
 
     names = {*CompletionCreateParamsBase.__annotations__, "stream", *ChatRequest.model_fields} - {"model", "messages"}
     assert text(sent(client, **{**dict.fromkeys(names), "max_tokens": 4})) == text(sent(client))
-    asked = messages(QUESTION, image(0))
+    asked = messages(QUESTION, photo(0))
     asked[0]["name"] = None
     asked[0]["content"][0]["image_url"]["detail"] = None
     assert text(sent(client, messages=asked)) == text(sent(client))
@@ -88,7 +88,7 @@ def test_null_stands_for_every_field_that_is_optional(client: httpx.Client) -> N
 
 def test_an_answer_that_a_client_sends_back_is_taken(server: Server, client: httpx.Client) -> None:
     official = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
-    asked: Any = messages(QUESTION, image(0))
+    asked: Any = messages(QUESTION, photo(0))
     answer = official.chat.completions.create(model="vqa", messages=asked, max_tokens=4).choices[0].message
     again = {"role": "user", "content": QUESTION}
     for back in (
@@ -104,7 +104,7 @@ def test_an_answer_that_a_client_sends_back_is_taken(server: Server, client: htt
 
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_instructions_are_said_to_be_unread(role: str, client: httpx.Client) -> None:
-    asked = messages(QUESTION, image(0))
+    asked = messages(QUESTION, photo(0))
     for content, stated in (("be brief", True), ([{"type": "text", "text": "be brief"}], True), ("", False), ([], False), ("  ", False)):
         for order in ([{"role": role, "content": content}, *asked], [*asked, {"role": role, "content": content}]):
             response = sent(client, messages=order)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from served import image
+from served import photo
 
 from multimodal.data.images.decode import BadImage, ImageLimits, decode_image
 from multimodal.data.images.format import MAX_SCANS
@@ -37,7 +37,7 @@ def decoders() -> Iterator[Decoders]:
 
 def test_an_image_is_what_it_is_without_the_process_and_a_bad_one_is_told(decoders: Decoders) -> None:
     for index in range(3):
-        assert decoders.decode(image(index)).tobytes() == decode_image(image(index)).tobytes()
+        assert decoders.decode(photo(index)).tobytes() == decode_image(photo(index)).tobytes()
     with pytest.raises(BadImage, match="none of jpg, png and webp") as caught:
         decoders.decode(b"GIF89a, or so")
     assert caught.value.reason == "not an image"
@@ -47,26 +47,26 @@ def test_an_image_that_takes_too_long_is_refused_and_holds_up_nobody(decoders: D
     with ThreadPoolExecutor(2) as pool:
         late = pool.submit(decoders.decode, slow(8000))
         for _ in range(20):
-            assert decoders.decode(image(0)).size == decode_image(image(0)).size
+            assert decoders.decode(photo(0)).size == decode_image(photo(0)).size
         error = late.exception()
     assert isinstance(error, BadImage)
     assert error.reason == "too slow"
     assert "takes more than 0.001 seconds of processor time to decode" in error.detail
-    assert decoders.decode(image(1)).size == decode_image(image(1)).size
+    assert decoders.decode(photo(1)).size == decode_image(photo(1)).size
 
 
 def test_a_decoder_that_is_killed_is_replaced(decoders: Decoders) -> None:
-    decoders.decode(image(0))
+    decoders.decode(photo(0))
     used_last = decoders._free.queue[-1]
     assert used_last is not None
     os.kill(used_last._process.pid, signal.SIGKILL)
     used_last._process.join()
-    assert decoders.decode(image(0)).size == decode_image(image(0)).size
+    assert decoders.decode(photo(0)).size == decode_image(photo(0)).size
 
 
 def test_an_image_that_needs_too_much_memory_is_refused() -> None:
     small = Decoders(1, ImageLimits(max_pixels=2**26), 60)
-    small.decode(image(0))
+    small.decode(photo(0))
     decoder = small._free.queue[-1]
     assert decoder is not None
     resource = pytest.importorskip("resource")
@@ -76,5 +76,5 @@ def test_an_image_that_needs_too_much_memory_is_refused() -> None:
     resource.prlimit(decoder._process.pid, resource.RLIMIT_AS, (used + 2**24, -1))
     with pytest.raises(BadImage, match=r"needs too much memory|is corrupt"):
         small.decode(slow(8000))
-    assert small.decode(image(0)).size == decode_image(image(0)).size
+    assert small.decode(photo(0)).size == decode_image(photo(0)).size
     small.close()

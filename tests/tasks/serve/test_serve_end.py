@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import ROOT, image, messages, serving
+from served import ROOT, messages, photo, serving
 from shared import PATIENCE
 
 from multimodal.model import VisionLanguageModel
@@ -23,7 +23,7 @@ def test_a_server_that_is_asked_to_end_answers_what_it_accepted(model: VisionLan
     keys = tmp_path / "keys"
     keys.write_text("# of the test\nsecret-1\nsecret-2\n")
     ends: list[str] = []  # of every request; appending is safe between threads, counting is not
-    body = json.dumps({"model": "cap_b", "messages": messages("", image(0)), "max_tokens": 30})
+    body = json.dumps({"model": "cap_b", "messages": messages("", photo(0)), "max_tokens": 30})
 
     def client(address: str) -> None:
         while True:
@@ -73,7 +73,7 @@ def test_a_server_that_says_that_it_serves_can_be_reached_and_ended_at_once(tmp_
     assert printed.endswith("\nadalink has ended: 0 of 0 accepted requests were answered\n")
 
 
-@pytest.mark.parametrize(("arguments", "told"), [
+@pytest.mark.parametrize(("arguments", "note"), [
     ((), "nothing is to be served: give --adapter NAME=DIR, or --base"),
     (("--adapter", "cap"), "--adapter is 'cap': expected NAME=DIR"),
     (("--adapter", "a=x", "a=y"), "two adapters are called a"),

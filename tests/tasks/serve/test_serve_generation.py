@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from served import image, messages
+from served import messages, photo
 
 from multimodal.data.images.decode import decode_image
 from multimodal.generation.generate import GenerationChoice, GenerationSettings
@@ -40,11 +40,11 @@ def test_the_request_the_operator_and_the_adapter_say_how(
 ) -> None:
     reader = Reader(model, RequestLimits(), ServeSettings(generation=GenerationChoice(**operator)).generation, features=lambda _: None, decode=decode_image)
     card = Card(adapter, "vqa", model.row_encoder("__base__"))
-    ask, _, _ = reader.ask(ChatRequest.model_validate({"model": adapter, "messages": messages("is it?", image(0)), **request_}), card)
+    ask, _, _ = reader.ask(ChatRequest.model_validate({"model": adapter, "messages": messages("is it?", photo(0)), **request_}), card)
     assert ask.settings == GenerationSettings(max_new_tokens=expected[0], num_beams=expected[1], length_penalty=expected[2])
 
 
 def test_what_an_adapter_says_is_cut_to_the_limits(model: VisionLanguageModel) -> None:
     reader = Reader(model, RequestLimits(new_tokens=5, beams=2), GenerationChoice(), features=lambda _: None, decode=decode_image)
-    ask, _, _ = reader.ask(ChatRequest.model_validate({"model": "beams", "messages": messages("is it?", image(0))}), Card("beams", "vqa", model.row_encoder("__base__")))
+    ask, _, _ = reader.ask(ChatRequest.model_validate({"model": "beams", "messages": messages("is it?", photo(0))}), Card("beams", "vqa", model.row_encoder("__base__")))
     assert ask.settings == GenerationSettings(max_new_tokens=5, num_beams=2, length_penalty=0.5)

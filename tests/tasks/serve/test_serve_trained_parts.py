@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from served import Server, image, messages, serving
+from served import Server, messages, photo, serving
 from shared import PATIENCE
 
 from adalink import AdaLink, Bridge, LoRA
@@ -54,8 +54,8 @@ def server(model: VisionLanguageModel, folder: Path) -> Iterator[Server]:
 
 def test_what_is_served_is_what_the_adapted_encoder_sees(server: Server, model: VisionLanguageModel) -> None:
     for index in (0, 1, 0):  # the image that was asked about before too
-        reply = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "seen", "messages": messages("", image(index))}, timeout=PATIENCE)
-        assert reply.json()["choices"][0]["message"]["content"] == model.generate([decode_image(image(index))], [""])[0]
+        reply = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "seen", "messages": messages("", photo(index))}, timeout=PATIENCE)
+        assert reply.json()["choices"][0]["message"]["content"] == model.generate([decode_image(photo(index))], [""])[0]
 
 
 def test_what_cannot_join_a_running_server_is_one_sentence(server: Server) -> None:
