@@ -18,34 +18,34 @@ MAX_SEED = 2**40  # an epoch's seed is a million times this, and a generator tak
 class TrainSettings:
     """How a run trains."""
 
-    epochs: float = 1.0  # passes over the images, each with the texts that the task takes
+    epochs: float = 1.0  # passes over the training images
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
-    batch_size: int = 16  # images per process and micro-batch
-    accumulation: int = 1  # micro-batches per optimizer step
-    bucket_pool: int = 0  # batches (of all processes) within which images with texts of like length come together; less padding; 0: off
-    row_tokens: int = 0  # images of a micro-batch share rows of up to so many tokens: less padding; on a CPU two or three a row pay best; 0: one
-    learning_rate: float = 1e-3  # peak; AdamW
-    learning_rates: dict[str, float] = field(default_factory=dict)  # method -> a peak of its own
-    weight_decay: float = 0.01  # of matrices; vectors (biases, norms) have none
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
-    warmup: float = 0.03  # share of the steps over which the rate rises from 0
-    final_rate: float = 0.0  # share of the peak that the cosine ends at
-    clip: float = 1.0  # of the gradient's norm; 0: none
+    batch_size: int = 16  # images in each process and micro-batch
+    accumulation: int = 1  # micro-batches in one optimizer step
+    bucket_pool: int = 0  # batches within which images with texts of similar length are grouped, for less padding; 0: off
+    row_tokens: int = 0  # most tokens of a row that several images share, for less padding; on a CPU two or three images a row are fastest; 0: off
+    learning_rate: float = 1e-3  # highest learning rate; AdamW with linear warmup and cosine
+    learning_rates: dict[str, float] = field(default_factory=dict)  # learning rates of single methods, such as {lora: 1e-4}
+    weight_decay: float = 0.01  # of weight matrices; biases and norms have none
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    warmup: float = 0.03  # share of the steps in which the learning rate rises from 0
+    final_rate: float = 0.0  # learning rate at the end, as a share of the highest
+    clip: float = 1.0  # largest norm of the gradient; 0: no limit
     precision: Literal["no", "bf16", "fp16"] = "no"  # autocast of the forward pass
-    features: Literal["encode", "memory", "fill"] = "encode"  # memory: encoded once, kept in float16; fill: the first epoch fills the folder `features`
-    checkpointing: bool = False  # recompute each layer's activations in the backward pass: memory for time
-    compile: Compile = "no"  # torch.compile of the language model, with its adapters: minutes at the start for faster steps, on a GPU above all
-    states_gib: float = 0.0  # GiB in each process for what enters the lowest layer that the adapter writes, kept for each text (eP-ALM); 0: nothing is kept
-    seed: int = 0  # of weights, order and drawn answers
-    workers: int = 0  # processes that decode images
-    checkpoint_every: int = 500  # optimizer steps; one is also written at the end
-    keep: int = 2  # checkpoints kept
-    log_every: int = 20  # optimizer steps
-    measure_every: int = 0  # optimizer steps between two measurements on the validation images, printed and drawn in the report; 0: none
-    keep_best: bool = False  # end with the weights of the best measurement, by the task's metric, instead of the last ones; needs measure_every
-    patience: int = 0  # end after so many measurements in a row that were no better; needs measure_every; 0: go on to the end
-    bad_samples: int = 10  # how many may be skipped before the run stops
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # off by default
+    features: Literal["encode", "memory", "fill"] = "encode"  # in every epoch (encode), once to memory, or once to disk (fill)
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    compile: Compile = "no"  # torch.compile of the language model: minutes at the start, then faster steps, above all on a GPU
+    states_gib: float = 0.0  # GiB in each process to cache what enters the lowest layer that the adapter edits (eP-ALM); 0: off
+    seed: int = 0  # random seed of weights, data order and drawn answers
+    workers: int = 0  # worker processes that decode images
+    checkpoint_every: int = 500  # optimizer steps between two checkpoints; one is also written at the end
+    keep: int = 2  # number of checkpoints to keep
+    log_every: int = 20  # optimizer steps between two lines of the log
+    measure_every: int = 0  # optimizer steps between two measurements on the validation images; 0: none
+    keep_best: bool = False  # end with the weights of the best measurement, by the task's metric; needs measure_every
+    patience: int = 0  # stop after this many measurements without a better one; needs measure_every; 0: never
+    bad_samples: int = 10  # samples that may be skipped before the run stops
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # also log to these
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""

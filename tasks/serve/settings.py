@@ -18,9 +18,9 @@ class Batching:
     """How waiting requests become batches."""
 
     size: int = 32  # most requests in the running batch
-    tokens: int = 65_536  # most tokens of the running batch: rows x the longest with what is yet to be written; a longer request runs alone
-    wait_ms: int = 20  # the longest that a request waits for company, to start or to join the running batch; one that nobody follows does not wait
-    mixing: Literal["mixed", "one_adapter"] = "mixed"  # one_adapter: rows of a batch share their adapter, as without mixing; to compare
+    tokens: int = 65_536  # most tokens of the running batch, prompts and new tokens with padding; a longer request runs alone
+    wait_ms: int = 20  # milliseconds that a request waits for others before its batch starts; a single request does not wait
+    mixing: Literal["mixed", "one_adapter"] = "mixed"  # one_adapter: all rows of a batch use one adapter; for comparison
 
     def __post_init__(self) -> None:
         """Check what a command line can get wrong."""
@@ -48,9 +48,9 @@ class RequestLimits:
     upload_bytes: int = 256 * 2**20  # of all uploaded images; the oldest make room
     seconds: float = 30.0  # for a client to send its request, header and body
     connections: int = 512  # open ones; for one more, the one that has waited longest without a request is closed, or it gets 503
-    feature_bytes: int = 256 * 2**20  # of features kept of images, in the memory of the device
-    cached_images: int = 256  # images whose features are kept, so that a second question about one costs no encoder
-    prompt_bytes: int = 256 * 2**20  # of keys and values kept of prompts, so that a second question about an image is read from where it differs
+    feature_bytes: int = 256 * 2**20  # memory on the device for cached image features
+    cached_images: int = 256  # number of images with cached features; a second question about one needs no encoder
+    prompt_bytes: int = 256 * 2**20  # memory of the prompt cache; a second question about an image is read from where it differs
 
     def __post_init__(self) -> None:
         """Check what a command line can get wrong."""

@@ -100,7 +100,7 @@ def test_help_all_lists_every_setting() -> None:
     text = " ".join(adalink("train", "--help.all").out.split())
     missing = [name for name in setting_names() if name.startswith(("train.", "generation.")) and f"--{name}" not in text]
     assert not missing
-    assert "--train.batch_size BATCH_SIZE images per process and micro-batch (type: int, default: 16)" in text or "per process and micro-batch (type: int, default: 16)" in text
+    assert "--train.batch_size BATCH_SIZE images in each process and micro-batch (type: int, default: 16)" in text or "in each process and micro-batch (type: int, default: 16)" in text
     assert "where the encoder needs no more; faster, and CHANGES PIXELS" in text
     assert "examples: adalink train" in text
     short = adalink("train", "--help").out
