@@ -80,8 +80,8 @@ def step(model: AdaptedModel, loss: LanguageLoss, batch: Batch) -> float:
     """Processor seconds of a forward and a backward pass, the bridge and the adapter's gradients among them."""
     assert batch.patches is not None
     started = time.process_time()
-    image = batch.patches[batch.image] if batch.image is None else batch.patches
-    token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), {"image": image}, entry=batch.image)
+    image = batch.patches[batch.image] if batch.token_image is None else batch.patches
+    token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), {"image": image}, entry=batch.token_image)
     loss(batch, token_map).backward()
     seconds = time.process_time() - started
     model.active_adapter().zero_grad()

@@ -101,9 +101,9 @@ def slots_of(model: AdaptedModel) -> list[int]:
 def trained_so_far(model: AdaptedModel, batch: Batch, loss_of: LanguageLoss | None = None) -> list[Tensor]:
     """Loss and gradients."""
     assert batch.patches is not None
-    retained = batch.patches[batch.image] if batch.image is None else batch.patches
+    retained = batch.patches[batch.image] if batch.token_image is None else batch.patches
     inputs = {"image": retained[:, :N_PATCHES], "image_taps": retained[:, N_PATCHES:]}
-    token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), inputs, entry=batch.image)
+    token_map = TokenMap(batch.domain, model.rows(len(batch.ids)), inputs, entry=batch.token_image)
     loss = (loss_of or LanguageLoss(model))(batch, token_map)
     parameters = [parameter for parameter in model.active_adapter().parameters() if parameter.requires_grad]
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]
