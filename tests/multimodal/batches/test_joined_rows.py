@@ -14,8 +14,8 @@ import torch
 from composed import Drawn, compose, excite, language, tower
 from hypothesis import given
 from hypothesis import strategies as st
+from image_rows import BRIDGE, METHODS, NOT_SHARED
 from loader_case import ENCODER, keys
-from picture_rows import BRIDGE, METHODS, NOT_SHARED
 from shared import covering
 from sharing import TEXTS as LONG
 from sharing import adapted, check_equal, graphs_of, in_double, slots_of

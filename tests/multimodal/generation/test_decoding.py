@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from composed import compose, excite
-from picture_rows import METHODS, NOT_SHARED, alone, asked, tokens_read
+from image_rows import METHODS, NOT_SHARED, alone, asked, tokens_read
 from shared import covering
 
 from adalink.attachment.recompute import may_share_prompts

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from composed import N_POSITIONS, WORDS, compose, excite, tokenizer, tower
-from picture_rows import METHODS, NOT_SHARED, QUESTIONS, alone, asked, tokens_read
+from image_rows import METHODS, NOT_SHARED, QUESTIONS, alone, asked, tokens_read
 from PIL import Image
 from shared import covering
 from transformers import (

@@ -61,7 +61,7 @@ def model_of(family: str, methods: dict[str, Method] | None = None, answers: tup
 
 def batch_of(model: VisionLanguageModel, texts: list[Text], side: Any = "right") -> Batch:
     rows = [model.row_encoder().row(text) for text in texts]
-    pixels = torch.stack([model.tower.preprocess(token_image) for token_image in PICTURES])
+    pixels = torch.stack([model.tower.preprocess(photo) for photo in PICTURES])
     return collate(rows, [i % 2 for i in range(len(rows))], pixels, kind="pixels", side=side, pad_id=0)
 
 

@@ -51,8 +51,8 @@ def asked(model: VisionLanguageModel, names: list[str], about: list[int], which:
 def alone(model: VisionLanguageModel, names: list[str], about: list[int], which: list[int], settings: GenerationSettings, *, use_cache: bool = True) -> list[str]:
     """What transformers writes for each row in a batch of its own, without anything that is shared."""
     texts = []
-    for name, token_image, i in zip(names, about, which, strict=True):
-        batch = asked(model, [name], [token_image], [i])
+    for name, photo, i in zip(names, about, which, strict=True):
+        batch = asked(model, [name], [photo], [i])
         with torch.no_grad(), model.adapted.attachment.bind(model.token_map(batch, [name])):
             texts += generated_texts(model.language, batch, run_generation(model.language, batch, settings, use_cache=use_cache))
     return texts
