@@ -100,7 +100,7 @@ def test_the_config_comes_last_so_half_a_folder_is_no_adapter(folder: Path, tmp_
         write_whole(path, content)
         there.append({each.name for each in path.parent.iterdir()})
 
-    monkeypatch.setattr("adalink.checkpoint.folder.folder.write_whole", looked_at)
+    monkeypatch.setattr("adalink.checkpoint.folder.write_whole", looked_at)
     save_adapter(tmp_path / "new", adapter(1), CONFIG)
     assert [CONFIG_FILE in names for names in there] == [False, False, True]
     (folder / CONFIG_FILE).unlink()

@@ -14,7 +14,7 @@ from torch import Tensor
 from adalink import AdaptedModel, Prompt
 from multimodal.batches.collate import Batch
 from multimodal.batches.packing import pack_rows, separate_rows
-from multimodal.data.loader import collate as packed_mask
+from multimodal.batches import collate as packed_mask
 
 WRONG = 1e-3  # of a gradient; what is right differs by 1e-10
 

@@ -53,7 +53,7 @@ def test_training_leaves_texts_apart_where_a_trial_failed(monkeypatch: pytest.Mo
     adapter = model.add_adapter("one", BRIDGED).double()
     assert arrangement_of(model)[0] is pack_rows  # no trial is needed
     adapter.get_submodule("bridge").requires_grad_(False)
-    monkeypatch.setattr("multimodal.data.loader.packing.forks_exactly", lambda adapted: False)
+    monkeypatch.setattr("multimodal.batches.packing.forks_exactly", lambda adapted: False)
     arrange, note = arrangement_of(model)
     assert arrange is separate_rows
     assert note == "one row per text: opt was tried with a cache of what texts share, and reads them otherwise after it"

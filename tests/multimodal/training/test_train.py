@@ -286,7 +286,7 @@ def test_a_run_ends_with_the_weights_of_its_best_measurement(tmp_path: Path, cap
     best, done = trained(tmp_path / "best", **fields, keep_best=True, measure=measured(1, 2, 5, 5, 4))
     assert done.best == (3, "figure", 5.0)
     assert all(torch.equal(value, third[name]) for name, value in weights(best).items())
-    assert "step 3/5  validation: other 0.000  metric 5.000  best so far\nstep 4" in re.sub(r"step \d/5  loss.*\n", "", capsys.readouterr().err)
+    assert "step 3/5  validation: other 0.000  figure 5.000  best so far\nstep 4" in re.sub(r"step \d/5  loss.*\n", "", capsys.readouterr().err)
     with pytest.raises(StopIteration):
         trained(tmp_path / "again", **fields, keep_best=True, measure=measured(1, 2, 5, 5))
     again, done = trained(tmp_path / "again", **fields, keep_best=True, measure=measured(4), resume=True)

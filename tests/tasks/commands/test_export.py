@@ -106,7 +106,7 @@ def test_embeddings_of_words_generate_the_adapters_ids_in_transformers_alone(met
         value = embeds[str(i)][None]
         own = plain.generate(inputs_embeds=value, attention_mask=torch.ones(value.shape[:2], dtype=torch.int64), **settings)[0]
         assert own.tolist() == expected.tolist()
-        assert stated["prompts"][i] == {"tensor": str(i), "prompt": prompt, "image": None, "tokens": value.shape[1]}
+        assert stated["prompts"][i] == {"tensor": str(i), "prompt": prompt, "picture": None, "tokens": value.shape[1]}
     assert stated["language_model"]["fingerprint"] == model.parts["language_model"].fingerprint
 
 

@@ -55,9 +55,9 @@ def test_the_samples_shown_are_the_same_each_time_and_only_those_that_were_answe
     displayed = logged_samples(source, task, texts)
     assert [one.key for one in displayed] == [one.key for one in logged_samples(source, task, texts)]
     assert len(displayed) == N_DISPLAYED
-    assert (displayed[0].stated, displayed[1].stated) == ("text 0", "text 3")
+    assert (displayed[0].text, displayed[1].text) == ("text 0", "text 3")
     del texts[source[3].image_id]
-    assert "text 3" not in [one.stated for one in logged_samples(source, task, texts)]
+    assert "text 3" not in [one.text for one in logged_samples(source, task, texts)]
 
 
 def test_only_the_main_process_shows() -> None:
@@ -70,7 +70,7 @@ def test_only_the_main_process_shows() -> None:
             self.logged += 1  # accelerate's own trackers hold their tongue elsewhere
 
     process: Any = Process()
-    track(process, 1, {"CIDEr": 1.0}, [LoggedSamples(key="a", image=Image.new("RGB", (1, 1)), stated="")])
+    track(process, 1, {"CIDEr": 1.0}, [LoggedSamples(key="a", image=Image.new("RGB", (1, 1)), text="")])
     assert process.logged == 1
 
 
