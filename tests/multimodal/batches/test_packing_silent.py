@@ -12,9 +12,9 @@ from tiny_families import tiny_of
 from torch import Tensor
 
 from adalink import AdaptedModel, Prompt
+from multimodal.batches import collate as packed_mask
 from multimodal.batches.collate import Batch
 from multimodal.batches.packing import pack_rows, separate_rows
-from multimodal.batches import collate as packed_mask
 
 WRONG = 1e-3  # of a gradient; what is right differs by 1e-10
 
