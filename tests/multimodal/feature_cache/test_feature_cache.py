@@ -233,7 +233,7 @@ def test_a_damaged_manifest_is_one_sentence(change: object, tmp_path: Path) -> N
 
 def test_a_manifest_that_promises_more_is_found_out(tmp_path: Path) -> None:
     path = written(tmp_path / "kept") / "features.json"
-    path.write_text(path.read_text().replace(f'"images": {N}', f'"images": {N + 2}'))
+    path.write_text(path.read_text().replace(f'"pictures": {N}', f'"pictures": {N + 2}'))
     with pytest.raises(DataError, match="lack the features of 2 images, the first number 10, which its manifest promises; run"):
         FeatureCache.open(tmp_path / "kept")
 
@@ -263,7 +263,7 @@ def test_worker_processes_read_too(tmp_path: Path) -> None:
         ({"pixels": Sketch((3, 4, 4), (0.0, 1.0, 0.5))}, "are of images prepared as 3 x 2 x 2, from 0 to 1, and here it is 3 x 4 x 4, from 0 to 1 .*"),
         ({"pixels": Sketch((3, 2, 2), (0.0, 1.0, 0.6))}, r"are of images prepared as .* \(a test image differs by 10 % of the range\)"),
         ({"features": Sketch((3, 2, 2), (0.0, 1.0, 0.6))}, r"are of an encoder that makes of a test image .* \(they differ by 10 % of the range\)"),
-        ({"pictures": 11}, "are of a data set of 10 images, and here it is 11"),
+        ({"images": 11}, "are of a data set of 10 images, and here it is 11"),
         ({"data": "d2"}, r"are of the data set d1, and here it is d2 \(other images, or in another order\)"),
     ],
 )  # fmt: skip

@@ -19,7 +19,7 @@ CONTENTS = Contents(patches=3, pooled=2, width=4)
 def binding(**fields: Any) -> Binding:
     """Of `N` images."""
     sketch = Sketch((3, 2, 2), (0.0, 1.0, 0.5))
-    own = {"encoder": "one", "fingerprint": "f1", "precision": "float32", "layer": -1, "pixels": sketch, "features": sketch, "pictures": N, "data": "d1"}
+    own = {"encoder": "one", "fingerprint": "f1", "precision": "float32", "layer": -1, "pixels": sketch, "features": sketch, "images": N, "data": "d1"}
     return Binding(**{**own, **fields})
 
 
