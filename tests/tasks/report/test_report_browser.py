@@ -80,7 +80,7 @@ def test_the_policy_stops_what_would_get_past_the_escaping(seen: dict[str, Any])
 
 
 def test_pictures_show_and_the_filter_works_under_the_policy(seen: dict[str, Any]) -> None:
-    assert seen["desk"]["pictures"] == len(HOSTILE)
+    assert seen["desk"]["images"] == len(HOSTILE)
     assert seen["desk"]["filter"] is True
     assert seen["desk"]["shown"] == 2  # of seven answers, every third is right
     assert seen["empty"]["filter"] is None
