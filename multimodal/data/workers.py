@@ -174,7 +174,7 @@ def made_in_order(make: Callable[[Task], Made], tasks: Iterable[Task], *, worker
     loader = DataLoader(
         _Job(make),
         batch_size=None,
-        sampler=_Reported(tasks, receiver),
+        sampler=_Groups(tasks, receiver),
         collate_fn=_as_it_is,
         num_workers=workers,
         worker_init_fn=_leave_signals_to_the_parent,
@@ -189,8 +189,8 @@ def made_in_order(make: Callable[[Task], Made], tasks: Iterable[Task], *, worker
 
 
 @dataclass(frozen=True)
-class _Reported(Generic[Task]):
-    """The tasks of each parcel, with what the receiver has copied out when they are drawn."""
+class _Groups(Generic[Task]):
+    """The tasks of each shared batch, with what the receiver has copied out when they are drawn."""
 
     tasks: Iterable[Task]
     receiver: Receiver
@@ -206,8 +206,8 @@ class _Job(Dataset[Any], Generic[Task]):
         self.make = make
         self.sender: Sender | None = None
 
-    def __getitem__(self, note: tuple[tuple[Task, ...], tuple[int, ...]]) -> Any:
-        tasks, n_copied = note
+    def __getitem__(self, sent: tuple[tuple[Task, ...], tuple[int, ...]]) -> Any:
+        tasks, n_copied = sent
         worker = get_worker_info()
         if worker is None:
             return map(self.make, tasks)

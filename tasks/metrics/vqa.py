@@ -85,15 +85,15 @@ def _strip_punctuation(answer: str) -> str:
 _DISPLAYED = 5
 
 
-def refuse(named_first: Collection[Hashable], what: str, expected: str) -> None:
+def refuse(items: Collection[Hashable], what: str, expected: str) -> None:
     """Raises DataError where there are offenders: "3 images have no caption (first: 7, 9, 12); expected ...".
 
     what      follows the count, such as "images have no caption"
     expected  what was expected, or what to do
     """
-    if named_first:
-        first = ", ".join(repr(name) for name in list(named_first)[:_DISPLAYED])
-        raise DataError(f"{len(named_first)} {what} (first: {first}{', ...' if len(named_first) > _DISPLAYED else ''}); {expected}")
+    if items:
+        first = ", ".join(repr(name) for name in list(items)[:_DISPLAYED])
+        raise DataError(f"{len(items)} {what} (first: {first}{', ...' if len(items) > _DISPLAYED else ''}); {expected}")
 
 
 def refuse_repeated(names: Iterable[Hashable], what: str) -> None:

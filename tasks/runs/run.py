@@ -158,7 +158,7 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
     check_training(model, config.train, config.out, resume=resume)  # before an image is read
     if is_main():
         model.print_trainable_parameters()
-    with run_folder(config.out) as folder, features_to_learn(model, opened.source, config) as trained_so_far:
+    with run_folder(config.out) as folder, features_to_learn(model, opened.source, config) as features:
         config_file = folder / "config.yaml"
         if not config_file.exists():
             config_file.write_text(config_text)
@@ -171,7 +171,7 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
         _log(before[UNTRAINED].note)
         measurement = _Measurement(model, images, task, texts, config)
         trained = train(
-            model, opened.source, texts, config.train, folder, resume=resume, patches=trained_so_far, known_bad=opened.problems, measure=measurement.metrics,
+            model, opened.source, texts, config.train, folder, resume=resume, patches=features, known_bad=opened.problems, measure=measurement.metrics,
             judged_by=before[UNTRAINED].headline, samples=measurement.samples,
         )  # fmt: skip
         _log_skipped("training", trained.bad)

@@ -71,9 +71,9 @@ def test_every_row_comes_back_out_of_its_batch(given_rows: list[Row], side: str)
         assert tuple(batch.domain[i, real].tolist()) == row.domain
         assert batch.position[i, real].tolist() == list(range(len(row.ids)))
         assert (batch.ids[i, ~real] == 99).all()
-        trained_so_far = batch.target[i] != NO_TARGET
-        assert tuple(batch.target[i, trained_so_far].tolist()) == row.target
-        assert tuple(batch.ids[i, batch.source[i, trained_so_far]].tolist()) == tuple(row.ids[s] for s in row.source)
+        learned = batch.target[i] != NO_TARGET
+        assert tuple(batch.target[i, learned].tolist()) == row.target
+        assert tuple(batch.ids[i, batch.source[i, learned]].tolist()) == tuple(row.ids[s] for s in row.source)
         assert ((batch.source[i] >= 0) & (batch.source[i] < batch.ids.shape[1])).all()
     assert batch.n_targets == sum(len(row.target) for row in given_rows)
 

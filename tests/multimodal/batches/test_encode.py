@@ -79,14 +79,14 @@ def test_without_a_bridge_the_picture_takes_no_place() -> None:
 @given(question=st.lists(st.sampled_from(sorted(ID)[:8])).map(" ".join), target=st.lists(st.sampled_from(["yes", "no", "ball"])).map(" ".join))
 def test_what_is_learnt_begins_with_what_is_asked(model: object, question: str, target: str) -> None:
     encoder = RowEncoder(VQA, model, [Slots(IMAGE, 2), Slots(PROMPT, 1)])  # type: ignore[arg-type]
-    asked, trained_so_far = encoder.prompt(question), encoder.row(Text(question, target))
+    asked, learned = encoder.prompt(question), encoder.row(Text(question, target))
     n = len(asked.ids)
-    assert (trained_so_far.ids[:n], trained_so_far.domain[:n]) == (asked.ids, asked.domain)
+    assert (learned.ids[:n], learned.domain[:n]) == (asked.ids, asked.domain)
     assert encoder.row(Text(question, None)) == asked
-    assert trained_so_far.target == (*ids(target), EOS)
-    read = trained_so_far.decoder_ids if model is T5 else trained_so_far.ids
-    assert [read[s + 1] for s in trained_so_far.source[:-1]] == list(trained_so_far.target[:-1])  # each source is followed by its target
-    assert trained_so_far.source[-1] == len(read) - 1
+    assert learned.target == (*ids(target), EOS)
+    read = learned.decoder_ids if model is T5 else learned.ids
+    assert [read[s + 1] for s in learned.source[:-1]] == list(learned.target[:-1])  # each source is followed by its target
+    assert learned.source[-1] == len(read) - 1
 
 
 def test_a_text_beyond_the_positions_is_refused_and_one_that_fits_is_not() -> None:

@@ -52,7 +52,7 @@ def batch_of(model: VisionLanguageModel, arrange: Any, row_tokens: int) -> Batch
     return collate(rows, image, retained, kind="patches", side="right", pad_id=0)
 
 
-def trained_so_far(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
+def gradients(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
     loss = model(batch)
     return [loss.detach(), *torch.autograd.grad(loss, list(model.adapted.active_adapter().parameters()))]
 
@@ -66,12 +66,12 @@ def test_every_causal_method_learns_the_same(name: str, family: str) -> None:
         excite(model.add_adapter("a", JOINED[name]).double())
         assert arrangement(model.language.model, model.adapted.active_adapter())[0] is pack_rows
         torch.manual_seed(2)
-        wanted = trained_so_far(model, batch_of(model, separate_rows, 0))
+        wanted = gradients(model, batch_of(model, separate_rows, 0))
         for row_tokens, n_rows in ((10_000, 1), (2 * len(batch_of(model, pack_rows, 0).ids[0]), 2)):
             torch.manual_seed(2)
             batch = batch_of(model, pack_rows, row_tokens)
             assert len(batch.ids) == n_rows
-            check_equal(trained_so_far(model, batch), wanted)
+            check_equal(gradients(model, batch), wanted)
 
 
 def test_pictures_with_one_text_each_share_rows_too() -> None:

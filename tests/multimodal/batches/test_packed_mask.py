@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sharing import N_PATCHES, adapted, batch_of, trained_so_far
+from sharing import N_PATCHES, adapted, batch_of, gradients
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
@@ -75,7 +75,7 @@ def with_flex_attention(name: str, device: str) -> list[list[Tensor]]:
     for attention in ("sdpa", "flex_attention"):
         model = adapted(name, {"bridge": Bridge(kind="mlp"), "adalink": AdaLink(rank=4, modalities=("image", "text"))}, attention).float().to(device)
         batch = batch_of(pack_rows).to(torch.device(device))
-        found.append(trained_so_far(model, batch) if device == "cuda" else [loss_of(model, batch)])
+        found.append(gradients(model, batch) if device == "cuda" else [loss_of(model, batch)])
     return found
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from sharing import adapted, batch_of, slots_of, trained_so_far
+from sharing import adapted, batch_of, gradients, slots_of
 
 from adalink import AdaLink, Bridge
 from multimodal.batches.packing import fork_rows, pack_rows, separate_rows
@@ -21,7 +21,7 @@ def test_checkpointing_changes_nothing_in_any_of_the_three(name: str) -> None:
     model = adapted(name)
     ways = (separate_rows, fork_rows) if name == "mpt" else (separate_rows, pack_rows, fork_rows)
     loss = LanguageLoss(model)
-    wanted = trained_so_far(model, batch_of(separate_rows, slots_of(model)), loss)  # the first call tries the model out
+    wanted = gradients(model, batch_of(separate_rows, slots_of(model)), loss)  # the first call tries the model out
     model.attachment.checkpoint_layers()
     made: list[int] = []
     layer = model.attachment.stack.get_submodule(model.anatomy.layers[0])
@@ -29,7 +29,7 @@ def test_checkpointing_changes_nothing_in_any_of_the_three(name: str) -> None:
     linear.register_forward_pre_hook(lambda module, args: made.append(1))
     for arrange in ways:
         made.clear()
-        found = trained_so_far(model, batch_of(arrange, slots_of(model)), loss)
+        found = gradients(model, batch_of(arrange, slots_of(model)), loss)
         assert len(made) == (4 if arrange is fork_rows else 2)  # the control: the layer of each call ran again
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=EXACT[name], atol=EXACT[name])
@@ -39,8 +39,8 @@ def test_checkpointing_after_a_beginning_without_gradient() -> None:
     for name in ("opt", "gpt2"):
         model = adapted(name, {"bridge": Bridge(kind="mlp"), "adalink": AdaLink(rank=4, modalities=("text",))})
         model.active_adapter().get_submodule("bridge").requires_grad_(False)
-        wanted = trained_so_far(model, batch_of(separate_rows))
+        wanted = gradients(model, batch_of(separate_rows))
         model.attachment.checkpoint_layers()
-        found = trained_so_far(model, batch_of(partial(pack_rows, trained=trained_domains(model.active_adapter()))))
+        found = gradients(model, batch_of(partial(pack_rows, trained=trained_domains(model.active_adapter()))))
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from shared import every_other
-from sharing import FORKED, PACKED, TEXTS, adapted, batch_of, check_equal, in_double, slots_of, trained_so_far
+from sharing import FORKED, PACKED, TEXTS, adapted, batch_of, check_equal, gradients, in_double, slots_of
 from tiny_families import HARD, tiny_of
 
 from multimodal.batches.packing import arrangement, fork_rows, pack_rows, separate_rows
@@ -27,7 +27,7 @@ def test_packed_texts_equal_separate_ones(name: str) -> None:
     assert note == "one row per image: its texts share it"
     batch = batch_of(pack_rows, slots_of(model))
     assert batch.ids.shape[0] == len(TEXTS)
-    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows, slots_of(model))))
+    check_equal(gradients(model, batch), gradients(model, batch_of(separate_rows, slots_of(model))))
 
 
 @pytest.mark.parametrize("name", every_other(PACKED, hard=HARD))
@@ -38,7 +38,7 @@ def test_pictures_that_share_rows_equal_separate_ones(name: str) -> None:
     batch = batch_of(pack_rows, slots_of(model), texts, row_tokens=45)
     assert batch.token_image is not None
     assert [sorted(set(row.tolist())) for row in batch.token_image] == [[1, 2], [0, 3]]
-    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows, slots_of(model), texts)))
+    check_equal(gradients(model, batch), gradients(model, batch_of(separate_rows, slots_of(model), texts)))
 
 
 @pytest.mark.parametrize("name", FORKED)
@@ -52,7 +52,7 @@ def test_forked_texts_equal_separate_ones(name: str) -> None:
     batch = batch_of(fork_rows, slots_of(model))
     assert batch.shared_prefix is not None
     assert batch.shared_prefix.is_shared
-    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows, slots_of(model))))
+    check_equal(gradients(model, batch), gradients(model, batch_of(separate_rows, slots_of(model))))
 
 
 @pytest.mark.parametrize("texts", [[(2, [4, 6, 2]), (3, [8, 4, 2])], [(2, [5, 3]), (2, [7, 9])], [(2, [5, 3, 2])]])
@@ -61,7 +61,7 @@ def test_pictures_with_equal_numbers_of_texts_are_forked_without_an_index(texts:
     batch = batch_of(fork_rows, slots_of(model), texts)
     assert batch.shared_prefix is not None
     assert batch.shared_prefix.each == len(texts[0][1])
-    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows, slots_of(model), texts)))
+    check_equal(gradients(model, batch), gradients(model, batch_of(separate_rows, slots_of(model), texts)))
 
 
 def test_every_family_of_the_lists_is_tested() -> None:

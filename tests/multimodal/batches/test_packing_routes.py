@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharing import N_PATCHES, TEXTS, adapted, batch_of, check_equal, in_double, rows, slots_of, trained_so_far
+from sharing import N_PATCHES, TEXTS, adapted, batch_of, check_equal, gradients, in_double, rows, slots_of
 from tiny import tiny
 from tiny_families import tiny_of
 from transformers import BertConfig, BertModel, PaliGemmaConfig, PaliGemmaForConditionalGeneration
@@ -42,10 +42,10 @@ def test_bloom_and_mpt_would_be_wrong_in_one_row() -> None:
     for name in ("mpt", "bloom", "falcon_alibi"):
         model = adapted(name)
         try:
-            packed = trained_so_far(model, batch_of(pack_rows, slots_of(model)))[0]
+            packed = gradients(model, batch_of(pack_rows, slots_of(model)))[0]
         except (RuntimeError, ValueError, IndexError):
             continue
-        assert (packed - trained_so_far(model, batch_of(separate_rows, slots_of(model)))[0]).abs() > 1e-3
+        assert (packed - gradients(model, batch_of(separate_rows, slots_of(model)))[0]).abs() > 1e-3
 
 
 def test_attention_that_takes_no_mask_of_ours_is_forked() -> None:
@@ -94,14 +94,14 @@ def test_rows_of_mamba_are_right_apart() -> None:
     """Each row's loss is what it is alone, with its neighbours' padding behind it."""
     model = adapted("mamba", {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=2, modalities=("text",))})
     arrange, _ = arrangement(model.base, model.active_adapter())
-    together = trained_so_far(model, batch_of(arrange))
+    together = gradients(model, batch_of(arrange))
     whole = batch_of(arrange)
     alone = []
     for i in range(len(whole.ids)):
         n = int(whole.attention_mask[i].sum())
         kinds = ("ids", "domain", "position")
         one = {**vars(whole), **{name: getattr(whole, name)[i : i + 1, :n] for name in kinds}, "source": whole.source[i : i + 1], "target": whole.target[i : i + 1]}
-        alone.append(trained_so_far(model, type(whole)(**{**one, "image": whole.image[i : i + 1]})))
+        alone.append(gradients(model, type(whole)(**{**one, "image": whole.image[i : i + 1]})))
     check_equal([torch.stack(parts).sum(0) for parts in zip(*alone, strict=True)], together)
 
 
@@ -123,9 +123,9 @@ def test_gates_over_the_prompt_are_packed_where_texts_share_the_whole_prompt(fam
     assert len(batch.ids) == len(apart.ids)  # the samples of this batch ask different questions
     captions, captions_apart = (batch_of(one, slots_of(model), texts=[(2, [4, 6, 2]), (3, [8, 4])]) for one in (arrange, separate_rows))
     assert len(captions.ids) == 2
-    check_equal(trained_so_far(model, captions), trained_so_far(model, captions_apart))
+    check_equal(gradients(model, captions), gradients(model, captions_apart))
     with pytest.raises(ConfigError, match="several texts with questions of their own in a row, and a gate of the adapter reads the whole prompt"):
-        trained_so_far(model, batch_of(pack_rows, slots_of(model)))
+        gradients(model, batch_of(pack_rows, slots_of(model)))
 
 
 def test_gates_over_the_prompt_are_not_forked() -> None:
@@ -144,16 +144,16 @@ def test_what_reads_later_tokens_is_left_apart(name: str) -> None:
     assert arrange is separate_rows
     assert note.startswith("one row per text: a slot of the adapter reads later tokens, or a gate the row")
     with pytest.raises(ConfigError, match="collate one row for each text, or train with mask='causal'"):
-        trained_so_far(model, batch_of(pack_rows, slots_of(model)))
+        gradients(model, batch_of(pack_rows, slots_of(model)))
 
 
 def test_prefixes_are_shared_in_every_way() -> None:
     for family in ("opt", "llama", "gpt2"):
         model = adapted(family, {"bridge": Bridge(kind="linear"), "prefix": Prefix(length=2, form="mlp", init_std=0.5, hidden=6)})
         assert slots_of(model) == [PREFIX, PREFIX]
-        wanted = trained_so_far(model, batch_of(separate_rows, slots_of(model)))
+        wanted = gradients(model, batch_of(separate_rows, slots_of(model)))
         for arrange in (pack_rows, fork_rows):
-            check_equal(trained_so_far(model, batch_of(arrange, slots_of(model))), wanted)
+            check_equal(gradients(model, batch_of(arrange, slots_of(model))), wanted)
 
 
 def test_a_batch_of_single_texts_is_one_call() -> None:
@@ -164,9 +164,9 @@ def test_a_batch_of_single_texts_is_one_call() -> None:
     handle = model.base.register_forward_pre_hook(lambda module, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
     loss = LanguageLoss(model)
     assert batch.patches is not None
-    trained_so_far(model, batch, loss)  # the first call tries the model out
+    gradients(model, batch, loss)  # the first call tries the model out
     calls.clear()
-    trained_so_far(model, batch, loss)
+    gradients(model, batch, loss)
     handle.remove()
     assert calls == [2]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharing import adapted, batch_of, in_double, slots_of, trained_so_far
+from sharing import adapted, batch_of, gradients, in_double, slots_of
 from tiny_families import tiny_of
 from torch import Tensor
 
@@ -27,13 +27,13 @@ def _in_double() -> Iterator[None]:
 
 def error(model: AdaptedModel, **changed: Any) -> float:
     """The largest difference of a gradient between packed rows, with arguments of the frozen model changed, and separate ones."""
-    wanted = trained_so_far(model, batch_of(separate_rows, slots_of(model)))
+    wanted = gradients(model, batch_of(separate_rows, slots_of(model)))
 
     def change(module: object, args: object, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, **{name: make(kwargs[name]) for name, make in changed.items() if kwargs["input_ids"].shape[1] > 2}}
 
     handle = model.base.register_forward_pre_hook(change, with_kwargs=True)
-    found = trained_so_far(model, batch_of(pack_rows, slots_of(model)))
+    found = gradients(model, batch_of(pack_rows, slots_of(model)))
     handle.remove()
     return max(float((one - other).abs().max()) for one, other in zip(found, wanted, strict=True))
 

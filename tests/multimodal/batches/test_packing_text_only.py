@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from sharing import N_PATCHES, adapted, batch_of, check_equal, in_double, rows, trained_so_far
+from sharing import N_PATCHES, adapted, batch_of, check_equal, gradients, in_double, rows
 
 from adalink import ANSWER, TEXT, AdaLink, AdaptedModel, Bottleneck, Bridge, Gated, LoRA, Method, Prompt, TokenMap
 from multimodal.batches.packing import arrangement, fork_rows, pack_rows, separate_rows
@@ -35,10 +35,10 @@ def graph_of_beginnings(model: AdaptedModel, batch: object) -> list[bool]:
     """For each run of the first layer, whether it made a graph."""
     made: list[bool] = []
     loss = LanguageLoss(model)
-    trained_so_far(model, batch, loss)  # type: ignore[arg-type]  # the first call tries the model out
+    gradients(model, batch, loss)  # type: ignore[arg-type]  # the first call tries the model out
     layer = model.attachment.stack.get_submodule(model.anatomy.layers[0])
     handle = layer.register_forward_pre_hook(lambda module, args: made.append(torch.is_grad_enabled()))
-    trained_so_far(model, batch, loss)  # type: ignore[arg-type]
+    gradients(model, batch, loss)  # type: ignore[arg-type]
     handle.remove()
     return made
 
@@ -57,7 +57,7 @@ def test_the_picture_is_read_without_gradient_and_the_rest_is_equal(name: str) -
     assert batch.shared_prefix is not None
     assert batch.shared_prefix.length == N_PATCHES
     assert graph_of_beginnings(model, batch) == [False, True]
-    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows)))
+    check_equal(gradients(model, batch), gradients(model, batch_of(separate_rows)))
 
 
 def pack_text_only(model: AdaptedModel) -> Callable[[Sequence[Row]], Sequence[Row]]:
@@ -71,7 +71,7 @@ def test_what_is_trained_after_all_gets_its_gradient() -> None:
     assert graph_of_beginnings(model, batch) == [False, True]
     model.active_adapter().get_submodule("bridge").requires_grad_(True)
     assert graph_of_beginnings(model, batch) == [True]  # packed rows, in one call
-    check_equal(trained_so_far(model, batch), trained_so_far(model, batch_of(separate_rows)))
+    check_equal(gradients(model, batch), gradients(model, batch_of(separate_rows)))
     model = frozen_bridge("llama")
     model.base.get_input_embeddings().weight.requires_grad_(True)  # type: ignore[operator]
     assert graph_of_beginnings(model, batch) == [True]

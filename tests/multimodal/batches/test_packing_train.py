@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from composed import Drawn, compose, two_texts
-from sharing import adapted, batch_of, graphs_of, slots_of, trained_so_far
+from sharing import adapted, batch_of, gradients, graphs_of, slots_of
 from torch import Tensor
 
 from adalink import AdaLink, Bridge, LoRA
@@ -65,10 +65,10 @@ def test_half_precision_is_as_near_in_every_way(name: str) -> None:
     model = adapted(name)
     model.float()
     ways = (fork_rows,) if name == "mpt" else (pack_rows, fork_rows)
-    exact = trained_so_far(model, batch_of(separate_rows, slots_of(model)))
+    exact = gradients(model, batch_of(separate_rows, slots_of(model)))
     with torch.autocast("cpu", torch.bfloat16):
-        apart = trained_so_far(model, batch_of(separate_rows, slots_of(model)))
-        shared = [trained_so_far(model, batch_of(arrange, slots_of(model))) for arrange in ways]
+        apart = gradients(model, batch_of(separate_rows, slots_of(model)))
+        shared = [gradients(model, batch_of(arrange, slots_of(model))) for arrange in ways]
     allowed = 3 * far(apart, exact)
     assert 0 < allowed < 0.3
     assert all(far(found, exact) < allowed for found in shared)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from sharing import adapted, batch_of, in_double, slots_of, trained_so_far
+from sharing import adapted, batch_of, gradients, in_double, slots_of
 from torch import Tensor, nn
 
 from adalink import Bridge, LoRA, Method
@@ -36,7 +36,7 @@ def wide(loss: LanguageLoss, width: int) -> tuple[list[Tensor], int]:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        found = trained_so_far(model, batch_of(pack_rows, slots_of(model)), loss)
+        found = gradients(model, batch_of(pack_rows, slots_of(model)), loss)
     return found, len(retained - weights)
 
 
@@ -58,7 +58,7 @@ def test_forked_texts_keep_less_too() -> None:
     everything = LanguageLoss(model)
     everything.activations.forwards.clear()
     batch = batch_of(fork_rows, slots_of(model))
-    for one, other in zip(trained_so_far(model, batch), trained_so_far(model, batch, everything), strict=True):
+    for one, other in zip(gradients(model, batch), gradients(model, batch, everything), strict=True):
         assert torch.equal(one, other)
 
 
@@ -83,16 +83,16 @@ def test_a_network_that_only_has_the_names_is_left_as_it_is() -> None:
     whole = LanguageLoss(model)
     whole.call = partial(model.base)
     batch = batch_of(pack_rows)
-    for one, other in zip(trained_so_far(model, batch, loss), trained_so_far(model, batch, whole), strict=True):
+    for one, other in zip(gradients(model, batch, loss), gradients(model, batch, whole), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_checkpointed_layers_are_left_as_they_are() -> None:
     model = adapted("opt", LEARNT)
     loss = LanguageLoss(model)
-    wanted = trained_so_far(model, batch_of(pack_rows), loss)
+    wanted = gradients(model, batch_of(pack_rows), loss)
     model.attachment.checkpoint_layers()
-    for one, other in zip(trained_so_far(model, batch_of(pack_rows), loss), wanted, strict=True):
+    for one, other in zip(gradients(model, batch_of(pack_rows), loss), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     for family in ("gpt2",):
         model = adapted(family, LEARNT)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from shared import covering, every_other
-from sharing import EXACT, FORKED, PACKED, adapted, batch_of, check_equal, in_double, slots_of, trained_so_far
+from sharing import EXACT, FORKED, PACKED, adapted, batch_of, check_equal, gradients, in_double, slots_of
 from tiny import tiny
 from tiny_families import HARD
 from torch import Tensor, nn
@@ -103,9 +103,9 @@ def check_short(model: AdaptedModel, batch: Batch) -> None:
     loss = LanguageLoss(model)
     assert loss.note == "the last layer runs where something is predicted"
     with rows_of_last(model) as short:
-        found = trained_so_far(model, batch, loss)
+        found = gradients(model, batch, loss)
     with rows_of_last(model) as every:
-        wanted = trained_so_far(model, batch, whole(model))
+        wanted = gradients(model, batch, whole(model))
     check_equal(found, wanted)
     assert short[feed_forward(model)][-1] == batch.source.numel()
     assert every[feed_forward(model)][-1] == batch.ids.numel()
@@ -123,8 +123,8 @@ def test_forked_rows_learn_the_same_in_every_family(name: str) -> None:
     model = adapted(name)
     batch = batch_of(fork_rows, slots_of(model))
     with rows_of_last(model) as seen:
-        found = trained_so_far(model, batch)
-    check_equal(found, trained_so_far(model, batch, whole(model)))
+        found = gradients(model, batch)
+    check_equal(found, gradients(model, batch, whole(model)))
     assert batch.shared_prefix is not None
     if name not in WHOLE:
         assert batch.shared_prefix.source.numel() in seen[feed_forward(model)]
@@ -150,7 +150,7 @@ def test_what_is_dropped_of_a_token_is_drawn_once_for_the_whole_layer() -> None:
         assert loss.head
         assert loss.note
         torch.manual_seed(3)
-        draws.append(trained_so_far(model, batch, loss))
+        draws.append(gradients(model, batch, loss))
     check_equal(*draws)
 
 
@@ -178,7 +178,7 @@ def why(model: AdaptedModel) -> str:
     batch, loss = batch_of(separate_rows, slots_of(model)), LanguageLoss(model)
     stated = loss.note
     with rows_of_last(model) as seen:
-        trained_so_far(model, batch, loss)
+        gradients(model, batch, loss)
     assert seen[feed_forward(model)][-1] == batch.ids.numel()
     return stated.removeprefix("the last layer runs on every token: ")
 
@@ -216,7 +216,7 @@ def test_a_wrong_short_layer_is_found_by_the_trial(monkeypatch: pytest.MonkeyPat
     model = adapted("gpt_neo")
     batch, loss = batch_of(pack_rows, slots_of(model), texts=[(2, [4, 6, 2])]), LanguageLoss(model)  # captions: one token predicts three
     vars(loss.last_layer)["_form"] = "filled up"
-    assert (trained_so_far(model, batch, loss)[0] - trained_so_far(model, batch)[0]).abs() > 1e-3
+    assert (gradients(model, batch, loss)[0] - gradients(model, batch)[0]).abs() > 1e-3
     right = last_layer._queried
     monkeypatch.setattr(last_layer, "_queried", lambda mask, tokens, source, dtype: right(mask, tokens, source.roll(1, 1), dtype))
     assert "gave other scores" in LanguageLoss(adapted("llama")).note
@@ -261,5 +261,5 @@ def test_a_call_that_fails_leaves_the_layer_as_it_was() -> None:
     assert loss.note
     model.base.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        trained_so_far(model, batch_of(pack_rows, slots_of(model)), loss)
+        gradients(model, batch_of(pack_rows, slots_of(model)), loss)
     assert not any("forward" in vars(module) for module in model.modules())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from shared import every_other
-from sharing import PACKED, adapted, batch_of, check_equal, excite, in_double, slots_of, trained_so_far
+from sharing import PACKED, adapted, batch_of, check_equal, excite, gradients, in_double, slots_of
 from tiny import INPUTS, tiny
 from tiny_families import HARD, SETTINGS
 from torch import Tensor
@@ -71,9 +71,9 @@ def test_every_family_learns_from_kept_states_what_it_learns_from_all_its_layers
     ways = [(separate_rows, 0)] + ([(pack_rows, 0), (pack_rows, 40)] if name in PACKED else [])
     for arrange, row_tokens in ways:
         batch = batch_of(arrange, slots_of(model), row_tokens=row_tokens)
-        whole = trained_so_far(model, batch)
+        whole = gradients(model, batch)
         for _ in range(2):  # read, and then kept
-            check_equal(trained_so_far(model, batch, loss), whole)
+            check_equal(gradients(model, batch, loss), whole)
     assert loss.lower is not None
     assert len(loss.lower) == 6  # the same six texts, in whatever rows they came
 
@@ -83,12 +83,12 @@ def test_layers_below_are_not_run_for_texts_that_were_read(family: str) -> None:
     model = deep(family)
     loss = keeping(model)
     batch = batch_of(separate_rows, slots_of(model))
-    whole = trained_so_far(model, batch)
+    whole = gradients(model, batch)
     runs = runs_of(model)
-    first = trained_so_far(model, batch, loss)
+    first = gradients(model, batch, loss)
     assert runs[0]
     runs.clear()
-    again = trained_so_far(model, batch, loss)
+    again = gradients(model, batch, loss)
     assert set(runs) == {2, 3}
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
     check_equal(again, whole)
@@ -112,18 +112,18 @@ def test_a_text_has_the_same_bits_in_every_batch_and_row(lengths: Any) -> None:
 def test_groups_of_texts_give_what_each_gives_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = deep()
     batch = batch_of(separate_rows, slots_of(model), LENGTHY)
-    alone = trained_so_far(model, batch, keeping(model))
+    alone = gradients(model, batch, keeping(model))
     monkeypatch.setattr("multimodal.loss.hidden_states.AT_ONCE", {"cpu": 3})
-    check_equal(trained_so_far(model, batch, keeping(model)), alone)
+    check_equal(gradients(model, batch, keeping(model)), alone)
 
 
 def test_what_does_not_fit_is_run_again_with_the_same_bits(capsys: pytest.CaptureFixture[str]) -> None:
     model = deep()
     batch = batch_of(pack_rows, slots_of(model))
     all_kept, some = keeping(model), keeping(model, most=8_000)
-    wanted = trained_so_far(model, batch, all_kept)
+    wanted = gradients(model, batch, all_kept)
     for _ in range(2):
-        assert all(torch.equal(one, other) for one, other in zip(trained_so_far(model, batch, some), wanted, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(gradients(model, batch, some), wanted, strict=True))
     assert some.lower is not None
     assert all_kept.lower is not None
     assert 0 < len(some.lower) < len(all_kept.lower)
@@ -136,13 +136,13 @@ def test_what_does_not_fit_is_run_again_with_the_same_bits(capsys: pytest.Captur
 def test_checkpointed_layers_learn_the_same_and_are_left_as_they_were() -> None:
     model = deep()
     batch = batch_of(pack_rows, slots_of(model))
-    wanted = trained_so_far(model, batch, keeping(model))
+    wanted = gradients(model, batch, keeping(model))
     model.attachment.checkpoint_layers()
     layers = [model.attachment.stack.get_submodule(name) for name in model.anatomy.layers]
     before = [(layer.forward, len(layer._forward_pre_hooks), len(layer._forward_hooks)) for layer in layers]
     loss = keeping(model)
     for _ in range(2):
-        check_equal(trained_so_far(model, batch, loss), wanted)
+        check_equal(gradients(model, batch, loss), wanted)
     assert before == [(layer.forward, len(layer._forward_pre_hooks), len(layer._forward_hooks)) for layer in layers]
 
 
@@ -150,7 +150,7 @@ def test_nothing_is_left_at_the_layers() -> None:
     model = deep()
     layers = [model.attachment.stack.get_submodule(name) for name in model.anatomy.layers]
     before = [(len(layer._forward_pre_hooks), len(layer._forward_hooks)) for layer in layers]
-    trained_so_far(model, batch_of(pack_rows, slots_of(model)), keeping(model))
+    gradients(model, batch_of(pack_rows, slots_of(model)), keeping(model))
     assert before == [(len(layer._forward_pre_hooks), len(layer._forward_hooks)) for layer in layers]
     assert not any("forward" in vars(layer) for layer in layers)
 
@@ -158,18 +158,18 @@ def test_nothing_is_left_at_the_layers() -> None:
 def test_a_batch_of_another_adapter_is_refused() -> None:
     model = deep()
     loss, batch = keeping(model), batch_of(separate_rows, slots_of(model))
-    trained_so_far(model, batch, loss)
+    gradients(model, batch, loss)
     model.add_adapter("b", DEEP).double()
     with pytest.raises(ConfigError, match="kept for the adapter that was active, and the batch is served by another: keep them for each apart"):
-        trained_so_far(model, batch, loss)
+        gradients(model, batch, loss)
 
 
 def test_the_first_batch_tells_what_all_texts_need() -> None:
     model = deep()
     batch = batch_of(pack_rows, slots_of(model))
-    trained_so_far(model, batch, keeping(model, n_images=30))
+    gradients(model, batch, keeping(model, n_images=30))
     with pytest.raises(ConfigError, match=r"the states of the texts take about 0.\d+ GiB in each process, as far as the first batch tells, and train.states_gib is"):
-        trained_so_far(model, batch, keeping(model, most=100_000, n_images=3_000))
+        gradients(model, batch, keeping(model, most=100_000, n_images=3_000))
 
 
 def test_a_model_is_tried_first_and_one_whose_layers_hand_on_more_or_run_twice_is_not_started() -> None:

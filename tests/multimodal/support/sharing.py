@@ -98,7 +98,7 @@ def slots_of(model: AdaptedModel) -> list[int]:
     return [slot.domain for slot in model.active_adapter().slots if slot.domain != IMAGE for _ in range(slot.count)]
 
 
-def trained_so_far(model: AdaptedModel, batch: Batch, loss_of: LanguageLoss | None = None) -> list[Tensor]:
+def gradients(model: AdaptedModel, batch: Batch, loss_of: LanguageLoss | None = None) -> list[Tensor]:
     """Loss and gradients."""
     assert batch.patches is not None
     retained = batch.patches[batch.image] if batch.token_image is None else batch.patches
@@ -119,11 +119,11 @@ def graphs_of(model: AdaptedModel, batches: Sequence[Batch]) -> int:
     """How many graphs a compiled form of the model makes of the batches; it learns the same. Captured and run op by op, which needs no compiler."""
     from torch._dynamo.testing import CompileCounterWithBackend  # late: it loads the compiler
 
-    wanted = [trained_so_far(model, batch) for batch in batches]
+    wanted = [gradients(model, batch) for batch in batches]
     counter, loss = CompileCounterWithBackend("aot_eager"), LanguageLoss(model)
     loss.call = CompiledModel(model, backend=counter)
     for batch, plain in zip(batches, wanted, strict=True):
-        for one, other in zip(trained_so_far(model, batch, loss), plain, strict=True):
+        for one, other in zip(gradients(model, batch, loss), plain, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     torch._dynamo.reset()
     return int(counter.frame_count)

@@ -50,7 +50,7 @@ def batch_of(model: VisionLanguageModel, n_words: int, *, packed: bool) -> Batch
     return collate([*rows, *rows], [0] * len(rows) + [1] * len(rows), retained, kind="patches", side="right", pad_id=0)
 
 
-def trained_so_far(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
+def gradients(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
     loss = model(batch)
     return [loss.detach(), *torch.autograd.grad(loss, list(model.adapted.active_adapter().parameters()))]
 
@@ -65,11 +65,11 @@ def trained_so_far(model: VisionLanguageModel, batch: Batch) -> list[Tensor]:
 def test_loss_and_gradients_are_the_same_from_two_graphs_for_all_lengths(family: str, packed: bool, backend: str) -> None:
     model = model_of(family)
     batches = [batch_of(model, n, packed=packed) for n in (2, 5, 3)]
-    expected = [trained_so_far(model, batch) for batch in batches]
+    expected = [gradients(model, batch) for batch in batches]
     counter = CompileCounterWithBackend(backend)
     model.language_loss.call = CompiledModel(model.adapted, backend=counter)
     for batch, before in zip(batches, expected, strict=True):
-        for ours, theirs in zip(trained_so_far(model, batch), before, strict=True):
+        for ours, theirs in zip(gradients(model, batch), before, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if family in ("llama", "t5") else 1e-10)
     assert counter.frame_count == 2  # one for the first length, one for any other
 

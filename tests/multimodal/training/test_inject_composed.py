@@ -78,13 +78,13 @@ def test_what_two_processes_learn_is_what_one_does_but_with_a_slot_that_reads_pa
     encoder, parameters = model.row_encoder(), list(model.adapted.active_adapter().parameters())
     rows, pixels = [encoder.row(text) for text in TEXTS], torch.stack([model.tower.preprocess(photo) for photo in images(3)])
 
-    def trained_so_far(*which: int) -> list[Tensor]:
+    def gradients(*which: int) -> list[Tensor]:
         given = list(which)
         batch = collate([rows[i] for i in given], list(range(len(given))), pixels[given], kind="pixels", side="right", pad_id=0)
         return list(torch.autograd.grad(model(replace(batch, n_targets=1.0)), parameters))
 
     assert len(rows[0].ids) != len(rows[1].ids)
-    together, apart = trained_so_far(0, 1, 2), [sum(parts) for parts in zip(trained_so_far(0), trained_so_far(1, 2), strict=True)]
+    together, apart = gradients(0, 1, 2), [sum(parts) for parts in zip(gradients(0), gradients(1, 2), strict=True)]
     difference = max(float((one - other).abs().max()) for one, other in zip(together, apart, strict=True))
     assert (difference > 1e-4) == depends
     _, note = arranged_for(model.language.model, model.adapted.active_adapter())

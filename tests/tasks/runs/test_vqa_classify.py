@@ -167,14 +167,14 @@ class Counting:
 
 
 def test_a_random_bert_learns_to_look(readers: dict[str, Path], tmp_path: Path) -> None:
-    trained_so_far, held_out, task = Counting("train", 200), Counting("val", 60), Vqa(answers=8, template=Template(prompt=PROMPT))
+    train_set, held_out, task = Counting("train", 200), Counting("val", 60), Vqa(answers=8, template=Template(prompt=PROMPT))
     model = compose("scenes:encoder", str(readers["bert"]), template=task.template, use="read")
     torch.manual_seed(0)
     model.add_adapter("one", {"bridge": Bridge(kind="mlp", hidden=128, init_scale=1.0), "adalink": AdaLink(rank=16, modalities=("image", "text"))})
-    vocabulary = answer_vocabulary(task, trained_so_far)
+    vocabulary = answer_vocabulary(task, train_set)
     model.add_answer_head(vocabulary.answers)
     train_model(
-        model, trained_so_far, vocabulary.texts, TrainSettings(steps=120, batch_size=16, learning_rate=0.008, weight_decay=0.0, features="memory"), tmp_path
+        model, train_set, vocabulary.texts, TrainSettings(steps=120, batch_size=16, learning_rate=0.008, weight_decay=0.0, features="memory"), tmp_path
     )  # fmt: skip
     patches = encode_all(model, held_out)
     own, other = (
