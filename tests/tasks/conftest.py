@@ -1,11 +1,12 @@
-"""One small run for all tests of a module."""
+"""One small run for all tests of a module, and documents in files."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from cli_run import Done, train
+from cli_run import Done, Write, train
 
 
 @pytest.fixture(scope="module")
@@ -21,3 +22,15 @@ def run(trained: tuple[Path, Done]) -> Path:
     out, done = trained
     assert done.code == 0, done
     return out
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a document as JSON into a file of this name."""
+
+    def to(name: str, document: object) -> Path:
+        path = tmp_path / name
+        path.write_text(json.dumps(document))
+        return path
+
+    return to

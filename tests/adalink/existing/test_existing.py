@@ -142,11 +142,11 @@ def test_training_sees_the_edits_that_generation_saw(family: str, name: str) -> 
     ids = model.generate(**inputs, **SETTINGS)
     n_prompt = inputs["input_ids"].shape[1]
     assert torch.equal(ids[:, :n_prompt], inputs["input_ids"])
-    trained_so_far = answers(family, inputs, n=4)
-    trained_so_far["input_ids"] = ids
-    trained_so_far["labels"][:, n_prompt:] = ids[:, n_prompt:]
+    gradients = answers(family, inputs, n=4)
+    gradients["input_ids"] = ids
+    gradients["labels"][:, n_prompt:] = ids[:, n_prompt:]
     with torch.no_grad():
-        logits = model(**trained_so_far).logits
+        logits = model(**gradients).logits
     assert logits.shape[1] == ids.shape[1]
     logits[..., NEVER] = -torch.inf
     assert torch.equal(logits[:, n_prompt - 1 : -1].argmax(-1), ids[:, n_prompt:])

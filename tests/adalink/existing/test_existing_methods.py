@@ -53,9 +53,9 @@ def test_training_sees_the_edits_that_generation_saw(family: str, name: str) -> 
     model, inputs = adapted(family, name), batch(family)
     ids = model.generate(**inputs, **SETTINGS)
     n_prompt = inputs["input_ids"].shape[1]
-    trained_so_far = answers(family, inputs, n=4)
-    trained_so_far["input_ids"], trained_so_far["labels"][:, n_prompt:] = ids, ids[:, n_prompt:]
-    output = model(**trained_so_far)
+    gradients = answers(family, inputs, n=4)
+    gradients["input_ids"], gradients["labels"][:, n_prompt:] = ids, ids[:, n_prompt:]
+    output = model(**gradients)
     output.loss.backward()
     assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.active_adapter().parameters())
     logits = output.logits.detach()

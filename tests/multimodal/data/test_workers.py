@@ -10,19 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from shared import PATIENCE
+from shared import PATIENCE, ROOT
 from torch import Tensor
 
 from adalink.errors import DataError
 from multimodal.data import workers
 from multimodal.data.workers import dead_workers_named, made_in_order
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def made(task: int) -> dict[str, Any]:

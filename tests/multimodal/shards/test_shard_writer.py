@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import webdataset
 from made_shards import ListSource, everything, image, made_sample, made_shards, made_source
+from shared import ROOT
 
 from adalink.errors import BudgetError, ConfigError, DataError
 from multimodal.bad_samples import BadSample
@@ -325,8 +326,8 @@ write_shards(Slow(), Path(sys.argv[1]), samples_per_shard=4, workers=2)
 
 
 def start_writer(out: Path) -> subprocess.Popen[str]:
-    tests = str(Path(__file__).resolve().parents[2] / "support")
-    root = str(Path(__file__).resolve().parents[3])
+    tests = str(ROOT / "tests" / "support")
+    root = str(ROOT)
     return subprocess.Popen(
         [sys.executable, "-c", WRITER, str(out), tests], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}
     )
@@ -364,7 +365,7 @@ try:
 except DataError as error:
     print(error)
 """
-    tests, root = str(Path(__file__).resolve().parents[2] / "support"), str(Path(__file__).resolve().parents[3])
+    tests, root = str(ROOT / "tests" / "support"), str(ROOT)
     ran = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "out"), tests],
         capture_output=True,

@@ -17,7 +17,6 @@ from typing import Any
 from shared import PATIENCE, SUPPORT
 from torch.distributed import TCPStore
 
-ROOT = Path(__file__).parents[3]
 PRELOADED = ["multimodal.training.train", "composed", "ranks"]
 
 

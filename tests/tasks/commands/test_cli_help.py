@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from cli_run import RECIPES, adalink, refused
+from shared import ROOT
 
 from tasks.commands import COMMANDS, Entry
 from tasks.commands.parser import parsed
 from tasks.runs.config import setting_names
 
-ROOT = Path(__file__).resolve().parents[3]
 ENTRIES = {name: entry for name, entry in COMMANDS.items() if isinstance(entry, Entry)} | {
     f"{group} {name}": entry for group, entries in COMMANDS.items() if isinstance(entries, Mapping) for name, entry in entries.items()
 }

@@ -12,9 +12,7 @@ from pathlib import Path
 
 from cli_run import RECIPES, SMALL, adalink
 from forked import forked
-from shared import PATIENCE
-
-ROOT = Path(__file__).parents[3]
+from shared import PATIENCE, ROOT
 
 
 def test_the_console_script_is_what_these_tests_start() -> None:

@@ -14,9 +14,8 @@ import pytest
 import torch
 from cli_run import FIXED, RECIPES, adalink, hostile, refused, train
 from safetensors.torch import load_file
-from shared import PATIENCE
+from shared import PATIENCE, ROOT
 
-ROOT = Path(__file__).parents[3]
 SMALL = ("--data.train.scenes", "train/4", "--data.val.scenes", "val/2", "--train.steps", "2", "--train.batch_size", "2", "--generation.max_new_tokens", "2")
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shared import ROOT
 
 from adalink.errors import ConfigError, DataError
 
 HAS_SUITE = importlib.util.find_spec("lmms_eval") is not None
 needs_suite = pytest.mark.skipif(not HAS_SUITE, reason="lmms_eval is not installed")
-ROOT = Path(__file__).parents[3]
 
 
 def test_the_entry_point_names_something_that_is_there() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_run import Done, adalink, refused
+from cli_run import Done, Write, adalink, refused
 from shared import fixtures
 
 from tasks.metrics.captions import score_captions
@@ -31,19 +30,6 @@ ANSWERS = {
 }
 ANSWERED = [{"question_id": 1, "answer": "Yes!"}, {"question_id": 2, "answer": "b"}]
 QUESTIONS = {"questions": [{"question_id": 1, "image_id": 1, "question": "Is it?"}, {"question_id": 2, "image_id": 1, "question": "What?"}]}
-
-Write = Callable[[str, object], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def to(name: str, document: object) -> Path:
-        path = tmp_path / name
-        path.write_text(json.dumps(document))
-        return path
-
-    return to
-
 
 def scored(task: str, *more: object, **files: Path) -> Done:
     """`adalink score TASK --name FILE ...` with few resamples."""

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_run import hostile
-from shared import PATIENCE
-
-ROOT = Path(__file__).parents[3]
+from shared import PATIENCE, ROOT
 
 
 def run(folder: Path, *command: str, paths: Sequence[Path] = (ROOT,)) -> subprocess.CompletedProcess[str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_run import Done, adalink, refused
+from cli_run import Done, Write, adalink, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,19 +21,6 @@ QUESTIONS = [
     GradedQuestion(question_id=i, answers=("yes",) * 9 + ("no",), question_type=f"type {i % 3}", answer_type="yes/no" if i % 2 else "other") for i in range(12)
 ]
 GOOD, BAD = dict.fromkeys(range(12), "yes"), dict.fromkeys(range(12), "maybe")
-
-Write = Callable[[str, object], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def to(name: str, document: object) -> Path:
-        path = tmp_path / name
-        path.write_text(json.dumps(document))
-        return path
-
-    return to
-
 
 def test_flips_go_both_ways_and_the_negative_rate_counts_what_was_right_and_is_wrong() -> None:
     before, after = {**GOOD, 0: "maybe", 1: "maybe"}, {**GOOD, 4: "no", 5: "maybe", 6: "maybe"}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cli_run import FIXED, RECIPES, WIDTH, Files, adalink, refused, train
+from shared import ROOT
 
 from tasks.planning.plan import size
 
@@ -179,6 +180,6 @@ def test_training_still_needs_its_data() -> None:
 
 def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word() -> None:
     command = f"{sys.executable} -c 'from adalink.__main__ import entry; entry()' --help | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[3], check=True)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stderr == ""
     assert done.stdout == "141\n"

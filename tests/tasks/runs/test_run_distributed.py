@@ -12,7 +12,7 @@ import pytest
 import torch
 from cli_run import FIXED, RECIPES, train
 from safetensors.torch import load_file
-from shared import PATIENCE
+from shared import PATIENCE, ROOT
 
 OPTIONS = (
     "--data.train.scenes", "train/13", "--data.val.scenes", "val/2", "--train.steps", "5", "--train.log_every", "1",
@@ -25,7 +25,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tasks.cli", "train"]
     arguments = ["--config", str(RECIPES["captioning"]), "--out", str(tmp_path / "two"), *FIXED, *OPTIONS, "--train.batch_size", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=Path(__file__).parents[3], env=environment)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("trained: ") == done.stdout.count("report: ") == 1
     assert train("captioning", tmp_path / "one", "--train.batch_size", "4", small=OPTIONS).code == 0

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import torch
 from forked import Forked, forked
-from shared import PATIENCE
+from shared import PATIENCE, ROOT
 
 from adalink import AdaLink, Bridge
 from multimodal.model import VisionLanguageModel
@@ -28,7 +28,6 @@ from tasks.runs.compose import compose
 from tasks.scenes.dataset import Scenes
 from tasks.vqa import Vqa
 
-ROOT = Path(__file__).parents[3]
 TASKS = {"cap": Captioning(), "cap_b": Captioning(), "vqa": Vqa(), "vqa_b": Vqa()}
 QUESTIONS = ("is it red?", "how many large balls are in the image?", "what is in the middle?", "what colour is the star?")
 

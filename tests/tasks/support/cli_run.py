@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from shared import ROOT
 
 from tasks.cli import main
 from tasks.scenes import encoder_folder, language_folder
 from tasks.scenes.dataset import Scenes
 
-SCENES = Path(__file__).parents[3] / "tasks" / "scenes"
+Write = Callable[[str, object], Path]  # a document under a name, as JSON
+SCENES = ROOT / "tasks" / "scenes"
 RECIPES = {"captioning": SCENES / "captioning.yaml", "vqa": SCENES / "vqa.yaml"}
 WIDTH: int = json.loads((language_folder() / "config.json").read_text())["hidden_size"]
 FEATURE_WIDTH: int = json.loads((encoder_folder() / "config.json").read_text())["num_features"]
