@@ -8,7 +8,17 @@ from adalink.checkpoint.fingerprint import FrozenPart, fingerprint
 from adalink.checkpoint.peft_format import from_peft, to_peft
 from adalink.edit import EMBEDDING, Adapter, Edit, Method, Placement, Port, Slots
 from adalink.errors import AdalinkError, AttachError, BudgetError, CheckpointError, ConfigError, DataError
-from adalink.methods import EPALM, IA3, METHODS, AdaLink, BitFit, Bottleneck, Bridge, Gated, LoRA, Prefix, Prompt, UniPELT
+from adalink.methods import METHODS
+from adalink.methods.adalink import AdaLink
+from adalink.methods.bitfit import BitFit
+from adalink.methods.bottleneck import Bottleneck
+from adalink.methods.bridge import Bridge
+from adalink.methods.epalm import EPALM
+from adalink.methods.ia3 import IA3
+from adalink.methods.lora import LoRA
+from adalink.methods.prefix import Prefix
+from adalink.methods.prompt import Prompt
+from adalink.methods.unipelt import Gated, UniPELT
 from adalink.model import BASE_NAME, AdaptedModel, get_adalink_model
 from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT, TEXT, TokenMap, Tokens
 

@@ -1,19 +1,31 @@
 """The methods, by the name that configs and checkpoints use. Adding one is a file here and a name in METHODS."""
 
-from adalink.methods.adalink import AdaLink
-from adalink.methods.bitfit import BitFit
-from adalink.methods.bottleneck import Bottleneck
-from adalink.methods.bridge import Bridge
-from adalink.methods.epalm import EPALM
-from adalink.methods.ia3 import IA3
-from adalink.methods.lora import LoRA
-from adalink.methods.prefix import Prefix
-from adalink.methods.prompt import Prompt
-from adalink.methods.unipelt import Gated, UniPELT
+from collections import UserDict
+from importlib import import_module
+from typing import Any
 
-__all__ = ["EPALM", "IA3", "METHODS", "AdaLink", "BitFit", "Bottleneck", "Bridge", "Gated", "LoRA", "Prefix", "Prompt", "UniPELT"]
+__all__ = ["METHODS"]
 
-METHODS = {
-    "adalink": AdaLink, "bitfit": BitFit, "bottleneck": Bottleneck, "bridge": Bridge, "epalm": EPALM, "gated": Gated, "ia3": IA3, "lora": LoRA,
-    "prefix": Prefix, "prompt": Prompt, "unipelt": UniPELT,
-}  # fmt: skip
+
+class _Methods(UserDict[str, Any]):
+    """Name -> class, which is imported when it is first asked for: a list of the names needs no torch. Written as FILE.CLASS."""
+
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(place := super().__getitem__(name), str):
+            file, _, kind = place.partition(".")
+            self.data[name] = getattr(import_module(f"{__name__}.{file}"), kind)
+        return super().__getitem__(name)
+
+
+METHODS = _Methods({
+    "adalink": "adalink.AdaLink", "bitfit": "bitfit.BitFit", "bottleneck": "bottleneck.Bottleneck", "bridge": "bridge.Bridge", "epalm": "epalm.EPALM",
+    "gated": "unipelt.Gated", "ia3": "ia3.IA3", "lora": "lora.LoRA", "prefix": "prefix.Prefix", "prompt": "prompt.Prompt", "unipelt": "unipelt.UniPELT",
+})  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The classes themselves, as in `from adalink.methods import LoRA`."""
+    for kind in () if name.startswith("__") else METHODS.values():
+        if kind.__name__ == name:
+            return kind
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

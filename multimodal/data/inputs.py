@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from multimodal.bad_samples import BadSample
 from multimodal.data.images.decode import decode_image
 from multimodal.data.order import fingerprint_of, texts_fingerprint_of
 from multimodal.sample import Measure, Sample, SampleSource, lengths_of
 
-__all__ = ["Drafted", "CachedFeatures", "needed_side", "read_pixels"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CachedFeatures", "Drafted", "StoredDtype", "needed_side", "read_pixels"]
 
 
 _RAMP = 512  # pixels a side of the test images
@@ -77,7 +79,10 @@ def needed_side(preprocess: Callable[[Image.Image], Tensor]) -> int:
 
 
 # ----------------------------------------
-# Features that are kept, in memory or on disk.
+# Features that are cached, in memory or on disk.
+
+
+StoredDtype = Literal["float16", "bfloat16", "float32"]
 
 
 class CachedFeatures(Protocol):

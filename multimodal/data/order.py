@@ -11,7 +11,6 @@ from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from adalink.errors import ConfigError
@@ -104,9 +103,16 @@ class _Shuffled:
     def order(self, epoch: int, size: int) -> NDArray[np.int64]:
         """int64 [size]"""
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * _SEEDS + epoch)
-            self._epoch, self._order = epoch, torch.randperm(size, generator=generator).numpy()  # a tensor's single elements are slow
+            self._epoch, self._order = epoch, _permutation(size, self.seed * _SEEDS + epoch)
         return self._order
+
+
+def _permutation(size: int, seed: int) -> NDArray[np.int64]:
+    """int64 [size]"""
+    import torch  # late: help needs the classes here and no number
+
+    order: NDArray[np.int64] = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()  # a tensor's single elements are slow
+    return order
 
 
 # ----------------------------------------
@@ -164,8 +170,7 @@ class BucketedOrder:
         borders = np.array([first, *range(first - first % self.batch + self.batch, end, self.batch), end])
         sizes = np.diff(borders)
         key = hashlib.sha256(f"{self.seed} {first}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
-        places = torch.randperm(len(sizes), generator=generator).numpy()  # of the batches, those of short texts first
+        places = _permutation(len(sizes), int.from_bytes(key[:7]))  # of the batches, those of short texts first
         rearranged = np.empty_like(samples)
         taken = 0
         for place in places:

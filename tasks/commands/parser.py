@@ -50,6 +50,8 @@ class _Refused(ConfigError):
 class _Parser(ArgumentParser):  # type: ignore[misc]  # untyped here
     """Raises where the library would print and exit: a message of a nested parser then names the whole setting."""
 
+    is_for_help = False  # it will only be asked what the options are, and needs no types that take long to import
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what was said."""
         raise _Refused(message)
@@ -161,15 +163,16 @@ def _parsed(words: Sequence[str], command: Command, arguments: list[str]) -> tup
         raise ConfigError(one_sentence(str(error))) from None
 
 
-def _new_parser(words: Sequence[str], command: Command, about: str = "") -> _Parser:
+def _new_parser(words: Sequence[str], command: Command, *, about: str = "", is_for_help: bool = False) -> _Parser:
     """A config may come from anybody, and an import runs code: no setting imports anything but the classes of a config."""
     allowed: list[str] = []
-    if command.has_config:
+    if command.has_config and not is_for_help:
         from tasks.runs.config import class_paths
 
         allowed = class_paths()
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
     parser = _Parser(prog=" ".join(["adalink", *words]), description=about)
+    parser.is_for_help = is_for_help
     if command.has_config:
         parser.add_argument("--config", action=ConfigFile, help="a YAML file of the settings below; what stands after it on the command line wins")
     command.add(parser)
@@ -188,7 +191,7 @@ def _print_help(words: Sequence[str], entry: Entry, command: Command, *, is_shor
     if command.bare is not None and not is_short:
         command.bare(["--help"])
         return
-    parser = _new_parser(words, command, entry.help)
+    parser = _new_parser(words, command, about=entry.help, is_for_help=True)
     text = _short_help(parser, command, start, entry.help) if is_short else parser.format_help().rstrip()
     print("\n".join([text, "", "examples:", *(f"  {line}" for line in command.examples)]))
 

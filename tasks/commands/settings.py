@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from adalink import METHODS
 from adalink.errors import ConfigError
+from adalink.methods import METHODS
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.template import Template
 from multimodal.training.settings import TrainSettings
@@ -33,6 +34,9 @@ DATA_ROWS = (
     ("--data.train.NAME VALUE", "the images that are trained on, likewise"),
 )
 METHODS_ROW = ("--methods.NAME SETTINGS", "one or more methods, such as --methods.lora '{rank: 8}'; `adalink methods` lists them")
+
+# Help lists the methods by name. Their settings have a help of their own, for which the method itself is imported, and torch.
+METHOD_GROUPS = {"methods": "methods", "vision_methods": "methods inside the encoder"}
 
 _DATA: Any = dataclasses.make_dataclass(
     "DraftData",
@@ -79,10 +83,16 @@ EvaluationSettings: Any = _evaluation_settings()
 
 def add_run(parser: Any, settings: Any = RunConfig) -> None:
     """The settings of a run, each with the comment beside its field as its help. settings: RunConfig, Draft or EvaluationSettings."""
-    for kind in (RunConfig, Data, DataConfig, Captioning, Vqa, Template, TrainSettings, GenerationSettings, GenerationChoice, *METHODS.values()):
+    methods = () if parser.is_for_help else METHODS.values()
+    for kind in (RunConfig, Data, DataConfig, Captioning, Vqa, Template, TrainSettings, GenerationSettings, GenerationChoice, *methods):
         comments_as_help(kind)
     settings.__doc__ = RunConfig.__doc__
-    parser.add_class_arguments(settings, None)
+    parser.add_class_arguments(settings, None, skip=set(METHOD_GROUPS) if parser.is_for_help else None)
+    if parser.is_for_help:
+        for group, about in METHOD_GROUPS.items():
+            options = parser.add_argument_group(about)
+            for name in METHODS:
+                options.add_argument(f"--{group}.{name}", metavar="SETTINGS", default=SUPPRESS, help=f"`--{group}.{name}.help` lists them")
 
 
 def settings_of(adapter: Path, given: Any) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
-from adalink import METHODS, Method
 from adalink.errors import ConfigError
-from multimodal.data.feature_cache.format import StoredDtype
+from adalink.methods import METHODS
+from multimodal.data.inputs import StoredDtype
 from multimodal.generation.settings import GenerationSettings
 from multimodal.training.settings import TrainSettings
 from tasks.captioning import Captioning
@@ -19,14 +19,20 @@ from tasks.data.sources import DataConfig
 from tasks.task import Task
 from tasks.vqa import Vqa
 
+TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
+if TYPE_CHECKING:
+    from adalink import Method
+
 __all__ = ["Data", "Methods", "RunConfig", "check_groups", "chosen_methods", "class_paths", "setting_names"]
 
-# One optional setting for each method there is, so that help, types and errors come from the method's own dataclass.
+# One optional setting for each method there is, so that types and errors come from the method's own dataclass. Types are texts, which are read when
+# arguments are parsed: a method needs torch, and help does not.
 Methods: Any = dataclasses.make_dataclass(
     "Methods",
-    [(name, Optional[kind], None) for name, kind in METHODS.items()],  # noqa: UP045 (jsonargparse reads it at run time)
+    [(name, f"METHODS[{name!r}] | None", None) for name in METHODS],
     kw_only=True,
     frozen=True,
+    namespace={"__doc__": "One or more methods, by name.", "__module__": __name__},
 )
 
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from adalink import Adapter
 from adalink.errors import ConfigError, DataError
 from adalink.methods.bridge import Projection
 from adalink.methods.epalm import Tap
+from multimodal.data.inputs import StoredDtype
 from multimodal.encoders.base import Features
 from multimodal.encoders.tower import VisionTower
 
@@ -28,8 +29,6 @@ __all__ = [
     "trim", "word_bytes",
 ]  # fmt: skip
 
-
-StoredDtype = Literal["float16", "bfloat16", "float32"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from cli_run import RECIPES, adalink, refused
 from shared import ROOT
 
+from adalink.methods import METHODS
 from tasks.commands import COMMANDS, Entry
 from tasks.commands.parser import parsed
 from tasks.runs.config import setting_names
@@ -23,9 +25,8 @@ ENTRIES = {name: entry for name, entry in COMMANDS.items() if isinstance(entry, 
 GROUPS = [name for name, entry in COMMANDS.items() if isinstance(entry, Mapping)]
 LINES, COLUMNS = 40, 100
 
-# Libraries that take long to import, and the commands whose help needs one: the settings of a run hold those of its methods, beside their modules.
+# Libraries that take long to import.
 HEAVY = ("torch", "torchvision", "transformers", "timm", "open_clip", "accelerate", "peft", "webdataset", "fastapi", "uvicorn", "jinja2", "tensorboard")
-OF_A_RUN = ("train", "evaluate", "features", "compose", "methods")
 LOOK = f"""
 import contextlib, io, json, sys
 found = {{}}
@@ -38,7 +39,7 @@ look("import multimodal")
 from tasks.cli import main
 for words in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        main([*words.split(), "--help"])
+        main(words.split())
     look(words)
 print(json.dumps(found))
 """
@@ -46,20 +47,22 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def imported() -> dict[str, list[str]]:
-    """What a new process has imported after each step: those that need little first."""
-    words = ["", *GROUPS, *(name for name in ENTRIES if name not in OF_A_RUN), "methods", "train"]  # those of a run have the same settings
+    """What a new process has imported after each step: those that need little first, and last a help that imports a method."""
+    words = [f"{name} --help" for name in ("", *GROUPS, *ENTRIES)]
+    words += [*(f"{name} --help.all" for name in ENTRIES if name != "launch"), "train --methods.lora.help"]  # accelerate writes all of launch's
     done = subprocess.run([sys.executable, "-c", LOOK, json.dumps(words)], capture_output=True, text=True, check=True, cwd=ROOT)
     found: dict[str, list[str]] = json.loads(done.stdout)
     return found
 
 
 def test_help_of_the_command_line_and_of_its_groups_imports_no_library(imported: dict[str, list[str]]) -> None:
-    assert not [name for name in ("import adalink", "import multimodal", "", *GROUPS) if imported[name]]
+    assert not [name for name in ("import adalink", "import multimodal", " --help", *(f"{name} --help" for name in GROUPS)) if imported[name]]
 
 
-def test_help_of_a_command_imports_what_its_settings_need(imported: dict[str, list[str]]) -> None:
-    found = {words: set(imported[words]) - {"PIL"} for words in imported if words in ENTRIES}
-    assert {words: names for words, names in found.items() if names} == {"methods": {"torch"}, "train": {"torch"}}
+def test_help_of_a_command_imports_no_library_of_models_even_where_it_lists_every_setting(imported: dict[str, list[str]]) -> None:
+    found = {words: set(names) - {"PIL"} for words, names in imported.items()}
+    assert {words: names for words, names in found.items() if names} == {"train --methods.lora.help": {"torch"}}  # the control
+    assert len(found) >= 2 * len(ENTRIES)
 
 
 @pytest.mark.parametrize("words", ["", *GROUPS, *ENTRIES])
@@ -108,6 +111,13 @@ def test_help_all_lists_every_setting() -> None:
     assert "--train.betas" not in short
     assert "--train.batch_size N" in short
     assert "(default: 16)" in short
+
+
+@pytest.mark.parametrize("words", ["train", "evaluate"])
+def test_each_method_that_help_all_lists_has_a_help_of_its_own(words: str) -> None:
+    listed = re.findall(r"`--((?:vision_)?methods\.\w+)\.help`", adalink(words, "--help.all").out)
+    assert listed == [f"{group}.{name}" for group in ("methods", "vision_methods") for name in METHODS]
+    assert "--vision_methods.lora.rank RANK" in adalink(words, "--vision_methods.lora.help").out
 
 
 def test_the_options_that_help_lists_are_those_of_the_parser() -> None:
