@@ -12,30 +12,11 @@ from adalink import TokenMap
 from adalink.attachment.attachment import Attachment
 from adalink.attachment.recompute import may_share_prompts, needs_whole_sequence
 from multimodal.batches.collate import Batch
-from multimodal.batches.tokenize import TextTooLong
-from multimodal.generation.decoding import Decoding, may_decode
-from multimodal.generation.prefill import prefill
+from multimodal.generation.decoding import Decoding, check_room, may_decode, prefill
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.language import Language
 
-__all__ = ["GenerationChoice", "GenerationSettings", "check_room", "generated_texts", "run_generation", "saved_generation", "written_texts"]
-
-
-def check_room(language: Language, n_prompt: int, settings: GenerationSettings) -> None:
-    """Raise TextTooLong where a prompt of so many tokens, or the text after it, has more positions than the model.
-
-    An encoder-decoder model counts them apart.
-    """
-    if language.model.config.is_encoder_decoder:
-        limits = [(n_prompt, language.max_positions), (settings.max_new_tokens, language.max_written)]
-    else:
-        limits = [(n_prompt + settings.max_new_tokens - 1, language.max_positions)]  # the last token is only ever predicted, so it is not read
-    for needed, limit in limits:
-        if limit is not None and needed > limit:
-            raise TextTooLong(
-                f"a prompt of {n_prompt} tokens and {settings.max_new_tokens} new ones need {needed} positions, and the language model has {limit}: "
-                "shorten the prompt or lower generation.max_new_tokens"
-            )
+__all__ = ["GenerationChoice", "GenerationSettings", "generated_texts", "run_generation", "saved_generation", "written_texts"]
 
 
 def written_texts(language: Language, attachment: Attachment, batch: Batch, token_map: TokenMap, settings: GenerationSettings) -> list[str]:

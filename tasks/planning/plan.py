@@ -14,7 +14,7 @@ from torch import nn
 from adalink import IMAGE, PERCEPT, Adapter, Anatomy, Method, Placement, Slots
 from adalink.tokens import DOMAIN_NAMES, N_DOMAINS
 from multimodal.batches.tokenize import RowEncoder
-from multimodal.generation.generate import check_room
+from multimodal.generation.decoding import check_room
 from multimodal.generation.settings import GenerationSettings
 from multimodal.loss.language_loss import targets_at_once
 from multimodal.model import TrainedParts

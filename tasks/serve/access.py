@@ -1,4 +1,4 @@
-"""What a request may cost before anybody looks at it: how many at once, how many bytes, how long."""
+"""What a request must pass before it is read: how many at once, how many bytes, how long, under which name, with which key."""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
-"""The one thread that runs the model."""
+"""The one thread that runs the model: its caches of images and prompts, and the running batch, whose rows come and go between two tokens."""
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -18,167 +20,106 @@ from adalink.attachment.recompute import may_share_prompts, needs_whole_sequence
 from adalink.errors import ConfigError
 from multimodal.batches.collate import Batch, collate
 from multimodal.batches.tokenize import TextTooLong
-from multimodal.generation.decoding import Decoding, may_decode
-from multimodal.generation.generate import check_room, run_generation
+from multimodal.generation.decoding import Decoding, KnownPrompt, check_room, may_decode
+from multimodal.generation.generate import run_generation
 from multimodal.generation.settings import GenerationSettings
-from multimodal.language import Language
 from multimodal.model import VisionLanguageModel
-from tasks.serve.cache import FeatureLRU, Part, PromptCache
-from tasks.serve.scheduler import Answer, Draw, DrawnRows, Job, Waiting
+from tasks.serve.scheduler import DrawnRows, Job, JobRow, ServedImage, Waiting
 from tasks.serve.settings import Batching, RequestLimits
 
-__all__ = ["JobRow", "Running", "Worker", "Written", "run_beams", "run_greedy"]
+__all__ = ["FeatureLRU", "Part", "PromptCache", "Running", "Worker", "run_beams", "run_greedy"]
 
 
 # ----------------------------------------
-# What has been written for one row so far: its tokens, its text, and where it ends.
+# The thread.
 
 
-class Written:
-    """The tokens of one row as they come.
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
-    The text is what `VisionLanguageModel.generate` gives for the same tokens, cut before the first stop string. `fresh` gives it in
-    pieces that join to the same text: whole words, because a later token may change the last one (half of a letter, a space before a mark).
+
+class Worker:
+    """Takes jobs from `waiting` into the running batch, between two tokens; what changes the model is run there too, on the same thread.
+
+    So nothing is locked around the model, and no call of it ever sees an adapter come or go.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int, stop: Sequence[str] = (), ends: Sequence[int] = ()) -> None:
-        """`ends`: the tokens that end a text, beside the tokenizer's own."""
-        self.tokenizer = tokenizer
-        self.ends = frozenset([tokenizer.eos_token_id, *ends])
-        self.max_tokens = max_tokens
-        self.stop = tuple(stop)
-        self.ids: list[int] = []
-        self.reason: Literal["stop", "length"] | None = None  # why it ended; None while it goes on
-        self._sent = ""
-
-    def add(self, token: int) -> None:
-        """Take the next token."""
-        self.ids.append(token)
-        if token in self.ends or (self.stop and self._stop_at(self._decoded()) is not None):
-            self.reason = "stop"
-        elif len(self.ids) >= self.max_tokens:
-            self.reason = "length"
+    def __init__(self, model: VisionLanguageModel, batching: Batching, limits: RequestLimits, seen: Callable[[Sequence[Job]], None]) -> None:
+        self.model = model
+        self.waiting = Waiting(batching, self._fits)
+        self.seen = seen  # called with the jobs of the running batch whenever some join it
+        self.features = FeatureLRU(model, limits.cached_images, limits.feature_bytes)
+        self.prompts = PromptCache(limits.prompt_bytes)
+        self.running = Running(model, self.features, self.prompts)
+        self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
 
     @property
-    def text(self) -> str:
-        """All that was written, up to the first stop string."""
-        decoded = self._decoded()
-        return decoded[: self._stop_at(decoded)].strip()
+    def is_alive(self) -> bool:
+        """Whether batches are run."""
+        return self._thread.is_alive()
 
-    def fresh(self) -> str:
-        """What can be sent now that was not sent before; the rest, once it has ended."""
-        text = self.text
-        if self.reason is None:
-            text = text[: self._settled(text)].rstrip()
-        if not text.startswith(self._sent):
-            return ""
-        piece, self._sent = text[len(self._sent) :], text
-        return piece
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
 
-    def _decoded(self) -> str:
-        written = self.ids[:-1] if self.ids and self.ids[-1] in self.ends else self.ids
-        decoded: str = self.tokenizer.decode(written, skip_special_tokens=True)
-        return decoded
+    def stop(self) -> None:
+        """Finish what waits, and end."""
+        self.waiting.close()
+        self._thread.join()
 
-    def _stop_at(self, text: str) -> int | None:
-        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
-        return min(found) if found else None
+    def between_batches(self, errand: Callable[[], Result], after: str = "") -> Future[Result]:
+        """The result of a function that is run on the generation thread, after the jobs of an adapter where one is named."""
+        future: Future[Result] = Future()
 
-    def _settled(self, text: str) -> int:
-        """How many characters no later token can change: none of the last word, none of what may become a stop string."""
-        settled = max(text.rfind(space) for space in (" ", "\n")) + 1
-        for stop in self.stop:
-            starts = [n for n in range(1, len(stop)) if text.endswith(stop[:n])]
-            settled = min(settled, len(text) - max(starts, default=0))
-        return settled
+        def run() -> None:
+            try:
+                future.set_result(errand())
+            except BaseException as error:
+                future.set_exception(error)
 
+        self.waiting.put_errand(run, after)
+        return future
 
-# ----------------------------------------
-# One row of a batch: the job that it is for, and what has been written.
+    def join(self, jobs: Sequence[Job]) -> None:
+        """Add jobs to the running batch; where that fails, they are told, and those that run already are not touched."""
+        self.seen([*self.running.jobs, *jobs])
+        try:
+            self.running.join(jobs)
+        except Exception as error:
+            _failed(jobs, error)
 
+    def delete_adapter(self, name: str) -> None:
+        """Take an adapter from the model, with what was read under it; an errand."""
+        self.model.delete_adapter(name)
+        self.prompts.forget(name)
 
-class JobRow:
-    """Takes the tokens of a job as they come, sends what is to be sent, and tells the end.
+    def _work(self) -> None:
+        running = self.running
+        while (taken := self.waiting.take(running.jobs)) is not None:
+            if callable(taken):
+                taken()
+                continue
+            if taken:
+                self.join(taken)
+            try:
+                running.step()
+            except Exception as error:
+                _failed(running.jobs, error)
+                running.clear()
 
-    n_rows    of the batch, when the row came
-    n_known   tokens of its prompt that were not read
-    """
-
-    def __init__(self, job: Job, language: Language, *, n_rows: int, n_known: int = 0) -> None:
-        self.job = job
-        self.draw = None if job.ask.sampling is None else Draw(job.ask.sampling)
-        self._tokenizer, self._n_rows, self._n_known, self._started = language.tokenizer, n_rows, n_known, time.perf_counter()
-        self._written = Written(language.tokenizer, job.ask.settings.max_new_tokens, job.ask.stop, language.end_ids)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether no more tokens are wanted: the text has ended, or its client has gone."""
-        return self._written.reason is not None or self.job.cancelled
-
-    def add(self, token: int) -> None:
-        """Take the next token, unless the row has ended."""
-        if self.has_ended:
-            return
-        written = self._written
-        written.add(token)
-        if self.job.streams and (piece := written.fresh()):
-            self.job.report(piece)
-        if written.reason is not None:
-            self._report(written.text, written.reason, len(written.ids))
-
-    def end(self, text: str) -> None:
-        """Take a whole text. Beams do not tell how the best of them ended; a text of all its tokens was cut."""
-        n_new = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        if self.job.streams and text:
-            self.job.report(text)
-        self._report(text, "length" if n_new >= self.job.ask.settings.max_new_tokens else "stop", n_new)
-
-    def _report(self, text: str, reason: str, n_new: int) -> None:
-        job, now = self.job, time.perf_counter()
-        self.job.report(
-            Answer(
-                text=text, reason=reason, n_prompt=len(job.ask.row.ids), n_known=self._n_known, n_new=n_new, waited=self._started - job.queued,
-                generated=now - self._started, n_rows=self._n_rows,
-            )
-        )  # fmt: skip
+    def _fits(self, n_prompt: int, n_new: int) -> bool:
+        try:
+            check_room(self.model.language, n_prompt, GenerationSettings(max_new_tokens=n_new))
+        except (TextTooLong, ConfigError):
+            return False
+        return True
 
 
-# ----------------------------------------
-# A batch that begins and ends together: beams, and models whose rows cannot come and go (see `tasks.serve.engine`).
-
-
-class _Rows(StoppingCriteria):  # type: ignore[misc]  # untyped here
-    """Gives each row its new token, and ends the rows that have ended or that nobody waits for."""
-
-    def __init__(self, rows: Sequence[JobRow]) -> None:
-        self.rows = rows
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """bool [B]: which rows have ended"""
-        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
-            row.add(token)
-        return torch.tensor([row.has_ended for row in self.rows], dtype=torch.bool, device=input_ids.device)
-
-
-def run_greedy(model: VisionLanguageModel, batch: Batch, token_map: TokenMap, jobs: Sequence[Job]) -> None:
-    """Generate step by step, and tell each its answer: the tokens that `VisionLanguageModel.generate` gives."""
-    asks, rows = [job.ask for job in jobs], [JobRow(job, model.language, n_rows=len(jobs)) for job in jobs]
-    with model.adapted.attachment.bind(token_map):
-        run_generation(
-            model.language,
-            batch,
-            GenerationSettings(max_new_tokens=max(ask.settings.max_new_tokens for ask in asks)),
-            use_cache=not needs_whole_sequence(model.adapted.attachment, token_map),
-            stopping=StoppingCriteriaList([_Rows(rows)]),
-            processors=LogitsProcessorList([DrawnRows([ask.sampling for ask in asks])] if any(ask.sampling for ask in asks) else []),
-        )
-
-
-def run_beams(model: VisionLanguageModel, batch: Batch, jobs: Sequence[Job]) -> None:
-    """Tell each job the text that `VisionLanguageModel.generate_batch` gives, with beams that are the same for all."""
-    rows = [JobRow(job, model.language, n_rows=len(jobs)) for job in jobs]
-    for row, text in zip(rows, model.generate_batch(batch, jobs[0].ask.settings, [job.ask.adapter for job in jobs]), strict=True):
-        row.end(text)
+def _failed(jobs: Sequence[Job], error: Exception) -> None:
+    logger.error("a batch of %d failed", len(jobs), exc_info=error)
+    for job in jobs:
+        job.report(error)
+        job.cancelled = True  # a row that it has already goes with the next token
 
 
 # ----------------------------------------
@@ -279,89 +220,170 @@ def _chosen(rows: Sequence[JobRow], scores: Tensor) -> Tensor:
     return chosen
 
 
-Result = TypeVar("Result")
-logger = logging.getLogger(__name__)
+# ----------------------------------------
+# A batch that begins and ends together: beams, and models whose rows cannot come and go (see `Running`).
 
 
-class Worker:
-    """Takes jobs from `waiting` into the running batch, between two tokens; what changes the model is run there too, on the same thread.
+class _Rows(StoppingCriteria):  # type: ignore[misc]  # untyped here
+    """Gives each row its new token, and ends the rows that have ended or that nobody waits for."""
 
-    So nothing is locked around the model, and no call of it ever sees an adapter come or go.
+    def __init__(self, rows: Sequence[JobRow]) -> None:
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """bool [B]: which rows have ended"""
+        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            row.add(token)
+        return torch.tensor([row.has_ended for row in self.rows], dtype=torch.bool, device=input_ids.device)
+
+
+def run_greedy(model: VisionLanguageModel, batch: Batch, token_map: TokenMap, jobs: Sequence[Job]) -> None:
+    """Generate step by step, and tell each its answer: the tokens that `VisionLanguageModel.generate` gives."""
+    asks, rows = [job.ask for job in jobs], [JobRow(job, model.language, n_rows=len(jobs)) for job in jobs]
+    with model.adapted.attachment.bind(token_map):
+        run_generation(
+            model.language,
+            batch,
+            GenerationSettings(max_new_tokens=max(ask.settings.max_new_tokens for ask in asks)),
+            use_cache=not needs_whole_sequence(model.adapted.attachment, token_map),
+            stopping=StoppingCriteriaList([_Rows(rows)]),
+            processors=LogitsProcessorList([DrawnRows([ask.sampling for ask in asks])] if any(ask.sampling for ask in asks) else []),
+        )
+
+
+def run_beams(model: VisionLanguageModel, batch: Batch, jobs: Sequence[Job]) -> None:
+    """Tell each job the text that `VisionLanguageModel.generate_batch` gives, with beams that are the same for all."""
+    rows = [JobRow(job, model.language, n_rows=len(jobs)) for job in jobs]
+    for row, text in zip(rows, model.generate_batch(batch, jobs[0].ask.settings, [job.ask.adapter for job in jobs]), strict=True):
+        row.end(text)
+
+
+# ----------------------------------------
+# Features of the images that were asked about last, so that a second question about one costs neither decoder nor encoder. Where an encoder is
+# adapted its pixels are cached instead: a second question costs the encoder.
+
+
+class FeatureLRU:
+    """Encodes images, each once; above a number and a sum of bytes, those least recently asked about are forgotten.
+
+    `get` is for any thread, `of` for the generation thread.
     """
 
-    def __init__(self, model: VisionLanguageModel, batching: Batching, limits: RequestLimits, seen: Callable[[Sequence[Job]], None]) -> None:
+    def __init__(self, model: VisionLanguageModel, n_retained: int, most_bytes: int = 2**28) -> None:
         self.model = model
-        self.waiting = Waiting(batching, self._fits)
-        self.seen = seen  # called with the jobs of the running batch whenever some join it
-        self.features = FeatureLRU(model, limits.cached_images, limits.feature_bytes)
-        self.prompts = PromptCache(limits.prompt_bytes)
-        self.running = Running(model, self.features, self.prompts)
-        self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
+        self.n_retained = n_retained
+        self.most_bytes = most_bytes
+        self.n_bytes = 0
+        self._retained: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
-    def is_alive(self) -> bool:
-        """Whether batches are run."""
-        return self._thread.is_alive()
+    def kind(self) -> Literal["patches", "pixels"]:
+        """What `of` gives."""
+        return "patches" if self.model.tower.adapter is None else "pixels"
 
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+    def get(self, key: str) -> Tensor | None:
+        """float [N + L, Dv], or [3, H, W] of pixels, where the image is known."""
+        with self._lock:
+            if key in self._retained:
+                self._retained.move_to_end(key)
+            return self._retained.get(key)
 
-    def stop(self) -> None:
-        """Finish what waits, and end."""
-        self.waiting.close()
-        self._thread.join()
-
-    def between_batches(self, errand: Callable[[], Result], after: str = "") -> Future[Result]:
-        """The result of a function that is run on the generation thread, after the jobs of an adapter where one is named."""
-        future: Future[Result] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(errand())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self.waiting.put_errand(run, after)
-        return future
-
-    def join(self, jobs: Sequence[Job]) -> None:
-        """Add jobs to the running batch; where that fails, they are told, and those that run already are not touched."""
-        self.seen([*self.running.jobs, *jobs])
-        try:
-            self.running.join(jobs)
-        except Exception as error:
-            _failed(jobs, error)
-
-    def delete_adapter(self, name: str) -> None:
-        """Take an adapter from the model, with what was read under it; an errand."""
-        self.model.delete_adapter(name)
-        self.prompts.forget(name)
-
-    def _work(self) -> None:
-        running = self.running
-        while (taken := self.waiting.take(running.jobs)) is not None:
-            if callable(taken):
-                taken()
-                continue
-            if taken:
-                self.join(taken)
-            try:
-                running.step()
-            except Exception as error:
-                _failed(running.jobs, error)
-                running.clear()
-
-    def _fits(self, n_prompt: int, n_new: int) -> bool:
-        try:
-            check_room(self.model.language, n_prompt, GenerationSettings(max_new_tokens=n_new))
-        except (TextTooLong, ConfigError):
-            return False
-        return True
+    def of(self, images: Sequence[ServedImage]) -> tuple[Tensor, list[int]]:
+        """float [I, N + L, Dv], or [I, 3, H, W] of pixels, of the different images, and for each of `images` which of them it is."""
+        different = {image.key: image for image in images}
+        features = {key: found for key, image in different.items() if (found := self.get(key) if image.features is None else image.features) is not None}
+        if new := [image for key, image in different.items() if key not in features]:
+            pixels = torch.stack([image.pixels for image in new if image.pixels is not None])
+            encoded = pixels if self.kind == "pixels" else self.model.encode(pixels)
+            # Copies: a row of the batch would keep all of it in memory.
+            features |= {image.key: row.clone() for image, row in zip(new, encoded, strict=True)}
+        with self._lock:
+            for key, value in features.items():
+                self.n_bytes += value.nbytes - (self._retained[key].nbytes if key in self._retained else 0)
+                self._retained[key] = value
+            while len(self._retained) > self.n_retained or self.n_bytes > self.most_bytes:
+                self.n_bytes -= self._retained.popitem(last=False)[1].nbytes
+        order = {key: i for i, key in enumerate(different)}
+        return torch.stack([features[key] for key in different]), [order[image.key] for image in images]
 
 
-def _failed(jobs: Sequence[Job], error: Exception) -> None:
-    logger.error("a batch of %d failed", len(jobs), exc_info=error)
-    for job in jobs:
-        job.report(error)
-        job.cancelled = True  # a row that it has already goes with the next token
+# ----------------------------------------
+# Prompts that were read last, so that a second question about an image is read from where it differs.
+
+
+WORTH = 0.5  # of a prompt must be known to be read in a call of its own; a round figure, not a measured one
+
+
+@dataclass(frozen=True)
+class Part:
+    """Jobs whose prompts are read in one call.
+
+    known   of each, a prompt that begins alike; empty where all are new
+    """
+
+    jobs: Sequence[Job]
+    known: Sequence[KnownPrompt] = ()
+
+    @cached_property
+    def n_last(self) -> int:
+        """How many tokens of each prompt are read, where they begin like known ones."""
+        return max(len(job.ask.row.ids) - prompt.n_alike(_tokens(job)) for job, prompt in zip(self.jobs, self.known, strict=True))
+
+    def n_known(self, job: Job) -> int:
+        """How many tokens of a job's prompt are not read."""
+        return max(len(job.ask.row.ids) - self.n_last, 0) if self.known else 0
+
+
+class PromptCache:
+    """One prompt for each image, adapter that was asked about it and owner; the least recently used are forgotten.
+
+    Used by the generation thread alone.
+
+    most   bytes of keys and values
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.n_bytes = 0
+        self._retained: OrderedDict[tuple[str, str, str], KnownPrompt] = OrderedDict()
+
+    def parts(self, jobs: Sequence[Job]) -> list[Part]:
+        """The jobs whose prompts are new, and those that begin like a known one."""
+        known = {job: prompt for job in jobs if (prompt := self._known(job)) is not None}
+        parts = [Part([job for job in jobs if job not in known]), Part(list(known), list(known.values()))]
+        return [part for part in parts if part.jobs]
+
+    def add(self, job: Job, prompt: KnownPrompt) -> None:
+        """Keep the prompt of a job, unless it alone is too much."""
+        self._forget(_key(job))
+        if prompt.n_bytes > self.most:
+            return
+        self._retained[_key(job)] = prompt
+        self.n_bytes += prompt.n_bytes
+        while self.n_bytes > self.most:
+            self._forget(next(iter(self._retained)))
+
+    def forget(self, adapter: str) -> None:
+        """Forget what was read under an adapter, which goes: another may get its name."""
+        for key in [key for key in self._retained if key[0] == adapter]:
+            self._forget(key)
+
+    def _known(self, job: Job) -> KnownPrompt | None:
+        prompt = self._retained.get(_key(job))
+        if prompt is None or prompt.n_alike(_tokens(job)) < WORTH * len(job.ask.row.ids):
+            return None
+        self._retained.move_to_end(_key(job))
+        return prompt
+
+    def _forget(self, key: tuple[str, str, str]) -> None:
+        if (prompt := self._retained.pop(key, None)) is not None:
+            self.n_bytes -= prompt.n_bytes
+
+
+def _key(job: Job) -> tuple[str, str, str]:
+    return job.ask.adapter, job.ask.image.key, job.ask.owner
+
+
+def _tokens(job: Job) -> list[tuple[int, int]]:
+    return list(zip(job.ask.row.ids, job.ask.row.domain, strict=True))

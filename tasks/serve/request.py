@@ -1,33 +1,198 @@
-"""From a chat request to what is asked of the model: its one image, its question, its settings, all within the limits."""
+"""From the body of a chat request to what is asked of the model: the adapter, its one image, its question, its settings, all within the limits."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import contextlib
+import copy
+import dataclasses
 import hashlib
 import secrets
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from adalink import BASE_NAME
-from adalink.errors import ConfigError
-from multimodal.batches.tokenize import Row, TextTooLong
+from adalink import BASE_NAME, AdaptedModel
+from adalink.errors import AdalinkError, ConfigError
+from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
-from multimodal.generation.generate import check_room
+from multimodal.encoders.tower import has_vision_adapter
+from multimodal.generation.decoding import check_room
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.model import VisionLanguageModel
+from tasks.serve.engine import Worker
 from tasks.serve.errors import Refused
-from tasks.serve.registry import Card
 from tasks.serve.scheduler import Ask, Sampling, ServedImage
 from tasks.serve.schema import ChatRequest, FilePart, ImagePart, SystemMessage, TextPart, UserMessage
 from tasks.serve.settings import RequestLimits
 
-__all__ = ["Reader", "Source"]
+__all__ = ["Card", "Reader", "Served", "Source", "check_served", "read_json"]
+
+
+# ----------------------------------------
+# A body, checked field by field.
+
+
+N_DISPLAYED = 60  # characters of a wrong value
+N_COMMAS = 50_000  # of a body; a wrong one gets an error object for each of its values, and an image in base64 has none
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def read_json(body: bytes, kind: type[Body]) -> Body:
+    """The body as `kind`. Raises Refused, which names the first field that is wrong."""
+    if body.count(b",") > N_COMMAS:
+        raise Refused(413, f"the body holds {body.count(b',')} commas, and the limit is {N_COMMAS}: send fewer values", code="too_many_values")
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _refused(error) from None
+
+
+def _refused(error: ValidationError) -> Refused:
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return Refused(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
+    field, value = _path(first["loc"]), first["input"]
+    if first["type"] == "missing":
+        return Refused(400, f"{field} is missing: give it", field=field, code="missing")
+    if first["type"] == "extra_forbidden":
+        return Refused(400, f"there is no field {field}, or no adapter can honour it: leave it out", field=field, code="unknown_field")
+    if first["type"].startswith("union_tag") and isinstance(value, dict):
+        name = str(first["ctx"]["discriminator"]).strip("'")
+        expected = first["ctx"].get("expected_tags", "'role' or 'type'")
+        return Refused(400, f"{field}.{name} is {value.get(name)!r:.60}: expected one of {expected}", field=f"{field}.{name}")
+    displayed = repr(value)
+    displayed = displayed if len(displayed) <= N_DISPLAYED else displayed[:N_DISPLAYED] + "..."
+    return Refused(400, f"{field or 'the body'} is {displayed}: {first['msg'][0].lower()}{first['msg'][1:]}", field=field or None)
+
+
+def _path(where: Sequence[int | str]) -> str:
+    """("messages", 0, "user", "content", "a text") -> "messages[0].content": without the names of the alternatives."""
+    path, previous = "", None
+    for step in where:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not isinstance(previous, int) and step.isidentifier() and step != "str":  # the name of an alternative follows its place in a list
+            path += f".{step}" if path else step
+        previous = step
+    return path
+
+
+# ----------------------------------------
+# The adapters that may be asked, by name; they come and go while others work.
+
+
+def check_served(folder: Path) -> None:
+    """Raise ConfigError for an adapter that does not write: a server streams texts token by token."""
+    if n_answers := AdaptedModel.read_config(folder).task.get("answers"):
+        raise ConfigError(f"the adapter in {folder} chooses among {n_answers} answers, and a server writes its texts: use `adalink ask` or `adalink evaluate`")
+
+
+@dataclass(eq=False)
+class Card:
+    """One served adapter."""
+
+    name: str
+    task: str  # "captioning", "vqa"; "" for the frozen language model alone
+    encoder: RowEncoder
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # seconds since 1970
+    n_readers: int = 0  # requests that are being read for it, and do not wait in the queue yet
+
+    @property
+    def asks(self) -> bool:
+        """Whether its template has a place for a question."""
+        return "{question}" in self.encoder.template.prompt
+
+
+class Served:
+    """The cards of all adapters. Used by the event loop alone; whatever touches the model is done between two batches.
+
+    An adapter that is taken away gets no new requests from then on, and leaves when those that it has are answered.
+    """
+
+    def __init__(self, model: VisionLanguageModel, worker: Worker) -> None:
+        self.model = model
+        self.worker = worker
+        # A tokenizer of its own: requests are read while the generation thread decodes with the model's.
+        self._language = replace(model.language, tokenizer=copy.deepcopy(model.language.tokenizer))
+        self.cards: dict[str, Card] = {name: self._card(name) for name in [*model.adapted.adapters, BASE_NAME]}
+        self._changing: set[str] = set()
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[Card]:
+        """The card of a model that a request names; a job that is queued inside the block is answered, whatever is unloaded. Raises Refused."""
+        card = self.cards.get(name)
+        if card is None:
+            raise Refused(404, f"there is no model {name!r}: there are {', '.join(self.cards)}", field="model", code="model_not_found")
+        card.n_readers += 1
+        try:
+            yield card
+        finally:
+            card.n_readers -= 1
+
+    async def load(self, name: str, folder: Path) -> Card:
+        """Serve one more adapter. Raises Refused where the name is taken, or the folder holds no adapter for these frozen parts."""
+        if name in self.cards or name in self._changing:
+            raise Refused(409, f"the model {name!r} is there already: delete it first, or give another id", field="id", code="name_taken")
+        with self._busy(name):
+            try:
+                card = await asyncio.wrap_future(self.worker.between_batches(lambda: self._loaded(name, folder)))
+            except AdalinkError as error:
+                raise Refused(400, str(error), field="folder" if name.isidentifier() else "id", code="not_loadable") from None
+            self.cards[name] = card
+        return card
+
+    async def unload(self, name: str) -> None:
+        """Serve an adapter no more, once its requests are answered."""
+        if name not in self.cards or name == BASE_NAME:
+            there = ", ".join(other for other in self.cards if other != BASE_NAME) or "none"
+            raise Refused(404, f"there is no adapter {name!r} to take away: there are {there}", field="model", code="model_not_found")
+        card = self.cards.pop(name)
+        with self._busy(name):
+            while card.n_readers:
+                await asyncio.sleep(0.005)
+            await asyncio.wrap_future(self.worker.between_batches(lambda: self.worker.delete_adapter(name), after=name))
+
+    @contextlib.contextmanager
+    def _busy(self, name: str) -> Iterator[None]:
+        self._changing.add(name)
+        try:
+            yield
+        finally:
+            self._changing.discard(name)
+
+    def _loaded(self, name: str, folder: Path) -> Card:
+        check_served(folder)
+        if has_vision_adapter(folder):
+            raise ConfigError(f"the adapter in {folder} was trained with an adapted encoder, which is settled when a server starts: give it with --adapter")
+        self.model.load_adapter(folder, name)
+        try:
+            return self._card(name)
+        except AdalinkError:
+            self.model.delete_adapter(name)
+            raise
+
+    def _card(self, name: str) -> Card:
+        """Raises ConfigError for an adapter whose template cannot be read."""
+        slots = self.model.adapted.serving(1, [name]).slots[0]
+        task = str(self.model.adapted.tasks.get(name, {}).get("task", ""))
+        return Card(name, task, RowEncoder(self.model.template_of(name), self._language, slots))
+
+
+# ----------------------------------------
+# A request, as what is asked of the model.
+
 
 TOKENS = "max_completion_tokens"
 _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")

@@ -1,4 +1,4 @@
-"""Requests that wait for the model, and which of them make the next batch, or join the one that runs."""
+"""Requests on their way through the model: which of those that wait make the next batch, or join the one that runs, and what is written for each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,63 +17,13 @@ from transformers import LogitsProcessor
 
 from multimodal.batches.tokenize import Row
 from multimodal.generation.settings import GenerationSettings
+from multimodal.language import Language
 from tasks.serve.settings import Batching
 
-__all__ = ["Answer", "Ask", "Draw", "DrawnRows", "Job", "ServedImage", "Sampling", "Waiting", "chosen", "joining", "n_tokens"]
-
-
-# ----------------------------------------
-# Drawing tokens for some rows of a batch, which leaves the other rows as they are.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a row's tokens are drawn; with the same seed, the same text in any company."""
-
-    temperature: float  # above 0; at 1 the model's own probabilities
-    top_p: float  # 0 < p <= 1: only the most probable tokens that together have this probability
-    seed: int
-
-
-class Draw:
-    """Makes the greedy choice of one row a draw: the largest of log p + Gumbel noise is a sample of p, exactly (Gumbel-max).
-
-    Each row has a generator of its own.
-    """
-
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-        # Drawn on the CPU, so that a seed means the same text on every device.
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        """float [V] -> float [V]"""
-        gumbel = -torch.empty(len(scores)).exponential_(generator=self._generator).log()
-        return _nucleus(torch.log_softmax(scores / self.sampling.temperature, -1), self.sampling.top_p) + gumbel.to(scores)
-
-
-class DrawnRows(LogitsProcessor):  # type: ignore[misc]  # untyped here
-    """Draws for some rows of a batch that transformers generates; greedy rows of it are not changed by one bit."""
-
-    def __init__(self, rows: Sequence[Sampling | None]) -> None:
-        self.draws = [(i, Draw(row)) for i, row in enumerate(rows) if row is not None]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """float [B, V] -> float [B, V]"""
-        scores = scores.clone()
-        for i, draw in self.draws:
-            scores[i] = draw(scores[i])
-        return scores
-
-
-def _nucleus(log_p: Tensor, top_p: float) -> Tensor:
-    """float [V] -> float [V]: -inf outside the fewest tokens whose probabilities reach top_p."""
-    if top_p >= 1:
-        return log_p
-    ordered, index = log_p.sort(descending=True)
-    p = ordered.exp()
-    keep = p.cumsum(0) - p < top_p  # what stands before a token is not enough yet
-    return torch.full_like(log_p, float("-inf")).scatter(0, index, torch.where(keep, ordered, float("-inf")))
+__all__ = [
+    "Answer", "Ask", "Draw", "DrawnRows", "Job", "JobRow", "Sampling", "ServedImage", "Waiting", "Written", "chosen",
+    "joining", "n_tokens",
+]  # fmt: skip
 
 
 # ----------------------------------------
@@ -139,6 +90,10 @@ class Job:
         self.ended = not isinstance(event, str)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+# ----------------------------------------
+# The queue.
 
 
 def chosen(jobs: Sequence[Job], batching: Batching, fits: Callable[[int, int], bool]) -> list[Job]:
@@ -262,3 +217,170 @@ class Waiting:
         others_wait = not n_running and len(batch) < len(self.jobs)
         is_full = n_running + len(batch) == self.batching.size
         return 0.0 if self._closed or is_settled or is_full or others_wait else since + bound - now
+
+
+# ----------------------------------------
+# What has been written for one row so far: its tokens, its text, and where it ends.
+
+
+class Written:
+    """The tokens of one row as they come.
+
+    The text is what `VisionLanguageModel.generate` gives for the same tokens, cut before the first stop string. `fresh` gives it in
+    pieces that join to the same text: whole words, because a later token may change the last one (half of a letter, a space before a mark).
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int, stop: Sequence[str] = (), ends: Sequence[int] = ()) -> None:
+        """`ends`: the tokens that end a text, beside the tokenizer's own."""
+        self.tokenizer = tokenizer
+        self.ends = frozenset([tokenizer.eos_token_id, *ends])
+        self.max_tokens = max_tokens
+        self.stop = tuple(stop)
+        self.ids: list[int] = []
+        self.reason: Literal["stop", "length"] | None = None  # why it ended; None while it goes on
+        self._sent = ""
+
+    def add(self, token: int) -> None:
+        """Take the next token."""
+        self.ids.append(token)
+        if token in self.ends or (self.stop and self._stop_at(self._decoded()) is not None):
+            self.reason = "stop"
+        elif len(self.ids) >= self.max_tokens:
+            self.reason = "length"
+
+    @property
+    def text(self) -> str:
+        """All that was written, up to the first stop string."""
+        decoded = self._decoded()
+        return decoded[: self._stop_at(decoded)].strip()
+
+    def fresh(self) -> str:
+        """What can be sent now that was not sent before; the rest, once it has ended."""
+        text = self.text
+        if self.reason is None:
+            text = text[: self._settled(text)].rstrip()
+        if not text.startswith(self._sent):
+            return ""
+        piece, self._sent = text[len(self._sent) :], text
+        return piece
+
+    def _decoded(self) -> str:
+        written = self.ids[:-1] if self.ids and self.ids[-1] in self.ends else self.ids
+        decoded: str = self.tokenizer.decode(written, skip_special_tokens=True)
+        return decoded
+
+    def _stop_at(self, text: str) -> int | None:
+        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        return min(found) if found else None
+
+    def _settled(self, text: str) -> int:
+        """How many characters no later token can change: none of the last word, none of what may become a stop string."""
+        settled = max(text.rfind(space) for space in (" ", "\n")) + 1
+        for stop in self.stop:
+            starts = [n for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            settled = min(settled, len(text) - max(starts, default=0))
+        return settled
+
+
+# ----------------------------------------
+# One row of a batch: the job that it is for, and what has been written.
+
+
+class JobRow:
+    """Takes the tokens of a job as they come, sends what is to be sent, and tells the end.
+
+    n_rows    of the batch, when the row came
+    n_known   tokens of its prompt that were not read
+    """
+
+    def __init__(self, job: Job, language: Language, *, n_rows: int, n_known: int = 0) -> None:
+        self.job = job
+        self.draw = None if job.ask.sampling is None else Draw(job.ask.sampling)
+        self._tokenizer, self._n_rows, self._n_known, self._started = language.tokenizer, n_rows, n_known, time.perf_counter()
+        self._written = Written(language.tokenizer, job.ask.settings.max_new_tokens, job.ask.stop, language.end_ids)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no more tokens are wanted: the text has ended, or its client has gone."""
+        return self._written.reason is not None or self.job.cancelled
+
+    def add(self, token: int) -> None:
+        """Take the next token, unless the row has ended."""
+        if self.has_ended:
+            return
+        written = self._written
+        written.add(token)
+        if self.job.streams and (piece := written.fresh()):
+            self.job.report(piece)
+        if written.reason is not None:
+            self._report(written.text, written.reason, len(written.ids))
+
+    def end(self, text: str) -> None:
+        """Take a whole text. Beams do not tell how the best of them ended; a text of all its tokens was cut."""
+        n_new = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self.job.streams and text:
+            self.job.report(text)
+        self._report(text, "length" if n_new >= self.job.ask.settings.max_new_tokens else "stop", n_new)
+
+    def _report(self, text: str, reason: str, n_new: int) -> None:
+        job, now = self.job, time.perf_counter()
+        self.job.report(
+            Answer(
+                text=text, reason=reason, n_prompt=len(job.ask.row.ids), n_known=self._n_known, n_new=n_new, waited=self._started - job.queued,
+                generated=now - self._started, n_rows=self._n_rows,
+            )
+        )  # fmt: skip
+
+
+# ----------------------------------------
+# Drawing tokens for some rows of a batch, which leaves the other rows as they are.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a row's tokens are drawn; with the same seed, the same text in any company."""
+
+    temperature: float  # above 0; at 1 the model's own probabilities
+    top_p: float  # 0 < p <= 1: only the most probable tokens that together have this probability
+    seed: int
+
+
+class Draw:
+    """Makes the greedy choice of one row a draw: the largest of log p + Gumbel noise is a sample of p, exactly (Gumbel-max).
+
+    Each row has a generator of its own.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        # Drawn on the CPU, so that a seed means the same text on every device.
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """float [V] -> float [V]"""
+        gumbel = -torch.empty(len(scores)).exponential_(generator=self._generator).log()
+        return _nucleus(torch.log_softmax(scores / self.sampling.temperature, -1), self.sampling.top_p) + gumbel.to(scores)
+
+
+class DrawnRows(LogitsProcessor):  # type: ignore[misc]  # untyped here
+    """Draws for some rows of a batch that transformers generates; greedy rows of it are not changed by one bit."""
+
+    def __init__(self, rows: Sequence[Sampling | None]) -> None:
+        self.draws = [(i, Draw(row)) for i, row in enumerate(rows) if row is not None]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """float [B, V] -> float [B, V]"""
+        scores = scores.clone()
+        for i, draw in self.draws:
+            scores[i] = draw(scores[i])
+        return scores
+
+
+def _nucleus(log_p: Tensor, top_p: float) -> Tensor:
+    """float [V] -> float [V]: -inf outside the fewest tokens whose probabilities reach top_p."""
+    if top_p >= 1:
+        return log_p
+    ordered, index = log_p.sort(descending=True)
+    p = ordered.exp()
+    keep = p.cumsum(0) - p < top_p  # what stands before a token is not enough yet
+    return torch.full_like(log_p, float("-inf")).scatter(0, index, torch.where(keep, ordered, float("-inf")))

@@ -1,4 +1,4 @@
-"""The body of a chat request: OpenAI's fields, of which those that an adapter cannot honour are refused by name."""
+"""Chat requests and replies in OpenAI's shape; fields that an adapter cannot honour are refused by name."""
 
 from __future__ import annotations
 
@@ -7,25 +7,16 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from adalink import BASE_NAME
-from tasks.serve.errors import Refused
-from tasks.serve.registry import Card
 from tasks.serve.scheduler import Answer
 
 __all__ = [
     "AssistantMessage", "ChatRequest", "FilePart", "ImagePart", "LoadRequest", "Reply", "SystemMessage", "TextPart",
-    "UserMessage", "event", "model_entry", "read_json",
+    "UserMessage", "event",
 ]  # fmt: skip
-
-
-N_DISPLAYED = 60  # characters of a wrong value
-N_COMMAS = 50_000  # of a body; a wrong one gets an error object for each of its values, and an image in base64 has none
-
-Body = TypeVar("Body", bound="_Body")
 
 
 class _Body(BaseModel):
@@ -206,46 +197,6 @@ class LoadRequest(_Body):
     folder: str = Field(min_length=1, max_length=1000)
 
 
-def read_json(body: bytes, kind: type[Body]) -> Body:
-    """The body as `kind`. Raises Refused, which names the first field that is wrong."""
-    if body.count(b",") > N_COMMAS:
-        raise Refused(413, f"the body holds {body.count(b',')} commas, and the limit is {N_COMMAS}: send fewer values", code="too_many_values")
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise _refused(error) from None
-
-
-def _refused(error: ValidationError) -> Refused:
-    first = error.errors(include_url=False)[0]
-    if first["type"] == "json_invalid":
-        return Refused(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
-    field, value = _path(first["loc"]), first["input"]
-    if first["type"] == "missing":
-        return Refused(400, f"{field} is missing: give it", field=field, code="missing")
-    if first["type"] == "extra_forbidden":
-        return Refused(400, f"there is no field {field}, or no adapter can honour it: leave it out", field=field, code="unknown_field")
-    if first["type"].startswith("union_tag") and isinstance(value, dict):
-        name = str(first["ctx"]["discriminator"]).strip("'")
-        expected = first["ctx"].get("expected_tags", "'role' or 'type'")
-        return Refused(400, f"{field}.{name} is {value.get(name)!r:.60}: expected one of {expected}", field=f"{field}.{name}")
-    displayed = repr(value)
-    displayed = displayed if len(displayed) <= N_DISPLAYED else displayed[:N_DISPLAYED] + "..."
-    return Refused(400, f"{field or 'the body'} is {displayed}: {first['msg'][0].lower()}{first['msg'][1:]}", field=field or None)
-
-
-def _path(where: Sequence[int | str]) -> str:
-    """("messages", 0, "user", "content", "a text") -> "messages[0].content": without the names of the alternatives."""
-    path, previous = "", None
-    for step in where:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif not isinstance(previous, int) and step.isidentifier() and step != "str":  # the name of an alternative follows its place in a list
-            path += f".{step}" if path else step
-        previous = step
-    return path
-
-
 # ----------------------------------------
 # Answers in OpenAI's shape, whole or as a stream.
 
@@ -301,12 +252,6 @@ class Reply:
             "generated_ms": round(1000 * answer.generated, 1),
             "batch_rows": answer.n_rows,
         }
-
-
-def model_entry(card: Card) -> dict[str, Any]:
-    """One entry of the list of models."""
-    own = {"task": card.task, "asks": card.asks, "is_base": card.name == BASE_NAME, "prompt": card.encoder.template.prompt}
-    return {"id": card.name, "object": "model", "created": card.created, "owned_by": "adalink", "adalink": own}
 
 
 def _chunk(delta: Mapping[str, str], reason: str | None) -> dict[str, Any]:

@@ -14,15 +14,14 @@ import yaml
 
 from adalink import AdaptedModel
 from adalink.errors import CheckpointError, ConfigError
+from multimodal.data.images.processes import start_early
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
 from tasks.captioning import Captioning
 from tasks.runs.compose import compose
 from tasks.serve.access import BACKLOG, patient_protocol, room_for_connections
-from tasks.serve.app import make_app
-from tasks.serve.images import start_early
-from tasks.serve.registry import check_served
-from tasks.serve.service import Service
+from tasks.serve.app import Service, make_app
+from tasks.serve.request import check_served
 from tasks.serve.settings import ServeSettings
 from tasks.vqa import Vqa
 

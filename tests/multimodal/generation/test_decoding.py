@@ -11,9 +11,8 @@ from image_rows import METHODS, NOT_SHARED, alone, asked, tokens_read
 from shared import covering
 
 from adalink.attachment.recompute import may_share_prompts
-from multimodal.generation.decoding import Decoding, may_decode
+from multimodal.generation.decoding import AT_ONCE, Decoding, may_decode, prefill, tokens_of
 from multimodal.generation.generate import GenerationSettings
-from multimodal.generation.prefill import AT_ONCE, prefill, tokens_of
 from multimodal.model import VisionLanguageModel
 
 N_NEW = 7
@@ -130,7 +129,7 @@ def test_a_prompt_that_is_read_in_pieces_is_what_it_is_read_whole(method: str, f
     assert may_share_prompts(attachment, token_map)
     found = []
     for at_once in (2**25, 600, 1):
-        monkeypatch.setattr("multimodal.generation.prefill.AT_ONCE", at_once)
+        monkeypatch.setattr("multimodal.generation.decoding.AT_ONCE", at_once)
         sizes: list[int] = []
         count = model.language.model.register_forward_pre_hook(lambda _, __, given, sizes=sizes: sizes.append(given["input_ids"].numel()), with_kwargs=True)
         with torch.no_grad():

@@ -11,7 +11,8 @@ from adalink import AdaLink, Bridge, Prompt
 from adalink.errors import ConfigError, DataError
 from multimodal.batches.collate import collate
 from multimodal.batches.tokenize import TextTooLong
-from multimodal.generation.generate import GenerationSettings, check_room, generated_texts, run_generation
+from multimodal.generation.decoding import check_room
+from multimodal.generation.generate import GenerationSettings, generated_texts, run_generation
 from multimodal.model import VisionLanguageModel
 
 QUESTIONS = ["is it red ?", "is it a big red ball ?", "is it ?", "", "is it a cube ?"]

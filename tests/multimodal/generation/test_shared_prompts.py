@@ -33,8 +33,8 @@ from transformers import (
 
 from adalink import EPALM
 from multimodal.batches.prefix_sharing import has_row_cache
+from multimodal.generation.decoding import Fork, plan_fork, prefill
 from multimodal.generation.generate import GenerationSettings
-from multimodal.generation.prefill import Fork, plan_fork, prefill
 from multimodal.language import Language
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template

@@ -18,7 +18,7 @@ from multimodal.sample import Sample
 from tasks.captioning import Captioning
 from tasks.runs.compose import compose, load_adapted
 from tasks.scenes.dataset import Scenes
-from tasks.serve.cache import FeatureLRU
+from tasks.serve.engine import FeatureLRU
 from tasks.serve.scheduler import ServedImage
 from tasks.task import BLIND, TRAINED
 

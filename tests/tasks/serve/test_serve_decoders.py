@@ -14,7 +14,7 @@ from served import photo
 
 from multimodal.data.images.decode import BadImage, ImageLimits, decode_image
 from multimodal.data.images.format import MAX_SCANS
-from tasks.serve.images import Decoders
+from multimodal.data.images.processes import Decoders
 
 
 def segment(marker: int, content: bytes) -> bytes:

@@ -11,8 +11,7 @@ from multimodal.data.images.decode import decode_image
 from multimodal.generation.generate import GenerationChoice, GenerationSettings
 from multimodal.model import VisionLanguageModel
 from tasks.scenes import encoder_folder, language_folder
-from tasks.serve.registry import Card
-from tasks.serve.request import Reader
+from tasks.serve.request import Card, Reader
 from tasks.serve.schema import ChatRequest
 from tasks.serve.settings import RequestLimits, ServeSettings
 from tasks.vqa import Vqa

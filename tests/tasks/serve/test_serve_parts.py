@@ -24,10 +24,9 @@ from multimodal.batches.tokenize import Row
 from multimodal.generation.generate import GenerationSettings
 from tasks.scenes import language_folder
 from tasks.serve.access import BodyGuard, room_for_connections
-from tasks.serve.engine import Written
 from tasks.serve.errors import Refused
 from tasks.serve.images import RemoteImages, Upload, Uploads, is_public
-from tasks.serve.scheduler import Ask, DrawnRows, Job, Sampling, ServedImage, Waiting, chosen, joining
+from tasks.serve.scheduler import Ask, DrawnRows, Job, Sampling, ServedImage, Waiting, Written, chosen, joining
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
 

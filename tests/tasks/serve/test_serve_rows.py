@@ -17,8 +17,7 @@ from adalink import BASE_NAME, AdaLink, Bridge, Gated, Prompt
 from multimodal.data.images.decode import decode_image
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
-from tasks.serve.cache import FeatureLRU, PromptCache
-from tasks.serve.engine import Running, Worker
+from tasks.serve.engine import FeatureLRU, PromptCache, Running, Worker
 from tasks.serve.scheduler import Answer, Ask, Job, Sampling, ServedImage
 from tasks.serve.settings import Batching, RequestLimits
 
