@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -36,6 +36,8 @@ __all__ = ["Row", "RowEncoder", "TextTokens", "TextTooLong"]
 _BRACKETED = re.compile(r"\s*(<.+>|\[.+\]|\{.+\}|【.+】)\s*", re.DOTALL)
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how some vocabularies spell a byte
 
+RECENT_TEXTS = 2**14  # whose ids stay in memory: epochs and images ask for the same texts, and a tokenizer takes 0.1 ms for one
+
 Span = tuple[int, int, int]
 """Start and end of a special token in a text, and its id."""
 
@@ -51,6 +53,7 @@ class TextTokens:
         self._spelled = {id: str(spelling) for id, spelling in roles if _BRACKETED.fullmatch(str(spelling))}
         self._spelled |= {id: str(token.content) for id, token in added.items() if _is_special(token)}
         self._by_spelling = {spelling: id for id, spelling in self._spelled.items()}
+        self._ids = lru_cache(maxsize=RECENT_TEXTS)(self._tokenized)
 
     def __reduce__(self) -> tuple[type[TextTokens], tuple[Any]]:
         return TextTokens, (self._tokenizer,)
@@ -61,6 +64,9 @@ class TextTokens:
         A special token that is spelled in the wording is that token; one that is spelled in `fill`, or with its help, is letters. A text
         without such a spelling has the ids that the tokenizer gives it.
         """
+        return list(self._ids(tuple(wording), fill))
+
+    def _tokenized(self, wording: tuple[str, ...], fill: str) -> list[int]:
         text = fill.join(wording)
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if self._spelled.keys().isdisjoint(ids) or not fill or len(wording) < 2:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 __all__ = ["SIDE", "Scene", "Thing", "draw", "make_scene", "place", "png", "relation"]
@@ -259,9 +260,18 @@ def _masks(shape: str, radius: int, turn: int) -> tuple[Image.Image, Image.Image
     fine = Image.new("L", (side * FINE, side * FINE))
     _trace(ImageDraw.Draw(fine), shape, side * FINE / 2, radius * FINE)
     fine = fine.rotate(turn, Image.Resampling.BICUBIC)
-    inner = fine.filter(ImageFilter.MinFilter(2 * FINE + 3))
+    inner = _shrunk(fine, FINE + 1)
     outline, body = (m.resize((side, side), Image.Resampling.BOX) for m in (fine, inner))
     return body, outline, outline.filter(ImageFilter.GaussianBlur(1.2)).point(lambda v: v * 0.38)
+
+
+def _shrunk(mask: Image.Image, by: int) -> Image.Image:
+    """Each pixel is the least within `by` pixels of it, rows first and then columns: what `ImageFilter.MinFilter(2 * by + 1)` gives, in a tenth of the time."""
+    values = np.asarray(mask)
+    for axis in (0, 1):
+        padded = np.pad(values, [(by, by) if axis == one else (0, 0) for one in (0, 1)], mode="edge")
+        values = np.lib.stride_tricks.sliding_window_view(padded, 2 * by + 1, axis=axis).min(axis=-1)
+    return Image.fromarray(values)
 
 
 def _trace(pen: ImageDraw.ImageDraw, shape: str, centre: float, r: float) -> None:
