@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
+from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -18,7 +19,7 @@ from torch import nn
 
 from adalink.errors import AdalinkError, ConfigError, DataError
 
-__all__ = ["existing_folder", "freeze", "hub_or_disk", "loading", "nearest", "quiet", "split_revision"]
+__all__ = ["PARTS", "existing_folder", "freeze", "hub_or_disk", "loading", "nearest", "quiet", "split_revision"]
 
 
 # ----------------------------------------
@@ -58,20 +59,39 @@ def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
         module.to(dtype)
 
 
+PARTS = "adalink.parts"  # the group of entry points by which an installed package names the frozen parts that it ships with
+_LIBRARIES = ("timm", "open_clip", "hf")
+
+
 def existing_folder(spec: str | Path) -> Path | None:
     """The local folder that `spec` names, or None where it is a name for a hub.
 
-    Raises ConfigError where `spec` can only be a path and there is no such folder.
+    `PREFIX:NAME` is the folder that a package ships: its entry point PREFIX, of the group `adalink.parts`, is a function from NAME to the folder.
+    Raises ConfigError where `spec` can only be a path and there is no such folder, or no package has the prefix.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
         return path
     text = str(spec)
+    prefix, colon, name = text.partition(":")
+    if colon and prefix.isidentifier() and len(prefix) > 1 and prefix not in _LIBRARIES:  # one letter: a drive of Windows
+        return _shipped(prefix, name)
     looks_like_path = path.is_absolute() or path.exists() or text.startswith((".", "~")) or (text.count("/") > 1 and ":" not in text)
     if isinstance(spec, Path) or looks_like_path:
         found = "a file" if path.is_file() else "nothing"
         raise ConfigError(f"'{spec}' should be a folder with a model's files, found {found} there; check the path")
     return None
+
+
+def _shipped(prefix: str, name: str) -> Path:
+    """The folder of a frozen part that an installed package ships."""
+    for point in entry_points(group=PARTS, name=prefix):
+        folder: Path = point.load()(name)
+        return folder
+    known = ", ".join(sorted({f"{point.name}:" for point in entry_points(group=PARTS)})) or "none"
+    raise ConfigError(
+        f"no installed package ships '{prefix}:{name}' (the prefixes that packages ship are: {known}): install the package that has it, or give a local folder"
+    )
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -27,7 +27,7 @@ from multimodal.processes import process_state
 from multimodal.sample import SampleSource
 from multimodal.template import Template
 from tasks.runs.config import RunConfig
-from tasks.scenes.parts import encoder_folder, language_folder
+from tasks.scenes.parts import part_folder
 
 __all__ = [
     "compose", "composed_tower", "features_to_learn", "features_to_log", "found_part", "load_adapted", "located", "read_saved",
@@ -51,10 +51,8 @@ def composed_tower(encoder: str, layer: int = -1) -> VisionTower:
 
 def found_part(name: str) -> str | Path:
     """The folder of an embedded part, other names as they are. Raises ConfigError for an embedded part that there is not."""
-    embedded = {"scenes:encoder": encoder_folder, "scenes:language": language_folder}
-    if name.startswith("scenes:") and name not in embedded:
-        raise ConfigError(f"there is no embedded part {name!r}: there are {' and '.join(embedded)}")
-    return embedded[name]() if name in embedded else name
+    prefix, _, part = name.partition(":")  # not by the entry point: a checkout that is not installed has none
+    return part_folder(part) if prefix == "scenes" else name
 
 
 def read_saved(folder: Path) -> AdapterConfig:
