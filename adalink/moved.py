@@ -56,6 +56,7 @@ _CONTENT = {
     "multimodal.data.loader": "multimodal.loader",
     "multimodal.data.workers": "multimodal.workers multimodal.parcel",
     "multimodal.data.order": "multimodal.order multimodal.bucketing multimodal.mixing",
+    "multimodal.data.progress": "multimodal.progress",
     "multimodal.data.inputs": "multimodal.pixels multimodal.kept",
     "multimodal.data.images.decode": "multimodal.images",
     "multimodal.data.images.processes": "tasks.serve.decoders",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,19 @@ class Tokens:
         return replace(self, domain=domain, ordinal=ordinal, position=position, selected={}, drawn={}, parts={}, elsewhere={}, origin=(self, place))
 
 
+class Host(Protocol):
+    """What a frozen model is given with a batch's tokens: an existing vision-language model's image vectors and positions."""
+
+    def cut(self, rows: Tensor, length: int) -> Host:
+        """Of some rows the first tokens."""
+
+    def after(self, rows: Tensor | None = None) -> Host:
+        """Of some rows (all, where none are named) what is needed once prompts are over."""
+
+    def beside(self, other: Any) -> Host:
+        """The rows of two batches whose prompts are over."""
+
+
 @dataclass(frozen=True)
 class TokenMap:
     """What a batch of prompts is made of; immutable, so nothing has to be advanced, reordered or undone.
@@ -131,6 +145,7 @@ class TokenMap:
     serving    the adapters that occur in `row`; an edit of any other is not run. None: every attached one is
     entry      int64 [B, T]    which entry of `inputs` a token reads, where a row holds the tokens of several, one after the other: each has
                                slots of its own, whose ordinals start anew. None: inputs have one entry for each row
+    host       what the frozen model itself is given with these tokens beside their ids, for whoever calls it; edits do not see it
     """
 
     domain: Tensor
@@ -140,6 +155,7 @@ class TokenMap:
     present: frozenset[int] = frozenset(range(N_DOMAINS))
     serving: frozenset[int] | None = None
     entry: Tensor | None = None
+    host: Host | None = None
     # int64 [B, T]: how many tokens of the same domain precede each token in its row. [5, 5, 0, 5] -> [0, 1, 0, 2]
     ordinal: Tensor = field(init=False, repr=False)
     # int64 [B, 1]: tokens of the generated domain inside the prompt; the first generated token's ordinal
@@ -164,6 +180,12 @@ class TokenMap:
         object.__setattr__(self, "n_generated_before", (self.domain == self.generated).sum(1, keepdim=True))
         several = self.serving if self.serving is not None and len(self.serving) > 1 else ()
         object.__setattr__(self, "rows_of", {adapter: (self.row == adapter).nonzero()[:, 0] for adapter in several})
+
+    def cut(self, rows: Tensor, length: int, present: frozenset[int]) -> TokenMap:
+        """The map of some rows, int64 [b], of which the first tokens alone are read. present: the domains that occur there."""
+        inputs = {name: value[rows] for name, value in self.inputs.items()}
+        host = None if self.host is None else self.host.cut(rows, length)
+        return replace(self, domain=self.domain[rows, :length], row=self.row[rows], inputs=inputs, present=present, host=host)
 
     def window(self, batch: int, start: int, length: int, visible: int) -> Tokens:
         """Tokens [start, start + length) of `batch` rows, with `visible` keys; rows are repeated for beams.

@@ -21,18 +21,25 @@ from torch import Tensor, nn
 
 from adalink import BASE_NAME, AdaptedModel, Adapter, InputSpec, Method, TokenMap
 from adalink.attachment.attachment import without_dropout
+from adalink.attachment.existing import image_token_ids
 from adalink.attachment.inputs import Call
 from adalink.checkpoint.folder import local_folder, upload
 from adalink.errors import ConfigError
 from adalink.export import prompt_embeds
 from adalink.model import ActiveAdapter
-from multimodal.batches.collate import Batch, collate
+from multimodal.batches.collate import Batch, collate, stacked
+from multimodal.batches.packing import Ways
 from multimodal.batches.tokenize import RowEncoder, TextTokens
 from multimodal.data.images.decode import ImageOrFile, decode_image
 from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Batches, Texts, TrainingTask, new_batches
 from multimodal.encoders.bound_parts import encoder_part, language_part
 from multimodal.encoders.tower import VisionTower, load_tower, load_vision_adapter, new_vision_adapter, save_vision_adapter
+from multimodal.existing.inputs import give_inputs
+from multimodal.existing.load import load_existing
+from multimodal.existing.rows import ConversationRows
+from multimodal.existing.tower import ModelTower
+from multimodal.existing.trial import tried_ways
 from multimodal.generation.generate import written_texts
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.language import Language, LanguageUse, load_language
@@ -52,12 +59,21 @@ def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, A
     """Write the active adapter's folder; `task` is kept in its config, with what must be known to read it: template, layer, answers."""
     template = model.template_of(model.adapted.active or BASE_NAME)
     known = {"prompt": template.prompt, "target": template.target, "layer": model.tower.layer}
+    known |= {name: value for name, value in (("system", template.system), ("raw", template.raw)) if value}
     answers = {} if model.head is None else {"answers": len(model.head.answers)}
     model.adapted.task = {**model.adapted.task, **task, **known, **answers}
     model.adapted.save_pretrained(folder)
-    save_vision_adapter(folder, model.tower, model.adapted.parts["encoder"])
+    if isinstance(model.tower, VisionTower):
+        save_vision_adapter(folder, model.tower, model.adapted.parts["encoder"])
     if model.head is not None:
         save_head(folder, model.head)
+
+
+def saved_template(task: Mapping[str, Any]) -> Template | None:
+    """The words that a saved adapter's config holds; None where it holds none."""
+    if not {"prompt", "target"} <= set(task):
+        return None
+    return Template(**{name: task[name] for name in ("prompt", "target", "system", "raw") if name in task})
 
 
 def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, activate: bool = True, allow_other_base: bool = False) -> Adapter:
@@ -66,6 +82,11 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
     Raises ConfigError where it was trained on another layer's features, CheckpointError on other frozen parts or a damaged folder.
     """
     config, parts = AdaptedModel.read_config(folder), model.adapted.parts
+    if isinstance(model.tower, ModelTower) == ("encoder" in config.base):
+        found, given = ("a composed model", "one that saw already") if "encoder" in config.base else ("a model that saw already", "a composed one")
+        raise ConfigError(f"the adapter in {folder} was trained on {found}, and this is {given}: load it on a model of its own kind")
+    if isinstance(model.tower, ModelTower):
+        return model.adapted.load_adapter(local_folder(folder), name, activate=activate, allow_other_base=allow_other_base)
     layer = config.task.get("layer", model.tower.layer)
     if layer != model.tower.layer:
         config.check_base({**parts, "encoder": dataclasses.replace(parts["encoder"], sketches={})}, str(folder))  # another model is told first
@@ -133,16 +154,22 @@ class VisionLanguageModel(nn.Module):
     More than five public methods, because the adapter methods are the ones that users of this field look for.
     """
 
-    def __init__(self, tower: VisionTower, language: Language, template: Template) -> None:
+    def __init__(self, tower: VisionTower | ModelTower, language: Language, template: Template) -> None:
         super().__init__()
         self.tower = tower
         self.language = language
         self.template = template
-        parts = {"encoder": encoder_part(tower), "language_model": language_part(language)}
-        inputs = {"image": InputSpec(tower.n_patches, tower.width)}
-        if tower.n_retained > tower.n_patches:
-            inputs["image_taps"] = InputSpec(tower.n_retained - tower.n_patches, tower.width)
-        self.adapted = AdaptedModel(language.model, inputs=inputs, parts=parts)
+        self.ways: Ways | None = None  # of an existing model: how its rows may share an image
+        if isinstance(tower, ModelTower):
+            self.adapted = AdaptedModel(language.model, parts={"language_model": tower.part()})
+            give_inputs(self.adapted, tower.form)
+            self.ways, tower.blocks = tried_ways(self.adapted, tower)
+        else:
+            parts = {"encoder": encoder_part(tower), "language_model": language_part(language)}
+            inputs = {"image": InputSpec(tower.n_patches, tower.width)}
+            if tower.n_retained > tower.n_patches:
+                inputs["image_taps"] = InputSpec(tower.n_retained - tower.n_patches, tower.width)
+            self.adapted = AdaptedModel(language.model, inputs=inputs, parts=parts)
         self.language_loss = LanguageLoss(self.adapted)
         self.heads = nn.ModuleDict()  # by adapter, where it chooses its answers
 
@@ -152,6 +179,16 @@ class VisionLanguageModel(nn.Module):
     ) -> VisionLanguageModel:
         """The model made of an encoder and a language model, each a local folder or a name. `layer`: which features; see VisionTower."""
         return cls(load_tower(encoder, layer=layer), load_language(language_model, use=use), template)
+
+    @classmethod
+    def from_model(cls, model: str | Path | nn.Module, processor: Any = None, *, template: Template) -> VisionLanguageModel:
+        """The same of a vision-language model that sees already, from a local folder or a hub id, or from the model itself with its processor.
+
+        Its tower, its connector and its language model are frozen; adapters go into the language model.
+        Raises ConfigError for a model that is none, or cannot be given an image that was encoded before.
+        """
+        language, real = load_existing(model, processor)
+        return cls(ModelTower(language, real, image_token_ids(language.model)), language, template)
 
     def forward(self, batch: Batch) -> Tensor:
         """float []: cross entropy summed over the batch's targets (binary, over answers, with a head), divided by `batch.n_targets`."""
@@ -164,7 +201,14 @@ class VisionLanguageModel(nn.Module):
 
         For whoever keeps them. Raises ConfigError where the encoder is adapted: then they change with every step.
         """
-        return self.tower.encode(pixels).joined
+        return self.vision_tower.encode(pixels).joined
+
+    @property
+    def vision_tower(self) -> VisionTower:
+        """The encoder of a composed model. Raises ConfigError for a model that saw already: its tower is a part of it."""
+        if not isinstance(self.tower, VisionTower):
+            raise ConfigError(f"'{self.tower.name}' is one model with a tower of its own, and this is for models composed of an encoder and a language model")
+        return self.tower
 
     @torch.no_grad()
     def generate(
@@ -193,12 +237,13 @@ class VisionLanguageModel(nn.Module):
         if not images:
             return []
         decoded = {id(image): decode_image(image) for image in images}  # one that several questions are about is encoded once, and read once
-        pixels = torch.stack([self.tower.preprocess(image) for image in decoded.values()])
+        read = [self.tower.preprocess(image) for image in decoded.values()]
         place = {key: i for i, key in enumerate(decoded)}
         names = [self.adapted.active] * len(serving.slots) if adapter_names is None else adapter_names
         encoders = {name: self.row_encoder(BASE_NAME if name is None else name) for name in set(names)}
-        rows = [encoders[name].prompt(prompt) for name, prompt in zip(names, prompts, strict=True)]
-        batch = collate(rows, [place[id(image)] for image in images], pixels, kind="pixels", side="left", pad_id=self.language.tokenizer.pad_token_id)
+        about = [place[id(image)] for image in images]
+        rows = [encoders[name].prompt(prompt, read[i]) for name, prompt, i in zip(names, prompts, about, strict=True)]
+        batch = collate(rows, about, stacked(read), kind="pixels", side="left", pad_id=self.language.tokenizer.pad_token_id)
         return self.generate_batch(batch.to(self.device), choice.over(settings or self._generation_of(names)), adapter_names)
 
     @torch.no_grad()
@@ -214,24 +259,29 @@ class VisionLanguageModel(nn.Module):
                 return chosen_answers(heads, pooled_state(self.adapted, self.language, batch, token_map))
             return written_texts(self.language, self.adapted.attachment, batch, token_map, settings)
 
-    def row_encoder(self, adapter: str | None = None) -> RowEncoder:
+    def row_encoder(self, adapter: str | None = None) -> RowEncoder | ConversationRows:
         """Makes the rows that an adapter reads: its slots, its template, this model's tokenizer. The active one, where none is named."""
         name = adapter or self.adapted.active or BASE_NAME
         head = self._head(name)
+        if isinstance(self.tower, ModelTower):
+            return self.tower.row_encoder(self.template_of(name), self.adapted.serving(1, [name]).slots[0])
         return RowEncoder(self.template_of(name), self.language, self.adapted.serving(1, [name]).slots[0], 0 if head is None else len(head.answers))
 
     def template_of(self, adapter: str) -> Template:
         """The words that an adapter was saved with, where it was loaded from a folder that holds them; this model's own otherwise."""
         task = self.adapted.tasks.get(adapter, {})
-        return Template(prompt=task["prompt"], target=task["target"]) if {"prompt", "target"} <= set(task) else self.template
+        return saved_template(task) or self.template
 
     def token_map(self, batch: Batch, adapter_names: Sequence[str | None] | None = None) -> TokenMap:
         """What the batch's tokens are, with the features of each row's image. Raises ConfigError for cached features of a trained encoder."""
+        rows = self.adapted.serving(len(batch.ids), adapter_names)
+        if isinstance(self.tower, ModelTower):
+            return self.tower.token_map(batch, TokenMap(batch.domain, rows.row, serving=rows.serving, entry=batch.token_image))
         retained = batch.taps if batch.patches is None else batch.patches
         if retained is not None and self.tower.adapter is not None:
             raise ConfigError("the batch holds cached features, and this model's encoder has trained weights: collate it with pixels")
         features = self.tower(_pixels(batch)).joined if retained is None else retained
-        rows, n_patches = self.adapted.serving(len(batch.ids), adapter_names), 0 if batch.taps is not None else self.tower.n_patches
+        n_patches = 0 if batch.taps is not None else self.tower.n_patches
         entries = batch.image if batch.token_image is None else slice(None)  # one for each row, or for each image
         inputs = {"image": features[entries, :n_patches]} if n_patches else {}
         if features.shape[1] > n_patches:
@@ -289,7 +339,7 @@ class VisionLanguageModel(nn.Module):
 
     def add_vision_adapter(self, methods: Mapping[str, Method]) -> Adapter:
         """Put methods into the encoder too, once for all adapters: its features are then trained through, and never kept."""
-        return new_vision_adapter(self.tower, methods)
+        return new_vision_adapter(self.vision_tower, methods)
 
     def load_adapter(self, folder: str | Path, name: str, *, activate: bool = True, allow_other_base: bool = False) -> Adapter:
         """Add an adapter from its folder or hub name, and make it the active one, unless `activate` is False.
@@ -339,8 +389,14 @@ class VisionLanguageModel(nn.Module):
     ) -> VisionLanguageModel:
         """The composed model of a saved adapter, in eval mode. The frozen parts are loaded by the names it was saved with unless others are given."""
         config = AdaptedModel.read_config(folder)
-        template = Template(prompt=config.task["prompt"], target=config.task["target"])
+        template = saved_template(config.task)
+        if template is None:
+            raise ConfigError(f"the adapter in {folder} says no words around question and answer: load it with load_adapter on a model that has them")
         parts = {role: part.name for role, part in config.base.items()}
+        if "encoder" not in parts:
+            model = cls.from_model(language_model or parts["language_model"], template=template)
+            model.load_adapter(folder, "default", allow_other_base=allow_other_base)
+            return model.eval()
         layer, use = config.task["layer"], use_for(config.task)
         model = cls.compose(encoder or parts["encoder"], language_model or parts["language_model"], template=template, layer=layer, use=use)
         model.load_adapter(folder, "default", allow_other_base=allow_other_base)
@@ -396,8 +452,8 @@ def image_prompt_embeds(model: VisionLanguageModel, images: Sequence[Path | byte
     """
     encoder, found = model.row_encoder(), []
     for image, prompt in zip(images, prompts, strict=True):
-        pixels = model.tower.preprocess(decode_image(image))[None]
-        batch = collate([encoder.prompt(prompt)], [0], pixels, kind="pixels", side="left", pad_id=model.language.tokenizer.pad_token_id)
+        read = model.tower.preprocess(decode_image(image))
+        batch = collate([encoder.prompt(prompt, read)], [0], stacked([read]), kind="pixels", side="left", pad_id=model.language.tokenizer.pad_token_id)
         batch = batch.to(model.device)
         found.append(prompt_embeds(model.adapted, batch.ids, model.token_map(batch))[0])
     return found

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from adalink.errors import ConfigError, DataError, check_tuples
-from multimodal.progress import progress
+from multimodal.data.progress import progress
 
 __all__ = ["Decode", "Measure", "Question", "Sample", "SampleSource", "TextLengths", "lengths_of", "measured"]
 

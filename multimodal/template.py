@@ -59,6 +59,8 @@ class Template:
 
     prompt: str
     target: str = "{text}<eos>"
+    system: str = ""  # the system message, for an existing model whose chat template has a place for one
+    raw: bool = False  # an existing model reads the prompt as it stands, without its chat template
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,12 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adalink import PAD
 from adalink.attachment.existing import NO_LABEL
+from multimodal.batches.prepared import ImageBatch, Prepared
 from multimodal.batches.tokenize import Row
 
-if TYPE_CHECKING:
-    from multimodal.batches.tokenize import Row
-
-__all__ = ["NO_TARGET", "Batch", "SharedPrefix", "additive", "shared_prefix_of", "block_mask", "collate", "packed_attention"]
+__all__ = ["NO_TARGET", "Batch", "SharedPrefix", "additive", "shared_prefix_of", "block_mask", "collate", "packed_attention", "stacked"]
 
 
 # ----------------------------------------
@@ -107,6 +105,7 @@ def additive(
     position: Tensor | None = None,
     window: int | None = None,
     start: int = 0,
+    block: Tensor | None = None,
 ) -> Tensor:
     """float [B, 1, T - start, T]: 0 where a token from `start` on may read another, the dtype's minimum elsewhere.
 
@@ -115,6 +114,7 @@ def additive(
     segment           int64 [B, T]: 0 for what all texts about an image share
     image           int64 [B, T]: which image each token is about; None where each row is about one
     position, window  int64 [B, T]: each token's place in its own text; a token reads `window` places back, itself among them
+    block             int64 [B, T]: tokens of one block read each other, later ones too (an image's, in Gemma 3); -1 for those of none
     """
     order = torch.arange(segment.shape[1], device=segment.device)
     may_read = (order[start:, None] >= order) & ((segment[:, None, :] == 0) | (segment[:, start:, None] == segment[:, None, :]))
@@ -123,6 +123,9 @@ def additive(
         may_read = may_read & (token_image[:, start:, None] == token_image[:, None, :])
     if window is not None and position is not None:
         may_read = may_read & (position[:, start:, None] - position[:, None, :] < window)
+    if block is not None:
+        together = (block[:, start:, None] == block[:, None, :]) & (block[:, None, :] >= 0) & (segment[:, start:, None] == segment[:, None, :])
+        may_read = may_read | (together if token_image is None else together & (token_image[:, start:, None] == token_image[:, None, :]))
     may_read = may_read | (order[start:, None] == order)
     return torch.zeros_like(may_read, dtype=dtype).masked_fill(~may_read, torch.finfo(dtype).min)[:, None]
 
@@ -154,6 +157,7 @@ def packed_attention(
     dtype: torch.dtype,
     start: int = 0,
     token_image: Tensor | None = None,
+    block: Tensor | None = None,
 ) -> Any:
     """What the model takes as `attention_mask`: one mask, or one for each kind of layer where kinds have names.
 
@@ -161,8 +165,8 @@ def packed_attention(
     """
     masks: dict[str, Any] = {
         kind: block_mask(segment, is_padding, position=position, token_image=token_image, window=window, start=start)
-        if implementation == "flex_attention"
-        else additive(segment, is_padding, dtype, token_image=token_image, position=position, window=window, start=start)
+        if implementation == "flex_attention" and block is None
+        else additive(segment, is_padding, dtype, token_image=token_image, position=position, window=window, start=start, block=block)
         for kind, window in windows.items()
     }
     return masks.get("", masks)
@@ -188,6 +192,11 @@ class Batch:
     segment      int64 [B, T]        which of several packed texts about its image a token belongs to; None where no row is packed
     image      int64 [B, T]        which image a token is about; None where each row is about one
     beginning    what the rows begin with, where that can be read in a call of its own
+    prepared     the images of an existing model, one entry for each of I, in the place of pixels or their features
+    vector       int64 [B, T]        which of the vectors of `prepared`, joined, a token takes; -1 for none
+    kind         int64 [B, T]        the processor's token types, where it gives them
+    block        int64 [B, T]        tokens of one block read each other, later ones too; -1 for those of none; None where no token reads a later one
+    rope         int64 [3, B, T]     positions in time, height and width; None where the model counts tokens
     score        float [B, M]        where a head chooses the answer: what each target, the number of an answer, would score; padding too
     n_targets    what the loss is divided by; the batch's own number of targets (of rows, where a head chooses) unless a training loop knows better
     keys         of the I images
@@ -208,12 +217,18 @@ class Batch:
     taps: Tensor | None = None
     decoder_ids: Tensor | None = None
     score: Tensor | None = None
+    prepared: ImageBatch | None = None
+    vector: Tensor | None = None
+    kind: Tensor | None = None
+    block: Tensor | None = None
+    rope: Tensor | None = None
     keys: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in own.items() if isinstance(value, Tensor | SharedPrefix)}
+        placed = {name: value for name, value in own.items() if isinstance(value, Tensor | SharedPrefix | ImageBatch)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in placed.items()}
         return replace(self, **moved)
 
     @property
@@ -229,7 +244,7 @@ class Batch:
 def collate(
     rows: Sequence[Row],
     image: Sequence[int],
-    images: Tensor,
+    images: Tensor | ImageBatch,
     *,
     kind: Literal["pixels", "patches", "taps"],
     side: Literal["left", "right"],
@@ -242,6 +257,7 @@ def collate(
     # With a decoder, sources are positions in decoder_ids, which start at the left on either side.
     shift = [0 if row.decoder_ids else offset for row, offset in zip(rows, left, strict=True)]
     scores = [row.score for row in rows if row.score is not None]
+    prepared, given = (images, None) if isinstance(images, ImageBatch) else (None, images)
     return Batch(
         ids=_padded([row.ids for row in rows], pad_id, left),
         domain=_padded([row.domain for row in rows], PAD, left),
@@ -249,17 +265,35 @@ def collate(
         target=_padded([row.target for row in rows], NO_TARGET),
         image=torch.tensor(image, dtype=torch.int64),
         n_targets=sum(len(row.target) if row.score is None else 1 for row in rows),
-        pixels=images if kind == "pixels" else None,
-        patches=images if kind == "patches" else None,
-        taps=images if kind == "taps" else None,
+        pixels=given if kind == "pixels" else None,
+        patches=given if kind == "patches" else None,
+        taps=given if kind == "taps" else None,
         position=_padded([row.position or tuple(range(len(row.ids))) for row in rows], 0, left),
         segment=_padded([row.segment or (0,) * len(row.ids) for row in rows], 0, left) if any(row.segment for row in rows) else None,
         token_image=_padded([row.token_image for row in rows], 0, left) if rows[0].token_image else None,
         shared_prefix=shared_prefix_of(rows, image) if side == "right" else None,
         decoder_ids=_padded([row.decoder_ids for row in rows], pad_id) if rows[0].decoder_ids else None,
         score=_padded(scores, 0, dtype=torch.float32) if scores else None,
+        prepared=prepared,
+        vector=None if prepared is None else _padded([_vectors(row, about, prepared.starts) for row, about in zip(rows, image, strict=True)], -1, left),
+        kind=None if prepared is None else _padded([row.kind for row in rows], 0, left),
+        block=_padded([row.block for row in rows], -1, left) if rows[0].block else None,
+        rope=torch.stack([_padded([tuple(one[axis] for one in row.rope) for row in rows], 0, left) for axis in range(3)]) if rows[0].rope else None,
         keys=tuple(keys),
     )
+
+
+def _vectors(row: Row, image: int, starts: Sequence[int]) -> tuple[int, ...]:
+    """A row's vectors counted among those of the whole batch."""
+    about = row.token_image or (image,) * len(row.vector)
+    return tuple(vector if vector < 0 else starts[number] + vector for vector, number in zip(row.vector, about, strict=True))
+
+
+def stacked(images: Sequence[Tensor | Prepared]) -> Tensor | ImageBatch:
+    """The images of a batch in one: tensors of one shape, or what an existing model's processor made of each."""
+    if images and isinstance(images[0], Prepared):
+        return ImageBatch(samples=tuple(images))  # type: ignore[arg-type]  # all are
+    return torch.stack(list(images))  # type: ignore[arg-type]
 
 
 def _padded(rows: Sequence[tuple[float, ...]], value: int, left: Sequence[int] | None = None, dtype: torch.dtype = torch.int64) -> Tensor:

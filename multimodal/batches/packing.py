@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -24,13 +24,12 @@ from torch import nn
 
 from adalink import ANSWER, AdaptedModel, Adapter
 from multimodal.batches.prefix_sharing import forks_exactly, gates_of, may_fork, may_pack, mixes_texts, trained_domains
-from multimodal.batches.tokenize import Row, RowEncoder
-from multimodal.encoders.tower import VisionTower
+from multimodal.batches.tokenize import Row
 from multimodal.language import Language
 
 __all__ = [
-    "Arrange", "Composed", "arrangement", "arrangement_of", "fork_rows", "joined_rows", "pack_rows", "row_limit",
-    "separate_rows",
+    "Arrange", "Composed", "Ways", "arrangement", "arrangement_of", "fork_rows", "joined_rows", "pack_rows", "row_limit",
+    "separate_rows", "ways_of",
 ]  # fmt: skip
 
 
@@ -38,12 +37,29 @@ Arrange = Callable[[Sequence[Row]], Sequence[Row]]
 """From the rows of one sample to the rows that are trained on."""
 
 NOTHING: frozenset[int] = frozenset()
+BESIDE = ("vector", "kind", "block", "rope")  # what rows of an existing model hold for each token beside its id
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How the texts about an image may share it in one model.
+
+    packs, forks   "texts": any; "answers": those that differ in nothing else (their prompt reads itself both ways); "": none
+    reads_prompts  whether a prompt's tokens read later ones of it, so that no part of it can be read alone
+    """
+
+    packs: Literal["texts", "answers", ""]
+    forks: Literal["texts", "answers", ""]
+    reads_prompts: bool = False
 
 
 class Composed(Protocol):
     """A composed model, as far as its batches ask it: a `multimodal.model.VisionLanguageModel`."""
 
-    tower: VisionTower
+    @property
+    def tower(self) -> Any:
+        """What makes features of images."""
+
     language: Language
     adapted: AdaptedModel
 
@@ -55,16 +71,29 @@ class Composed(Protocol):
     def device(self) -> torch.device:
         """Where its inputs go."""
 
-    def row_encoder(self, adapter: str | None = None) -> RowEncoder:
+    @property
+    def ways(self) -> Ways | None:
+        """How its rows may share an image, where that was found out by a trial."""
+
+    def row_encoder(self, adapter: str | None = None) -> Any:
         """Texts to rows as the model reads them."""
 
 
-def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None = None, weights: Literal["whole", "split"] = "whole") -> tuple[Arrange, str]:
+def ways_of(model: Any) -> Ways:
+    """Those of a language model, by its family."""
+    return Ways(packs="texts" if may_pack(model) else "", forks="texts" if may_fork(model) else "")
+
+
+def arrangement(
+    model: Any, adapter: Adapter | None = None, prompt: Row | None = None, weights: Literal["whole", "split"] = "whole", ways: Ways | None = None
+) -> tuple[Arrange, str]:
     """How this language model's rows are arranged for an adapter, and a line for the log that says so.
 
     prompt    a row as it begins; it tells whether anything comes before what is trained
     weights   split over processes (FSDP2), which must then call the model equally often, whatever their rows: once
+    ways      found out by a trial of this model; None: known by its family
     """
+    ways = ways_of(model) if ways is None else ways
     if adapter is not None and mixes_texts(adapter):
         return separate_rows, (
             "one row per text: a slot of the adapter reads later tokens, or a gate the row, and would read every text of a packed row; "
@@ -72,14 +101,16 @@ def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None =
         )
     is_gated = adapter is not None and bool(gates_of(adapter))
     kind = model.config.model_type
-    packs, forks = may_pack(model), may_fork(model) and not is_gated and weights == "whole"
+    packs, forks = ways.packs == "texts", ways.forks == "texts" and not is_gated and weights == "whole"
     trained = NOTHING if adapter is None else trained_domains(adapter)
-    may_freeze = forks and adapter is not None and not any(parameter.requires_grad for parameter in model.parameters())
+    may_freeze = forks and not ways.reads_prompts and adapter is not None and not any(parameter.requires_grad for parameter in model.parameters())
     frozen = _untouched(prompt.domain, trained) if prompt is not None and may_freeze else 0
     if prompt is not None and 2 * frozen >= len(prompt.ids):
         how = "the texts of an image packed" if packs else "each text"
         note = f"nothing trained reads or writes the first {frozen} of a prompt's {len(prompt.ids)} tokens: read without gradient, and {how} after them"
         return partial(pack_rows, trained=trained) if packs else partial(fork_rows, trained=trained), note
+    if ways.packs == "answers":
+        return pack_answers, f"one row per image whose texts differ in their answers alone: in {kind} an image reads the question"
     if packs and is_gated:
         return pack_answers, "one row per image whose texts differ in their answers alone: the adapter's gates read the prompt"
     if packs:
@@ -93,8 +124,8 @@ def arrangement(model: Any, adapter: Adapter | None = None, prompt: Row | None =
 def arrangement_of(model: Composed, weights: Literal["whole", "split"] = "whole") -> tuple[Arrange, str]:
     """The same for a composed model and its active adapter."""
     prompt = model.row_encoder().prompt("?") if model.tower.adapter is None else None  # images of a trained encoder need a gradient
-    arrange, note = arrangement(model.language.model, model.adapted.active_adapter(), prompt, weights)
-    if arrange in (pack_rows, pack_answers, separate_rows) or forks_exactly(model.adapted):
+    arrange, note = arrangement(model.language.model, model.adapted.active_adapter(), prompt, weights, model.ways)
+    if model.ways is not None or arrange in (pack_rows, pack_answers, separate_rows) or forks_exactly(model.adapted):
         return arrange, note
     kind = model.language.model.config.model_type
     return separate_rows, f"one row per text: {kind} was tried with a cache of what texts share, and reads them otherwise after it"
@@ -126,16 +157,21 @@ def pack_rows(rows: Sequence[Row], trained: frozenset[int] = NOTHING) -> Sequenc
         return [replace(rows[0], shared_prefix=shared_prefix)]
     shared = _shared(rows)
     ids, domain, segment, position = list(rows[0].ids[:shared]), list(rows[0].domain[:shared]), [0] * shared, list(range(shared))
+    beside: dict[str, list[Any]] = {name: list(getattr(rows[0], name)[:shared]) for name in BESIDE}
     source: list[int] = []
     for number, row in enumerate(rows, start=1):
         offset = len(ids) - shared
+        for name, values in beside.items():
+            values += getattr(row, name)[shared:]
         source += [s if s < shared else s + offset for s in row.source]
         ids += row.ids[shared:]
         domain += row.domain[shared:]
         segment += [number] * (len(row.ids) - shared)
         position += range(shared, len(row.ids))
     target = tuple(t for row in rows for t in row.target)
-    return [Row(tuple(ids), tuple(domain), tuple(source), target, segment=tuple(segment), position=tuple(position), shared_prefix=shared_prefix)]
+    packed = Row(tuple(ids), tuple(domain), tuple(source), target, segment=tuple(segment), position=tuple(position), shared_prefix=shared_prefix)
+    kept: dict[str, Any] = {name: tuple(values) for name, values in beside.items()}
+    return [replace(packed, **kept)]
 
 
 def pack_answers(rows: Sequence[Row]) -> Sequence[Row]:
@@ -154,7 +190,7 @@ def _shared(rows: Sequence[Row]) -> int:
     shortest = min(len(row.ids) for row in rows)
     first = rows[0]
     for i in range(shortest):
-        if any(row.ids[i] != first.ids[i] or row.domain[i] != first.domain[i] for row in rows):
+        if any((row.ids[i], row.domain[i], row.vector[i : i + 1]) != (first.ids[i], first.domain[i], first.vector[i : i + 1]) for row in rows):
             return i
     return shortest
 
@@ -230,5 +266,6 @@ def _joined(parts: Sequence[tuple[int, Row]]) -> Row:
             segment=joined.segment + (row.segment or (0,) * n),
             position=joined.position + (row.position or tuple(range(n))),
             token_image=joined.token_image + (number,) * n,
+            **{name: getattr(joined, name) + getattr(row, name) for name in BESIDE},
         )
     return joined

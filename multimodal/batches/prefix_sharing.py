@@ -219,8 +219,7 @@ def _whole(base: Any, batch: Batch, token_map: TokenMap) -> ModelCall:
 
 def _shared_prefixes(base: Any, batch: Batch, token_map: TokenMap, start: SharedPrefix, cache: Any, learns: bool) -> ModelCall:
     first, n = start.first, start.length
-    inputs = {name: value[first] for name, value in token_map.inputs.items()}
-    own = replace(token_map, domain=batch.domain[first, :n], row=token_map.row[first], inputs=inputs, present=start.domains)
+    own = token_map.cut(first, n, start.domains)
     ids = batch.ids[first, :n]
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": batch.position[first, :n], "past_key_values": cache}
     return ModelCall(own, _accepted(base, {**arguments, "use_cache": False}), start.source, start.target, learns)
@@ -238,8 +237,10 @@ def _attention(base: Any, batch: Batch, start: int) -> Any:
     if batch.segment is None:
         return batch.attention_mask
     is_padding = batch.attention_mask == 0
-    implementation = base.config._attn_implementation
-    return packed_attention(implementation, windows(base.config), batch.segment, is_padding, batch.position, base.dtype, start, batch.token_image)
+    config = base.config.get_text_config()
+    return packed_attention(
+        config._attn_implementation, windows(config), batch.segment, is_padding, batch.position, base.dtype, start, batch.token_image, batch.block
+    )
 
 
 def _accepted(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

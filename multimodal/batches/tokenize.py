@@ -178,6 +178,10 @@ class Row:
     position     [T]        each token's position in its own text; empty where that is its index
     image      [T]        which image of its batch a token is about; empty where the row is about one
     beginning    how many of its first tokens may be read in a call of their own: all rows about its image have the same
+    vector       [T]        which vector of its sample's images a token takes, -1 for none; empty where a bridge brings the images
+    kind         [T]        the processor's token types; empty likewise
+    block        [T]        tokens of one block read each other, later ones too; -1 for those of none; empty where no token reads a later one
+    rope         [T]        each token's positions in time, height and width; empty where the model counts tokens
     score        [M]        where a head chooses the answer: what each target, the number of an answer, would score; there are no sources then
     """
 
@@ -191,6 +195,10 @@ class Row:
     token_image: tuple[int, ...] = ()
     shared_prefix: int = 0
     score: tuple[float, ...] | None = None
+    vector: tuple[int, ...] = ()
+    kind: tuple[int, ...] = ()
+    block: tuple[int, ...] = ()
+    rope: tuple[tuple[int, int, int], ...] = ()
 
 
 class RowEncoder:
@@ -199,6 +207,8 @@ class RowEncoder:
     n_answers: how many a head chooses among; 0 where the answer is written.
     Pickles with the tokenizer but without any weights: worker processes get a copy.
     """
+
+    reads_images = False  # how many tokens an image has does not depend on the image
 
     def __init__(self, template: Template, language: Language, slots: Sequence[Slots], n_answers: int = 0) -> None:
         self.template = template
@@ -214,7 +224,7 @@ class RowEncoder:
         self.image_slots = sum(slot.count for slot in slots if slot.domain == IMAGE)
         self.leading = [slot.domain for slot in slots if slot.domain != IMAGE for _ in range(slot.count)]
 
-    def prompt(self, question: str) -> Row:
+    def prompt(self, question: str, images: object = None) -> Row:
         """The row that a text is generated from. Raises ConfigError where it has no token, TextTooLong where it has too many."""
         ids, domain = [self.placeholder] * len(self.leading), list(self.leading)
         for part in self.template.prompt_parts(question):
@@ -230,7 +240,7 @@ class RowEncoder:
         self._check(len(ids), question, self.max_positions)
         return Row(tuple(ids), tuple(domain))
 
-    def row(self, text: Text) -> Row:
+    def row(self, text: Text, images: object = None) -> Row:
         """The row that a text is learnt from; a text without a target is a prompt. Raises ConfigError where a head chooses and nothing is scored."""
         prompt = self.prompt(text.question)
         if self.n_answers:

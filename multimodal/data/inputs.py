@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from multimodal.sample import Measure, Sample, SampleSource, lengths_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from multimodal.batches.prepared import Prepared
 
 __all__ = ["CachedFeatures", "Drafted", "StoredDtype", "needed_side", "read_pixels"]
 
@@ -58,8 +60,8 @@ class Drafted:
         return lengths_of(self.source, measure)
 
 
-def read_pixels(sample: Sample, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
-    """float [3, H, W]: what an encoder's preprocessing makes of a sample's image. Raises BadImage."""
+def read_pixels(sample: Sample, preprocess: Callable[[Image.Image], Any]) -> Any:
+    """float [3, H, W], or a Prepared: what an encoder's preprocessing makes of a sample's image. Raises BadImage."""
     return preprocess(decode_image(sample.image, at_least=needed_side(preprocess) if sample.decode == "draft" else None))
 
 
@@ -70,6 +72,8 @@ def needed_side(preprocess: Callable[[Image.Image], Tensor]) -> int:
     Found out from how much of a ramp from black to white it shows; up to a hundredth less than it is.
     """
     black, white = (preprocess(Image.new("RGB", (_RAMP, _RAMP), color)) for color in ("black", "white"))
+    if hasattr(black, "inputs"):
+        return 2**30  # an existing model's processor looks at the image's own size
     ramp = Image.linear_gradient("L").rotate(90).resize((_RAMP, _RAMP), Image.Resampling.BILINEAR)
     displayed = preprocess(Image.merge("RGB", [ramp] * 3))
     height, width = displayed.shape[-2:]
@@ -102,7 +106,7 @@ class CachedFeatures(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Tensor | BadSample: ...
+    def __getitem__(self, index: int) -> Tensor | Prepared | BadSample: ...
 
     def usable(self) -> list[int]:
         """The indices of the samples that have features."""

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from adalink.errors import CheckpointError, DataError
 from multimodal.bad_samples import BadSample, BadSamples
-from multimodal.batches.collate import Batch, collate
+from multimodal.batches.collate import Batch, collate, stacked
 from multimodal.batches.packing import Arrange, Composed, arrangement_of, joined_rows, row_limit, separate_rows
+from multimodal.batches.prepared import Prepared
 from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
 from multimodal.data.inputs import CachedFeatures, read_pixels
@@ -32,7 +33,7 @@ __all__ = ["Batches", "TrainingTask", "Loaded", "Texts", "TrainLoader", "new_bat
 Texts = Callable[[Sample, random.Random], Sequence[Text]]
 """What a task learns from a sample; it may draw from the generator, which is a function of seed and position."""
 
-Preprocess = Callable[[Image.Image], Tensor]
+Preprocess = Callable[[Image.Image], Any]  # to a tensor, or to what an existing model's processor makes of it
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Loaded:
 class _Item:
     key: str
     index: int
-    image: Tensor
+    image: Tensor | Prepared
     rows: tuple[Row, ...]
 
 
@@ -80,28 +81,46 @@ class _Positions:
         except DamagedSample as error:
             return error.bad
         texts = self.texts_of(sample, self.seed * 1_000_003 + position)
+        known = None if self.patches is None else self.patches[index] if self.encoder.reads_images else None
+        if isinstance(known, BadSample):
+            return known
         try:
-            rows = self.rows(texts) if texts else ()
+            image = read_pixels(sample, self.preprocess) if known is None and self.encoder.reads_images else known
+            rows = self.rows(texts, image) if texts else ()
             if not any(row.target or row.score is not None for row in rows):
                 return BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from", file=sample.file)
-            if self.patches is None:
-                return _Item(sample.key, index, read_pixels(sample, self.preprocess), rows)
+            if image is None and self.patches is None:
+                image = read_pixels(sample, self.preprocess)
         except BadImage as error:
             return BadSample(key=sample.key, reason=error.reason, detail=str(error), file=sample.file)
         except TextTooLong as error:
             return BadSample(key=sample.key, reason="text too long", detail=str(error), file=sample.file)
         except DataError as error:
             return BadSample(key=sample.key, reason="unreadable", detail=str(error), file=sample.file)
-        retained = self.patches[index]  # damage in features that can be made again ends the run: no image is left out for it
-        return retained if isinstance(retained, BadSample) else _Item(sample.key, index, retained, rows)
+        if image is None:
+            assert self.patches is not None
+            image = self.patches[index]  # damage in features that can be made again ends the run: no image is left out for it
+        return image if isinstance(image, BadSample) else _Item(sample.key, index, image, rows)
 
     def texts_of(self, sample: Sample, seed: int) -> list[Text]:
         """What is learnt from a sample, without texts that say nothing: those would teach a model to be silent."""
         return [text for text in self.texts(sample, random.Random(seed)) if text.scores is not None or (text.target or "").strip()]
 
-    def rows(self, texts: Sequence[Text]) -> tuple[Row, ...]:
-        """The rows of one image; raises TextTooLong."""
-        return tuple(self.arrange([self.encoder.row(text) for text in texts]))
+    def rows(self, texts: Sequence[Text], image: Tensor | Prepared | None = None) -> tuple[Row, ...]:
+        """The rows of one image, which a composed model's rows do not depend on; raises TextTooLong."""
+        about = self._blank if self.encoder.reads_images and image is None else image
+        return tuple(self.arrange([self.encoder.row(text, about) for text in texts]))
+
+    @cached_property
+    def _blank(self) -> Tensor | Prepared:
+        return self.preprocess(Image.new("RGB", (8, 8)))
+
+    def blank(self) -> Tensor | Prepared:
+        """A black image, as images are given: its pixels, or features that are all zero."""
+        if self.patches is None:
+            return self._blank
+        zeros = torch.zeros(self.patches.shape)
+        return self._blank.encoded(zeros[:1].expand(self._blank.n_vectors, -1)) if self.encoder.reads_images and isinstance(self._blank, Prepared) else zeros
 
     def length(self, sample: Sample) -> int:
         """Tokens of a sample's longest row; the mean of some draws where texts are drawn, which is rough; 0 where it is a bad one."""
@@ -142,7 +161,7 @@ class _Collate:
         image = [i for i, item in enumerate(good) for _ in item.rows]
         if self.row_tokens:
             rows, image = joined_rows(rows, image, self.row_tokens)
-        images = torch.stack([item.image for item in good])
+        images = stacked([item.image for item in good])
         batch = collate(rows, image, images, kind=self.kind, side="right", pad_id=self.pad_id, keys=[item.key for item in good])
         return Loaded(batch, bad, tuple(item.index for item in good))
 
@@ -183,9 +202,7 @@ class TrainLoader:
     def blank(self) -> Batch:
         """One row about a black image: what a rank runs, and learns nothing from, where every sample of its part of a step is bad."""
         rows = self._positions.rows([Text("", "a", scores=())])
-        patches = self._positions.patches
-        image = self._positions.preprocess(Image.new("RGB", (8, 8))) if patches is None else torch.zeros(patches.shape)
-        batch = self._collate([_Item("", 0, image, rows)]).batch
+        batch = self._collate([_Item("", 0, self._positions.blank(), rows)]).batch
         assert batch is not None
         return batch
 

@@ -167,9 +167,7 @@ def tokens_of(ids: Tensor, domain: Tensor) -> list[list[tuple[int, int]]]:
 
 
 def _shared_prefixes(token_map: TokenMap, leaders: Tensor, n_first: int) -> TokenMap:
-    domain = token_map.domain[leaders, :n_first]
-    inputs = {name: value[leaders] for name, value in token_map.inputs.items()}
-    return replace(token_map, domain=domain, row=token_map.row[leaders], inputs=inputs, present=_present(domain))
+    return token_map.cut(leaders, n_first, _present(token_map.domain[leaders, :n_first]))
 
 
 def _present(domain: Tensor) -> frozenset[int]:
@@ -307,6 +305,7 @@ class Decoding:
             torch.cat([before.row, token_map.row]),
             {name: torch.cat([value, token_map.inputs[name]]) for name, value in before.inputs.items()},
             serving=None if before.serving is None or token_map.serving is None else before.serving | token_map.serving,
+            host=None if before.host is None else before.host.beside(token_map.host),
         )
         self._set(states, beside, joined)
         return scores
@@ -330,12 +329,14 @@ class Decoding:
         row = now.row[chosen]
         inputs = {name: value[chosen] for name, value in now.inputs.items()}
         serving = None if now.serving is None else now.serving & frozenset(row.tolist())
-        self._set(states, beside, TokenMap(now.domain[chosen, n_empty:], row, inputs, serving=serving))
+        host = None if now.host is None else now.host.after(chosen)
+        self._set(states, beside, TokenMap(now.domain[chosen, n_empty:], row, inputs, serving=serving, host=host))
 
     def _now(self) -> TokenMap:
         """The map with the tokens that were generated since it was made."""
         n_new = self._mask.shape[1] - self._map.domain.shape[1]
-        return replace(self._map, domain=nn.functional.pad(self._map.domain, (0, n_new), value=self._map.generated))
+        host = None if self._map.host is None else self._map.host.after()
+        return replace(self._map, domain=nn.functional.pad(self._map.domain, (0, n_new), value=self._map.generated), host=host)
 
     def _set(self, states: Sequence[tuple[Tensor, Tensor]], beside: Mapping[nn.Module, Tensor], token_map: TokenMap) -> None:
         """Take keys and values, what edits keep, and a map, once all of them are made: where memory ends before, the rows stay as they were."""

@@ -22,9 +22,9 @@ from multimodal.data.feature_cache.encode import FillingLoader, encode_all
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Loaded, Texts, TrainLoader, new_batches
+from multimodal.data.progress import StepProgress
 from multimodal.data.workers import dead_workers_named
 from multimodal.model import TrainedParts, VisionLanguageModel
-from multimodal.progress import StepProgress
 from multimodal.sample import SampleSource
 from multimodal.training.distributed import (
     StopSignal,
@@ -171,7 +171,7 @@ def _loader(
     )  # fmt: skip
     accelerator.print(batches.note if model.head is not None else f"{batches.note}; {model.language_loss.head.note}")
     if isinstance(patches, FeatureWriter):
-        return FillingLoader(batches.loader, patches, model.tower, source, workers=settings.workers)
+        return FillingLoader(batches.loader, patches, model.vision_tower, source, workers=settings.workers)
     return batches.loader
 
 

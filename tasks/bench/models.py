@@ -352,7 +352,7 @@ def their_step(
     """
     base: Any = language(shape, machine).model
     embed, model = base.get_input_embeddings(), _peft(base, taught, rank)
-    projection = nn.Linear(ours.tower.width, embed.embedding_dim, device=machine.device)
+    projection = nn.Linear(ours.vision_tower.width, embed.embedding_dim, device=machine.device)
     _same_weights(ours, model, projection, taught)
     projection.requires_grad_(taught != "text lora")
     if machine.is_compiled:

@@ -18,11 +18,11 @@ from multimodal.batches.collate import collate
 from multimodal.batches.tokenize import Row, TextTooLong
 from multimodal.data.feature_cache.encode import encode_all, pixel_table
 from multimodal.data.inputs import CachedFeatures
+from multimodal.data.progress import progress
 from multimodal.generation.decoding import check_room
 from multimodal.generation.settings import GenerationSettings, saved_generation
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
-from multimodal.progress import progress
 from multimodal.sample import SampleSource
 from tasks.data.sources import Chosen, Opened
 from tasks.metrics.vqa import refuse

@@ -105,7 +105,7 @@ def features_to_learn(model: VisionLanguageModel, source: SampleSource, config: 
     if is_finished(folder) or config.train.features != "fill":
         yield _matching(folder, model, source)
         return
-    with opened_writer(model.tower, source, folder, _needed(model, config)) as writer:
+    with opened_writer(model.vision_tower, source, folder, _needed(model, config)) as writer:
         log(f"features: the first epoch fills {folder} with {size_of(writer.contents, len(source))}")
         yield writer
         if not is_finished(folder):
@@ -127,7 +127,7 @@ def features_to_log(model: VisionLanguageModel, source: SampleSource, config: Ru
         if settings.features == "fill":
             log(f"features: filling {folder} with {size_of(_needed(model, config), len(source))}")
             return write_features(
-                model.tower, source, folder, _needed(model, config), workers=settings.workers, budget=settings.bad_samples, label=label
+                model.vision_tower, source, folder, _needed(model, config), workers=settings.workers, budget=settings.bad_samples, label=label
             )  # fmt: skip
         if not is_finished(config.features / "train"):
             raise ConfigError(f"{config.features} holds no features, neither in train nor in val: write them with `adalink features`, or give features: null")
@@ -142,14 +142,14 @@ def log(line: str) -> None:
 
 
 def _matching(folder: Path, model: VisionLanguageModel, source: SampleSource) -> CachedFeatures:
-    cache = matching_features(folder, model.tower, source, needed_contents(model.adapted.active_adapter(), all_contents(model.tower)))
+    cache = matching_features(folder, model.vision_tower, source, needed_contents(model.adapted.active_adapter(), all_contents(model.vision_tower)))
     many = f"{counted(len(cache), 'image')} {'is' if len(cache) == 1 else 'are'}"
     log(f"features: {many} read from {folder}, {cache.contents} of {model.tower.name}; {len(cache.bad):,} have none")
     return cache
 
 
 def _needed(model: VisionLanguageModel, config: RunConfig) -> Contents:
-    return needed_contents(model.adapted.active_adapter(), all_contents(model.tower, config.features_dtype))
+    return needed_contents(model.adapted.active_adapter(), all_contents(model.vision_tower, config.features_dtype))
 
 
 def size_of(contents: Contents, n_images: int) -> str:

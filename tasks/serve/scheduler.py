@@ -32,11 +32,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ServedImage:
-    """An image: what tells it from others, and either float32 [3, H, W] as the encoder takes it, or what the encoder gave before."""
+    """An image: what tells it from others, and either float32 [3, H, W] (or a Prepared) as the encoder takes it, or what the encoder gave before."""
 
     key: str
-    pixels: Tensor | None
-    features: Tensor | None = None
+    pixels: Any
+    features: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)

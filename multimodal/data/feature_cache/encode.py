@@ -15,20 +15,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multimodal.bad_samples import BadSample, BadSamples
-from multimodal.batches.collate import Batch
-from multimodal.data.feature_cache.format import Contents, StoredDtype, all_contents
+from multimodal.batches.collate import Batch, stacked
+from multimodal.batches.prepared import Prepared
+from multimodal.data.feature_cache.format import Contents, StoredDtype, all_contents, rounded, torch_dtype
 from multimodal.data.feature_cache.reader import FeatureCache, bind
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.images.decode import BadImage
 from multimodal.data.inputs import read_pixels
 from multimodal.data.loader import Loaded, TrainLoader
+from multimodal.data.progress import progress
 from multimodal.data.shards.reader import DamagedSample
 from multimodal.data.workers import dead_workers_named, made_in_order
-from multimodal.encoders.base import Features, Preprocess
 from multimodal.encoders.tower import VisionTower
+from multimodal.existing.tower import ModelTower
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
-from multimodal.progress import progress
 from multimodal.sample import SampleSource
 
 __all__ = [
@@ -47,18 +48,19 @@ __all__ = [
 
 GROUP = 32  # images that are encoded together: always numbers 32 k to 32 k + 31, so that a device's rounding is the same each time
 
-Encoded = tuple[list[int], Features | None, dict[int, BadSample]]
-"""Images, their features (None where there are none), and those of the group that cannot be used."""
+Encoded = tuple[list[int], Any, dict[int, BadSample]]
+"""Images, their features as the tower gives them (None where there are none), and those of the group that cannot be used."""
 
 
-def encoded_groups(tower: VisionTower, source: SampleSource, groups: Sequence[int], *, workers: int) -> Iterator[Encoded]:
+def encoded_groups(tower: VisionTower | ModelTower, source: SampleSource, groups: Sequence[int], *, workers: int) -> Iterator[Encoded]:
     """The features of the images of each group, on the device of the encoder. Raises ConfigError where the encoder is adapted."""
+    encode: Any = tower.encode
     of_groups = (range(GROUP * group, min(GROUP * (group + 1), len(source))) for group in groups)
     with dead_workers_named():  # while a group is encoded too
         for items in made_in_order(partial(_read, source, tower.preprocess), of_groups, workers=workers):
-            good = {index: item for index, item in items if isinstance(item, Tensor)}
+            good = {index: item for index, item in items if not isinstance(item, BadSample)}
             bad = {index: item for index, item in items if isinstance(item, BadSample)}
-            yield list(good), tower.encode(torch.stack(list(good.values()))) if good else None, bad
+            yield list(good), encode(stacked(list(good.values()))) if good else None, bad
 
 
 def _read(source: SampleSource, preprocess: Any, indices: range) -> list[tuple[int, Tensor | BadSample]]:
@@ -214,13 +216,62 @@ class PatchTable:
         return PatchTable(self.patches[list(indices)], {i: self.bad[index] for i, index in enumerate(indices) if index in self.bad})
 
 
+@dataclass(frozen=True)
+class VectorTable:
+    """The vectors of images by sample index, as an existing model takes them: each image has a number of its own."""
+
+    images: Mapping[int, Prepared]
+    bad: Mapping[int, BadSample]
+    kind: Literal["patches"] = "patches"
+
+    def __len__(self) -> int:
+        return len(self.images) + len(self.bad)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """1, W: of one vector."""
+        return 1, next((image.vectors.shape[1] for image in self.images.values() if image.vectors is not None), 1)
+
+    def __getitem__(self, index: int) -> Prepared | BadSample:
+        if index in self.bad:
+            return self.bad[index]
+        image = self.images[index]
+        assert image.vectors is not None
+        return image.encoded(image.vectors.float())
+
+    def usable(self) -> list[int]:
+        """The indices of the samples that have vectors."""
+        return sorted(self.images)
+
+    def only(self, indices: Sequence[int]) -> VectorTable:
+        """The table of these samples alone: index i is the i-th of them."""
+        images = {i: self.images[index] for i, index in enumerate(indices) if index in self.images}
+        return VectorTable(images, {i: self.bad[index] for i, index in enumerate(indices) if index in self.bad})
+
+
+def _vectors_of_all(tower: ModelTower, source: SampleSource, *, workers: int, label: str, dtype: StoredDtype) -> VectorTable:
+    state, kept = process_state(), torch_dtype(dtype)
+    images: dict[int, Prepared] = {}
+    bad: dict[int, BadSample] = {}
+    own = range(state.process_index, -(-len(source) // GROUP), state.num_processes)
+    for indices, encoded, found in progress(encoded_groups(tower, source, own, workers=workers), label, len(own)):
+        images |= {index: image.encoded(rounded(image.vectors, kept).cpu()) for index, image in zip(indices, encoded or (), strict=True)}
+        bad |= found
+    if state.num_processes > 1:
+        gathered = gather_object([(images, bad)])
+        images, bad = ({index: value for part in gathered for index, value in sorted(part[side].items())} for side in (0, 1))
+    return VectorTable(images, dict(sorted(bad.items())))
+
+
 def encode_all(
     model: VisionLanguageModel, source: SampleSource, *, workers: int = 0, label: str = "encoding", dtype: StoredDtype = "float16"
-) -> PatchTable:
+) -> PatchTable | VectorTable:
     """The features of every image, each encoded once, with a progress bar. Memory: 2 (N + L) Dv bytes an image (128 KB for 7 x 7 x 1280).
 
     Each of several processes encodes its share, and all get the whole. Raises DataError for a feature that the dtype cannot hold.
     """
+    if isinstance(model.tower, ModelTower):
+        return _vectors_of_all(model.tower, source, workers=workers, label=label, dtype=dtype)
     tower, state, contents = model.tower, process_state(), all_contents(model.tower, dtype)
     table = torch.zeros(len(source), *contents.shape, dtype=contents.torch_dtype)
     bad: dict[int, BadSample] = {}
@@ -251,7 +302,7 @@ class PixelTable:
     """
 
     source: SampleSource
-    preprocess: Preprocess
+    preprocess: Any
     indices: Sequence[int]
     bad: Mapping[int, BadSample]
     shape: tuple[int, ...]
@@ -273,7 +324,7 @@ class PixelTable:
         return replace(self, indices=[self.indices[index] for index in indices], bad=bad)
 
 
-def pixel_table(source: SampleSource, preprocess: Preprocess, *, label: str) -> PixelTable:
+def pixel_table(source: SampleSource, preprocess: Any, *, label: str) -> PixelTable:
     """Every image of a data set, each decoded once here, with a progress bar, to find those that cannot be shown."""
     bad: dict[int, BadSample] = {}
     shape: tuple[int, ...] = ()

@@ -25,7 +25,8 @@ from multimodal.encoders.base import Features
 from multimodal.encoders.tower import VisionTower
 
 __all__ = [
-    "ABSENT", "MEND", "Contents", "ShardFile", "StoredDtype", "all_contents", "as_size", "check_of", "needed_contents", "seal",
+    "ABSENT", "MEND", "Contents", "ShardFile", "StoredDtype", "all_contents", "as_size", "check_of", "needed_contents", "rounded", "seal",
+    "torch_dtype",
     "trim", "word_bytes",
 ]  # fmt: skip
 
@@ -78,14 +79,7 @@ class Contents:
         parts = [features.patches] if self.patches else []
         if self.pooled:
             parts.append(features.pooled[-self.pooled :].transpose(0, 1))
-        exact = torch.cat(parts, 1)
-        rounded = exact.to(self.torch_dtype)
-        if not rounded.isfinite().all() and exact.isfinite().all():
-            raise DataError(
-                f"an encoder's feature is {float(exact.abs().max()):.3g}, and {self.dtype} holds at most {torch.finfo(self.torch_dtype).max:.0f}: "
-                "keep the features in bfloat16 or float32 (features_dtype)"
-            )
-        return rounded
+        return rounded(torch.cat(parts, 1), self.torch_dtype)
 
     def inside(self, whole: Contents) -> list[slice] | None:
         """Where these vectors lie in a record that holds more; None where it does not hold them all."""
@@ -93,6 +87,22 @@ class Contents:
             return None
         end = whole.patches + whole.pooled
         return [part for part in (slice(0, self.patches), slice(end - self.pooled, end)) if part.stop > part.start]
+
+
+def torch_dtype(name: StoredDtype) -> torch.dtype:
+    """The dtype of that name."""
+    return _DTYPES[name]
+
+
+def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Features in the dtype that is kept. Raises DataError for values that it cannot hold."""
+    found = exact.to(dtype)
+    if not found.isfinite().all() and exact.isfinite().all():
+        raise DataError(
+            f"an encoder's feature is {float(exact.abs().max()):.3g}, and {str(dtype).removeprefix('torch.')} holds at most {torch.finfo(dtype).max:.0f}: "
+            "keep the features in bfloat16 or float32 (features_dtype)"
+        )
+    return found
 
 
 def as_size(n_bytes: int) -> str:

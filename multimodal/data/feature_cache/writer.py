@@ -27,8 +27,8 @@ from multimodal.data.feature_cache.reader import (
     refuse_other,
     write_manifest,
 )
+from multimodal.data.progress import progress
 from multimodal.processes import done_by_main, process_state
-from multimodal.progress import progress
 
 __all__ = ["FeatureWriter", "found_images", "shard_files"]
 

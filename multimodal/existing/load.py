@@ -1,0 +1,77 @@
+"""A frozen vision-language model that sees already, and its processor, from a name or a local folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from adalink.attachment.existing import image_token_ids
+from adalink.errors import ConfigError, DataError
+from multimodal.language import Language, settle_tokens
+from multimodal.loading import existing_folder, freeze, loading, quiet, split_revision
+
+__all__ = ["MODEL_ADVICE", "load_existing"]
+
+MODEL_ADVICE = "give a local folder in transformers format or a hub id such as 'HuggingFaceTB/SmolVLM-256M-Instruct'"
+
+
+def load_existing(model: str | Path | nn.Module, processor: Any = None, *, dtype: torch.dtype | None = None) -> tuple[Language, Any]:
+    """The frozen model with its tokenizer, and its processor.
+
+    model      a local folder, a hub id, `org/name` or `org/name@revision`, or the model itself; then its processor is given too
+    dtype      of the weights; None keeps what the files hold
+
+    Raises ConfigError for a name that leads to no vision-language model, and where the processor is absent or another model's; DataError for
+    damaged or missing weights.
+    """
+    if isinstance(model, nn.Module):
+        if processor is None:
+            raise ConfigError(f"a {type(model).__name__} was given without its processor: give both, as transformers' AutoProcessor loads it")
+        name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+        freeze(model, dtype)
+    else:
+        name = str(model)
+        model, processor = _loaded(model, dtype)
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise ConfigError(f"the processor of '{name}' is a {type(processor).__name__}, expected one that takes images and texts: {_PROCESSOR_ADVICE}")
+    _check_image_token(model, name)
+    settle_tokens(processor.tokenizer, model, name)
+    return Language(model=model, tokenizer=processor.tokenizer, name=name), processor
+
+
+_PROCESSOR_ADVICE = "put the model's processor files (processor_config.json, preprocessor_config.json, tokenizer.json) beside its config.json"
+
+
+def _loaded(name_or_folder: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    folder = existing_folder(name_or_folder)
+    name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
+    with loading("vision-language model", name_or_folder, MODEL_ADVICE):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ConfigError(
+            f"'{name_or_folder}' is of model type '{config.model_type}', expected a model that reads images and writes text; for a language model give "
+            "`encoder` and `language_model`"
+        )
+    with loading("processor of", name_or_folder, _PROCESSOR_ADVICE):
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+    with loading("vision-language model", name_or_folder, "see that the folder holds model.safetensors"), quiet():
+        model, info = AutoModelForImageTextToText.from_pretrained(name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True)
+    if info["missing_keys"]:
+        raise DataError(
+            f"the weights of the vision-language model '{name_or_folder}' are incomplete: {len(info['missing_keys'])} tensors are missing, "
+            f"among them {', '.join(sorted(info['missing_keys'])[:3])}; fetch the files again"
+        )
+    freeze(model, dtype)
+    return model, processor
+
+
+def _check_image_token(model: Any, name: str) -> None:
+    """Raise ConfigError where no id stands for an image, or it is none of the embedding's rows and the model does not see to that itself."""
+    ids = image_token_ids(model)
+    if not ids:
+        raise ConfigError(f"the config of '{name}' names no image token, so an image's tokens cannot be told from text: set image_token_id in its config.json")

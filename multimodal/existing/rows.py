@@ -1,0 +1,175 @@
+"""Texts to rows of an existing model: the ids that its own processor makes of the same conversation, and what stands at each of them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from adalink import ANSWER, IMAGE, TEXT, Slots
+from adalink.errors import ConfigError, DataError
+from multimodal.batches.prepared import Prepared
+from multimodal.batches.tokenize import Row, TextTokens, TextTooLong
+from multimodal.existing.words import Processor, Turn
+from multimodal.language import Language
+from multimodal.template import Template, Text
+
+__all__ = ["Blocks", "ConversationRows", "Positions", "positions_of"]
+
+Blocks = Literal["", "images", "prompts"]
+"""Which tokens read later ones: none, those of one image (Gemma 3), all of a prompt (PaliGemma)."""
+
+NO_IMAGE = Prepared(wording=(), counts=())
+
+
+# ----------------------------------------
+# Positions in time, height and width (M-RoPE), as the model's own code counts them.
+
+
+class Positions:
+    """A model's `get_rope_index` without its weights, so that worker processes can hold it."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self._owner = copy.copy(owner)
+        self._owner.__dict__ = {name: value for name, value in vars(owner).items() if "hook" not in name}
+        for name, value in vars(nn.Module()).items():
+            if name not in ("training",):
+                self._owner.__dict__[name] = copy.copy(value)
+        self._takes = frozenset(inspect.signature(type(owner).get_rope_index).parameters)  # type: ignore[attr-defined]
+
+    def of(self, ids: Sequence[int], image_ids: frozenset[int], grids: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
+        """Time, height and width of each token of a row with these images."""
+        row = torch.tensor([ids])
+        arguments: Mapping[str, Any] = {
+            "input_ids": row,
+            "mm_token_type_ids": torch.tensor([[int(id in image_ids) for id in ids]]),
+            "image_grid_thw": torch.cat(list(grids)) if grids else None,
+            "attention_mask": torch.ones_like(row),
+        }
+        owner: Any = self._owner
+        places = owner.get_rope_index(**{name: value for name, value in arguments.items() if name in self._takes})[0]
+        return tuple(zip(*places[:, 0].tolist(), strict=True))
+
+
+def positions_of(model: nn.Module) -> Positions | None:
+    """How a model counts positions in several dimensions; None where it counts tokens."""
+    owner = next((module for module in model.modules() if hasattr(module, "get_rope_index")), None)
+    return None if owner is None else Positions(owner)
+
+
+# ----------------------------------------
+# Rows.
+
+
+class ConversationRows:
+    """Makes the rows of one adapter: its words as the model's chat template wraps them, after the slots that it reserves.
+
+    Pickles without any weights. A `multimodal.batches.tokenize.RowEncoder` for models that have a processor of their own.
+    """
+
+    reads_images = True
+
+    def __init__(
+        self, template: Template, language: Language, processor: Processor, positions: Positions | None, slots: Sequence[Slots], blocks: Blocks = ""
+    ) -> None:
+        if any(slot.domain == IMAGE and slot.count for slot in slots):
+            raise ConfigError("an adapter with a bridge brings images into a language model, and this model has a connector of its own: leave the bridge out")
+        self.template, self.processor, self.positions, self.blocks = template, processor, positions, blocks
+        self.tokenizer = language.tokenizer
+        self.max_positions = language.max_positions
+        self.end_ids, self.placeholder = language.end_ids, int(language.tokenizer.pad_token_id)
+        self.leading = [slot.domain for slot in slots for _ in range(slot.count)]
+        self.n_answers = 0
+        self._tokens = TextTokens(language.tokenizer)
+
+    def prompt(self, question: str, images: object = NO_IMAGE, turns: Sequence[Turn] = ()) -> Row:
+        """The row that a text is generated from; images: a Prepared. Raises TextTooLong, ConfigError, DataError."""
+        assert isinstance(images, Prepared)
+        ids, kinds = self._prompt(question, images, turns)
+        return self._row(ids, kinds, len(ids), images, question)
+
+    def row(self, text: Text, images: object = NO_IMAGE) -> Row:
+        """The row that a text is learnt from; a text without a target is a prompt. images: a Prepared. Raises as `prompt`."""
+        assert isinstance(images, Prepared)
+        ids, kinds = self._prompt(text.question, images, ())
+        if text.target is None:
+            return self._row(ids, kinds, len(ids), images, text.question)
+        target = self._target(text, ids, images)
+        # The last token of the target is only ever predicted, so it is not read.
+        answer_kind = int(self.processor.marks_answers)
+        return self._row(ids + target[:-1], kinds + [answer_kind] * (len(target) - 1), len(ids), images, text.question + text.target, target)
+
+    def _block(self, domain: Sequence[int]) -> tuple[int, ...]:
+        """Which tokens of a row read each other; images that follow each other without a token between are one."""
+        if self.blocks == "prompts":
+            return tuple(-1 if one == ANSWER else 0 for one in domain)
+        if self.blocks == "images":
+            number = accumulate(int(one == IMAGE and before != IMAGE) for before, one in pairwise((TEXT, *domain)))
+            return tuple(n if one == IMAGE else -1 for n, one in zip(number, domain, strict=True))
+        return ()
+
+    def _prompt(self, question: str, images: Prepared, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+        if self.template.raw or not self.processor.has_chat:
+            text = self.template.prompt.replace("<bos>", "").replace("<eos>", "").replace("<image>", self.processor.marks(len(images.wording)))
+            if any(spelling in question for spelling in self.processor.spellings):
+                raise DataError(f"the question {question[:60]!r} spells a token of the model's own, and its processor would take it as that: ask without it")
+            return self.processor.ids(text.replace("{question}", question), images)
+        return self.processor.ids([*self._system(), *turns, self._user(question, images)], images)
+
+    def _target(self, text: Text, prompt: list[int], images: Prepared) -> list[int]:
+        """What the assistant's turn holds after its beginning, up to the token that ends it."""
+        target = str(text.target)
+        wording = self.template.target.replace("<eos>", "")
+        if self.processor.has_chat and not self.template.raw:
+            turn = {"role": "assistant", "content": [{"type": "text", "text": wording.replace("{text}", target)}]}
+            whole, _ = self.processor.ids([*self._system(), self._user(text.question, images), turn], images, ends=True)
+            if whole[: len(prompt)] == prompt:
+                rest = whole[len(prompt) :]
+                end = next((i for i, id in enumerate(rest) if id in self.end_ids), None)
+                return [*rest, self.end_ids[0]] if end is None else rest[: end + 1]
+        return [*self._tokens.ids(tuple(wording.split("{text}")), target), self.end_ids[0]]
+
+    def _system(self) -> list[Turn]:
+        return [{"role": "system", "content": [{"type": "text", "text": self.template.system}]}] if self.template.system else []
+
+    def _user(self, question: str, images: Prepared) -> Turn:
+        parts: list[dict[str, str]] = []
+        for piece in re.split("(<image>)", self.template.prompt):
+            words = piece.replace("<bos>", "").replace("<eos>", "").replace("{question}", question)
+            if piece == "<image>":
+                parts += [{"type": "image"}] * len(images.wording)
+            elif words:
+                parts.append({"type": "text", "text": words})
+        return {"role": "user", "content": parts}
+
+    def _row(self, ids: list[int], kinds: list[int], n_prompt: int, images: Prepared, text: str, target: Sequence[int] = ()) -> Row:
+        n_lead = len(self.leading)
+        whole, kinds = [self.placeholder] * n_lead + ids, [0] * n_lead + kinds
+        if self.max_positions is not None and len(whole) > self.max_positions:
+            raise TextTooLong(
+                f"a text needs {len(whole)} tokens with its images, and the language model has {self.max_positions} positions: shorten it ({text[:60]!r}...)"
+            )
+        n_answer = len(ids) - n_prompt
+        vector, domain = [-1] * len(whole), list(self.leading)
+        n_seen = 0
+        for i, id in enumerate(ids):
+            is_image = id in self.processor.image_ids and i < n_prompt
+            domain.append(IMAGE if is_image else TEXT if i < n_prompt else ANSWER)
+            if is_image:
+                vector[n_lead + i] = n_seen
+                n_seen += 1
+        if n_seen != images.n_vectors:
+            raise DataError(f"the row has {n_seen} image tokens for {images.n_vectors} vectors of its images: was the processor made for another model?")
+        assert n_answer == max(len(target) - 1, 0)
+        first = len(whole) - n_answer - 1
+        rope = () if self.positions is None else self.positions.of(whole, self.processor.image_ids, images.grids)
+        source = tuple(range(first, first + len(target)))
+        return Row(
+            tuple(whole), tuple(domain), source, tuple(target), vector=tuple(vector), kind=tuple(kinds), block=self._block(domain), rope=rope
+        )  # fmt: skip

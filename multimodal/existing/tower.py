@@ -1,0 +1,137 @@
+"""The tower and the connector of an existing vision-language model: images in, the vectors that stand among its words out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from adalink import Adapter, FrozenPart, Slots, TokenMap
+from adalink.checkpoint.fingerprint import Sketch, part_of
+from adalink.errors import ConfigError
+from multimodal.batches.collate import Batch
+from multimodal.batches.prepared import ImageBatch, Prepared, joined_inputs
+from multimodal.encoders.bound_parts import N_VALUES, test_image, tokenizer_digest
+from multimodal.existing.inputs import HostForm, HostInputs, VectorForm
+from multimodal.existing.rows import Blocks, ConversationRows, positions_of
+from multimodal.existing.words import KINDS, Processor
+from multimodal.language import Language
+from multimodal.template import Template
+
+__all__ = ["ModelTower", "Preparing"]
+
+
+class Preparing:
+    """An image to what the model's tower reads; holds no weights, so worker processes can have it."""
+
+    def __init__(self, processor: Processor) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Image.Image) -> Prepared:
+        """Raises DataError for an image that the processor cannot take."""
+        return self.processor.prepare([image])
+
+
+class ModelTower:
+    """What a composed model's `VisionTower` is, for a model that sees already; its weights are the model's own, and frozen.
+
+    preprocess  PIL image -> Prepared
+    name        what the model was loaded from
+    """
+
+    layer = -1
+    adapter: Adapter | None = None
+
+    def __init__(self, language: Language, real_processor: Any, image_ids: Sequence[int]) -> None:
+        self.language, self.name = language, language.name
+        self._owner = features_owner(language.model, language.name)
+        takes = tuple(inspect.signature(self._owner.get_image_features).parameters)
+        self.processor = Processor(real_processor, image_ids, takes)
+        self.preprocess = Preparing(self.processor)
+        self.positions = positions_of(language.model)
+        self.encoder = nn.Module()  # no weights beside those of the language model, which holds the tower
+        self.example = self.preprocess(test_image())
+        self.form = self._read_form()
+        self.blocks: Blocks = ""  # found out by `multimodal.existing.trial`
+
+    def encode(self, images: ImageBatch) -> list[Prepared]:
+        """The images of each sample with their vectors, each image run once. Raises ConfigError where the model gives other numbers of them."""
+        every = [one for sample in images.samples for one in sample.inputs]
+        counts = [count for sample in images.samples for count in sample.counts]
+        found: dict[int, Tensor] = {}
+        for indices, inputs in joined_inputs(every):
+            with torch.no_grad():
+                vectors = self.form.vectors.vectors(self._run(inputs))
+            wanted = [counts[i] for i in indices]
+            if len(vectors) != sum(wanted):
+                raise ConfigError(
+                    f"'{self.name}' gives {len(vectors)} vectors for images whose rows have {sum(wanted)} image tokens: is the processor its own?"
+                )
+            found |= dict(zip(indices, vectors.split(wanted), strict=True))
+        number = iter(range(len(every)))
+        width = self.form.vectors.width * (1 + self.form.vectors.n_deep)
+        empty = torch.zeros(0, width, dtype=self._dtype, device=self._device)
+        return [sample.encoded(torch.cat([empty, *(found[next(number)] for _ in sample.inputs)])) for sample in images.samples]
+
+    def token_map(self, batch: Batch, token_map: TokenMap) -> TokenMap:
+        """The map of a batch with what the model is given beside its ids."""
+        assert batch.prepared is not None
+        samples = batch.prepared.samples
+        if any(sample.inputs for sample in samples):
+            samples = tuple(self.encode(batch.prepared))
+        vectors = torch.cat([sample.vectors.to(self._dtype) for sample in samples if sample.vectors is not None]) if samples else None
+        shift = None
+        if self.positions is not None and batch.rope is not None:
+            shift = batch.rope.amax((0, 2)) + 1 - batch.attention_mask.sum(1)
+        return replace(token_map, host=HostInputs(vectors=vectors, vector=batch.vector, rope=batch.rope, shift=shift, kind=batch.kind))
+
+    def row_encoder(self, template: Template, slots: Sequence[Slots]) -> ConversationRows:
+        """Makes the rows of an adapter with these slots. Raises ConfigError where it has a bridge."""
+        return ConversationRows(template, self.language, self.processor, self.positions, slots, self.blocks)
+
+    def part(self) -> FrozenPart:
+        """The whole model as a frozen part, with sketches of a test image as it is prepared and of its vectors."""
+        part = part_of(self.language.model, name=self.name)
+        vectors = self.encode(ImageBatch(samples=(self.example,)).to(self._device))[0].vectors
+        assert vectors is not None
+        pixels = next(value for value in self.example.inputs[0].values() if value.is_floating_point())
+        sketches = {"pixels": Sketch.of(pixels, N_VALUES), "features": Sketch.of(vectors, N_VALUES)}
+        return replace(part, tokenizer=tokenizer_digest(self.language.tokenizer), sketches=sketches)
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> Any:
+        placed = {name: value.to(self._device, self._dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+        return self._owner.get_image_features(**placed, return_dict=True)
+
+    def _read_form(self) -> HostForm:
+        with torch.no_grad():
+            vectors = VectorForm.of(self._run(self.example.inputs[0]))
+        takes = inspect.signature(type(self.language.model).forward).parameters
+        row = self.processor.real(text=[self.processor.marks(1) + "a"], images=[test_image()])
+        given = {name for name in KINDS if name in row and name in takes}
+        return HostForm(vectors=vectors, kind=next(iter(sorted(given, reverse=True)), ""))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.language.model.parameters()).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.language.model.parameters()).dtype
+
+
+def features_owner(model: nn.Module, name: str) -> Any:
+    """The module whose `get_image_features` the model's call uses. Raises ConfigError where the model takes no images that were encoded before."""
+    takes = "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters or any(
+        "mm_encoder_outputs" in inspect.signature(type(module).forward).parameters for module in model.modules()
+    )
+    if not takes or not hasattr(model, "get_image_features"):
+        raise ConfigError(
+            f"'{name}' is a {type(model).__name__}, which cannot be given an image that was encoded before: adapt it with adalink.get_adalink_model and a "
+            "loop of your own, or choose a model such as LLaVA, Qwen2-VL, PaliGemma, Gemma 3 or SmolVLM"
+        )
+    return model

@@ -1,0 +1,154 @@
+"""Texts about images as an existing model's own processor and chat template word them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from adalink.errors import ConfigError, DataError
+from multimodal.batches.prepared import Prepared
+
+__all__ = ["Processor", "Turn"]
+
+Turn = Mapping[str, Any]
+"""A message of a conversation, as chat templates take it: role, and content in parts of type text and image."""
+
+BLANK = Image.new("RGB", (8, 8))
+KINDS = ("token_type_ids", "mm_token_type_ids")
+TEXT_KEYS = ("input_ids", "attention_mask", "labels", *KINDS)
+
+
+class _Given:
+    """Stands in for an image processor: the images were prepared before."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __call__(self, images: Any, **kwargs: Any) -> dict[str, Any]:
+        return {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._real, name)
+
+
+class Processor:
+    """A processor of transformers in two halves: images alone, each once, and texts about images that were prepared before.
+
+    real      the processor
+    image_ids the ids of image tokens
+    inputs    names of what the model's tower reads
+    Pickles without weights, so worker processes hold one.
+    """
+
+    def __init__(self, real: Any, image_ids: Sequence[int], inputs: Sequence[str]) -> None:
+        self.real, self.image_ids, self.inputs = real, frozenset(image_ids), tuple(inputs)
+        self.tokenizer = real.tokenizer
+        self._marks_answers = self._reads_suffix()
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether there is a chat template; a model without one reads a text as it is."""
+        return bool(getattr(self.real, "chat_template", None) or getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def image_mark(self) -> str:
+        """What stands for an image in a text."""
+        return str(getattr(self.real, "image_token", None) or "<image>")
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the token types tell answers from prompts (PaliGemma), and not images from texts."""
+        return self._marks_answers
+
+    @cached_property
+    def spellings(self) -> tuple[str, ...]:
+        """How the tokenizer's own tokens are spelled; a text of people that holds one would be taken as that."""
+        return tuple(str(token.content) for token in self.tokenizer.added_tokens_decoder.values() if token.special and len(str(token.content)) > 1)
+
+    def marks(self, n: int) -> str:
+        """What stands for so many images in a text; nothing where the processor puts their tokens there itself."""
+        return "" if _has_own_call(self.real) else self.image_mark * n
+
+    def prepare(self, images: Sequence[Image.Image]) -> Prepared:
+        """The images of a sample. Raises DataError for one that the processor cannot take."""
+        found = [self._prepared(image) for image in images]
+        return Prepared(
+            wording=tuple(wording for wording, _, _ in found),
+            counts=tuple(count for _, count, _ in found),
+            inputs=tuple(inputs for _, _, inputs in found),
+            grids=tuple(inputs["image_grid_thw"] for _, _, inputs in found if "image_grid_thw" in inputs),
+        )
+
+    def _reads_suffix(self) -> bool:
+        return "suffix" in inspect.signature(type(self.real).__call__).parameters
+
+    def _prepared(self, image: Image.Image) -> tuple[str, int, dict[str, Tensor]]:
+        image = image.convert("RGB")
+        try:
+            features, wording = self._run(image)
+        except (ValueError, ZeroDivisionError, RuntimeError) as error:
+            raise DataError(f"the model's processor cannot take an image of {image.width} x {image.height}: {str(error).splitlines()[0]}") from None
+        inputs = {name: torch.as_tensor(features[name]) for name in self.inputs if name in features}
+        count = sum(id in self.image_ids for id in self.tokenizer(wording, add_special_tokens=False)["input_ids"])
+        return wording, count, inputs
+
+    def _run(self, image: Image.Image) -> tuple[Mapping[str, Any], str]:
+        settings = self.real._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, return_tensors="pt")["images_kwargs"]
+        if _has_own_call(self.real):
+            features = self.real.image_processor(image, **settings)
+            return features, self.image_mark * int(self.real.num_query_tokens)
+        features, wording = self.real._process_images([image], **settings)
+        return features, str(wording[0])
+
+    def ids(self, text: str | Sequence[Turn], images: Prepared, *, ends: bool = False) -> tuple[list[int], list[int]]:
+        """The ids of a text, or of the turns of a conversation, about images; and the processor's token types, 0 where it gives none.
+
+        ends: the conversation ends with the assistant's own turn; else one begins for the assistant
+        """
+        words, n = self._of_texts(images), len(images.wording)
+        blanks = [BLANK] * n
+        if isinstance(text, str):
+            found = words(images=blanks or None, text=[text])
+        else:
+            try:
+                found = words.apply_chat_template(
+                    [_with_blanks(turn) for turn in text], tokenize=True, return_dict=True, add_generation_prompt=not ends, sanitize_control_tokens=True,
+                )  # fmt: skip
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(f"the model's chat template does not take this conversation: {str(error).splitlines()[0]}") from None
+        ids = _row(found["input_ids"])
+        kinds = next((_row(found[name]) for name in KINDS if name in found), [0] * len(ids))
+        return ids, kinds
+
+    def _of_texts(self, images: Prepared) -> Any:
+        """The processor for texts about images that were prepared."""
+        words = copy.copy(self.real)
+        words.image_processor = _Given(self.real.image_processor)
+        words._process_images = lambda images_, **kwargs: ({}, list(images.wording))
+        return words
+
+
+def _has_own_call(processor: Any) -> bool:
+    """Whether a processor joins images and texts in its own way (BLIP-2): image tokens are put before the text's."""
+    return "_process_images" not in inspect.getsource(type(processor).__call__) and "super().__call__" not in inspect.getsource(type(processor).__call__)
+
+
+def _with_blanks(turn: Turn) -> dict[str, Any]:
+    content = turn["content"]
+    if isinstance(content, str):
+        return dict(turn)
+    return {**turn, "content": [{**part, "image": BLANK} if part["type"] == "image" else dict(part) for part in content]}
+
+
+def _row(values: Any) -> list[int]:
+    whole = values.tolist() if isinstance(values, Tensor) else values
+    return [int(value) for value in (whole[0] if whole and isinstance(whole[0], (list, tuple)) else whole)]
