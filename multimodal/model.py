@@ -58,8 +58,7 @@ __all__ = ["TrainedParts", "VisionLanguageModel", "image_prompt_embeds", "load_c
 def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, Any]) -> None:
     """Write the active adapter's folder; `task` is kept in its config, with what must be known to read it: template, layer, answers."""
     template = model.template_of(model.adapted.active or BASE_NAME)
-    known = {"prompt": template.prompt, "target": template.target, "layer": model.tower.layer}
-    known |= {name: value for name, value in (("system", template.system), ("raw", template.raw)) if value}
+    known = {**template.saved(), "layer": model.tower.layer}
     answers = {} if model.head is None else {"answers": len(model.head.answers)}
     model.adapted.task = {**model.adapted.task, **task, **known, **answers}
     model.adapted.save_pretrained(folder)
@@ -387,7 +386,10 @@ class VisionLanguageModel(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, *, encoder: str | Path | None = None, language_model: str | Path | None = None, allow_other_base: bool = False
     ) -> VisionLanguageModel:
-        """The composed model of a saved adapter, in eval mode. The frozen parts are loaded by the names it was saved with unless others are given."""
+        """The model of a saved adapter, in eval mode. The frozen parts are loaded by the names it was saved with unless others are given.
+
+        Raises ConfigError where the folder says no words around question and answer, and as the parts' loaders do.
+        """
         config = AdaptedModel.read_config(folder)
         template = saved_template(config.task)
         if template is None:

@@ -73,6 +73,10 @@ class Template:
             if unknown := sorted(set(FIELD.findall(template)) - {field}):
                 raise ConfigError(f"the {part} template {template!r} has a place {{{unknown[0]}}} that nothing fills: it may have {{{field}}}")
 
+    def saved(self) -> dict[str, str | bool]:
+        """What configs of adapters and checkpoints hold: prompt and target, and what else is not as it is by default."""
+        return {"prompt": self.prompt, "target": self.target, **({"system": self.system} if self.system else {}), **({"raw": True} if self.raw else {})}
+
     def prompt_parts(self, question: str) -> list[str]:
         """The prompt in order: markers, and `Filled` pieces of text."""
         return [part if part in MARKERS else Filled.of(part, "question", question) for part in _SPLIT.split(self.prompt) if part]

@@ -170,8 +170,8 @@ def pack_rows(rows: Sequence[Row], trained: frozenset[int] = NOTHING) -> Sequenc
         position += range(shared, len(row.ids))
     target = tuple(t for row in rows for t in row.target)
     packed = Row(tuple(ids), tuple(domain), tuple(source), target, segment=tuple(segment), position=tuple(position), shared_prefix=shared_prefix)
-    kept: dict[str, Any] = {name: tuple(values) for name, values in beside.items()}
-    return [replace(packed, **kept)]
+    whole: dict[str, Any] = {name: tuple(values) for name, values in beside.items()}
+    return [replace(packed, **whole)]
 
 
 def pack_answers(rows: Sequence[Row]) -> Sequence[Row]:

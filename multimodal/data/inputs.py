@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from multimodal.bad_samples import BadSample
 from multimodal.data.images.decode import decode_image
 from multimodal.data.order import fingerprint_of, texts_fingerprint_of
-from multimodal.sample import Measure, Sample, SampleSource, lengths_of
+from multimodal.sample import BadSample, Measure, Sample, SampleSource, lengths_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from adalink.errors import CheckpointError, DataError
-from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.batches.collate import Batch, collate, stacked
 from multimodal.batches.packing import Arrange, Composed, arrangement_of, joined_rows, row_limit, separate_rows
 from multimodal.batches.prepared import Prepared
@@ -24,7 +23,7 @@ from multimodal.data.inputs import CachedFeatures, read_pixels
 from multimodal.data.order import BucketedOrder, Order, fingerprint_of, order_of, texts_fingerprint_of
 from multimodal.data.shards.reader import DamagedSample
 from multimodal.data.workers import made_in_order
-from multimodal.sample import Sample, SampleSource, lengths_of
+from multimodal.sample import BadSample, BadSamples, Sample, SampleSource, lengths_of
 from multimodal.template import Text
 
 __all__ = ["Batches", "TrainingTask", "Loaded", "Texts", "TrainLoader", "new_batches", "train_loader"]

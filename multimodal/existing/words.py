@@ -113,6 +113,7 @@ class Processor:
         """The ids of a text, or of the turns of a conversation, about images; and the processor's token types, 0 where it gives none.
 
         ends: the conversation ends with the assistant's own turn; else one begins for the assistant
+        Raises ConfigError for turns that the chat template does not take.
         """
         words, n = self._of_texts(images), len(images.wording)
         blanks = [BLANK] * n

@@ -24,9 +24,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from adalink.errors import ConfigError
-from multimodal.bad_samples import BadSample
 from multimodal.data.loader import Loaded
 from multimodal.processes import process_state
+from multimodal.sample import BadSample
 from multimodal.training.settings import TrainSettings
 
 __all__ = [

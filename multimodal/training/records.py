@@ -17,10 +17,9 @@ from PIL import Image
 
 from adalink.errors import CheckpointError, DataError
 from adalink.files import write_whole
-from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.data.order import set_sizes
 from multimodal.model import VisionLanguageModel
-from multimodal.sample import SampleSource
+from multimodal.sample import BadSample, BadSamples, SampleSource
 from multimodal.training.distributed import Agreed
 from multimodal.training.settings import TrainSettings
 
@@ -131,7 +130,7 @@ def run_facts(model: VisionLanguageModel, settings: TrainSettings) -> dict[str, 
         **{role: part.fingerprint for role, part in model.adapted.parts.items()},
         "methods": _methods(adapter.methods),
         "vision_methods": _methods(vision.methods) if vision is not None else {},
-        "template": dataclasses.asdict(template),
+        "template": template.saved(),
         "answers": hashlib.sha256("\n".join(head.answers).encode()).hexdigest()[:16] if head is not None else "",
     }
     return json.loads(json.dumps({"train": dataclasses.asdict(settings), "model": made}, default=str))  # type: ignore[no-any-return]

@@ -16,16 +16,15 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from adalink.errors import CheckpointError, ConfigError, DataError, TerminatedError
-from multimodal.bad_samples import BadSample, BadSamples, counted
 from multimodal.batches.collate import Batch
 from multimodal.data.feature_cache.encode import FillingLoader, encode_all
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Loaded, Texts, TrainLoader, new_batches
-from multimodal.data.progress import StepProgress
 from multimodal.data.workers import dead_workers_named
 from multimodal.model import TrainedParts, VisionLanguageModel
-from multimodal.sample import SampleSource
+from multimodal.progress import StepProgress
+from multimodal.sample import BadSample, BadSamples, SampleSource, counted
 from multimodal.training.distributed import (
     StopSignal,
     agree,

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from adalink.errors import BudgetError, ConfigError, DataError
-from multimodal.bad_samples import counted
+from multimodal.sample import counted
 from tasks.commands import Command
 from tasks.commands.settings import METHODS_ROW, PARTS_FIRST, SPLITS, DryRunConfig, add_run, name_both_parts, only_named_data
 from tasks.runs.config import chosen_methods
 
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
-    from multimodal.bad_samples import BadSamples
-    from multimodal.sample import SampleSource
+    from multimodal.sample import BadSamples, SampleSource
     from tasks.data.sources import DataConfig
     from tasks.planning.plan import Plan
     from tasks.task import Task
@@ -97,7 +96,7 @@ def _check_data(dry_run: Any) -> Sequence[str]:
 
     Reads annotations or manifests, and images up to the first that can be used. Raises DataError, BudgetError and ConfigError as a run would.
     """
-    from multimodal.bad_samples import BadSamples
+    from multimodal.sample import BadSamples
 
     lines = []
     for split in SPLITS:
@@ -115,9 +114,9 @@ def _check_data(dry_run: Any) -> Sequence[str]:
 
 def _first_usable(source: SampleSource, task: Task, split: str, bad: BadSamples) -> int:
     """The index of the first sample that a run can use. Raises BudgetError where too many come before it, DataError where there is none."""
-    from multimodal.bad_samples import BadSample
     from multimodal.data.images.decode import BadImage, decode_image
     from multimodal.data.shards.reader import DamagedSample
+    from multimodal.sample import BadSample
 
     _check_budget(bad, split)
     for index in range(len(source)):

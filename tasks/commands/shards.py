@@ -98,10 +98,10 @@ def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
         shards: The folder of tar files.
         bad_samples: How many samples may lack an image or a text, or be too large, before the command stops.
     """
-    from multimodal.bad_samples import BadSamples
     from multimodal.data.shards.check import checksummed
     from multimodal.data.shards.index import ShardLimits, index_shards
     from multimodal.data.shards.manifest import MANIFEST, write_manifest
+    from multimodal.sample import BadSamples
 
     if (shards / MANIFEST).exists():
         raise ConfigError(f"{shards / MANIFEST} is there already; run `adalink shards check`, or delete it to index the shards again")
@@ -145,7 +145,7 @@ def _write(source: FileSource, out: Path, samples_per_shard: int, bad_samples: i
 
 
 def _report(verb: str, manifest: Manifest, folder: Path) -> None:
-    from multimodal.bad_samples import BadSamples
+    from multimodal.sample import BadSamples
 
     size = sum(shard.size for shard in manifest.shards) / 2**20
     shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"

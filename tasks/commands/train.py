@@ -248,9 +248,9 @@ def _contents(values: Any, tower: VisionTower) -> Contents:
 
 
 def _write(tower: VisionTower, data: Opened, folder: Path, contents: Contents, values: Any) -> None:
-    from multimodal.bad_samples import BadSamples
     from multimodal.data.feature_cache.encode import write_features
     from multimodal.data.feature_cache.format import as_size
+    from multimodal.sample import BadSamples
     from tasks.runs.compose import log, size_of
 
     above = next(parent for parent in folder.resolve().parents if os.path.exists(parent))

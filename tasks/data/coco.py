@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adalink.errors import DataError
-from multimodal.bad_samples import BadSample
-from multimodal.sample import Sample
+from multimodal.sample import BadSample, Sample
 from tasks.data.files import FileSource, ImageFolder, ImageName, Rows, integer, read_annotation_file, text
 
 __all__ = ["read_coco_captions", "read_coco_images"]

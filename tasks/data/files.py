@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adalink.errors import ConfigError, DataError
-from multimodal.bad_samples import BadSample
-from multimodal.sample import Measure, Sample, measured
+from multimodal.sample import BadSample, Measure, Sample, measured
 
 __all__ = ["FileSource", "ImageFolder", "ImageName", "Rows", "answer_marks", "integer", "read_annotation_file", "text", "text_lines"]
 

@@ -7,8 +7,7 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 from adalink.errors import DataError
-from multimodal.bad_samples import BadSample
-from multimodal.sample import Sample
+from multimodal.sample import BadSample, Sample
 from tasks.data.files import FileSource, ImageFolder, text_lines
 
 __all__ = ["read_caption_folder"]

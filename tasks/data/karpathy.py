@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
-from multimodal.bad_samples import BadSample
-from multimodal.sample import Sample
+from multimodal.sample import BadSample, Sample
 from tasks.data.files import FileSource, ImageFolder, Rows, integer, read_annotation_file, text
 
 __all__ = ["KarpathyImage", "read_karpathy", "read_karpathy_images"]

@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adalink.errors import ConfigError, DataError
-from multimodal.bad_samples import BadSample
 from multimodal.data.inputs import Drafted
 from multimodal.data.order import MixedSet, Mixture, fingerprint_of, texts_fingerprint_of
 from multimodal.data.shards.reader import ShardSource
 from multimodal.data.shards.storage import RemoteSettings, redacted
-from multimodal.sample import Decode, Measure, Sample, SampleSource, lengths_of
+from multimodal.sample import BadSample, Decode, Measure, Sample, SampleSource, lengths_of
 from tasks.data.coco import read_coco_captions, read_coco_images
 from tasks.data.files import FileSource
 from tasks.data.karpathy import read_karpathy

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
-from multimodal.bad_samples import BadSample, counted
-from multimodal.sample import Question, Sample
+from multimodal.sample import BadSample, Question, Sample, counted
 from tasks.data.files import FileSource, ImageFolder, ImageName, Rows, answer_marks, integer, read_annotation_file, text
 
 __all__ = ["VQA_SPLITS", "read_vqa", "read_vqa_split", "split_parts"]

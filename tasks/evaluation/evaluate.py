@@ -13,17 +13,16 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from adalink.errors import DataError
-from multimodal.bad_samples import BadSample, counted
 from multimodal.batches.collate import collate
 from multimodal.batches.tokenize import Row, TextTooLong
 from multimodal.data.feature_cache.encode import encode_all, pixel_table
 from multimodal.data.inputs import CachedFeatures
-from multimodal.data.progress import progress
 from multimodal.generation.decoding import check_room
 from multimodal.generation.settings import GenerationSettings, saved_generation
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
-from multimodal.sample import SampleSource
+from multimodal.progress import progress
+from multimodal.sample import BadSample, SampleSource, counted
 from tasks.data.sources import Chosen, Opened
 from tasks.metrics.vqa import refuse
 from tasks.task import Score, Submission, Task

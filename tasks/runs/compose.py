@@ -13,7 +13,6 @@ from typing import Any
 from adalink import AdaptedModel
 from adalink.checkpoint.folder import AdapterConfig
 from adalink.errors import CheckpointError, ConfigError
-from multimodal.bad_samples import counted
 from multimodal.data.feature_cache.encode import encode_all, opened_writer, pixel_table, write_features
 from multimodal.data.feature_cache.format import Contents, all_contents, as_size, needed_contents
 from multimodal.data.feature_cache.reader import UNFINISHED, is_finished, matching_features
@@ -24,7 +23,7 @@ from multimodal.language import LanguageUse, load_language
 from multimodal.loss.answer_head import use_for
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
-from multimodal.sample import SampleSource
+from multimodal.sample import SampleSource, counted
 from multimodal.template import Template
 from tasks.runs.config import RunConfig
 from tasks.scenes.parts import part_folder

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from adalink.errors import DataError
 from adalink.files import write_whole
-from multimodal.bad_samples import BadSample, counted
 from multimodal.data.images.decode import read_image_bytes
 from multimodal.model import TrainedParts, VisionLanguageModel
-from multimodal.sample import Sample, SampleSource
+from multimodal.sample import BadSample, Sample, SampleSource, counted
 from multimodal.training.records import BAD_FILE, METRICS_FILE, VAL_LOSS
 from tasks.evaluation.evaluate import Predictions
 from tasks.metrics.bootstrap import Interval, Resampling, software

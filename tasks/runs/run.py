@@ -15,12 +15,11 @@ import yaml
 
 from adalink.errors import AdalinkError, ConfigError, DataError
 from adalink.files import write_whole
-from multimodal.bad_samples import BadSamples
 from multimodal.data.images.decode import decode_image
 from multimodal.data.loader import Batches, Texts
 from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.processes import process_state
-from multimodal.sample import SampleSource
+from multimodal.sample import BadSamples, SampleSource
 from multimodal.training.prepare import mean_loss
 from multimodal.training.records import VAL_LOSS, LoggedSamples, flat
 from multimodal.training.train import check_training, train

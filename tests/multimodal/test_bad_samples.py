@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from adalink.errors import BudgetError, ConfigError
-from multimodal.bad_samples import BadSample, BadSamples
+from multimodal.sample import BadSample, BadSamples
 
 
 def test_a_budget_lets_exactly_its_number_pass() -> None:

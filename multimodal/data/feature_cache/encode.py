@@ -14,7 +14,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.batches.collate import Batch, stacked
 from multimodal.batches.prepared import Prepared
 from multimodal.data.feature_cache.format import Contents, StoredDtype, all_contents, rounded, torch_dtype
@@ -23,14 +22,14 @@ from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.images.decode import BadImage
 from multimodal.data.inputs import read_pixels
 from multimodal.data.loader import Loaded, TrainLoader
-from multimodal.data.progress import progress
 from multimodal.data.shards.reader import DamagedSample
 from multimodal.data.workers import dead_workers_named, made_in_order
 from multimodal.encoders.tower import VisionTower
 from multimodal.existing.tower import ModelTower
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
-from multimodal.sample import SampleSource
+from multimodal.progress import progress
+from multimodal.sample import BadSample, BadSamples, SampleSource
 
 __all__ = [
     "GROUP", "FillingLoader", "PatchTable", "PixelTable", "complete", "encode_all", "encoded_groups", "opened_writer",
@@ -250,12 +249,12 @@ class VectorTable:
 
 
 def _vectors_of_all(tower: ModelTower, source: SampleSource, *, workers: int, label: str, dtype: StoredDtype) -> VectorTable:
-    state, kept = process_state(), torch_dtype(dtype)
+    state, stored = process_state(), torch_dtype(dtype)
     images: dict[int, Prepared] = {}
     bad: dict[int, BadSample] = {}
     own = range(state.process_index, -(-len(source) // GROUP), state.num_processes)
     for indices, encoded, found in progress(encoded_groups(tower, source, own, workers=workers), label, len(own)):
-        images |= {index: image.encoded(rounded(image.vectors, kept).cpu()) for index, image in zip(indices, encoded or (), strict=True)}
+        images |= {index: image.encoded(rounded(image.vectors, stored).cpu()) for index, image in zip(indices, encoded or (), strict=True)}
         bad |= found
     if state.num_processes > 1:
         gathered = gather_object([(images, bad)])

@@ -22,13 +22,12 @@ from adalink import fingerprint
 from adalink.checkpoint.fingerprint import Sketch
 from adalink.errors import ConfigError, DataError
 from adalink.files import write_whole
-from multimodal.bad_samples import BadSample
 from multimodal.data.feature_cache.format import ABSENT, MEND, Contents, ShardFile
 from multimodal.data.order import fingerprint_of
 from multimodal.data.shards.reader import DamagedSample
 from multimodal.encoders.bound_parts import test_image
 from multimodal.encoders.tower import VisionTower
-from multimodal.sample import Sample, SampleSource
+from multimodal.sample import BadSample, Sample, SampleSource
 
 __all__ = [
     "FINISHED", "UNFINISHED", "Binding", "FeatureCache", "FeatureManifest", "Sketch", "bind", "is_finished", "matching_features",

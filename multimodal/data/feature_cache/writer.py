@@ -15,7 +15,6 @@ from torch import Tensor
 
 from adalink.errors import AdalinkError, ConfigError, DataError
 from adalink.files import locked
-from multimodal.bad_samples import BadSample
 from multimodal.data.feature_cache.format import ABSENT, Contents, ShardFile, as_size, seal, trim
 from multimodal.data.feature_cache.reader import (
     FINISHED,
@@ -27,8 +26,9 @@ from multimodal.data.feature_cache.reader import (
     refuse_other,
     write_manifest,
 )
-from multimodal.data.progress import progress
 from multimodal.processes import done_by_main, process_state
+from multimodal.progress import progress
+from multimodal.sample import BadSample
 
 __all__ = ["FeatureWriter", "found_images", "shard_files"]
 

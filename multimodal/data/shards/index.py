@@ -16,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from adalink.errors import ConfigError, DataError
-from multimodal.bad_samples import BadSample
 from multimodal.data.shards.manifest import (
     ABSENT,
     MANIFEST,
@@ -33,6 +32,7 @@ from multimodal.data.shards.manifest import (
     refuse_unfinished,
 )
 from multimodal.data.shards.storage import RemoteFiles, beside, redacted
+from multimodal.sample import BadSample
 
 __all__ = [
     "IndexedShard", "Place", "ShardLimits", "ShardSet", "TarMember", "index_shard", "index_shards", "open_remote_set",

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from adalink.errors import AdalinkError, ConfigError, DataError
 from adalink.files import locked, write_whole
-from multimodal.bad_samples import BadSample
+from multimodal.sample import BadSample
 
 __all__ = [
     "MANIFEST", "WRITING", "Manifest", "Members", "Part", "Shard", "find_shards", "find_twice", "parse_manifest", "publish",

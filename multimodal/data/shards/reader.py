@@ -20,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adalink.errors import DataError
-from multimodal.bad_samples import BadSample
 from multimodal.data.shards.index import Place, ShardLimits, open_remote_set, open_shard_set
 from multimodal.data.shards.manifest import PARTS, UNKNOWN_CRC, Shard
 from multimodal.data.shards.storage import FsspecFiles, HttpFiles, RemoteFiles, RemoteSettings, ShardCache, is_url, redacted
-from multimodal.sample import Measure, Question, Sample
+from multimodal.sample import BadSample, Measure, Question, Sample
 
 __all__ = [
     "DamagedSample", "LocalShards", "Record", "RemoteShards", "ShardSource", "decode_caption", "decode_record", "encode_record",

@@ -24,7 +24,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from adalink.errors import AdalinkError, ConfigError, DataError
-from multimodal.bad_samples import BadSample, BadSamples
 from multimodal.data.images.decode import BadImage, ImageLimits, check_header, read_image_bytes
 from multimodal.data.shards.index import ShardLimits
 from multimodal.data.shards.manifest import (
@@ -40,7 +39,7 @@ from multimodal.data.shards.manifest import (
     workplace,
 )
 from multimodal.data.shards.reader import encode_record, shard_key
-from multimodal.sample import Sample, SampleSource
+from multimodal.sample import BadSample, BadSamples, Sample, SampleSource
 
 __all__ = ["ShardJob", "Stopped", "TarFile", "WrittenShard", "write_shards"]
 

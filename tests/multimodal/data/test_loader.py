@@ -11,12 +11,11 @@ from composed import ID, Drawn, tower
 from loader_case import N, equal, keys, load
 
 from adalink.errors import DataError
-from multimodal.bad_samples import BadSample
 from multimodal.batches.collate import NO_TARGET
 from multimodal.data.feature_cache.encode import PatchTable
 from multimodal.data.loader import Loaded
 from multimodal.data.shards.reader import DamagedSample
-from multimodal.sample import Sample
+from multimodal.sample import BadSample, Sample
 from multimodal.template import Text
 
 

@@ -13,10 +13,9 @@ from loader_case import keys
 from test_loader_state import loader
 
 from adalink.errors import ConfigError
-from multimodal.bad_samples import BadSample
 from multimodal.data.order import MixedOrder, MixedSet, Mixture, SampleOrder, fingerprint_of, order_of
 from multimodal.data.shards.reader import DamagedSample
-from multimodal.sample import Sample
+from multimodal.sample import BadSample, Sample
 
 SETS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 5)), min_size=1, max_size=4)
 

@@ -18,11 +18,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from adalink.errors import ConfigError, DataError
-from multimodal.bad_samples import BadSample
 from multimodal.data.feature_cache.format import HEADER, Contents, as_size, check_of, word_bytes
 from multimodal.data.feature_cache.reader import FeatureCache, Sketch, refuse_other
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.encoders.base import Features
+from multimodal.sample import BadSample
 
 
 def same(cache: FeatureCache, contents: Contents = CONTENTS) -> bool:

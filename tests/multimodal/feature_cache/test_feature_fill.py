@@ -21,7 +21,6 @@ from torch import Tensor
 
 from adalink import EPALM, AdaLink, Bridge, LoRA, Method, Prompt
 from adalink.errors import ConfigError, DataError
-from multimodal.bad_samples import BadSample
 from multimodal.batches.collate import collate
 from multimodal.data.feature_cache.encode import opened_writer, write_features
 from multimodal.data.feature_cache.format import Contents, StoredDtype, all_contents, needed_contents
@@ -30,7 +29,7 @@ from multimodal.data.images.decode import decode_image
 from multimodal.data.inputs import CachedFeatures
 from multimodal.encoders.tower import load_tower
 from multimodal.model import VisionLanguageModel
-from multimodal.sample import Sample
+from multimodal.sample import BadSample, Sample
 from multimodal.template import Text
 from multimodal.training.settings import TrainSettings
 from multimodal.training.train import train

@@ -9,14 +9,13 @@ from composed import Drawn, compose, tower
 from torch import Tensor
 
 from adalink.errors import DataError
-from multimodal.bad_samples import BadSample
 from multimodal.data.feature_cache.encode import PatchTable, encode_all
 from multimodal.data.images.decode import decode_image
 from multimodal.data.shards.reader import DamagedSample
 from multimodal.encoders.base import Features
 from multimodal.encoders.tower import VisionTower
 from multimodal.model import VisionLanguageModel
-from multimodal.sample import Sample
+from multimodal.sample import BadSample, Sample
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from adalink.errors import DataError
-from multimodal.bad_samples import BadSample
 from multimodal.data.shards.manifest import Manifest, Members, Shard, find_twice, read_manifest, write_manifest
+from multimodal.sample import BadSample
 
 TABLE = np.array([[[512, 100, 7], [1536, 10, 8], [-1, -1, -1]], [[2560, 0, 0], [-1, -1, -1], [3072, 5, -1]]])
 

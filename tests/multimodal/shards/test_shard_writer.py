@@ -17,12 +17,11 @@ from made_shards import ListSource, everything, image, made_sample, made_shards,
 from shared import ROOT
 
 from adalink.errors import BudgetError, ConfigError, DataError
-from multimodal.bad_samples import BadSample
 from multimodal.data.images.decode import decode_image
 from multimodal.data.shards.manifest import read_manifest
 from multimodal.data.shards.reader import ShardSource
 from multimodal.data.shards.writer import write_shards
-from multimodal.sample import Sample
+from multimodal.sample import BadSample, Sample
 
 
 def files(folder: Path) -> dict[str, bytes]:

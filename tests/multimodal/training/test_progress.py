@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from multimodal import progress as module
-from multimodal.data.progress import StepProgress, progress
+from multimodal.progress import StepProgress, progress
 
 
 @pytest.fixture

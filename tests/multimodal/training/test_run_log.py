@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adalink.errors import BudgetError
-from multimodal.bad_samples import BadSample
+from multimodal.sample import BadSample
 from multimodal.training.records import BAD_FILE, METRICS_FILE, RunLog
 
 CAT, DOG = BadSample(key="cat", reason="truncated", detail="it ends"), BadSample(key="dog", reason="no text")

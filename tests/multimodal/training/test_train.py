@@ -24,10 +24,9 @@ from train_case import METHODS, SETTINGS, Stop, close, losses, model_of, stop_at
 
 from adalink import Prompt
 from adalink.errors import BudgetError, CheckpointError, ConfigError, DataError
-from multimodal.bad_samples import BadSample
 from multimodal.data.order import MixedSet, Mixture, SampleOrder
 from multimodal.model import VisionLanguageModel
-from multimodal.sample import Sample
+from multimodal.sample import BadSample, Sample
 from multimodal.template import Text
 from multimodal.training.distributed import step_seed
 from multimodal.training.prepare import parameter_groups

@@ -10,10 +10,10 @@ from cli_run import Files
 
 from adalink import Bridge
 from adalink.errors import DataError
-from multimodal.bad_samples import BadSample
 from multimodal.data.feature_cache.encode import PatchTable, encode_all
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
+from multimodal.sample import BadSample
 from tasks.captioning import Captioning
 from tasks.data.coco import read_coco_captions
 from tasks.data.sources import Opened
