@@ -64,7 +64,9 @@ def changed_config(file: Path, config_text: str) -> list[str]:
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return []  # a process that was killed while it wrote it
     names = [name for name in {**was, **now} if was and not name.startswith(("train.", "methods.", "vision_methods.")) and name != "out"]
-    return [f"{name} {was.get(name)} -> {now.get(name)}" for name in names if was.get(name) != now.get(name)]
+    # A file of an earlier version does not hold every setting; one that came since is empty where it changes nothing.
+    changed = [name for name in names if was.get(name) != now.get(name) and (name in was or now[name])]
+    return [f"{name} {was.get(name)} -> {now.get(name)}" for name in changed]
 
 
 @contextlib.contextmanager
