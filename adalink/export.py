@@ -1,26 +1,30 @@
-"""Adapters for programs that know nothing of adapters: merged into the weights where that is exact, or prompts as embeddings."""
+"""Adapters for other programs: merged into the weights or written as a LoRA of peft where that is exact, or prompts as embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adalink.anatomy import Anatomy
-from adalink.attachment.existing import image_token_ids, is_encoder_decoder
+from adalink.anatomy import Anatomy, token_ids
+from adalink.attachment.attach import attach
+from adalink.attachment.existing import SOUND_KEYS, image_token_ids, is_encoder_decoder
 from adalink.attachment.modules_to_save import write_copies
-from adalink.edit import Adapter, Method, Placement
+from adalink.checkpoint.peft_format import write_peft
+from adalink.edit import Adapter, Method, Placement, execution_device, weight_of
 from adalink.errors import AttachError, ConfigError
 from adalink.methods.adalink import AdaLink, Bottleneck
 from adalink.methods.lora import LoRA, LowRank
 from adalink.model import AdaptedModel
-from adalink.tokens import ANSWER, DOMAIN_NAMES, IMAGE, TEXT, TokenMap
+from adalink.tokens import ANSWER, DOMAIN_NAMES, IMAGE, PAD, TEXT, TokenMap
 
 __all__ = [
-    "check_foldable", "check_mergeable", "check_prompt_only", "fold_embedding", "is_tied", "merge_linears", "prompt_embeds",
-    "untie",
+    "EmbeddingLora", "check_embedding_lora", "check_foldable", "check_mergeable", "check_prompt_only", "embedding_lora", "fold_embedding", "is_tied",
+    "merge_linears", "prompt_embeds", "untie", "write_embedding_lora",
 ]  # fmt: skip
 
 
@@ -174,6 +178,119 @@ def _table(model: nn.Module) -> nn.Embedding:
 def _head(model: nn.Module) -> Any:
     read = getattr(model, "get_output_embeddings", None)
     return read() if callable(read) else None
+
+
+# ----------------------------------------
+# AdaLink on text as a LoRA of the word embedding: the edit reads a token's own embedding alone, so each token has one value of it.
+
+
+@dataclass(frozen=True)
+class EmbeddingLora:
+    """A LoRA of the word embedding: the embedding of the token t gains B A[:, t] (times the embedding's own scale, where it has one).
+
+    module  dotted name of the word embedding in the model
+    a       float [R, V]: act(down(E[t])) of every token, and a last row of ones where AdaLink has a bias; 0 for tokens that are no text
+    b       float [D, R]
+    """
+
+    module: str
+    a: Tensor
+    b: Tensor
+
+
+def check_embedding_lora(methods: Mapping[str, Method]) -> None:
+    """Raise ConfigError, before anything is loaded, for methods that do not edit every text token of an id alike."""
+    method = _check_only(methods, AdaLink, "written as a LoRA of the word embedding")
+    if method.modalities != ("text",) or method.scope != "all":
+        raise ConfigError(
+            f"a LoRA of the word embedding edits a token by its id, in the prompt and in the answer, and never an image; this AdaLink has the modalities "
+            f"{', '.join(method.modalities)} and scope {method.scope!r}: give one on text alone with scope 'all', or keep it beside the model"
+        )
+
+
+def embedding_lora(model: nn.Module, adapter: Adapter, example: Mapping[str, Any] | None = None) -> EmbeddingLora:
+    """An adapter that is AdaLink on text with scope `all`, nonlinear or not, as a LoRA of the frozen model's word embedding.
+
+    The model may read images and sounds too: their tokens have columns of zeros, and their vectors come from a tower.
+    Exact to rounding in a model that edits rows of the table, times a number at most. peft leaves an output head alone that is the same table,
+    so the head may be tied.
+
+    example: arguments of a call with `input_ids`, on the model's device, for a model that does not run on words alone (BLIP-2).
+
+    Raises ConfigError for other adapters, an encoder-decoder model (whose decoder reads the same table and is not edited), and a model that looks
+    its images up in the same table; AttachError where the embedding is more than a table, or embeddings change before they are edited.
+    """
+    check_embedding_lora(adapter.methods)
+    _check_decoder(model)
+    if any(hasattr(module, "vocabulary_mapping") for module in model.modules()):
+        raise ConfigError("this model looks its images up in the table of its words, which AdaLink on text leaves alone: keep the adapter beside the model")
+    anatomy = Anatomy.read(model)
+    module = f"{anatomy.stack}.{anatomy.embedding}".lstrip(".")
+    table: Any = model.get_submodule(module)
+    others = [token for token in (*image_token_ids(model), *token_ids(getattr(model, "config", None), *SOUND_KEYS)) if token < anatomy.vocabulary]
+    bottleneck = adapter.placements[0].edit
+    assert isinstance(bottleneck, Bottleneck)
+    up, device = bottleneck.up.weight, execution_device(model, module)
+    every = torch.arange(anatomy.vocabulary, device=device)
+    words = every[~torch.isin(every, torch.tensor(others, device=device))][:12]
+    scale = _scale(table, weight_of(model, f"{module}.weight"), words)
+    _check_reads(model, adapter, table, example or {"input_ids": words[None]}, others)
+    with torch.no_grad():
+        a = torch.cat([bottleneck.act(bottleneck.down(table(ids).to(up))).T for ids in every.split(ROWS_AT_ONCE)], 1)  # [R, V]
+        b = up.detach() / scale
+        if bottleneck.up.bias is not None:
+            a, b = torch.cat([a, torch.ones_like(a[:1])]), torch.cat([b, bottleneck.up.bias.detach()[:, None] / scale], 1)
+        a[:, others] = 0
+    return EmbeddingLora(module, a, b)
+
+
+def write_embedding_lora(model: nn.Module, adapter: Adapter, folder: str | Path, example: Mapping[str, Any] | None = None) -> EmbeddingLora:
+    """Write what `embedding_lora` makes as a folder that peft loads on the same model. Arguments and errors as there."""
+    lora = embedding_lora(model, adapter, example)
+    last, rank = lora.module.rpartition(".")[2], len(lora.a)
+    is_only = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == last] == [lora.module]
+    key = f"base_model.model.{lora.module}.lora_embedding_"
+    write_peft(folder, adapter, model, {f"{key}A": lora.a, f"{key}B": lora.b}, r=rank, lora_alpha=rank, target_modules=[last if is_only else lora.module])
+    return lora
+
+
+@torch.no_grad()
+def _scale(table: nn.Embedding, weight: Tensor, ids: Tensor) -> float:
+    """What the embedding multiplies its rows by, as peft reads it. Raises AttachError where it does something else."""
+    scale = torch.as_tensor(getattr(table, "embed_scale", 1.0), dtype=torch.float64)
+    rows = weight[ids.to(weight.device)]
+    if table.max_norm is not None or scale.numel() != 1 or not torch.allclose(table(ids).to(rows.device), rows * scale.to(rows), rtol=1e-2):
+        raise AttachError(
+            f"the word embedding is a {type(table).__name__} that does more than to look up rows and to multiply them by its embed_scale: "
+            "keep the adapter beside the model"
+        )
+    return float(scale)
+
+
+@torch.no_grad()
+def _check_reads(model: Any, adapter: Adapter, table: nn.Module, example: Mapping[str, Any], others: list[int]) -> None:
+    """Raise AttachError where the edit of words reads something else in this call than the word embedding gives. others: ids of images and sounds."""
+
+    def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _Read(args[0])
+
+    ids: Tensor = example["input_ids"]
+    is_word = ~torch.isin(ids, torch.tensor(others, device=ids.device)) & (ids < model.get_input_embeddings().num_embeddings)
+    attachment = attach(model, adapter)
+    handle = adapter.placements[0].edit.register_forward_pre_hook(read)
+    found, reason = None, "it ran without editing a word"
+    try:
+        with attachment.bind(TokenMap(torch.where(is_word, TEXT, PAD), torch.zeros_like(ids[:, 0]))):
+            model(**example)
+    except _Read as stopped:
+        found, reason = stopped.embeds, "it changes the embeddings of words between the look-up and the edit"
+    except Exception as error:  # of any model that needs more than words
+        reason = f"a call to find out ended with {type(error).__name__} (a model that does not run on words alone needs an example of its inputs)"
+    finally:
+        handle.remove()
+        attachment.detach()
+    if found is None or not torch.equal(found[is_word], table(ids[is_word]).to(found)):
+        raise AttachError(f"a LoRA of the word embedding may be another edit in this {type(model).__name__}, since {reason}: keep the adapter beside the model")
 
 
 # ----------------------------------------

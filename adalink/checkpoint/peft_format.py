@@ -28,7 +28,7 @@ from adalink.files import write_whole
 from adalink.methods.lora import LoRA, LowRank
 from adalink.methods.targets import DOMAINS
 
-__all__ = ["from_peft", "renamings", "to_peft"]
+__all__ = ["from_peft", "renamings", "to_peft", "write_peft"]
 
 
 # ----------------------------------------
@@ -120,20 +120,30 @@ def to_peft(adapter: Adapter, model: nn.Module, folder: str | Path) -> None:
         tensors |= {f"{key}A.weight": edit.down.weight, f"{key}B.weight": edit.up.weight}
         if has_bias:  # peft scales it
             tensors[f"{key}B.bias"] = torch.zeros(edit.target.width) if edit.bias is None else edit.bias / edit.scale
+    write_peft(
+        folder, adapter, model, tensors, r=r, lora_alpha=alpha, lora_bias=has_bias, target_modules=list(edits),
+        fan_in_fan_out=any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in edits),
+        rank_pattern={name: len(edit.down.weight) for name, edit in edits.items() if len(edit.down.weight) != r},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+    )  # fmt: skip
+
+
+def write_peft(folder: str | Path, adapter: Adapter, model: nn.Module, tensors: Mapping[str, Tensor], **settings: Any) -> None:
+    """Write a peft folder of these tensors, of the adapter's copies of modules, and of a config with these settings.
+
+    Raises ConfigError for a folder that holds an adapter of this package.
+    """
     copies = {f"base_model.model.{path}.{name}": value for path, copy in adapter.copies.items() for name, value in copy.state_dict().items()}
-    settings: Any = getattr(model, "config", None)
+    name = getattr(getattr(model, "config", None), "name_or_path", "") or None
     config = {
         "peft_type": "LORA", "task_type": _task_type(model), "inference_mode": True, "modules_to_save": list(adapter.copies) or None,
-        "base_model_name_or_path": getattr(settings, "name_or_path", "") or None, "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
-        "lora_bias": has_bias, "target_modules": list(edits), "fan_in_fan_out": any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in edits),
-        "rank_pattern": {name: len(edit.down.weight) for name, edit in edits.items() if len(edit.down.weight) != r},
-        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "base_model_name_or_path": name, "lora_dropout": 0.0, "bias": "none", **settings,
     }  # fmt: skip
     path = Path(folder)
     if (path / CONFIG_FILE).exists():
         raise ConfigError(f"{path} holds an adapter of this package, whose {WEIGHTS_FILE} would be overwritten: export to another folder")
     path.mkdir(parents=True, exist_ok=True)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | copies).items()}
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**tensors, **copies}.items()}
     write_whole(path / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
     write_whole(path / PEFT_CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from adalink.attachment.existing import image_token_ids
 from adalink.errors import ConfigError, DataError
+from multimodal.existing.words import Processor
 from multimodal.language import Language, settle_tokens
 from multimodal.loading import existing_folder, freeze, loading, quiet, split_revision
 
-__all__ = ["MODEL_ADVICE", "load_existing"]
+__all__ = ["MODEL_ADVICE", "example_of", "is_existing", "load_existing"]
 
 MODEL_ADVICE = "give a local folder in transformers format or a hub id such as 'HuggingFaceTB/SmolVLM-256M-Instruct'"
 
@@ -44,14 +46,33 @@ def load_existing(model: str | Path | nn.Module, processor: Any = None, *, dtype
     return Language(model=model, tokenizer=processor.tokenizer, name=name), processor
 
 
+def is_existing(name_or_folder: str | Path) -> bool:
+    """Whether a local folder or a hub id is of a model that reads images and writes text. Raises ConfigError where it is of no model."""
+    return type(_config(name_or_folder, "model")) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def example_of(language: Language, processor: Any, image: Image.Image) -> dict[str, Any]:
+    """The arguments of a call about one image and a word, with `input_ids` int64 [1, T], on the model's device and in its precision."""
+    marks = Processor(processor, image_token_ids(language.model), ()).marks(1)
+    first = next(language.model.parameters())
+    found = processor(text=[marks + "a"], images=[image], return_tensors="pt")
+    return {name: value.to(first.device, first.dtype if value.is_floating_point() else None) for name, value in found.items()}
+
+
 _PROCESSOR_ADVICE = "put the model's processor files (processor_config.json, preprocessor_config.json, tokenizer.json) beside its config.json"
+
+
+def _config(name_or_folder: str | Path, what: str = "vision-language model") -> Any:
+    folder = existing_folder(name_or_folder)
+    name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
+    with loading(what, name_or_folder, MODEL_ADVICE):
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
 def _loaded(name_or_folder: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     folder = existing_folder(name_or_folder)
     name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
-    with loading("vision-language model", name_or_folder, MODEL_ADVICE):
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    config = _config(name_or_folder)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ConfigError(
             f"'{name_or_folder}' is of model type '{config.model_type}', expected a model that reads images and writes text; for a language model give "

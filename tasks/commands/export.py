@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adalink.checkpoint.folder import AdapterConfig
     from multimodal.language import Language
 
-__all__ = ["EMBEDS", "FOLDED", "MERGED", "export_embeds", "export_folded", "export_merged"]
+__all__ = ["EMBEDDING_LORA", "EMBEDS", "FOLDED", "MERGED", "export_embedding_lora", "export_embeds", "export_folded", "export_merged"]
 
 EMBEDS_FILE, PROMPTS_FILE = "inputs_embeds.safetensors", "prompts.json"
 
@@ -66,6 +66,34 @@ def export_merged(*, adapter: Path, out: Path, language_model: str | None = None
         merge_linears(language.model, loaded)
         _save(language, folder)
     print(f"wrote {out}: {language.name} with the adapter {adapter} in its weights")
+
+
+def export_embedding_lora(*, adapter: Path, out: Path, model: str | None = None) -> None:
+    """Write a text-only AdaLink as a LoRA of the word embedding, in the folder format of peft.
+
+    Args:
+        adapter: The adapter folder; AdaLink on text with scope all, and no other method.
+        out: A new or empty folder, for adapter_config.json and adapter_model.safetensors.
+        model: Where the frozen model is, if not where the adapter says; a language model, or one that reads images itself.
+    """
+    from adalink import AdaptedModel
+    from adalink.export import check_embedding_lora, write_embedding_lora
+    from multimodal.encoders.bound_parts import test_image
+    from multimodal.existing.load import example_of, is_existing, load_existing
+    from tasks.runs.compose import found_part
+
+    config = AdaptedModel.read_config(adapter)
+    check_embedding_lora(config.methods)
+    with _new_folder(out) as folder:
+        name = found_part(model or config.base["language_model"].name)
+        language, processor = load_existing(name) if is_existing(name) else (None, None)
+        language, loaded = _loaded(adapter, config, model, language)
+        example = None if processor is None else example_of(language, processor, test_image())
+        lora = write_embedding_lora(language.model, loaded, folder, example)
+    (rank, vocabulary), width = lora.a.shape, len(lora.b)
+    size = lora.a.element_size() * rank * (vocabulary + width) / 2**20
+    print(f"wrote {out}: a LoRA of rank {rank} on {lora.module} of {language.name}, from the adapter {adapter}")
+    print(f"A has a column for each token: {rank} x {vocabulary:,} numbers, and {width:,} x {rank} in B: {size:,.1f} MiB")
 
 
 def export_embeds(
@@ -127,10 +155,10 @@ def _write_embeds(folder: Path, embeds: Sequence[Tensor], texts: Sequence[str], 
     (folder / PROMPTS_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _loaded(folder: Path, config: AdapterConfig, language_model: str | None) -> tuple[Language, Adapter]:
+def _loaded(folder: Path, config: AdapterConfig, language_model: str | None, language: Language | None = None) -> tuple[Language, Adapter]:
     """The frozen model, and the adapter beside it; refused where it was trained on another. An encoder that no method reads does not count.
 
-    Refused too where something was trained that a language model's folder cannot hold.
+    language: the model, where it is loaded already. Refused too where something was trained that a language model's folder cannot hold.
     """
     from adalink import Adapter, Anatomy
     from adalink.checkpoint.folder import load_weights
@@ -142,7 +170,7 @@ def _loaded(folder: Path, config: AdapterConfig, language_model: str | None) -> 
     if beside := ["an answer head"] * bool(config.task.get("answers")) + ["an adapted encoder"] * has_vision_adapter(folder):
         raise ConfigError(f"the adapter in {folder} has {' and '.join(beside)}, which a language model's folder cannot hold: export one without")
     name = language_model or config.base["language_model"].name
-    language = load_language(found_part(name))
+    language = language or load_language(found_part(name))
     here = language_part(language)
     config.check_base({**config.base, "language_model": here}, str(folder))
     methods: Mapping[str, Method] = config.methods
@@ -192,4 +220,5 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 FOLDED = Command.of(export_folded, "adalink export folded --adapter runs/first/adapter --out exported")
 MERGED = Command.of(export_merged, "adalink export merged --adapter runs/first/adapter --out exported")
+EMBEDDING_LORA = Command.of(export_embedding_lora, "adalink export embedding_lora --adapter runs/first/adapter --out for-peft")
 EMBEDS = Command.of(export_embeds, "adalink export embeds --adapter runs/first/adapter --out exported --images '[photograph.jpg]'")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_run import adalink, refused
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -90,6 +91,23 @@ def test_a_tied_model_is_exported_only_where_it_is_untied(tmp_path: Path) -> Non
     assert torch.allclose(logits(plain, ids), logits(model, ids), atol=1e-4, rtol=0)
 
 
+def test_a_lora_of_the_word_embedding_is_one_in_peft(tmp_path: Path) -> None:
+    language, model = saved(tmp_path / "adapter", AdaLink(rank=4, modalities=("text",), activation="gelu", bias=True))
+    done = adalink("export", "embedding_lora", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    vocabulary, width = model.anatomy.vocabulary, model.anatomy.width
+    assert f"a LoRA of rank 5 on {model.anatomy.stack}.{model.anatomy.embedding} of " in done.out
+    assert f"A has a column for each token: 5 x {vocabulary:,} numbers, and {width:,} x 5 in B" in done.out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    ids = torch.tensor([language.tokenizer(QUESTION)["input_ids"] * 3])
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(language_folder()), tmp_path / "out").eval()
+    assert torch.allclose(logits(theirs, ids), logits(model, ids), atol=1e-5, rtol=0)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    assert theirs.generate(input_ids=ids, **settings).tolist() == model.generate(ids, **settings).tolist()
+    with model.disable_adapter():
+        assert not torch.allclose(logits(theirs, ids), logits(model, ids), atol=1e-2)  # the control
+
+
 @pytest.mark.parametrize("method", [AdaLink(rank=4, modalities=("text",), scope="prompt"), Prompt(length=3, init_std=0.5)], ids=["adalink", "prompt"])
 def test_embeddings_of_words_generate_the_adapters_ids_in_transformers_alone(method: Method, tmp_path: Path) -> None:
     language, model = saved(tmp_path / "adapter", method)
@@ -162,6 +180,7 @@ def test_what_embeddings_cannot_carry_is_refused(tmp_path: Path) -> None:
 def test_bad_arguments_of_an_export_are_one_sentence(seeing: tuple[Path, VisionLanguageModel, list[Path]], tmp_path: Path) -> None:
     adapter, _, images = seeing
     saved(tmp_path / "words", WORDS)
+    saved(tmp_path / "prompts", AdaLink(rank=4, modalities=("text",), scope="prompt"))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     (tmp_path / "two.txt").write_text("a\nb\n")
@@ -176,6 +195,10 @@ def test_bad_arguments_of_an_export_are_one_sentence(seeing: tuple[Path, VisionL
         (("folded", "--adapter", tmp_path / "words", "--out", tmp_path / "taken"), "taken is there already: give another --out, or remove it"),
         (("folded", "--adapter", tmp_path / "words", "--out", tmp_path / "two.txt" / "x"), "cannot be made: Not a directory"),
         (("folded", "--adapter", tmp_path / "words", *out, "--language_model", "no-such-lm"), "cannot load the language model 'no-such-lm'"),
+        (("embedding_lora", "--adapter", adapter, *out), "written as a LoRA of the word embedding, and this one has Bridge, AdaLink"),
+        (("embedding_lora", "--adapter", tmp_path / "prompts", *out), "this AdaLink has the modalities text and scope 'prompt'"),
+        (("embedding_lora", "--adapter", tmp_path / "words", *out, "--model", "no-such-lm"), "cannot load the model 'no-such-lm'"),
+        (("embedding_lora", "--adapter", tmp_path / "words", "--out", tmp_path / "taken"), "taken is there already: give another --out, or remove it"),
         (("embeds", "--adapter", adapter, *out), "there is nothing to export: give --images, --prompts, or both"),
         (("embeds", "--adapter", adapter, *out, "--prompts", tmp_path / "two.txt", "--images", one), "1 images were given and 2 prompts: give 2, one for each"),
         (("embeds", "--adapter", tmp_path / "words", *out, "--prompts", tmp_path / "two.txt", "--images", one), "give none, since this adapter reads no images"),
@@ -188,13 +211,14 @@ def test_bad_arguments_of_an_export_are_one_sentence(seeing: tuple[Path, VisionL
         assert not list(tmp_path.glob(".*"))
 
 
-def test_an_adapter_of_another_model_is_not_folded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "part"), [("folded", "--language_model"), ("embedding_lora", "--model")])
+def test_an_adapter_of_another_model_is_not_exported(command: str, part: str, tmp_path: Path) -> None:
     saved(tmp_path / "adapter", WORDS)
     other = load_language(language_folder())
     with torch.no_grad():
         other.model.get_input_embeddings().weight.add_(1.0)
     other.model.save_pretrained(tmp_path / "other")
     other.tokenizer.save_pretrained(tmp_path / "other")
-    stated = refused(adalink("export", "folded", "--adapter", tmp_path / "adapter", "--language_model", tmp_path / "other", "--out", tmp_path / "out"))
+    stated = refused(adalink("export", command, "--adapter", tmp_path / "adapter", part, tmp_path / "other", "--out", tmp_path / "out"))
     assert "was trained on the language model" in stated
     assert not (tmp_path / "out").exists()
