@@ -48,7 +48,10 @@ from multimodal.loss.language_loss import LanguageLoss
 from multimodal.sample import SampleSource
 from multimodal.template import Template
 
-__all__ = ["TrainedParts", "VisionLanguageModel", "image_prompt_embeds", "load_composed", "save_composed", "text_prompt_embeds", "trained_summary"]
+__all__ = [
+    "TrainedParts", "VisionLanguageModel", "image_prompt_embeds", "load_composed", "save_composed", "saved_template", "text_prompt_embeds",
+    "trained_summary",
+]  # fmt: skip
 
 
 # ----------------------------------------
@@ -187,6 +190,11 @@ class VisionLanguageModel(nn.Module):
         Raises ConfigError for a model that is none, or cannot be given an image that was encoded before.
         """
         language, real = load_existing(model, processor)
+        return cls.from_parts(language, real, template=template)
+
+    @classmethod
+    def from_parts(cls, language: Language, real: Any, *, template: Template) -> VisionLanguageModel:
+        """The same of what `multimodal.existing.load.load_existing` gave: the whole model with its tokenizer, and its processor."""
         return cls(ModelTower(language, real, image_token_ids(language.model)), language, template)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -19,6 +19,8 @@ from tasks.task import Asked, Score
 
 __all__ = ["Captioning"]
 
+# What a model that sees already is asked, inside its own chat template.
+WORDS = Template(prompt="<image>Describe the image in one short sentence.", target="{text}")
 _METRICS = ("CIDEr", "Bleu_4", "Bleu_3", "Bleu_2", "Bleu_1", "ROUGE_L")
 
 
@@ -39,6 +41,10 @@ class Captioning:
             raise ConfigError(f"captions_per_image is {self.captions_per_image}: give 0 (all) or more")
         if self.style not in ("raw", "plain"):
             raise ConfigError(f"the captions' style is {self.style!r}: give raw or plain")
+
+    def words_for(self, sees_already: bool) -> Template:
+        """The template; for a model that sees already a request in words, where the template is the one by default."""
+        return WORDS if sees_already and self.template == Captioning().template else self.template
 
     @property
     def results_name(self) -> Callable[[str, str], str]:

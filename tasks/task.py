@@ -76,6 +76,9 @@ class Task(Protocol):
     def template(self) -> Template:
         """The words around the image, the question and the answer."""
 
+    def words_for(self, sees_already: bool) -> Template:
+        """Those words, or for a model that sees already the ones that its chat template wraps, where none were chosen."""
+
     @property
     def results_name(self) -> Callable[[str, str], str]:
         """The name that the evaluation server wants the result file to have, from split and algorithm."""

@@ -34,6 +34,10 @@ from tasks.task import Asked, Score
 __all__ = ["AnswerVocabulary", "Vqa", "answer_vocabulary", "graded_question", "training_questions", "most_common"]
 
 
+# What a model that sees already is asked, inside its own chat template.
+WORDS = Template(prompt="<image>{question}\nAnswer the question using a single word or phrase.", target="{text}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Vqa:
     """VQA, the answer written or chosen, with the official accuracy."""
@@ -59,6 +63,10 @@ class Vqa:
             raise ConfigError(f"learn is drawn, and a head of {self.answers} answers learns the scores of all ten: leave one of learn and answers out")
         if self.scorer not in VQA_SCORERS:
             raise ConfigError(f"there is no scorer {self.scorer!r}: give official, normalized or exact")
+
+    def words_for(self, sees_already: bool) -> Template:
+        """The template; for a model that sees already the question with a request, where the template is the one by default."""
+        return WORDS if sees_already and self.template == Vqa().template else self.template
 
     @property
     def results_name(self) -> Callable[[str, str], str]:

@@ -15,6 +15,7 @@ from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
 __all__ = ["ASK", "CAPTION", "SERVE", "add_allow_other_base", "images_and_questions", "images_of"]
 
+LOADED = ("model", "encoder", "language_model", "allow_other_base")  # what a command may say of an adapter's frozen parts
 CAPTIONED_AT_ONCE = 16  # images; thousands may be given
 _ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 
@@ -69,7 +70,7 @@ def _caption(values: Any, plain: Any) -> None:
     from multimodal.data.images.decode import decode_image
     from tasks.runs.compose import load_adapted
 
-    model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model, allow_other_base=values.allow_other_base)
+    model, saved = load_adapted(values.adapter, **{name: values[name] for name in LOADED})
     if saved["task"] != "captioning":
         raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink ask`")
     settings = values.generation.over(saved_generation(saved))
@@ -90,7 +91,7 @@ def _ask(values: Any, plain: Any) -> None:
     images, questions = images_and_questions([values.image, *values.question])
     if not questions:
         raise ConfigError(f"no question is given after {images[-1]}: write one, such as 'what is on the table?'")
-    model, saved = load_adapted(values.adapter, encoder=values.encoder, language_model=values.language_model, allow_other_base=values.allow_other_base)
+    model, saved = load_adapted(values.adapter, **{name: values[name] for name in LOADED})
     if saved["task"] != "vqa":
         raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink caption`")
     settings = values.generation.over(saved_generation(saved))
@@ -113,6 +114,7 @@ def add_allow_other_base(parser: Any) -> None:
 
 def _add_adapter(parser: Any) -> None:
     parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder that `adalink train` wrote")
+    parser.add_argument("--model", type=str | None, default=None, help="where the model that saw already is, if not where the adapter says")
     parser.add_argument("--encoder", type=str | None, default=None, help="where the encoder is, if not where the adapter says")
     parser.add_argument("--language_model", type=str | None, default=None, help="where the language model is, if not where the adapter says")
     add_allow_other_base(parser)
@@ -169,7 +171,7 @@ ASK = Command(_add_ask, _ask, ('adalink ask --adapter runs/vqa/adapter photograp
 SERVE = Command(
     _add_serve, _serve,
     first=(
-        "adapter", "host", "port", "base", "encoder", "language_model", "allow_other_base", "generation.max_new_tokens", "generation.num_beams",
+        "adapter", "host", "port", "base", "model", "encoder", "language_model", "allow_other_base", "generation.max_new_tokens", "generation.num_beams",
         "batching.size", "batching.tokens", "limits.in_flight", "limits.body_bytes", "limits.new_tokens", "access.api_keys", "access.hosts",
         "access.adapters_folder",
     ),

@@ -124,7 +124,7 @@ def export_embeds(
 
     config, images = AdaptedModel.read_config(adapter), images or []
     texts = _lines(prompts) if prompts is not None else [""] * len(images)
-    has_images = {"encoder", "language_model"} <= set(config.base)
+    has_images = "task" in config.task and "prompt" in config.task
     if not texts:
         raise ConfigError("there is nothing to export: give --images, --prompts, or both")
     if (len(images) != len(texts)) if has_images else bool(images):

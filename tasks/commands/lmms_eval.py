@@ -43,6 +43,7 @@ class LmmsEvalModel(lmms):  # type: ignore[misc]  # the suite takes subclasses o
         adapter: str,
         encoder: str | None = None,
         language_model: str | None = None,
+        model: str | None = None,
         question: Literal["whole", "first_line"] = "whole",
         batch_size: int | str = 16,
         max_batch_size: int | str | None = None,
@@ -59,7 +60,7 @@ class LmmsEvalModel(lmms):  # type: ignore[misc]  # the suite takes subclasses o
             raise ConfigError(f"question is {question!r}: give whole or first_line")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"batch_size is {batch_size!r}: give a number from 1; it is not found automatically")
-        self._model, saved = load_adapted(Path(adapter), encoder=encoder, language_model=language_model)
+        self._model, saved = load_adapted(Path(adapter), model=model, encoder=encoder, language_model=language_model)
         self._asks = "{question}" in saved["prompt"]
         self._question = question
         self._batch_size = int(batch_size)

@@ -9,7 +9,7 @@ from typing import Any
 from adalink.errors import BudgetError, ConfigError, DataError
 from multimodal.sample import counted
 from tasks.commands import Command
-from tasks.commands.settings import METHODS_ROW, PARTS_FIRST, SPLITS, DryRunConfig, add_run, name_both_parts, only_named_data
+from tasks.commands.settings import METHODS_ROW, PARTS_FIRST, SPLITS, DryRunConfig, add_run, only_named_data
 from tasks.runs.config import chosen_methods
 
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
@@ -153,7 +153,7 @@ def _plan(values: Any) -> Plan:
     from tasks.planning.plan import make_plan
 
     dry_run = _dry_run_config(values)
-    name_both_parts(dry_run)
+    dry_run.parts.check()
     if values.text_tokens < 1:
         raise ConfigError(f"text_tokens is {values.text_tokens}: give 1 or more")
     return make_plan(

@@ -8,27 +8,26 @@ from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from adalink.errors import ConfigError
 from adalink.methods import METHODS
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.template import Template
 from multimodal.training.settings import TrainSettings
 from tasks.captioning import Captioning
 from tasks.data.sources import DataConfig
-from tasks.runs.config import Data, RunConfig
+from tasks.runs.config import Data, Parts, RunConfig
 from tasks.runs.help import comments_as_help
 from tasks.vqa import Vqa
 
 __all__ = [
     "DATA_ROWS", "METHODS_ROW", "PARTS_FIRST", "SAVED", "DryRunConfig", "EvaluationSettings", "add_run",
-    "name_both_parts", "only_named_data", "settings_of",
+    "only_named_data", "settings_of",
 ]  # fmt: skip
 
 SOURCES = ("images", "shards", "mix", "scenes")  # one of them says where a data set is
 SPLITS = ("train", "val")
 
 # What `--help` lists of a run's settings.
-PARTS_FIRST = ("config", "task", "encoder", "language_model")
+PARTS_FIRST = ("config", "task", "model", "encoder", "language_model")
 DATA_ROWS = (
     ("--data.val.NAME VALUE", "the images that are evaluated on; NAME is images, annotations, questions, karpathy, vqav2, split, shards or scenes"),
     ("--data.train.NAME VALUE", "the images that are trained on, likewise"),
@@ -44,9 +43,9 @@ _DATA: Any = dataclasses.make_dataclass(
     kw_only=True,
     frozen=True,
 )
-_OPTIONAL: dict[str, Any] = {"task": "captioning", "encoder": "", "language_model": "", "data": dataclasses.field(default_factory=_DATA)}
+_OPTIONAL: dict[str, Any] = {"task": "captioning", "data": dataclasses.field(default_factory=_DATA)}
 # What a run's config can be asked, and the checks that it makes of itself.
-_CHECKED = {name: vars(RunConfig)[name] for name in ("__post_init__", "chosen_task", "encoder_methods", "n_answers")}
+_CHECKED = {name: vars(RunConfig)[name] for name in ("check_features", "chosen_task", "encoder_methods", "n_answers", "parts")}
 
 
 def _dry_run_config() -> Any:
@@ -58,14 +57,15 @@ def _dry_run_config() -> Any:
         if field.default_factory is not dataclasses.MISSING:
             default = dataclasses.field(default_factory=field.default_factory)
         fields.append((field.name, hints[field.name]) if default is dataclasses.MISSING else (field.name, hints[field.name], default))
-    return dataclasses.make_dataclass("DryRunConfig", fields, kw_only=True, frozen=True, namespace=_CHECKED)
+    checked = {**_CHECKED, "__post_init__": vars(RunConfig)["check_features"]}
+    return dataclasses.make_dataclass("DryRunConfig", fields, kw_only=True, frozen=True, namespace=checked)
 
 
 DryRunConfig: Any = _dry_run_config()
 
 # What an adapter's folder says, so that nobody has to say it again.
-_SAVED: dict[str, Any] = {"task": Optional[Literal["captioning", "vqa"]], "encoder": Optional[str], "language_model": Optional[str]}  # noqa: UP045
-SAVED = (*_SAVED, "layer", "generation")
+_SAVED: dict[str, Any] = {"task": Optional[Literal["captioning", "vqa"]]}  # noqa: UP045
+SAVED = (*_SAVED, "model", "encoder", "language_model", "layer", "generation")
 
 
 def _evaluation_settings() -> Any:
@@ -104,9 +104,9 @@ def settings_of(adapter: Path, given: Any) -> dict[str, Any]:
     from tasks.runs.compose import read_saved
 
     saved = read_saved(adapter)
-    known = {"task": saved.task["task"], **{role: saved.base[role].name for role in ("encoder", "language_model")}}
     values = {name: given[name] for name in RunConfig.__dataclass_fields__}
-    values |= {name: values[name] or value for name, value in known.items()}
+    parts = Parts(**{name: values[name] for name in ("model", "encoder", "language_model")})
+    values |= {"task": values["task"] or saved.task["task"], **vars(parts.over(Parts.of({role: part.name for role, part in saved.base.items()})))}
     return {**values, "layer": saved.task["layer"], "generation": values["generation"].over(saved_generation(saved.task))}
 
 
@@ -118,7 +118,3 @@ def only_named_data(values: Any) -> None:
             values["data"][split] = None
 
 
-def name_both_parts(dry_run: Any) -> None:
-    """Raise ConfigError where the encoder or the language model is not said."""
-    if missing := [name for name in ("encoder", "language_model") if not getattr(dry_run, name)]:
-        raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given: name both frozen parts, such as --encoder scenes:encoder")

@@ -27,11 +27,10 @@ from tasks.commands.settings import (
     DryRunConfig,
     EvaluationSettings,
     add_run,
-    name_both_parts,
     only_named_data,
     settings_of,
 )
-from tasks.runs.config import RunConfig, chosen_methods, number_settings
+from tasks.runs.config import Parts, RunConfig, chosen_methods, number_settings
 from tasks.runs.help import comments_as_help
 from tasks.task import Submission
 
@@ -109,7 +108,7 @@ def _config_text(plain: Mapping[str, Any]) -> str:
 
 
 # Settings that are a name or a local folder, as a text.
-_NAMES_OR_FOLDERS = ("encoder", "language_model", "shards", "mix")
+_NAMES_OR_FOLDERS = ("model", "encoder", "language_model", "shards", "mix")
 
 
 def _plain(value: Any, name: str = "") -> Any:
@@ -224,7 +223,8 @@ def _features(values: Any, plain: Any) -> None:
 
     if values.features is None:
         raise ConfigError("no folder is given to write the features to: give --features FOLDER")
-    name_both_parts(values)
+    parts = Parts(model=values.model, encoder=values.encoder, language_model=values.language_model)
+    parts.check()
     opened = {split: data.open() for split in SPLITS if (data := getattr(values.data, split)) is not None}
     if not opened:
         raise ConfigError("no data is given whose features could be written: give data.train, data.val or both")

@@ -7,13 +7,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from adalink.errors import DataError
-from multimodal.batches.collate import collate
+from multimodal.batches.collate import collate, stacked
 from multimodal.batches.tokenize import Row, TextTooLong
 from multimodal.data.feature_cache.encode import encode_all, pixel_table
 from multimodal.data.inputs import CachedFeatures
@@ -136,9 +134,10 @@ def _questions(
         if displayed in patches.bad:
             yield patches.bad[displayed]
             continue
+        seen = patches[displayed] if encoder.reads_images else None  # a row of a model that sees already has its image's own tokens
         for asked in task.asked(sample):
             try:
-                row = encoder.prompt(asked.question)
+                row = encoder.prompt(asked.question, seen)
                 if model.head is None:  # nothing is written after the prompt of one that chooses
                     check_room(model.language, len(row.ids), settings)
                 yield _Question(asked.item, row, displayed)
@@ -148,10 +147,10 @@ def _questions(
 
 def _answer(model: VisionLanguageModel, questions: Sequence[_Question], patches: CachedFeatures, settings: GenerationSettings) -> dict[int, str]:
     place = {index: i for i, index in enumerate(dict.fromkeys(question.image for question in questions))}
-    features = [found for index in place if isinstance(found := patches[index], Tensor)]
+    features = [found for index in place if not isinstance(found := patches[index], BadSample)]
     image = [place[question.image] for question in questions]
     pad_id = model.language.tokenizer.pad_token_id
-    batch = collate([q.row for q in questions], image, torch.stack(features), kind=patches.kind, side="left", pad_id=pad_id)
+    batch = collate([q.row for q in questions], image, stacked(features), kind=patches.kind, side="left", pad_id=pad_id)
     texts = model.generate_batch(batch.to(model.device), settings)
     return {question.item: text for question, text in zip(questions, texts, strict=True)}
 

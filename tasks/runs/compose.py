@@ -19,17 +19,18 @@ from multimodal.data.feature_cache.reader import UNFINISHED, is_finished, matchi
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.inputs import CachedFeatures
 from multimodal.encoders.tower import VisionTower, load_tower
+from multimodal.existing.load import load_existing
 from multimodal.language import LanguageUse, load_language
 from multimodal.loss.answer_head import use_for
-from multimodal.model import VisionLanguageModel
+from multimodal.model import VisionLanguageModel, saved_template
 from multimodal.processes import process_state
 from multimodal.sample import SampleSource, counted
 from multimodal.template import Template
-from tasks.runs.config import RunConfig
+from tasks.runs.config import Parts, RunConfig
 from tasks.scenes.parts import part_folder
 
 __all__ = [
-    "compose", "composed_tower", "features_to_learn", "features_to_log", "found_part", "load_adapted", "located", "read_saved",
+    "compose", "composed_tower", "features_to_learn", "features_to_log", "found_part", "frozen_model", "load_adapted", "located", "read_saved",
     "log", "size_of",
 ]  # fmt: skip
 
@@ -39,6 +40,18 @@ def compose(encoder: str, language_model: str, *, template: Template, layer: int
     tower = composed_tower(encoder, layer)
     language = load_language(found_part(language_model), use=use)
     return VisionLanguageModel(tower, dataclasses.replace(language, name=located(language_model)), template).to(process_state().device)
+
+
+def frozen_model(parts: Parts, *, template: Template, layer: int = -1, use: LanguageUse = "write") -> VisionLanguageModel:
+    """The model of these parts, composed or one that sees already, on this process's device. Raises as their loaders do."""
+    if parts.model is None:
+        assert parts.encoder is not None
+        assert parts.language_model is not None
+        return compose(parts.encoder, parts.language_model, template=template, layer=layer, use=use)
+    language, processor = load_existing(parts.model)
+    device = process_state().device
+    language = dataclasses.replace(language, model=language.model.to(device), name=located(parts.model))
+    return VisionLanguageModel.from_parts(language, processor, template=template)
 
 
 def composed_tower(encoder: str, layer: int = -1) -> VisionTower:
@@ -57,8 +70,8 @@ def found_part(name: str) -> str | Path:
 def read_saved(folder: Path) -> AdapterConfig:
     """The config of an adapter that `adalink train` saved: it names both frozen parts and the task. Raises CheckpointError for another one."""
     config = AdaptedModel.read_config(folder)
-    if not {"encoder", "language_model"} <= set(config.base) or not {"task", "prompt", "target", "layer"} <= set(config.task):
-        raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no encoder, language model and task")
+    if "language_model" not in config.base or not {"task", "prompt", "target", "layer"} <= set(config.task):
+        raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no frozen parts with a task")
     return config
 
 
@@ -68,22 +81,20 @@ def located(name: str) -> str:
 
 
 def load_adapted(
-    folder: Path, *, encoder: str | None, language_model: str | None, allow_other_base: bool = False
+    folder: Path, *, encoder: str | None = None, language_model: str | None = None, model: str | None = None, allow_other_base: bool = False
 ) -> tuple[VisionLanguageModel, dict[str, Any]]:
-    """The composed model of a saved adapter, and what its config says of its task.
+    """The model of a saved adapter, and what its config says of its task.
 
     The frozen parts are those that the adapter names unless others are given; others than it was trained on are refused, or allowed by name.
     """
     config = read_saved(folder)
-    model = compose(
-        encoder or config.base["encoder"].name,
-        language_model or config.base["language_model"].name,
-        template=Template(prompt=config.task["prompt"], target=config.task["target"]),
-        layer=config.task["layer"],
-        use=use_for(config.task),
-    )
-    model.load_adapter(folder, "default", allow_other_base=allow_other_base)
-    return model, dict(config.task)
+    known = Parts.of({role: part.name for role, part in config.base.items()})
+    template = saved_template(config.task)
+    assert template is not None
+    parts = Parts(model=model, encoder=encoder, language_model=language_model).over(known)
+    loaded = frozen_model(parts, template=template, layer=config.task["layer"], use=use_for(config.task))
+    loaded.load_adapter(folder, "default", allow_other_base=allow_other_base)
+    return loaded, dict(config.task)
 
 
 # ----------------------------------------

@@ -23,7 +23,7 @@ TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
     from adalink import Method
 
-__all__ = ["Data", "Methods", "RunConfig", "check_groups", "chosen_methods", "class_paths", "setting_names"]
+__all__ = ["Data", "Methods", "Parts", "RunConfig", "check_groups", "chosen_methods", "class_paths", "setting_names"]
 
 # One optional setting for each method there is, so that types and errors come from the method's own dataclass. Types are texts, which are read when
 # arguments are parsed: a method needs torch, and help does not.
@@ -62,12 +62,54 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The frozen parts of a model by name: one model that sees already, or an encoder and a language model."""
+
+    model: str | None = None
+    encoder: str | None = None
+    language_model: str | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError unless exactly one of the two forms is given, and whole."""
+        composed = {"encoder": self.encoder, "language_model": self.language_model}
+        given = [name for name, value in composed.items() if value]
+        if self.model and given:
+            raise ConfigError(
+                f"model and {' and '.join(given)} were given: a run is of a model that sees already (`model`), or of a composed one (`encoder` and "
+                "`language_model`); leave one form out"
+            )
+        if not self.model and len(given) < 2:
+            missing = [name for name in composed if name not in given]
+            raise ConfigError(
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given: name both frozen parts, such as --encoder scenes:encoder and "
+                "--language_model scenes:language, or give `model`, a vision-language model that sees already"
+            )
+
+    @staticmethod
+    def of(names: Mapping[str, str]) -> Parts:
+        """The parts by their roles in an adapter's folder; a model that saw already is its language model alone."""
+        if "encoder" not in names:
+            return Parts(model=names["language_model"])
+        return Parts(encoder=names["encoder"], language_model=names["language_model"])
+
+    def over(self, known: Parts) -> Parts:
+        """These in the place of known ones, where some are given. Raises ConfigError for parts of the other form."""
+        if known.model and (self.encoder or self.language_model):
+            raise ConfigError("the adapter was trained on a model that saw already: give --model where it lies elsewhere, not --encoder or --language_model")
+        if not known.model and self.model:
+            raise ConfigError("the adapter was trained on a composed model: give --encoder and --language_model where they lie elsewhere, not --model")
+        names = ("model", "encoder", "language_model")
+        return Parts(**{name: getattr(self, name) or getattr(known, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run: frozen parts, methods, data, training, evaluation."""
 
     task: Literal["captioning", "vqa"]  # what is asked
-    encoder: str  # local folder, timm:NAME, open_clip:NAME/WEIGHTS, a transformers hub name, or scenes:encoder
-    language_model: str  # local folder, a transformers hub name, or scenes:language
+    model: str | None = None  # a vision-language model that sees already: local folder or hub name; in place of encoder and language_model
+    encoder: str | None = None  # local folder, timm:NAME, open_clip:NAME/WEIGHTS, a transformers hub name, or scenes:encoder
+    language_model: str | None = None  # local folder, a transformers hub name, or scenes:language
     data: Data
     methods: Methods
     vision_methods: Methods = field(default_factory=Methods)  # methods inside the encoder, trained with the others; its features are then never kept
@@ -82,12 +124,27 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong between its groups."""
+        self.parts.check()
+        if self.model and (self.layer != -1 or self.n_answers):
+            raise ConfigError(
+                f"{'layer' if self.layer != -1 else 'vqa.answers'} was given with model: a model that sees already has its own features and writes its "
+                "answers; leave it out"
+            )
+        self.check_features()
+
+    def check_features(self) -> None:
+        """Raise ConfigError where cached features are asked for in two ways, or of an encoder that changes."""
         if self.encoder_methods and (self.train.features != "encode" or self.features is not None):
             retained = f"train.features is {self.train.features}" if self.features is None else f"features is {self.features}"
             trained = f"features of an encoder that vision_methods trains ({', '.join(self.encoder_methods)})"
             raise ConfigError(f"{retained}, and {trained} change with every step: give train.features: encode, and no folder")
         if self.train.features == "fill" and self.features is None:
             raise ConfigError("train.features is fill, and no folder is given to fill: give `features`, such as --features runs/features")
+
+    @property
+    def parts(self) -> Parts:
+        """The frozen parts."""
+        return Parts(model=self.model, encoder=self.encoder, language_model=self.language_model)
 
     @property
     def encoder_methods(self) -> dict[str, Method]:

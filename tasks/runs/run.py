@@ -35,7 +35,7 @@ from tasks.evaluation.evaluate import (
     refuse_gaps,
     write_submission,
 )
-from tasks.runs.compose import compose, features_to_learn, features_to_log, load_adapted
+from tasks.runs.compose import features_to_learn, features_to_log, frozen_model, load_adapted
 from tasks.runs.config import RunConfig, chosen_methods
 from tasks.runs.results import write_card_metrics, write_metrics, write_run_report
 from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
@@ -100,7 +100,8 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
     """
     task = config.chosen_task()
     methods = chosen_methods(config.methods)
-    model = compose(config.encoder, config.language_model, template=task.template, layer=config.layer, use="read" if config.n_answers else "write")
+    template = task.words_for(config.parts.model is not None)
+    model = frozen_model(config.parts, template=template, layer=config.layer, use="read" if config.n_answers else "write")
     model.add_adapter("default", methods)
     if config.encoder_methods:
         model.add_vision_adapter(config.encoder_methods)
@@ -197,7 +198,7 @@ def evaluate_run(
     Raises DataError where the official result file would have gaps that the submission does not allow.
     """
     task = config.chosen_task()
-    model, saved = load_adapted(adapter, encoder=config.encoder, language_model=config.language_model, allow_other_base=allow_other_base)
+    model, saved = load_adapted(adapter, **vars(config.parts), allow_other_base=allow_other_base)
     if saved["task"] != task.name:
         raise ConfigError(f"the adapter in {adapter} was trained for {saved['task']}, and the config's task is {task.name}: give the config of its run")
     val = config.data.val.open()

@@ -15,10 +15,11 @@ import yaml
 from adalink import AdaptedModel
 from adalink.errors import CheckpointError, ConfigError
 from multimodal.data.images.processes import start_early
-from multimodal.model import VisionLanguageModel
+from multimodal.model import VisionLanguageModel, saved_template
 from multimodal.template import Template
 from tasks.captioning import Captioning
-from tasks.runs.compose import compose
+from tasks.runs.compose import frozen_model
+from tasks.runs.config import Parts
 from tasks.serve.access import BACKLOG, patient_protocol, room_for_connections
 from tasks.serve.app import Service, make_app
 from tasks.serve.request import check_served
@@ -79,8 +80,9 @@ def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> Visio
     """The frozen parts of the base, or of the first adapter, with all adapters on them, each under its name. Raises ConfigError as `check_served`."""
     for folder in adapters.values():
         check_served(folder)
-    parts = _base(settings.base) if settings.base is not None else _parts_of(next(iter(adapters.values()), None))
-    model = compose(settings.encoder or parts["encoder"], settings.language_model or parts["language_model"], template=parts["template"], layer=parts["layer"])
+    known, template, layer = _base(settings.base) if settings.base is not None else _parts_of(next(iter(adapters.values()), None))
+    given = Parts(model=settings.model, encoder=settings.encoder, language_model=settings.language_model)
+    model = frozen_model(given.over(known), template=template, layer=layer)
     for name, folder in adapters.items():
         model.load_adapter(folder, name, allow_other_base=settings.allow_other_base)
     return model
@@ -98,26 +100,28 @@ def _listening(host: str, port: int) -> socket.socket:
     return found
 
 
-def _base(path: Path) -> dict[str, Any]:
+def _base(path: Path) -> tuple[Parts, Template, int]:
     """The frozen parts that a run's config names, and the words of its task."""
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"the base config {path} cannot be read: {error}") from None
-    if not isinstance(config, dict) or not {"encoder", "language_model"} <= set(config):
-        raise ConfigError(f"the base config {path} names no encoder and language_model: give a run's config.yaml, or a recipe")
-    task = config.get("task", "captioning")
-    words = (config.get(task) or {}).get("template")
-    template = Template(**words) if words else {"captioning": Captioning, "vqa": Vqa}[task]().template
-    return {"encoder": config["encoder"], "language_model": config["language_model"], "template": template, "layer": config.get("layer", -1)}
+    parts = Parts(**{name: config.get(name) for name in ("model", "encoder", "language_model")}) if isinstance(config, dict) else Parts()
+    if not parts.model and not (parts.encoder and parts.language_model):
+        raise ConfigError(f"the base config {path} names no encoder and language_model, and no model: give a run's config.yaml, or a recipe")
+    name = config.get("task", "captioning")
+    words = (config.get(name) or {}).get("template")
+    chosen: dict[str, Any] = {"template": Template(**words)} if words else {}
+    task = Vqa(**chosen) if name == "vqa" else Captioning(**chosen)
+    return parts, task.words_for(parts.model is not None), config.get("layer", -1)
 
 
-def _parts_of(folder: Path | None) -> dict[str, Any]:
+def _parts_of(folder: Path | None) -> tuple[Parts, Template, int]:
     """The frozen parts that an adapter was trained on, and its words."""
     if folder is None:
         raise ConfigError("nothing is to be served: give --adapter NAME=DIR, or --base with a run's config.yaml for the frozen parts alone")
     config = AdaptedModel.read_config(folder)
-    if not {"encoder", "language_model"} <= set(config.base) or not {"prompt", "target", "layer"} <= set(config.task):
-        raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no encoder, language model and template; give --base")
-    template = Template(prompt=config.task["prompt"], target=config.task["target"])
-    return {"encoder": config.base["encoder"].name, "language_model": config.base["language_model"].name, "template": template, "layer": config.task["layer"]}
+    template = saved_template(config.task)
+    if "language_model" not in config.base or template is None or "layer" not in config.task:
+        raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no frozen parts with a template; give --base")
+    return Parts.of({role: part.name for role, part in config.base.items()}), template, config.task["layer"]

@@ -86,6 +86,7 @@ class ServeSettings:
     host: str = "127.0.0.1"  # the address to listen at; 0.0.0.0 for every network, which wants access.api_keys
     port: int = 8000  # 0: any free one, which is printed
     base: Path | None = None  # a run's config.yaml, for the frozen parts; without it they are those that the first adapter names
+    model: str | None = None  # where the model that saw already is, if not where the config or the adapter says
     encoder: str | None = None  # where the encoder is, if not where the config or the adapter says
     language_model: str | None = None  # where the language model is, if not where the config or the adapter says
     allow_other_base: bool = False  # load adapters that are given at the start though a frozen part is not as it was when they were trained

@@ -78,7 +78,7 @@ def test_two_edits_of_one_role_are_refused() -> None:
 
 
 def test_a_bridge_without_an_encoder_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a bridge needs an encoder's features, and this model has none: compose it with a vision tower first"):
+    with pytest.raises(ConfigError, match="a bridge needs an encoder's features, and this model has none: compose it with a vision tower, or leave"):
         Adapter({"bridge": Bridge(kind="linear")}, Anatomy.read(tiny("opt")))
 
 

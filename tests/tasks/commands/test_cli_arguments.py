@@ -45,7 +45,7 @@ def changed(folder: Path, name: str, value: object) -> str:
 
 UNKNOWN = {
     "tasks": "there is no setting tasks: the nearest is task",
-    "foo": "there is no setting foo: there are task, encoder, language_model, data, methods,",
+    "foo": "there is no setting foo: there are task, model, encoder, language_model, data,",
     "batch_size": "there is no setting batch_size: it is train.batch_size",
     "train.learing_rate": "there is no setting train.learing_rate: the nearest is train.learning_rate",
     "train.foo": "there is no setting train.foo: under train there are epochs, steps, batch_size,",
@@ -155,7 +155,20 @@ def test_a_value_that_its_dataclass_refuses_is_one_sentence(name: str, value: ob
     assert expected in changed(tmp_path, name, value)
 
 
-@pytest.mark.parametrize("name", ["encoder", "language_model", "methods.adalink.rank", "methods.bridge.kind"])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"encoder": None}, "encoder is not given: name both frozen parts, such as --encoder scenes:encoder and --language_model scenes:language, or give"),
+        ({"encoder": None, "language_model": None}, "encoder and language_model are not given: name both frozen parts,"),
+        ({"model": "x"}, "model and encoder and language_model were given: a run is of a model that sees already (`model`), or of a composed one"),
+        ({"model": "x", "encoder": None, "language_model": None, "layer": -2}, "layer was given with model: a model that sees already has its own features"),
+    ],
+)
+def test_a_run_names_its_frozen_parts_in_one_of_two_forms(change: dict[str, object], expected: str, tmp_path: Path) -> None:
+    assert run_yaml(tmp_path, {**copy.deepcopy(RECIPE), **change}).startswith(expected)
+
+
+@pytest.mark.parametrize("name", ["methods.adalink.rank", "methods.bridge.kind"])
 def test_a_setting_without_a_default_must_be_given(name: str, tmp_path: Path) -> None:
     content = copy.deepcopy(RECIPE)
     *groups, last = name.split(".")
@@ -196,7 +209,7 @@ def test_a_config_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> No
 
 COMMANDS = [
     (["trian"], "there is no command 'trian': give one of 'demo', 'train',", "adalink"),
-    (["train"], "task, encoder, language_model are not given, and have no default", "adalink train"),
+    (["train"], "task is not given, and has no default", "adalink train"),
     (["train", "--config"], "--config stands without a value", "adalink train"),
     (["train", "--train.seed"], "--train.seed stands without a value", "adalink train"),
     (["train", "--train", "x"], "train is x: expected settings by name under it, such as --train.NAME VALUE", "adalink train"),

@@ -312,7 +312,7 @@ def test_an_adapter_that_was_not_saved_by_train_is_one_sentence(adapter: Path, p
     content = json.loads((adapter / CONFIG_FILE).read_text())
     content["task"] = {}
     (adapter / CONFIG_FILE).write_text(json.dumps(content))
-    assert "was not saved by `adalink train`: it names no encoder, language model and task" in refused(caption(adapter, photo))
+    assert "was not saved by `adalink train`: it names no frozen parts with a task" in refused(caption(adapter, photo))
 
 
 @pytest.mark.parametrize("size", [0, 100])
