@@ -136,6 +136,7 @@ def _side(count: int, pool: int) -> int:
 def _image(anatomy: Anatomy) -> InputSpec:
     if "image" not in anatomy.inputs:
         raise ConfigError(
-            "a bridge needs an encoder's features, and this model has none: compose it with a vision tower, or leave the bridge out where the model sees already"
+            "a bridge needs an encoder's features, and this model has none: compose it with a vision tower, or leave the bridge out where the model "
+            "sees already"
         )
     return anatomy.inputs["image"]
