@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from forkserver import use_one_forkserver
 from hypothesis import HealthCheck, settings
 
 import multimodal  # noqa: F401  (first: it makes torchvision importable before a test imports transformers, timm or open_clip)
@@ -21,6 +23,7 @@ import multimodal  # noqa: F401  (first: it makes torchvision importable before 
 settings.register_profile("anew", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("same", settings.get_profile("anew"), derandomize=True)
 settings.load_profile("same")
+use_one_forkserver()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +50,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = {id(item) for test in cases.values() if len(test) >= 4 for item in test[1 - half :: 2]}
         config.hook.pytest_deselected(items=[item for item in items if id(item) in left])
         items[:] = [item for item in items if id(item) not in left]
+
+
+def pytest_collection() -> None:
+    """What is imported lives to the end, so nothing is looked for meanwhile, nor later in what is there then."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on in what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from composed import Drawn, compose, excite, two_texts
 from ranks import Machine
-from ranks import machine as started
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -233,9 +231,8 @@ def excite_little(adapter: torch.nn.Module) -> None:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    with started(tmp_path_factory.mktemp("machine")) as one:
-        yield one
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(tmp_path_factory.mktemp("machine"))
 
 
 def state(folder: Path) -> dict[str, Tensor]:

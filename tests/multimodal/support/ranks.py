@@ -1,4 +1,4 @@
-"""Real processes that train together on this machine (gloo), forked from one that has imported everything."""
+"""Real processes that train together on this machine (gloo), see forkserver.py."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from shared import PATIENCE, SUPPORT
+from shared import PATIENCE
 from torch.distributed import TCPStore
-
-PRELOADED = ["multimodal.training.train", "composed", "ranks"]
 
 
 def _child(function: Callable[..., Any], rank: int, world: int, port: int, errors: str, arguments: tuple[Any, ...], env: dict[str, str]) -> None:
@@ -89,7 +87,6 @@ class Machine:
     def __init__(self, folder: Path) -> None:
         self.folder, self.n = folder, 0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOADED)
 
     def start(self, world: int, function: Callable[..., Any], *arguments: Any, **env: str) -> Group:
         """Each of the processes calls the function, whose number it returns is the exit code."""
@@ -102,14 +99,3 @@ class Machine:
         for process in processes:
             process.start()
         return Group(processes, errors, meeting)
-
-
-@contextlib.contextmanager
-def machine(folder: Path) -> Iterator[Machine]:
-    """A machine whose processes find the packages and the tests."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(SUPPORT)
-    try:
-        yield Machine(folder)
-    finally:
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)

@@ -8,22 +8,19 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import rank_jobs
 import torch
 from ranks import Machine
-from ranks import machine as started
 from safetensors.torch import load_file
 from torch import Tensor
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    with started(tmp_path_factory.mktemp("machine")) as one:
-        yield one
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(tmp_path_factory.mktemp("machine"))
 
 
 def state(folder: Path, step: int = 20) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import rank_jobs
 import torch
-from ranks import machine
+from ranks import Machine
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,14 +41,14 @@ def jobs(folder: Path, **fields: Any) -> list[dict[str, Any]]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of all runs: one process with twice the images in a step, two with DDP, two with FSDP2."""
     folder = tmp_path_factory.mktemp("methods")
-    with machine(folder) as one:
-        groups = [
-            one.start(1, rank_jobs.several, [*jobs(folder / "alone", batch_size=4), {**STATES, "folder": folder / "alone" / "states", "batch_size": 4}]),
-            one.start(2, rank_jobs.several, [*jobs(folder / "ddp"), {**STATES, "folder": folder / "ddp" / "states"}]),
-            one.start(2, rank_jobs.sharded, jobs(folder / "fsdp"), **FSDP),
-        ]
-        for group in groups:
-            group.ended()
+    one = Machine(folder)
+    groups = [
+        one.start(1, rank_jobs.several, [*jobs(folder / "alone", batch_size=4), {**STATES, "folder": folder / "alone" / "states", "batch_size": 4}]),
+        one.start(2, rank_jobs.several, [*jobs(folder / "ddp"), {**STATES, "folder": folder / "ddp" / "states"}]),
+        one.start(2, rank_jobs.sharded, jobs(folder / "fsdp"), **FSDP),
+    ]
+    for group in groups:
+        group.ended()
     return folder
 
 

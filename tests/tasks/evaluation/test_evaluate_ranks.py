@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import machine
+from ranks import Machine
 
 from adalink import Bridge
 from multimodal.data.feature_cache.encode import encode_all
@@ -57,8 +57,7 @@ def written(folder: Path) -> int:
 
 
 def test_two_processes_give_the_figures_of_one_on_the_whole_corpus(tmp_path: Path) -> None:
-    with machine(tmp_path) as one:
-        one.start(2, written, tmp_path).ended()
+    Machine(tmp_path).start(2, written, tmp_path).ended()
     shares = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     alone = evaluated()
     assert [share["rows"] for share in shares] == [3, 2]

@@ -10,14 +10,14 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 from cli_run import FIXED, RECIPES
 from safetensors.torch import load_file
-from shared import PATIENCE, SUPPORT
+from shared import PATIENCE
 
 N_STEPS = 10
 OPTIONS = (
@@ -47,12 +47,11 @@ def _command(arguments: list[str], errors: str, last: float) -> None:
 
 
 class Machine:
-    """Starts commands as processes of their own: real ones, which can be killed, forked from one that has imported everything."""
+    """Starts commands as processes of their own: real ones, which can be killed; see forkserver.py."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tasks.commands.train", "cli_run"])
 
     def start(self, out: Path, *options: str, last: float = N_STEPS) -> BaseProcess:
         """last: the step that it writes a line of, and goes no further."""
@@ -103,16 +102,8 @@ def same(run: Path, unbroken: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join([*SUPPORT, str(Path(__file__).parent)])
-    yield Machine(tmp_path_factory.mktemp("machine"))
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(tmp_path_factory.mktemp("machine"))
 
 
 @pytest.fixture(scope="module")
