@@ -15,6 +15,7 @@ from multimodal.batches.packing import Arrange, Ways, fork_rows, pack_rows, sepa
 from multimodal.batches.prefix_sharing import REFUSALS, calls_of, has_row_cache
 from multimodal.batches.prepared import ImageBatch, Prepared
 from multimodal.batches.tokenize import Row
+from multimodal.encoders.bound_parts import test_image
 from multimodal.existing.rows import Blocks, ConversationRows
 from multimodal.existing.tower import ModelTower
 from multimodal.template import Template, Text
@@ -30,7 +31,8 @@ ANSWERS = (Text("what is it?", "a red one"), Text("what is it?", "two, or three"
 @torch.no_grad()
 def tried_ways(adapted: AdaptedModel, tower: ModelTower) -> tuple[Ways, Blocks]:
     """What is exact for this model, and which tokens read later ones. Runs it on a few rows about an image, without adapters."""
-    image = tower.encode(ImageBatch(samples=(tower.example,)))[0]
+    small = tower.preprocess(test_image().resize((64, 40)))  # of few tokens, where their number follows the image's size
+    image = tower.encode(ImageBatch(samples=(small,)))[0]
     rows = tower.row_encoder(Template(prompt="<image>{question}"), ())
     trial = _Trial(adapted, tower, rows, image)
     packs: Literal["texts", "answers", ""] = ""

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from adalink.errors import DataError
+from tasks.bench.existing import TINY_LLAVA, TINY_QWEN2_VL, existing_step, is_existing
 from tasks.bench.models import TINY_LLAMA, TINY_OPT, Bench, Machine, Shape, Step, Taught, Work, drawn_tower, our_model, our_step, their_step
 from tasks.metrics.bootstrap import software
 
@@ -124,8 +125,8 @@ def needs(side: Side, shape: Shape, machine: Machine, work: Work, taught: Taught
 
 def _child(pipe: Connection, side: Side, shape: Shape, machine: Machine, work: Work, taught: Taught, rank: int, repetitions: int) -> None:
     torch.set_num_threads(machine.n_threads)
-    warm = TINY_OPT if shape.config.model_type == "opt" else TINY_LLAMA
-    _step(side, warm, machine, _WARM, taught, rank)()
+    warm, few = _warm(shape)
+    _step(side, warm, machine, few, taught, rank)()
     step = _step(side, shape, machine, work, taught, rank)
     before = _mib(machine.device, fresh=True)
     seconds = []
@@ -136,7 +137,16 @@ def _child(pipe: Connection, side: Side, shape: Shape, machine: Machine, work: W
     pipe.send(Needs(mib=_mib(machine.device) - before, seconds=statistics.median(seconds[1:])))
 
 
+def _warm(shape: Shape) -> tuple[Shape, Work]:
+    """A tiny model of a model's kind, and a small step of it."""
+    if is_existing(shape):
+        return (TINY_LLAVA if shape.config.model_type == "llava" else TINY_QWEN2_VL), Work(n_patches=9)
+    return (TINY_OPT if shape.config.model_type == "opt" else TINY_LLAMA), _WARM
+
+
 def _step(side: Side, shape: Shape, machine: Machine, work: Work, taught: Taught, rank: int) -> Step:
+    if is_existing(shape):
+        return existing_step(side, shape, machine, work, rank)
     model = our_model(shape, machine, drawn_tower(work.n_patches), taught, rank)
     features = work.features(machine)
     if side == "adalink":

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ from multimodal.generation.generate import run_generation
 from multimodal.generation.settings import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from tasks.bench.clock import Finding, Turns, alternate, needs
+from tasks.bench.existing import LLAVA_60M, QWEN2_VL_60M, TINY_LLAVA, TINY_QWEN2_VL, existing_step
 from tasks.bench.models import (
     PAD_ID,
+    TINY_LLAMA,
     Bench,
     Case,
     Machine,
@@ -50,7 +53,7 @@ from tasks.bench.models import (
     their_step,
 )
 
-__all__ = ["adapters", "against_peft", "features", "generation", "metrics", "shards", "training"]
+__all__ = ["adapters", "against_peft", "existing", "features", "generation", "metrics", "shards", "training"]
 
 
 def training(bench: Bench) -> Iterator[Finding]:
@@ -69,6 +72,32 @@ def training(bench: Bench) -> Iterator[Finding]:
     for shape in sizes.models:
         for case in sizes.captions:
             yield _memory(bench, shape, case)
+
+
+def existing(bench: Bench) -> Iterator[Finding]:
+    """Models that see already: five captions, five questions and memory, against the usual loop of peft. Raises ConfigError without peft."""
+    check_peft()
+    is_tiny = bench.sizes.models[0] is TINY_LLAMA
+    shapes = (TINY_LLAVA, TINY_QWEN2_VL) if is_tiny else (LLAVA_60M, QWEN2_VL_60M)
+    n_patches, faster, smaller = (9, None, None) if is_tiny else (256, 4.0, 5.0)
+    texts = {"captions": {}, "questions": {"n_prompt": 8, "n_target": 3}}
+    for shape in shapes:
+        for name, lengths in texts.items():
+            case = Case(work=Work(n_patches=n_patches, **lengths), faster=faster, smaller=smaller)
+            for is_encoded in (True, False):
+                yield _speed_of_existing(bench, shape, case, name, is_encoded)
+        yield _memory(bench, shape, Case(work=Work(n_patches=n_patches), smaller=smaller), "existing")
+
+
+def _speed_of_existing(bench: Bench, shape: Shape, case: Case, texts: str, is_encoded: bool) -> Finding:
+    sides = {
+        "adalink": existing_step("adalink", shape, bench.machine, case.work, is_encoded=is_encoded),
+        "peft": existing_step("peft", shape, bench.machine, case.work),
+    }
+    turns = alternate(sides, bench.repetitions, bench.machine.device, bench.machine.dtype)
+    how = "cached features" if is_encoded else "each image encoded once a step"
+    case = case if is_encoded else replace(case, faster=None)
+    return against_peft("existing", f"{shape.name}, lora, {case.work.n_patches} image tokens, {texts}, {how}: faster than peft", turns, case)
 
 
 def _speed(bench: Bench, shape: Shape, case: Case, taught: Taught, texts: str) -> Finding:
@@ -99,10 +128,10 @@ def _speed_of(seconds: float, work: Work) -> str:
     return f"{1000 * seconds / n_texts:.1f} ms a text ({tokens / seconds:.0f} tokens/s)"
 
 
-def _memory(bench: Bench, shape: Shape, case: Case) -> Finding:
+def _memory(bench: Bench, shape: Shape, case: Case, part: str = "training") -> Finding:
     ours, theirs = (needs(side, shape, bench.machine, case.work, "lora") for side in ("adalink", "peft"))
     return Finding(
-        part="training",
+        part=part,
         what=f"{shape.name}, lora, {case.work.n_patches} image tokens, captions: smaller than peft",
         ratios=(theirs.mib / ours.mib,),
         target=case.smaller,

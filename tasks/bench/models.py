@@ -30,8 +30,8 @@ from multimodal.training.prepare import CompiledModel
 
 __all__ = [
     "FEATURE_WIDTH", "LLAMA_1B", "LLAMA_60M", "OPT_125M", "SIZES", "TINY_LLAMA", "TINY_OPT", "Bench", "Case", "Machine", "Shape",
-    "Sizes", "Step", "Taught", "Work", "arrange_of", "as_batch", "check_peft", "composed", "drawn_tower", "encoded", "language",
-    "our_model", "our_step", "their_step",
+    "Sizes", "Step", "Taught", "Work", "arrange_of", "as_batch", "check_peft", "composed", "copied_lora", "drawn_tower", "encoded", "language",
+    "learn", "new_optimizer", "our_model", "our_step", "their_step",
 ]  # fmt: skip
 
 
@@ -329,11 +329,11 @@ def our_model(shape: Shape, machine: Machine, tower: VisionTower, taught: Taught
 def our_step(model: VisionLanguageModel, work: Work, features: Callable[[], Tensor]) -> Step:
     """A step of the composed model on cached features: rows are arranged and collated in it, as the loader does."""
     rows, arrange = encoded(model, work), arrange_of(model)
-    optimizer = _optimizer(model.adapted.active_adapter().parameters())
+    optimizer = new_optimizer(model.adapted.active_adapter().parameters())
 
     def step() -> float:
         batch = as_batch(rows, features(), arrange).to(model.device)
-        return _learn(model(batch), optimizer)
+        return learn(model(batch), optimizer)
 
     return step
 
@@ -363,11 +363,11 @@ def their_step(
     labels = torch.full((len(ids), work.n_patches + ids.shape[1]), IGNORED, device=machine.device)
     labels[:, -work.n_target :] = ids[:, -work.n_target :]
     mask = torch.ones_like(labels)
-    optimizer = _optimizer([parameter for part in (model, projection) for parameter in part.parameters() if parameter.requires_grad])
+    optimizer = new_optimizer([parameter for part in (model, projection) for parameter in part.parameters() if parameter.requires_grad])
 
     def step() -> float:
         embeds = torch.cat([projection(features().to(projection.weight.dtype)).to(embed.weight.dtype), embed(ids)], 1)
-        return _learn(model(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).loss, optimizer)
+        return learn(model(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).loss, optimizer)
 
     return step
 
@@ -390,18 +390,26 @@ def _same_weights(ours: VisionLanguageModel, theirs: Any, projection: nn.Linear,
     if taught == "prompt":
         theirs.prompt_encoder["default"].embedding.weight.copy_(found["prompt.soft.table"])
         return
-    for placement in adapter.placements:
+    copied_lora(ours, theirs)
+
+
+@torch.no_grad()
+def copied_lora(ours: VisionLanguageModel, theirs: Any) -> None:
+    """Copy the weights of the adapter's low-rank pairs into the peft model."""
+    for placement in ours.adapted.active_adapter().placements:
         if isinstance(placement.edit, LowRank):
             layer = theirs.get_submodule(f"base_model.model.{ours.adapted.anatomy.stack}.{placement.port.module}")
             layer.lora_A["default"].weight.copy_(placement.edit.down.weight)
             layer.lora_B["default"].weight.copy_(placement.edit.up.weight)
 
 
-def _optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def new_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """What both sides train with."""
     return torch.optim.AdamW([parameter for parameter in parameters if parameter.requires_grad], lr=1e-4)
 
 
-def _learn(loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
+def learn(loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    """A step down the loss, which comes back."""
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
