@@ -123,6 +123,10 @@ class Tokens:
 class Host(Protocol):
     """What a frozen model is given with a batch's tokens: an existing vision-language model's image vectors and positions."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether a gradient reaches what it holds."""
+
     def cut(self, rows: Tensor, length: int) -> Host:
         """Of some rows the first tokens."""
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from adalink import BASE_NAME, AdaptedModel, Adapter, InputSpec, Method, TokenMap
+from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap
 from adalink.attachment.attachment import without_dropout
 from adalink.attachment.existing import image_token_ids
 from adalink.attachment.inputs import Call
@@ -65,8 +65,7 @@ def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, A
     answers = {} if model.head is None else {"answers": len(model.head.answers)}
     model.adapted.task = {**model.adapted.task, **task, **known, **answers}
     model.adapted.save_pretrained(folder)
-    if isinstance(model.tower, VisionTower):
-        save_vision_adapter(folder, model.tower, model.adapted.parts["encoder"])
+    save_vision_adapter(folder, model.tower, model.seeing_part)
     if model.head is not None:
         save_head(folder, model.head)
 
@@ -88,7 +87,12 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
         found, given = ("a composed model", "one that saw already") if "encoder" in config.base else ("a model that saw already", "a composed one")
         raise ConfigError(f"the adapter in {folder} was trained on {found}, and this is {given}: load it on a model of its own kind")
     if isinstance(model.tower, ModelTower):
-        return model.adapted.load_adapter(local_folder(folder), name, activate=activate, allow_other_base=allow_other_base)
+        local = local_folder(folder)
+        vision = load_vision_adapter(local, model.tower, model.seeing_part, len(model.adapted.adapters), allow_other_base=allow_other_base)
+        adapter = model.adapted.load_adapter(local, name, activate=activate, allow_other_base=allow_other_base)
+        if vision is not None:
+            model.vision_adapter = model.tower.adapt(vision.eval())
+        return adapter
     layer = config.task.get("layer", model.tower.layer)
     if layer != model.tower.layer:
         config.check_base({**parts, "encoder": dataclasses.replace(parts["encoder"], sketches={})}, str(folder))  # another model is told first
@@ -209,6 +213,11 @@ class VisionLanguageModel(nn.Module):
         For whoever keeps them. Raises ConfigError where the encoder is adapted: then they change with every step.
         """
         return self.vision_tower.encode(pixels).joined
+
+    @property
+    def seeing_part(self) -> FrozenPart:
+        """The frozen part that reads images: the encoder, or the whole model that sees already."""
+        return self.adapted.parts.get("encoder", self.adapted.parts["language_model"])
 
     @property
     def vision_tower(self) -> VisionTower:
@@ -346,7 +355,10 @@ class VisionLanguageModel(nn.Module):
 
     def add_vision_adapter(self, methods: Mapping[str, Method]) -> Adapter:
         """Put methods into the encoder too, once for all adapters: its features are then trained through, and never kept."""
-        return new_vision_adapter(self.vision_tower, methods)
+        adapter = new_vision_adapter(self.tower, methods)
+        if isinstance(self.tower, ModelTower):  # which is no module: the model is one, and holds it
+            self.vision_adapter = adapter
+        return adapter
 
     def load_adapter(self, folder: str | Path, name: str, *, activate: bool = True, allow_other_base: bool = False) -> Adapter:
         """Add an adapter from its folder or hub name, and make it the active one, unless `activate` is False.

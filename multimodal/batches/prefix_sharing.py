@@ -204,7 +204,7 @@ def _is_untouched(adapted: AdaptedModel, start: SharedPrefix, token_map: TokenMa
     """Whether no gradient could reach anything trained through the beginnings."""
     served = [adapter for name, adapter in adapted.adapters.items() if token_map.serving is None or adapted.indices[name] in token_map.serving]
     edited = any(not trained_domains(adapter).isdisjoint(start.domains) for adapter in served)  # type: ignore[arg-type]
-    given = any(value.requires_grad for value in token_map.inputs.values())
+    given = any(value.requires_grad for value in token_map.inputs.values()) or (token_map.host is not None and token_map.host.learns)
     return not edited and not given and not any(parameter.requires_grad for parameter in adapted.base.parameters())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -165,12 +166,24 @@ def _example(preprocess: Preprocess, name: str) -> Tensor:
 FOLDER = "vision"
 
 
-def new_vision_adapter(tower: VisionTower, methods: Mapping[str, Method]) -> Adapter:
+class Adaptable(Protocol):
+    """A frozen tower that methods can be put into."""
+
+    adapter: Adapter | None
+
+    def vision_anatomy(self) -> Anatomy:
+        """Where they can be placed."""
+
+    def adapt(self, adapter: Adapter) -> Adapter:
+        """Attach an adapter, for good."""
+
+
+def new_vision_adapter(tower: Adaptable, methods: Mapping[str, Method]) -> Adapter:
     """Attach new methods to the tower's encoder. Raises ConfigError or AttachError where they do not fit it."""
     return tower.adapt(Adapter(methods, tower.vision_anatomy()))
 
 
-def save_vision_adapter(folder: Path, tower: VisionTower, encoder: FrozenPart) -> None:
+def save_vision_adapter(folder: Path, tower: Adaptable, encoder: FrozenPart) -> None:
     """Write the encoder's adapter below the folder, where there is one."""
     if tower.adapter is not None:
         save_adapter(folder / FOLDER, tower.adapter, AdapterConfig(tower.adapter.methods, {"encoder": encoder}))
@@ -182,7 +195,7 @@ def has_vision_adapter(folder: Path) -> bool:
 
 
 def load_vision_adapter(
-    folder: Path, tower: VisionTower, encoder: FrozenPart, n_adapters: int, *, allow_other_base: bool = False
+    folder: Path, tower: Adaptable, encoder: FrozenPart, n_adapters: int, *, allow_other_base: bool = False
 ) -> Adapter | None:
     """The encoder's adapter of a folder with its weights, not attached yet; None where the folder holds none.
 

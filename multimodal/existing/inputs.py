@@ -86,6 +86,11 @@ class HostInputs:
     rope: Tensor | None = None
     shift: Tensor | None = None
 
+    @property
+    def learns(self) -> bool:
+        """Whether a gradient reaches the images' vectors."""
+        return self.vectors is not None and self.vectors.requires_grad
+
     def cut(self, rows: Tensor, length: int) -> HostInputs:
         """Of some rows the first `length` tokens."""
         return replace(

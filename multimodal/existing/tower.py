@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from adalink import Adapter, FrozenPart, Slots, TokenMap
+from adalink import Adapter, Anatomy, FrozenPart, Slots, TokenMap
+from adalink.attachment.vision import attach_vision, read_vision
 from adalink.checkpoint.fingerprint import Sketch, part_of
 from adalink.errors import ConfigError
 from multimodal.batches.collate import Batch
@@ -59,13 +60,46 @@ class ModelTower:
         self.form = self._read_form()
         self.blocks: Blocks = ""  # found out by `multimodal.existing.trial`
 
+    def vision_anatomy(self) -> Anatomy:
+        """Where methods can be placed in the tower. Raises AttachError where it is no plain vision transformer (Qwen2-VL's joins all images)."""
+        return read_vision(self._vision)
+
+    def adapt(self, adapter: Adapter) -> Adapter:
+        """Attach an adapter to the tower, for good: from now on its vectors are trained through, and nothing may cache them.
+
+        adapter: made with `vision_anatomy()`. Raises ConfigError where the tower has one already.
+        """
+        if self.adapter is not None:
+            raise ConfigError(f"the tower of '{self.name}' has an adapter already: put all its methods into one")
+        attach_vision(self._vision, adapter)
+        self.adapter = adapter.to(self._device)
+        return adapter
+
+    @property
+    def _vision(self) -> nn.Module:
+        found = self.language.model.get_encoder(modality="image")
+        if found is self.language.model or not isinstance(found, nn.Module):
+            raise ConfigError(f"no tower was found in '{self.name}', which vision_methods would act on: leave them out")
+        return found
+
     def encode(self, images: ImageBatch) -> list[Prepared]:
-        """The images of each sample with their vectors, each image run once. Raises ConfigError where the model gives other numbers of them."""
+        """The images of each sample with their vectors, each image run once, without gradient.
+
+        Raises ConfigError where the tower is adapted, since its vectors then change, and where it gives another number than a row has tokens.
+        """
+        if self.adapter is not None:
+            raise ConfigError(
+                f"the tower of '{self.name}' has trained weights, so its vectors change with every step and cannot be cached: encode images as they come "
+                "(train.features: encode)"
+            )
+        return self._encoded(images)
+
+    def _encoded(self, images: ImageBatch) -> list[Prepared]:
         every = [one for sample in images.samples for one in sample.inputs]
         counts = [count for sample in images.samples for count in sample.counts]
         found: dict[int, Tensor] = {}
         for indices, inputs in joined_inputs(every):
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.adapter is not None and torch.is_grad_enabled()):
                 vectors = self.form.vectors.vectors(self._run(inputs))
             wanted = [counts[i] for i in indices]
             if len(vectors) != sum(wanted):
@@ -82,8 +116,10 @@ class ModelTower:
         """The map of a batch with what the model is given beside its ids."""
         assert batch.prepared is not None
         samples = batch.prepared.samples
+        if self.adapter is not None and any(sample.vectors is not None for sample in samples if sample.counts):
+            raise ConfigError("the batch holds cached features, and this model's tower has trained weights: collate it with the images")
         if any(sample.inputs for sample in samples):
-            samples = tuple(self.encode(batch.prepared))
+            samples = tuple(self._encoded(batch.prepared))
         vectors = torch.cat([sample.vectors.to(self._dtype) for sample in samples if sample.vectors is not None]) if samples else None
         shift = None
         if self.positions is not None and batch.rope is not None:
