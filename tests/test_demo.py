@@ -47,11 +47,11 @@ def test_answers_depend_on_the_image(demo: tuple[Path, str, str]) -> None:
 def test_the_tables_are_printed_and_every_file_is_there(demo: tuple[Path, str, str]) -> None:
     out, printed, log = demo
     assert printed.startswith("A frozen encoder and a frozen language model")
-    assert log.count("have features") == 2  # of the training and the validation scenes, once for both tasks
-    assert "encoding" not in log
-    assert "s left" in log
-    assert sum(line.startswith(TRAINED) for line in printed.splitlines()) == 4  # after each run, and together at the end
+    assert sum(line.startswith(TRAINED) for line in printed.splitlines()) == 2
     for task in ("captioning", "vqa"):
+        own = [line for line in (printed + log).splitlines() if line.startswith(f"{task:10} | ")]
+        assert sum(f"| {TRAINED}" in line for line in own) == 1
+        assert sum(line.endswith("s left") for line in own) > 20
         assert {"adapter", "metrics.jsonl", "metrics.json", "config.yaml", "results.json", "report.html"} <= {p.name for p in (out / task).iterdir()}
         page = (out / task / "report.html").read_text()
         assert page.count("<svg") >= 3  # loss, rate, and the task's own metric
