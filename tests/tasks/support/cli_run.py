@@ -25,7 +25,7 @@ FEATURE_WIDTH: int = json.loads((encoder_folder() / "config.json").read_text())[
 # The recipes may change; what the tests count on is this.
 FIXED = (
     "--methods.bridge", "{kind: mlp, hidden: 128, init_scale: 1.0}", "--methods.adalink", "{rank: 16, modalities: [image, text]}", "--train.learning_rate", "0.002",
-    "--train.betas", "[0.9, 0.999]", "--train.weight_decay", "0.01", "--train.measure_every", "0", "--captioning.captions_per_image", "3",
+    "--train.learning_rates", "{}", "--train.betas", "[0.9, 0.999]", "--train.weight_decay", "0.01", "--train.measure_every", "0", "--captioning.captions_per_image", "3",
 )  # fmt: skip
 SMALL = (
     "--data.train.scenes", "train/8", "--data.val.scenes", "val/4", "--train.steps", "2", "--train.batch_size", "2",
