@@ -6,7 +6,7 @@ is cut to the call's tokens by where its cache ends, as the edits' tokens are, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,8 @@ class VectorForm:
         """What the model takes in the place of its own output; vectors: float [n, W]."""
         parts = vectors.split(self.width, -1)
         formed = [[part] if self.nested else self._shaped(part) for part in parts]
-        return self.output(pooler_output=formed[0], **({"deepstack_features": formed[1:]} if self.n_deep else {}))
+        needed = {one.name: None for one in fields(self.output) if one.default is MISSING and one.default_factory is MISSING}  # of the tower alone
+        return self.output(**{**needed, "pooler_output": formed[0]}, **({"deepstack_features": formed[1:]} if self.n_deep else {}))
 
     def _shaped(self, part: Tensor) -> Tensor:
         if not self.each:

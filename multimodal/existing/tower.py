@@ -165,9 +165,10 @@ def features_owner(model: nn.Module, name: str) -> Any:
     takes = "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters or any(
         "mm_encoder_outputs" in inspect.signature(type(module).forward).parameters for module in model.modules()
     )
-    if not takes or not hasattr(model, "get_image_features"):
+    owner = next((module for module in model.modules() if hasattr(module, "get_image_features")), None)  # the model itself, or what stands under its head
+    if not takes or owner is None:
         raise ConfigError(
             f"'{name}' is a {type(model).__name__}, which cannot be given an image that was encoded before: adapt it with adalink.get_adalink_model and a "
             "loop of your own, or choose a model such as LLaVA, Qwen2-VL, PaliGemma, Gemma 3 or SmolVLM"
         )
-    return model
+    return owner
