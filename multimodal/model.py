@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap
 from adalink.attachment.attachment import without_dropout
-from adalink.attachment.existing import image_token_ids
 from adalink.attachment.inputs import Call
 from adalink.checkpoint.folder import local_folder, upload
 from adalink.errors import ConfigError
@@ -199,7 +198,7 @@ class VisionLanguageModel(nn.Module):
     @classmethod
     def from_parts(cls, language: Language, real: Any, *, template: Template) -> VisionLanguageModel:
         """The same of what `multimodal.existing.load.load_existing` gave: the whole model with its tokenizer, and its processor."""
-        return cls(ModelTower(language, real, image_token_ids(language.model)), language, template)
+        return cls(ModelTower.of(language, real), language, template)
 
     def forward(self, batch: Batch) -> Tensor:
         """float []: cross entropy summed over the batch's targets (binary, over answers, with a head), divided by `batch.n_targets`."""

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adalink import Adapter, Anatomy, FrozenPart, Slots, TokenMap
+from adalink.attachment.existing import image_token_ids
 from adalink.attachment.vision import attach_vision, read_vision
 from adalink.checkpoint.fingerprint import Sketch, part_of
 from adalink.errors import ConfigError
@@ -59,6 +60,11 @@ class ModelTower:
         self.example = self.preprocess(test_image())
         self.form = self._read_form()
         self.blocks: Blocks = ""  # found out by `multimodal.existing.trial`
+
+    @classmethod
+    def of(cls, language: Language, real_processor: Any) -> ModelTower:
+        """The tower of what `multimodal.existing.load.load_existing` gave."""
+        return cls(language, real_processor, image_token_ids(language.model))
 
     def vision_anatomy(self) -> Anatomy:
         """Where methods can be placed in the tower. Raises AttachError where it is no plain vision transformer (Qwen2-VL's joins all images)."""
@@ -108,8 +114,7 @@ class ModelTower:
                 )
             found |= dict(zip(indices, vectors.split(wanted), strict=True))
         number = iter(range(len(every)))
-        width = self.form.vectors.width * (1 + self.form.vectors.n_deep)
-        empty = torch.zeros(0, width, dtype=self._dtype, device=self._device)
+        empty = torch.zeros(0, self.width, dtype=self._dtype, device=self._device)
         return [sample.encoded(torch.cat([empty, *(found[next(number)] for _ in sample.inputs)])) for sample in images.samples]
 
     def token_map(self, batch: Batch, token_map: TokenMap) -> TokenMap:
@@ -133,11 +138,19 @@ class ModelTower:
     def part(self) -> FrozenPart:
         """The whole model as a frozen part, with sketches of a test image as it is prepared and of its vectors."""
         part = part_of(self.language.model, name=self.name)
+        return replace(part, tokenizer=tokenizer_digest(self.language.tokenizer), sketches=self.sketches())
+
+    def sketches(self) -> dict[str, Sketch]:
+        """`pixels`: a test image as it is prepared; `features`: its vectors."""
         vectors = self.encode(ImageBatch(samples=(self.example,)).to(self._device))[0].vectors
         assert vectors is not None
         pixels = next(value for value in self.example.inputs[0].values() if value.is_floating_point())
-        sketches = {"pixels": Sketch.of(pixels, N_VALUES), "features": Sketch.of(vectors, N_VALUES)}
-        return replace(part, tokenizer=tokenizer_digest(self.language.tokenizer), sketches=sketches)
+        return {"pixels": Sketch.of(pixels, N_VALUES), "features": Sketch.of(vectors, N_VALUES)}
+
+    @property
+    def width(self) -> int:
+        """W of an image's vectors, deep features included."""
+        return self.form.vectors.width * (1 + self.form.vectors.n_deep)
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Any:
         placed = {name: value.to(self._device, self._dtype if value.is_floating_point() else None) for name, value in inputs.items()}

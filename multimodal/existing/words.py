@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -73,6 +74,13 @@ class Processor:
     def spellings(self) -> tuple[str, ...]:
         """How the tokenizer's own tokens are spelled; a text of people that holds one would be taken as that."""
         return tuple(str(token.content) for token in self.tokenizer.added_tokens_decoder.values() if token.special and len(str(token.content)) > 1)
+
+    def settings(self) -> dict[str, str]:
+        """What decides what an image becomes, as JSON by name: the processor's own settings, and its image processor's."""
+        own = {name: value for name, value in self.real.to_dict().items() if not isinstance(value, dict) and name != "chat_template"}
+        found = {**own, **{f"image_processor.{name}": value for name, value in self.real.image_processor.to_dict().items()}}
+        known = {name: value for name, value in found.items() if value is not None and not name.endswith(("_type", "_class"))}
+        return {name: json.dumps(value, sort_keys=True, default=str) for name, value in sorted(known.items())}
 
     def marks(self, n: int) -> str:
         """What stands for so many images in a text; nothing where the processor puts their tokens there itself."""

@@ -170,7 +170,7 @@ def _loader(
     )  # fmt: skip
     accelerator.print(batches.note if model.head is not None else f"{batches.note}; {model.language_loss.head.note}")
     if isinstance(patches, FeatureWriter):
-        return FillingLoader(batches.loader, patches, model.vision_tower, source, workers=settings.workers)
+        return FillingLoader(batches.loader, patches, model.tower, source, workers=settings.workers)
     return batches.loader
 
 

@@ -36,8 +36,9 @@ from tasks.task import Submission
 
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
-    from multimodal.data.feature_cache.format import Contents
+    from multimodal.data.feature_cache.format import AnyContents
     from multimodal.encoders.tower import VisionTower
+    from multimodal.existing.tower import ModelTower
     from tasks.data.sources import Opened
     from tasks.runs.run import Evaluation
 
@@ -219,7 +220,7 @@ def _features(values: Any, plain: Any) -> None:
 
     Raises ConfigError where no folder or no data is given, and what `write_features` raises.
     """
-    from tasks.runs.compose import composed_tower
+    from tasks.runs.compose import composed_tower, existing_tower
 
     if values.features is None:
         raise ConfigError("no folder is given to write the features to: give --features FOLDER")
@@ -228,26 +229,26 @@ def _features(values: Any, plain: Any) -> None:
     opened = {split: data.open() for split in SPLITS if (data := getattr(values.data, split)) is not None}
     if not opened:
         raise ConfigError("no data is given whose features could be written: give data.train, data.val or both")
-    tower = composed_tower(values.encoder, values.layer)
+    tower = composed_tower(values.encoder, values.layer) if values.model is None else existing_tower(values.model)
     contents = _contents(values, tower)
     for split, data in opened.items():
         _write(tower, data, values.features / split, contents, values)
 
 
-def _contents(values: Any, tower: VisionTower) -> Contents:
+def _contents(values: Any, tower: VisionTower | ModelTower) -> AnyContents:
     """Known without the language model's weights."""
     from multimodal.data.feature_cache.format import all_contents, needed_contents
     from tasks.planning.meta import draw_adapter, draw_language, draw_tower
     from tasks.runs.compose import found_part
 
     everything = all_contents(tower, values.features_dtype)
-    if values.contents == "all":
+    if values.contents == "all" or values.model is not None:
         return everything
     drawn = draw_tower(found_part(values.encoder), layer=values.layer), draw_language(found_part(values.language_model))
     return needed_contents(draw_adapter(*drawn, chosen_methods(values.methods)), everything)
 
 
-def _write(tower: VisionTower, data: Opened, folder: Path, contents: Contents, values: Any) -> None:
+def _write(tower: VisionTower | ModelTower, data: Opened, folder: Path, contents: AnyContents, values: Any) -> None:
     from multimodal.data.feature_cache.encode import write_features
     from multimodal.data.feature_cache.format import as_size
     from multimodal.sample import BadSamples

@@ -14,13 +14,14 @@ from adalink import AdaptedModel
 from adalink.checkpoint.folder import AdapterConfig
 from adalink.errors import CheckpointError, ConfigError
 from multimodal.data.feature_cache.encode import encode_all, opened_writer, pixel_table, write_features
-from multimodal.data.feature_cache.format import Contents, all_contents, as_size, needed_contents
+from multimodal.data.feature_cache.format import AnyContents, all_contents, as_size, needed_contents
 from multimodal.data.feature_cache.reader import UNFINISHED, is_finished, matching_features
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.inputs import CachedFeatures
 from multimodal.encoders.tower import VisionTower, load_tower
 from multimodal.existing.load import load_existing
-from multimodal.language import LanguageUse, load_language
+from multimodal.existing.tower import ModelTower
+from multimodal.language import Language, LanguageUse, load_language
 from multimodal.loss.answer_head import use_for
 from multimodal.model import VisionLanguageModel, saved_template
 from multimodal.processes import process_state
@@ -30,8 +31,8 @@ from tasks.runs.config import Parts, RunConfig
 from tasks.scenes.parts import part_folder
 
 __all__ = [
-    "compose", "composed_tower", "features_to_learn", "features_to_log", "found_part", "frozen_model", "load_adapted", "located", "read_saved",
-    "log", "size_of",
+    "compose", "composed_tower", "existing_tower", "features_to_learn", "features_to_log", "found_part", "frozen_model", "load_adapted",
+    "located", "log", "read_saved", "size_of",
 ]  # fmt: skip
 
 
@@ -48,10 +49,7 @@ def frozen_model(parts: Parts, *, template: Template, layer: int = -1, use: Lang
         assert parts.encoder is not None
         assert parts.language_model is not None
         return compose(parts.encoder, parts.language_model, template=template, layer=layer, use=use)
-    language, processor = load_existing(parts.model)
-    device = process_state().device
-    language = dataclasses.replace(language, model=language.model.to(device), name=located(parts.model))
-    return VisionLanguageModel.from_parts(language, processor, template=template)
+    return VisionLanguageModel.from_parts(*_existing(parts.model), template=template)
 
 
 def composed_tower(encoder: str, layer: int = -1) -> VisionTower:
@@ -59,6 +57,16 @@ def composed_tower(encoder: str, layer: int = -1) -> VisionTower:
     tower = load_tower(found_part(encoder), layer=layer)
     tower.name = located(encoder)  # an adapter remembers its parts by the names that were given, not by where they were found
     return tower.to(process_state().device)
+
+
+def existing_tower(name: str) -> ModelTower:
+    """The tower and the connector of a model that sees already, on this process's device."""
+    return ModelTower.of(*_existing(name))
+
+
+def _existing(name: str) -> tuple[Language, Any]:
+    language, processor = load_existing(name)
+    return dataclasses.replace(language, model=language.model.to(process_state().device), name=located(name)), processor
 
 
 def found_part(name: str) -> str | Path:
@@ -115,7 +123,7 @@ def features_to_learn(model: VisionLanguageModel, source: SampleSource, config: 
     if is_finished(folder) or config.train.features != "fill":
         yield _matching(folder, model, source)
         return
-    with opened_writer(model.vision_tower, source, folder, _needed(model, config)) as writer:
+    with opened_writer(model.tower, source, folder, _needed(model, config)) as writer:
         log(f"features: the first epoch fills {folder} with {size_of(writer.contents, len(source))}")
         yield writer
         if not is_finished(folder):
@@ -137,7 +145,7 @@ def features_to_log(model: VisionLanguageModel, source: SampleSource, config: Ru
         if settings.features == "fill":
             log(f"features: filling {folder} with {size_of(_needed(model, config), len(source))}")
             return write_features(
-                model.vision_tower, source, folder, _needed(model, config), workers=settings.workers, budget=settings.bad_samples, label=label
+                model.tower, source, folder, _needed(model, config), workers=settings.workers, budget=settings.bad_samples, label=label
             )  # fmt: skip
         if not is_finished(config.features / "train"):
             raise ConfigError(f"{config.features} holds no features, neither in train nor in val: write them with `adalink features`, or give features: null")
@@ -152,16 +160,16 @@ def log(line: str) -> None:
 
 
 def _matching(folder: Path, model: VisionLanguageModel, source: SampleSource) -> CachedFeatures:
-    cache = matching_features(folder, model.vision_tower, source, needed_contents(model.adapted.active_adapter(), all_contents(model.vision_tower)))
+    cache = matching_features(folder, model.tower, source, needed_contents(model.adapted.active_adapter(), all_contents(model.tower)))
     many = f"{counted(len(cache), 'image')} {'is' if len(cache) == 1 else 'are'}"
     log(f"features: {many} read from {folder}, {cache.contents} of {model.tower.name}; {len(cache.bad):,} have none")
     return cache
 
 
-def _needed(model: VisionLanguageModel, config: RunConfig) -> Contents:
-    return needed_contents(model.adapted.active_adapter(), all_contents(model.vision_tower, config.features_dtype))
+def _needed(model: VisionLanguageModel, config: RunConfig) -> AnyContents:
+    return needed_contents(model.adapted.active_adapter(), all_contents(model.tower, config.features_dtype))
 
 
-def size_of(contents: Contents, n_images: int) -> str:
+def size_of(contents: AnyContents, n_images: int) -> str:
     """What a folder of features takes: `31.76 GiB: 113,287 images of 301,056 bytes, 196 patches of width 768 in float16`."""
-    return f"{as_size(n_images * contents.n_bytes)}: {n_images:,} images of {contents.n_bytes:,} bytes, {contents}"
+    return f"{as_size(n_images * contents.n_bytes)}: {n_images:,} images of {contents.size}, {contents}"

@@ -14,9 +14,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from adalink.errors import DataError
 from multimodal.batches.collate import Batch, stacked
-from multimodal.batches.prepared import Prepared
-from multimodal.data.feature_cache.format import Contents, StoredDtype, all_contents, rounded, torch_dtype
+from multimodal.batches.prepared import ImageBatch, Prepared
+from multimodal.data.feature_cache.format import AnyContents, Contents, StoredDtype, VectorContents, all_contents
 from multimodal.data.feature_cache.reader import FeatureCache, bind
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.images.decode import BadImage
@@ -75,10 +76,12 @@ def _read_one(source: SampleSource, preprocess: Any, index: int) -> Tensor | Bad
         return read_pixels(sample, preprocess)
     except BadImage as error:
         return BadSample(key=sample.key, reason=error.reason, detail=str(error), file=sample.file)
+    except DataError as error:  # the processor cannot take it
+        return BadSample(key=sample.key, reason="unreadable", detail=str(error), file=sample.file)
 
 
 @contextlib.contextmanager
-def opened_writer(tower: VisionTower, source: SampleSource, folder: Path, contents: Contents) -> Iterator[FeatureWriter]:
+def opened_writer(tower: VisionTower | ModelTower, source: SampleSource, folder: Path, contents: AnyContents) -> Iterator[FeatureWriter]:
     """A writer of these images' features, which lets go of the folder at the end. Raises as FeatureWriter does, and as `bind`."""
     writer = FeatureWriter(folder, bind(tower, source), contents)
     try:
@@ -88,7 +91,7 @@ def opened_writer(tower: VisionTower, source: SampleSource, folder: Path, conten
 
 
 def write_features(
-    tower: VisionTower, source: SampleSource, folder: Path, contents: Contents, *, workers: int = 0, budget: int = 0, label: str = "encoding"
+    tower: VisionTower | ModelTower, source: SampleSource, folder: Path, contents: AnyContents, *, workers: int = 0, budget: int = 0, label: str = "encoding"
 ) -> FeatureCache:
     """Write the folder, or what is missing of it; each of several processes encodes its share. A whole folder is checked, every byte.
 
@@ -103,7 +106,7 @@ def write_features(
 
 
 def complete(
-    writer: FeatureWriter, tower: VisionTower, source: SampleSource, *, workers: int = 0, budget: int | None = None, label: str = "encoding"
+    writer: FeatureWriter, tower: VisionTower | ModelTower, source: SampleSource, *, workers: int = 0, budget: int | None = None, label: str = "encoding"
 ) -> FeatureCache:
     """Encode the images that are missing, and finish the folder; all processes together. budget: None where bad images count elsewhere."""
     if writer.is_whole:
@@ -117,7 +120,7 @@ def complete(
     with tqdm(total=n_own, desc=label, unit="image", disable=None if state.is_main_process else True, dynamic_ncols=True) as bar:
         for images, features, found in encoded_groups(tower, source, groups, workers=workers):
             if features is not None:
-                writer.add(images, writer.contents.of(features).cpu())
+                writer.add(images, writer.contents.of(features))
             bad.update(found)
             for sample in found.values():
                 counted.add(sample)
@@ -141,7 +144,7 @@ class FillingLoader:
     another run, or in `adalink features`.
     """
 
-    def __init__(self, stream: TrainLoader, writer: FeatureWriter, tower: VisionTower, source: SampleSource, *, workers: int) -> None:
+    def __init__(self, stream: TrainLoader, writer: FeatureWriter, tower: VisionTower | ModelTower, source: SampleSource, *, workers: int) -> None:
         self._stream, self._writer, self._tower, self._source, self._workers = stream, writer, tower, source, workers
         self.steps = 0
 
@@ -169,13 +172,15 @@ class FillingLoader:
         self._stream.load_state_dict(state)
 
     def _retained(self, loaded: Loaded) -> Loaded:
-        batch, contents = loaded.batch, self._writer.contents
-        if batch is None or batch.pixels is None:
+        batch, contents, tower = loaded.batch, self._writer.contents, self._tower
+        given = None if batch is None else batch.prepared if isinstance(tower, ModelTower) else batch.pixels
+        if batch is None or given is None:
             return loaded
-        records = contents.of(self._tower.encode(batch.pixels))
-        self._writer.add(loaded.images, records.cpu())
-        patches, taps = (records, None) if contents.patches else (None, records)
-        return replace(loaded, batch=replace(batch, pixels=None, patches=patches, taps=taps))
+        encode: Any = tower.encode
+        records = contents.of(encode(given))
+        self._writer.add(loaded.images, records)
+        features: dict[str, Any] = {contents.kind: records} if isinstance(records, Tensor) else {"prepared": ImageBatch(samples=tuple(records))}
+        return replace(loaded, batch=replace(batch, **{"pixels": None, **features}))
 
 
 # ----------------------------------------
@@ -249,12 +254,13 @@ class VectorTable:
 
 
 def _vectors_of_all(tower: ModelTower, source: SampleSource, *, workers: int, label: str, dtype: StoredDtype) -> VectorTable:
-    state, stored = process_state(), torch_dtype(dtype)
+    state, contents = process_state(), all_contents(tower, dtype)
+    assert isinstance(contents, VectorContents)
     images: dict[int, Prepared] = {}
     bad: dict[int, BadSample] = {}
     own = range(state.process_index, -(-len(source) // GROUP), state.num_processes)
     for indices, encoded, found in progress(encoded_groups(tower, source, own, workers=workers), label, len(own)):
-        images |= {index: image.encoded(rounded(image.vectors, stored).cpu()) for index, image in zip(indices, encoded or (), strict=True)}
+        images |= {i: image.encoded(image.vectors.cpu()) for i, image in zip(indices, contents.of(encoded or ()), strict=True) if image.vectors is not None}
         bad |= found
     if state.num_processes > 1:
         gathered = gather_object([(images, bad)])
@@ -272,6 +278,7 @@ def encode_all(
     if isinstance(model.tower, ModelTower):
         return _vectors_of_all(model.tower, source, workers=workers, label=label, dtype=dtype)
     tower, state, contents = model.tower, process_state(), all_contents(model.tower, dtype)
+    assert isinstance(contents, Contents)
     table = torch.zeros(len(source), *contents.shape, dtype=contents.torch_dtype)
     bad: dict[int, BadSample] = {}
     own = range(state.process_index, -(-len(source) // GROUP), state.num_processes)

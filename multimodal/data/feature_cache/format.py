@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import struct
+import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,14 +21,15 @@ from adalink import Adapter
 from adalink.errors import ConfigError, DataError
 from adalink.methods.bridge import Projection
 from adalink.methods.epalm import Tap
+from multimodal.batches.prepared import Prepared
 from multimodal.data.inputs import StoredDtype
 from multimodal.encoders.base import Features
 from multimodal.encoders.tower import VisionTower
+from multimodal.existing.tower import ModelTower
 
 __all__ = [
-    "ABSENT", "MEND", "Contents", "ShardFile", "StoredDtype", "all_contents", "as_size", "check_of", "needed_contents", "rounded", "seal",
-    "torch_dtype",
-    "trim", "word_bytes",
+    "ABSENT", "MEND", "AnyContents", "Contents", "ShardFile", "StoredDtype", "VectorContents", "all_contents", "as_size", "check_of",
+    "contents_from", "needed_contents", "rounded", "seal", "trim", "word_bytes",
 ]  # fmt: skip
 
 
@@ -47,13 +49,13 @@ class Contents:
     pooled: int
     width: int
     dtype: StoredDtype = "float16"
+    columns: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         """Check what a manifest can get wrong."""
         if self.patches < 0 or self.pooled < 0 or self.patches + self.pooled < 1 or self.width < 1:
             raise ConfigError(f"{self.patches} patches and {self.pooled} pooled vectors of width {self.width} cannot be kept: give one vector or more")
-        if self.dtype not in _DTYPES:
-            raise ConfigError(f"features cannot be kept in {self.dtype!r}: give one of {', '.join(_DTYPES)}")
+        _check_dtype(self.dtype)
 
     def __str__(self) -> str:
         parts = [f"{count} {name}" for count, name in ((self.patches, "patches"), (self.pooled, "pooled vectors")) if count]
@@ -74,6 +76,16 @@ class Contents:
         """Of one record. 50 patches of width 768 in float16: 76,800."""
         return self.shape[0] * self.width * self.torch_dtype.itemsize
 
+    @property
+    def size(self) -> str:
+        """Of one record, for a reader."""
+        return f"{self.n_bytes:,} bytes"
+
+    @property
+    def kind(self) -> Literal["patches", "taps"]:
+        """What the features are; see `CachedFeatures.kind`."""
+        return "patches" if self.patches else "taps"
+
     def of(self, features: Features) -> Tensor:
         """[B, patches + pooled, Dv] in the dtype that is kept. Raises DataError for values that it cannot hold."""
         parts = [features.patches] if self.patches else []
@@ -81,17 +93,122 @@ class Contents:
             parts.append(features.pooled[-self.pooled :].transpose(0, 1))
         return rounded(torch.cat(parts, 1), self.torch_dtype)
 
-    def inside(self, whole: Contents) -> list[slice] | None:
+    def packed(self, records: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
+        """The bytes of each record."""
+        return [record.cpu().contiguous().view(-1).view(torch.uint8).numpy() for record in records]
+
+    def unpacked(self, words: Tensor) -> Tensor:
+        """The record of these bytes, which it goes on using."""
+        return words.view(self.torch_dtype).view(self.shape)
+
+    def tensor(self, n_bytes: int) -> dict[str, Any]:
+        """What a file's header says of so many bytes of records."""
+        return {"dtype": _NAMES[self.dtype], "shape": [n_bytes // self.n_bytes, *self.shape]}
+
+    def inside(self, whole: AnyContents) -> list[slice] | None:
         """Where these vectors lie in a record that holds more; None where it does not hold them all."""
+        if isinstance(whole, VectorContents):
+            return None
         if self.width != whole.width or self.patches not in (0, whole.patches) or self.pooled > whole.pooled:
             return None
         end = whole.patches + whole.pooled
         return [part for part in (slice(0, self.patches), slice(end - self.pooled, end)) if part.stop > part.start]
 
 
-def torch_dtype(name: StoredDtype) -> torch.dtype:
-    """The dtype of that name."""
-    return _DTYPES[name]
+@dataclass(frozen=True, kw_only=True)
+class VectorContents:
+    """The vectors that a record holds for a model that sees already: each image has a number of its own, and its words and grid beside them.
+
+    vectors  how many a test image has, from which sizes are estimated
+    width    W of a vector, deep features included
+    """
+
+    vectors: int
+    width: int
+    dtype: StoredDtype = "float16"
+    columns: ClassVar[int] = 3
+    kind: ClassVar[Literal["patches"]] = "patches"
+
+    def __post_init__(self) -> None:
+        """Check what a manifest can get wrong."""
+        if self.vectors < 1 or self.width < 1:
+            raise ConfigError(f"{self.vectors} vectors of width {self.width} cannot be kept: give one vector or more")
+        _check_dtype(self.dtype)
+
+    def __str__(self) -> str:
+        return f"image vectors of width {self.width} in {self.dtype} ({self.vectors} of a test image)"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one vector."""
+        return 1, self.width
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the vectors."""
+        return _DTYPES[self.dtype]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the test image's vectors; other images have more or fewer."""
+        return self.vectors * self.width * self.torch_dtype.itemsize
+
+    @property
+    def size(self) -> str:
+        """Of one record, for a reader."""
+        return f"about {self.n_bytes:,} bytes"
+
+    def of(self, images: Sequence[Prepared]) -> list[Prepared]:
+        """The same with vectors in the dtype that is kept. Raises DataError for values that it cannot hold."""
+        return [image.encoded(rounded(image.vectors, self.torch_dtype)) for image in images if image.vectors is not None]
+
+    def packed(self, records: Sequence[Prepared]) -> list[NDArray[np.uint8]]:
+        """The bytes of each record: how many the JSON of words, counts and grids takes, that JSON, and the vectors; in multiples of 8 bytes."""
+        found = []
+        for record in records:
+            assert record.vectors is not None
+            stated = {"wording": record.wording, "counts": record.counts, "grids": [grid.flatten().tolist() for grid in record.grids]}
+            words = json.dumps(stated).encode("ascii")
+            words = struct.pack("<Q", _aligned(len(words))) + words.ljust(_aligned(len(words)))
+            vectors = record.vectors.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            found.append(np.frombuffer(bytearray(words + vectors.ljust(_aligned(len(vectors)), b"\0")), dtype=np.uint8))
+        return found
+
+    def unpacked(self, words: Tensor) -> Prepared:
+        """The record of these bytes, which its vectors go on using."""
+        raw = words.view(torch.uint8)
+        start = 8 + int(words[0])
+        stated = json.loads(raw[8:start].numpy().tobytes())
+        n_bytes = sum(stated["counts"]) * self.width * self.torch_dtype.itemsize
+        vectors = raw[start : start + n_bytes].view(self.torch_dtype).view(-1, self.width)
+        grids = tuple(torch.tensor([grid], dtype=torch.int64) for grid in stated["grids"])
+        return Prepared(wording=tuple(stated["wording"]), counts=tuple(stated["counts"]), grids=grids, vectors=vectors)
+
+    def tensor(self, n_bytes: int) -> dict[str, Any]:
+        """What a file's header says of so many bytes of records."""
+        return {"dtype": "U8", "shape": [n_bytes]}
+
+    def inside(self, whole: AnyContents) -> list[slice] | None:
+        """All of a record; None where it is of other vectors."""
+        return [slice(None)] if isinstance(whole, VectorContents) and whole.width == self.width else None
+
+
+AnyContents = Contents | VectorContents
+
+
+def contents_from(content: Mapping[str, Any]) -> AnyContents:
+    """The reverse of `dataclasses.asdict`. Raises TypeError or ConfigError where something does not fit."""
+    return VectorContents(**content) if "vectors" in content else Contents(**content)
+
+
+def _check_dtype(name: str) -> None:
+    if name not in _DTYPES:
+        raise ConfigError(f"features cannot be kept in {name!r}: give one of {', '.join(_DTYPES)}")
+
+
+def _aligned(n_bytes: int) -> int:
+    """The next multiple of 8."""
+    return -(-n_bytes // 8) * 8
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,13 +227,17 @@ def as_size(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
 
 
-def all_contents(tower: VisionTower, dtype: StoredDtype = "float16") -> Contents:
-    """All that an encoder says of an image: its patches, and the pooled vector of each block where they have one width."""
+def all_contents(tower: VisionTower | ModelTower, dtype: StoredDtype = "float16") -> AnyContents:
+    """All that an encoder says of an image: its patches, and the pooled vector of each block where they have one width; or a model's vectors."""
+    if isinstance(tower, ModelTower):
+        return VectorContents(vectors=tower.example.n_vectors, width=tower.width, dtype=dtype)
     return Contents(patches=tower.n_patches, pooled=tower.n_retained - tower.n_patches, width=tower.width, dtype=dtype)
 
 
-def needed_contents(adapter: Adapter, everything: Contents) -> Contents:
+def needed_contents(adapter: Adapter, everything: AnyContents) -> AnyContents:
     """What an adapter reads of an image: a bridge the patches, eP-ALM the last few pooled vectors. All, where nothing says that it reads."""
+    if isinstance(everything, VectorContents):
+        return everything  # the model itself reads them
     patches, pooled = 0, 0
     for module in adapter.modules():
         if isinstance(module, (Projection, Tap)) and module.source == "image":
@@ -134,6 +255,11 @@ def needed_contents(adapter: Adapter, everything: Contents) -> Contents:
 #     image   int64 [C]          which image each record is of; -1 where there is none (yet)
 #     check     int64 [C]          the crc32 of the image's number and the record: a changed bit changes it, and so do words that changed places
 #     features  [M, N + L, Dv]     the first M of C records are written
+#
+# Records of a model that sees already differ in size. Their file has one tensor more, and its features are bytes:
+#
+#     end       int64 [C]          where each record ends; it begins where the one before it ends
+#     features  uint8 [bytes]
 #
 # A record becomes part of the file when its image is written, which is last. While a file is being written its header says M = C;
 # `seal` puts the true M there, and other programs can then read the file too. Files of format 1, whose check is a sum, are read and continued
@@ -163,15 +289,13 @@ def word_bytes(n_bytes: int) -> int:
     return 2 if n_bytes % 8 else 8
 
 
-def _header(contents: Contents, capacity: int, records: int, version: str) -> bytes:
-    """The head of a file; safetensors allows the spaces after the JSON."""
-    ends = [8 * capacity, 16 * capacity, 16 * capacity + records * contents.n_bytes]
-    tensors = {
-        "__metadata__": {"format": version},
-        "picture": {"dtype": "I64", "shape": [capacity], "data_offsets": [0, ends[0]]},
-        "check": {"dtype": "I64", "shape": [capacity], "data_offsets": ends[:2]},
-        "features": {"dtype": _NAMES[contents.dtype], "shape": [records, *contents.shape], "data_offsets": ends[1:]},
-    }
+def _header(contents: AnyContents, capacity: int, n_bytes: int, version: str) -> bytes:
+    """The head of a file with so many bytes of records; safetensors allows the spaces after the JSON."""
+    tensors: dict[str, Any] = {"__metadata__": {"format": version}}
+    for i, name in enumerate(("picture", "check", "end")[: contents.columns]):
+        tensors[name] = {"dtype": "I64", "shape": [capacity], "data_offsets": [8 * capacity * i, 8 * capacity * (i + 1)]}
+    start = 8 * capacity * contents.columns
+    tensors["features"] = {**contents.tensor(n_bytes), "data_offsets": [start, start + n_bytes]}
     return struct.pack("<Q", HEADER - 8) + json.dumps(tensors).encode("ascii").ljust(HEADER - 8)
 
 
@@ -181,7 +305,7 @@ class ShardFile:
     Reads are of a place, not mapped: a file that was cut is told as such, where a memory map would end the process with SIGBUS.
     """
 
-    def __init__(self, path: Path, contents: Contents, *, is_written: bool = False) -> None:
+    def __init__(self, path: Path, contents: AnyContents, *, is_written: bool = False) -> None:
         """Raises DataError where the file cannot be opened, or begins as none of these contents."""
         self.path, self.contents = path, contents
         try:
@@ -191,10 +315,10 @@ class ShardFile:
         self.capacity, self.version = _capacity(os.pread(self._number, HEADER, 0), contents, path)
         self._check = _sum_of if self.version == _FORMATS[0] else check_of
         # Asked for at every read.
-        self._size, self._dtype, self._shape, self._start = contents.n_bytes, contents.torch_dtype, contents.shape, HEADER + 16 * self.capacity
+        self._size, self._start = contents.n_bytes if contents.columns == 2 else 0, HEADER + 8 * contents.columns * self.capacity
         self._word = np.dtype(f"i{word_bytes(self._size)}")
 
-    def __reduce__(self) -> tuple[type[ShardFile], tuple[Path, Contents]]:
+    def __reduce__(self) -> tuple[type[ShardFile], tuple[Path, AnyContents]]:
         return ShardFile, (self.path, self.contents)  # a worker process that is not forked opens its own
 
     def __del__(self) -> None:
@@ -202,39 +326,55 @@ class ShardFile:
             os.close(self._number)
 
     @classmethod
-    def create(cls, path: Path, contents: Contents, capacity: int) -> ShardFile:
+    def create(cls, path: Path, contents: AnyContents, capacity: int) -> ShardFile:
         """A new file without a record. Raises OSError."""
         with path.open("xb") as file:
-            file.write(_header(contents, capacity, capacity, _FORMATS[-1]))
+            file.write(_header(contents, capacity, capacity * contents.n_bytes, _FORMATS[-1]))
             file.write(np.full(capacity, ABSENT, dtype=np.int64).tobytes())
-            file.truncate(HEADER + 16 * capacity)
+            file.truncate(HEADER + 8 * contents.columns * capacity)
         return cls(path, contents, is_written=True)
 
     def index(self) -> NDArray[np.int64]:
-        """int64 [2, C]: the image and the check of each record. Raises DataError where the file ends before."""
+        """int64 [2, C]: the image and the check of each slot. Raises DataError where the file ends before."""
         data = bytearray(16 * self.capacity)
         if os.preadv(self._number, [data], HEADER) != len(data):
             raise DataError(f"{self.path} is cut: it has {os.fstat(self._number).st_size} bytes; {MEND}")
         return np.frombuffer(data, dtype=np.int64).reshape(2, self.capacity)
 
-    def read(self, slot: int, image: int, check: int) -> Tensor:
-        """One record, [N + L, Dv], in memory of its own. Raises DataError where it is not what was written."""
-        buffer = np.empty(self._size // self._word.itemsize, dtype=self._word)
-        found = os.preadv(self._number, [buffer], self._start + slot * self._size)  # type: ignore[list-item]  # a buffer, whatever its type says
+    def read(self, slot: int, image: int, check: int) -> Tensor | Prepared:
+        """One record, [N + L, Dv] or a Prepared, in memory of its own. Raises DataError where it is not what was written."""
+        start, end = self._place(slot)
+        buffer = np.empty((end - start) // self._word.itemsize, dtype=self._word)
+        found = os.preadv(self._number, [buffer], self._start + start)  # type: ignore[list-item]  # a buffer, whatever its type says
         words = torch.from_numpy(buffer)
-        if found != self._size or check != self._check(words, image):
+        if start == end or found != end - start or check != self._check(words, image):
             raise DataError(
                 f"the features of image {image} in {self.path} are not what was written: the file was cut or changed; {MEND}"
             )
-        return words.view(self._dtype).view(self._shape)
+        return self.contents.unpacked(words)
 
-    def write(self, slot: int, images: Sequence[int], records: Tensor) -> None:
-        """Put records [B, N + L, Dv] at a slot and those after it; their images last. Raises OSError, the disk being full for instance."""
-        raw = records.contiguous().view(len(records), -1).view(torch.uint8).numpy().view(self._word)
-        checks = [self._check(words, image) for words, image in zip(torch.from_numpy(raw), images, strict=True)]
-        self._put(raw, self._start + slot * self._size)
+    def write(self, slot: int, images: Sequence[int], records: Sequence[Tensor] | Sequence[Prepared]) -> None:
+        """Put records, [B, N + L, Dv] or of B images, at a slot and after it; their images last. Raises OSError, the disk being full for instance."""
+        raw = self.contents.packed(records)  # type: ignore[arg-type]  # the contents' own kind
+        checks = [self._check(torch.from_numpy(one.view(self._word)), image) for one, image in zip(raw, images, strict=True)]
+        start = self.end(slot - 1)
+        self._put(np.concatenate(raw), self._start + start)
+        if not self._size:
+            self._put(start + np.cumsum([len(one) for one in raw], dtype=np.int64), HEADER + 8 * (2 * self.capacity + slot))
         self._put(np.asarray(checks, dtype=np.int64), HEADER + 8 * (self.capacity + slot))
         self._put(np.asarray(images, dtype=np.int64), HEADER + 8 * slot)
+
+    def end(self, slot: int) -> int:
+        """Where a record ends, in bytes from the first one's beginning; 0 before the first."""
+        if self._size or slot < 0:
+            return self._size * (slot + 1)
+        return int.from_bytes(os.pread(self._number, 8, HEADER + 8 * (2 * self.capacity + slot)), sys.byteorder, signed=True)
+
+    def _place(self, slot: int) -> tuple[int, int]:
+        """Where a record begins and ends; nowhere, where that cannot be."""
+        start, end = self.end(slot - 1), self.end(slot)
+        is_there = self._size or (0 <= start < end <= os.fstat(self._number).st_size and start % 8 == end % 8 == 0)
+        return (start, end) if is_there else (0, 0)
 
     def erase(self, slot: int) -> None:
         """Take a damaged record away. Raises OSError."""
@@ -247,8 +387,8 @@ class ShardFile:
             view, offset = view[written:], offset + written
 
 
-def trim(path: Path, contents: Contents) -> tuple[int, int]:
-    """End a file after its last record; its records and bytes. A file without records is removed: (0, 0).
+def trim(path: Path, contents: AnyContents) -> tuple[int, int]:
+    """End a file after its last record; the bytes of its records and of the file. A file without records is removed: (0, 0).
 
     Raises DataError where it is none of these contents, OSError where the disk refuses it.
     """
@@ -257,32 +397,32 @@ def trim(path: Path, contents: Contents) -> tuple[int, int]:
     if not len(used):
         path.unlink()
         return 0, 0
-    n_records = int(used[-1]) + 1
-    size = HEADER + 16 * file.capacity + n_records * contents.n_bytes
+    n_bytes = file.end(int(used[-1]))
+    size = HEADER + 8 * contents.columns * file.capacity + n_bytes
     if path.stat().st_size != size:
         os.truncate(path, size)
-    return n_records, size
+    return n_bytes, size
 
 
-def seal(path: Path, contents: Contents) -> int:
+def seal(path: Path, contents: AnyContents) -> int:
     """End a file, say in its header how many records it holds, and put it on the disk; its bytes, 0 where it is removed. Raises as `trim`."""
-    n_records, size = trim(path, contents)
-    if n_records:
+    n_bytes, size = trim(path, contents)
+    if n_bytes:
         with path.open("r+b") as stream:
             file = ShardFile(path, contents)
-            stream.write(_header(contents, file.capacity, n_records, file.version))
+            stream.write(_header(contents, file.capacity, n_bytes, file.version))
             stream.flush()
             os.fsync(stream.fileno())
     return size
 
 
-def _capacity(head: bytes, contents: Contents, path: Path) -> tuple[int, str]:
+def _capacity(head: bytes, contents: AnyContents, path: Path) -> tuple[int, str]:
     """The records that a file has room for, and its format; DataError where its header is not, to the byte, one that we write."""
     try:
         stated = json.loads(head[8:])
-        capacity, records = int(stated["picture"]["shape"][0]), int(stated["features"]["shape"][0])
+        capacity, (start, end) = int(stated["picture"]["shape"][0]), map(int, stated["features"]["data_offsets"])
         version = str(stated["__metadata__"]["format"])
-        if version not in _FORMATS or _header(contents, capacity, records, version) != head:
+        if version not in _FORMATS or _header(contents, capacity, end - start, version) != head:
             raise ValueError("another header than it should have")
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path} is no file of {contents}: {error}; {MEND}") from None

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,13 @@ from adalink import fingerprint
 from adalink.checkpoint.fingerprint import Sketch
 from adalink.errors import ConfigError, DataError
 from adalink.files import write_whole
-from multimodal.data.feature_cache.format import ABSENT, MEND, Contents, ShardFile
+from multimodal.batches.prepared import Prepared
+from multimodal.data.feature_cache.format import ABSENT, MEND, AnyContents, ShardFile, contents_from
 from multimodal.data.order import fingerprint_of
 from multimodal.data.shards.reader import DamagedSample
 from multimodal.encoders.bound_parts import test_image
 from multimodal.encoders.tower import VisionTower
+from multimodal.existing.tower import ModelTower
 from multimodal.sample import BadSample, Sample, SampleSource
 
 __all__ = [
@@ -66,6 +68,7 @@ class Binding:
     data         a fingerprint of them and their order; texts do not count, so captions and questions of one list of images share features
     slices       of some bytes of every image that is a file: one that was replaced by another of its size shows; empty where `data` says it
                  all, and in folders that were written before it was looked at
+    processor    of a model that sees already: the settings of its processor that decide what it makes of an image, as JSON by name
     """
 
     encoder: str
@@ -77,36 +80,44 @@ class Binding:
     images: int
     data: str
     slices: str = ""
+    processor: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, under the keys of the file's format."""
-        return {"pictures" if name == "images" else name: value for name, value in asdict(self).items()}
+        known = {"pictures" if name == "images" else name: value for name, value in asdict(self).items()}
+        return {name: value for name, value in known.items() if value or name != "processor"}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Binding:
         """The reverse. Raises KeyError, TypeError or ValueError where something does not fit."""
         sketches: dict[str, Any] = {name: Sketch.from_json(content[name]) for name in ("pixels", "features")}
         words: dict[str, Any] = {name: str(content[name]) for name in ("encoder", "fingerprint", "precision", "data")}
-        return cls(**words, **sketches, layer=int(content["layer"]), images=int(content["pictures"]), slices=str(content.get("slices", "")))
+        words |= {"slices": str(content.get("slices", "")), "processor": {str(name): str(value) for name, value in content.get("processor", {}).items()}}
+        return cls(**words, **sketches, layer=int(content["layer"]), images=int(content["pictures"]))
 
 
-def bind(tower: VisionTower, source: SampleSource) -> Binding:
+def bind(tower: VisionTower | ModelTower, source: SampleSource) -> Binding:
     """What this encoder's features of these images are bound to; one image is encoded for it.
 
     Raises ConfigError where the encoder has trained weights: its features change with every step.
     """
-    pixels = tower.preprocess(test_image())
     data, slices = _fingerprints_of_images(source)
+    if isinstance(tower, ModelTower):
+        weights, sketches, processor = tower.language.model, tower.sketches(), tower.processor.settings()
+    else:
+        pixels = tower.preprocess(test_image())
+        weights, processor = tower, {}
+        sketches = {"pixels": Sketch.of(pixels), "features": Sketch.of(tower.encode(pixels[None]).joined)}
     return Binding(
         encoder=tower.name,
-        fingerprint=fingerprint(tower),
-        precision=str(next(tower.encoder.parameters()).dtype).removeprefix("torch."),
+        fingerprint=fingerprint(weights),
+        precision=str(next(weights.parameters()).dtype).removeprefix("torch."),
         layer=tower.layer,
-        pixels=Sketch.of(pixels),
-        features=Sketch.of(tower.encode(pixels[None]).joined),
+        **sketches,
         images=len(source),
         data=data,
         slices=slices,
+        processor=processor,
     )
 
 
@@ -120,10 +131,13 @@ def refuse_other(written: Binding, here: Binding, folder: Path) -> None:
 
 def _differences(was: Binding, now: Binding) -> Iterator[tuple[str, object, object]]:
     if was.fingerprint != now.fingerprint:
-        yield "the encoder", f"{was.encoder} ({was.fingerprint})", f"{now.encoder} ({now.fingerprint})"
+        yield "the model" if was.processor and now.processor else "the encoder", f"{was.encoder} ({was.fingerprint})", f"{now.encoder} ({now.fingerprint})"
     for name, words in (("layer", "the encoder's layer"), ("precision", "an encoder that computes in")):
         if getattr(was, name) != getattr(now, name):
             yield words, getattr(was, name), getattr(now, name)
+    for name in sorted({*was.processor, *now.processor}):
+        if (given := was.processor.get(name)) != (here := now.processor.get(name)):
+            yield f"a processor whose {name} is", given, here
     if (gap := was.pixels.difference(now.pixels)) > SAME_PIXELS:
         yield "images prepared as", f"{was.pixels}", f"{now.pixels} (a test image differs by {100 * gap:.0f} % of the range)"
     if (gap := was.features.difference(now.features)) > SAME_FEATURES:
@@ -203,7 +217,7 @@ class FeatureManifest:
     """
 
     binding: Binding
-    contents: Contents
+    contents: AnyContents
     shards: Mapping[str, int] = field(default_factory=dict)
     bad: Mapping[int, BadSample] = field(default_factory=dict)
 
@@ -234,7 +248,7 @@ def read_manifest(folder: Path, name: str = FINISHED) -> FeatureManifest:
             raise ValueError(f"its format is {str(content.get('format') if isinstance(content, dict) else content)[:60]!r}, expected {_FORMAT!r}")
         return FeatureManifest(
             binding=Binding.from_json(content["of"]),
-            contents=Contents(**content["kept"]),
+            contents=contents_from(content["kept"]),
             shards={_file_name(file): int(size) for file, size in content["shards"].items()},
             bad={int(index): BadSample.from_row(row) for index, *row in content["bad"]},
         )
@@ -278,7 +292,7 @@ class FeatureCache:
     bad       the samples that have no features, by index
     """
 
-    def __init__(self, files: Sequence[ShardFile], places: NDArray[np.int64], contents: Contents, bad: Mapping[int, BadSample]) -> None:
+    def __init__(self, files: Sequence[ShardFile], places: NDArray[np.int64], contents: AnyContents, bad: Mapping[int, BadSample]) -> None:
         """places: int64 [n, 4]: file, record in it, the image's number there, and its check sum."""
         self._files, self._places, self.contents, self.bad = tuple(files), places, contents, dict(bad)
         stored = files[0].contents if files else contents
@@ -323,15 +337,15 @@ class FeatureCache:
     @property
     def kind(self) -> Literal["patches", "taps"]:
         """What the features are."""
-        return "patches" if self.contents.patches else "taps"
+        return self.contents.kind
 
-    def __getitem__(self, index: int) -> Tensor | BadSample:
-        """[N + L, Dv] in the dtype that is kept, in memory of its own. Raises DataError where the file was cut or changed since."""
+    def __getitem__(self, index: int) -> Tensor | Prepared | BadSample:
+        """[N + L, Dv] in the dtype that is kept, or a Prepared, in memory of its own. Raises DataError where the file was cut or changed since."""
         if index in self.bad:
             return self.bad[index]
         number, slot, image, check = self._places[index].tolist()
         record = self._files[number].read(slot, image, check)
-        if self._parts is None:
+        if self._parts is None or isinstance(record, Prepared):
             return record
         return record[self._parts[0]] if len(self._parts) == 1 else torch.cat([record[part] for part in self._parts])
 
@@ -344,9 +358,9 @@ class FeatureCache:
         bad = {i: self.bad[index] for i, index in enumerate(indices) if index in self.bad}
         return FeatureCache(self._files, self._places[list(indices)], self.contents, bad)
 
-    def reading(self, needed: Contents, folder: Path) -> FeatureCache:
+    def reading(self, needed: AnyContents, folder: Path) -> FeatureCache:
         """The same, of which only what is needed is handed out, in the dtype that is kept. Raises ConfigError where that is not in it."""
-        wanted = Contents(patches=needed.patches, pooled=needed.pooled, width=needed.width, dtype=self.contents.dtype)
+        wanted = replace(needed, dtype=self.contents.dtype)
         if wanted.inside(self.contents) is None:
             raise ConfigError(
                 f"the features in {folder} are {self.contents}, and these methods read {wanted}: write them with `adalink features` and this config"
@@ -358,7 +372,7 @@ class FeatureCache:
 # Features on disk for a model that is here: read where they are its own, refused where they are not.
 
 
-def matching_features(folder: Path, tower: VisionTower, source: SampleSource, needed: Contents) -> FeatureCache:
+def matching_features(folder: Path, tower: VisionTower | ModelTower, source: SampleSource, needed: AnyContents) -> FeatureCache:
     """The folder's features of these images by this encoder, of which only what is needed is read.
 
     Raises DataError as `FeatureCache.open`; ConfigError, naming both sides, where they are of another encoder, layer, preprocessing or data

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from adalink.errors import AdalinkError, ConfigError, DataError
 from adalink.files import locked
-from multimodal.data.feature_cache.format import ABSENT, Contents, ShardFile, as_size, seal, trim
+from multimodal.batches.prepared import Prepared
+from multimodal.data.feature_cache.format import ABSENT, AnyContents, ShardFile, as_size, seal, trim
 from multimodal.data.feature_cache.reader import (
     FINISHED,
     UNFINISHED,
@@ -42,7 +43,7 @@ def shard_files(folder: Path) -> Sequence[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def found_images(folder: Path, contents: Contents, n_images: int) -> NDArray[np.bool_]:
+def found_images(folder: Path, contents: AnyContents, n_images: int) -> NDArray[np.bool_]:
     """bool [n]: whose features are there. Every record is read; one that is damaged is taken out of its file, and a file without a head removed.
 
     Raises DataError where that is refused.
@@ -90,7 +91,7 @@ class FeatureWriter:
     is_whole  whether the folder was found finished, every record as it was written: nothing is to be done
     """
 
-    def __init__(self, folder: Path, binding: Binding, contents: Contents) -> None:
+    def __init__(self, folder: Path, binding: Binding, contents: AnyContents) -> None:
         """All processes together. Raises ConfigError where the folder holds anything else, DataError where the disk is full or refuses it."""
         self.folder, self.binding, self.contents = folder, binding, contents
         self._file: ShardFile | None = None
@@ -132,16 +133,16 @@ class FeatureWriter:
             (self.folder / FINISHED).unlink(missing_ok=True)  # of a set that was found damaged
         return done, is_whole
 
-    def add(self, images: Sequence[int], records: Tensor) -> None:
-        """Write records [B, N + L, Dv] of these images, as far as they are not there. Raises DataError where the disk refuses it."""
+    def add(self, images: Sequence[int], records: Tensor | Sequence[Prepared]) -> None:
+        """Write records, [B, N + L, Dv] or one for each, of these images, as far as they are not there. Raises DataError where the disk refuses it."""
         new = {image: i for i, image in enumerate(images) if not self._done[image]}
-        chosen, retained = list(new), records[list(new.values())]
+        chosen, retained = list(new), [records[i] for i in new.values()]
         try:
             while chosen:
                 if self._file is None or self._slot == self._file.capacity:
                     self._file, self._slot = self._create(), 0
                 room = self._file.capacity - self._slot
-                self._file.write(self._slot, chosen[:room], retained[:room])
+                self._file.write(self._slot, chosen[:room], retained[:room])  # type: ignore[arg-type]  # all of one kind
                 self._done[chosen[:room]] = True
                 self._slot += len(chosen[:room])
                 chosen, retained = chosen[room:], retained[room:]
@@ -196,10 +197,10 @@ class FeatureWriter:
                 return ShardFile.create(path, self.contents, capacity)
 
 
-def _check_room(folder: Path, contents: Contents, n_missing: int) -> None:
-    free, needed = shutil.disk_usage(folder).free, n_missing * (contents.n_bytes + 16)
+def _check_room(folder: Path, contents: AnyContents, n_missing: int) -> None:
+    free, needed = shutil.disk_usage(folder).free, n_missing * (contents.n_bytes + 8 * contents.columns)
     if needed > free:
         raise DataError(
-            f"the features of {n_missing:,} images take {as_size(needed)} ({contents.n_bytes:,} bytes each: {contents}), "
+            f"the features of {n_missing:,} images take {as_size(needed)} ({contents.size} each: {contents}), "
             f"and {folder} has {as_size(free)} left: give a folder on a larger disk"
         )
