@@ -31,7 +31,9 @@ class Turned(nn.Module):
         return h + x @ self.turn
 
 
-@pytest.mark.parametrize("family", test_invariants.FAMILIES)
+@pytest.mark.parametrize(  # the methods of the package meet the others in test_invariants.py
+    "family", [pytest.param(family, marks=() if family in ("llama", "t5") else pytest.mark.slow) for family in test_invariants.FAMILIES]
+)
 def test_a_method_written_here_passes_every_invariant(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Turn:

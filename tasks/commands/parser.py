@@ -150,6 +150,7 @@ def parsed(arguments: Sequence[str]) -> tuple[Command, Any, Any]:
 def _parsed(words: Sequence[str], command: Command, arguments: list[str]) -> tuple[Command, Any, Any]:
     if command.dry and "--dry_run" in arguments:
         command = command.dry
+    _allow_imports(command)
     parser = _new_parser(words, command)
     plain = parser.parse_args(arguments)
     if command.has_config:
@@ -164,19 +165,22 @@ def _parsed(words: Sequence[str], command: Command, arguments: list[str]) -> tup
 
 
 def _new_parser(words: Sequence[str], command: Command, *, about: str = "", is_for_help: bool = False) -> _Parser:
-    """A config may come from anybody, and an import runs code: no setting imports anything but the classes of a config."""
-    allowed: list[str] = []
-    if command.has_config and not is_for_help:
-        from tasks.runs.config import class_paths
-
-        allowed = class_paths()
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
     parser = _Parser(prog=" ".join(["adalink", *words]), description=about)
     parser.is_for_help = is_for_help
     if command.has_config:
         parser.add_argument("--config", action=ConfigFile, help="a YAML file of the settings below; what stands after it on the command line wins")
     command.add(parser)
     return parser
+
+
+def _allow_imports(command: Command) -> None:
+    """A config may come from anybody, and an import runs code: no setting imports anything but the classes of a config."""
+    allowed: list[str] = []
+    if command.has_config:
+        from tasks.runs.config import class_paths
+
+        allowed = class_paths()
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
 
 
 def _help_asked(arguments: Sequence[str]) -> Literal["short", "all"] | None:

@@ -107,7 +107,16 @@ def test_every_layer_reads_what_it_reads_in_the_authors_code(name: str) -> None:
         assert torch.equal(visible(masks[0][:, 0])[:, 1:, 1:], r.case.tensors["mid.mask_visible_pre"].bool())
 
 
-@pytest.mark.parametrize(("name", "key", "rows", "beams"), [(name, *what) for name in NAMES for what in case(name).generations()])
+GENERATIONS = [(name, *what) for name in NAMES for what in case(name).generations()]
+
+
+def generations(shift: int) -> pytest.MarkDecorator:
+    """All of them, of which every second pair of beams and greedy is slow: one test takes those that the other leaves out."""
+    marked = [pytest.param(*each, marks=() if (i // 2 + shift) % 2 == 0 else pytest.mark.slow) for i, each in enumerate(GENERATIONS)]
+    return pytest.mark.parametrize(("name", "key", "rows", "beams"), marked)
+
+
+@generations(0)
 def test_generated_ids_equal_the_authors(name: str, key: str, rows: list[int], beams: int) -> None:
     r = Running(name)
     ids, mask = r.prompts(rows, key)
@@ -126,7 +135,7 @@ def test_generated_ids_equal_the_authors(name: str, key: str, rows: list[int], b
         torch.testing.assert_close(scores, r.case.tensors[f"{key}.scores"].double(), rtol=0, atol=1e-5)  # theirs are kept in float32
 
 
-@pytest.mark.parametrize(("name", "key", "rows", "beams"), [(name, *what) for name in NAMES for what in case(name).generations()])
+@generations(1)
 def test_transformers_generates_the_same_with_and_without_a_cache(name: str, key: str, rows: list[int], beams: int) -> None:
     r = Running(name)
     own_ids, own_mask = r.prompts(rows, key)

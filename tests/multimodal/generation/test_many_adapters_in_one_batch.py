@@ -40,8 +40,9 @@ def served(family: str) -> VisionLanguageModel:
     return model
 
 
-@pytest.mark.parametrize("beams", [1, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "beams"), [*((family, 4) for family in FAMILIES), ("opt", 1), *(pytest.param(family, 1, marks=pytest.mark.slow) for family in FAMILIES if family != "opt")]
+)
 def test_a_mixed_batch_says_what_its_rows_say_alone(family: str, beams: int) -> None:
     model, settings = served(family), GenerationSettings(max_new_tokens=7, num_beams=beams)
     mixed = model.generate(PICTURES, QUESTIONS, settings=settings, adapter_names=NAMES)

@@ -121,10 +121,9 @@ def test_a_wrong_folder_and_a_damaged_one_are_one_sentence(written: Path, tmp_pa
     )
     folder = Path(shutil.copytree(written, tmp_path / "features"))
     flip(next((folder / "train").glob("*.safetensors")), -5)
-    for workers in ("0", "1"):
-        stated = refused(learn(tmp_path / "run", "--features", folder, "--train.workers", workers))
-        assert stated.startswith("the features of image 7 in ")
-        assert "are not what was written: the file was cut or changed; run `adalink features` again, which writes anew what is damaged" in stated
+    stated = refused(learn(tmp_path / "run", "--features", folder, "--train.workers", "1"))  # without workers: test_feature_fill.py
+    assert stated.startswith("the features of image 7 in ")
+    assert "are not what was written: the file was cut or changed; run `adalink features` again, which writes anew what is damaged" in stated
     assert features(folder).code == 0
     assert learn(tmp_path / "mended", "--features", folder).code == 0
 

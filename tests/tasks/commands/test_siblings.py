@@ -44,7 +44,8 @@ def test_a_script_beside_somebodys_tasks_is_told_which_file_is_in_the_way(kind: 
     assert last.endswith("in its place: rename that, or start the program in another folder")
 
 
-@pytest.mark.parametrize("paths", [pytest.param("own", marks=pytest.mark.slow), "theirs first"])
+@pytest.mark.slow  # test_launch.py trains in such a folder, which is first on the search path
+@pytest.mark.parametrize("paths", ["own", "theirs first"])
 def test_the_command_line_does_not_mind_the_working_folder(paths: str, tmp_path: Path) -> None:
     folder = hostile(tmp_path)
     done = run(folder, "-m", "adalink", "methods", paths=(ROOT,) if paths == "own" else (folder, ROOT))
