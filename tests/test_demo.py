@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from cli_run import adalink
 
 from tasks.cli import main
+from tasks.commands.demo import RECIPES
 from tasks.scenes.dataset import Scenes
 from tasks.task import BLIND, TRAINED, UNTRAINED
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]  # only ends a hang: minutes on two free cores
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+# What the default suite trains: a quarter of the demo, which is enough for a model that looks. The demo itself is slow.
+SHORT = {"data": {"train": {"scenes": "train/600"}, "val": {"scenes": "val/40"}}, "train": {"steps": 160, "epochs": None, "measure_every": 80}}
+
+
+def shortened(folder: Path) -> dict[str, Path]:
+    """Recipes like those of the demo, for fewer steps on fewer scenes."""
+    found = {}
+    for task, recipe in RECIPES.items():
+        content = yaml.safe_load(recipe.read_text())
+        for group, values in SHORT.items():
+            content[group] |= values
+        found[task] = folder / recipe.name
+        found[task].write_text(yaml.safe_dump({**content, "train": {name: value for name, value in content["train"].items() if value is not None}}))
+    return found
+
+
+@pytest.fixture(scope="module", params=["short", pytest.param("whole", marks=pytest.mark.slow)])
+def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """The folder of the runs, and what was printed to stdout and stderr."""
-    out = tmp_path_factory.mktemp("demo") / "runs"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "tasks.cli", "demo", "--out", str(out)], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return out, done.stdout, done.stderr
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "short":
+            patched.setattr("tasks.commands.demo.RECIPES", shortened(folder))
+        done = adalink("demo", "--out", folder / "runs")
+    assert done.code == 0, done.err[-2000:]
+    return folder / "runs", done.out, done.err
+
+
+def is_short(demo: tuple[Path, str, str]) -> bool:
+    return (demo[0].parent / "vqa.yaml").exists()
 
 
 def metrics(demo: tuple[Path, str, str], task: str, name: str) -> tuple[float, float, float]:
@@ -39,9 +61,10 @@ def test_captions_depend_on_the_image(demo: tuple[Path, str, str]) -> None:
 
 
 def test_answers_depend_on_the_image(demo: tuple[Path, str, str]) -> None:
+    """After a short training 50 % are right, 37 % untrained and 34 % with other images."""
     untrained, trained, blind = metrics(demo, "vqa", "accuracy")
-    assert trained >= blind + 20
-    assert trained >= untrained + 20
+    assert trained >= blind + (8 if is_short(demo) else 20)
+    assert trained >= untrained + (6 if is_short(demo) else 20)
 
 
 def test_the_tables_are_printed_and_every_file_is_there(demo: tuple[Path, str, str]) -> None:
@@ -51,7 +74,7 @@ def test_the_tables_are_printed_and_every_file_is_there(demo: tuple[Path, str, s
     for task in ("captioning", "vqa"):
         own = [line for line in (printed + log).splitlines() if line.startswith(f"{task:10} | ")]
         assert sum(f"| {TRAINED}" in line for line in own) == 1
-        assert sum(line.endswith("s left") for line in own) > 20
+        assert sum(line.endswith("s left") for line in own) > (6 if is_short(demo) else 20)
         assert {"adapter", "metrics.jsonl", "metrics.json", "config.yaml", "results.json", "report.html"} <= {p.name for p in (out / task).iterdir()}
         page = (out / task / "report.html").read_text()
         assert page.count("<svg") >= 3  # loss, rate, and the task's own metric
