@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap
@@ -34,10 +33,11 @@ from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Batches, Texts, TrainingTask, new_batches
 from multimodal.encoders.bound_parts import encoder_part, language_part
 from multimodal.encoders.tower import VisionTower, load_tower, load_vision_adapter, new_vision_adapter, save_vision_adapter
+from multimodal.existing.conversation import Prompt, asked_of
 from multimodal.existing.inputs import give_inputs
 from multimodal.existing.load import load_existing
 from multimodal.existing.rows import ConversationRows
-from multimodal.existing.tower import ModelTower
+from multimodal.existing.tower import ModelTower, read_images
 from multimodal.existing.trial import tried_ways
 from multimodal.generation.generate import written_texts
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
@@ -228,8 +228,8 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        images: ImageOrFile | Sequence[ImageOrFile],
-        prompts: str | Sequence[str] = "",
+        images: ImageOrFile | Sequence[ImageOrFile | Sequence[ImageOrFile]] | None = None,
+        prompts: Prompt | Sequence[Prompt] = "",
         *,
         settings: GenerationSettings | None = None,
         adapter_names: Sequence[str | None] | None = None,
@@ -240,24 +240,24 @@ class VisionLanguageModel(nn.Module):
         """One text for each image and prompt; a prompt is the question that the template asks (empty in captioning).
 
         images: PIL images, paths or the bytes of files; one alone is asked every prompt. prompts: one alone is asked about every image.
+        A model that sees already also takes several images in the place of one, and conversations in the place of questions: messages as its
+        chat template takes them, whose parts {"type": "image", "image": ...} hold their images, or take those of `images` in order.
         settings: those that the adapter was saved with, where none are given; an adapter made here has the defaults. `max_new_tokens` and
         the other numbers stand in place of theirs.
         adapter_names: one for each row, "__base__" for none; without them the active adapter serves all. Each row is worded by its own
         adapter's template and has its own adapter's slots. Raises ConfigError for an unknown name, for lists of unequal length, and where
-        adapters that were saved with different settings serve one call without settings; DataError for an image that cannot be read.
+        adapters that were saved with different settings serve one call without settings, and for a conversation that the model cannot read;
+        DataError for an image that cannot be read.
         """
-        images, prompts = _pairs(images, prompts)
+        asked = asked_of(images, prompts)
         choice = GenerationChoice(max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=length_penalty)
-        serving = self.adapted.serving(len(images), adapter_names)  # refuses unknown names before anything runs
-        if not images:
+        serving = self.adapted.serving(len(asked), adapter_names)  # refuses unknown names before anything runs
+        if not asked:
             return []
-        decoded = {id(image): decode_image(image) for image in images}  # one that several questions are about is encoded once, and read once
-        read = [self.tower.preprocess(image) for image in decoded.values()]
-        place = {key: i for i, key in enumerate(decoded)}
+        read, about = read_images(self.tower, [beside for beside, _ in asked])
         names = [self.adapted.active] * len(serving.slots) if adapter_names is None else adapter_names
         encoders = {name: self.row_encoder(BASE_NAME if name is None else name) for name in set(names)}
-        about = [place[id(image)] for image in images]
-        rows = [encoders[name].prompt(prompt, read[i]) for name, prompt, i in zip(names, prompts, about, strict=True)]
+        rows = [encoders[name].prompt(prompt, read[i]) for name, (_, prompt), i in zip(names, asked, about, strict=True)]
         batch = collate(rows, about, stacked(read), kind="pixels", side="left", pad_id=self.language.tokenizer.pad_token_id)
         return self.generate_batch(batch.to(self.device), choice.over(settings or self._generation_of(names)), adapter_names)
 
@@ -442,17 +442,6 @@ class VisionLanguageModel(nn.Module):
 
     def _head(self, name: str | None) -> AnswerHead | None:
         return dict(self.heads.items()).get(name or "")  # type: ignore[return-value]  # a ModuleDict holds modules
-
-
-def _pairs(images: ImageOrFile | Sequence[ImageOrFile], prompts: str | Sequence[str]) -> tuple[list[ImageOrFile], list[str]]:
-    """An image for each prompt: one image alone goes with every prompt, one prompt alone with every image."""
-    many = None if isinstance(images, (str, bytes, Path, Image.Image)) else list(images)
-    if isinstance(prompts, str):
-        prompts = [prompts] * (1 if many is None else len(many))
-    found = [images] * len(prompts) if many is None else many
-    if len(found) != len(prompts):
-        raise ConfigError(f"{len(found)} images and {len(prompts)} prompts were given: give one prompt for each image")
-    return found, list(prompts)  # type: ignore[return-value]  # one image is no list here
 
 
 def _pixels(batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["ImageBatch", "Prepared", "joined_inputs"]
+__all__ = ["NO_IMAGE", "ImageBatch", "Prepared", "joined", "joined_inputs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,24 @@ class Prepared:
     def encoded(self, vectors: Tensor) -> Prepared:
         """The same images with their vectors, float [n, W], in place of what the tower reads."""
         return replace(self, inputs=(), vectors=vectors)
+
+
+NO_IMAGE = Prepared(wording=(), counts=())
+
+
+def joined(images: Sequence[Prepared]) -> Prepared:
+    """Images that were prepared apart as those of one conversation, in this order: all with vectors, or all with what the tower reads."""
+    if len(images) < 2:
+        return images[0] if images else NO_IMAGE
+    vectors = [image.vectors for image in images if image.vectors is not None]
+    assert len(vectors) in (0, len(images))
+    return Prepared(
+        wording=tuple(one for image in images for one in image.wording),
+        counts=tuple(one for image in images for one in image.counts),
+        inputs=tuple(one for image in images for one in image.inputs),
+        grids=tuple(one for image in images for one in image.grids),
+        vectors=torch.cat(vectors) if vectors else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

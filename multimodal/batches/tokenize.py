@@ -224,8 +224,12 @@ class RowEncoder:
         self.image_slots = sum(slot.count for slot in slots if slot.domain == IMAGE)
         self.leading = [slot.domain for slot in slots if slot.domain != IMAGE for _ in range(slot.count)]
 
-    def prompt(self, question: str, images: object = None) -> Row:
-        """The row that a text is generated from. Raises ConfigError where it has no token, TextTooLong where it has too many."""
+    reads_turns = False  # nor does it read a conversation
+
+    def prompt(self, question: Any, images: object = None) -> Row:
+        """The row that a text is generated from. Raises ConfigError where it has no token or is no text, TextTooLong where it has too many."""
+        if not isinstance(question, str):
+            raise ConfigError(f"a composed model reads one question, and a conversation of {len(question)} turns was given: give the question as a text")
         ids, domain = [self.placeholder] * len(self.leading), list(self.leading)
         for part in self.template.prompt_parts(question):
             if part == "<image>" and not isinstance(part, Filled):

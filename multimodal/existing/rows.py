@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from adalink import ANSWER, IMAGE, TEXT, Slots
 from adalink.errors import ConfigError, DataError
-from multimodal.batches.prepared import Prepared
+from multimodal.batches.prepared import NO_IMAGE, Prepared
 from multimodal.batches.tokenize import Row, TextTokens, TextTooLong
-from multimodal.existing.words import Processor, Turn
+from multimodal.existing.conversation import Prompt, Turn, text_of, user_turn, worded
+from multimodal.existing.words import Processor
 from multimodal.language import Language
+from multimodal.sample import counted
 from multimodal.template import Template, Text
 
 __all__ = ["Blocks", "ConversationRows", "Positions", "positions_of"]
 
 Blocks = Literal["", "images", "prompts"]
 """Which tokens read later ones: none, those of one image (Gemma 3), all of a prompt (PaliGemma)."""
-
-NO_IMAGE = Prepared(wording=(), counts=())
-
 
 # ----------------------------------------
 # Positions in time, height and width (M-RoPE), as the model's own code counts them.
@@ -81,23 +80,32 @@ class ConversationRows:
         if any(slot.domain == IMAGE and slot.count for slot in slots):
             raise ConfigError("an adapter with a bridge brings images into a language model, and this model has a connector of its own: leave the bridge out")
         self.template, self.processor, self.positions, self.blocks = template, processor, positions, blocks
-        self.tokenizer = language.tokenizer
+        self.name, self.tokenizer = language.name, language.tokenizer
         self.max_positions = language.max_positions
         self.end_ids, self.placeholder = language.end_ids, int(language.tokenizer.pad_token_id)
         self.leading = [slot.domain for slot in slots for _ in range(slot.count)]
         self.n_answers = 0
         self._tokens = TextTokens(language.tokenizer)
 
-    def prompt(self, question: str, images: object = NO_IMAGE, turns: Sequence[Turn] = ()) -> Row:
-        """The row that a text is generated from; images: a Prepared. Raises TextTooLong, ConfigError, DataError."""
+    @property
+    def reads_turns(self) -> bool:
+        """Whether system messages, earlier turns and texts of the user's are read: there is a chat template, and the adapter's asks a question."""
+        return self.processor.has_chat and not self.template.raw and "{question}" in self.template.prompt
+
+    def prompt(self, question: Prompt, images: object = NO_IMAGE) -> Row:
+        """The row that a text is generated from; images: a Prepared, of all turns. Raises TextTooLong, DataError, ConfigError.
+
+        question: one, or the turns of a conversation, whose system message then stands in the place of the template's. A template without
+        {question} is about the images alone.
+        """
         assert isinstance(images, Prepared)
-        ids, kinds = self._prompt(question, images, turns)
-        return self._row(ids, kinds, len(ids), images, question)
+        ids, kinds = self._prompt(question, images)
+        return self._row(ids, kinds, len(ids), images, question if isinstance(question, str) else text_of(question[-1]))
 
     def row(self, text: Text, images: object = NO_IMAGE) -> Row:
         """The row that a text is learnt from; a text without a target is a prompt. images: a Prepared. Raises as `prompt`."""
         assert isinstance(images, Prepared)
-        ids, kinds = self._prompt(text.question, images, ())
+        ids, kinds = self._prompt(text.question, images)
         if text.target is None:
             return self._row(ids, kinds, len(ids), images, text.question)
         target = self._target(text, ids, images)
@@ -114,13 +122,29 @@ class ConversationRows:
             return tuple(n if one == IMAGE else -1 for n, one in zip(number, domain, strict=True))
         return ()
 
-    def _prompt(self, question: str, images: Prepared, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+    def _prompt(self, question: Prompt, images: Prepared) -> tuple[list[int], list[int]]:
+        n = len(images.wording)
+        if "{question}" not in self.template.prompt and not isinstance(question, str):
+            question = ""
         if self.template.raw or not self.processor.has_chat:
-            text = self.template.prompt.replace("<bos>", "").replace("<eos>", "").replace("<image>", self.processor.marks(len(images.wording)))
+            question = question if isinstance(question, str) else self._only_question(question)
+            text = self.template.prompt.replace("<bos>", "").replace("<eos>", "").replace("<image>", self.processor.marks(n))
             if any(spelling in question for spelling in self.processor.spellings):
                 raise DataError(f"the question {question[:60]!r} spells a token of the model's own, and its processor would take it as that: ask without it")
             return self.processor.ids(text.replace("{question}", question), images)
-        return self.processor.ids([*self._system(), *turns, self._user(question, images)], images)
+        turns = [user_turn(question, n)] if isinstance(question, str) else list(question)
+        own = [] if turns[0]["role"] == "system" else self._system()
+        try:
+            return self.processor.ids([*own, *(worded(turn, self.template) for turn in turns)], images)
+        except (ConfigError, TemplateError) as error:
+            raise ConfigError(f"'{self.name}' cannot read this prompt about {counted(n, 'image')}: {error}") from None
+
+    def _only_question(self, turns: Sequence[Turn]) -> str:
+        """Of a conversation that is one question. Raises ConfigError for another one."""
+        if len(turns) > 1:
+            why = "the adapter's template is raw" if self.processor.has_chat else "the model has no chat template"
+            raise ConfigError(f"'{self.name}' reads one question and not a conversation of {len(turns)} turns, since {why}: ask without the turns before it")
+        return text_of(turns[0])
 
     def _target(self, text: Text, prompt: list[int], images: Prepared) -> list[int]:
         """What the assistant's turn holds after its beginning, up to the token that ends it."""
@@ -139,14 +163,7 @@ class ConversationRows:
         return [{"role": "system", "content": [{"type": "text", "text": self.template.system}]}] if self.template.system else []
 
     def _user(self, question: str, images: Prepared) -> Turn:
-        parts: list[dict[str, str]] = []
-        for piece in re.split("(<image>)", self.template.prompt):
-            words = piece.replace("<bos>", "").replace("<eos>", "").replace("{question}", question)
-            if piece == "<image>":
-                parts += [{"type": "image"}] * len(images.wording)
-            elif words:
-                parts.append({"type": "text", "text": words})
-        return {"role": "user", "content": parts}
+        return worded(user_turn(question, len(images.wording)), self.template)
 
     def _row(self, ids: list[int], kinds: list[int], n_prompt: int, images: Prepared, text: str, target: Sequence[int] = ()) -> Row:
         n_lead = len(self.leading)
@@ -164,6 +181,11 @@ class ConversationRows:
             if is_image:
                 vector[n_lead + i] = n_seen
                 n_seen += 1
+        if n_seen < images.n_vectors and len(images.wording) > 1:
+            raise ConfigError(
+                f"'{self.name}' cannot read {len(images.wording)} images in one conversation: its template has places for {n_seen} of their "
+                f"{images.n_vectors} tokens; ask about fewer images"
+            )
         if n_seen != images.n_vectors:
             raise DataError(f"the row has {n_seen} image tokens for {images.n_vectors} vectors of its images: was the processor made for another model?")
         assert n_answer == max(len(target) - 1, 0)

@@ -17,15 +17,17 @@ from adalink.attachment.vision import attach_vision, read_vision
 from adalink.checkpoint.fingerprint import Sketch, part_of
 from adalink.errors import ConfigError
 from multimodal.batches.collate import Batch
-from multimodal.batches.prepared import ImageBatch, Prepared, joined_inputs
+from multimodal.batches.prepared import ImageBatch, Prepared, joined, joined_inputs
+from multimodal.data.images.decode import ImageOrFile, decode_image
 from multimodal.encoders.bound_parts import N_VALUES, test_image, tokenizer_digest
+from multimodal.encoders.tower import VisionTower
 from multimodal.existing.inputs import HostForm, HostInputs, VectorForm
 from multimodal.existing.rows import Blocks, ConversationRows, positions_of
 from multimodal.existing.words import KINDS, Processor
 from multimodal.language import Language
 from multimodal.template import Template
 
-__all__ = ["ModelTower", "Preparing"]
+__all__ = ["ModelTower", "Preparing", "read_images"]
 
 
 class Preparing:
@@ -118,22 +120,23 @@ class ModelTower:
         return [sample.encoded(torch.cat([empty, *(found[next(number)] for _ in sample.inputs)])) for sample in images.samples]
 
     def token_map(self, batch: Batch, token_map: TokenMap) -> TokenMap:
-        """The map of a batch with what the model is given beside its ids."""
+        """The map of a batch with what the model is given beside its ids. Raises ConfigError for cached features where the tower is adapted."""
         assert batch.prepared is not None
         samples = batch.prepared.samples
         if self.adapter is not None and any(sample.vectors is not None for sample in samples if sample.counts):
             raise ConfigError("the batch holds cached features, and this model's tower has trained weights: collate it with the images")
         if any(sample.inputs for sample in samples):
             samples = tuple(self._encoded(batch.prepared))
-        vectors = torch.cat([sample.vectors.to(self._dtype) for sample in samples if sample.vectors is not None]) if samples else None
+        found = [sample.vectors.to(self._dtype) for sample in samples if sample.vectors is not None]
+        vectors = torch.cat(found) if found else None
         shift = None
         if self.positions is not None and batch.rope is not None:
             shift = batch.rope.amax((0, 2)) + 1 - batch.attention_mask.sum(1)
         return replace(token_map, host=HostInputs(vectors=vectors, vector=batch.vector, rope=batch.rope, shift=shift, kind=batch.kind))
 
-    def row_encoder(self, template: Template, slots: Sequence[Slots]) -> ConversationRows:
-        """Makes the rows of an adapter with these slots. Raises ConfigError where it has a bridge."""
-        return ConversationRows(template, self.language, self.processor, self.positions, slots, self.blocks)
+    def row_encoder(self, template: Template, slots: Sequence[Slots], processor: Processor | None = None) -> ConversationRows:
+        """Makes the rows of an adapter with these slots, by a copy of the processor where one is given. Raises ConfigError where it has a bridge."""
+        return ConversationRows(template, self.language, processor or self.processor, self.positions, slots, self.blocks)
 
     def part(self) -> FrozenPart:
         """The whole model as a frozen part, with sketches of a test image as it is prepared and of its vectors."""
@@ -185,3 +188,19 @@ def features_owner(model: nn.Module, name: str) -> Any:
             "loop of your own, or choose a model such as LLaVA, Qwen2-VL, PaliGemma, Gemma 3 or SmolVLM"
         )
     return owner
+
+
+def read_images(tower: VisionTower | ModelTower, asked: Sequence[Sequence[ImageOrFile]]) -> tuple[list[Any], list[int]]:
+    """What a model is given of the images of each different row, each image decoded and prepared once, and which of these a row is about.
+
+    Raises ConfigError where a composed model is given no image for a row, or several; DataError for one that cannot be read.
+    """
+    different = {id(image): image for row in asked for image in row}
+    read: dict[int, Any] = {key: tower.preprocess(decode_image(image)) for key, image in different.items()}
+    place: dict[tuple[int, ...], int] = {}
+    about = [place.setdefault(tuple(map(id, row)), len(place)) for row in asked]
+    if isinstance(tower, ModelTower):
+        return [joined([read[key] for key in keys]) for keys in place], about
+    if wrong := [len(keys) for keys in place if len(keys) != 1]:
+        raise ConfigError(f"{wrong[0]} images were given for one prompt, and a model composed with '{tower.name}' reads one: give one image for each")
+    return [read[keys[0]] for keys in place], about

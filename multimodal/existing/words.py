@@ -15,11 +15,9 @@ from torch import Tensor
 
 from adalink.errors import ConfigError, DataError
 from multimodal.batches.prepared import Prepared
+from multimodal.existing.conversation import Turn
 
-__all__ = ["Processor", "Turn"]
-
-Turn = Mapping[str, Any]
-"""A message of a conversation, as chat templates take it: role, and content in parts of type text and image."""
+__all__ = ["Processor"]
 
 BLANK = Image.new("RGB", (8, 8))
 KINDS = ("token_type_ids", "mm_token_type_ids")
@@ -54,6 +52,10 @@ class Processor:
         self.real, self.image_ids, self.inputs = real, frozenset(image_ids), tuple(inputs)
         self.tokenizer = real.tokenizer
         self._marks_answers = self._reads_suffix()
+
+    def copied(self) -> Processor:
+        """The same with a tokenizer of its own, for other threads than those that use this one; only one of them may use that at a time."""
+        return Processor(copy.deepcopy(self.real), tuple(self.image_ids), self.inputs)
 
     @property
     def has_chat(self) -> bool:

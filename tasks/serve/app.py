@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,7 +134,6 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 CLIENT_LEFT = 499  # as nginx has it; nobody reads it
-NO_PLACE = "not read: the adapter's template has no place for instructions"
 SMALL = 65_536  # bytes: read at once; a larger body would hold up the event loop
 FAILED = Refused(500, "the model failed on the batch of this request; the server's log says why", code="internal_error")
 
@@ -160,13 +159,13 @@ async def _chat(service: Service, request: Request) -> Response:
     with service.worker.waiting.arriving():
         asked = read_json(body, ChatRequest) if len(body) < SMALL else await service.in_thread(lambda: read_json(body, ChatRequest))
         with service.served.using(asked.model) as card:
-            ask, question, source = await service.in_thread(lambda: service.reader.ask(asked, card))
-            if source is not None:
-                ask = replace(ask, image=await service.image(source))
-            job = Job(replace(ask, owner=request.state.owner), streams=bool(asked.stream))
+            question = await service.in_thread(lambda: service.reader.question(asked, card))
+            images = await asyncio.gather(*(service.image(source) for source in question.sources))
+            ask = await service.in_thread(lambda: service.reader.ask(question, images, request.state.owner))
+            job = Job(ask, streams=bool(asked.stream))
             service.worker.waiting.put(job)
     service.metrics.n_accepted += 1
-    reply = Reply(asked.model, question, len(asked.messages) - 1, NO_PLACE if asked.has_instructions else None)
+    reply = Reply(asked.model, question.text, question.n_unread, question.system)
     if asked.stream:
         include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         events = _stream(service, job, reply, include_usage=include_usage)
@@ -368,7 +367,7 @@ class Service:
             worker=worker,
             served=served,
             uploads=Uploads(limits.upload_bytes),
-            reader=Reader(model, limits, settings.generation, features=worker.features.get, decode=decoders.decode),
+            reader=Reader(model, limits, settings.generation, served.prepare, features=worker.features.get, decode=decoders.decode),
             keys=Keys(access.api_keys),
             admin_keys=Keys(access.admin_keys or access.api_keys),
             decoders=decoders,

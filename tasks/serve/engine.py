@@ -18,13 +18,15 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from adalink import BASE_NAME, TokenMap
 from adalink.attachment.recompute import may_share_prompts, needs_whole_sequence, reads_later_tokens
 from adalink.errors import ConfigError
-from multimodal.batches.collate import Batch, collate
+from multimodal.batches.collate import Batch, collate, stacked
+from multimodal.batches.prepared import ImageBatch, Prepared, joined
 from multimodal.batches.tokenize import TextTooLong
+from multimodal.existing.tower import ModelTower
 from multimodal.generation.decoding import Decoding, KnownPrompt, check_room, may_decode
 from multimodal.generation.generate import run_generation
 from multimodal.generation.settings import GenerationSettings
 from multimodal.model import VisionLanguageModel
-from tasks.serve.scheduler import DrawnRows, Job, JobRow, ServedImage, Waiting
+from tasks.serve.scheduler import DrawnRows, Job, JobRow, ServedImage, Waiting, keys_of
 from tasks.serve.settings import Batching, RequestLimits
 
 __all__ = ["FeatureLRU", "Part", "PromptCache", "Running", "Worker", "run_beams", "run_greedy"]
@@ -188,19 +190,20 @@ class Running:
         self._let_go()
 
     def _keep_prompts(self, jobs: Sequence[Job], batch: Batch) -> None:
-        adapters = self.model.adapted.adapters
+        adapters, ways = self.model.adapted.adapters, self.model.ways
+        may_keep = self.prompts.most > 0 and not (ways is not None and ways.reads_prompts)
         retained = [
             i
             for i, job in enumerate(jobs)
-            if self.prompts.most and (job.ask.adapter == BASE_NAME or not reads_later_tokens(adapters[job.ask.adapter]))  # type: ignore[arg-type]
+            if may_keep and (job.ask.adapter == BASE_NAME or not reads_later_tokens(adapters[job.ask.adapter]))  # type: ignore[arg-type]
         ]
         for i, prompt in zip(retained, self._decoding.prompts(batch, retained), strict=True):
             self.prompts.add(jobs[i], prompt)
 
     def _batch(self, jobs: Sequence[Job]) -> Batch:
-        patches, image = self.features.of([job.ask.image for job in jobs])
+        images, about = self.features.of([job.ask.images for job in jobs])
         pad_id = self.model.language.tokenizer.pad_token_id
-        return collate([job.ask.row for job in jobs], image, patches, kind=self.features.kind, side="left", pad_id=pad_id).to(self.model.device)
+        return collate([job.ask.row for job in jobs], about, images, kind=self.features.kind, side="left", pad_id=pad_id).to(self.model.device)
 
     def _let_go(self) -> None:
         left = [i for i, row in enumerate(self.rows) if not row.has_ended]
@@ -274,7 +277,7 @@ class FeatureLRU:
         self.n_retained = n_retained
         self.most_bytes = most_bytes
         self.n_bytes = 0
-        self._retained: OrderedDict[str, Tensor] = OrderedDict()
+        self._retained: OrderedDict[str, Tensor | Prepared] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -282,30 +285,42 @@ class FeatureLRU:
         """What `of` gives."""
         return "patches" if self.model.tower.adapter is None else "pixels"
 
-    def get(self, key: str) -> Tensor | None:
-        """float [N + L, Dv], or [3, H, W] of pixels, where the image is known."""
+    def get(self, key: str) -> Tensor | Prepared | None:
+        """float [N + L, Dv], or [3, H, W] of pixels, where the image is known; of a model that sees already, the image with its vectors."""
         with self._lock:
             if key in self._retained:
                 self._retained.move_to_end(key)
             return self._retained.get(key)
 
-    def of(self, images: Sequence[ServedImage]) -> tuple[Tensor, list[int]]:
-        """float [I, N + L, Dv], or [I, 3, H, W] of pixels, of the different images, and for each of `images` which of them it is."""
-        different = {image.key: image for image in images}
+    def of(self, asked: Sequence[Sequence[ServedImage]]) -> tuple[Tensor | ImageBatch, list[int]]:
+        """float [I, N + L, Dv], or [I, 3, H, W] of pixels, of the different images, and for each of `asked` which of them it is.
+
+        Of a model that sees already: I different lists of images, each one entry.
+        """
+        different = {image.key: image for images in asked for image in images}
         features = {key: found for key, image in different.items() if (found := self.get(key) if image.features is None else image.features) is not None}
         if new := [image for key, image in different.items() if key not in features]:
-            pixels = torch.stack([image.pixels for image in new if image.pixels is not None])
-            encoded = pixels if self.kind == "pixels" else self.model.encode(pixels)
-            # Copies: a row of the batch would keep all of it in memory.
-            features |= {image.key: row.clone() for image, row in zip(new, encoded, strict=True)}
+            features |= dict(zip([image.key for image in new], self._encoded([image.pixels for image in new]), strict=True))
         with self._lock:
             for key, value in features.items():
                 self.n_bytes += value.nbytes - (self._retained[key].nbytes if key in self._retained else 0)
                 self._retained[key] = value
             while len(self._retained) > self.n_retained or self.n_bytes > self.most_bytes:
                 self.n_bytes -= self._retained.popitem(last=False)[1].nbytes
-        order = {key: i for i, key in enumerate(different)}
-        return torch.stack([features[key] for key in different]), [order[image.key] for image in images]
+        place: dict[tuple[str, ...], int] = {}
+        about = [place.setdefault(keys_of(images), len(place)) for images in asked]
+        return stacked([self._entry([features[key] for key in keys]) for keys in place]), about
+
+    def _encoded(self, images: Sequence[Any]) -> list[Any]:
+        """What is cached of each of these, as the tower takes them."""
+        if self.kind == "pixels":
+            return list(images)
+        if isinstance(self.model.tower, ModelTower):
+            return list(self.model.tower.encode(ImageBatch(samples=tuple(images))))
+        return [row.clone() for row in self.model.encode(torch.stack(list(images)))]  # copies: a row of the batch would keep all of it in memory
+
+    def _entry(self, features: Sequence[Any]) -> Any:
+        return joined(features) if isinstance(self.model.tower, ModelTower) else features[0]
 
 
 # ----------------------------------------
@@ -335,8 +350,11 @@ class Part:
         return max(len(job.ask.row.ids) - self.n_last, 0) if self.known else 0
 
 
+PromptKey = tuple[str, tuple[str, ...], str]  # adapter, keys of the images, owner
+
+
 class PromptCache:
-    """One prompt for each image, adapter that was asked about it and owner; the least recently used are forgotten.
+    """One prompt for each image (or list of images), adapter that was asked about it and owner; the least recently used are forgotten.
 
     Used by the generation thread alone.
 
@@ -346,7 +364,7 @@ class PromptCache:
     def __init__(self, most: int) -> None:
         self.most = most
         self.n_bytes = 0
-        self._retained: OrderedDict[tuple[str, str, str], KnownPrompt] = OrderedDict()
+        self._retained: OrderedDict[PromptKey, KnownPrompt] = OrderedDict()
 
     def parts(self, jobs: Sequence[Job]) -> list[Part]:
         """The jobs whose prompts are new, and those that begin like a known one."""
@@ -376,13 +394,13 @@ class PromptCache:
         self._retained.move_to_end(_key(job))
         return prompt
 
-    def _forget(self, key: tuple[str, str, str]) -> None:
+    def _forget(self, key: PromptKey) -> None:
         if (prompt := self._retained.pop(key, None)) is not None:
             self.n_bytes -= prompt.n_bytes
 
 
-def _key(job: Job) -> tuple[str, str, str]:
-    return job.ask.adapter, job.ask.image.key, job.ask.owner
+def _key(job: Job) -> PromptKey:
+    return job.ask.adapter, keys_of(job.ask.images), job.ask.owner
 
 
 def _tokens(job: Job) -> list[tuple[int, int]]:

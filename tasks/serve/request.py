@@ -1,4 +1,4 @@
-"""From the body of a chat request to what is asked of the model: the adapter, its one image, its question, its settings, all within the limits."""
+"""From the body of a chat request to what is asked of the model: the adapter, its images, its question or conversation, its settings, within the limits."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 from pydantic import BaseModel, ValidationError
-from torch import Tensor
 
 from adalink import BASE_NAME, AdaptedModel
-from adalink.errors import AdalinkError, ConfigError
+from adalink.errors import AdalinkError, ConfigError, DataError
+from multimodal.batches.prepared import joined
 from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
 from multimodal.encoders.tower import has_vision_adapter
+from multimodal.existing.conversation import Prompt, Turn
+from multimodal.existing.rows import ConversationRows
+from multimodal.existing.tower import ModelTower, Preparing
 from multimodal.generation.decoding import check_room
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.model import VisionLanguageModel
 from tasks.serve.engine import Worker
 from tasks.serve.errors import Refused
 from tasks.serve.scheduler import Ask, Sampling, ServedImage
-from tasks.serve.schema import ChatRequest, FilePart, ImagePart, SystemMessage, TextPart, UserMessage
+from tasks.serve.schema import AssistantMessage, ChatRequest, FilePart, ImagePart, SystemMessage, TextPart, UserMessage
 from tasks.serve.settings import RequestLimits
 
-__all__ = ["Card", "Reader", "Served", "Source", "check_served", "read_json"]
+__all__ = ["Card", "Question", "Reader", "Served", "Source", "check_served", "read_json"]
 
 
 # ----------------------------------------
@@ -105,7 +108,7 @@ class Card:
 
     name: str
     task: str  # "captioning", "vqa"; "" for the frozen language model alone
-    encoder: RowEncoder
+    encoder: RowEncoder | ConversationRows
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # seconds since 1970
     n_readers: int = 0  # requests that are being read for it, and do not wait in the queue yet
 
@@ -124,8 +127,10 @@ class Served:
     def __init__(self, model: VisionLanguageModel, worker: Worker) -> None:
         self.model = model
         self.worker = worker
-        # A tokenizer of its own: requests are read while the generation thread decodes with the model's.
-        self._language = replace(model.language, tokenizer=copy.deepcopy(model.language.tokenizer))
+        # A tokenizer of their own: requests are read while the generation thread decodes with the model's.
+        self._processor = model.tower.processor.copied() if isinstance(model.tower, ModelTower) else None
+        self.prepare: Callable[[Image.Image], Any] = model.tower.preprocess if self._processor is None else Preparing(self._processor.copied())
+        self._language = replace(model.language, tokenizer=copy.deepcopy(model.language.tokenizer) if self._processor is None else self._processor.tokenizer)
         self.cards: dict[str, Card] = {name: self._card(name) for name in [*model.adapted.adapters, BASE_NAME]}
         self._changing: set[str] = set()
 
@@ -187,7 +192,10 @@ class Served:
         """Raises ConfigError for an adapter whose template cannot be read."""
         slots = self.model.adapted.serving(1, [name]).slots[0]
         task = str(self.model.adapted.tasks.get(name, {}).get("task", ""))
-        return Card(name, task, RowEncoder(self.model.template_of(name), self._language, slots))
+        template, tower = self.model.template_of(name), self.model.tower
+        if isinstance(tower, ModelTower):
+            return Card(name, task, tower.row_encoder(template, slots, self._processor))
+        return Card(name, task, RowEncoder(template, self._language, slots))
 
 
 # ----------------------------------------
@@ -200,7 +208,7 @@ _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 @dataclass(frozen=True)
 class Source:
-    """Where the image of a request is: its bytes, or the id of an upload, or an address; and the field that names it."""
+    """Where an image of a request is: its bytes, or the id of an upload, or an address; and the field that names it."""
 
     field: str
     data: bytes | None = None
@@ -208,9 +216,37 @@ class Source:
     url: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a request asks, before its images are there.
+
+    text      the question that is read; None where the adapter's template has no place for one
+    prompt    the same, or all turns of the conversation, for a model that reads them
+    row       of a composed model, whose image has as many tokens as any other
+    sources   where the images are, in their order
+    n_unread  messages that are not read
+    system    what becomes of the instructions of a system message; None where there are none
+    """
+
+    card: Card
+    text: str | None
+    prompt: Prompt
+    row: Row | None
+    sources: tuple[Source, ...]
+    settings: GenerationSettings
+    stop: tuple[str, ...]
+    sampling: Sampling | None
+    n_unread: int
+    system: str | None
+
+
+NO_PLACE = "not read: the adapter's template has no place for instructions"
+
+
 class Reader:
     """Makes asks of requests; called from several threads.
 
+    prepare    an image, to what the tower takes; raises DataError
     features   of an image that was seen before, by the sum of its bytes
     decode     an image; raises BadImage
     """
@@ -220,34 +256,46 @@ class Reader:
         model: VisionLanguageModel,
         limits: RequestLimits,
         default: GenerationChoice,
+        prepare: Callable[[Image.Image], Any],
         *,
-        features: Callable[[str], Tensor | None],
+        features: Callable[[str], Any],
         decode: Callable[[bytes], Image.Image],
     ) -> None:
         self.model = model
         self.limits = limits
         self.default = default
+        self.prepare = prepare
         self.features = features
         self.decode = decode
-        self._blank = ServedImage("", model.tower.preprocess(Image.new("RGB", (64, 64), "white")))
+        self._several = isinstance(model.tower, ModelTower)  # a composed model reads one image
+        self._blank = () if self._several else (ServedImage("", model.tower.preprocess(Image.new("RGB", (64, 64), "white"))),)
         self._tokenizing = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
 
-    def ask(self, request: ChatRequest, card: Card) -> tuple[Ask, str | None, Source | None]:
-        """What is asked, the question that is read, and where its image is. Raises Refused.
-
-        The question is None where the adapter's template has no place for one, the source where there is no image: the ask has a blank one.
-        """
+    def question(self, request: ChatRequest, card: Card) -> Question:
+        """What is asked, but for its images. Raises Refused."""
         settings = self._settings(request, card)
-        question = self._question(request, card)
-        row = self._row(card, question, settings)
-        source = self._source(request, card)
+        text = self._text(request, card)
+        row = None if card.encoder.reads_images else self._row(card, text, None, settings)
+        sources = self._sources(request, card)
         stop = () if not request.stop else (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
         sampling = _sampling(request)
         for field, is_given in (("temperature", sampling), ("stop", stop)):
             if is_given and settings.num_beams > 1:
                 raise Refused(400, f"{field} and num_beams were both given, and beams know no {field}: leave one of them out", field=field)
-        ask = Ask(adapter=card.name, row=row, image=self._blank, settings=settings, stop=stop, sampling=sampling)
-        return ask, question if card.asks else None, source
+        reads_turns = card.encoder.reads_turns
+        return Question(
+            card=card, text=text if card.asks else None, prompt=_turns(request) if card.encoder.reads_images else text, row=row, sources=sources,
+            settings=settings, stop=stop, sampling=sampling, n_unread=0 if reads_turns else len(request.messages) - 1,
+            system=None if not request.has_instructions else "read" if reads_turns else NO_PLACE,
+        )  # fmt: skip
+
+    def ask(self, question: Question, images: Sequence[ServedImage], owner: str = "") -> Ask:
+        """What is asked, with its images. Raises Refused."""
+        row = question.row or self._row(question.card, question.prompt, joined([image.prepared for image in images]), question.settings)
+        return Ask(
+            adapter=question.card.name, row=row, images=tuple(images) or self._blank, settings=question.settings, stop=question.stop,
+            sampling=question.sampling, owner=owner,
+        )  # fmt: skip
 
     def _settings(self, request: ChatRequest, card: Card) -> GenerationSettings:
         """What the request says, else what the operator chose, else what the adapter was saved with, as far as the limits go."""
@@ -267,9 +315,11 @@ class Reader:
         penalty = default.length_penalty if request.length_penalty is None else request.length_penalty
         return replace(default, max_new_tokens=n_new, num_beams=beams, length_penalty=penalty)
 
-    def _question(self, request: ChatRequest, card: Card) -> str:
+    def _text(self, request: ChatRequest, card: Card) -> str:
         """The texts of the last message, which must be the user's."""
         texts = [part.text for message in request.messages if isinstance(message, UserMessage) for part in message.parts if isinstance(part, TextPart)]
+        if card.encoder.reads_turns:
+            texts += [message.text for message in request.messages if not isinstance(message, UserMessage)]
         if (n_bytes := sum(len(text.encode()) for text in texts)) > self.limits.text_bytes:
             raise Refused(400, f"messages hold {n_bytes} bytes of text, and the limit is {self.limits.text_bytes}", field="messages", code="too_long")
         others = [(at, message) for at, message in enumerate(request.messages) if not isinstance(message, SystemMessage)]
@@ -281,13 +331,14 @@ class Reader:
             raise Refused(400, f"the model {card.name} answers questions, and the last message has none: add a text part", field=f"messages[{at}].content")
         return question
 
-    def _row(self, card: Card, question: str, settings: GenerationSettings) -> Row:
+    def _row(self, card: Card, prompt: Prompt, images: Any, settings: GenerationSettings) -> Row:
         try:
             with self._tokenizing:
-                row = card.encoder.prompt(question)
+                row = card.encoder.prompt(prompt, images)
             check_room(self.model.language, len(row.ids), settings)
-        except (TextTooLong, ConfigError) as error:
-            raise Refused(400, str(error).replace("generation.max_new_tokens", "max_tokens"), field="messages", code="too_long") from None
+        except (DataError, ConfigError) as error:
+            code = "too_long" if isinstance(error, TextTooLong) else "not_readable"
+            raise Refused(400, str(error).replace("generation.max_new_tokens", "max_tokens"), field="messages", code=code) from None
         return row
 
     def known(self, data: bytes) -> ServedImage:
@@ -302,10 +353,13 @@ class Reader:
         except BadImage as error:
             status = 413 if error.reason.startswith("too ") else 400
             raise Refused(status, f"{field}: {error.detail}", field=field, code=error.reason.replace(" ", "_")) from None
-        return ServedImage(key, self.model.tower.preprocess(image))
+        try:
+            return ServedImage(key, self.prepare(image))
+        except DataError as error:
+            raise Refused(400, f"{field}: {error}", field=field, code="not_readable") from None
 
-    def _source(self, request: ChatRequest, card: Card) -> Source | None:
-        """The one image of the conversation."""
+    def _sources(self, request: ChatRequest, card: Card) -> tuple[Source, ...]:
+        """The images of the conversation; of a composed model, its one image."""
         found = [
             (part, f"messages[{i}].content[{j}]")
             for i, message in enumerate(request.messages)
@@ -313,13 +367,18 @@ class Reader:
             for j, part in enumerate(message.parts)
             if isinstance(part, ImagePart | FilePart)
         ]
-        if len(found) > 1:
+        if self._several and len(found) > self.limits.images:
+            extra = found[self.limits.images][1]
+            raise Refused(400, f"messages hold {len(found)} images, and the limit is {self.limits.images}: send fewer", field=extra, code="too_many_images")
+        if len(found) > 1 and not self._several:
             raise Refused(400, f"{found[1][1]} is a second image, and an adapter reads one: start a new conversation for it", field=found[1][1])
         if not found:
             if card.name == BASE_NAME:
-                return None
+                return ()
             raise Refused(400, "the messages hold no image: add a content part of type image_url (a data URL) or file", field="messages", code="missing")
-        part, field = found[0]
+        return tuple(self._source(part, field) for part, field in found)
+
+    def _source(self, part: ImagePart | FilePart, field: str) -> Source:
         if isinstance(part, FilePart):
             return self._file(part, f"{field}.file")
         field, url = f"{field}.image_url.url", part.image_url.url.strip()
@@ -348,6 +407,20 @@ class Reader:
             return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
         except (binascii.Error, ValueError) as error:
             raise Refused(400, f"{field} is no base64: {error}", field=field, code="not_base64") from None
+
+
+def _turns(request: ChatRequest) -> list[Turn]:
+    """The messages as chat templates take them, with places for images; instructions without a word are left out."""
+    turns: list[Turn] = []
+    for message in request.messages:
+        if isinstance(message, UserMessage):
+            parts = [part for part in message.parts if not isinstance(part, TextPart) or part.text.strip()]
+            content = [{"type": "text", "text": part.text.strip()} if isinstance(part, TextPart) else {"type": "image"} for part in parts]
+            turns.append({"role": "user", "content": content})
+        elif isinstance(message, AssistantMessage) or message.text.strip():
+            role = "assistant" if isinstance(message, AssistantMessage) else "system"
+            turns.append({"role": role, "content": [{"type": "text", "text": message.text}]})
+    return turns
 
 
 def _sampling(request: ChatRequest) -> Sampling | None:

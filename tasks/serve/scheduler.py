@@ -22,7 +22,7 @@ from tasks.serve.settings import Batching
 
 __all__ = [
     "Answer", "Ask", "Draw", "DrawnRows", "Job", "JobRow", "Sampling", "ServedImage", "Waiting", "Written", "chosen",
-    "joining", "n_tokens",
+    "joining", "keys_of", "n_tokens",
 ]  # fmt: skip
 
 
@@ -38,6 +38,16 @@ class ServedImage:
     pixels: Any
     features: Any = None
 
+    @property
+    def prepared(self) -> Any:
+        """What is known of it: its features where they are."""
+        return self.pixels if self.features is None else self.features
+
+
+def keys_of(images: Sequence[ServedImage]) -> tuple[str, ...]:
+    """What tells a list of images from others."""
+    return tuple(image.key for image in images)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -45,7 +55,7 @@ class Ask:
 
     adapter: str
     row: Row
-    image: ServedImage
+    images: tuple[ServedImage, ...]  # in their order; a composed model reads one
     settings: GenerationSettings
     stop: tuple[str, ...] = ()
     sampling: Sampling | None = None

@@ -103,7 +103,7 @@ class UserMessage(_Body):
 
 
 class AssistantMessage(_Body):
-    """What was answered before, in all the fields in which a client sends an answer back; an adapter does not read it."""
+    """What was answered before, in all the fields in which a client sends an answer back; a model that sees already reads it."""
 
     role: Literal["assistant"]
     content: str | Annotated[list[_TextPart], Field(max_length=64)] | None = None
@@ -114,13 +114,25 @@ class AssistantMessage(_Body):
     function_call: None = None
     tool_calls: Nothing = None
 
+    @property
+    def text(self) -> str:
+        """Its words."""
+        if isinstance(self.content, list):
+            return " ".join(part.text if isinstance(part, TextPart) else part.refusal for part in self.content)
+        return self.content or self.refusal or ""
+
 
 class SystemMessage(_Body):
-    """Instructions, which an adapter does not read: its template has no place for them."""
+    """Instructions. A composed model does not read them: its template has no place for them."""
 
     role: Literal["system", "developer"]
     content: _Words
     name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Its words."""
+        return self.content if isinstance(self.content, str) else " ".join(part.text for part in self.content)
 
 
 class _StreamOptions(_Body):
@@ -186,8 +198,7 @@ class ChatRequest(_Body):
     @property
     def has_instructions(self) -> bool:
         """Whether a system message says anything."""
-        stated = [message.content for message in self.messages if isinstance(message, SystemMessage)]
-        return any(content.strip() if isinstance(content, str) else any(part.text.strip() for part in content) for content in stated)
+        return any(message.text.strip() for message in self.messages if isinstance(message, SystemMessage))
 
 
 class LoadRequest(_Body):
@@ -211,7 +222,7 @@ class Reply:
     """The reply to one request.
 
     question   what the adapter was asked; None where its template has no place for a question
-    n_unread   messages besides the last, which an adapter does not read
+    n_unread   messages that are not read: of a composed model all besides the last
     system     what became of the instructions of a system message; None where there are none
     """
 

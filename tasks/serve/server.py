@@ -82,7 +82,10 @@ def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> Visio
         check_served(folder)
     known, template, layer = _base(settings.base) if settings.base is not None else _parts_of(next(iter(adapters.values()), None))
     given = Parts(model=settings.model, encoder=settings.encoder, language_model=settings.language_model)
-    model = frozen_model(given.over(known), template=template, layer=layer)
+    parts = given.over(known)
+    if parts.model is not None:  # by itself it reads a conversation as it is
+        template = Template(prompt="<image>{question}", system=template.system)
+    model = frozen_model(parts, template=template, layer=layer)
     for name, folder in adapters.items():
         model.load_adapter(folder, name, allow_other_base=settings.allow_other_base)
     return model

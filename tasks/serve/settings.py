@@ -38,6 +38,7 @@ class RequestLimits:
 
     body_bytes: int = 16 * 2**20  # of a request's body; an image in base64 is a third larger than its file
     image_bytes: int = 10 * 2**20  # of an image's file
+    images: int = 8  # of a conversation, for a model that saw already; a composed model reads one
     pixels: int = 2**24  # width x height of an image, checked before it is decoded
     decode_seconds: float = 10.0  # of processor time to decode an image; then its process is ended, and the image refused
     text_bytes: int = 32_768  # of all texts of a conversation; the model's positions limit the question that is read besides

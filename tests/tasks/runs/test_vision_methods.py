@@ -101,10 +101,10 @@ def test_a_server_reads_pictures_through_the_adapted_encoder(run: Path) -> None:
     scenes = Scenes(split="val", size=3)
     images = [model.tower.preprocess(decode_image(scenes[i].image)) for i in range(3)]
     retained = FeatureLRU(model, 2)
-    displayed, order = retained.of([ServedImage(str(i), images[i]) for i in (0, 1, 0)])
+    displayed, order = retained.of([[ServedImage(str(i), images[i])] for i in (0, 1, 0)])
     assert (retained.kind, order) == ("pixels", [0, 1, 0])
     assert torch.equal(displayed, torch.stack(images[:2]))
-    assert torch.equal(retained.of([ServedImage("0", None, retained.get("0"))])[0][0], images[0])
+    assert torch.equal(retained.of([[ServedImage("0", None, retained.get("0"))]])[0][0], images[0])
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,13 @@ def model() -> VisionLanguageModel:
 def test_the_request_the_operator_and_the_adapter_say_how(
     model: VisionLanguageModel, adapter: str, operator: dict[str, Any], request_: dict[str, Any], expected: tuple[int, int, float]
 ) -> None:
-    reader = Reader(model, RequestLimits(), ServeSettings(generation=GenerationChoice(**operator)).generation, features=lambda _: None, decode=decode_image)
+    reader = Reader(model, RequestLimits(), ServeSettings(generation=GenerationChoice(**operator)).generation, model.tower.preprocess, features=lambda _: None, decode=decode_image)
     card = Card(adapter, "vqa", model.row_encoder("__base__"))
-    ask, _, _ = reader.ask(ChatRequest.model_validate({"model": adapter, "messages": messages("is it?", photo(0)), **request_}), card)
+    ask = reader.question(ChatRequest.model_validate({"model": adapter, "messages": messages("is it?", photo(0)), **request_}), card)
     assert ask.settings == GenerationSettings(max_new_tokens=expected[0], num_beams=expected[1], length_penalty=expected[2])
 
 
 def test_what_an_adapter_says_is_cut_to_the_limits(model: VisionLanguageModel) -> None:
-    reader = Reader(model, RequestLimits(new_tokens=5, beams=2), GenerationChoice(), features=lambda _: None, decode=decode_image)
-    ask, _, _ = reader.ask(ChatRequest.model_validate({"model": "beams", "messages": messages("is it?", photo(0))}), Card("beams", "vqa", model.row_encoder("__base__")))
+    reader = Reader(model, RequestLimits(new_tokens=5, beams=2), GenerationChoice(), model.tower.preprocess, features=lambda _: None, decode=decode_image)
+    ask = reader.question(ChatRequest.model_validate({"model": "beams", "messages": messages("is it?", photo(0))}), Card("beams", "vqa", model.row_encoder("__base__")))
     assert ask.settings == GenerationSettings(max_new_tokens=5, num_beams=2, length_penalty=0.5)

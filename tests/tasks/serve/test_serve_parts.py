@@ -32,7 +32,7 @@ from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
 def job(adapter: str = "a", n_prompt: int = 5, n_new: int = 10, beams: int = 1) -> Job:
     settings = GenerationSettings(max_new_tokens=n_new, num_beams=beams)
-    ask = Ask(adapter=adapter, row=Row((0,) * n_prompt, (0,) * n_prompt), image=ServedImage("p", None), settings=settings)
+    ask = Ask(adapter=adapter, row=Row((0,) * n_prompt, (0,) * n_prompt), images=(ServedImage("p", None),), settings=settings)
     return Job(ask, streams=False, loop=None, events=asyncio.Queue())  # type: ignore[arg-type]
 
 

@@ -46,7 +46,7 @@ def model_of(family: str) -> VisionLanguageModel:
 def job(model: VisionLanguageModel, name: str, index: int, n_new: int, question: int | None = None, **more: Any) -> Job:
     image = ServedImage(str(index), model.tower.preprocess(decode_image(photo(index))))
     row = model.row_encoder(name).prompt(QUESTIONS[index % 4 if question is None else question])
-    ask = Ask(adapter=name, row=row, image=image, settings=GenerationSettings(max_new_tokens=n_new), **more)
+    ask = Ask(adapter=name, row=row, images=(image,), settings=GenerationSettings(max_new_tokens=n_new), **more)
     return Job(ask, streams=False, loop=Here(), events=asyncio.Queue())  # type: ignore[arg-type]
 
 
@@ -288,7 +288,7 @@ def test_where_memory_ends_while_a_row_joins_the_rows_that_run_are_not_touched(p
 
 def test_features_take_no_more_memory_than_was_given_and_the_least_recently_used_go() -> None:
     model = model_of("llama")
-    images = [job(model, "one", index, 1).ask.image for index in range(4)]
+    images = [job(model, "one", index, 1).ask.images for index in range(4)]
     each = FeatureLRU(model, 8).of(images[:1])[0].nbytes
     retained = FeatureLRU(model, 8, 2 * each)
     for index in (0, 1, 0, 2, 0, 3):
