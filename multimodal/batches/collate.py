@@ -58,8 +58,13 @@ class SharedPrefix:
 
 
 def shared_prefix_of(rows: Sequence[Row], image: Sequence[int]) -> SharedPrefix | None:
-    """What right-padded rows begin with: as much as the shortest of their own beginnings. None where one of them has none."""
+    """What right-padded rows begin with: as much as the shortest of their own beginnings. None where one of them has none.
+
+    It ends inside no block, whose tokens read later ones: those of all rows' images, where an image is one.
+    """
     length = min(row.shared_prefix for row in rows)
+    while length and any(0 <= row.block[length - 1] == row.block[length] for row in rows if row.block[length:]):
+        length -= 1
     if not length:
         return None
     images = list(dict.fromkeys(image))
@@ -114,18 +119,18 @@ def additive(
     segment           int64 [B, T]: 0 for what all texts about an image share
     image           int64 [B, T]: which image each token is about; None where each row is about one
     position, window  int64 [B, T]: each token's place in its own text; a token reads `window` places back, itself among them
-    block             int64 [B, T]: tokens of one block read each other, later ones too (an image's, in Gemma 3); -1 for those of none
+    block             int64 [B, T]: tokens of one block read each other, later ones too (an image's, in Gemma 3); -1 for those of none. A window
+                      limits how far back they read, as for all tokens
     """
     order = torch.arange(segment.shape[1], device=segment.device)
     may_read = (order[start:, None] >= order) & ((segment[:, None, :] == 0) | (segment[:, start:, None] == segment[:, None, :]))
+    if block is not None:
+        may_read = may_read | ((block[:, start:, None] == block[:, None, :]) & (block[:, None, :] >= 0) & (segment[:, start:, None] == segment[:, None, :]))
     may_read = may_read & ~is_padding[:, None, :]
     if token_image is not None:
         may_read = may_read & (token_image[:, start:, None] == token_image[:, None, :])
     if window is not None and position is not None:
         may_read = may_read & (position[:, start:, None] - position[:, None, :] < window)
-    if block is not None:
-        together = (block[:, start:, None] == block[:, None, :]) & (block[:, None, :] >= 0) & (segment[:, start:, None] == segment[:, None, :])
-        may_read = may_read | (together if token_image is None else together & (token_image[:, start:, None] == token_image[:, None, :]))
     may_read = may_read | (order[start:, None] == order)
     return torch.zeros_like(may_read, dtype=dtype).masked_fill(~may_read, torch.finfo(dtype).min)[:, None]
 

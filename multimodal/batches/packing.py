@@ -111,6 +111,8 @@ def arrangement(
         return partial(pack_rows, trained=trained) if packs else partial(fork_rows, trained=trained), note
     if ways.packs == "answers":
         return pack_answers, f"one row per image whose texts differ in their answers alone: in {kind} an image reads the question"
+    if ways.forks == "answers" and not ways.packs and weights == "whole" and not is_gated:
+        return fork_answers, f"one row per text; those of one prompt come after it, which is read once: {kind} reads it both ways"
     if packs and is_gated:
         return pack_answers, "one row per image whose texts differ in their answers alone: the adapter's gates read the prompt"
     if packs:
@@ -123,7 +125,8 @@ def arrangement(
 
 def arrangement_of(model: Composed, weights: Literal["whole", "split"] = "whole") -> tuple[Arrange, str]:
     """The same for a composed model and its active adapter."""
-    prompt = model.row_encoder().prompt("?") if model.tower.adapter is None else None  # images of a trained encoder need a gradient
+    # Images of a trained encoder need a gradient.
+    prompt = model.row_encoder().prompt("?", getattr(model.tower, "example", None)) if model.tower.adapter is None else None
     arrange, note = arrangement(model.language.model, model.adapted.active_adapter(), prompt, weights, model.ways)
     if model.ways is not None or arrange in (pack_rows, pack_answers, separate_rows) or forks_exactly(model.adapted):
         return arrange, note
@@ -178,6 +181,12 @@ def pack_answers(rows: Sequence[Row]) -> Sequence[Row]:
     """The rows packed where nothing but answers is left of each; else the rows."""
     shared = _shared(rows)
     return pack_rows(rows) if all(domain == ANSWER for row in rows for domain in row.domain[shared:]) else rows
+
+
+def fork_answers(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows with what they have in common as their beginning, where nothing but answers is left of each; else the rows."""
+    n = fork_rows(rows)[0].shared_prefix
+    return fork_rows(rows) if all(domain == ANSWER for row in rows for domain in row.domain[n:]) else rows
 
 
 def _untouched(domain: Sequence[int], trained: frozenset[int]) -> int:

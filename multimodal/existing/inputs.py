@@ -140,11 +140,13 @@ class HostForm:
 
     vectors       see VectorForm
     kind          the name of its argument for token types; empty where it has none
+    written_kind  the type of tokens that it writes
     needs_images  whether it runs only where it is given an image's output; it then gets an empty one where there is no image (BLIP-2)
     """
 
     vectors: VectorForm
     kind: str = ""
+    written_kind: int = 0
     needs_images: bool = False
 
 
@@ -167,11 +169,17 @@ def _give(
     taken = host.taken(start, start + length, rows) if IMAGE in token_map.present else None
     if taken is None and form.needs_images:
         taken = torch.zeros(0, form.vectors.width * (1 + form.vectors.n_deep), dtype=next(base.parameters()).dtype, device=ids.device)
+    if form.needs_images:
+        given["pixel_values"] = None
+        if mask is None:  # it would count the call's tokens alone, and not those of the cache
+            given["attention_mask"] = torch.ones(rows, start + length, dtype=torch.int64, device=ids.device)
     if taken is not None:
         given["mm_encoder_outputs"] = {"image": form.vectors.given(taken)}
     places = host.positions(start, start + length, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None, rows)
     if places is not None:
         given["position_ids"] = places
-    if form.kind and host.kind is not None and start + length <= host.kind.shape[1]:
-        given[form.kind] = host.kind[:, start : start + length].repeat_interleave(rows // len(host.kind), 0)
+    if form.kind and host.kind is not None and start < host.kind.shape[1]:
+        # Of the tokens in the cache too: masks are made over all keys.
+        kind, n_written = host.kind[:, : start + length], max(start + length - host.kind.shape[1], 0)
+        given[form.kind] = nn.functional.pad(kind, (0, n_written), value=form.written_kind).repeat_interleave(rows // len(kind), 0)
     return args, {**kwargs, **given}

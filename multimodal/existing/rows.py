@@ -92,19 +92,19 @@ class ConversationRows:
         """Whether system messages, earlier turns and texts of the user's are read: there is a chat template, and the adapter's asks a question."""
         return self.processor.has_chat and not self.template.raw and "{question}" in self.template.prompt
 
-    def prompt(self, question: Prompt, images: object = NO_IMAGE) -> Row:
-        """The row that a text is generated from; images: a Prepared, of all turns. Raises TextTooLong, DataError, ConfigError.
+    def prompt(self, question: Prompt, images: object = None) -> Row:
+        """The row that a text is generated from; images: a Prepared, of all turns, or None. Raises TextTooLong, DataError, ConfigError.
 
         question: one, or the turns of a conversation, whose system message then stands in the place of the template's. A template without
         {question} is about the images alone.
         """
-        assert isinstance(images, Prepared)
+        images = images if isinstance(images, Prepared) else NO_IMAGE
         ids, kinds = self._prompt(question, images)
         return self._row(ids, kinds, len(ids), images, question if isinstance(question, str) else text_of(question[-1]))
 
-    def row(self, text: Text, images: object = NO_IMAGE) -> Row:
-        """The row that a text is learnt from; a text without a target is a prompt. images: a Prepared. Raises as `prompt`."""
-        assert isinstance(images, Prepared)
+    def row(self, text: Text, images: object = None) -> Row:
+        """The row that a text is learnt from; a text without a target is a prompt. images: as in `prompt`, and it raises the same."""
+        images = images if isinstance(images, Prepared) else NO_IMAGE
         ids, kinds = self._prompt(text.question, images)
         if text.target is None:
             return self._row(ids, kinds, len(ids), images, text.question)

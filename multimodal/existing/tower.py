@@ -60,6 +60,7 @@ class ModelTower:
         self.positions = positions_of(language.model)
         self.encoder = nn.Module()  # no weights beside those of the language model, which holds the tower
         self.example = self.preprocess(test_image())
+        self._check_reads_images_alone()
         self.form = self._read_form()
         self.blocks: Blocks = ""  # found out by `multimodal.existing.trial`
 
@@ -159,13 +160,25 @@ class ModelTower:
         placed = {name: value.to(self._device, self._dtype if value.is_floating_point() else None) for name, value in inputs.items()}
         return self._owner.get_image_features(**placed, return_dict=True)
 
+    def _check_reads_images_alone(self) -> None:
+        """Raise ConfigError where an image's vectors depend on more than the image (InstructBLIP's on the question)."""
+        takes = inspect.signature(self._owner.get_image_features).parameters.values()
+        needed = [one.name for one in takes if one.default is inspect.Parameter.empty and one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        if missing := [name for name in needed if name not in self.example.inputs[0]]:
+            raise ConfigError(
+                f"the image's vectors of '{self.name}', a {type(self.language.model).__name__}, depend on its {missing[0]} too, so the texts about an image "
+                "cannot share them: adapt it with adalink.get_adalink_model and a loop of your own"
+            )
+
     def _read_form(self) -> HostForm:
         with torch.no_grad():
             vectors = VectorForm.of(self._run(self.example.inputs[0]))
         takes = inspect.signature(type(self.language.model).forward).parameters
         row = self.processor.real(text=[self.processor.marks(1) + "a"], images=[test_image()])
         given = {name for name in KINDS if name in row and name in takes}
-        return HostForm(vectors=vectors, kind=next(iter(sorted(given, reverse=True)), ""))
+        needs_images = "pixel_values" in takes and takes["pixel_values"].default is inspect.Parameter.empty
+        kind, written = next(iter(sorted(given, reverse=True)), ""), int(self.processor.marks_answers)
+        return HostForm(vectors=vectors, kind=kind, written_kind=written, needs_images=needs_images)
 
     @property
     def _device(self) -> torch.device:

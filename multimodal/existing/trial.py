@@ -1,16 +1,18 @@
-"""How the texts about an image may share it in an existing model: found out by running it on two short texts."""
+"""How the texts about an image may share it in an existing model: found out by running it on short texts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from adalink import BASE_ROW, AdaptedModel, TokenMap
+from adalink import BASE_ROW, IMAGE, TEXT, AdaptedModel, TokenMap
 from adalink.attachment.existing import NO_LABEL
-from multimodal.batches.collate import collate
+from adalink.errors import ConfigError
+from multimodal.batches.collate import Batch, collate
 from multimodal.batches.packing import Arrange, Ways, fork_rows, pack_rows, separate_rows
 from multimodal.batches.prefix_sharing import REFUSALS, calls_of, has_row_cache
 from multimodal.batches.prepared import ImageBatch, Prepared
@@ -24,56 +26,122 @@ __all__ = ["tried_ways"]
 
 # Of the scores' norm: rounding, and less than what any token changes that is read and should not be, or the reverse.
 NEAR = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.004}
+APART = 0.05  # of the scores' norm: two calls of unlike shapes round more; where an image does not reach the model, they are off by 1
 TEXTS = (Text("what is the color of it?", "a red one"), Text("how many of them are there in it?", "two, or three"))
 ANSWERS = (Text("what is it?", "a red one"), Text("what is it?", "two, or three"))
 
 
 @torch.no_grad()
 def tried_ways(adapted: AdaptedModel, tower: ModelTower) -> tuple[Ways, Blocks]:
-    """What is exact for this model, and which tokens read later ones. Runs it on a few rows about an image, without adapters."""
+    """What is exact for this model, and which tokens read later ones. Runs it on a few rows about an image, without adapters.
+
+    Raises ConfigError where the model is not the same with an image that was encoded before as with the image itself.
+    """
     small = tower.preprocess(test_image().resize((64, 40)))  # of few tokens, where their number follows the image's size
     image = tower.encode(ImageBatch(samples=(small,)))[0]
     rows = tower.row_encoder(Template(prompt="<image>{question}"), ())
     trial = _Trial(adapted, tower, rows, image)
+    trial.check_vectors(small)
+    blocks = rows.blocks = trial.blocks()
     packs: Literal["texts", "answers", ""] = ""
     forks: Literal["texts", "answers", ""] = ""
-    every: tuple[Blocks, ...] = ("", "images", "prompts")
-    blocks = next((one for one in every if trial.is_exact(ANSWERS, pack_rows, one)), None)
-    if blocks is not None:
-        packs = "texts" if trial.is_exact(TEXTS, pack_rows, blocks) else "answers"
-    blocks = blocks or ""
-    if has_row_cache(adapted.base) and trial.is_exact(ANSWERS, fork_rows, blocks):
-        forks = "texts" if trial.is_exact(TEXTS, fork_rows, blocks) else "answers"
-    return Ways(packs=packs, forks=forks, reads_prompts=forks != "texts"), blocks
+    if trial.is_exact(ANSWERS, pack_rows):
+        packs = "texts" if trial.is_exact(TEXTS, pack_rows) else "answers"
+    if has_row_cache(adapted.base) and trial.is_exact(ANSWERS, fork_rows):
+        forks = "texts" if trial.is_exact(TEXTS, fork_rows) else "answers"
+    return Ways(packs=packs, forks=forks, reads_prompts=blocks == "prompts"), blocks
 
 
 class _Trial:
     def __init__(self, adapted: AdaptedModel, tower: ModelTower, rows: ConversationRows, image: Prepared) -> None:
         self.adapted, self.tower, self.rows, self.image = adapted, tower, rows, image
+        self.prompt = rows.prompt("what is it?", image)
 
-    def is_exact(self, texts: Sequence[Text], arrange: Arrange, blocks: Blocks) -> bool:
-        """Whether the scores of the targets are those of one row for each text."""
-        self.rows.blocks = blocks
+    def check_vectors(self, pixels: Prepared) -> None:
+        """Raise ConfigError where the model's scores with its image's vectors are not those of its own call with the image."""
+        base: Any = self.adapted.base
+        device, name = next(base.parameters()).device, f"'{self.tower.name}', a {type(base).__name__}"
         try:
-            apart, shared = (self._scores([self.rows.row(text, self.image) for text in texts], how) for how in (separate_rows, arrange))
+            given = self._logits(self.prompt, self.image)
+            own = base(**self._own_arguments(device, pixels)).logits[0]
+        except REFUSALS as error:
+            raise ConfigError(
+                f"{name}, cannot be called with an image that was encoded before ({type(error).__name__}: {str(error).splitlines()[0][:120]}): adapt it with "
+                "adalink.get_adalink_model and a loop of your own"
+            ) from error
+        if given.shape != own.shape or not _near(given, own, APART):
+            raise ConfigError(
+                f"{name}, gives other scores with an image that was encoded before than with the image itself: adapt it with "
+                "adalink.get_adalink_model and a loop of your own"
+            )
+
+    def _own_arguments(self, device: torch.device, pixels: Prepared) -> Mapping[str, Any]:
+        """Of the model's own call with the image."""
+        ids = torch.tensor([self.prompt.ids], device=device)
+        kinds = {self.tower.form.kind: torch.tensor([self.prompt.kind], device=device)} if self.tower.form.kind else {}
+        dtype = next(self.adapted.base.parameters()).dtype
+        inputs = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in pixels.inputs[0].items()}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, **kinds, **inputs}
+
+    def blocks(self) -> Blocks:
+        """Which tokens read later ones: the first changes with a prompt's last, or an image's first with its last."""
+        before = self._logits(self.prompt, self.image)
+        words = [i for i, domain in enumerate(self.prompt.domain) if domain == TEXT]
+        ids = list(self.prompt.ids)
+        ids[words[-1]] = next(self.prompt.ids[i] for i in words if self.prompt.ids[i] != ids[words[-1]])
+        if not self._same(before[0], self._logits(replace(self.prompt, ids=tuple(ids)), self.image)[0]):
+            return "prompts"
+        first = self.prompt.domain.index(IMAGE)
+        last = next((i for i in range(first, len(ids)) if self.prompt.domain[i] != IMAGE), len(ids)) - 1
+        assert self.image.vectors is not None
+        vectors = self.image.vectors.clone()
+        vectors[self.prompt.vector[last]] *= -1
+        return "" if self._same(before[first], self._logits(self.prompt, self.image.encoded(vectors))[first]) else "images"
+
+    def is_exact(self, texts: Sequence[Text], arrange: Arrange) -> bool:
+        """Whether the scores of the targets are those of one row for each text."""
+        rows = [self.rows.row(text, self.image) for text in texts]
+        shared = self._batch(rows, arrange, self.image)
+        if shared.segment is None and shared.shared_prefix is None:
+            return False  # nothing is shared
+        try:
+            return self._same(self._scores(self._batch(rows, separate_rows, self.image)), self._scores(shared))
         except REFUSALS:
             return False
-        near = NEAR.get(apart.dtype, 0.03)
-        return bool((shared - apart).double().norm() <= near * apart.double().norm())
 
-    def _scores(self, rows: Sequence[Row], arrange: Arrange) -> Tensor:
+    def _same(self, one: Tensor, other: Tensor) -> bool:
+        return _near(other, one, NEAR.get(one.dtype, 0.03))
+
+    def _logits(self, row: Row, image: Prepared) -> Tensor:
+        """float [T, V]: of a row in a call of its own."""
+        batch = self._batch([row], separate_rows, image)
+        (call,) = calls_of(self.adapted, batch, self._token_map(batch))
+        with call.bound(self.adapted):
+            logits: Tensor = self.adapted.base(**call.arguments).logits
+        return logits[0]
+
+    def _scores(self, batch: Batch) -> Tensor:
         """float [V]: what is said at the targets, summed over them."""
-        arranged = list(arrange(rows))
-        pad_id = self.rows.placeholder
-        batch = collate(arranged, [0] * len(arranged), ImageBatch(samples=(self.image,)), kind="patches", side="right", pad_id=pad_id)
-        batch = batch.to(next(self.adapted.base.parameters()).device)
-        token_map = TokenMap(batch.domain, torch.full_like(batch.image, BASE_ROW), serving=frozenset(), entry=batch.token_image)
-        token_map = self.tower.token_map(batch, token_map)
         total: Tensor | None = None
-        for call in calls_of(self.adapted, batch, token_map):
+        for call in calls_of(self.adapted, batch, self._token_map(batch)):
             with call.bound(self.adapted):
                 logits = self.adapted.base(**call.arguments).logits
             scores = (torch.take_along_dim(logits, call.source[..., None], 1) * (call.target != NO_LABEL)[..., None]).sum((0, 1))
             total = scores if total is None else total + scores
         assert total is not None
         return total
+
+    def _batch(self, rows: Sequence[Row], arrange: Arrange, image: Prepared) -> Batch:
+        arranged = list(arrange(rows))
+        batch = collate(
+            arranged, [0] * len(arranged), ImageBatch(samples=(image,)), kind="patches", side="right", pad_id=self.rows.placeholder,
+        )  # fmt: skip
+        return batch.to(next(self.adapted.base.parameters()).device)
+
+    def _token_map(self, batch: Batch) -> TokenMap:
+        token_map = TokenMap(batch.domain, torch.full_like(batch.image, BASE_ROW), serving=frozenset(), entry=batch.token_image)
+        return self.tower.token_map(batch, token_map)
+
+
+def _near(found: Tensor, wanted: Tensor, near: float) -> bool:
+    return bool((found - wanted).double().norm() <= near * wanted.double().norm())

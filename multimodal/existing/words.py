@@ -31,6 +31,7 @@ class _Given:
         self._real = real
 
     def __call__(self, images: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing: what it would give is there."""
         return {}
 
     def __getattr__(self, name: str) -> Any:
@@ -52,6 +53,7 @@ class Processor:
         self.real, self.image_ids, self.inputs = real, frozenset(image_ids), tuple(inputs)
         self.tokenizer = real.tokenizer
         self._marks_answers = self._reads_suffix()
+        self._blanks: dict[int, Mapping[str, Any]] = {}
 
     def copied(self) -> Processor:
         """The same with a tokenizer of its own, for other threads than those that use this one; only one of them may use that at a time."""
@@ -83,6 +85,11 @@ class Processor:
         found = {**own, **{f"image_processor.{name}": value for name, value in self.real.image_processor.to_dict().items()}}
         known = {name: value for name, value in found.items() if value is not None and not name.endswith(("_type", "_class"))}
         return {name: json.dumps(value, sort_keys=True, default=str) for name, value in sorted(known.items())}
+
+    @cached_property
+    def added(self) -> tuple[str, ...]:
+        """How all tokens are spelled that are taken out of a text before it is split, special or not."""
+        return tuple(str(token.content) for token in self.tokenizer.added_tokens_decoder.values() if not str(token.content).isspace())
 
     def marks(self, n: int) -> str:
         """What stands for so many images in a text; nothing where the processor puts their tokens there itself."""
@@ -126,26 +133,44 @@ class Processor:
         Raises ConfigError for turns that the chat template does not take.
         """
         words, n = self._of_texts(images), len(images.wording)
-        blanks = [BLANK] * n
-        if isinstance(text, str):
-            found = words(images=blanks or None, text=[text])
-        else:
-            try:
+        try:
+            if isinstance(text, str):
+                found = words(images=[BLANK] * n or None, text=[text])
+            else:
                 found = words.apply_chat_template(
-                    [_with_blanks(turn) for turn in text], tokenize=True, return_dict=True, add_generation_prompt=not ends, sanitize_control_tokens=True,
+                    [_with_blanks(turn) for turn in text], tokenize=True, return_dict=True, add_generation_prompt=not ends,
+                    sanitize_control_tokens=self._spells(text), processor_kwargs={"padding": False},
                 )  # fmt: skip
-            except (ValueError, TypeError, KeyError) as error:
-                raise ConfigError(f"the model's chat template does not take this conversation: {str(error).splitlines()[0]}") from None
+        except (ValueError, TypeError, KeyError) as error:
+            why = str(error).splitlines()[0]
+            if isinstance(text, str):
+                raise DataError(f"the model's processor does not take the text {text[:60]!r} with {n} images: {why}") from None
+            if self._spells(text):
+                raise DataError(f"a text spells a token of the model's own, and its processor cannot read it as letters: {why}") from None
+            raise ConfigError(f"the model's chat template does not take this conversation: {why}") from None
         ids = _row(found["input_ids"])
         kinds = next((_row(found[name]) for name in KINDS if name in found), [0] * len(ids))
         return ids, kinds
 
     def _of_texts(self, images: Prepared) -> Any:
         """The processor for texts about images that were prepared."""
-        words = copy.copy(self.real)
+        words, n = copy.copy(self.real), len(images.wording)
         words.image_processor = _Given(self.real.image_processor)
-        words._process_images = lambda images_, **kwargs: ({}, list(images.wording))
+        words._process_images = lambda images_, **kwargs: (dict(self._blank_features(n)), list(images.wording))
         return words
+
+    def _blank_features(self, n: int) -> Mapping[str, Any]:
+        """What the image processor gives for n small images, without what the tower reads: some processors look at the rest (InternVL's `num_patches`)."""
+        if n not in self._blanks:
+            settings = self.real._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)["images_kwargs"]
+            found = self.real.image_processor([BLANK] * n, **{**settings, "return_tensors": "pt"})
+            self._blanks[n] = {name: value[:0] if name in self.inputs else value for name, value in found.items()}
+        return self._blanks[n]
+
+    def _spells(self, turns: Sequence[Turn]) -> bool:
+        """Whether what people wrote may hold the spelling of a token that is no letters."""
+        texts = (turn["content"] if isinstance(turn["content"], str) else "\0".join(part.get("text", "") for part in turn["content"]) for turn in turns)
+        return any(spelling in text for text in texts for spelling in self.added)
 
 
 def _has_own_call(processor: Any) -> bool:

@@ -27,7 +27,7 @@ from multimodal.generation.settings import GenerationSettings
 from multimodal.language import Language
 
 __all__ = [
-    "Decoding", "Fork", "KnownPrompt", "check_room", "known_prompts", "left_padded", "may_decode", "n_alike", "plan_fork",
+    "Decoding", "Fork", "KnownPrompt", "check_room", "cuts_of", "known_prompts", "last_cut", "left_padded", "may_decode", "n_alike", "plan_fork",
     "prefill", "read", "read_on", "read_rest", "tokens_of",
 ]  # fmt: skip
 
@@ -84,26 +84,45 @@ def prefill(language: Language, attachment: Attachment, batch: Batch, token_map:
     if not may_share:
         with attachment.bind(token_map):
             return whole, read(language, whole, ids, (domain != PAD).long())
-    if fork is None:
-        return whole, read_rest(language, attachment, whole, ids, domain, token_map)
-    n_first = n - fork.n_last
+    cuts = cuts_of(batch)
+    n_first = 0 if fork is None else last_cut(cuts, n - fork.n_last)
+    if fork is None or not n_first:
+        return whole, read_rest(language, attachment, whole, ids, domain, token_map, cuts)
     leaders = torch.tensor(fork.leaders, device=ids.device)
     shared_prefixes = _shared_prefixes(token_map, leaders, n_first)
-    read_rest(language, attachment, whole, ids[leaders, :n_first], shared_prefixes.domain, shared_prefixes)
+    read_rest(language, attachment, whole, ids[leaders, :n_first], shared_prefixes.domain, shared_prefixes, cuts)
     _spread(whole, torch.tensor(fork.leader, device=ids.device), torch.tensor(fork.shift, device=ids.device))
-    return whole, read_rest(language, attachment, whole, ids, domain, token_map)
+    return whole, read_rest(language, attachment, whole, ids, domain, token_map, cuts)
 
 
-def read_rest(language: Language, attachment: Attachment, past: Any, ids: Tensor, domain: Tensor, token_map: TokenMap) -> Tensor:
-    """As `read` of the tokens after those that `past` holds; ids, domain: int64 [B, T], of all of them.
+def cuts_of(batch: Batch) -> list[bool] | None:
+    """T + 1 of them: whether a call may end before each column; none may inside a block, whose tokens read later ones. None: before any."""
+    if batch.block is None:
+        return None
+    block = batch.block
+    inside = ((block[:, 1:] == block[:, :-1]) & (block[:, 1:] >= 0)).any(0)
+    return [True, *(~inside).tolist(), True]
+
+
+def last_cut(cuts: Sequence[bool] | None, end: int) -> int:
+    """The last column up to `end` before which a call may end."""
+    return end if cuts is None else next(i for i in range(end, -1, -1) if cuts[i])
+
+
+def read_rest(
+    language: Language, attachment: Attachment, past: Any, ids: Tensor, domain: Tensor, token_map: TokenMap, cuts: Sequence[bool] | None = None
+) -> Tensor:
+    """As `read` of the tokens after those that `past` holds; ids, domain: int64 [B, T], of all of them. cuts: see `cuts_of`.
 
     Long prompts are read in pieces, so that memory grows with their length and not with its square.
     """
     n, mask = ids.shape[1], (domain != PAD).long()
     size = max(AT_ONCE // (len(ids) * n), 1)
-    scores = torch.empty(0)
-    for start in range(past.get_seq_length(), n, size):
-        end = min(start + size, n)
+    scores, end = torch.empty(0), past.get_seq_length()
+    while end < n:
+        start, end = end, last_cut(cuts, min(end + size, n))
+        while end <= start or (cuts is not None and end < n and not cuts[end]):  # a block that is longer than a piece
+            end = max(end, start) + 1
         with attachment.bind(replace(token_map, present=_present(domain[:, start:end]))):
             scores = read(language, past, ids[:, start:end], mask[:, :end])
     return scores
@@ -229,14 +248,20 @@ def known_prompts(cache: Any, batch: Batch, rows: Sequence[int]) -> list[KnownPr
 
 
 def read_on(language: Language, attachment: Attachment, batch: Batch, token_map: TokenMap, known: Sequence[KnownPrompt], n_last: int) -> tuple[Any, Tensor]:
-    """As `prefill` of a left-padded batch, where each row but for its last `n_last` tokens begins like a known prompt."""
-    n_first = batch.ids.shape[1] - n_last
+    """As `prefill` of a left-padded batch, where each row but for its last `n_last` tokens begins like a known prompt.
+
+    More is read again where a block would be cut.
+    """
+    cuts = cuts_of(batch)
+    n_first = last_cut(cuts, batch.ids.shape[1] - n_last)
+    if not n_first:
+        return prefill(language, attachment, batch, token_map, n_left=0, may_share=False)
     lengths = batch.attention_mask[:, :n_first].sum(1).tolist()
     cache: Any = DynamicCache()
     for index, layer in enumerate(zip(*(prompt.states for prompt in known), strict=True)):
         keys, values = (torch.stack([left_padded(value[:, :n], n_first) for value, n in zip(side, lengths, strict=True)]) for side in zip(*layer, strict=True))
         cache.update(keys, values, index)
-    return cache, read_rest(language, attachment, cache, batch.ids, batch.domain, token_map)
+    return cache, read_rest(language, attachment, cache, batch.ids, batch.domain, token_map, cuts)
 
 
 def left_padded(states: Tensor, length: int) -> Tensor:

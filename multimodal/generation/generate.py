@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from adalink import TokenMap
 from adalink.attachment.attachment import Attachment
 from adalink.attachment.recompute import may_share_prompts, needs_whole_sequence
 from multimodal.batches.collate import Batch
-from multimodal.generation.decoding import Decoding, check_room, may_decode, prefill
+from multimodal.generation.decoding import Decoding, check_room, cuts_of, last_cut, may_decode, prefill
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.language import Language
 
@@ -31,7 +32,8 @@ def written_texts(language: Language, attachment: Attachment, batch: Batch, toke
     if settings.num_beams == 1 and may_decode(language.model, attachment, token_map):
         return _texts(language, _greedy(language, attachment, batch, token_map, settings.max_new_tokens, may_share=may_share))
     cache: Any = None
-    if may_share and batch.ids.shape[1] > 1 and may_decode(language.model, attachment, token_map):
+    n_first = batch.ids.shape[1] - 1
+    if may_share and n_first and last_cut(cuts_of(batch), n_first) == n_first and may_decode(language.model, attachment, token_map):
         cache, _ = prefill(language, attachment, batch, token_map, n_left=1, may_share=True)
         cache.batch_repeat_interleave(settings.num_beams)
     with attachment.bind(token_map):
@@ -58,7 +60,8 @@ def run_generation(
     """
     model: Any = language.model
     check_room(language, int(batch.attention_mask.sum(1).max()), settings)
-    ids: Tensor = model.generate(
+    ids: Tensor = _generate(
+        model,
         input_ids=batch.ids,
         attention_mask=batch.attention_mask,
         max_new_tokens=settings.max_new_tokens,
@@ -74,6 +77,18 @@ def run_generation(
         synced_gpus=False,  # where weights are split, transformers would else wait at each token for processes that generate other rows
     )
     return ids
+
+
+def _generate(model: Any, **arguments: Any) -> Tensor:
+    """The model's own generation; transformers' general one where its own asks for an image (BLIP-2), which reaches the model's calls in another way."""
+    asked = inspect.signature(type(model).generate).parameters.get("pixel_values")
+    if asked is None or asked.default is not inspect.Parameter.empty:
+        return model.generate(**arguments)
+    model.main_input_name = "input_ids"  # of this object alone, and its class's again afterwards
+    try:
+        return GenerationMixin.generate(model, **arguments)
+    finally:
+        del model.main_input_name
 
 
 def generated_texts(language: Language, batch: Batch, ids: Tensor) -> list[str]:

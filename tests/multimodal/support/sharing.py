@@ -30,12 +30,13 @@ TEXTS = [(2, [4, 6, 1]), (2, [5]), (3, [9, 3])]  # of each image: tokens of its 
 @contextlib.contextmanager
 def in_double() -> Iterator[None]:
     """Norms and the softmax of eager attention in float64 too; XGLM makes numbers in the default dtype."""
+    before = torch.get_default_dtype()  # another block may be around this one
     torch.set_default_dtype(torch.float64)
     try:
         with InDouble():
             yield
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(before)
 
 
 def rows(slots: Sequence[int], prefix: int, lengths: Sequence[int], seed: int) -> list[Row]:
