@@ -20,6 +20,7 @@ from multimodal.batches.tokenize import Row
 from multimodal.encoders.bound_parts import test_image
 from multimodal.existing.rows import Blocks, ConversationRows
 from multimodal.existing.tower import ModelTower
+from multimodal.existing.words import first_line
 from multimodal.template import Template, Text
 
 __all__ = ["tried_ways"]
@@ -66,7 +67,7 @@ class _Trial:
             own = base(**self._own_arguments(device, pixels)).logits[0]
         except REFUSALS as error:
             raise ConfigError(
-                f"{name}, cannot be called with an image that was encoded before ({type(error).__name__}: {str(error).splitlines()[0][:120]}): adapt it with "
+                f"{name}, cannot be called with an image that was encoded before ({type(error).__name__}: {first_line(error)}): adapt it with "
                 "adalink.get_adalink_model and a loop of your own"
             ) from error
         if given.shape != own.shape or not _near(given, own, APART):

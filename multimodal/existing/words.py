@@ -17,7 +17,7 @@ from adalink.errors import ConfigError, DataError
 from multimodal.batches.prepared import Prepared
 from multimodal.existing.conversation import Turn
 
-__all__ = ["Processor"]
+__all__ = ["Processor", "first_line"]
 
 BLANK = Image.new("RGB", (8, 8))
 KINDS = ("token_type_ids", "mm_token_type_ids")
@@ -113,7 +113,7 @@ class Processor:
         try:
             features, wording = self._run(image)
         except (ValueError, ZeroDivisionError, RuntimeError) as error:
-            raise DataError(f"the model's processor cannot take an image of {image.width} x {image.height}: {str(error).splitlines()[0]}") from None
+            raise DataError(f"the model's processor cannot take an image of {image.width} x {image.height}: {first_line(error)}") from None
         inputs = {name: torch.as_tensor(features[name]) for name in self.inputs if name in features}
         count = sum(id in self.image_ids for id in self.tokenizer(wording, add_special_tokens=False)["input_ids"])
         return wording, count, inputs
@@ -142,7 +142,7 @@ class Processor:
                     sanitize_control_tokens=self._spells(text), processor_kwargs={"padding": False},
                 )  # fmt: skip
         except (ValueError, TypeError, KeyError) as error:
-            why = str(error).splitlines()[0]
+            why = first_line(error)
             if isinstance(text, str):
                 raise DataError(f"the model's processor does not take the text {text[:60]!r} with {n} images: {why}") from None
             if self._spells(text):
@@ -171,6 +171,11 @@ class Processor:
         """Whether what people wrote may hold the spelling of a token that is no letters."""
         texts = (turn["content"] if isinstance(turn["content"], str) else "\0".join(part.get("text", "") for part in turn["content"]) for turn in turns)
         return any(spelling in text for text in texts for spelling in self.added)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _has_own_call(processor: Any) -> bool:
