@@ -314,20 +314,43 @@ def prompt_embeds(model: AdaptedModel, ids: Tensor, token_map: TokenMap) -> Tens
     for name in model.adapters:
         if token_map.serving is None or model.indices[name] in token_map.serving:
             check_prompt_only(model.base, model.adapters[name])  # type: ignore[arg-type]  # a ModuleDict holds modules
-    embedding = model.base.get_submodule(model.anatomy.stack).get_submodule(model.anatomy.embedding)
+    stack = model.base.get_submodule(model.anatomy.stack)
 
-    def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def looked_up(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         raise _Read(output)
 
-    handle = embedding.register_forward_hook(read)  # after the attachment's own, so it sees what the edits made
+    def merged(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _check_alone(kwargs)
+        raise _Read(kwargs["inputs_embeds"])
+
+    # Both after the attachment's own hooks, so they see what the edits made. A model that sees already puts its images among the words first.
+    sees = token_map.host is not None
+    embedding = stack.get_submodule(model.anatomy.embedding)
+    handle = stack.register_forward_pre_hook(merged, with_kwargs=True) if sees else embedding.register_forward_hook(looked_up)
     try:
         with model.attachment.bind(token_map):
-            model.base.get_submodule(model.anatomy.stack)(input_ids=ids, use_cache=False)
+            (model.base if sees else stack)(input_ids=ids, use_cache=False)
     except _Read as found:
         return found.embeds
     finally:
         handle.remove()
     raise AssertionError("the stack ran without its word embedding")
+
+
+def _check_alone(arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a call of the layers is given more than embeddings, masks [B, T] and positions [B, T]."""
+    plain = ("attention_mask", "position_ids")
+    more = [name for name, value in arguments.items() if _has_tensor(value) and not (name in plain and isinstance(value, Tensor) and value.ndim == 2)]
+    if more := sorted(set(more) - {"inputs_embeds", "cache_position"}):
+        raise ConfigError(
+            f"this model makes {', '.join(more)} of a prompt's images beside its embeddings, which a file of embeddings cannot carry: "
+            "keep the adapter beside the model"
+        )
+
+
+def _has_tensor(value: Any) -> bool:
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, Tensor) or any(map(_has_tensor, inside))
 
 
 def check_prompt_only(model: nn.Module, adapter: Adapter) -> None:

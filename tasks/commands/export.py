@@ -40,21 +40,22 @@ def export_folded(*, adapter: Path, out: Path, language_model: str | None = None
     config = AdaptedModel.read_config(adapter)
     check_foldable(config.methods)
     with _new_folder(out) as folder:
-        language, loaded = _loaded(adapter, config, language_model)
+        language, loaded, processor = _loaded(adapter, config, language_model)
         if untied:
             untie(language.model)
         fold_embedding(language.model, loaded)
-        _save(language, folder)
+        _save(language, processor, folder)
     print(f"wrote {out}: {language.name} with the adapter {adapter} in its embedding table")
 
 
-def export_merged(*, adapter: Path, out: Path, language_model: str | None = None) -> None:
-    """Write the language model with a LoRA for all tokens added to its weights.
+def export_merged(*, adapter: Path, out: Path, language_model: str | None = None, model: str | None = None) -> None:
+    """Write the frozen model with a LoRA for all tokens added to its weights.
 
     Args:
         adapter: The adapter folder; LoRA alone, with groups for every token.
         out: A new or empty folder, in the format of transformers.
         language_model: Where the language model is, if not where the adapter says.
+        model: Where the model that reads images itself is, if not where the adapter says.
     """
     from adalink import AdaptedModel
     from adalink.export import check_mergeable, merge_linears
@@ -62,9 +63,9 @@ def export_merged(*, adapter: Path, out: Path, language_model: str | None = None
     config = AdaptedModel.read_config(adapter)
     check_mergeable(config.methods)
     with _new_folder(out) as folder:
-        language, loaded = _loaded(adapter, config, language_model)
+        language, loaded, processor = _loaded(adapter, config, model or language_model)
         merge_linears(language.model, loaded)
-        _save(language, folder)
+        _save(language, processor, folder)
     print(f"wrote {out}: {language.name} with the adapter {adapter} in its weights")
 
 
@@ -79,15 +80,12 @@ def export_embedding_lora(*, adapter: Path, out: Path, model: str | None = None)
     from adalink import AdaptedModel
     from adalink.export import check_embedding_lora, write_embedding_lora
     from multimodal.encoders.bound_parts import test_image
-    from multimodal.existing.load import example_of, is_existing, load_existing
-    from tasks.runs.compose import found_part
+    from multimodal.existing.load import example_of
 
     config = AdaptedModel.read_config(adapter)
     check_embedding_lora(config.methods)
     with _new_folder(out) as folder:
-        name = found_part(model or config.base["language_model"].name)
-        language, processor = load_existing(name) if is_existing(name) else (None, None)
-        language, loaded = _loaded(adapter, config, model, language)
+        language, loaded, processor = _loaded(adapter, config, model)
         example = None if processor is None else example_of(language, processor, test_image())
         lora = write_embedding_lora(language.model, loaded, folder, example)
     (rank, vocabulary), width = lora.a.shape, len(lora.b)
@@ -104,6 +102,7 @@ def export_embeds(
     prompts: Path | None = None,
     encoder: str | None = None,
     language_model: str | None = None,
+    model: str | None = None,
 ) -> None:
     """Write the embeddings of prompts as the frozen language model reads them, for an engine that accepts them.
 
@@ -116,6 +115,7 @@ def export_embeds(
         prompts: A text file, one prompt a line; none for captions.
         encoder: Where the encoder is, if not where the adapter says.
         language_model: Where the language model is, if not where the adapter says.
+        model: Where the model that reads images itself is, if not where the adapter says.
     """
     from adalink import AdaptedModel
     from multimodal.language import load_language
@@ -132,9 +132,9 @@ def export_embeds(
         raise ConfigError(f"{len(images)} images were given and {len(texts)} prompts: give {wanted}")
     with _new_folder(out) as folder:
         if has_images:
-            model, _ = load_adapted(adapter, encoder=encoder, language_model=language_model)
-            embeds = image_prompt_embeds(model, images, texts)
-            parts: Mapping[str, FrozenPart] = model.adapted.parts
+            seeing, _ = load_adapted(adapter, encoder=encoder, language_model=language_model, model=model)
+            embeds = image_prompt_embeds(seeing, images, texts)
+            parts: Mapping[str, FrozenPart] = seeing.adapted.parts
         else:
             language = load_language(found_part(language_model or config.base["language_model"].name))
             adapted = AdaptedModel.from_pretrained(language.model, adapter)
@@ -155,31 +155,35 @@ def _write_embeds(folder: Path, embeds: Sequence[Tensor], texts: Sequence[str], 
     (folder / PROMPTS_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _loaded(folder: Path, config: AdapterConfig, language_model: str | None, language: Language | None = None) -> tuple[Language, Adapter]:
-    """The frozen model, and the adapter beside it; refused where it was trained on another. An encoder that no method reads does not count.
+def _loaded(folder: Path, config: AdapterConfig, given: str | None) -> tuple[Language, Adapter, Any]:
+    """The frozen model, the adapter beside it, and the processor of a model that reads images itself (None of a language model).
 
-    language: the model, where it is loaded already. Refused too where something was trained that a language model's folder cannot hold.
+    Refused where the adapter was trained on another model; an encoder that no method reads does not count. Refused too where something was trained
+    that the model's folder cannot hold.
     """
     from adalink import Adapter, Anatomy
     from adalink.checkpoint.folder import load_weights
     from multimodal.encoders.bound_parts import language_part
     from multimodal.encoders.tower import has_vision_adapter
+    from multimodal.existing.load import is_existing, load_existing
     from multimodal.language import Language, load_language
     from tasks.runs.compose import found_part
 
     if beside := ["an answer head"] * bool(config.task.get("answers")) + ["an adapted encoder"] * has_vision_adapter(folder):
         raise ConfigError(f"the adapter in {folder} has {' and '.join(beside)}, which a language model's folder cannot hold: export one without")
-    name = language_model or config.base["language_model"].name
-    language = language or load_language(found_part(name))
+    name = given or config.base["language_model"].name
+    found = found_part(name)
+    sees = "encoder" not in config.base and is_existing(found)
+    language, processor = load_existing(found) if sees else (load_language(found), None)
     here = language_part(language)
     config.check_base({**config.base, "language_model": here}, str(folder))
     methods: Mapping[str, Method] = config.methods
     adapter = Adapter(methods, Anatomy.read(language.model))
     load_weights(folder, adapter)
-    return Language(model=language.model, tokenizer=language.tokenizer, name=name), adapter.eval()
+    return Language(model=language.model, tokenizer=language.tokenizer, name=name), adapter.eval(), processor
 
 
-def _save(language: Language, folder: Path) -> None:
+def _save(language: Language, processor: Any, folder: Path) -> None:
     import torch
 
     from multimodal.loading import quiet
@@ -187,7 +191,7 @@ def _save(language: Language, folder: Path) -> None:
     model: Any = language.model
     with quiet(), torch.no_grad():
         model.save_pretrained(folder)
-        language.tokenizer.save_pretrained(folder)
+        (processor or language.tokenizer).save_pretrained(folder)
 
 
 def _lines(path: Path) -> list[str]:

@@ -87,25 +87,9 @@ def trained() -> None:
 
 def llava() -> None:
     """A tiny LLaVA with its processor, in the folder llava."""
-    import torch
-    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from tiny_llava import save_llava
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(language_folder())
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = {"model_type": "clip_vision_model", **small, "image_size": 32, "patch_size": 16}
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config={"model_type": "llama", "vocab_size": len(tokenizer), **small},
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).save_pretrained("llava")
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    LlavaProcessor(
-        images, tokenizer, patch_size=16, vision_feature_select_strategy="default", image_token="<image>", num_additional_image_tokens=1,
-        chat_template="{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}",
-    ).save_pretrained("llava")  # fmt: skip
+    save_llava(Path("llava"))
 
 
 SETUPS: dict[str, Callable[[], None]] = {made.__name__: made for made in (photos, config, tutorial, coco, trained, llava)}

@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 from cli_run import adalink, refused
+from existing_models import existing
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tiny_llava import save_llava
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from adalink import AdaLink, AdaptedModel, Bridge, LoRA, Method, Prompt
+from adalink import AdaLink, AdaptedModel, Bridge, LoRA, Method, Prompt, TokenMap
 from adalink.errors import ConfigError
-from adalink.export import check_prompt_only
+from adalink.export import check_prompt_only, prompt_embeds
 from multimodal.batches.tokenize import TextTokens
 from multimodal.data.images.decode import decode_image
+from multimodal.encoders.bound_parts import test_image as blocks
+from multimodal.existing.inputs import HostInputs
 from multimodal.language import Language, load_language
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
@@ -108,6 +112,24 @@ def test_a_lora_of_the_word_embedding_is_one_in_peft(tmp_path: Path) -> None:
         assert not torch.allclose(logits(theirs, ids), logits(model, ids), atol=1e-2)  # the control
 
 
+@pytest.mark.parametrize("command", ["embedding_lora", "merged"])
+def test_the_same_of_a_model_that_reads_images_itself(command: str, tmp_path: Path) -> None:
+    save_llava(tmp_path / "base", std=0.2)
+    model = AdaptedModel(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"))
+    excite(model.add_adapter("default", EVERYWHERE if command == "merged" else AdaLink(rank=4, modalities=("text",), activation="gelu", bias=True)))
+    model.eval().save_pretrained(tmp_path / "adapter")
+    done = adalink("export", command, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    whole = tmp_path / ("out" if command == "merged" else "base")
+    base = AutoModelForImageTextToText.from_pretrained(whole).eval()
+    plain = base if command == "merged" else PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    given = AutoProcessor.from_pretrained(whole)(text=["<image>what color is it?"], images=[blocks()], return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(plain(**given).logits, model(**given).logits, atol=1e-4, rtol=0)
+        with model.disable_adapter():
+            assert not torch.allclose(plain(**given).logits, model(**given).logits, atol=1e-2)  # the control
+
+
 @pytest.mark.parametrize("method", [AdaLink(rank=4, modalities=("text",), scope="prompt"), Prompt(length=3, init_std=0.5)], ids=["adalink", "prompt"])
 def test_embeddings_of_words_generate_the_adapters_ids_in_transformers_alone(method: Method, tmp_path: Path) -> None:
     language, model = saved(tmp_path / "adapter", method)
@@ -163,6 +185,43 @@ def test_embeddings_of_pictures_generate_the_adapters_captions_in_transformers_a
     assert not torch.equal(embeds["0"], embeds["1"])  # the control: the image is in them
 
 
+def test_embeddings_of_a_model_that_reads_images_itself(seeing: tuple[Path, VisionLanguageModel, list[Path]], tmp_path: Path) -> None:
+    save_llava(tmp_path / "base", std=0.2)
+    model, images = VisionLanguageModel.from_model(tmp_path / "base", template=Template(prompt="<image>{question}", target="{text}")), seeing[2]
+    excite(model.add_adapter("default", AdaLink(rank=4, modalities=("image", "text"), scope="prompt")))
+    model.save_pretrained(tmp_path / "adapter", task={"task": Captioning().name})
+    prompts = ["what color is it?", "how many circles?"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    given = ("--images", json.dumps([str(path) for path in images]), "--prompts", tmp_path / "prompts.txt")
+    done = adalink("export", "embeds", "--adapter", tmp_path / "adapter", *given, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    plain, tokenizer = AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval(), model.language.tokenizer
+    embeds = load_file(tmp_path / "out" / EMBEDS_FILE)
+    for i, prompt in enumerate(prompts):
+        value = embeds[str(i)][None]
+        ids = plain.generate(inputs_embeds=value, attention_mask=torch.ones(value.shape[:2], dtype=torch.int64), max_new_tokens=6, do_sample=False)
+        assert [tokenizer.decode(ids[0], skip_special_tokens=True).strip()] == model.generate(images[i], prompt, max_new_tokens=6)
+    with model.disable_adapter():  # the control
+        assert model.generate(images[:2], prompts, max_new_tokens=6) != model.generate(images[:2], prompts, max_new_tokens=6, adapter_names=["default"] * 2)
+
+
+MADE_OF_IMAGES = {
+    "position_ids": ("qwen2_vl", {"position_ids": torch.zeros(3, 1, 3, dtype=torch.int64)}),
+    "attention_mask": ("gemma3", {"token_type_ids": torch.ones(1, 3, dtype=torch.int64)}),
+}
+
+
+@pytest.mark.parametrize("more", MADE_OF_IMAGES)
+def test_embeddings_cannot_carry_what_a_model_makes_beside_them(more: str) -> None:
+    family, given = MADE_OF_IMAGES[more]
+    model = AdaptedModel(existing(family))
+    model.add_adapter("default", AdaLink(rank=2, modalities=("text",), scope="prompt")).double()
+    model.base.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, **given}), with_kwargs=True)  # as a batch with images does
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ConfigError, match=f"this model makes {more} of a prompt's images beside its embeddings"):
+        prompt_embeds(model, ids, TokenMap(torch.zeros_like(ids), model.rows(1), host=HostInputs()))
+
+
 def test_what_embeddings_cannot_carry_is_refused(tmp_path: Path) -> None:
     for method, expected in (
         (WORDS, "also edits what is generated (text, answer), which an engine that is given prompt embeddings reads raw: train AdaLink with scope 'prompt'"),
@@ -194,7 +253,7 @@ def test_bad_arguments_of_an_export_are_one_sentence(seeing: tuple[Path, VisionL
         (("merged", "--adapter", tmp_path / "words", *out), "an adapter that is one LoRA alone can be merged, and this one has AdaLink"),
         (("folded", "--adapter", tmp_path / "words", "--out", tmp_path / "taken"), "taken is there already: give another --out, or remove it"),
         (("folded", "--adapter", tmp_path / "words", "--out", tmp_path / "two.txt" / "x"), "cannot be made: Not a directory"),
-        (("folded", "--adapter", tmp_path / "words", *out, "--language_model", "no-such-lm"), "cannot load the language model 'no-such-lm'"),
+        (("folded", "--adapter", tmp_path / "words", *out, "--language_model", "no-such-lm"), "cannot load the model 'no-such-lm'"),
         (("embedding_lora", "--adapter", adapter, *out), "written as a LoRA of the word embedding, and this one has Bridge, AdaLink"),
         (("embedding_lora", "--adapter", tmp_path / "prompts", *out), "this AdaLink has the modalities text and scope 'prompt'"),
         (("embedding_lora", "--adapter", tmp_path / "words", *out, "--model", "no-such-lm"), "cannot load the model 'no-such-lm'"),
