@@ -86,6 +86,7 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
         found, given = ("a composed model", "one that saw already") if "encoder" in config.base else ("a model that saw already", "a composed one")
         raise ConfigError(f"the adapter in {folder} was trained on {found}, and this is {given}: load it on a model of its own kind")
     if isinstance(model.tower, ModelTower):
+        model.tower.check_copies(config.modules_to_save, str(folder))
         local = local_folder(folder)
         vision = load_vision_adapter(local, model.tower, model.seeing_part, len(model.adapted.adapters), allow_other_base=allow_other_base)
         adapter = model.adapted.load_adapter(local, name, activate=activate, allow_other_base=allow_other_base)

@@ -139,6 +139,23 @@ class ModelTower:
         """Makes the rows of an adapter with these slots, by a copy of the processor where one is given. Raises ConfigError where it has a bridge."""
         return ConversationRows(template, self.language, processor or self.processor, self.positions, slots, self.blocks)
 
+    def check_copies(self, modules: Sequence[str], folder: str) -> None:
+        """Raise ConfigError where an adapter has trained copies of modules, by their dotted names, that run when an image is encoded."""
+        found: list[str] = []
+        there = {path: module for path, module in self.language.model.named_modules() if path in modules}
+        handles = [module.register_forward_pre_hook(lambda *_, path=path: found.append(path)) for path, module in there.items()]
+        try:
+            if there:
+                self._encoded(ImageBatch(samples=(self.example,)).to(self._device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        if found:
+            raise ConfigError(
+                f"the adapter in {folder} has a trained copy of {', '.join(sorted(set(found)))}, and this model encodes an image once, with its frozen "
+                "modules, for all adapters: load the adapter with AdaptedModel.from_pretrained"
+            )
+
     def part(self) -> FrozenPart:
         """The whole model as a frozen part, with sketches of a test image as it is prepared and of its vectors."""
         part = part_of(self.language.model, name=self.name)
