@@ -26,4 +26,4 @@ def use_one_forkserver() -> None:
 
     multiprocessing.set_forkserver_preload(IMPORTED)
     forkserver.set_forkserver_preload = lambda modules: None
-    server.ensure_running = started
+    server.ensure_running = forkserver.ensure_running = started

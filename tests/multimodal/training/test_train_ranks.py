@@ -41,6 +41,10 @@ def step_of(folder: Path) -> int:
     return path.read_text().count("loss") if path.exists() else 0
 
 
+def test_a_process_starts_with_everything_imported(machine: Machine) -> None:
+    machine.start(1, rank_jobs.missing).ended()
+
+
 def test_two_processes_equal_one_with_the_same_pictures_in_a_step(machine: Machine, tmp_path: Path) -> None:
     """float64, ragged numbers of targets, accumulation, and seven images that nothing divides."""
     two = [{"folder": tmp_path / "two", "kept": True}, {"folder": tmp_path / "two_accumulated", "kept": True, "batch_size": 1, "accumulation": 2}]
