@@ -10,7 +10,6 @@ import pytest
 import torch
 from existing_checks import arranged, check_same
 from existing_families import images, made
-
 from sharing import in_double
 from tiny import excite
 from torch import Tensor
