@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_run import adalink, refused
+from existing_families import MADE
 from existing_models import existing
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from multimodal.batches.tokenize import TextTokens
 from multimodal.data.images.decode import decode_image
 from multimodal.encoders.bound_parts import test_image as blocks
 from multimodal.existing.inputs import HostInputs
+from multimodal.existing.load import example_of
 from multimodal.language import Language, load_language
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
@@ -32,6 +34,7 @@ from tasks.runs.compose import compose
 from tasks.scenes.dataset import Scenes
 from tasks.scenes.parts import language_folder
 
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # what merging would do; peft merges nothing here
 WORDS = AdaLink(rank=4, modalities=("text",))
 EVERYWHERE = LoRA(groups={"all": ("all",)}, rank=4, alpha=8.0)
 QUESTION = "a red"
@@ -52,6 +55,11 @@ def saved(folder: Path, method: Method) -> tuple[Language, AdaptedModel]:
     excite(model.add_adapter("default", {"method": method}))
     model.save_pretrained(folder)
     return language, model
+
+
+@torch.no_grad()
+def outputs(model: Any, given: dict[str, Any]) -> torch.Tensor:
+    return model(**given).logits  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -110,6 +118,27 @@ def test_a_lora_of_the_word_embedding_is_one_in_peft(tmp_path: Path) -> None:
     assert theirs.generate(input_ids=ids, **settings).tolist() == model.generate(ids, **settings).tolist()
     with model.disable_adapter():
         assert not torch.allclose(logits(theirs, ids), logits(model, ids), atol=1e-2)  # the control
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MADE)
+def test_every_family_that_reads_images_has_the_lora(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made, processor = MADE[family]()
+    excite(made)
+    made.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval()
+    model = AdaptedModel(base)
+    excite(model.add_adapter("default", AdaLink(rank=4, modalities=("text",), activation="relu", bias=True)))
+    model.eval().save_pretrained(tmp_path / "adapter")
+    assert adalink("export", "embedding_lora", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out").code == 0
+    given = example_of(Language(model=base, tokenizer=processor.tokenizer, name=family), processor, blocks())
+    expected = outputs(model, given)
+    model.unload()
+    raw = outputs(base, given)
+    assert torch.allclose(outputs(PeftModel.from_pretrained(base, tmp_path / "out").eval(), given), expected, atol=1e-4, rtol=0)
+    assert not torch.allclose(raw, expected, atol=1e-2)  # the control
 
 
 @pytest.mark.parametrize("command", ["embedding_lora", "merged"])
