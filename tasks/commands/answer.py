@@ -172,11 +172,12 @@ SERVE = Command(
     _add_serve, _serve,
     first=(
         "adapter", "host", "port", "base", "model", "encoder", "language_model", "allow_other_base", "generation.max_new_tokens", "generation.num_beams",
-        "batching.size", "batching.tokens", "limits.in_flight", "limits.body_bytes", "limits.new_tokens", "access.api_keys", "access.hosts",
+        "batching.size", "batching.tokens", "limits.in_flight", "limits.body_bytes", "limits.images", "limits.new_tokens", "access.api_keys", "access.hosts",
         "access.adapters_folder",
     ),
     examples=(
         "adalink serve --adapter caption=runs/first/adapter",
         "adalink serve --adapter caption=runs/first/adapter vqa=runs/vqa/adapter --port 8001",
+        "adalink serve --adapter vqa=runs/qwen/adapter --model ./Qwen2.5-VL-3B-Instruct --limits.images 4",
     ),
 )  # fmt: skip

@@ -80,7 +80,10 @@ def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> Visio
     """The frozen parts of the base, or of the first adapter, with all adapters on them, each under its name. Raises ConfigError as `check_served`."""
     for folder in adapters.values():
         check_served(folder)
-    known, template, layer = _base(settings.base) if settings.base is not None else _parts_of(next(iter(adapters.values()), None))
+    if settings.base is None and settings.model and not adapters:
+        known, template, layer = Parts(model=settings.model), Captioning().template, -1
+    else:
+        known, template, layer = _base(settings.base) if settings.base is not None else _parts_of(next(iter(adapters.values()), None))
     given = Parts(model=settings.model, encoder=settings.encoder, language_model=settings.language_model)
     parts = given.over(known)
     if parts.model is not None:  # by itself it reads a conversation as it is
@@ -122,7 +125,7 @@ def _base(path: Path) -> tuple[Parts, Template, int]:
 def _parts_of(folder: Path | None) -> tuple[Parts, Template, int]:
     """The frozen parts that an adapter was trained on, and its words."""
     if folder is None:
-        raise ConfigError("nothing is to be served: give --adapter NAME=DIR, or --base with a run's config.yaml for the frozen parts alone")
+        raise ConfigError("nothing is to be served: give --adapter NAME=DIR, or --base with a run's config.yaml (or --model) for the frozen parts alone")
     config = AdaptedModel.read_config(folder)
     template = saved_template(config.task)
     if "language_model" not in config.base or template is None or "layer" not in config.task:

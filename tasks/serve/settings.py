@@ -38,7 +38,7 @@ class RequestLimits:
 
     body_bytes: int = 16 * 2**20  # of a request's body; an image in base64 is a third larger than its file
     image_bytes: int = 10 * 2**20  # of an image's file
-    images: int = 8  # of a conversation, for a model that saw already; a composed model reads one
+    images: int = 8  # most images of a conversation, for a model that sees already; a composed model reads one
     pixels: int = 2**24  # width x height of an image, checked before it is decoded
     decode_seconds: float = 10.0  # of processor time to decode an image; then its process is ended, and the image refused
     text_bytes: int = 32_768  # of all texts of a conversation; the model's positions limit the question that is read besides
@@ -86,8 +86,8 @@ class ServeSettings:
 
     host: str = "127.0.0.1"  # the address to listen at; 0.0.0.0 for every network, which wants access.api_keys
     port: int = 8000  # 0: any free one, which is printed
-    base: Path | None = None  # a run's config.yaml, for the frozen parts; without it they are those that the first adapter names
-    model: str | None = None  # where the model that saw already is, if not where the config or the adapter says
+    base: Path | None = None  # a run's config.yaml, for the frozen parts; without it they are those that the first adapter names, or `model`
+    model: str | None = None  # where the model that sees already is, if not where the config or the adapter says
     encoder: str | None = None  # where the encoder is, if not where the config or the adapter says
     language_model: str | None = None  # where the language model is, if not where the config or the adapter says
     allow_other_base: bool = False  # load adapters that are given at the start though a frozen part is not as it was when they were trained
