@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from adalink import ANSWER, IMAGE, TEXT, Slots
-from adalink.errors import ConfigError, DataError
+from adalink.errors import AdalinkError, ConfigError, DataError
 from multimodal.batches.prepared import NO_IMAGE, Prepared
 from multimodal.batches.tokenize import Row, TextTokens, TextTooLong
 from multimodal.existing.conversation import Prompt, Turn, text_of, user_turn, worded
@@ -85,6 +85,7 @@ class ConversationRows:
         self.end_ids, self.placeholder = language.end_ids, int(language.tokenizer.pad_token_id)
         self.leading = [slot.domain for slot in slots for _ in range(slot.count)]
         self.n_answers = 0
+        self._ignored: dict[str, bool] = {}
         self._tokens = TextTokens(language.tokenizer)
 
     @property
@@ -124,6 +125,8 @@ class ConversationRows:
 
     def _prompt(self, question: Prompt, images: Prepared) -> tuple[list[int], list[int]]:
         n = len(images.wording)
+        if n > 1 and not self.processor.prepares_apart:
+            raise ConfigError(f"'{self.name}' prepares an image among several in another way than alone, and here each is prepared alone: ask about one image")
         if "{question}" not in self.template.prompt and not isinstance(question, str):
             question = ""
         if self.template.raw or not self.processor.has_chat:
@@ -134,10 +137,24 @@ class ConversationRows:
             return self.processor.ids(text.replace("{question}", question), images)
         turns = [user_turn(question, n)] if isinstance(question, str) else list(question)
         own = [] if turns[0]["role"] == "system" else self._system()
+        if ignored := next((turn["role"] for turn in turns[:-1] if self._ignores(turn["role"])), None):
+            raise ConfigError(f"the chat template of '{self.name}' leaves out the turns of the {ignored}: ask without them")
         try:
             return self.processor.ids([*own, *(worded(turn, self.template) for turn in turns)], images)
         except (ConfigError, TemplateError) as error:
             raise ConfigError(f"'{self.name}' cannot read this prompt about {counted(n, 'image')}: {error}") from None
+
+    def _ignores(self, role: str) -> bool:
+        """Whether the chat template leaves out an earlier turn of this role without a word; one that refuses it says so by itself."""
+        if role not in self._ignored:
+            last = [user_turn("a", 0)]
+            turn = {"role": role, "content": [{"type": "text", "text": "b"}]}
+            before = [user_turn("c", 0), turn] if role == "assistant" else [turn]
+            try:
+                self._ignored[role] = role != "user" and self.processor.ids([*before, *last], NO_IMAGE) == self.processor.ids([*before[:-1], *last], NO_IMAGE)
+            except (AdalinkError, TemplateError):
+                self._ignored[role] = False
+        return self._ignored[role]
 
     def _only_question(self, turns: Sequence[Turn]) -> str:
         """Of a conversation that is one question. Raises ConfigError for another one."""

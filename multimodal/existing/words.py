@@ -105,6 +105,21 @@ class Processor:
             grids=tuple(inputs["image_grid_thw"] for _, _, inputs in found if "image_grid_thw" in inputs),
         )
 
+    @cached_property
+    def prepares_apart(self) -> bool:
+        """Whether an image among several of a conversation is what it is alone (LLaVA-OneVision gives it fewer tokens)."""
+        if _has_own_call(self.real):
+            return True
+        try:
+            several = self.real._process_images([[BLANK, BLANK]], **self._settings())[1]
+        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError):  # it takes images one after the other
+            return True
+        return bool(several[0] == self._run(BLANK)[1])
+
+    def _settings(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.real._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, return_tensors="pt")["images_kwargs"]
+        return found
+
     def _reads_suffix(self) -> bool:
         return "suffix" in inspect.signature(type(self.real).__call__).parameters
 
@@ -119,7 +134,7 @@ class Processor:
         return wording, count, inputs
 
     def _run(self, image: Image.Image) -> tuple[Mapping[str, Any], str]:
-        settings = self.real._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, return_tensors="pt")["images_kwargs"]
+        settings = self._settings()
         if _has_own_call(self.real):
             features = self.real.image_processor(image, **settings)
             return features, self.image_mark * int(self.real.num_query_tokens)

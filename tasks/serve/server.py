@@ -87,7 +87,7 @@ def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> Visio
     given = Parts(model=settings.model, encoder=settings.encoder, language_model=settings.language_model)
     parts = given.over(known)
     if parts.model is not None:  # by itself it reads a conversation as it is
-        template = Template(prompt="<image>{question}", system=template.system)
+        template = Template(prompt="<image>{question}")
     model = frozen_model(parts, template=template, layer=layer)
     for name, folder in adapters.items():
         model.load_adapter(folder, name, allow_other_base=settings.allow_other_base)

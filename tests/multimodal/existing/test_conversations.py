@@ -1,0 +1,128 @@
+"""Conversations, several images and system messages are read as the model's own processor reads them; a model that cannot is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from existing_checks import READ_RAW, SYSTEM, case, families
+from existing_families import MADE, images
+from sharing import in_double
+
+from adalink.errors import ConfigError
+from multimodal.batches.prepared import joined
+from multimodal.existing.conversation import asked_of, worded
+from multimodal.template import Template
+
+READ_TURNS = [name for name in MADE if name not in (*READ_RAW, "llava_onevision")]
+
+
+@pytest.fixture(autouse=True)
+def _in_double() -> Iterator[None]:
+    with in_double():
+        yield
+
+
+def turn(role: str, *parts: Any) -> dict[str, Any]:
+    """A text is a part of type text, all else an image; None is an open place for one."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image", **({} if part is None else {"image": part})} for part in parts]
+    return {"role": role, "content": content}
+
+
+def conversation() -> list[dict[str, Any]]:
+    first, second, third = images()
+    return [turn("system", "no words"), turn("user", first, "what?"), turn("assistant", "a red one"), turn("user", second, third, "and these?")]
+
+
+@pytest.mark.parametrize("name", families(["qwen2_vl", "gemma3"], READ_TURNS))
+def test_a_conversation_has_the_ids_and_the_answer_of_the_models_own(name: str) -> None:
+    made, turns = case(name), conversation()
+    own = made.processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+    given = {key: value.double() if value.is_floating_point() else value for key, value in own.items()}
+    ((seen, asked),) = asked_of(None, turns)
+    row = made.vlm.row_encoder().prompt(asked, joined([made.vlm.tower.preprocess(image) for image in seen]))  # type: ignore[arg-type,misc]
+    assert list(row.ids) == own["input_ids"][0].tolist()
+    ids = made.model.generate(**given, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=list(made.vlm.language.end_ids))
+    with made.vlm.disable_adapter():
+        alone, again, beside = made.vlm.generate(prompts=[turns, turns, [turn("user", "no?")]], max_new_tokens=6)
+    assert alone == again == made.processor.tokenizer.decode(ids[0, len(row.ids) :], skip_special_tokens=True).strip()
+    with made.vlm.disable_adapter():
+        assert beside == made.vlm.generate([[]], ["no?"], max_new_tokens=6)[0]
+
+
+def test_several_images_for_one_question_are_a_conversation_of_one_turn() -> None:
+    made = case("qwen2_vl")
+    two = images()[:2]
+    (text,) = made.vlm.generate([two], ["which?"], max_new_tokens=6)
+    assert made.vlm.generate(prompts=[turn("system", SYSTEM), turn("user", *two, "which?")], max_new_tokens=6) == [text]
+    assert made.vlm.generate([two], [[turn("system", SYSTEM), turn("user", None, None, "which?")]], max_new_tokens=6) == [text]
+    assert made.vlm.generate(images(), ["which?"] * 3, max_new_tokens=6) != [text] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "note"),
+    [
+        ("paligemma", [turn("system", "no words"), turn("user", None, "what?")], "reads one question and not a conversation of 2 turns, since the model has no chat"),
+        ("blip2", [turn("user", None, None, "what?")], "cannot read 2 images in one conversation: its template has places for 4 of their 8 tokens"),
+        ("llava_onevision", [turn("user", None, None, "what?")], "prepares an image among several in another way than alone"),
+    ],
+)
+def test_a_model_that_cannot_read_it_is_refused_by_name(name: str, turns: list[Any], note: str) -> None:
+    made = case(name)
+    n_images = sum(part["type"] == "image" for one in turns for part in one["content"])
+    with pytest.raises(ConfigError, match=rf"^'{made.vlm.tower.name}' {note}"):
+        made.vlm.generate([images()[:n_images]], [turns])
+
+
+def test_a_template_that_leaves_turns_out_or_refuses_them_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case("llava")
+    real = made.vlm.tower.processor.real  # type: ignore[union-attr]
+    chat = real.chat_template
+    for words, note in (
+        (chat.replace("in messages %}", "in messages if m.role != 'system' %}"), "leaves out the turns of the system: ask without them"),
+        (chat.replace("in messages %}", "in messages[-1:] %}"), "leaves out the turns of the system"),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + chat, "about 3 images: no system role"),
+    ):
+        assert words != chat
+        monkeypatch.setattr(real, "chat_template", words)
+        with pytest.raises(ConfigError, match=note):
+            made.vlm.generate(prompts=conversation())
+    monkeypatch.setattr(real, "chat_template", chat.replace("in messages %}", "in messages[-1:] %}"))
+    with pytest.raises(ConfigError, match="leaves out the turns of the assistant"):
+        made.vlm.generate(prompts=conversation()[1:])
+
+
+def test_a_turn_is_worded_by_the_template() -> None:
+    template = Template(prompt="<image>question: {question} answer:")
+    one = worded(turn("user", "see", None, "what is it?"), template)["content"]
+    assert one == [{"type": "image"}, {"type": "text", "text": "question: see what is it? answer:"}]
+    mixed = worded(turn("user", None, "or", None, "?"), template)["content"]
+    assert [part.get("text", "IMAGE") for part in mixed] == ["question: ", "IMAGE", "or", "IMAGE", "? answer:"]
+    assert worded(turn("assistant", "red"), template) == turn("assistant", "red")
+    assert worded({"role": "user", "content": "why?"}, template)["content"] == [{"type": "text", "text": "question: why? answer:"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "prompts", "note"),
+    [
+        (None, [turn("assistant", "x")], "the last turn of the conversation is the assistant's"),
+        (None, [{"role": "king", "content": "x"}], "turn 0 of the conversation is .*expected a role"),
+        (None, [{"role": "user", "content": [{"type": "sound"}]}], "has the part .*expected type text"),
+        (None, [turn("user", None, "x")], "0 images were given beside a conversation with 1 open places"),
+        (["a.png"], [turn("user", "x")], "1 images were given beside a conversation with 0 open places"),
+        (["a.png"], ["x", "y"], "1 images and 2 prompts were given"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(given: Any, prompts: Any, note: str) -> None:
+    with pytest.raises(ConfigError, match=note):
+        asked_of(given, prompts)
+
+
+def test_images_and_prompts_are_paired() -> None:
+    assert asked_of("a.png", ["x", "y"]) == [(("a.png",), "x"), (("a.png",), "y")]
+    assert asked_of(["a.png", ["b.png", "c.png"], []], "x") == [(("a.png",), "x"), (("b.png", "c.png"), "x"), ((), "x")]
+    inside = [{"role": "user", "content": [{"type": "image", "image": "b.png"}]}]
+    assert asked_of(None, inside) == asked_of([["b.png"]], [[turn("user", None)]]) == [(("b.png",), [turn("user", None)])]
+    assert asked_of(None, "x") == [((), "x")]
+    assert asked_of([], "x") == []
