@@ -176,7 +176,6 @@ SERVE = Command(
         "access.adapters_folder",
     ),
     examples=(
-        "adalink serve --adapter caption=runs/first/adapter",
         "adalink serve --adapter caption=runs/first/adapter vqa=runs/vqa/adapter --port 8001",
         "adalink serve --adapter vqa=runs/qwen/adapter --model ./Qwen2.5-VL-3B-Instruct --limits.images 4",
     ),
