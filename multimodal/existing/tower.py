@@ -60,6 +60,7 @@ class ModelTower:
         self.positions = positions_of(language.model)
         self.encoder = nn.Module()  # no weights beside those of the language model, which holds the tower
         self.example = self.preprocess(test_image())
+        self.small = self.preprocess(test_image().resize((64, 40)))  # of few tokens, where their number follows the image's size
         self._check_reads_images_alone()
         self.form = self._read_form()
         self.blocks: Blocks = ""  # found out by `multimodal.existing.trial`

@@ -17,7 +17,6 @@ from multimodal.batches.packing import Arrange, Ways, fork_rows, pack_rows, sepa
 from multimodal.batches.prefix_sharing import REFUSALS, calls_of, has_row_cache
 from multimodal.batches.prepared import ImageBatch, Prepared
 from multimodal.batches.tokenize import Row
-from multimodal.encoders.bound_parts import test_image
 from multimodal.existing.rows import Blocks, ConversationRows
 from multimodal.existing.tower import ModelTower
 from multimodal.existing.words import first_line
@@ -38,11 +37,10 @@ def tried_ways(adapted: AdaptedModel, tower: ModelTower) -> tuple[Ways, Blocks]:
 
     Raises ConfigError where the model is not the same with an image that was encoded before as with the image itself.
     """
-    small = tower.preprocess(test_image().resize((64, 40)))  # of few tokens, where their number follows the image's size
-    image = tower.encode(ImageBatch(samples=(small,)))[0]
+    image = tower.encode(ImageBatch(samples=(tower.small,)))[0]
     rows = tower.row_encoder(Template(prompt="<image>{question}"), ())
     trial = _Trial(adapted, tower, rows, image)
-    trial.check_vectors(small)
+    trial.check_vectors(tower.small)
     blocks = rows.blocks = trial.blocks()
     packs: Literal["texts", "answers", ""] = ""
     forks: Literal["texts", "answers", ""] = ""
@@ -89,7 +87,7 @@ class _Trial:
         before = self._logits(self.prompt, self.image)
         words = [i for i, domain in enumerate(self.prompt.domain) if domain == TEXT]
         ids = list(self.prompt.ids)
-        ids[words[-1]] = next(self.prompt.ids[i] for i in words if self.prompt.ids[i] != ids[words[-1]])
+        ids[words[-1]] = next((self.prompt.ids[i] for i in words if self.prompt.ids[i] != ids[words[-1]]), self.rows.end_ids[0])
         if not self._same(before[0], self._logits(replace(self.prompt, ids=tuple(ids)), self.image)[0]):
             return "prompts"
         first = self.prompt.domain.index(IMAGE)

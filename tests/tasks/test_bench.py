@@ -18,7 +18,8 @@ from cli_run import adalink, refused
 from adalink.errors import DataError
 from tasks.bench import measurements as scripts
 from tasks.bench.clock import Finding, alternate, as_line, needs
-from tasks.bench.models import TINY_LLAMA, TINY_OPT, Machine, Work, drawn_tower, our_model, our_step, their_step
+from tasks.bench.existing import TINY_LLAVA, TINY_QWEN2_VL, existing_step
+from tasks.bench.models import TINY_LLAMA, TINY_OPT, Machine, Shape, Work, drawn_tower, our_model, our_step, their_step
 
 CPU = Machine(device=torch.device("cpu"), dtype=torch.float32)
 QUICK = ("--size", "tiny", "--repetitions", "2")
@@ -168,3 +169,18 @@ def test_parts_that_need_the_repository_say_so_outside_it(part: str, monkeypatch
     assert re.search(
         f"the part {part} runs tests/benchmarks/bench_{part}.py.*clone of the repository", refused(adalink("bench", *QUICK, "--only", part))
     )
+
+
+@pytest.mark.parametrize("shape", [TINY_LLAVA, TINY_QWEN2_VL], ids=lambda shape: shape.name)
+def test_models_that_see_already_learn_the_same_on_both_sides(shape: Shape) -> None:
+    """Two steps each, whose second loss tells that the gradients were the same."""
+    machine, work = Machine(device=torch.device("cpu"), dtype=torch.float32), Work(n_patches=9, n_prompt=8, n_target=3)
+    sides = {
+        "cached": existing_step("adalink", shape, machine, work),
+        "encoded": existing_step("adalink", shape, machine, work, is_encoded=False),
+        "peft": existing_step("peft", shape, machine, work),
+    }
+    losses = {name: (step(), step()) for name, step in sides.items()}
+    assert losses["peft"][0] != losses["peft"][1]
+    assert losses["cached"] == pytest.approx(losses["peft"], rel=1e-5)
+    assert losses["encoded"] == pytest.approx(losses["peft"], rel=1e-5)
