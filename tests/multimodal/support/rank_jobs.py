@@ -28,7 +28,7 @@ from multimodal.data.feature_cache.encode import GROUP, PatchTable, encode_all
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from multimodal.sample import Sample
-from multimodal.template import Text
+from multimodal.template import Template, Text
 from multimodal.training.settings import TrainSettings
 from multimodal.training.train import train
 
@@ -44,10 +44,17 @@ def ragged(sample: Sample, rng: random.Random) -> list[Text]:
     return [Text("is it red ?", " ".join(rng.choice(words) for _ in range(1 + (number + k) % 6))) for k in range(1 + number % 3)]
 
 
-def model(methods: Mapping[str, Method] | None = None) -> VisionLanguageModel:
-    made = compose("opt")
+def model(methods: Mapping[str, Method] | None = None, sees: str = "") -> VisionLanguageModel:
+    """A composed model; or one of this family, which sees already."""
+    if sees:
+        from existing_families import made as existing  # late: it has classes of many families
+
+        made = VisionLanguageModel.from_model(*existing(sees), template=Template(prompt="<image>{question}", target="{text}"))
+    else:
+        made = compose("opt")
+    adalink = AdaLink(rank=4, modalities=("image", "text"))
     torch.manual_seed(5)
-    excite(made.add_adapter("one", methods or {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"))}).double())
+    excite(made.add_adapter("one", methods or {**({} if sees else {"bridge": Bridge(kind="linear")}), "adalink": adalink}).double())
     return made
 
 
@@ -72,10 +79,10 @@ def holding(step: int, go: Path) -> Callable[[], dict[str, float]]:
 
 def run(
     folder: Path, resume: bool = False, held: int = 0, bad: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0,
-    methods: Mapping[str, Method] | None = None, **fields: Any,
+    methods: Mapping[str, Method] | None = None, sees: str = "", **fields: Any,
 ) -> int:  # fmt: skip
     """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did, 8 where there was nothing to learn. held: the step at which it waits, where any, see `holding`."""
-    made = model(methods)
+    made = model(methods, sees)
 
     settings = TrainSettings(**{**SETTINGS, **fields, "workers": workers, "measure_every": int(held > 0)})
     try:
