@@ -33,12 +33,14 @@ from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Batches, Texts, TrainingTask, new_batches
 from multimodal.encoders.bound_parts import encoder_part, language_part
 from multimodal.encoders.tower import VisionTower, load_tower, load_vision_adapter, new_vision_adapter, save_vision_adapter
+from multimodal.existing.budget import ImageTokens
 from multimodal.existing.conversation import Prompt, asked_of
 from multimodal.existing.inputs import give_inputs
 from multimodal.existing.load import load_existing
 from multimodal.existing.rows import ConversationRows
 from multimodal.existing.tower import ModelTower, read_images
 from multimodal.existing.trial import tried_ways
+from multimodal.existing.words import NO_BUDGET
 from multimodal.generation.generate import written_texts
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.language import Language, LanguageUse, load_language
@@ -60,7 +62,8 @@ __all__ = [
 def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, Any]) -> None:
     """Write the active adapter's folder; `task` is kept in its config, with what must be known to read it: template, layer, answers."""
     template = model.template_of(model.adapted.active or BASE_NAME)
-    known = {**template.saved(), "layer": model.tower.layer}
+    budget = model.tower.processor.budget.saved() if isinstance(model.tower, ModelTower) else {}
+    known = {**template.saved(), "layer": model.tower.layer, **budget}
     answers = {} if model.head is None else {"answers": len(model.head.answers)}
     model.adapted.task = {**model.adapted.task, **task, **known, **answers}
     model.adapted.save_pretrained(folder)
@@ -87,6 +90,10 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
         raise ConfigError(f"the adapter in {folder} was trained on {found}, and this is {given}: load it on a model of its own kind")
     if isinstance(model.tower, ModelTower):
         model.tower.check_copies(config.modules_to_save, str(folder))
+        if (budget := ImageTokens.of(config.task)) != (here := model.tower.processor.budget):
+            raise ConfigError(
+                f"the adapter in {folder} was trained on images of {budget}, and here an image has {here}: load it on a model with its own image_tokens"
+            )
         local = local_folder(folder)
         vision = load_vision_adapter(local, model.tower, model.seeing_part, len(model.adapted.adapters), allow_other_base=allow_other_base)
         adapter = model.adapted.load_adapter(local, name, activate=activate, allow_other_base=allow_other_base)
@@ -187,19 +194,22 @@ class VisionLanguageModel(nn.Module):
         return cls(load_tower(encoder, layer=layer), load_language(language_model, use=use), template)
 
     @classmethod
-    def from_model(cls, model: str | Path | nn.Module, processor: Any = None, *, template: Template) -> VisionLanguageModel:
+    def from_model(
+        cls, model: str | Path | nn.Module, processor: Any = None, *, template: Template, image_tokens: ImageTokens = NO_BUDGET
+    ) -> VisionLanguageModel:
         """The same of a vision-language model that sees already, from a local folder or a hub id, or from the model itself with its processor.
 
         Its tower, its connector and its language model are frozen; adapters go into the language model.
-        Raises ConfigError for a model that is none, or cannot be given an image that was encoded before.
+        image_tokens: bounds of what an image may cost; larger and smaller ones are scaled. Saved with every adapter.
+        Raises ConfigError for a model that is none, or cannot be given an image that was encoded before, or whose processor cannot keep the bounds.
         """
         language, real = load_existing(model, processor)
-        return cls.from_parts(language, real, template=template)
+        return cls.from_parts(language, real, template=template, image_tokens=image_tokens)
 
     @classmethod
-    def from_parts(cls, language: Language, real: Any, *, template: Template) -> VisionLanguageModel:
+    def from_parts(cls, language: Language, real: Any, *, template: Template, image_tokens: ImageTokens = NO_BUDGET) -> VisionLanguageModel:
         """The same of what `multimodal.existing.load.load_existing` gave: the whole model with its tokenizer, and its processor."""
-        return cls(ModelTower.of(language, real), language, template)
+        return cls(ModelTower.of(language, real, image_tokens), language, template)
 
     def forward(self, batch: Batch) -> Tensor:
         """float []: cross entropy summed over the batch's targets (binary, over answers, with a head), divided by `batch.n_targets`."""
@@ -416,7 +426,7 @@ class VisionLanguageModel(nn.Module):
             raise ConfigError(f"the adapter in {folder} says no words around question and answer: load it with load_adapter on a model that has them")
         parts = {role: part.name for role, part in config.base.items()}
         if "encoder" not in parts:
-            model = cls.from_model(language_model or parts["language_model"], template=template)
+            model = cls.from_model(language_model or parts["language_model"], template=template, image_tokens=ImageTokens.of(config.task))
             model.load_adapter(folder, "default", allow_other_base=allow_other_base)
             return model.eval()
         layer, use = config.task["layer"], use_for(config.task)

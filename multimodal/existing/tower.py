@@ -21,13 +21,14 @@ from multimodal.batches.prepared import ImageBatch, Prepared, joined, joined_inp
 from multimodal.data.images.decode import ImageOrFile, decode_image
 from multimodal.encoders.bound_parts import N_VALUES, test_image, tokenizer_digest
 from multimodal.encoders.tower import VisionTower
+from multimodal.existing.budget import ImageTokens
 from multimodal.existing.inputs import HostForm, HostInputs, VectorForm
 from multimodal.existing.rows import Blocks, ConversationRows, positions_of
-from multimodal.existing.words import KINDS, Processor
+from multimodal.existing.words import KINDS, NO_BUDGET, Processor
 from multimodal.language import Language
 from multimodal.template import Template
 
-__all__ = ["ModelTower", "Preparing", "read_images"]
+__all__ = ["ModelTower", "Preparing", "read_images", "refuse_over"]
 
 
 class Preparing:
@@ -51,11 +52,12 @@ class ModelTower:
     layer = -1
     adapter: Adapter | None = None
 
-    def __init__(self, language: Language, real_processor: Any, image_ids: Sequence[int]) -> None:
+    def __init__(self, language: Language, real_processor: Any, image_ids: Sequence[int], budget: ImageTokens = NO_BUDGET) -> None:
         self.language, self.name = language, language.name
         self._owner = features_owner(language.model, language.name)
         takes = tuple(inspect.signature(self._owner.get_image_features).parameters)
-        self.processor = Processor(real_processor, image_ids, takes)
+        self.processor = Processor(real_processor, image_ids, takes, budget)
+        refuse_over(self.processor, self.name)
         self.preprocess = Preparing(self.processor)
         self.positions = positions_of(language.model)
         self.encoder = nn.Module()  # no weights beside those of the language model, which holds the tower
@@ -66,9 +68,9 @@ class ModelTower:
         self.blocks: Blocks = ""  # found out by `multimodal.existing.trial`
 
     @classmethod
-    def of(cls, language: Language, real_processor: Any) -> ModelTower:
-        """The tower of what `multimodal.existing.load.load_existing` gave."""
-        return cls(language, real_processor, image_token_ids(language.model))
+    def of(cls, language: Language, real_processor: Any, budget: ImageTokens = NO_BUDGET) -> ModelTower:
+        """The tower of what `multimodal.existing.load.load_existing` gave. Raises ConfigError for a budget that its processor cannot keep."""
+        return cls(language, real_processor, image_token_ids(language.model), budget)
 
     def vision_anatomy(self) -> Anatomy:
         """Where methods can be placed in the tower. Raises AttachError where it is no plain vision transformer (Qwen2-VL's joins all images)."""
@@ -205,6 +207,16 @@ class ModelTower:
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.language.model.parameters()).dtype
+
+
+def refuse_over(processor: Processor, name: str) -> None:
+    """Raise ConfigError where no scale of a test image keeps the budget: the processor makes as many tokens of any image."""
+    count = processor.scaled(test_image())[1] if processor.budget else 0
+    if processor.budget and not processor.budget.keeps(count):
+        raise ConfigError(
+            f"image_tokens allows {processor.budget}, and the processor of '{name}' makes {count} of a test image at the nearest scale: give bounds that "
+            f"hold {count}, or none"
+        )
 
 
 def features_owner(model: nn.Module, name: str) -> Any:

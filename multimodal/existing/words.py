@@ -15,11 +15,14 @@ from torch import Tensor
 
 from adalink.errors import ConfigError, DataError
 from multimodal.batches.prepared import Prepared
+from multimodal.existing.budget import ImageTokens
 from multimodal.existing.conversation import Turn
 
-__all__ = ["Processor", "first_line"]
+__all__ = ["NO_BUDGET", "Processor", "first_line"]
 
 BLANK = Image.new("RGB", (8, 8))
+NO_BUDGET = ImageTokens()
+N_SCALED, MOST_PIXELS = 8, 2**22  # how often an image is scaled at most, and how far up
 KINDS = ("token_type_ids", "mm_token_type_ids")
 TEXT_KEYS = ("input_ids", "attention_mask", "labels", *KINDS)
 
@@ -46,18 +49,19 @@ class Processor:
     real      the processor
     image_ids the ids of image tokens
     inputs    names of what the model's tower reads
+    budget    how many tokens an image may cost
     Pickles without weights, so worker processes hold one.
     """
 
-    def __init__(self, real: Any, image_ids: Sequence[int], inputs: Sequence[str]) -> None:
-        self.real, self.image_ids, self.inputs = real, frozenset(image_ids), tuple(inputs)
+    def __init__(self, real: Any, image_ids: Sequence[int], inputs: Sequence[str], budget: ImageTokens = NO_BUDGET) -> None:
+        self.real, self.image_ids, self.inputs, self.budget = real, frozenset(image_ids), tuple(inputs), budget
         self.tokenizer = real.tokenizer
         self._marks_answers = self._reads_suffix()
         self._blanks: dict[int, Mapping[str, Any]] = {}
 
     def copied(self) -> Processor:
         """The same with a tokenizer of its own, for other threads than those that use this one; only one of them may use that at a time."""
-        return Processor(copy.deepcopy(self.real), tuple(self.image_ids), self.inputs)
+        return Processor(copy.deepcopy(self.real), tuple(self.image_ids), self.inputs, self.budget)
 
     @property
     def has_chat(self) -> bool:
@@ -84,7 +88,7 @@ class Processor:
         own = {name: value for name, value in self.real.to_dict().items() if not isinstance(value, dict) and name != "chat_template"}
         found = {**own, **{f"image_processor.{name}": value for name, value in self.real.image_processor.to_dict().items()}}
         known = {name: value for name, value in found.items() if value is not None and not name.endswith(("_type", "_class"))}
-        return {name: json.dumps(value, sort_keys=True, default=str) for name, value in sorted(known.items())}
+        return {name: json.dumps(value, sort_keys=True, default=str) for name, value in sorted({**known, **self.budget.saved()}.items())}
 
     @cached_property
     def added(self) -> tuple[str, ...]:
@@ -96,8 +100,11 @@ class Processor:
         return "" if _has_own_call(self.real) else self.image_mark * n
 
     def prepare(self, images: Sequence[Image.Image]) -> Prepared:
-        """The images of a sample. Raises DataError for one that the processor cannot take."""
-        found = [self._prepared(image) for image in images]
+        """The images of a sample, scaled to the budget. Raises DataError for one that the processor cannot take, or that no scale brings there."""
+        found = [self.scaled(image.convert("RGB")) for image in images]
+        for image, (_, count, _) in zip(images, found, strict=True):
+            if self.budget.max is not None and count > self.budget.max:
+                raise DataError(f"an image of {image.width} x {image.height} has {count} tokens at any scale, and image_tokens allows {self.budget.max}")
         return Prepared(
             wording=tuple(wording for wording, _, _ in found),
             counts=tuple(count for _, count, _ in found),
@@ -123,8 +130,26 @@ class Processor:
     def _reads_suffix(self) -> bool:
         return "suffix" in inspect.signature(type(self.real).__call__).parameters
 
+    def scaled(self, image: Image.Image) -> tuple[str, int, dict[str, Tensor]]:
+        """An RGB image's wording, count and inputs at its own scale, or at one that keeps the budget; at the nearest found, where none does.
+
+        The next scale follows from the tokens that there are and may be. It lies further off where the last one changed nothing (a processor has
+        bounds of its own), and halfway where one was too small and one too large.
+        """
+        found, scale, jump = self._prepared(image), 1.0, 1
+        low, high = self.budget.aim(found[1])
+        tried, small, large = [found], 0.0, 0.0
+        while not low <= found[1] <= high and len(tried) <= N_SCALED:
+            small, large = (scale, large) if found[1] < low else (small, scale)
+            scale = (small * large) ** 0.5 if small and large else scale * ((low if found[1] < low else high) / max(found[1], 1)) ** (jump / 2)
+            scale = min(scale, max((MOST_PIXELS / (image.width * image.height)) ** 0.5, 1.0))
+            size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+            found = self._prepared(image.resize(size, Image.Resampling.BICUBIC))
+            jump = 2 * jump if found[1] == tried[-1][1] else 1
+            tried.append(found)
+        return min(tried, key=lambda one: self.budget.distance(one[1], low, high))
+
     def _prepared(self, image: Image.Image) -> tuple[str, int, dict[str, Tensor]]:
-        image = image.convert("RGB")
         try:
             features, wording = self._run(image)
         except (ValueError, ZeroDivisionError, RuntimeError) as error:

@@ -224,12 +224,11 @@ def _features(values: Any, plain: Any) -> None:
 
     if values.features is None:
         raise ConfigError("no folder is given to write the features to: give --features FOLDER")
-    parts = Parts(model=values.model, encoder=values.encoder, language_model=values.language_model)
-    parts.check()
+    Parts(model=values.model, encoder=values.encoder, language_model=values.language_model, image_tokens=values.image_tokens).check()
     opened = {split: data.open() for split in SPLITS if (data := getattr(values.data, split)) is not None}
     if not opened:
         raise ConfigError("no data is given whose features could be written: give data.train, data.val or both")
-    tower = composed_tower(values.encoder, values.layer) if values.model is None else existing_tower(values.model)
+    tower = composed_tower(values.encoder, values.layer) if values.model is None else existing_tower(values.model, values.image_tokens)
     contents = _contents(values, tower)
     for split, data in opened.items():
         _write(tower, data, values.features / split, contents, values)

@@ -19,6 +19,7 @@ from multimodal.data.feature_cache.reader import UNFINISHED, is_finished, matchi
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.inputs import CachedFeatures
 from multimodal.encoders.tower import VisionTower, load_tower
+from multimodal.existing.budget import ImageTokens
 from multimodal.existing.load import load_existing
 from multimodal.existing.tower import ModelTower
 from multimodal.language import Language, LanguageUse, load_language
@@ -49,7 +50,7 @@ def frozen_model(parts: Parts, *, template: Template, layer: int = -1, use: Lang
         assert parts.encoder is not None
         assert parts.language_model is not None
         return compose(parts.encoder, parts.language_model, template=template, layer=layer, use=use)
-    return VisionLanguageModel.from_parts(*_existing(parts.model), template=template)
+    return VisionLanguageModel.from_parts(*_existing(parts.model), template=template, image_tokens=parts.image_tokens)
 
 
 def composed_tower(encoder: str, layer: int = -1) -> VisionTower:
@@ -59,9 +60,9 @@ def composed_tower(encoder: str, layer: int = -1) -> VisionTower:
     return tower.to(process_state().device)
 
 
-def existing_tower(name: str) -> ModelTower:
+def existing_tower(name: str, image_tokens: ImageTokens) -> ModelTower:
     """The tower and the connector of a model that sees already, on this process's device."""
-    return ModelTower.of(*_existing(name))
+    return ModelTower.of(*_existing(name), image_tokens)
 
 
 def _existing(name: str) -> tuple[Language, Any]:
@@ -89,17 +90,18 @@ def located(name: str) -> str:
 
 
 def load_adapted(
-    folder: Path, *, encoder: str | None = None, language_model: str | None = None, model: str | None = None, allow_other_base: bool = False
+    folder: Path, *, encoder: str | None = None, language_model: str | None = None, model: str | None = None, allow_other_base: bool = False,
+    image_tokens: ImageTokens | None = None,
 ) -> tuple[VisionLanguageModel, dict[str, Any]]:
     """The model of a saved adapter, and what its config says of its task.
 
     The frozen parts are those that the adapter names unless others are given; others than it was trained on are refused, or allowed by name.
     """
     config = read_saved(folder)
-    known = Parts.of({role: part.name for role, part in config.base.items()})
+    known = Parts.of({role: part.name for role, part in config.base.items()}, config.task)
     template = saved_template(config.task)
     assert template is not None
-    parts = Parts(model=model, encoder=encoder, language_model=language_model).over(known)
+    parts = Parts(model=model, encoder=encoder, language_model=language_model, image_tokens=image_tokens or ImageTokens()).over(known)
     loaded = frozen_model(parts, template=template, layer=config.task["layer"], use=use_for(config.task))
     loaded.load_adapter(folder, "default", allow_other_base=allow_other_base)
     return loaded, dict(config.task)

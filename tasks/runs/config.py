@@ -12,6 +12,7 @@ from typing import Any, Literal
 from adalink.errors import ConfigError
 from adalink.methods import METHODS
 from multimodal.data.inputs import StoredDtype
+from multimodal.existing.budget import ImageTokens
 from multimodal.generation.settings import GenerationSettings
 from multimodal.training.settings import TrainSettings
 from tasks.captioning import Captioning
@@ -68,6 +69,7 @@ class Parts:
     model: str | None = None
     encoder: str | None = None
     language_model: str | None = None
+    image_tokens: ImageTokens = field(default_factory=ImageTokens)
 
     def check(self) -> None:
         """Raise ConfigError unless exactly one of the two forms is given, and whole."""
@@ -78,6 +80,8 @@ class Parts:
                 f"model and {' and '.join(given)} were given: a run is of a model that sees already (`model`), or of a composed one (`encoder` and "
                 "`language_model`); leave one form out"
             )
+        if not self.model and self.image_tokens:
+            raise ConfigError("image_tokens was given without model: an encoder of its own makes as many vectors of every image; leave it out")
         if not self.model and len(given) < 2:
             missing = [name for name in composed if name not in given]
             raise ConfigError(
@@ -86,10 +90,10 @@ class Parts:
             )
 
     @staticmethod
-    def of(names: Mapping[str, str]) -> Parts:
-        """The parts by their roles in an adapter's folder; a model that saw already is its language model alone."""
+    def of(names: Mapping[str, str], task: Mapping[str, Any]) -> Parts:
+        """The parts by their roles in an adapter's folder, which says of its task what an image may cost; a model that saw already is one part."""
         if "encoder" not in names:
-            return Parts(model=names["language_model"])
+            return Parts(model=names["language_model"], image_tokens=ImageTokens.of(task))
         return Parts(encoder=names["encoder"], language_model=names["language_model"])
 
     def over(self, known: Parts) -> Parts:
@@ -98,7 +102,7 @@ class Parts:
             raise ConfigError("the adapter was trained on a model that saw already: give --model where it lies elsewhere, not --encoder or --language_model")
         if not known.model and self.model:
             raise ConfigError("the adapter was trained on a composed model: give --encoder and --language_model where they lie elsewhere, not --model")
-        names = ("model", "encoder", "language_model")
+        names = ("model", "encoder", "language_model", "image_tokens")
         return Parts(**{name: getattr(self, name) or getattr(known, name) for name in names})
 
 
@@ -110,6 +114,7 @@ class RunConfig:
     model: str | None = None  # a vision-language model that sees already: local folder or hub name; in place of encoder and language_model
     encoder: str | None = None  # local folder, timm:NAME, open_clip:NAME/WEIGHTS, a transformers hub name, or scenes:encoder
     language_model: str | None = None  # local folder, a transformers hub name, or scenes:language
+    image_tokens: ImageTokens = field(default_factory=ImageTokens)  # of `model`: how many tokens an image may cost; others are scaled until it fits
     data: Data
     methods: Methods
     vision_methods: Methods = field(default_factory=Methods)  # methods inside the encoder, trained with the others; its features are then never kept
@@ -144,7 +149,7 @@ class RunConfig:
     @property
     def parts(self) -> Parts:
         """The frozen parts."""
-        return Parts(model=self.model, encoder=self.encoder, language_model=self.language_model)
+        return Parts(model=self.model, encoder=self.encoder, language_model=self.language_model, image_tokens=self.image_tokens)
 
     @property
     def encoder_methods(self) -> dict[str, Method]:

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from adalink import AdaptedModel
 from adalink.errors import CheckpointError, ConfigError
 from multimodal.data.images.processes import start_early
+from multimodal.existing.budget import ImageTokens
 from multimodal.model import VisionLanguageModel, saved_template
 from multimodal.template import Template
 from tasks.captioning import Captioning
@@ -112,9 +114,11 @@ def _base(path: Path) -> tuple[Parts, Template, int]:
         config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"the base config {path} cannot be read: {error}") from None
-    parts = Parts(**{name: config.get(name) for name in ("model", "encoder", "language_model")}) if isinstance(config, dict) else Parts()
+    given: dict[str, Any] = {name: config.get(name) for name in ("model", "encoder", "language_model")} if isinstance(config, dict) else {}
+    parts = Parts(**given)
     if not parts.model and not (parts.encoder and parts.language_model):
         raise ConfigError(f"the base config {path} names no encoder and language_model, and no model: give a run's config.yaml, or a recipe")
+    parts = replace(parts, image_tokens=ImageTokens.of(config if config.get("image_tokens") else {}))
     name = config.get("task", "captioning")
     words = (config.get(name) or {}).get("template")
     chosen: dict[str, Any] = {"template": Template(**words)} if words else {}
@@ -130,4 +134,4 @@ def _parts_of(folder: Path | None) -> tuple[Parts, Template, int]:
     template = saved_template(config.task)
     if "language_model" not in config.base or template is None or "layer" not in config.task:
         raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no frozen parts with a template; give --base")
-    return Parts.of({role: part.name for role, part in config.base.items()}), template, config.task["layer"]
+    return Parts.of({role: part.name for role, part in config.base.items()}, config.task), template, config.task["layer"]
