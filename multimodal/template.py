@@ -19,11 +19,14 @@ class Text:
     """One thing to learn or to ask about an image: a question (empty in captioning) and what should be said; None when it is asked.
 
     scores   where an answer is chosen by a head: (number of an answer, what it would score, above 0 to 1); answers not named score nothing
+    turns    what was said before, for a model that sees already: (role, text), role is user or assistant; the images stand in the
+             user's first
     """
 
     question: str
     target: str | None
     scores: tuple[tuple[int, float], ...] | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 class Filled(str):

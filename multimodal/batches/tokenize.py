@@ -245,7 +245,12 @@ class RowEncoder:
         return Row(tuple(ids), tuple(domain))
 
     def row(self, text: Text, images: object = None) -> Row:
-        """The row that a text is learnt from; a text without a target is a prompt. Raises ConfigError where a head chooses and nothing is scored."""
+        """The row that a text is learnt from; a text without a target is a prompt. Raises ConfigError where a head chooses and nothing is scored.
+
+        Also for a text with earlier turns.
+        """
+        if text.turns:
+            raise ConfigError(f"a composed model reads one question, and a text with {len(text.turns)} earlier turns was given: leave them out")
         prompt = self.prompt(text.question)
         if self.n_answers:
             if text.scores is None:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from adalink.errors import ConfigError
 from multimodal.data.images.decode import ImageOrFile
-from multimodal.template import Template
+from multimodal.template import Template, Text
 
-__all__ = ["Prompt", "Turn", "asked_of", "text_of", "user_turn", "worded"]
+__all__ = ["Prompt", "Turn", "asked_of", "asked_turns", "text_of", "user_turn", "worded"]
 
 Turn = Mapping[str, Any]
 """A message of a conversation, as chat templates take it: role, and content, which is a text or parts of type text and image."""
@@ -96,6 +96,16 @@ def check_turns(turns: Sequence[Turn]) -> None:
 def user_turn(question: str, n_images: int) -> Turn:
     """A user's turn: images, then a question."""
     return {"role": "user", "content": [IMAGE_PART] * n_images + ([_text(question)] if question else [])}
+
+
+def asked_turns(text: Text, n_images: int) -> list[Turn]:
+    """The turns of a text up to its question, the images in the user's first. Raises ConfigError for a role that an earlier turn cannot have."""
+    if wrong := next((role for role, _ in text.turns if role not in ("user", "assistant")), None):
+        raise ConfigError(f"an earlier turn of a text has the role {wrong!r}: expected user or assistant, and a system message in the template")
+    spoken = (*text.turns, ("user", text.question))
+    first = [role for role, _ in spoken].index("user")
+    turns = [user_turn(words, n_images if i == first else 0) for i, (_, words) in enumerate(spoken)]
+    return [{**turn, "role": role} for turn, (role, _) in zip(turns, spoken, strict=True)]
 
 
 def parts_of(turn: Turn) -> Sequence[Mapping[str, Any]]:

@@ -16,8 +16,8 @@ from adalink import ANSWER, IMAGE, TEXT, Slots
 from adalink.errors import AdalinkError, ConfigError, DataError
 from multimodal.batches.prepared import NO_IMAGE, Prepared
 from multimodal.batches.tokenize import Row, TextTokens, TextTooLong
-from multimodal.existing.conversation import Prompt, Turn, text_of, user_turn, worded
-from multimodal.existing.words import Processor
+from multimodal.existing.conversation import Prompt, Turn, asked_turns, text_of, user_turn, worded
+from multimodal.existing.words import Processor, first_line
 from multimodal.language import Language
 from multimodal.sample import counted
 from multimodal.template import Template, Text
@@ -106,7 +106,9 @@ class ConversationRows:
     def row(self, text: Text, images: object = None) -> Row:
         """The row that a text is learnt from; a text without a target is a prompt. images: as in `prompt`, and it raises the same."""
         images = images if isinstance(images, Prepared) else NO_IMAGE
-        ids, kinds = self._prompt(text.question, images)
+        if text.turns and not self.reads_turns:
+            raise ConfigError(f"a text has earlier turns, and '{self.name}' reads them where it has a chat template and the prompt has {{question}}")
+        ids, kinds = self._prompt(asked_turns(text, len(images.wording)) if text.turns else text.question, images)
         if text.target is None:
             return self._row(ids, kinds, len(ids), images, text.question)
         target = self._target(text, ids, images)
@@ -169,7 +171,8 @@ class ConversationRows:
         wording = self.template.target.replace("<eos>", "")
         if self.processor.has_chat and not self.template.raw:
             turn = {"role": "assistant", "content": [{"type": "text", "text": wording.replace("{text}", target)}]}
-            whole, _ = self.processor.ids([*self._system(), self._user(text.question, images), turn], images, ends=True)
+            asked = [worded(one, self.template) for one in asked_turns(text, len(images.wording))]
+            whole, _ = self.processor.ids([*self._system(), *asked, turn], images, ends=True)
             if whole[: len(prompt)] == prompt:
                 rest = whole[len(prompt) :]
                 end = next((i for i, id in enumerate(rest) if id in self.end_ids), None)
@@ -179,8 +182,15 @@ class ConversationRows:
     def _system(self) -> list[Turn]:
         return [{"role": "system", "content": [{"type": "text", "text": self.template.system}]}] if self.template.system else []
 
-    def _user(self, question: str, images: Prepared) -> Turn:
-        return worded(user_turn(question, len(images.wording)), self.template)
+    def _places(self, ids: Sequence[int], images: Prepared) -> tuple[tuple[int, int, int], ...]:
+        """Raises ConfigError for a row without the tokens by which the model finds its images."""
+        assert self.positions is not None
+        try:
+            return self.positions.of(ids, self.processor.image_ids, images.grids)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise ConfigError(
+                f"'{self.name}' finds no positions for the images of a row: does the template write the tokens around an image? ({first_line(error)})"
+            ) from None
 
     def _row(self, ids: list[int], kinds: list[int], n_prompt: int, images: Prepared, text: str, target: Sequence[int] = ()) -> Row:
         n_lead = len(self.leading)
@@ -207,7 +217,7 @@ class ConversationRows:
             raise DataError(f"the row has {n_seen} image tokens for {images.n_vectors} vectors of its images: was the processor made for another model?")
         assert n_answer == max(len(target) - 1, 0)
         first = len(whole) - n_answer - 1
-        rope = () if self.positions is None else self.positions.of(whole, self.processor.image_ids, images.grids)
+        rope = () if self.positions is None else self._places(whole, images)
         source = tuple(range(first, first + len(target)))
         return Row(
             tuple(whole), tuple(domain), source, tuple(target), vector=tuple(vector), kind=tuple(kinds), block=self._block(domain), rope=rope

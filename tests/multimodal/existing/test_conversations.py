@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from existing_checks import READ_RAW, SYSTEM, case, families
+from existing_checks import READ_RAW, SYSTEM, case, check_same, families
 from existing_families import MADE, images
 from sharing import in_double
 
 from adalink.errors import ConfigError
+from multimodal.batches.packing import pack_rows
 from multimodal.batches.prepared import joined
 from multimodal.existing.conversation import asked_of, worded
-from multimodal.template import Template
+from multimodal.template import Template, Text
 
 READ_TURNS = [name for name in MADE if name not in (*READ_RAW, "llava_onevision")]
 
@@ -58,6 +59,27 @@ def test_several_images_for_one_question_are_a_conversation_of_one_turn() -> Non
     assert made.vlm.generate(prompts=[turn("system", SYSTEM), turn("user", *two, "which?")], max_new_tokens=6) == [text]
     assert made.vlm.generate([two], [[turn("system", SYSTEM), turn("user", None, None, "which?")]], max_new_tokens=6) == [text]
     assert made.vlm.generate(images(), ["which?"] * 3, max_new_tokens=6) != [text] * 3
+
+
+def test_a_text_with_earlier_turns_is_learnt_as_the_processor_writes_it() -> None:
+    made, (image, *_) = case("qwen2_vl"), images()
+    before = (("user", "what?"), ("assistant", "a red one"))
+    text = Text("how many?", "two of them", turns=before)
+    turns = [turn("system", SYSTEM), turn("user", image, "what?"), turn("assistant", "a red one"), turn("user", "how many?"), turn("assistant", "two of them")]
+    whole = made.processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"][0].tolist()
+    encoder, prepared = made.vlm.row_encoder(), made.vlm.tower.preprocess(image)
+    row = encoder.row(text, prepared)
+    learnt = [*row.ids, row.target[-1]]
+    assert learnt == whole[: len(learnt)]
+    assert made.processor.tokenizer.decode(row.target, skip_special_tokens=True) == "two of them"
+    assert row.ids[: row.source[0] + 1] == encoder.prompt([turn("user", None, "what?"), turns[2], turns[3]], prepared).ids
+    shared = made.gradients([prepared], [pack_rows([row, encoder.row(Text("and now?", "one", turns=before), prepared)])])[1]
+    apart = made.one_row_a_call([prepared], [[row, encoder.row(Text("and now?", "one", turns=before), prepared)]])
+    check_same(shared, apart)
+    with pytest.raises(ConfigError, match="the role 'system'"):
+        encoder.row(Text("how many?", "two", turns=(("system", "x"),)), prepared)
+    with pytest.raises(ConfigError, match=r"has earlier turns, and 'PaliGemma.*' reads them where it has a chat template"):
+        case("paligemma").vlm.row_encoder().row(Text("how many?", "two", turns=before[:1]), case("paligemma").prepared[0])
 
 
 @pytest.mark.parametrize(

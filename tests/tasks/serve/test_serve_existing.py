@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,15 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from existing_checks import READ_RAW, case, families
+from existing_families import images as family_images
 from existing_families import made
 from fastapi.testclient import TestClient
 from served import data_url, photo
+from sharing import in_double
 
 from adalink import BASE_NAME, AdaLink, LoRA, Prompt
+from multimodal.batches.prepared import joined
 from multimodal.data.images.decode import decode_image
+from multimodal.generation.settings import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
 from tasks.serve.app import Service, make_app
+from tasks.serve.engine import FeatureLRU, PromptCache, Running
+from tasks.serve.scheduler import Answer, Ask, Job, ServedImage
 from tasks.serve.server import served_model
 from tasks.serve.settings import Batching, RequestLimits, ServeSettings
 
@@ -192,6 +200,41 @@ def test_what_cannot_be_read_is_told_in_a_sentence(asked: Asked, monkeypatch: py
     assert f"'{name}' reads one question and not a conversation of 2 turns" in told({"role": "system", "content": "x"}, user(image(0), text("which?")))
     monkeypatch.undo()
     assert asked.text("vqa", [user(image(0), text("which?"))])
+
+
+class Here:
+    """A loop that calls at once: the generation thread and the request are the same here."""
+
+    def call_soon_threadsafe(self, function: Any, *arguments: Any) -> None:
+        function(*arguments)
+
+
+def job(model: VisionLanguageModel, running: Running, adapter: str, images: tuple[int, ...], question: str) -> Job:
+    """One of the families' three images is named by its number."""
+    seen = tuple(ServedImage(str(i), model.tower.preprocess(family_images()[i]), running.features.get(str(i))) for i in images)
+    row = model.row_encoder(adapter).prompt(question, joined([image.prepared for image in seen]))
+    ask = Ask(adapter=adapter, row=row, images=seen, settings=GenerationSettings(max_new_tokens=N_NEW))
+    return Job(ask, streams=False, loop=Here(), events=asyncio.Queue())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", families(["gemma3", "paligemma"]))
+def test_rows_of_each_family_join_leave_and_are_known_as_alone(family: str) -> None:
+    with in_double():
+        model = case(family).vlm
+        several = (0,) if family in ("blip2", "llava_onevision") else (0, 1)
+        cases = [(adapter, images, question) for adapter in ("image", "text", BASE_NAME) for images, question in (((2,), "how many?"), (several, "what color?"))]
+        running = Running(model, FeatureLRU(model, 8), PromptCache(2**30))
+        alone = [model.generate([[family_images()[i] for i in images]], [question], adapter_names=[name], max_new_tokens=N_NEW)[0] for name, images, question in cases]
+        for n_known in (0, len(cases) if family not in READ_RAW else None):
+            jobs = [job(model, running, *one) for one in cases]
+            running.join(jobs[:4])
+            running.step()
+            running.join(jobs[4:])
+            while running.rows:
+                running.step()
+            found = [one.events.get_nowait() for one in jobs]
+            assert [answer.text for answer in found if isinstance(answer, Answer)] == alone
+            assert n_known is None or sum(answer.n_known > 0 for answer in found if isinstance(answer, Answer)) == n_known
 
 
 def test_a_model_is_served_without_adapters(asked: Asked) -> None:
