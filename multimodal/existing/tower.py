@@ -224,13 +224,19 @@ def features_owner(model: nn.Module, name: str) -> Any:
     takes = "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters or any(
         "mm_encoder_outputs" in inspect.signature(type(module).forward).parameters for module in model.modules()
     )
-    owner = next((module for module in model.modules() if hasattr(module, "get_image_features")), None)  # the model itself, or what stands under its head
+    # The model itself, or what stands under its head: the one that names the most of what it takes.
+    owner = max((module for module in model.modules() if hasattr(module, "get_image_features")), key=_n_named, default=None)
     if not takes or owner is None:
         raise ConfigError(
             f"'{name}' is a {type(model).__name__}, which cannot be given an image that was encoded before: adapt it with adalink.get_adalink_model and a "
             "loop of your own, or choose a model such as LLaVA, Qwen2-VL, PaliGemma, Gemma 3 or SmolVLM"
         )
     return owner
+
+
+def _n_named(module: Any) -> int:
+    takes = inspect.signature(module.get_image_features).parameters.values()
+    return sum(one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for one in takes)
 
 
 def read_images(tower: VisionTower | ModelTower, asked: Sequence[Sequence[ImageOrFile]]) -> tuple[list[Any], list[int]]:

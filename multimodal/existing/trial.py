@@ -92,6 +92,8 @@ class _Trial:
             return "prompts"
         first = self.prompt.domain.index(IMAGE)
         last = next((i for i in range(first, len(ids)) if self.prompt.domain[i] != IMAGE), len(ids)) - 1
+        if last == first:
+            return ""
         assert self.image.vectors is not None
         vectors = self.image.vectors.clone()
         vectors[self.prompt.vector[last]] *= -1

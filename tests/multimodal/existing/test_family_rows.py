@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from existing_checks import MADE_WAYS, NEED_IMAGES, READ_RAW, TEXTS, case, families
-from existing_families import MADE, images
+from existing_families import MADE, images, instructblip
 from sharing import in_double
 
-from adalink.errors import DataError
+from adalink.errors import ConfigError, DataError
 from multimodal.batches.collate import collate, stacked
 from multimodal.batches.prefix_sharing import calls_of
-from multimodal.template import Text
+from multimodal.model import VisionLanguageModel
+from multimodal.template import Template, Text
 
 KINDS = ("token_type_ids", "mm_token_type_ids")
 ONE_IMAGE = ("paligemma", "paligemma2", "blip2", "llava_onevision")  # read one image, or several unlike one alone
@@ -111,3 +112,8 @@ def test_what_people_write_spells_no_token(name: str) -> None:
         token = made.processor.tokenizer.convert_tokens_to_ids(spelling)
         assert row.ids.count(token) == plain.ids.count(token)
         assert spelling in made.processor.tokenizer.decode([id for id in row.ids if id != token])
+
+
+def test_a_model_whose_vectors_depend_on_the_question_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"a InstructBlipForConditionalGeneration, depend on its qformer_input_ids too, so the texts about an image cannot share"):
+        VisionLanguageModel.from_model(*instructblip(), template=Template(prompt="<image>{question}"))

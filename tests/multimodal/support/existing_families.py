@@ -277,6 +277,16 @@ def blip2() -> tuple[Any, Any]:
     return hf.Blip2ForConditionalGeneration(config), processor
 
 
+def instructblip() -> tuple[Any, Any]:
+    """Refused: an image's vectors depend on the question."""
+    words = tokenizer_of(["<image>"])
+    processor = hf.InstructBlipProcessor(hf.BlipImageProcessor(size=SQUARE), words, tokenizer_of([]), num_query_tokens=4)
+    qformer = {"vocab_size": len(words), **SMALL, "encoder_hidden_size": 32}
+    text = {**language(words, "opt", ffn_dim=48, word_embed_proj_dim=32), "num_key_value_heads": None}
+    config = hf.InstructBlipConfig(vision_config=VISION, qformer_config=qformer, text_config=text, num_query_tokens=4, image_token_index=_id(words, "<image>"))
+    return hf.InstructBlipForConditionalGeneration(config), processor
+
+
 MADE: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     made.__name__: made
     for made in (
