@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -48,6 +48,7 @@ class Sample:
     image_id   the id in the official result files
     image      encoded bytes (from a shard), a PIL image, or the path of a file, also as text; decoded by `multimodal.data.images.decode.decode_image`
     decode     how, where an encoder is to see it
+    further    other images that its texts are about too, after the first, for a model that sees already and reads several
 
     Raises DataError for an image of another type.
     """
@@ -58,13 +59,14 @@ class Sample:
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
     decode: Decode = "exact"
+    further: tuple[bytes | str | Path | Image.Image, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Refuse at once what no sample of a whole data set could be decoded from, and a text in place of a tuple."""
         check_tuples(self, f"sample {self.key!r}'s")
-        if not isinstance(self.image, (bytes, str, Path, Image.Image)):
+        if wrong := [type(image).__name__ for image in (self.image, *self.further) if not isinstance(image, (bytes, str, Path, Image.Image))]:
             raise DataError(
-                f"the image of sample {self.key!r} is a {type(self.image).__name__}: give the path of a file, the bytes of one, or a PIL image "
+                f"the image of sample {self.key!r} is a {wrong[0]}: give the path of a file, the bytes of one, or a PIL image "
                 "(Image.fromarray makes one of an array)"
             )
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from adalink.errors import ConfigError
 from multimodal.data.images.decode import decode_image
 from multimodal.data.order import fingerprint_of, texts_fingerprint_of
 from multimodal.sample import BadSample, Measure, Sample, SampleSource, lengths_of
@@ -60,8 +61,19 @@ class Drafted:
 
 
 def read_pixels(sample: Sample, preprocess: Callable[[Image.Image], Any]) -> Any:
-    """float [3, H, W], or a Prepared: what an encoder's preprocessing makes of a sample's image. Raises BadImage."""
-    return preprocess(decode_image(sample.image, at_least=needed_side(preprocess) if sample.decode == "draft" else None))
+    """float [3, H, W], or a Prepared of all its images: what an encoder's preprocessing makes of a sample's image.
+
+    Raises BadImage, and ConfigError for several images of a sample where the model is a composed one.
+    """
+    at_least = needed_side(preprocess) if sample.decode == "draft" else None
+    read = [preprocess(decode_image(image, at_least=at_least)) for image in (sample.image, *sample.further)]
+    if len(read) == 1:
+        return read[0]
+    if not hasattr(read[0], "inputs"):
+        raise ConfigError(f"sample {sample.key!r} has {len(read)} images, and a composed model reads one: leave `further` out")
+    from multimodal.batches.prepared import joined  # late: it loads torch
+
+    return joined(read)
 
 
 @lru_cache(maxsize=8)

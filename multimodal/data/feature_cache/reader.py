@@ -164,9 +164,10 @@ def _fingerprints_of_images(source: SampleSource) -> tuple[str, str]:
     for index in range(len(source)):
         try:
             sample = source[index]
-            digest.update(_note(sample, is_read=index % step == 0))
-            if isinstance(sample.image, (str, Path)):
-                files.append(Path(sample.image))
+            for image in (sample.image, *sample.further):
+                digest.update(_note(replace(sample, image=image), is_read=index % step == 0))
+                if isinstance(image, (str, Path)):
+                    files.append(Path(image))
         except DamagedSample as error:
             digest.update(f"{error.bad.key}\0damaged\0".encode())
     return digest.hexdigest()[:16], _slices(files)

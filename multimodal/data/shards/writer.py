@@ -175,7 +175,9 @@ class ShardJob:
         return WrittenShard(shard=Shard(file=name, size=tar.size, sha256=tar.sha256, members=members), skipped=tuple(skipped))
 
     def _add(self, tar: TarFile, key: str, sample: Sample) -> tuple[tuple[int, int, int], ...]:
-        """The places of image, json and txt in the tar file."""
+        """The places of image, json and txt in the tar file. Raises DataError for a sample of several images."""
+        if sample.further:
+            raise DataError(f"sample {sample.key!r} has {1 + len(sample.further)} images, and shards hold one of each: read it from its files")
         image = read_image_bytes(sample.image, limits=self.images)
         kind = check_header(image, limits=self.images, name=str(sample.image) if isinstance(sample.image, (str, Path)) else "its image").kind
         record = encode_record(sample)

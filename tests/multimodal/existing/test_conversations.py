@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from existing_checks import READ_RAW, SYSTEM, case, check_same, families
 from existing_families import MADE, images
 from sharing import in_double
 
-from adalink.errors import ConfigError
+from adalink.errors import ConfigError, DataError
 from multimodal.batches.packing import pack_rows
 from multimodal.batches.prepared import joined
+from multimodal.data.feature_cache.encode import encode_all
+from multimodal.data.inputs import read_pixels
 from multimodal.existing.conversation import asked_of, worded
+from multimodal.sample import Sample
 from multimodal.template import Template, Text
 
 READ_TURNS = [name for name in MADE if name not in (*READ_RAW, "llava_onevision")]
@@ -80,6 +84,30 @@ def test_a_text_with_earlier_turns_is_learnt_as_the_processor_writes_it() -> Non
         encoder.row(Text("how many?", "two", turns=(("system", "x"),)), prepared)
     with pytest.raises(ConfigError, match=r"has earlier turns, and 'PaliGemma.*' reads them where it has a chat template"):
         case("paligemma").vlm.row_encoder().row(Text("how many?", "two", turns=before[:1]), case("paligemma").prepared[0])
+
+
+def test_a_sample_of_several_images_is_learnt_from_all_of_them() -> None:
+    made, (first, second, third) = case("qwen2_vl"), images()
+    texts = [Text("which?", "the red one"), Text("how many?", "two")]
+    samples = [Sample(key="a", image_id=1, image=first, further=(second,)), Sample(key="b", image_id=2, image=third)]
+
+    def loss(features: Any = None) -> list[torch.Tensor]:
+        (batch,) = made.vlm.batches(samples, lambda sample, rng: texts, batch_size=2, features=features)
+        made.vlm.zero_grad()
+        made.vlm(batch).backward()
+        return [parameter.grad.clone() for parameter in made.vlm.adapted.active_adapter().parameters()]  # type: ignore[union-attr]
+
+    prepared = [joined([made.vlm.tower.preprocess(image) for image in (first, second)]), made.vlm.tower.preprocess(third)]  # type: ignore[list-item]
+    encoder = made.vlm.row_encoder()
+    apart = made.one_row_a_call(prepared, [[encoder.row(text, one) for text in texts] for one in prepared])[1:]  # type: ignore[arg-type]
+    check_same(loss(), apart)
+    scale = max(float(one.abs().max()) for one in apart)
+    for cached, one in zip(loss(encode_all(made.vlm, samples, dtype="float32")), apart, strict=True):
+        torch.testing.assert_close(cached, one, rtol=1e-3, atol=1e-4 * scale)
+    with pytest.raises(DataError, match="is a int"):
+        Sample(key="a", image_id=1, image=first, further=(5,))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="sample 'a' has 2 images, and a composed model reads one"):
+        read_pixels(samples[0], lambda image: torch.zeros(3, 2, 2))
 
 
 @pytest.mark.parametrize(
