@@ -40,8 +40,7 @@ def test_packed_and_joined_rows_equal_separate_ones(name: str) -> None:
     packed, found = made.gradients(prepared, arranged(texts, pack_rows))
     assert len(packed.ids) == len(texts)
     check_same(found, wanted)
-    longest = packed.ids.shape[1]
-    joined, found = made.gradients(prepared, arranged(texts, pack_rows), row_tokens=2 * longest)
+    joined, found = made.gradients(prepared, arranged(texts, pack_rows), row_tokens=packed.ids.numel())
     assert joined.token_image is not None
     assert len(joined.ids) < len(texts)
     check_same(found, wanted)
@@ -51,7 +50,7 @@ def test_packed_and_joined_rows_equal_separate_ones(name: str) -> None:
 def test_forked_rows_equal_separate_ones(name: str) -> None:
     """With images of one size what rows share holds them; beside a text alone it ends before the first image."""
     made = case(name)
-    prepared, texts = made.rows(text_alone=False)
+    prepared, texts = made.rows(others=False)
     _, wanted = made.gradients(prepared[:1], arranged(texts[:1]))
     batch, found = made.gradients(prepared[:1], arranged(texts[:1], fork_rows))
     assert batch.shared_prefix is not None
@@ -65,7 +64,7 @@ def test_forked_rows_equal_separate_ones(name: str) -> None:
 @pytest.mark.parametrize(("name", "arrange"), [("paligemma", pack_answers), ("paligemma2", fork_answers)])
 def test_prompts_that_read_themselves_share_answers_alone(name: str, arrange: object) -> None:
     made = case(name)
-    prepared, texts = made.rows()
+    prepared, texts = made.rows(others=False)
     for some in (texts, [rows[1:] for rows in texts]):
         _, wanted = made.gradients(prepared, arranged(some))
         batch, found = made.gradients(prepared, arranged(some, arrange))  # type: ignore[arg-type]
@@ -86,7 +85,7 @@ def test_features_that_are_kept_lose_what_images_lose(name: str) -> None:
         assert all(one.vectors is not None and not one.inputs for one in kept.prepared.samples)
         wanted = made.vlm(batch)
         torch.testing.assert_close(made.vlm(kept), wanted, rtol=1e-5, atol=1e-5)
-        apart = made.gradients(made.prepared, arranged(made.rows(text_alone=False)[1], separate_rows))[1][0]
+        apart = made.gradients(made.prepared, arranged(made.rows(others=False)[1], separate_rows))[1][0]
         torch.testing.assert_close(wanted.detach(), apart, rtol=1e-10, atol=1e-10)
     made.vlm.set_adapter("image")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from existing_checks import MADE_WAYS, NEED_IMAGES, READ_RAW, TEXTS, case, families
+from existing_checks import MADE_WAYS, NEED_IMAGES, ONE_IMAGE, READ_RAW, TEXTS, case, families
 from existing_families import MADE, images, instructblip
 from sharing import in_double
 
@@ -17,7 +17,6 @@ from multimodal.model import VisionLanguageModel
 from multimodal.template import Template, Text
 
 KINDS = ("token_type_ids", "mm_token_type_ids")
-ONE_IMAGE = ("paligemma", "paligemma2", "blip2", "llava_onevision")  # read one image, or several unlike one alone
 
 
 @pytest.fixture(autouse=True)

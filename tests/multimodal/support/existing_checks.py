@@ -25,6 +25,7 @@ from multimodal.template import Template, Text
 
 SYSTEM = "be brief"
 READ_RAW = ("paligemma", "paligemma2", "blip2")  # processors without a chat template
+ONE_IMAGE = ("blip2", "llava_onevision")  # a conversation has one image, or several that are not what each is alone
 NEED_IMAGES = ("paligemma", "paligemma2")  # their processor refuses a text alone
 # Prompts that differ and prompts that do not, answers that begin alike, and one of a single token.
 TEXTS = (
@@ -54,10 +55,11 @@ class Case:
         """Three images of unlike shapes, as the model's tower takes them."""
         return [self.vlm.tower.preprocess(image) for image in images()]
 
-    def rows(self, *, text_alone: bool = True) -> tuple[list[Prepared], list[list[Row]]]:
-        """The images, with a sample that has none where the family takes that, and the rows of the texts about each."""
-        alone = [Prepared(wording=(), counts=())] if text_alone and self.name not in NEED_IMAGES else []
-        prepared, encoder = [*self.prepared, *alone], self.vlm.row_encoder()
+    def rows(self, *, others: bool = True) -> tuple[list[Prepared], list[list[Row]]]:
+        """The images, and where the family takes them a sample that has none and one of two; with the rows of the texts about each."""
+        alone = [Prepared(wording=(), counts=())] if others and self.name not in NEED_IMAGES else []
+        two = [self.vlm.tower.processor.prepare(images()[:2])] if others and self.name not in ONE_IMAGE else []
+        prepared, encoder = [*self.prepared, *alone, *two], self.vlm.row_encoder()
         return prepared, [[encoder.row(text, one) for text in TEXTS] for one in prepared]
 
     def native(self, image: Image.Image | Sequence[Image.Image] | None, question: str, answer: str | None = None) -> Mapping[str, Any]:
