@@ -22,11 +22,14 @@ __all__ = ["MODEL_ADVICE", "example_of", "is_existing", "load_existing"]
 MODEL_ADVICE = "give a local folder in transformers format or a hub id such as 'HuggingFaceTB/SmolVLM-256M-Instruct'"
 
 
-def load_existing(model: str | Path | nn.Module, processor: Any = None, *, dtype: torch.dtype | None = None) -> tuple[Language, Any]:
+def load_existing(
+    model: str | Path | nn.Module, processor: Any = None, *, dtype: torch.dtype | None = None, weights: bool = True
+) -> tuple[Language, Any]:
     """The frozen model with its tokenizer, and its processor.
 
     model      a local folder, a hub id, `org/name` or `org/name@revision`, or the model itself; then its processor is given too
     dtype      of the weights; None keeps what the files hold
+    weights    False: the model is on the meta device, made of its config alone
 
     Raises ConfigError for a name that leads to no vision-language model, and where the processor is absent or another model's; DataError for
     damaged or missing weights.
@@ -38,7 +41,7 @@ def load_existing(model: str | Path | nn.Module, processor: Any = None, *, dtype
         freeze(model, dtype)
     else:
         name = str(model)
-        model, processor = _loaded(model, dtype)
+        model, processor = _loaded(model, dtype, weights)
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ConfigError(f"the processor of '{name}' is a {type(processor).__name__}, expected one that takes images and texts: {_PROCESSOR_ADVICE}")
     _check_image_token(model, name)
@@ -69,7 +72,7 @@ def _config(name_or_folder: str | Path, what: str = "vision-language model") -> 
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
-def _loaded(name_or_folder: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _loaded(name_or_folder: str | Path, dtype: torch.dtype | None, weights: bool) -> tuple[Any, Any]:
     folder = existing_folder(name_or_folder)
     name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
     config = _config(name_or_folder)
@@ -80,6 +83,9 @@ def _loaded(name_or_folder: str | Path, dtype: torch.dtype | None) -> tuple[Any,
         )
     with loading("processor of", name_or_folder, _PROCESSOR_ADVICE):
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if not weights:
+        with loading("vision-language model", name_or_folder, "see that its config.json is whole"), quiet(), torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config, dtype=dtype or config.dtype or torch.float32).eval().requires_grad_(False), processor
     with loading("vision-language model", name_or_folder, "see that the folder holds model.safetensors"), quiet():
         model, info = AutoModelForImageTextToText.from_pretrained(name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True)
     if info["missing_keys"]:

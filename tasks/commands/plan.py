@@ -23,12 +23,13 @@ __all__ = ["COMPOSE", "METHODS_LIST", "add_plan_options", "dry_run_command"]
 
 SHAPE = ("scenes:encoder", "scenes:language")  # what methods are counted on, where no parts are given
 
-TEXT_TOKENS = 30
+TEXT_TOKENS, IMAGE_SIZE = 30, "640x480"
 
 
 def add_plan_options(parser: Any) -> None:
     """What a plan needs beside a run's settings."""
     parser.add_argument("--text_tokens", type=int, default=TEXT_TOKENS, help="words of a row, prompt and answer together, that the estimates of memory assume")
+    parser.add_argument("--image_size", default=IMAGE_SIZE, help="of a model that sees already: width and height of the image whose tokens are counted")
     _add_json(parser)
 
 
@@ -38,14 +39,23 @@ def _add_json(parser: Any) -> None:
 
 def _methods(values: Any, plain: Any) -> None:
     """Print every method, counted on the parts that are given."""
+    from tasks.planning.existing import draw_model
     from tasks.planning.meta import draw_language, draw_tower
-    from tasks.planning.methods import listed_methods, methods_as_json, methods_as_text
+    from tasks.planning.methods import listed_methods, methods_as_json, methods_as_text, methods_on
     from tasks.runs.compose import found_part
 
-    encoder, language_model = (given or default for given, default in zip((values.encoder, values.language_model), SHAPE, strict=True))
     given = {name: method for name, method in vars(values.methods).items() if method is not None}
+    if values.model is not None:
+        dry_run = _dry_run_config(values)
+        dry_run.check_form()
+        drawn = draw_model(dry_run.parts)
+        methods = methods_on(drawn.adapted.anatomy, given)
+        roles = "\n".join([f"{values.model}: {type(drawn.language.model).__name__}", *drawn.role_lines(), "", ""])
+        print(methods_as_json(methods) if values.json else roles + methods_as_text(methods, values.model))
+        return
+    encoder, language_model = (given or default for given, default in zip((values.encoder, values.language_model), SHAPE, strict=True))
     methods = listed_methods(draw_tower(found_part(encoder), layer=values.layer), draw_language(found_part(language_model)), given)
-    print(methods_as_json(methods) if values.json else methods_as_text(methods, encoder, language_model))
+    print(methods_as_json(methods) if values.json else methods_as_text(methods, f"{language_model} with {encoder}"))
 
 
 def _compose(values: Any, plain: Any) -> None:
@@ -150,12 +160,24 @@ def _dry_run_config(values: Any) -> Any:
 
 
 def _plan(values: Any) -> Plan:
+    from tasks.planning.existing import make_existing_plan
     from tasks.planning.plan import make_plan
 
     dry_run = _dry_run_config(values)
-    dry_run.parts.check()
+    dry_run.check_form()
     if values.text_tokens < 1:
         raise ConfigError(f"text_tokens is {values.text_tokens}: give 1 or more")
+    if dry_run.model is not None:
+        return make_existing_plan(
+            dry_run.parts,
+            chosen_methods(dry_run.methods),
+            encoder_methods=dry_run.encoder_methods,
+            template=dry_run.chosen_task().words_for(True),
+            train=dry_run.train,
+            generation=dry_run.generation,
+            text_tokens=values.text_tokens,
+            image_size=_size(values.image_size),
+        )
     return make_plan(
         dry_run.encoder,
         dry_run.language_model,
@@ -170,6 +192,13 @@ def _plan(values: Any) -> Plan:
     )
 
 
+def _size(given: str) -> tuple[int, int]:
+    width, _, height = given.lower().partition("x")
+    if not (width.strip().isdigit() and height.strip().isdigit() and int(width) and int(height)):
+        raise ConfigError(f"image_size is {given!r}: give width and height in pixels, such as 640x480")
+    return int(width), int(height)
+
+
 def _add_compose(parser: Any) -> None:
     add_run(parser, DryRunConfig)
     add_plan_options(parser)
@@ -182,7 +211,8 @@ def _add_methods(parser: Any) -> None:
 
 COMPOSE = Command(
     _add_compose, _compose, has_config=True, prepare=only_named_data,
-    first=(*PARTS_FIRST, METHODS_ROW, "layer", "train.batch_size", "train.precision", "train.checkpointing", "generation.num_beams", "text_tokens", "json"),
+    first=(*PARTS_FIRST, METHODS_ROW, "layer", "train.batch_size", "train.precision", "train.checkpointing", "generation.num_beams", "text_tokens",
+           "image_size", "json"),
     examples=(
         "adalink compose --encoder scenes:encoder --language_model scenes:language --methods.lora.rank 8",
         "adalink compose --config run.yaml --json",
@@ -190,6 +220,6 @@ COMPOSE = Command(
 )  # fmt: skip
 METHODS_LIST = Command(
     _add_methods, _methods, has_config=True, prepare=only_named_data,
-    first=("config", "encoder", "language_model", METHODS_ROW, "layer", "json"),
+    first=("config", "model", "encoder", "language_model", METHODS_ROW, "layer", "json"),
     examples=("adalink methods", "adalink methods --methods.adalink '{rank: 16, modalities: [text]}' --json"),
 )  # fmt: skip

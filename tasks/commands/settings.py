@@ -46,7 +46,7 @@ _DATA: Any = dataclasses.make_dataclass(
 )
 _OPTIONAL: dict[str, Any] = {"task": "captioning", "data": dataclasses.field(default_factory=_DATA)}
 # What a run's config can be asked, and the checks that it makes of itself.
-_CHECKED = {name: vars(RunConfig)[name] for name in ("check_features", "chosen_task", "encoder_methods", "n_answers", "parts")}
+_CHECKED = {name: vars(RunConfig)[name] for name in ("check_features", "check_form", "chosen_task", "encoder_methods", "n_answers", "parts")}
 
 
 def _dry_run_config() -> Any:

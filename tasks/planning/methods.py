@@ -21,7 +21,7 @@ from tasks.planning.meta import DrawnLanguage, DrawnTower
 from tasks.planning.plan import places_of, slots_of
 from tasks.runs.help import comments_as_help
 
-__all__ = ["Listed", "Setting", "listed_methods", "methods_as_json", "methods_as_text"]
+__all__ = ["Listed", "Setting", "listed_methods", "methods_as_json", "methods_as_text", "methods_on"]
 
 
 EXAMPLE_COUNT, EXAMPLE_NUMBER, EXAMPLE_LAYERS = 4, 1.0, (-2, -1)
@@ -59,7 +59,11 @@ class Listed:
 
 def listed_methods(tower: DrawnTower, language: DrawnLanguage, given: Mapping[str, Method]) -> list[Listed]:
     """One entry for each name in METHODS, in their order. given: methods with the user's settings."""
-    anatomy = Anatomy.read(language.model, tower.inputs)
+    return methods_on(Anatomy.read(language.model, tower.inputs), given)
+
+
+def methods_on(anatomy: Anatomy, given: Mapping[str, Method]) -> list[Listed]:
+    """The same of any model's anatomy."""
     return [_listed(name, kind, given.get(name), anatomy) for name, kind in METHODS.items()]
 
 
@@ -161,9 +165,9 @@ def written(value: Any) -> str:
 WIDTH = 140
 
 
-def methods_as_text(methods: Sequence[Listed], encoder: str, language_model: str) -> str:
-    """For a reader: formula, places, count, settings of each method."""
-    head = f"Counted on {language_model} with {encoder}; give other parts by --encoder and --language_model, and settings by --methods.NAME.SETTING."
+def methods_as_text(methods: Sequence[Listed], parts: str) -> str:
+    """For a reader: formula, places, count, settings of each method. parts: what they are counted on, in words."""
+    head = f"Counted on {parts}.\nGive other parts by --model, or --encoder and --language_model, and settings by --methods.NAME.SETTING."
     return "\n\n".join([head, *("\n".join(_method(one)) for one in methods)])
 
 

@@ -37,8 +37,8 @@ from tasks.planning.meta import (
 from tasks.runs.compose import found_part
 
 __all__ = [
-    "Assumed", "MethodPlan", "PartPlan", "Plan", "domain_names", "make_plan", "places_of", "plan_as_json", "plan_as_text",
-    "slots_of",
+    "Assumed", "MethodPlan", "PartPlan", "Plan", "domain_names", "language_shape", "make_plan", "places_in", "places_of", "plan_as_json",
+    "plan_as_text", "slots_of", "to_serve", "to_train",
 ]  # fmt: skip
 
 
@@ -140,6 +140,9 @@ class Assumed:
 class Plan:
     """What would be built. Memory is in bytes; activations and cache are estimates, the rest is counted.
 
+    encoder           of a model that sees already its tower
+    connector         of such a model, where it has one of its own
+    image_size        of such a model: the image whose tokens are counted, as `640 x 480`
     slots             domain -> positions that a row has for it
     tokens_per_image  positions of a row that stand for its image
     prompt_tokens     words of an empty question's prompt; None where there is no tokenizer to count them
@@ -154,6 +157,8 @@ class Plan:
     memory_to_train: Mapping[str, int]
     memory_to_serve: Mapping[str, int]
     assumed: Assumed
+    connector: PartPlan | None = None
+    image_size: str = ""
 
     @property
     def trained(self) -> int:
@@ -163,7 +168,7 @@ class Plan:
     @property
     def frozen(self) -> int:
         """Parameters that are not."""
-        return self.encoder.parameters + self.language_model.parameters
+        return sum(part.parameters for part in (self.encoder, self.connector, self.language_model) if part is not None)
 
 
 def make_plan(
@@ -201,35 +206,38 @@ def make_plan(
     n_slots = sum(slot.count for slot in adapter.slots)
     n_prompt = _prompt_tokens(template, language, trained, generation)
     parts = parameter_bytes(tower.module) + parameter_bytes(language.model)
+    seen = 0 if trained.vision is None else seen_bytes(tower, trained.vision, images=assumed.rows)
     return Plan(
         encoder=_encoder(encoder, tower),
         language_model=_language(language_model, language, n_answers),
-        methods=tuple(MethodPlan(name=name, edits=_places(trained).get(name, ()), trained=count) for name, count in trained.counts().items()),
+        methods=tuple(MethodPlan(name=name, edits=places_in(trained).get(name, ()), trained=count) for name, count in trained.counts().items()),
         slots=slots_of(adapter.slots),
         tokens_per_image=sum(slot.count for slot in adapter.slots if slot.domain == IMAGE or slot.domain >= PERCEPT),
         prompt_tokens=n_prompt,
-        memory_to_train=_to_train(tower, language.model, parts, trained, n_slots, assumed, train),
-        memory_to_serve=_to_serve(language.model, parts, trained, n_slots, assumed),
+        memory_to_train=to_train(language.model, parts, trained, n_slots, assumed, train, seen=seen),
+        memory_to_serve=to_serve(language.model, parts, trained, n_slots, assumed),
         assumed=assumed,
     )
 
 
-def _places(trained: TrainedParts) -> dict[str, tuple[str, ...]]:
+def places_in(trained: TrainedParts) -> dict[str, tuple[str, ...]]:
+    """Method, as `TrainedParts.counts` names it -> its places."""
     seen = {} if trained.vision is None else {f"vision.{name}": edits for name, edits in places_of(trained.vision).items()}
     head = {} if trained.head is None else {"head": (f"last layer's state of one token of a row, to {len(trained.head.answers):,} answers",)}
     return {**places_of(trained.edits), **seen, **head}
 
 
-def _to_train(
-    tower: DrawnTower, model: Any, parts: int, parts_trained: TrainedParts, n_slots: int, assumed: Assumed, train: TrainSettings
+def to_train(
+    model: Any, parts: int, parts_trained: TrainedParts, n_slots: int, assumed: Assumed, train: TrainSettings, *, seen: int = 0
 ) -> dict[str, int]:
+    """The memory of a training by what takes it, in bytes. parts: bytes of the frozen weights; seen: what is kept of images in an adapted encoder."""
     trained, anatomy = sum(parts_trained.counts().values()), Anatomy.read(model)
     length = n_slots + assumed.text
     activations = saved_bytes(model, rows=assumed.rows, tokens=length)
     if train.checkpointing:  # each layer's input, and one layer at a time
         n_layers = len(anatomy.layers)
         activations = activations // n_layers + n_layers * assumed.rows * length * anatomy.layer_width * model.dtype.itemsize
-    vision, head = parts_trained.vision, parts_trained.head
+    head = parts_trained.head
     at_once = min(assumed.rows * assumed.answer, targets_at_once(anatomy.vocabulary))
     logits = (at_once * anatomy.vocabulary if head is None else 2 * assumed.rows * len(head.answers)) * FLOAT
     return {
@@ -238,13 +246,14 @@ def _to_train(
         "gradients": trained * FLOAT,
         "optimizer state": trained * FLOAT * MOMENTS,
         "activations, estimated": activations,
-        **({} if vision is None else {"activations of the encoder, estimated": seen_bytes(tower, vision, images=assumed.rows)}),
+        **({"activations of the encoder, estimated": seen} if seen else {}),
         "logits held at once, estimated": logits,
         **({"states kept of texts, at most": int(train.states_gib * 2**30)} if train.states_gib else {}),
     }
 
 
-def _to_serve(model: Any, parts: int, trained: TrainedParts, n_slots: int, assumed: Assumed) -> dict[str, int]:
+def to_serve(model: Any, parts: int, trained: TrainedParts, n_slots: int, assumed: Assumed) -> dict[str, int]:
+    """The memory of serving by what takes it, in bytes."""
     return {
         "frozen weights": parts,
         "one adapter": sum(trained.counts().values()) * FLOAT,
@@ -270,9 +279,13 @@ def _encoder(name: str, tower: DrawnTower) -> PartPlan:
 
 
 def _language(name: str, language: DrawnLanguage, n_answers: int) -> PartPlan:
-    anatomy = Anatomy.read(language.model)
-    shape = f"{len(anatomy.layers)} layers of width {anatomy.layer_width}; {anatomy.vocabulary} embeddings of width {anatomy.width}"
-    return _part(name, language.model, shape, language_fingerprint(found_part(name), "read" if n_answers else "write"))
+    known = language_fingerprint(found_part(name), "read" if n_answers else "write")
+    return _part(name, language.model, language_shape(Anatomy.read(language.model)), known)
+
+
+def language_shape(anatomy: Anatomy) -> str:
+    """Layers and embeddings of a language model, for a reader."""
+    return f"{len(anatomy.layers)} layers of width {anatomy.layer_width}; {anatomy.vocabulary} embeddings of width {anatomy.width}"
 
 
 def _part(name: str, module: nn.Module, shape: str, fingerprint: str) -> PartPlan:
@@ -301,12 +314,13 @@ def plan_as_text(plan: Plan) -> str:
     words = "not counted (no tokenizer beside the config)" if plan.prompt_tokens is None else f"{plan.prompt_tokens} words of an empty question"
     assumed = plan.assumed
     lines = [
-        *_part_lines("encoder", plan.encoder),
+        *_part_lines("tower" if plan.image_size else "encoder", plan.encoder),
+        *(_part_lines("connector", plan.connector) if plan.connector else []),
         *_part_lines("language model", plan.language_model),
         f"{'methods':<15} {len(plan.methods)}",
         *(line for method in plan.methods for line in (f"  {method.name:<13} {method.trained:,} trained", *(f"    {edit}" for edit in method.edits))),
         f"{'trained':<15} {plan.trained:,} of {plan.trained + plan.frozen:,} parameters ({share:.4f} %)",
-        f"{'tokens':<15} {plan.tokens_per_image} per image; slots of a row: {slots}; prompt: {words}",
+        f"{'tokens':<15} {plan.tokens_per_image} per image{f' of {plan.image_size}' * bool(plan.image_size)}; slots of a row: {slots}; prompt: {words}",
         *_memory("to train", plan.memory_to_train, f"{assumed.rows} rows of {sum(plan.slots.values()) + assumed.text} tokens"),
         *_memory("to serve", plan.memory_to_serve, f"{assumed.generated} generated tokens, {assumed.beams} beam{'s' * (assumed.beams > 1)}"),
     ]
@@ -331,6 +345,8 @@ def size(n_bytes: int) -> str:
 def _part_lines(role: str, part: PartPlan) -> list[str]:
     indent = " " * 16
     unknown = "not known: no weights here, or names that only loading resolves"
+    if not part.shape:  # a part of a part
+        return [f"{role:<15} {part.kind}, {part.parameters:,} frozen parameters in {part.dtype} ({size(part.bytes)})"]
     return [
         f"{role:<15} {part.name}: {part.kind}, {part.parameters:,} frozen parameters in {part.dtype} ({size(part.bytes)})",
         indent + part.shape,

@@ -129,13 +129,17 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong between its groups."""
+        self.check_form()
+        self.check_features()
+
+    def check_form(self) -> None:
+        """Raise ConfigError unless the frozen parts are given in exactly one form, with settings that go with it."""
         self.parts.check()
         if self.model and (self.layer != -1 or self.n_answers):
             raise ConfigError(
                 f"{'layer' if self.layer != -1 else 'vqa.answers'} was given with model: a model that sees already has its own features and writes its "
                 "answers; leave it out"
             )
-        self.check_features()
 
     def check_features(self) -> None:
         """Raise ConfigError where cached features are asked for in two ways, or of an encoder that changes."""
