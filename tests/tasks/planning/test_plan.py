@@ -86,7 +86,7 @@ def test_a_dry_run_loads_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = adalink("train", "--dry-run", "--config", RECIPES["vqa"], "--out", out)
     assert done.code == 0
-    assert "data.train: 1,600 images, 0 known to be bad; the first one can be read" in done.out
+    assert "data.train: 2,000 images, 0 known to be bad; the first one can be read" in done.out
     assert "nothing was loaded, trained or written" in done.out
     assert not out.exists()
 
