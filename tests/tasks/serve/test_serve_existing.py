@@ -27,7 +27,7 @@ from tasks.serve.app import Service, make_app
 from tasks.serve.engine import FeatureLRU, PromptCache, Running
 from tasks.serve.scheduler import Answer, Ask, Job, ServedImage
 from tasks.serve.server import served_model
-from tasks.serve.settings import Batching, RequestLimits, ServeSettings
+from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
 N_NEW = 6
 VQA = Template(prompt="<image>question: {question} answer:", target="{text}", system="be brief")
@@ -76,7 +76,7 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             for parameter in adapter.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.3)
         trained.save_pretrained(folder / name, task={"task": "captioning" if name == "cap" else "vqa"})
-    settings = ServeSettings(limits=RequestLimits(images=3), batching=Batching(wait_ms=200))
+    settings = ServeSettings(limits=RequestLimits(images=3), access=Access(adapters_folder=folder), batching=Batching(wait_ms=200))
     model = served_model(settings, {name: folder / name for name in METHODS})
     service = Service.of(model, settings)
     with TestClient(make_app(service), base_url="http://localhost") as client:
@@ -200,6 +200,17 @@ def test_what_cannot_be_read_is_told_in_a_sentence(asked: Asked, monkeypatch: py
     assert f"'{name}' reads one question and not a conversation of 2 turns" in told({"role": "system", "content": "x"}, user(image(0), text("which?")))
     monkeypatch.undo()
     assert asked.text("vqa", [user(image(0), text("which?"))])
+
+
+def test_an_adapter_is_loaded_while_others_are_asked(asked: Asked) -> None:
+    turns = [user(image(0), image(1), text("how many?"))]
+    with ThreadPoolExecutor(4) as clients:
+        others = [clients.submit(asked.text, "slots", turns) for _ in range(4)]
+        loaded = asked.client.post("/v1/models", json={"id": "guest", "folder": "vqa"})
+        assert loaded.status_code == 201, loaded.text
+        assert asked.text("guest", turns) == asked.text("vqa", turns)
+        assert asked.client.delete("/v1/models/guest").status_code == 200
+        assert {other.result() for other in others} == {asked.text("slots", turns)}
 
 
 class Here:
