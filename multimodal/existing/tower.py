@@ -15,8 +15,9 @@ from adalink import Adapter, Anatomy, FrozenPart, Slots, TokenMap
 from adalink.attachment.existing import image_token_ids
 from adalink.attachment.vision import attach_vision, read_vision
 from adalink.checkpoint.fingerprint import Sketch, part_of
-from adalink.errors import ConfigError
+from adalink.errors import ConfigError, DataError
 from multimodal.batches.collate import Batch
+from multimodal.batches.prefix_sharing import REFUSALS
 from multimodal.batches.prepared import ImageBatch, Prepared, joined, joined_inputs
 from multimodal.data.images.decode import ImageOrFile, decode_image
 from multimodal.encoders.bound_parts import N_VALUES, test_image, tokenizer_digest
@@ -24,7 +25,7 @@ from multimodal.encoders.tower import VisionTower
 from multimodal.existing.budget import ImageTokens
 from multimodal.existing.inputs import HostForm, HostInputs, VectorForm
 from multimodal.existing.rows import Blocks, ConversationRows, positions_of
-from multimodal.existing.words import KINDS, NO_BUDGET, Processor
+from multimodal.existing.words import KINDS, NO_BUDGET, Processor, first_line
 from multimodal.language import Language
 from multimodal.template import Template
 
@@ -61,8 +62,14 @@ class ModelTower:
         self.preprocess = Preparing(self.processor)
         self.positions = positions_of(language.model)
         self.encoder = nn.Module()  # no weights beside those of the language model, which holds the tower
-        self.example = self.preprocess(test_image())
-        self.small = self.preprocess(test_image().resize((64, 40)))  # of few tokens, where their number follows the image's size
+        try:
+            self.example = self.preprocess(test_image())
+            self.small = self.preprocess(test_image().resize((64, 40)))  # of few tokens, where their number follows the image's size
+        except (*REFUSALS, DataError) as error:
+            raise ConfigError(
+                f"the processor of '{self.name}', a {type(real_processor).__name__}, does not prepare an image ({first_line(error)}): see that its files "
+                "are the model's own, or adapt the model with adalink.get_adalink_model and a loop of your own"
+            ) from error
         self._check_reads_images_alone()
         self.form = self._read_form()
         self.blocks: Blocks = ""  # found out by `multimodal.existing.trial`

@@ -97,7 +97,12 @@ class Processor:
 
     def marks(self, n: int) -> str:
         """What stands for so many images in a text; nothing where the processor puts their tokens there itself."""
-        return "" if _has_own_call(self.real) else self.image_mark * n
+        return "" if self._puts_images_first else self.image_mark * n
+
+    @property
+    def _puts_images_first(self) -> bool:
+        """Whether the processor puts an image's tokens before the text's itself (BLIP-2)."""
+        return _has_own_call(self.real) and bool(getattr(self.real, "num_query_tokens", None))
 
     def prepare(self, images: Sequence[Image.Image]) -> Prepared:
         """The images of a sample, scaled to the budget. Raises DataError for one that the processor cannot take, or that no scale brings there."""
@@ -160,9 +165,12 @@ class Processor:
 
     def _run(self, image: Image.Image) -> tuple[Mapping[str, Any], str]:
         settings = self._settings()
-        if _has_own_call(self.real):
+        if self._puts_images_first:
             features = self.real.image_processor(image, **settings)
             return features, self.image_mark * int(self.real.num_query_tokens)
+        if _has_own_call(self.real):
+            found = self.real(text=[self.image_mark], images=[image], return_tensors="pt")
+            return found, self.image_mark * sum(id in self.image_ids for id in _row(found["input_ids"]))
         features, wording = self.real._process_images([image], **settings)
         return features, str(wording[0])
 
@@ -219,7 +227,7 @@ def first_line(error: Exception) -> str:
 
 
 def _has_own_call(processor: Any) -> bool:
-    """Whether a processor joins images and texts in its own way (BLIP-2): image tokens are put before the text's."""
+    """Whether a processor joins images and texts in its own way (BLIP-2, Idefics2)."""
     return "_process_images" not in inspect.getsource(type(processor).__call__) and "super().__call__" not in inspect.getsource(type(processor).__call__)
 
 

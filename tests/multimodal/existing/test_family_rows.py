@@ -47,7 +47,7 @@ def test_rows_have_the_ids_and_types_of_the_processor(name: str) -> None:
                 kinds = next((told[kind][0].tolist() for kind in KINDS if kind in told), None)
                 assert kinds is None or list(found.kind) == kinds[: len(found.kind)]
         counts.add(0 if prepared is None else prepared.n_vectors)
-    assert len(counts) > (1 if name in NEED_IMAGES else 2) or name in ("llava", "gemma3", "blip2", "paligemma", "paligemma2")  # images of unlike sizes
+    assert len(counts) > (1 if name in NEED_IMAGES else 2) or name in ("llava", "gemma3", "blip2", "idefics2", "paligemma", "paligemma2")  # images of unlike sizes
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -116,3 +116,10 @@ def test_what_people_write_spells_no_token(name: str) -> None:
 def test_a_model_whose_vectors_depend_on_the_question_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"a InstructBlipForConditionalGeneration, depend on its qformer_input_ids too, so the texts about an image cannot share"):
         VisionLanguageModel.from_model(*instructblip(), template=Template(prompt="<image>{question}"))
+
+
+def test_a_processor_that_prepares_no_image_is_refused() -> None:
+    model, processor = MADE["blip2"]()
+    processor.image_processor.size = {"longest": 3}
+    with pytest.raises(ConfigError, match=r"the processor of .*, a Blip2Processor, does not prepare an image \(.*see that its files are the model's own"):
+        VisionLanguageModel.from_model(model, processor, template=Template(prompt="<image>{question}"))

@@ -231,6 +231,17 @@ _IDEFICS_TOKENS = (
 )  # fmt: skip
 
 
+def idefics2() -> tuple[Any, Any]:
+    """Its processor has a call of its own."""
+    words = tokenizer_of(["<fake_token_around_image>", "<image>", "<end_of_utterance>"], eos="<end_of_utterance>")
+    images = hf.Idefics2ImageProcessor(size={"shortest_edge": 24, "longest_edge": 32}, do_image_splitting=False)
+    processor = hf.Idefics2Processor(images, words, image_seq_len=4, chat_template=IDEFICS_CHAT)
+    perceiver = {"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4, "resampler_head_dim": 8, "num_key_value_heads": 2}
+    text = language(words, "mistral", sliding_window=None)
+    config = hf.Idefics2Config(vision_config=VISION, perceiver_config=perceiver, text_config=text, image_token_id=_id(words, "<image>"))
+    return hf.Idefics2ForConditionalGeneration(config), processor
+
+
 def idefics3() -> tuple[Any, Any]:
     words = tokenizer_of(_IDEFICS_TOKENS, eos="<end_of_utterance>")
     images = hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
@@ -290,7 +301,7 @@ def instructblip() -> tuple[Any, Any]:
 MADE: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     made.__name__: made
     for made in (
-        llava, llava_next, llava_onevision, pixtral, mistral3, qwen2_vl, qwen2_5_vl, qwen3_vl, paligemma, paligemma2, gemma3, idefics3, smolvlm, internvl,
+        llava, llava_next, llava_onevision, pixtral, mistral3, qwen2_vl, qwen2_5_vl, qwen3_vl, paligemma, paligemma2, gemma3, idefics2, idefics3, smolvlm, internvl,
         blip2,
     )
 }  # fmt: skip
