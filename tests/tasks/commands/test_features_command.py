@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli_run import FIXED, RECIPES, Done, Files, adalink, refused, train
+from existing_families import MADE
 from made_shards import flip
 
 from multimodal.data.feature_cache.reader import FeatureCache
@@ -151,3 +152,24 @@ def test_the_help_says_what_rounding_costs(capsys: pytest.CaptureFixture[str]) -
     for words in ("float16 moves gradients by up to 3e-4 of their size, bfloat16 by up to 2e-3", "--contents {needed,all}", "--features FEATURES"):
         assert words in help_text
     assert RunConfig.__dataclass_fields__["features_dtype"].default == "float16"
+
+
+def test_features_of_a_model_that_sees_already_are_written_and_read(tmp_path: Path) -> None:
+    """Also by an evaluation of the adapter, which has the bounds of the run."""
+    model, processor = MADE["qwen2_vl"]()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    parts = ("--model", tmp_path / "model", "--image_tokens.max", "6")
+    run = ("--task", "vqa", *parts, "--methods.adalink", "{rank: 2, modalities: [image]}", *SMALL, "--train.steps", "1", "--features", tmp_path / "features")
+    done = adalink("features", *run)
+    assert done.code == 0, done.err
+    assert "train: 0.00 MiB: 8 images of about 384 bytes, image vectors of width 32 in float16 (6 of a test image); " in done.err
+    done = adalink("train", *run, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert f"features: 8 images are read from {tmp_path}/features/train, image vectors of width 32 in float16 (6 of a test image) of {tmp_path}/model; " in done.err
+    val = ("--data.val.scenes", "val/4", "--generation.max_new_tokens", "3", "--features", tmp_path / "features")
+    again = adalink("evaluate", "--adapter", tmp_path / "run" / "adapter", *val)
+    assert again.code == 0, again.err
+    assert f"features: 4 images are read from {tmp_path}/features/val" in again.err
+    other = adalink("train", *run, "--image_tokens.max", "5", "--out", tmp_path / "other")
+    assert 'train are of a processor whose image_tokens is {"max": 6}, and here it is {"max": 5}: give another folder' in refused(other)
