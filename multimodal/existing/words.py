@@ -22,7 +22,7 @@ __all__ = ["NO_BUDGET", "Processor", "first_line"]
 
 BLANK = Image.new("RGB", (8, 8))
 NO_BUDGET = ImageTokens()
-N_SCALED, MOST_PIXELS = 8, 2**22  # how often an image is scaled at most, and how far up
+N_SCALED, N_ESTIMATED, MOST_PIXELS = 8, 16, 2**22  # how often an image is scaled at most, and how far up
 KINDS = ("token_type_ids", "mm_token_type_ids")
 TEXT_KEYS = ("input_ids", "attention_mask", "labels", *KINDS)
 
@@ -141,18 +141,36 @@ class Processor:
         The next scale follows from the tokens that there are and may be. It lies further off where the last one changed nothing (a processor has
         bounds of its own), and halfway where one was too small and one too large.
         """
-        found, scale, jump = self._prepared(image), 1.0, 1
+        scale, jump = self._estimated_scale(image), 1
+        found = self._prepared(_resized(image, scale))
         low, high = self.budget.aim(found[1])
         tried, small, large = [found], 0.0, 0.0
         while not low <= found[1] <= high and len(tried) <= N_SCALED:
             small, large = (scale, large) if found[1] < low else (small, scale)
             scale = (small * large) ** 0.5 if small and large else scale * ((low if found[1] < low else high) / max(found[1], 1)) ** (jump / 2)
             scale = min(scale, max((MOST_PIXELS / (image.width * image.height)) ** 0.5, 1.0))
-            size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-            found = self._prepared(image.resize(size, Image.Resampling.BICUBIC))
+            found = self._prepared(_resized(image, scale))
             jump = 2 * jump if found[1] == tried[-1][1] else 1
             tried.append(found)
         return min(tried, key=lambda one: self.budget.distance(one[1], low, high))
+
+    def _estimated_scale(self, image: Image.Image) -> float:
+        """Where an image has far more tokens than it may by its processor's own estimate, the scale at which it has no more; else 1.
+
+        So a very large image is never prepared as it is.
+        """
+        most, scale, estimate = self.budget.max, 1.0, getattr(self.real, "_get_num_multimodal_tokens", None)
+        if most is None or estimate is None:
+            return 1.0
+        for attempt in range(N_ESTIMATED):
+            try:
+                count = int(estimate(image_sizes=[_scaled_size(image, scale)[::-1]])["num_image_tokens"][0])
+            except (AttributeError, KeyError, TypeError, ValueError):  # this processor makes none
+                return 1.0
+            if count <= (most if attempt else 2 * most):
+                return scale
+            scale *= (most / count) ** 0.5
+        return 1.0
 
     def _prepared(self, image: Image.Image) -> tuple[str, int, dict[str, Tensor]]:
         try:
@@ -224,6 +242,14 @@ class Processor:
 def first_line(error: Exception) -> str:
     """What an error says, in short; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _scaled_size(image: Image.Image, scale: float) -> tuple[int, int]:
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+
+
+def _resized(image: Image.Image, scale: float) -> Image.Image:
+    return image if scale == 1.0 else image.resize(_scaled_size(image, scale), Image.Resampling.BICUBIC)
 
 
 def _has_own_call(processor: Any) -> bool:
