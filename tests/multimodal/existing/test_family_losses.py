@@ -74,17 +74,17 @@ def test_prompts_that_read_themselves_share_answers_alone(name: str, arrange: ob
 
 
 @pytest.mark.parametrize("name", families(["qwen3_vl", "blip2"]))
-def test_features_that_are_kept_lose_what_images_lose(name: str) -> None:
+def test_cached_features_lose_what_images_lose(name: str) -> None:
     """In the way that the model trains by default, with edits of texts alone too: what comes before them is then read without gradient."""
     made = case(name)
     for adapter in ("image", "text"):
         made.vlm.set_adapter(adapter)
         (batch,) = made.vlm.batches(samples(), texts_of, batch_size=3)
-        (kept,) = made.vlm.batches(samples(), texts_of, batch_size=3, features=encode_all(made.vlm, samples(), dtype="float32"))
-        assert kept.prepared is not None
-        assert all(one.vectors is not None and not one.inputs for one in kept.prepared.samples)
+        (cached,) = made.vlm.batches(samples(), texts_of, batch_size=3, features=encode_all(made.vlm, samples(), dtype="float32"))
+        assert cached.prepared is not None
+        assert all(one.vectors is not None and not one.inputs for one in cached.prepared.samples)
         wanted = made.vlm(batch)
-        torch.testing.assert_close(made.vlm(kept), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(made.vlm(cached), wanted, rtol=1e-5, atol=1e-5)
         apart = made.gradients(made.prepared, arranged(made.rows(others=False)[1], separate_rows))[1][0]
         torch.testing.assert_close(wanted.detach(), apart, rtol=1e-10, atol=1e-10)
     made.vlm.set_adapter("image")

@@ -43,8 +43,8 @@ def test_rows_have_the_ids_and_types_of_the_processor(name: str) -> None:
             assert whole == wanted[: len(whole)]
             assert whole[-1] in encoder.end_ids
             assert list(prompt.ids) == asked["input_ids"][0].tolist()
-            for found, told in ((row, native), (prompt, asked)):
-                kinds = next((told[kind][0].tolist() for kind in KINDS if kind in told), None)
+            for found, wanted in ((row, native), (prompt, asked)):
+                kinds = next((wanted[kind][0].tolist() for kind in KINDS if kind in wanted), None)
                 assert kinds is None or list(found.kind) == kinds[: len(found.kind)]
         counts.add(0 if prepared is None else prepared.n_vectors)
     assert len(counts) > (1 if name in NEED_IMAGES else 2) or name in ("llava", "gemma3", "blip2", "idefics2", "paligemma", "paligemma2")  # images of unlike sizes

@@ -64,14 +64,14 @@ class Case:
 
     def native(self, image: Image.Image | Sequence[Image.Image] | None, question: str, answer: str | None = None) -> Mapping[str, Any]:
         """What the processor makes of the conversation, as its documentation has it written; tensors of one row."""
-        pictures = [image] if isinstance(image, Image.Image) else list(image or [])
+        all_images = [image] if isinstance(image, Image.Image) else list(image or [])
         if self.name in READ_RAW:
-            mark = "<image>" * len(pictures) if self.name in NEED_IMAGES else ""
+            mark = "<image>" * len(all_images) if self.name in NEED_IMAGES else ""
             suffix = {"suffix": answer} if answer is not None and self.name in NEED_IMAGES else {}
             rest = f" {answer}</s>" if answer is not None and not suffix else ""
-            found = self.processor(text=[f"{mark}{question}{rest}"], images=pictures or None, return_tensors="pt", **suffix)
+            found = self.processor(text=[f"{mark}{question}{rest}"], images=all_images or None, return_tensors="pt", **suffix)
         else:
-            turns = [_turn("system", SYSTEM), _turn("user", question, pictures), *([] if answer is None else [_turn("assistant", answer)])]
+            turns = [_turn("system", SYSTEM), _turn("user", question, all_images), *([] if answer is None else [_turn("assistant", answer)])]
             found = self.processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=answer is None)
         return {name: value.double() if value.is_floating_point() else value for name, value in found.items() if name != "labels"}
 
@@ -98,8 +98,8 @@ class Case:
         return total
 
 
-def _turn(role: str, text: str, pictures: Sequence[Image.Image] = ()) -> dict[str, Any]:
-    return {"role": role, "content": [*({"type": "image", "image": image} for image in pictures), {"type": "text", "text": text}]}
+def _turn(role: str, text: str, all_images: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    return {"role": role, "content": [*({"type": "image", "image": image} for image in all_images), {"type": "text", "text": text}]}
 
 
 @cache
