@@ -35,6 +35,9 @@ TRAINED = {
         "unipelt": 1_410_672 - 10 * 12 * 2 * 768 + 10 * 768 + (768 + 1) * 512 + (512 + 1) * 12 * 2 * 768,
         "head": (768 + 1) * 3129,
     },
+    "coco_paligemma.yaml": {"adalink": 2 * 2 * 2304 * 64},
+    "vqav2_smolvlm.yaml": {"adalink": 2 * 2 * 576 * 16, "lora": 2 * 30 * 8 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))},
+    "coco_qwen25vl.yaml": {"lora": 2 * 36 * 8 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 11008))},
     "cached_features.yaml": {"bridge": 2 * 768 + (768 + 1) * 768 + (768 + 1) * 768, "adalink": 2 * 2 * 768 * 64},
 }
 
@@ -42,7 +45,10 @@ TRAINED = {
 def dry_run(recipe: Path, root: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
     """The plan of a recipe whose hub names are replaced by folders of the same shape."""
     content = yaml.safe_load(recipe.read_text())
-    parts = [part for role in ("encoder", "language_model") for part in (f"--{role}", shape_folder(root, content.get(role, f"scenes:{role.split('_')[0]}")))]
+    if "model" in content:
+        parts = ["--model", shape_folder(root, content["model"])]
+    else:
+        parts = [part for role in ("encoder", "language_model") for part in (f"--{role}", shape_folder(root, content.get(role, f"scenes:{role.split('_')[0]}")))]
     assert main(["train", "--dry-run", "--config", str(recipe), *parts, "--json", *more]) == 0
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     return plan
