@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -95,13 +96,13 @@ def _processor(tokenizer: Any, encoder_config: dict[str, Any]) -> PerceptionLMPr
     return PerceptionLMProcessor(PerceptionLMVideoProcessor(), images, tokenizer, patch_size=patch, pooling_ratio=1, chat_template=CHAT)
 
 
-def main() -> None:
-    """Train the connector, and write the model's folder."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the connector, and write the model's folder; arguments: those of the command line, where none are given."""
     parser = argparse.ArgumentParser(description="Make a vision-language model that sees, of the two frozen parts of scenes.")
     parser.add_argument("--out", type=Path, required=True, help="the folder that is made, in the format of transformers")
     parser.add_argument("--images", type=int, default=1600, help="scenes whose captions the connector learns")
     parser.add_argument("--epochs", type=float, default=SETTINGS.epochs, help="passes over them")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     composed, connector = train_connector(replace(SETTINGS, epochs=args.epochs), images=args.images)
     whole, processor = assemble(composed, connector)
     whole.save_pretrained(args.out)

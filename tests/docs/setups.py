@@ -17,14 +17,19 @@ from tasks.cli import main
 from tasks.scenes.dataset import Scenes
 from tasks.scenes.parts import encoder_folder, language_folder
 
-# Names of models on a hub -> what stands in their place: the embedded models, and what `llava` makes.
+# What stands in the place of names of models on a hub (the embedded models, and what `llava` makes), and of many scenes.
 PARTS = {
     "timm:vit_base_patch16_224.augreg_in21k": str(encoder_folder()),
     "facebook/opt-125m": str(language_folder()),
     "llava-hf/llava-1.5-7b-hf": "llava",
+    "train/1600": "train/4",
+    "val/200": "val/3",
 }
 SHORT = ("--generation.max_new_tokens", "6")
-QUICK = {"train": ("--train.steps", "1", "--train.log_every", "1", *SHORT), "evaluate": SHORT}  # command -> what a test adds to it
+# Command, or module of `python -m` -> what a test adds to it.
+QUICK = {
+    "train": ("--train.steps", "1", "--train.log_every", "1", *SHORT), "evaluate": SHORT, "tasks.scenes.model": ("--images", "2", "--epochs", "1"),
+}  # fmt: skip
 
 
 def photos() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
+from time import process_time
 
 import pytest
 import torch
 from cli_run import adalink
 from PIL import Image
+from shared import ROOT
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from multimodal.batches.collate import collate, stacked
@@ -18,6 +21,8 @@ from multimodal.template import Text
 from multimodal.training.settings import TrainSettings
 from tasks.scenes import Scenes
 from tasks.scenes.model import assemble, train_connector
+from tasks.scenes.model import main as make_model
+from tasks.task import BLIND, TRAINED, UNTRAINED
 
 SAMPLE = Scenes(split="val", size=1)[0]
 QUESTION = SAMPLE.questions[0].text
@@ -80,3 +85,25 @@ def test_every_command_of_a_run_takes_the_folder(folder: Path, tmp_path: Path) -
     done = adalink("ask", "--adapter", out / "adapter", image, QUESTION)
     assert done.code == 0, done
     assert done.out.strip() == json.loads((again / "results.json").read_text())[0]["answer"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)  # only ends a hang: minutes on two free cores
+def test_adapters_of_the_tutorial_depend_on_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands of the tutorial in full: their tables are printed, and are those of the page and of tests/benchmarks/RESULTS.md."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "examples" / "docs" / "tutorials" / "existing.md").read_text()
+    (config,) = re.findall(r"<!-- file: seeing.yaml -->\n```yaml\n(.*?)```", page, flags=re.DOTALL)
+    Path("seeing.yaml").write_text(config)
+    make_model(["--out", "scenes-model"])
+    rows = {}
+    for task, more in (("vqa", ()), ("captioning", ("--train.epochs", "1"))):
+        done = adalink("train", "--config", "seeing.yaml", "--task", task, *more, "--out", task)
+        assert done.code == 0, done
+        with capsys.disabled():
+            print(f"\n{task}, {process_time():.0f} seconds of the processor so far\n{done.out}")
+        rows[task] = json.loads(Path(task, "metrics.json").read_text())["rows"]
+    accuracy, cider = ({row: values[name] for row, values in rows[task].items()} for task, name in (("vqa", "accuracy"), ("captioning", "CIDEr")))
+    assert accuracy[TRAINED] >= accuracy[BLIND] + 20
+    assert accuracy[TRAINED] >= accuracy[UNTRAINED] + 4
+    assert cider[TRAINED] >= 3 * cider[BLIND]
