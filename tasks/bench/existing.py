@@ -66,7 +66,7 @@ def _qwen(name: str, text: Shape, *, width: int, depth: int, heads: int, patch: 
 LLAVA_60M = _llava("llava60", LLAMA_60M, width=384, depth=12, heads=6, side=224, patch=14)
 QWEN2_VL_60M = _qwen("qwen2vl60", LLAMA_60M, width=384, depth=12, heads=6, patch=14)
 TINY_LLAVA = _llava("tiny llava", TINY_LLAMA, width=32, depth=2, heads=4, side=12, patch=4)
-TINY_QWEN2_VL = _qwen("tiny qwen2vl", TINY_LLAMA, width=32, depth=2, heads=4, patch=4)
+TINY_QWEN2_VL = _qwen("tiny qwen2vl", TINY_LLAMA, width=32, depth=2, heads=4, patch=14)
 
 
 def is_existing(shape: Shape) -> bool:
