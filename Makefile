@@ -23,7 +23,8 @@ test-all: $(READY)
 NUMBERS := tests/test_invariants.py tests/adalink/methods tests/adalink/existing/test_existing*.py tests/adalink/test_fold.py \
 	tests/multimodal/batches/test_packing*.py tests/multimodal/batches/test_joined_rows.py tests/multimodal/loss/test_last_layer.py \
 	tests/multimodal/loss/test_word_*.py tests/multimodal/generation/test_decoding.py tests/multimodal/generation/test_generate.py \
-	tests/multimodal/encoders/test_vision*.py tests/multimodal/training/test_train.py tests/tasks/runs/test_vqa_classify.py
+	tests/multimodal/encoders/test_vision*.py tests/multimodal/existing/test_family*.py tests/multimodal/training/test_train.py \
+	tests/tasks/runs/test_vqa_classify.py
 
 test-processors: $(READY)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --half 0 $(NUMBERS)
