@@ -40,11 +40,16 @@ ROWS_AT_ONCE = 8192  # of the table, so that a large vocabulary needs no second 
 def check_foldable(methods: Mapping[str, Method]) -> None:
     """Raise ConfigError, before anything is loaded, for methods that are no table: AdaLink on text with scope `all` alone is one."""
     method = _check_only(methods, AdaLink, "folded")
-    if method.modalities != ("text",) or method.scope != "all":
+    if not _edits_text_alike(method):
         raise ConfigError(
             f"only AdaLink on text alone with scope 'all' is a table, and this one has the modalities {', '.join(method.modalities)} and scope "
             f"{method.scope!r}: keep the adapter beside the model, or export the embeddings of prompts"
         )
+
+
+def _edits_text_alike(method: AdaLink) -> bool:
+    """Whether every text token of an id is edited alike, wherever it stands, and nothing else is."""
+    return method.modalities == ("text",) and method.scope == "all"
 
 
 def check_mergeable(methods: Mapping[str, Method]) -> None:
@@ -201,7 +206,7 @@ class EmbeddingLora:
 def check_embedding_lora(methods: Mapping[str, Method]) -> None:
     """Raise ConfigError, before anything is loaded, for methods that do not edit every text token of an id alike."""
     method = _check_only(methods, AdaLink, "written as a LoRA of the word embedding")
-    if method.modalities != ("text",) or method.scope != "all":
+    if not _edits_text_alike(method):
         raise ConfigError(
             f"a LoRA of the word embedding edits a token by its id, in the prompt and in the answer, and never an image; this AdaLink has the modalities "
             f"{', '.join(method.modalities)} and scope {method.scope!r}: give one on text alone with scope 'all', or keep it beside the model"

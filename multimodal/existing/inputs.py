@@ -36,6 +36,11 @@ class VectorForm:
     width: int
     n_deep: int
 
+    @property
+    def whole_width(self) -> int:
+        """W: of a vector with its deep features."""
+        return self.width * (1 + self.n_deep)
+
     @staticmethod
     def of(output: Any) -> VectorForm:
         """Read from what the model gave for some images."""
@@ -168,7 +173,7 @@ def _give(
     given: dict[str, Any] = {}
     taken = host.taken(start, start + length, rows) if IMAGE in token_map.present else None
     if taken is None and form.needs_images:
-        taken = torch.zeros(0, form.vectors.width * (1 + form.vectors.n_deep), dtype=next(base.parameters()).dtype, device=ids.device)
+        taken = torch.zeros(0, form.vectors.whole_width, dtype=next(base.parameters()).dtype, device=ids.device)
     if form.needs_images:
         given["pixel_values"] = None
         if mask is None:  # it would count the call's tokens alone, and not those of the cache

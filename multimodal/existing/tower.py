@@ -181,7 +181,7 @@ class ModelTower:
     @property
     def width(self) -> int:
         """W of an image's vectors, deep features included."""
-        return self.form.vectors.width * (1 + self.form.vectors.n_deep)
+        return self.form.vectors.whole_width
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Any:
         placed = {name: value.to(self._device, self._dtype if value.is_floating_point() else None) for name, value in inputs.items()}
@@ -199,7 +199,7 @@ class ModelTower:
 
     def _read_form(self) -> HostForm:
         with torch.no_grad():
-            vectors = VectorForm.of(self._run(self.example.inputs[0]))
+            vectors = VectorForm.of(self._run(self.small.inputs[0]))
         takes = inspect.signature(type(self.language.model).forward).parameters
         row = self.processor.real(text=[self.processor.marks(1) + "a"], images=[test_image()])
         given = {name for name in KINDS if name in row and name in takes}

@@ -24,7 +24,6 @@ BLANK = Image.new("RGB", (8, 8))
 NO_BUDGET = ImageTokens()
 N_SCALED, N_ESTIMATED, MOST_PIXELS = 8, 16, 2**22  # how often an image is scaled at most, and how far up
 KINDS = ("token_type_ids", "mm_token_type_ids")
-TEXT_KEYS = ("input_ids", "attention_mask", "labels", *KINDS)
 
 
 class _Given:
@@ -56,7 +55,6 @@ class Processor:
     def __init__(self, real: Any, image_ids: Sequence[int], inputs: Sequence[str], budget: ImageTokens = NO_BUDGET) -> None:
         self.real, self.image_ids, self.inputs, self.budget = real, frozenset(image_ids), tuple(inputs), budget
         self.tokenizer = real.tokenizer
-        self._marks_answers = self._reads_suffix()
         self._blanks: dict[int, Mapping[str, Any]] = {}
 
     def copied(self) -> Processor:
@@ -73,10 +71,10 @@ class Processor:
         """What stands for an image in a text."""
         return str(getattr(self.real, "image_token", None) or "<image>")
 
-    @property
+    @cached_property
     def marks_answers(self) -> bool:
         """Whether the token types tell answers from prompts (PaliGemma), and not images from texts."""
-        return self._marks_answers
+        return "suffix" in inspect.signature(type(self.real).__call__).parameters
 
     @cached_property
     def spellings(self) -> tuple[str, ...]:
@@ -131,9 +129,6 @@ class Processor:
     def _settings(self) -> Mapping[str, Any]:
         found: Mapping[str, Any] = self.real._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, return_tensors="pt")["images_kwargs"]
         return found
-
-    def _reads_suffix(self) -> bool:
-        return "suffix" in inspect.signature(type(self.real).__call__).parameters
 
     def scaled(self, image: Image.Image) -> tuple[str, int, dict[str, Tensor]]:
         """An RGB image's wording, count and inputs at its own scale, or at one that keeps the budget; at the nearest found, where none does.
@@ -228,8 +223,7 @@ class Processor:
     def _blank_features(self, n: int) -> Mapping[str, Any]:
         """What the image processor gives for n small images, without what the tower reads: some processors look at the rest (InternVL's `num_patches`)."""
         if n not in self._blanks:
-            settings = self.real._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)["images_kwargs"]
-            found = self.real.image_processor([BLANK] * n, **{**settings, "return_tensors": "pt"})
+            found = self.real.image_processor([BLANK] * n, **self._settings())
             self._blanks[n] = {name: value[:0] if name in self.inputs else value for name, value in found.items()}
         return self._blanks[n]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from feature_case import binding, only_shard
+from feature_case import binding, only_shard, same_images
 from made_shards import flip
 from safetensors.torch import load_file
 
@@ -27,15 +27,6 @@ def image_of(number: int, contents: VectorContents = CONTENTS) -> Prepared:
     vectors = torch.randn(number + 1, contents.width, generator=torch.Generator().manual_seed(number)).to(contents.torch_dtype)
     grids = (torch.tensor([[1, 2, number]]), torch.tensor([[1, 2, 2]]))
     return Prepared(wording=("<a>" * number, "ä<b>"), counts=counts, grids=grids, vectors=vectors)
-
-
-def same(one: object, other: object) -> bool:
-    assert isinstance(one, Prepared)
-    assert isinstance(other, Prepared)
-    assert one.vectors is not None
-    assert other.vectors is not None
-    said = (one.wording, one.counts, [grid.tolist() for grid in one.grids]) == (other.wording, other.counts, [grid.tolist() for grid in other.grids])
-    return said and one.vectors.dtype == other.vectors.dtype and torch.equal(one.vectors, other.vectors)
 
 
 def filled(folder: Path, order: range | list[int] = range(8)) -> Path:
@@ -62,8 +53,8 @@ def test_records_of_unlike_sizes_are_read_as_they_were_written(tmp_path: Path, m
         monkeypatch.setattr("multimodal.data.feature_cache.writer.SHARD_BYTES", most)
         found = ended(filled(tmp_path / name, [5, 0, 7, 3]))
         assert len(list((tmp_path / name).glob("*.safetensors"))) == {"one": 2, "many": 4}[name]
-        assert all(same(found[i], image_of(i)) for i in range(8))
-        assert all(same(found.only([6, 0])[i], image_of(number)) for i, number in enumerate((6, 0)))
+        assert all(same_images(found[i], image_of(i)) for i in range(8))
+        assert all(same_images(found.only([6, 0])[i], image_of(number)) for i, number in enumerate((6, 0)))
         assert (found.kind, found.shape, found.usable()) == ("patches", (1, 6), list(range(8)))
 
 
@@ -83,7 +74,7 @@ def test_a_record_is_read_at_its_place_and_the_rest_of_the_file_is_not(tmp_path:
         return real(number, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", counted)
-    assert same(found[2], image_of(2))
+    assert same_images(found[2], image_of(2))
     assert sum(read) < 200 < only_shard(tmp_path / "kept").stat().st_size - HEADER
 
 
@@ -102,13 +93,13 @@ def test_damage_is_named_and_written_anew(tmp_path: Path) -> None:
         assert damaged in writer.missing().tolist()
         writer.close()
         found = ended(folder)
-        assert all(same(found[i], image_of(i)) for i in range(8))
+        assert all(same_images(found[i], image_of(i)) for i in range(8))
     cut = only_shard(filled(tmp_path / "cut"))
     os.truncate(cut, cut.stat().st_size - 20)
     writer = FeatureWriter(tmp_path / "cut", binding(images=8), CONTENTS)
     assert writer.missing().tolist() == [7]
     writer.close()
-    assert all(same(ended(tmp_path / "cut")[i], image_of(i)) for i in range(8))
+    assert all(same_images(ended(tmp_path / "cut")[i], image_of(i)) for i in range(8))
 
 
 def test_contents_that_cannot_be_are_refused() -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from existing_families import MADE
+from feature_case import same_images
 from PIL import Image
 from torch import Tensor
 
 from adalink import AdaLink
 from adalink.errors import ConfigError
-from multimodal.batches.prepared import Prepared
 from multimodal.data.feature_cache.encode import encode_all, opened_writer, write_features
 from multimodal.data.feature_cache.format import all_contents
 from multimodal.data.feature_cache.reader import FeatureCache, matching_features
@@ -71,15 +71,6 @@ def texts(sample: Sample, rng: random.Random) -> list[Text]:
     return [Text("what color is the square?", "red"), Text("how many?", rng.choice(["two of them", "none"]))]
 
 
-def same(one: object, other: object) -> bool:
-    assert isinstance(one, Prepared)
-    assert isinstance(other, Prepared)
-    assert one.vectors is not None
-    assert other.vectors is not None
-    said = (one.wording, one.counts, [grid.tolist() for grid in one.grids]) == (other.wording, other.counts, [grid.tolist() for grid in other.grids])
-    return said and one.vectors.dtype == other.vectors.dtype and torch.equal(one.vectors, other.vectors)
-
-
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 def test_what_is_kept_is_what_the_tower_says(name: str, tmp_path: Path) -> None:
     """Qwen3-VL has deep features beside each vector, and a grid for each image; LLaVA has neither."""
@@ -89,9 +80,9 @@ def test_what_is_kept_is_what_the_tower_says(name: str, tmp_path: Path) -> None:
     assert kept.shape == known.shape == ((1, 96) if name == "qwen3_vl" else (1, 32))
     assert kept.usable() == known.usable() == [0, 1, 3, 4, 5, 6]
     assert isinstance(kept[BAD], BadSample)
-    assert all(same(kept[i], known[i]) for i in kept.usable())
+    assert all(same_images(kept[i], known[i]) for i in kept.usable())
     assert len({kept[i].n_vectors for i in kept.usable()}) == (5 if name == "qwen3_vl" else 1)
-    assert all(same(matching_features(tmp_path / "kept", model.tower, source, contents)[i], known[i]) for i in kept.usable())
+    assert all(same_images(matching_features(tmp_path / "kept", model.tower, source, contents)[i], known[i]) for i in kept.usable())
 
 
 def weights(folder: Path, given: Path | CachedFeatures | None, *, resume: bool = False, killed_at: int = 0, **fields: Any) -> dict[str, Tensor]:
@@ -120,7 +111,7 @@ def test_filling_trains_what_vectors_written_before_train_also_when_it_was_kille
     with pytest.raises(KeyboardInterrupt):
         weights(tmp_path / "killed", tmp_path / "resumed", killed_at=2)
     assert equal(weights(tmp_path / "killed", tmp_path / "resumed", resume=True), expected)
-    assert all(same(FeatureCache.open(tmp_path / "resumed")[i], before[i]) for i in before.usable())
+    assert all(same_images(FeatureCache.open(tmp_path / "resumed")[i], before[i]) for i in before.usable())
     assert not equal(weights(tmp_path / "other", before, steps=1), expected)  # the control
 
 

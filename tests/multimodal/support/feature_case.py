@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multimodal.batches.prepared import Prepared
 from multimodal.data.feature_cache.format import Contents
 from multimodal.data.feature_cache.reader import Binding, Sketch
 from multimodal.data.feature_cache.writer import FeatureWriter
@@ -42,3 +43,13 @@ def only_shard(folder: Path) -> Path:
     """The one file of features in a folder."""
     (path,) = folder.glob("*.safetensors")
     return path
+
+
+def same_images(one: object, other: object) -> bool:
+    """Whether two images of a model that sees already are alike, bit for bit."""
+    assert isinstance(one, Prepared)
+    assert isinstance(other, Prepared)
+    assert one.vectors is not None
+    assert other.vectors is not None
+    said = (one.wording, one.counts, [grid.tolist() for grid in one.grids]) == (other.wording, other.counts, [grid.tolist() for grid in other.grids])
+    return said and one.vectors.dtype == other.vectors.dtype and torch.equal(one.vectors, other.vectors)
