@@ -14,7 +14,10 @@ from PIL import Image
 from adalink.errors import BudgetError, ConfigError, DataError, check_tuples
 from multimodal.progress import progress
 
-__all__ = ["BadSample", "BadSamples", "counted", "Decode", "Measure", "Question", "Sample", "SampleSource", "TextLengths", "lengths_of", "measured"]
+__all__ = [
+    "BadSample", "BadSamples", "counted", "DamagedSample", "Decode", "Measure", "Question", "Sample", "SampleSource", "TextLengths",
+    "lengths_of", "measured",
+]  # fmt: skip
 
 
 Decode = Literal["exact", "draft"]  # draft: JPEGs at a fraction of their size (multimodal.data.inputs.Drafted)
@@ -26,6 +29,7 @@ class Question:
 
     marks   one per answer where the file gives answers no id of their own, else empty: the official score takes answers that are equal in
             this too as one (`tasks.metrics.vqa.GradedQuestion`)
+    turns   what was said before it, for a model that reads conversations: (role, text)
     """
 
     question_id: int
@@ -34,6 +38,7 @@ class Question:
     question_type: str = ""
     answer_type: str = ""
     marks: tuple[str, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a text in place of a tuple."""
@@ -166,6 +171,17 @@ class BadSample:
         """The key, and the file's name where the key is not made of it. A key from a tar file may hold line feeds and terminal codes."""
         named = f"{self.key} {self.file}" if self.file and Path(self.file).stem != Path(self.key).name else self.key
         return named if named.isprintable() else repr(named)
+
+
+class DamagedSample(DataError):
+    """A sample that its data set cannot give; `bad` can be counted, and the next sample may be whole."""
+
+    def __init__(self, bad: BadSample) -> None:
+        super().__init__(bad)
+        self.bad = bad
+
+    def __str__(self) -> str:
+        return self.bad.detail
 
 
 class BadSamples:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from adalink.errors import ConfigError, DataError
-from multimodal.data.shards.reader import DamagedSample
 from multimodal.progress import progress
-from multimodal.sample import Question, Sample, SampleSource
+from multimodal.sample import DamagedSample, Question, Sample, SampleSource
 from multimodal.template import Template, Text
 from tasks.metrics.bootstrap import answer_metrics
 from tasks.metrics.files import vqa_results_name, write_vqa_results

@@ -21,9 +21,8 @@ from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
 from multimodal.data.inputs import CachedFeatures, read_pixels
 from multimodal.data.order import BucketedOrder, Order, fingerprint_of, order_of, texts_fingerprint_of
-from multimodal.data.shards.reader import DamagedSample
 from multimodal.data.workers import made_in_order
-from multimodal.sample import BadSample, BadSamples, Sample, SampleSource, lengths_of
+from multimodal.sample import BadSample, BadSamples, DamagedSample, Sample, SampleSource, lengths_of
 from multimodal.template import Text
 
 __all__ = ["Batches", "TrainingTask", "Loaded", "Texts", "TrainLoader", "new_batches", "train_loader"]

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adalink.errors import ConfigError
-from multimodal.data.shards.reader import DamagedSample
-from multimodal.sample import Measure, Sample, SampleSource, lengths_of
+from multimodal.sample import DamagedSample, Measure, Sample, SampleSource, lengths_of
 
 __all__ = [
     "BucketedOrder", "MixedOrder", "MixedSet", "Mixture", "Order", "SampleOrder", "fingerprint_of", "order_of", "set_sizes",

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(0)
         if command.bare is not None:
             return command.bare(rest)
-        arguments = [_underscored(argument) for argument in rest]
+        arguments = _with_paths([_underscored(argument) for argument in rest])
         if words == ["train"]:
             from tasks.commands.train import swept
 
@@ -144,7 +144,7 @@ def parsed(arguments: Sequence[str]) -> tuple[Command, Any, Any]:
     words, entry, rest = _divided(list(arguments))
     if isinstance(entry, Mapping):
         raise ConfigError(f"{' '.join(arguments)!r} names no command: expected one of {', '.join(entry)}")
-    return _parsed(words, entry.load(), [_underscored(argument) for argument in rest])
+    return _parsed(words, entry.load(), _with_paths([_underscored(argument) for argument in rest]))
 
 
 def _parsed(words: Sequence[str], command: Command, arguments: list[str]) -> tuple[Command, Any, Any]:
@@ -274,13 +274,44 @@ def _underscored(argument: str) -> str:
     return RENAMED.get(name, name) + separator + value
 
 
+# ----------------------------------------
+# A data set that is one path: `--data.train captions.csv` is `--data.train.path captions.csv`, in a config file too.
+
+_DATA_SETS = ("--data.train", "--data.val")
+_SETTINGS = (".yaml", ".yml")  # such a file holds settings of a data set, and is none
+
+
+def _with_paths(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `.path` after the name of a data set that is given by its path alone."""
+    found = []
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        value = value if equals else arguments[at + 1] if at + 1 < len(arguments) else ""
+        found.append(f"{name}.path{argument[len(name) :]}" if name in _DATA_SETS and _is_path(value) else argument)
+    return found
+
+
+def _is_path(value: object) -> bool:
+    """Whether the value of a data set is a path, and not settings (`{shards: shards/train}`) or a file of them."""
+    return isinstance(value, str) and value not in ("", "null") and not value.lstrip().startswith(("{", "--")) and not value.endswith(_SETTINGS)
+
+
+def _settings_text(path: Path) -> str:
+    """A config file's settings, where a data set is a path with `path` before it."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = settings.get("data")
+    if isinstance(data, dict):
+        settings["data"] = {split: {"path": value} if _is_path(value) else value for split, value in data.items()}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
 class ConfigFile(ActionConfigFile):  # type: ignore[misc]  # untyped here
     """The option `--config`."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Check the file, then take its settings."""
         check_config_file(Path(values))
-        super().__call__(parser, cfg, values, option_string)
+        super().__call__(parser, cfg, _settings_text(Path(values)), option_string)
 
 
 def check_config_file(path: Path) -> None:

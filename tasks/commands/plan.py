@@ -125,8 +125,7 @@ def _check_data(dry_run: Any) -> Sequence[str]:
 def _first_usable(source: SampleSource, task: Task, split: str, bad: BadSamples) -> int:
     """The index of the first sample that a run can use. Raises BudgetError where too many come before it, DataError where there is none."""
     from multimodal.data.images.decode import BadImage, decode_image
-    from multimodal.data.shards.reader import DamagedSample
-    from multimodal.sample import BadSample
+    from multimodal.sample import BadSample, DamagedSample
 
     _check_budget(bad, split)
     for index in range(len(source)):

@@ -24,14 +24,14 @@ __all__ = [
     "only_named_data", "settings_of",
 ]  # fmt: skip
 
-SOURCES = ("images", "shards", "mix", "scenes")  # one of them says where a data set is
+SOURCES = ("path", "images", "shards", "mix", "scenes")  # one of them says where a data set is
 SPLITS = ("train", "val")
 
 # What `--help` lists of a run's settings.
 PARTS_FIRST = ("config", "task", "model", "encoder", "language_model")
 DATA_ROWS = (
-    ("--data.val.NAME VALUE", "the images that are evaluated on; NAME is images, annotations, questions, karpathy, vqav2, split, shards or scenes"),
-    ("--data.train.NAME VALUE", "the images that are trained on, likewise"),
+    ("--data.val PATH", "a table, an annotation file, a folder: what is evaluated on; --data.val.NAME VALUE says more (--help.all)"),
+    ("--data.train PATH", "what is trained on, likewise"),
 )
 METHODS_ROW = ("--methods.NAME SETTINGS", "one or more methods, such as --methods.lora '{rank: 8}'; `adalink methods` lists them")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from adalink.errors import DataError
 from multimodal.sample import BadSample, Sample
-from tasks.data.files import FileSource, ImageFolder, ImageName, Rows, integer, read_annotation_file, text
+from tasks.data.files import FileSource, ImageFolder, ImageName, Rows, document_keys, first_has, integer, read_annotation_file, text
+from tasks.data.reader import Found, Given, Reader
 
-__all__ = ["read_coco_captions", "read_coco_images"]
+__all__ = ["READER", "read_coco_captions", "read_coco_images"]
 
 
 def read_coco_captions(*, images: Path, annotations: Path, image_name: str | None = None) -> FileSource:
@@ -34,7 +35,9 @@ def read_coco_captions(*, images: Path, annotations: Path, image_name: str | Non
         if path is None:
             problems.append(_missing(image_id, images / file_name))
         elif not captions[image_id]:
-            problems.append(BadSample(key=str(image_id), reason="no text", detail=f"image {image_id} ({file_name}) has no caption", file=file_name))
+            problems.append(
+                BadSample(key=str(image_id), reason="no text", detail=f"image {image_id} ({file_name}) has no caption", file=file_name)
+            )
         else:
             samples.append(Sample(key=str(image_id), image_id=image_id, image=path, captions=tuple(captions[image_id])))
     return FileSource(samples, problems, read_from=annotations, item_ids=files)
@@ -88,9 +91,29 @@ def _captions(rows: Rows, files: Mapping[int, tuple[str, str]], problems: list[B
             captions[image_id].append(caption)
         else:
             file_name = files[image_id][1]
-            problems.append(BadSample(key=str(image_id), reason="empty caption", detail=f"{where} of image {image_id} ({file_name}) is empty", file=file_name))
+            problems.append(
+                BadSample(
+                    key=str(image_id), reason="empty caption", detail=f"{where} of image {image_id} ({file_name}) is empty", file=file_name
+                )
+            )
     return captions
 
 
 def _missing(image_id: int, path: Path) -> BadSample:
     return BadSample(key=str(image_id), reason="missing file", detail=f"{path} is missing", file=path.name)
+
+
+def _recognises(found: Found) -> bool:
+    """Captions, or the list of images of a test split."""
+    images, annotations = (found.document.get(name) for name in ("images", "annotations"))
+    if not isinstance(images, list) or first_has(images, "sentences"):
+        return False
+    return annotations is None or first_has(annotations, "caption")
+
+
+def _open(given: Given) -> FileSource:
+    read = read_coco_captions if "annotations" in document_keys(given.path) else read_coco_images
+    return read(images=given.folder, annotations=given.path, image_name=given.image_name)
+
+
+READER = Reader("coco", "COCO captions", _recognises, _open)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from string import Formatter
@@ -17,7 +19,10 @@ from numpy.typing import NDArray
 from adalink.errors import ConfigError, DataError
 from multimodal.sample import BadSample, Measure, Sample, measured
 
-__all__ = ["FileSource", "ImageFolder", "ImageName", "Rows", "answer_marks", "integer", "read_annotation_file", "text", "text_lines"]
+__all__ = [
+    "FileSource", "ImageFolder", "ImageName", "Rows", "annotation_document", "answer_marks", "document_keys", "first_has", "integer", "loaded_once",
+    "read_annotation_file", "text", "text_lines",
+]  # fmt: skip
 
 
 class Rows:
@@ -47,7 +52,7 @@ def read_annotation_file(path: Path, *keys: str) -> tuple[Mapping[str, object], 
 
     Raises DataError where the file is missing, is no JSON, is no object, or lacks one of the lists.
     """
-    document = _load(path)
+    document = annotation_document(path)
     if not isinstance(document, dict):
         raise DataError(f"{path} holds {_displayed(document)}; expected a JSON object with the lists {_listed(keys)}")
     lists = []
@@ -97,16 +102,54 @@ def _value(row: Mapping[str, object], key: str, name: str) -> object:
     return row[key]
 
 
+@contextmanager
+def loaded_once() -> Iterator[None]:
+    """Within it an annotation file is loaded once, by whoever asks first: to recognise it, then to read it."""
+    _loaded.clear()
+    _is_shared.append(True)
+    try:
+        yield
+    finally:
+        _is_shared.pop()
+        _loaded.clear()
+
+
+_loaded: dict[Path, object] = {}
+_is_shared: list[bool] = []
+
+
+def annotation_document(path: Path) -> object:
+    """What a JSON file holds, in gzip too. Raises DataError where it is missing or none."""
+    if path not in _loaded:
+        document = _load(path)
+        if not _is_shared:
+            return document
+        _loaded[path] = document
+    return _loaded[path]
+
+
 def _load(path: Path) -> object:
     try:
-        with path.open("rb") as file:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             return json.load(file)
     except FileNotFoundError as error:
         raise DataError(f"the annotation file {path} does not exist; check the path") from error
-    except OSError as error:
-        raise DataError(f"the annotation file {path} cannot be read: {error.strerror}; expected a JSON file") from error
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the annotation file {path} cannot be read: {reason}; expected a JSON file") from error
     except (ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 both
         raise DataError(f"{path} is not JSON: {error}; is it whole, and unpacked?") from error
+
+
+def document_keys(path: Path) -> list[str]:
+    """The names in an annotation file's object; raises DataError as `read_annotation_file` does."""
+    document = annotation_document(path)
+    return list(document) if isinstance(document, dict) else []
+
+
+def first_has(rows: object, key: str) -> bool:
+    """Whether these are rows of which the first has the field."""
+    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and key in rows[0]
 
 
 def _displayed(value: object) -> str:
@@ -147,7 +190,14 @@ class FileSource:
         for sample in self._samples:
             words = [sample.key, str(sample.image_id), *sample.captions]
             for asked in sample.questions:
-                words += [f"{asked.question_id} {len(asked.answers)}", asked.text, asked.question_type, asked.answer_type, *asked.answers, *asked.marks]
+                words += [
+                    f"{asked.question_id} {len(asked.answers)}",
+                    asked.text,
+                    asked.question_type,
+                    asked.answer_type,
+                    *asked.answers,
+                    *asked.marks,
+                ]
             words.append(f"{len(sample.captions)} {len(sample.questions)}")
             digest.update("".join(f"{len(word)} {word}\n" for word in words).encode("utf-8", "backslashreplace"))
         return digest.hexdigest()

@@ -9,8 +9,9 @@ from pathlib import Path
 from adalink.errors import DataError
 from multimodal.sample import BadSample, Sample
 from tasks.data.files import FileSource, ImageFolder, text_lines
+from tasks.data.reader import Found, Reader
 
-__all__ = ["read_caption_folder"]
+__all__ = ["READER", "read_caption_folder"]
 
 _IMAGES, _TEXTS = frozenset((".jpg", ".jpeg", ".png", ".webp")), frozenset((".txt",))
 
@@ -70,3 +71,12 @@ def _captions(path: Path) -> tuple[str, ...]:
         return tuple(text_lines(path.read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the captions {path} cannot be read: {error}; expected UTF-8 text, one caption a line") from error
+
+
+def _recognises(found: Found) -> bool:
+    return found.has_images and ".txt" in found.suffixes
+
+
+READER = Reader(
+    "caption_folder", "a folder of images with a text file beside each", _recognises, lambda given: read_caption_folder(images=given.path)
+)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 from multimodal.sample import BadSample, Sample
-from tasks.data.files import FileSource, ImageFolder, Rows, integer, read_annotation_file, text
+from tasks.data.files import FileSource, ImageFolder, Rows, first_has, integer, read_annotation_file, text
+from tasks.data.reader import Given, Reader
 
-__all__ = ["KarpathyImage", "read_karpathy", "read_karpathy_images"]
+__all__ = ["READER", "KarpathyImage", "read_karpathy", "read_karpathy_images"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,9 @@ def read_karpathy(file: Path, images: Path, split: str) -> FileSource:
         if path is None:
             problems.append(BadSample(key=key, reason="missing file", detail=f"{images / image.names[0]} is missing", file=image.names[0]))
         elif not image.captions:
-            problems.append(BadSample(key=key, reason="no text", detail=f"image {key} ({image.names[-1]}) has no caption", file=image.names[-1]))
+            problems.append(
+                BadSample(key=key, reason="no text", detail=f"image {key} ({image.names[-1]}) has no caption", file=image.names[-1])
+            )
         else:
             samples.append(Sample(key=key, image_id=image.image_id, image=path, captions=image.captions))
     return FileSource(samples, problems, read_from=file, item_ids=(image.image_id for image in described))
@@ -59,13 +62,17 @@ def read_karpathy_images(file: Path, split: str) -> list[KarpathyImage]:
     known = sorted({name for name, _, _ in named})
     wanted = split.split("+")
     if unknown := [name for name in wanted if name not in known]:
-        raise ConfigError(f"{file} has no split {unknown[0]!r}; it has {', '.join(known) or 'no image'}; several are joined as in train+restval")
+        raise ConfigError(
+            f"{file} has no split {unknown[0]!r}; it has {', '.join(known) or 'no image'}; several are joined as in train+restval"
+        )
     found: dict[int, KarpathyImage] = {}
     for name, where, row in named:
         if name in wanted:
             image = _image(where, row)
             if image.image_id in found:
-                raise DataError(f"{where} has the id {image.image_id}, which {found[image.image_id].where} has too; expected each image once")
+                raise DataError(
+                    f"{where} has the id {image.image_id}, which {found[image.image_id].where} has too; expected each image once"
+                )
             found[image.image_id] = image
     return list(found.values())
 
@@ -77,4 +84,15 @@ def _image(where: str, row: Mapping[str, object]) -> KarpathyImage:
     if not isinstance(sentences, list):
         raise DataError(f"{where} has no list 'sentences'; expected Karpathy's format, such as dataset_coco.json")
     captions = tuple(caption for at, sentence in Rows(f"{where}.sentences", sentences) if (caption := text(sentence, "raw", at).strip()))
-    return KarpathyImage(image_id=integer(row, "cocoid" if "cocoid" in row else "imgid", where), where=where, names=names, captions=captions)
+    return KarpathyImage(
+        image_id=integer(row, "cocoid" if "cocoid" in row else "imgid", where), where=where, names=names, captions=captions
+    )
+
+
+def _open(given: Given) -> FileSource:
+    if given.split is None:
+        raise ConfigError(f"{given.path} holds several splits: give split, such as val or test")
+    return read_karpathy(given.path, given.folder, given.split)
+
+
+READER = Reader("karpathy", "Karpathy's splits", lambda found: first_has(found.document.get("images"), "sentences"), _open)

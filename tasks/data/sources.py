@@ -16,11 +16,14 @@ from adalink.errors import ConfigError, DataError
 from multimodal.data.inputs import Drafted
 from multimodal.data.order import MixedSet, Mixture, fingerprint_of, texts_fingerprint_of
 from multimodal.data.shards.reader import ShardSource
-from multimodal.data.shards.storage import RemoteSettings, redacted
-from multimodal.sample import BadSample, Decode, Measure, Sample, SampleSource, lengths_of
+from multimodal.data.shards.storage import RemoteSettings, is_url, redacted
+from multimodal.sample import BadSample, Decode, Measure, Sample, SampleSource, counted, lengths_of
 from tasks.data.coco import read_coco_captions, read_coco_images
-from tasks.data.files import FileSource
+from tasks.data.files import FileSource, loaded_once
 from tasks.data.karpathy import read_karpathy
+from tasks.data.reader import Given, ReadSource
+from tasks.data.readers import open_path
+from tasks.data.table import TableSource
 from tasks.data.vqa import VQA_SPLITS, read_vqa, read_vqa_split, split_parts
 from tasks.scenes.dataset import Scenes
 
@@ -43,7 +46,9 @@ def open_mix(mix: Mapping[str, int], remote: RemoteSettings, decode: Decode) -> 
     short = {place: redacted(place).rstrip("/").rpartition("/")[2] for place in mix}
     names = {place: name if list(short.values()).count(name) == 1 else redacted(place) for place, name in short.items()}
     problems = tuple(replace(bad, key=f"{names[place]}:{bad.key}") for place, source in sources.items() for bad in source.problems)
-    return Mixture({names[place]: MixedSet(Drafted(source) if decode == "draft" else source, mix[place]) for place, source in sources.items()}), problems
+    return Mixture(
+        {names[place]: MixedSet(Drafted(source) if decode == "draft" else source, mix[place]) for place, source in sources.items()}
+    ), problems
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,14 @@ class Opened:
 
     item_ids   what an official result file for the whole split must hold; empty where only the samples themselves say it
     left_out   images that `limit` leaves out
+    sentence   how a path was understood, for the log; empty where the config says it
     """
 
     source: SampleSource
     problems: tuple[BadSample, ...]
     item_ids: tuple[int, ...] = ()
     left_out: int = 0
+    sentence: str = ""
 
 
 # What gives texts to a folder of images, with what may stand beside each.
@@ -72,9 +79,14 @@ _TEXTS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One data set: images with a file of texts, or shards, or scenes."""
+    """One data set: a path that shows what it is, or images with a file of texts, or shards, or scenes."""
 
-    images: Path | None = None  # the folder of images
+    path: str | Path | None = (
+        None  # a file or folder that shows what it is: a table, an annotation file, an imagefolder, shards; `--data.train PATH`
+    )
+    format: str | None = None  # of path, where that may be two things: table, imagefolder, coco, karpathy, vqav2, caption_folder, ...
+    columns: dict[str, str] | None = None  # of a table at path, where they are not called as usual: {image: file, caption: text}
+    images: Path | None = None  # the folder of images; with path by default where that lies
     annotations: Path | None = None  # COCO captions, or VQAv2 annotations
     questions: Path | None = None  # VQAv2 questions; a test split has these alone
     image_info: Path | None = None  # COCO's list of images without captions, such as image_info_test2014.json: a test split of captioning
@@ -83,7 +95,9 @@ class DataConfig:
     split: str | None = None  # karpathy: train, restval, val or test; vqav2: train, val, test or test-dev; several as in train+restval
     image_name: str | None = None  # file name of an image where the annotations hold none: COCO_val2014_{image_id:012d}.jpg
     shards: str | Path | None = None  # webdataset shards: a folder, or the http, https, s3, gs or hf URL of one
-    mix: dict[str, int] | None = None  # several sets of shards, folder or URL: weight, for instance {coco: 3, vqa: 1}, three of each four images coco's
+    mix: dict[str, int] | None = (
+        None  # several sets of shards, folder or URL: weight, for instance {coco: 3, vqa: 1}, three of each four images coco's
+    )
     cache: Path | None = None  # a folder that keeps whole shards from a URL; none: each sample is read from the server each time
     cache_gib: float = 50.0  # most that the cache may hold
     scenes: str | None = None  # the embedded data set: SPLIT/SIZE, for instance train/2000
@@ -92,35 +106,62 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
-        given = [name for name in ("images", "shards", "mix", "scenes") if getattr(self, name) is not None]
+        given = [name for name in ("path", "images", "shards", "mix", "scenes") if getattr(self, name) is not None]
+        if given == ["path", "images"]:
+            given = ["path"]
         if len(given) != 1:
-            raise ConfigError(f"a data set needs one of images, shards, mix and scenes, got {', '.join(given) or 'none'}")
-        texts = next((name for name in _TEXTS if getattr(self, name) is not None), None)
-        if self.images is not None and texts is None:
-            raise ConfigError(f"the images in {self.images} come without texts: give annotations (and, for vqa, questions), or image_info for a test split")
-        names = dict.fromkeys(["annotations", "questions", *_TEXTS, "split", "image_name"])
-        read = {texts, *_TEXTS[texts]} if texts is not None and self.images is not None else set()
-        if unused := [name for name in names if getattr(self, name) is not None and name not in read]:
-            by = f"{given[0]} holds its own texts, so give them with images only" if self.images is None else f"{texts} gives the texts, so leave them out"
-            raise ConfigError(f"{', '.join(unused)} would not be read: {by}")
-        if "split" in read and self.split is None:
-            raise ConfigError(f"{texts} holds several splits: give split, such as val or test")
+            raise ConfigError(f"a data set needs one of path, images, shards, mix and scenes, got {', '.join(given) or 'none'}")
+        self._check_texts(given[0])
         if self.limit < 0 or not self.cache_gib >= 0:
             raise ConfigError(f"the data set's limit is {self.limit} and its cache_gib {self.cache_gib}: give 0 or more")
         if self.mix is not None and (self.limit or not self.mix or min(self.mix.values()) < 1):
-            raise ConfigError(f"mix is {self.mix} and limit {self.limit}: give sets of shards, each with a whole number from 1, and no limit")
+            raise ConfigError(
+                f"mix is {self.mix} and limit {self.limit}: give sets of shards, each with a whole number from 1, and no limit"
+            )
         if self.decode not in ("exact", "draft") or (self.decode == "draft" and self.scenes is not None):
             raise ConfigError(f"decode is {self.decode!r}: give exact or draft, which is for JPEGs (scenes are none)")
-        if self.cache is not None and self.shards is None and self.mix is None:
+        if self.cache is not None and self.shards is None and self.mix is None and not self._is_remote:
             raise ConfigError(f"the cache {self.cache} would not be used: it keeps shards from a URL, and the data set is {given[0]}")
+
+    def _check_texts(self, given: str) -> None:
+        """Raise ConfigError where texts are missing, given twice, or given to what has its own."""
+        if self.path is not None:
+            named = [name for name in _TEXTS if name != "annotations" and getattr(self, name) is not None]
+            if named:
+                raise ConfigError(f"path and {named[0]} were given: path is the file of texts itself, so leave one out")
+            return
+        if unread := [name for name in ("format", "columns") if getattr(self, name) is not None]:
+            raise ConfigError(f"{' and '.join(unread)} would not be read: they are for path, and the data set is {given}")
+        texts = next((name for name in _TEXTS if getattr(self, name) is not None), None)
+        if self.images is not None and texts is None:
+            raise ConfigError(
+                f"the images in {self.images} come without texts: give annotations (and, for vqa, questions), or image_info for a test split"
+            )
+        names = dict.fromkeys(["annotations", "questions", *_TEXTS, "split", "image_name"])
+        read = {texts, *_TEXTS[texts]} if texts is not None and self.images is not None else set()
+        if unused := [name for name in names if getattr(self, name) is not None and name not in read]:
+            by = (
+                f"{given} holds its own texts, so give them with images only"
+                if self.images is None
+                else f"{texts} gives the texts, so leave them out"
+            )
+            raise ConfigError(f"{', '.join(unused)} would not be read: {by}")
+        if "split" in read and self.split is None:
+            raise ConfigError(f"{texts} holds several splits: give split, such as val or test")
+
+    @property
+    def _is_remote(self) -> bool:
+        return self.path is not None and is_url(str(self.path))
 
     @property
     def split_name(self) -> str:
         """What official result files call the split: `val2014`, `test-dev2015`, `karpathy-test`; `val` where nothing says it."""
+        if self.path is not None and self.split is not None:
+            return _in_a_name(self.split)
         if self.split is not None:
             parts = [VQA_SPLITS[part][0] for part in split_parts(self.split)] if self.vqav2 else ["karpathy", self.split]
             return _in_a_name("-".join(parts))
-        file = self.questions or self.image_info or self.annotations
+        file = self.questions or self.image_info or (self.path and Path(self.path)) or self.annotations
         words = file.stem.removesuffix("_questions").split("_") if file is not None else []
         return _in_a_name(words[-1]) if len(words) > 1 else "val"
 
@@ -129,14 +170,15 @@ class DataConfig:
         source: SampleSource
         problems: tuple[BadSample, ...] = ()
         item_ids: tuple[int, ...] = ()
+        sentence = ""
         if self.scenes is not None:
             source = _scenes(self.scenes)
-        elif self.shards is not None:
-            source, problems = open_shards(str(self.shards), self._remote())
+        elif self.shards is not None or self._is_remote:
+            source, problems = open_shards(str(self.shards or self.path), self._remote())
         elif self.mix is not None:
             source, problems = open_mix(self.mix, self._remote(), self.decode)
         else:
-            files = self._files()
+            files, sentence = (self._files(), "") if self.path is None else self._at_path()
             source, problems, item_ids = files, files.problems, files.item_ids
         if self.decode == "draft" and self.mix is None:
             source = Drafted(source)
@@ -145,10 +187,21 @@ class DataConfig:
             source = Chosen(source, range(min(self.limit, whole)))
         if not len(source):
             raise DataError(f"the data set has no usable sample: {problems[0].detail if problems else self}")
-        return Opened(source, problems, item_ids, whole - len(source))
+        return Opened(source, problems, item_ids, whole - len(source), sentence)
 
     def _remote(self) -> RemoteSettings:
         return RemoteSettings(cache=self.cache, cache_bytes=int(self.cache_gib * 2**30))
+
+    def _at_path(self) -> tuple[ReadSource, str]:
+        """The samples at `path`, and what was understood."""
+        path = Path(str(self.path))
+        given = Given(
+            path=path, images=self.images, annotations=self.annotations, image_name=self.image_name, split=self.split, columns=self.columns or {}
+        )  # fmt: skip
+        with loaded_once():
+            reader, source = open_path(given, self.format)
+        more = f" ({source.sentence})" if isinstance(source, TableSource) else f" ({counted(len(source), 'image')})"
+        return source, f"{path} is read as {reader.about}{more}"
 
     def _files(self) -> FileSource:
         assert self.images is not None

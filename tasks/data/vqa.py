@@ -9,9 +9,10 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 from multimodal.sample import BadSample, Question, Sample, counted
-from tasks.data.files import FileSource, ImageFolder, ImageName, Rows, answer_marks, integer, read_annotation_file, text
+from tasks.data.files import FileSource, ImageFolder, ImageName, Rows, answer_marks, first_has, integer, read_annotation_file, text
+from tasks.data.reader import Found, Given, Reader
 
-__all__ = ["VQA_SPLITS", "read_vqa", "read_vqa_split", "split_parts"]
+__all__ = ["READER", "VQA_SPLITS", "read_vqa", "read_vqa_split", "split_parts"]
 
 
 def read_vqa(*, images: Path, questions: Path, annotations: Path | None, image_name: str | None = None) -> FileSource:
@@ -231,3 +232,22 @@ def _read(files: Path, images: Path, name: str) -> FileSource:
             raise DataError(f"{path} is not there; VQAv2's split {name} needs it: unpack the official files into {files}")
     inside = f"{folder}/" if (images / folder).is_dir() else ""
     return read_vqa(images=images, questions=questions, annotations=annotations, image_name=f"{inside}COCO_{folder}_{{image_id:012d}}.jpg")
+
+
+# ----------------------------------------
+# VQAv2 by its path: a questions file, or the folder of the official files.
+
+
+def _recognises(found: Found) -> bool:
+    return first_has(found.document.get("questions"), "question") or any(name.startswith("v2_OpenEnded_mscoco_") for name in found.names)
+
+
+def _open(given: Given) -> FileSource:
+    if not given.path.is_dir():
+        return read_vqa(images=given.folder, questions=given.path, annotations=given.annotations, image_name=given.image_name)
+    if given.split is None:
+        raise ConfigError(f"{given.path} holds several splits: give split, such as val or test")
+    return read_vqa_split(given.path, given.folder, given.split)
+
+
+READER = Reader("vqav2", "VQAv2's questions", _recognises, _open)

@@ -202,6 +202,7 @@ def evaluate_run(
     if saved["task"] != task.name:
         raise ConfigError(f"the adapter in {adapter} was trained for {saved['task']}, and the config's task is {task.name}: give the config of its run")
     val = config.data.val.open()
+    _log(val.sentence)
     with run_folder(out) as folder:
         images = read_images(val, features_to_log(model, val.source, config, "encoding the images"))
         refuse_gaps(task, val, images.source, images.bad, submission)
@@ -219,6 +220,7 @@ def evaluate_run(
 def _opened(data: DataConfig, config: RunConfig) -> Opened:
     """A data set of which no more samples are known to be bad than the budget allows. Raises BudgetError and DataError."""
     opened = data.open()
+    _log(opened.sentence)
     BadSamples(budget=config.train.bad_samples, found=opened.problems).check()
     return opened
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from adalink.errors import ConfigError, DataError
-from multimodal.data.shards.reader import DamagedSample
-from multimodal.sample import BadSample, Question, Sample
+from multimodal.sample import BadSample, DamagedSample, Question, Sample
 from tasks.metrics.vqa import score_answers
 from tasks.scenes.dataset import Scenes
 from tasks.vqa import Vqa, answer_vocabulary, graded_question

@@ -23,14 +23,13 @@ from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.images.decode import BadImage
 from multimodal.data.inputs import read_pixels
 from multimodal.data.loader import Loaded, TrainLoader
-from multimodal.data.shards.reader import DamagedSample
 from multimodal.data.workers import dead_workers_named, made_in_order
 from multimodal.encoders.tower import VisionTower
 from multimodal.existing.tower import ModelTower
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
 from multimodal.progress import progress
-from multimodal.sample import BadSample, BadSamples, SampleSource
+from multimodal.sample import BadSample, BadSamples, DamagedSample, SampleSource
 
 __all__ = [
     "GROUP", "FillingLoader", "PatchTable", "PixelTable", "complete", "encode_all", "encoded_groups", "opened_writer",

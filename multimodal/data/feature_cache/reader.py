@@ -25,11 +25,10 @@ from adalink.files import write_whole
 from multimodal.batches.prepared import Prepared
 from multimodal.data.feature_cache.format import ABSENT, MEND, AnyContents, ShardFile, contents_from
 from multimodal.data.order import fingerprint_of
-from multimodal.data.shards.reader import DamagedSample
 from multimodal.encoders.bound_parts import test_image
 from multimodal.encoders.tower import VisionTower
 from multimodal.existing.tower import ModelTower
-from multimodal.sample import BadSample, Sample, SampleSource
+from multimodal.sample import BadSample, DamagedSample, Sample, SampleSource
 
 __all__ = [
     "FINISHED", "UNFINISHED", "Binding", "FeatureCache", "FeatureManifest", "Sketch", "bind", "is_finished", "matching_features",

@@ -23,10 +23,10 @@ from adalink.errors import DataError
 from multimodal.data.shards.index import Place, ShardLimits, open_remote_set, open_shard_set
 from multimodal.data.shards.manifest import PARTS, UNKNOWN_CRC, Shard
 from multimodal.data.shards.storage import FsspecFiles, HttpFiles, RemoteFiles, RemoteSettings, ShardCache, is_url, redacted
-from multimodal.sample import BadSample, Measure, Question, Sample
+from multimodal.sample import BadSample, DamagedSample, Measure, Question, Sample
 
 __all__ = [
-    "DamagedSample", "LocalShards", "Record", "RemoteShards", "ShardSource", "decode_caption", "decode_record", "encode_record",
+    "LocalShards", "Record", "RemoteShards", "ShardSource", "decode_caption", "decode_record", "encode_record",
     "remote_files", "shard_key",
 ]  # fmt: skip
 
@@ -256,17 +256,6 @@ REMOTE = RemoteSettings()
 _GAP = 2**16  # bytes between two members up to which one read is cheaper than two
 
 
-class DamagedSample(DataError):
-    """A sample whose bytes in the shard are not those that were written; `bad` can be counted, and the next sample may be whole."""
-
-    def __init__(self, bad: BadSample) -> None:
-        super().__init__(bad)
-        self.bad = bad
-
-    def __str__(self) -> str:
-        return self.bad.detail
-
-
 class ShardSource:
     """The samples of a folder of shards, of a list of tar files, or of a URL with a manifest beside its shards, in the manifest's order.
 
@@ -275,8 +264,11 @@ class ShardSource:
     manifest once and for all.
 
     problems   samples of foreign shards that cannot be used (no image, no text), and those over the limits
+    item_ids   none: only the samples themselves say what results must hold
     ignored    members that no sample uses, counted by suffix: what is not jpg, jpeg, png, webp, txt or json is never opened
     """
+
+    item_ids: tuple[int, ...] = ()
 
     def __init__(self, shards: Path | str | Sequence[Path], *, limits: ShardLimits = LIMITS, remote: RemoteSettings = REMOTE) -> None:
         """Raises DataError where a shard is missing, cut or damaged, where two have one key, and where no sample is left."""

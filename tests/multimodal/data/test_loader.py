@@ -14,8 +14,7 @@ from adalink.errors import DataError
 from multimodal.batches.collate import NO_TARGET
 from multimodal.data.feature_cache.encode import PatchTable
 from multimodal.data.loader import Loaded
-from multimodal.data.shards.reader import DamagedSample
-from multimodal.sample import BadSample, Sample
+from multimodal.sample import BadSample, DamagedSample, Sample
 from multimodal.template import Text
 
 

@@ -14,8 +14,7 @@ from test_loader_state import loader
 
 from adalink.errors import ConfigError
 from multimodal.data.order import MixedOrder, MixedSet, Mixture, SampleOrder, fingerprint_of, order_of
-from multimodal.data.shards.reader import DamagedSample
-from multimodal.sample import BadSample, Sample
+from multimodal.sample import BadSample, DamagedSample, Sample
 
 SETS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 5)), min_size=1, max_size=4)
 

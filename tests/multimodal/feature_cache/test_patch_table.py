@@ -11,11 +11,10 @@ from torch import Tensor
 from adalink.errors import DataError
 from multimodal.data.feature_cache.encode import PatchTable, encode_all
 from multimodal.data.images.decode import decode_image
-from multimodal.data.shards.reader import DamagedSample
 from multimodal.encoders.base import Features
 from multimodal.encoders.tower import VisionTower
 from multimodal.model import VisionLanguageModel
-from multimodal.sample import BadSample, Sample
+from multimodal.sample import BadSample, DamagedSample, Sample
 
 
 @pytest.fixture(scope="module")

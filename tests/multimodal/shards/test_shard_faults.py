@@ -16,8 +16,8 @@ from made_shards import flip, image, made_shards, made_source, tar_of
 from adalink.errors import DataError
 from multimodal.data.images.decode import BadImage, decode_image
 from multimodal.data.shards.manifest import read_manifest
-from multimodal.data.shards.reader import DamagedSample, ShardSource
-from multimodal.sample import BadSample, BadSamples
+from multimodal.data.shards.reader import ShardSource
+from multimodal.sample import BadSample, BadSamples, DamagedSample
 
 COUNT = 10
 

@@ -20,8 +20,9 @@ from shared import PATIENCE
 
 from adalink.errors import ConfigError, DataError
 from multimodal.data.shards.manifest import read_manifest
-from multimodal.data.shards.reader import DamagedSample, ShardSource
+from multimodal.data.shards.reader import ShardSource
 from multimodal.data.shards.storage import HttpFiles, RemoteSettings, ShardCache, cached_name
+from multimodal.sample import DamagedSample
 
 FAST = RemoteSettings(attempts=2, first_wait=0.01, timeout=PATIENCE)
 HASTY = RemoteSettings(attempts=6, first_wait=0.01, timeout=0.5)  # where the server stalls for one file, and gives another

@@ -14,9 +14,9 @@ from adalink.errors import DataError
 from multimodal.data.shards import reader as shard_files_module
 from multimodal.data.shards.index import ShardLimits
 from multimodal.data.shards.manifest import read_manifest
-from multimodal.data.shards.reader import DamagedSample, ShardSource
+from multimodal.data.shards.reader import ShardSource
 from multimodal.data.shards.writer import write_shards
-from multimodal.sample import Sample, SampleSource
+from multimodal.sample import DamagedSample, Sample, SampleSource
 
 
 def test_any_order_gives_the_samples_that_were_written(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ VALUES = [
     ("captioning.template", {"prompt": "<image>", "target": "x"}, "the target template 'x' must hold {text}"),
     ("captioning.captions_per_image", -1, "captions_per_image is -1"),
     ("generation.max_new_tokens", 0, "max_new_tokens is 0 and num_beams 1"),
-    ("data.train", {"scenes": "train/3", "shards": "x"}, "a data set needs one of images, shards, mix and scenes, got shards, scenes"),
+    ("data.train", {"scenes": "train/3", "shards": "x"}, "a data set needs one of path, images, shards, mix and scenes, got shards, scenes"),
     ("data.train", {"scenes": "train/3", "annotations": "x"}, "annotations would not be read: scenes holds its own texts"),
     ("data.train", {"scenes": "train/3", "limit": -1}, "the data set's limit is -1"),
     ("data.train", {"images": "x"}, "the images in x come without texts: give annotations"),
@@ -213,7 +213,7 @@ COMMANDS = [
     (["train", "--config"], "--config stands without a value", "adalink train"),
     (["train", "--train.seed"], "--train.seed stands without a value", "adalink train"),
     (["train", "--train", "x"], "train is x: expected settings by name under it, such as --train.NAME VALUE", "adalink train"),
-    (["train", "--data.val", "x"], "data.val is x: expected settings by name under it", "adalink train"),
+    (["train", "--train", "x"], "train is x: expected settings by name under it", "adalink train"),
     (["train", "--config", RECIPES["vqa"], "extra"], "extra stands where nothing more is expected", "adalink train"),
     (["train", "--resume", "yes"], "yes stands where nothing more is expected", "adalink train"),
     (["evaluate", "--config", RECIPES["vqa"]], "adapter is not given, and has no default", "adalink evaluate"),
@@ -282,3 +282,11 @@ def test_a_setting_of_before_has_its_old_name_for_one_version(capsys: pytest.Cap
     _, values, _ = parsed(["serve", "--adapter", "one=runs/adapter", "--limits.cached-pictures=7"])
     assert values.limits.cached_images == 7
     assert capsys.readouterr().err == "adalink: --limits.cached_pictures is now --limits.cached_images; the old name goes with the next version\n"
+
+
+def test_a_data_set_may_be_a_path_alone(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("task: captioning\nencoder: scenes:encoder\nlanguage_model: scenes:language\ndata:\n  val: in_a_file.csv\n")
+    _, plain, _ = parsed(["train", "--config", str(tmp_path / "c.yaml"), "--data.train", "t.jsonl", "--data.train.images=i"])
+    assert (plain.data.train.path, plain.data.train.images, plain.data.val.path) == ("t.jsonl", Path("i"), "in_a_file.csv")
+    _, plain, _ = parsed(["train", "--config", str(tmp_path / "c.yaml"), "--data.val", "{scenes: val/2}", "--data.val.path", "null"])
+    assert (plain.data.val.path, plain.data.val.scenes) == (None, "val/2")

@@ -95,7 +95,7 @@ def test_a_folder_may_be_given_as_text_or_path(tmp_path: Path) -> None:
     [({"mix": {}}, r"mix is {} and limit 0: give sets of shards, each with a whole number from 1"),
      ({"mix": {"a": 0}}, "mix is {'a': 0}"),
      ({"mix": {"a": 1}, "limit": 3}, "and limit 3"),
-     ({"mix": {"a": 1}, "scenes": "val/2"}, "needs one of images, shards, mix and scenes, got mix, scenes"),
+     ({"mix": {"a": 1}, "scenes": "val/2"}, "needs one of path, images, shards, mix and scenes, got mix, scenes"),
      ({"scenes": "val/2", "decode": "draft"}, r"decode is 'draft': give exact or draft, which is for JPEGs \(scenes are none\)"),
      ({"shards": "x", "decode": "half"}, "decode is 'half': give exact or draft"),
      ({"scenes": "val/2", "cache": Path("c")}, "the cache c would not be used: it keeps shards from a URL, and the data set is scenes"),

@@ -1,0 +1,143 @@
+"""What a reader of a data set is, and what is found out about a path before one is chosen."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from adalink.errors import DataError
+from multimodal.sample import BadSample, Sample
+from tasks.data.files import annotation_document
+from tasks.data.rows import Row, is_row_file, open_rows, unpacked_suffix
+
+__all__ = ["Found", "Given", "Reader", "ReadSource"]
+
+_MOST_NAMES = 4096  # entries of a folder that are looked at
+IMAGE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"))
+
+
+class ReadSource(Protocol):
+    """The samples that a reader gives, as `multimodal.sample.SampleSource`, with what is known to be bad and what results must hold."""
+
+    @property
+    def problems(self) -> tuple[BadSample, ...]: ...
+
+    @property
+    def item_ids(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a config says about a data set that is named by its path.
+
+    images   the folder of images; None: where the file lies
+    columns  role -> column, for tables
+    """
+
+    path: Path
+    images: Path | None = None
+    annotations: Path | None = None
+    image_name: str | None = None
+    split: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of images."""
+        return self.images or (self.path if self.path.is_dir() else self.path.parent)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One format of data set: how it is recognised and opened. Adding one is one file with a READER, and its name in `tasks.data.readers`.
+
+    name         what `format` calls it
+    about        what it is, for messages and help
+    recognises   whether a path is of this format
+    open         its samples; raises DataError and ConfigError
+    is_general   it takes what no other reader recognises
+    """
+
+    name: str
+    about: str
+    recognises: Callable[[Found], bool]
+    open: Callable[[Given], ReadSource]
+    is_general: bool = False
+
+
+class Found:
+    """What a path shows of itself: the names in a folder, the first row of a table, the keys of a JSON object. Each is read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_folder = path.is_dir()
+        self.suffix = "" if self.is_folder else unpacked_suffix(path)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names of what lies in a folder; of a file none."""
+        if not self.is_folder:
+            return frozenset()
+        return frozenset(entry.name for entry, _ in zip(self.path.iterdir(), range(_MOST_NAMES), strict=False))
+
+    @cached_property
+    def suffixes(self) -> frozenset[str]:
+        """The endings of the files in a folder, in lower case, without .gz."""
+        return frozenset(unpacked_suffix(Path(name)) for name in self.names)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a folder holds image files."""
+        return bool(self.suffixes & IMAGE_ENDINGS)
+
+    @cached_property
+    def document(self) -> Mapping[str, object]:
+        """A JSON file's object; empty for a list and for every other file. Raises DataError where it is no JSON."""
+        if self.suffix != ".json" or self._is_list:
+            return {}
+        found = annotation_document(self.path)
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def row(self) -> Row:
+        """The first row of a table; empty where the file is none. Raises DataError where it is damaged."""
+        if self.is_folder or not is_row_file(self.path) or (self.suffix == ".json" and not self._is_list):
+            return {}
+        return self._first_row
+
+    @cached_property
+    def _is_list(self) -> bool:
+        with self._opened() as file:
+            return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+
+    @cached_property
+    def _first_row(self) -> Row:
+        """Of a list of objects the first alone, without a look at the rest."""
+        if self.suffix == ".json" and self.path.suffix.lower() != ".gz":
+            with self._opened() as file:
+                head = file.read(2**20).decode("utf-8-sig", "replace")
+            try:
+                first, _ = json.JSONDecoder().raw_decode(head, head.index("{"))
+                return first if isinstance(first, dict) else {}
+            except ValueError:
+                pass  # a first row that is longer, or damaged: reading says which
+        return open_rows(self.path)[0]
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO | gzip.GzipFile]:
+
+        try:
+            with self.path.open("rb") as file:
+                yield gzip.GzipFile(fileobj=file) if self.path.suffix.lower() == ".gz" else file
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror or error}") from None

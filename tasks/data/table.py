@@ -1,0 +1,215 @@
+"""A data set whose samples are rows of a file: rows about one image are one sample, and each is read when it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adalink.errors import DataError
+from multimodal.sample import BadSample, Measure, Question, Sample, counted, measured
+from tasks.data.columns import ImageValue, Parts, Reading, choose_columns
+from tasks.data.files import ImageFolder
+from tasks.data.reader import Given, Reader
+from tasks.data.rows import RowFile, open_rows
+
+__all__ = ["READER", "TableSource", "open_table"]
+
+
+class TableSource:
+    """Samples made of rows, in the order in which their images first come; the rows of an image stay in theirs.
+
+    The key is the image's id where each image has one of its own, else its name. Ids that are whole numbers are the ids of results; else
+    images, and questions, are counted from 0 in the file's order.
+
+    problems   what rows name and the data set cannot give: images that are not there, images without a text, empty texts
+    """
+
+    def __init__(self, rows: RowFile, reading: Reading, *, images: Path) -> None:
+        """Read every row once and keep none. images: the folder of images. Raises DataError where a row is damaged, and where no sample is left."""
+        self._rows, self._reading, self._folder = rows, reading, ImageFolder(images)
+        self._root = images
+        found = _Found(rows, reading, self._folder, images)
+        self.problems = tuple(found.problems)
+        self._numbers, self._starts, self._members = found.numbers, found.starts, found.members
+        self._first_question = found.first_question
+        self._keyed, self._has_ids, self._has_question_ids = found.keyed, found.has_ids, found.has_question_ids
+        self._item_ids = found.item_ids
+        if not len(self):
+            first = (
+                f"; {counted(len(self.problems), 'row')} cannot be used, the first because {self.problems[0].detail}"
+                if self.problems
+                else ""
+            )
+            raise DataError(f"{rows.path} gives no sample{first}")
+
+    @property
+    def sentence(self) -> str:
+        """What was understood, for the log."""
+        return f"{self._reading.sentence}; {counted(len(self), 'image')} in {counted(len(self._rows), 'row')}"
+
+    @property
+    def item_ids(self) -> tuple[int, ...]:
+        """Every id that an official result file must hold: of questions where there are some, else of images."""
+        return tuple(self._item_ids.tolist())
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """Of the file's bytes and how it is read; images do not count."""
+        return hashlib.sha256(f"{self._rows.fingerprint} {self._reading.sentence}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises IndexError, and DataError where the file is another one by now."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of these {len(self)} samples")
+        members = self._members[self._starts[index] : self._starts[index + 1]].tolist()
+        parts = [self._reading.parts(self._rows[row], partial(self._rows.place, row)) for row in members]
+        number, first = int(self._numbers[index]), parts[0]
+        named = first.image_id
+        key = str(named) if self._keyed and named is not None else _key(first.images, number)
+        images = [self._image(value, members[0]) for value in first.images]
+        return Sample(
+            key=key,
+            image_id=named if self._has_ids and isinstance(named, int) else number,
+            image=images[0],
+            further=tuple(images[1:]),
+            captions=tuple(caption for one in parts for caption in one.captions),
+            questions=tuple(self._questions(parts, members)),
+        )
+
+    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+        """As `multimodal.sample.TextLengths`: every row is read once."""
+        return measured((self[index] for index in range(len(self))), len(self), measure)
+
+    def _image(self, value: ImageValue, row: int) -> bytes | Path:
+        return value if isinstance(value, bytes) else self._root / _relative(value, self._root)
+
+    def _questions(self, parts: list[Parts], members: list[int]) -> Iterator[Question]:
+        for one, row in zip(parts, members, strict=True):
+            for k, asked in enumerate(one.questions):
+                number = (
+                    one.question_id if self._has_question_ids and isinstance(one.question_id, int) else int(self._first_question[row]) + k
+                )
+                yield Question(
+                    question_id=number, text=asked.text, answers=asked.answers, question_type=asked.question_type, answer_type=asked.answer_type,
+                    marks=asked.marks, turns=asked.turns,
+                )  # fmt: skip
+
+
+def _key(images: tuple[ImageValue, ...], number: int) -> str:
+    """The images' names; the sample's number where an image has none."""
+    return "+".join(value if isinstance(value, str) else str(number) for value in images)
+
+
+def _relative(name: str, root: Path) -> str:
+    """The name as it is below the folder, where it is a whole path into it."""
+    path = Path(name)
+    return path.relative_to(root).as_posix() if path.is_absolute() and path.is_relative_to(root) else name
+
+
+class _Found:
+    """What one look at all rows finds: which rows are a sample, and which cannot be used.
+
+    numbers          int64 [samples]: the number of each sample's image, those that cannot be used counted too
+    starts, members  int64 [samples + 1], int64 [rows that are used]: sample i is of the rows members[starts[i]:starts[i + 1]]
+    first_question   int64 [rows]: how many questions the rows before have
+    """
+
+    def __init__(self, rows: RowFile, reading: Reading, folder: ImageFolder, root: Path) -> None:
+        self._rows, self._reading, self._folder, self._root = rows, reading, folder, root
+        self.problems: list[BadSample] = []
+        self._known: dict[tuple[ImageValue, ...], int] = {}  # images -> their number
+        self._is_there: list[bool] = []
+        self._ids: dict[int | str, int] = {}
+        self.keyed = self.has_ids = self.has_question_ids = True
+        self._question_ids: dict[int, None] = {}  # in the order of the rows
+        image_of, n_questions = self._look()
+        self._arrange(np.array(image_of, dtype=np.int64), np.array(n_questions, dtype=np.int64))
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        """For each row the number of its image, -1 where it is not used; and how many questions it has."""
+        image_of, n_questions = [], []
+        for row, values in enumerate(self._rows):
+            place = partial(self._rows.place, row)
+            parts = self._reading.parts(values, place)
+            number = self._number(parts, row, place) if parts.images else -1
+            self._note_ids(parts, number)
+            n_questions.append(len(parts.questions))
+            self.problems += [BadSample(key=_key(parts.images, row), reason=reason, detail=detail) for reason, detail in parts.problems]
+            if not parts.images:
+                self.problems.append(BadSample(key=str(row), reason="no image", detail=f"{place()} names no image"))
+            is_used = number >= 0 and self._is_there[number] and (parts.captions or parts.questions or not self._reading.has_texts)
+            if number >= 0 and self._is_there[number] and not is_used and not parts.problems:
+                self.problems.append(BadSample(key=_key(parts.images, row), reason="no text", detail=f"{place()} has no text"))
+            image_of.append(number if is_used else -1)
+        return image_of, n_questions
+
+    def _number(self, parts: Parts, row: int, place: Callable[[], str]) -> int:
+        """The number of a row's images; of some that were not there before, whether they are files."""
+        has_bytes = any(isinstance(value, bytes) for value in parts.images)
+        key = (*parts.images, str(row)) if has_bytes else parts.images
+        number = self._known.setdefault(key, len(self._known))
+        if number == len(self._is_there):
+            missing = [
+                name for name in parts.images if isinstance(name, str) and self._folder.find(_relative(name, self._root), place()) is None
+            ]
+            self._is_there.append(not missing)
+            if missing:
+                detail = f"{place()}: {self._root / missing[0]} is missing"
+                self.problems.append(
+                    BadSample(key=_key(parts.images, row), reason="missing file", detail=detail, file=Path(missing[0]).name)
+                )
+        return number
+
+    def _note_ids(self, parts: Parts, number: int) -> None:
+        named = parts.image_id
+        if number >= 0:
+            self.keyed = self.keyed and named is not None and self._ids.setdefault(named, number) == number
+            self.has_ids = self.has_ids and self.keyed and isinstance(named, int)
+        if parts.questions:
+            known = parts.question_id
+            self.has_question_ids = (
+                self.has_question_ids and isinstance(known, int) and known not in self._question_ids and len(parts.questions) == 1
+            )
+            if self.has_question_ids and isinstance(known, int):
+                self._question_ids[known] = None
+
+    def _arrange(self, image_of: NDArray[np.int64], n_questions: NDArray[np.int64]) -> None:
+        # One image may have several ids: then no id names it.
+        self.keyed = self.keyed and len(self._ids) == len(self._known)
+        self.has_ids = self.has_ids and self.keyed
+        order = np.argsort(image_of, kind="stable")
+        self.members = order[image_of[order] >= 0].astype(np.int64)
+        self.numbers, first = np.unique(image_of[self.members], return_index=True)
+        self.starts = np.append(first, len(self.members)).astype(np.int64)
+        self.first_question = np.concatenate([[0], np.cumsum(n_questions)[:-1]]).astype(np.int64)
+        total = int(n_questions.sum())
+        if total:
+            ids = np.fromiter(self._question_ids, dtype=np.int64) if self.has_question_ids else np.arange(total)
+        else:
+            ids = np.array(list(self._ids), dtype=np.int64) if self.has_ids else np.arange(len(self._known))
+        self.item_ids = ids
+
+
+# ----------------------------------------
+# Tables as data sets.
+
+
+def open_table(path: Path, images: Path, columns: Mapping[str, str]) -> TableSource:
+    """The rows of a CSV, TSV, JSONL or JSON file as samples. columns: role -> column. Raises DataError and ConfigError."""
+    rows = open_rows(path)
+    return TableSource(rows, choose_columns(rows, columns), images=images)
+
+
+def _open(given: Given) -> TableSource:
+    return open_table(given.path, given.folder, given.columns)
+
+
+READER = Reader("table", "a CSV, TSV, JSONL or JSON table", lambda found: bool(found.row), _open, is_general=True)
