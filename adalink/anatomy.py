@@ -324,7 +324,7 @@ def _stack(model: nn.Module, words: nn.Embedding) -> tuple[str, str, str]:
     tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     tied = [name for name, module in tables.items() if module is words or module.weight is words.weight]
     found = _nearest(model, tied)
-    if words.weight.is_meta:  # weights that are kept elsewhere are not seen to be tied
+    if words.weight.is_meta:  # weights that are stored elsewhere do not look tied
         alike = [name for name, module in tables.items() if module.weight.shape == words.weight.shape]
         found = _nearest(model, [name for name in alike if f".{name}".startswith(f".{_common(*found)}".rstrip(".") + ".")])
     layers, embedding = found

@@ -39,7 +39,7 @@ _TOKENIZER_ADVICE = "put the model's tokenizer files (tokenizer.json) beside its
 class Language:
     """A frozen language model with its tokenizer.
 
-    model      decoder-only, encoder-decoder (`model.config.is_encoder_decoder` tells), or an encoder-only one to be read; eval mode, no gradients
+    model      decoder-only, encoder-decoder (see `model.config.is_encoder_decoder`), or an encoder-only one to be read; eval mode, no gradients
     tokenizer  has an end and a pad token, and a start token where the model has one; ids of all three are rows of the embedding
     name       what it was loaded from
     """
@@ -60,7 +60,7 @@ class Language:
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text: the tokenizer's first, which ends what is learnt, then all that the model's configs name (Llama 3 has three)."""
+        """The tokens that end a text: the tokenizer's first, which ends each trained text, then all that the model's configs name (Llama 3 has three)."""
         configs = (getattr(self.model, "generation_config", None), self.model.config)
         named = next((ids for config in configs if (ids := token_ids(config, "eos_token_id"))), ())
         n_rows = self.model.get_input_embeddings().weight.shape[0]
@@ -107,7 +107,7 @@ def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = Non
 
 
 def family_of(config: Any, use: LanguageUse, name: str) -> tuple[Any, dict[str, bool]]:
-    """The class that loads a model of this configuration, and what its constructor is told.
+    """The class that loads a model of this configuration, and the arguments of its constructor.
 
     transformers also lists masked language models (BERT) as causal ones, but they write only if they were trained as decoders.
     Raises ConfigError where no such model is fit for the use.

@@ -122,7 +122,7 @@ def loading(what: str, name: str | Path, advice: str) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Silences, inside, the logs of the model libraries and the progress bar of transformers, but not the hub's bar of a download.
 
-    They tell of unused tensors, and of failures that are raised as well; what matters is checked and raised here.
+    They report unused tensors, and failures that are raised as well; what matters is checked and raised here.
     """
     from transformers.utils import logging as transformers_logging  # late, as are all its other parts where a part is loaded
 

@@ -60,7 +60,7 @@ __all__ = [
 
 
 def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, Any]) -> None:
-    """Write the active adapter's folder; `task` is kept in its config, with what must be known to read it: template, layer, answers."""
+    """Write the active adapter's folder; `task` is stored in its config, with what is needed to load it: template, layer, answers."""
     template = model.template_of(model.adapted.active or BASE_NAME)
     budget = model.tower.processor.budget.saved() if isinstance(model.tower, ModelTower) else {}
     known = {**template.saved(), "layer": model.tower.layer, **budget}
@@ -102,7 +102,7 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
         return adapter
     layer = config.task.get("layer", model.tower.layer)
     if layer != model.tower.layer:
-        config.check_base({**parts, "encoder": dataclasses.replace(parts["encoder"], sketches={})}, str(folder))  # another model is told first
+        config.check_base({**parts, "encoder": dataclasses.replace(parts["encoder"], sketches={})}, str(folder))  # another model is the first error to raise
         raise ConfigError(
             f"the adapter in {folder} reads the features of layer {layer}, and this model's encoder gives those of layer {model.tower.layer}: "
             f"compose the model with layer={layer}"
@@ -220,7 +220,7 @@ class VisionLanguageModel(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """float [I, 3, H, W] -> [I, N + L, Dv]: the images' patches, then what each block says of the whole (see Features.joined).
 
-        For whoever keeps them. Raises ConfigError where the encoder is adapted: then they change with every step.
+        For a cache of features. Raises ConfigError where the encoder is adapted: then they change with every step.
         """
         return self.vision_tower.encode(pixels).joined
 
@@ -332,7 +332,7 @@ class VisionLanguageModel(nn.Module):
 
         source       samples: a data set of tasks.*, or a list of `Sample`s
         task         such as Captioning(), or a function of a sample and a random generator that gives its `Text`s
-        features     kept ones (`multimodal.data.feature_cache.encode.encode_all`); without, images are decoded anew, and encoded in the model's call
+        features     cached ones (`multimodal.data.feature_cache.encode.encode_all`); without, images are decoded anew, and encoded in the model's call
         bad_samples  how many may be left out before BudgetError is raised; `Batches.bad` has them
         rank         reads the rank-th of `world` parts of each step
 
@@ -364,7 +364,7 @@ class VisionLanguageModel(nn.Module):
         return self._head(self.adapted.active)
 
     def add_vision_adapter(self, methods: Mapping[str, Method]) -> Adapter:
-        """Put methods into the encoder too, once for all adapters: its features are then trained through, and never kept."""
+        """Put methods into the encoder too, once for all adapters: its features are then trained through, and never cached."""
         adapter = new_vision_adapter(self.tower, methods)
         if isinstance(self.tower, ModelTower):  # which is no module: the model is one, and holds it
             self.vision_adapter = adapter
@@ -409,7 +409,7 @@ class VisionLanguageModel(nn.Module):
             yield
 
     def save_pretrained(self, folder: str | Path, *, task: Mapping[str, Any] | None = None) -> None:
-        """Write the active adapter's folder; `task` is kept in its config, with the template."""
+        """Write the active adapter's folder; `task` is stored in its config, with the template."""
         save_composed(self, Path(folder), task or {})
 
     @classmethod

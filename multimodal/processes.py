@@ -20,7 +20,7 @@ T = TypeVar("T")
 def process_state() -> PartialState:
     """The processes as accelerate knows them, read from the environment as its Accelerator reads it, so that a training finds the same state.
 
-    On a machine without a GPU accelerate would leave processes that torchrun started each to itself, without a word, unless it is told.
+    On a machine without a GPU, accelerate would silently run each process of torchrun by itself, unless ACCELERATE_USE_CPU is set.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"

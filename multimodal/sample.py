@@ -93,7 +93,7 @@ class SampleSource(Protocol):
 
 
 # ----------------------------------------
-# How long the rows of samples will be, told before any image is read.
+# How long the rows of samples will be, measured before any image is read.
 
 
 Measure = Callable[[Sample], int]

@@ -16,10 +16,10 @@ _SPLIT = re.compile("(" + "|".join(MARKERS) + ")")
 
 @dataclass(frozen=True)
 class Text:
-    """One thing to learn or to ask about an image: a question (empty in captioning) and what should be said; None when it is asked.
+    """One thing to learn or to ask about an image: a question (empty in captioning) and its target; None when it is asked.
 
     scores   where an answer is chosen by a head: (number of an answer, what it would score, above 0 to 1); answers not named score nothing
-    turns    what was said before, for a model that sees already: (role, text), role is user or assistant; the images stand in the
+    turns    the earlier turns of the conversation, for a model that sees already: (role, text), role is user or assistant; the images stand in the
              user's first
     """
 

@@ -84,13 +84,13 @@ class Task(Protocol):
         """The name that the evaluation server wants the result file to have, from split and algorithm."""
 
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
-        """What is learnt from a sample; may draw from the generator."""
+        """The training texts of a sample; may draw from the generator."""
 
     def asked(self, sample: Sample) -> Sequence[Asked]:
         """What is asked about a sample."""
 
     def is_graded(self, sample: Sample) -> bool:
-        """Whether people said what a prediction for this sample is scored against; in a test split nobody did."""
+        """Whether people gave texts that a prediction for this sample is scored against; in a test split nobody did."""
 
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
         """The metrics of predictions for every item of a source."""

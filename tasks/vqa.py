@@ -57,7 +57,7 @@ class Vqa:
         if self.answers < 0 or self.answers == 1:
             raise ConfigError(f"vqa.answers is {self.answers}: give 0 (the answer is written), or 2 or more to choose among")
         if self.learn not in ("common", "drawn"):
-            raise ConfigError(f"of ten answers, {self.learn!r} cannot be learnt: give common or drawn")
+            raise ConfigError(f"of ten answers, {self.learn!r} cannot be trained on: give common or drawn")
         if self.answers and self.learn == "drawn":
             raise ConfigError(f"learn is drawn, and a head of {self.answers} answers learns the scores of all ten: leave one of learn and answers out")
         if self.scorer not in VQA_SCORERS:
@@ -192,7 +192,7 @@ def answer_vocabulary(task: Vqa, source: SampleSource) -> AnswerVocabulary:
     for index in progress(range(len(source)), "reading the answers"):
         try:
             sample = source[index]
-        except DamagedSample:  # counted where it is learnt from
+        except DamagedSample:  # counted where it is trained on
             continue
         for answer in (clean(answer) for question in sample.questions for answer in question.answers):
             spelled[normalize(answer)][answer] += 1

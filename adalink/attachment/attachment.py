@@ -8,11 +8,11 @@
 Outside of `bind` the model is the frozen one, untouched. Each thread binds for itself.
 
 Hooks carry no state of their own: where a call starts is read from its cache, what its tokens are from the bound map. What an edit
-keeps of a prompt for the steps after it (a frozen gate) is kept beside the cache of that prompt, and goes with it. Only the
+stores of a prompt for the steps after it (a frozen gate) lies beside the KV cache of that prompt, and goes with it. Only the
 attachment applies `h = where(select, edit(h), h)`, so an edit cannot touch a token that is not its own.
 
 Order: attach, checkpointing, compile, FSDP / DDP. A model compiled before is refused: Dynamo does not guard on hooks, so it would
-return the frozen model's output and say nothing.
+return the frozen model's output without an error.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Before:
 
 
 def freeze(model: nn.Module) -> None:
-    """requires_grad False and eval mode; what it was before is kept."""
+    """requires_grad False and eval mode; the flags from before are saved."""
     before = model.__dict__.setdefault(_HELD, _Before(model))
     before.n_attached += 1
     model.requires_grad_(False).eval()

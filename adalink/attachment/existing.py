@@ -24,7 +24,7 @@ NO_LABEL = -100  # transformers' and torch's own: not to be predicted
 # The field's two spellings, for images and for the frames of videos; and for sounds, which are neither image nor text.
 KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 SOUND_KEYS = ("audio_token_id", "audio_token_index")
-POSITION_MASK = "image_embeds_position_mask"  # int64 [B, T], 1 at an image's tokens: what KOSMOS-2 is told in place of an id
+POSITION_MASK = "image_embeds_position_mask"  # int64 [B, T], 1 at an image's tokens: KOSMOS-2 takes it in place of an id
 BROUGHT = re.compile("pixel|image|video|visual|audio|patches|input_features|input_values|speech")  # arguments that hold what is not text
 
 
@@ -45,7 +45,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def _has_second_stack(model: nn.Module) -> bool:
-    """BLIP for questions: a decoder with a word embedding of its own writes the answer, and the config does not tell."""
+    """BLIP for questions: a decoder with a word embedding of its own writes the answer, and no setting of the config marks it."""
     if "decoder_input_ids" not in inspect.signature(type(model).forward).parameters:
         return False
     host: Any = model
@@ -134,13 +134,13 @@ def domains(model: nn.Module, input_ids: Tensor, arguments: Mapping[str, Any], i
 
 
 def check_images_known(model: nn.Module, anatomy: Anatomy, arguments: Mapping[str, Any], image_ids: Sequence[int]) -> None:
-    """Raise ConfigError where a call brings an image whose tokens among the ids nothing tells: edits of text would reach them."""
+    """Raise ConfigError where a call brings an image and nothing marks its tokens among the ids: edits of text would reach them."""
     is_known = anatomy.images != "before" or image_ids or token_ids(getattr(model, "config", None), *SOUND_KEYS)
     tensors = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
     brought = [name for name in tensors if BROUGHT.search(name) and "mask" not in name]
     if brought and not is_known:
         raise ConfigError(
-            f"{', '.join(brought)} was given, and the config of {type(model).__name__} names no image token, so the image's tokens cannot be told from text: "
+            f"{', '.join(brought)} was given, and the config of {type(model).__name__} names no image token, so the image's tokens look like text: "
             "set model.config.image_token_id to the id that its processor puts there, before the model is adapted"
         )
 

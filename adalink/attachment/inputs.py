@@ -185,7 +185,7 @@ class Call:
         """The call of a model on `arguments`, with input_ids int64 [B, T], or [B, C, T] where each of B has C choices: then rows are B * C.
 
         `side` is where rows with fewer slots are filled up: right to be read, left to be continued. Raises ConfigError for arguments
-        that do not tell what the tokens are, or that slots cannot be put into.
+        that do not determine the domain of each token, or that slots cannot be put into.
         """
         _check_continued(arguments)
         ids, has_words, writes_apart = _flat(given_ids(arguments, image_ids)), _has_words(model), is_encoder_decoder(model)
@@ -265,16 +265,16 @@ class Call:
 
 
 def given_ids(arguments: Mapping[str, Any], image_ids: Sequence[int]) -> Tensor:
-    """int64 [B, T]: `input_ids`; of a model that knows no images, `inputs_embeds` [B, T, D] tell as much. Raises ConfigError."""
+    """int64 [B, T]: `input_ids`; of a model without images, `inputs_embeds` [B, T, D] are enough. Raises ConfigError."""
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if isinstance(ids, Tensor):
         return ids
     if isinstance(embeds, Tensor) and not image_ids:
         return embeds.new_zeros(embeds.shape[:2], dtype=torch.int64)
     raise ConfigError(
-        "this model's tokens cannot be told apart without input_ids"
-        + (" (embeddings do not say which of them are an image's)" if image_ids else "")
-        + ": pass input_ids, or a token_map that says what the tokens are"
+        "the domains of this model's tokens are unknown without input_ids"
+        + (" (embeddings do not mark which of them are an image's)" if image_ids else "")
+        + ": pass input_ids, or a token_map with the domain of each token"
     )
 
 

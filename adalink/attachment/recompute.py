@@ -109,7 +109,7 @@ def _recompute(
 
 
 def _own_arguments(attachment: Attachment, slot: Tokens, call: Mapping[str, Any], h: Tensor, like: Tensor | None) -> dict[str, Any]:
-    """What a layer is told about the slot in place of the new tokens."""
+    """The layer's arguments for the slot, in place of those for the new tokens."""
     own: dict[str, Any] = {"attention_mask": _own_mask(slot, like)}
     if call.get("position_ids") is not None:
         own["position_ids"] = slot.position

@@ -200,10 +200,10 @@ def _is_slot(tokens: Tokens, domains: tuple[int, ...], adapter: int) -> Tensor:
 
 
 # ----------------------------------------
-# How deep an adapter begins: below its lowest edit a frozen model makes of a text what its tokens alone decide, whatever is learnt.
+# How deep an adapter begins: below its lowest edit, hidden states depend on the tokens alone, whatever is trained.
 
 
-# Edits that nothing is learnt in and that read no image: domains alone decide what they do.
+# Edits without trained weights that read no image: domains alone decide what they do.
 FIXED = (HideKeys, Uncounted, ZeroVector)
 
 

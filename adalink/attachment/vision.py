@@ -218,7 +218,7 @@ def _check(adapter: Adapter) -> None:
 
 
 def _refuse_shaped(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise AttachError where a layer is told something of each token: it would not know of the slots."""
+    """Raise AttachError where a layer takes an argument with a value for each token: it would have none for the slots."""
     if any(isinstance(value, Tensor | tuple | list) for value in (*args[1:], *kwargs.values()) if value is not None):
         raise AttachError(
             f"{type(layer).__name__} is given masks or positions for its tokens, and slots have none: "

@@ -26,7 +26,7 @@ __all__ = ["FrozenPart", "Sketch", "differences", "fingerprint", "part_from_json
 
 
 # ----------------------------------------
-# A tensor in a few of its values: enough to tell it from another, with a tolerance that a hash has not.
+# A tensor in a few of its values: enough to distinguish it from another, with a tolerance that a hash does not have.
 
 
 N_SKETCHED = 256  # values of a tensor
@@ -75,7 +75,7 @@ WORDS = {
     "pixels": "images that are prepared otherwise",
     "features": "an encoder that makes other features of the same image",
 }
-# Settings of a config that change nothing of what a frozen model computes, or that its weights or its precision tell.
+# Settings of a config that change nothing of what a frozen model computes, or that its weights or its precision determine.
 SILENT = re.compile(
     r"^_|dtype|drop|_token_id$|_token_index$|^output_|use_cache|architectures|version|initializer|label|problem_type|name_or_path|gradient|return_dict|loss|"
     r"^tie_|quantization|torchscript|task|^finetuning|tokenizer|generat|^model_type$|chunk_size_feed_forward|^(min|max)_length$|beam|^do_sample$|^top_[kp]$|"
@@ -145,7 +145,7 @@ def differences(was: FrozenPart, now: FrozenPart) -> Iterator[str]:
     """What of a frozen part is not as an adapter knew it: "was trained on <was>, and this one is <now>", as both halves of a sentence."""
     if was.fingerprint != now.fingerprint and not _same_in_other_precision(was, now):
         yield f"{was.name} ({was.fingerprint}), but this one is {now.name} ({now.fingerprint}){_precision_advice(was, now)}"
-        return  # of another model nothing else needs to be said
+        return  # for another model, no further difference matters
     for name in sorted(was.config.keys() & now.config.keys()):
         if was.config[name] != now.config[name]:
             yield f"{was.name} with {name} {was.config[name]!r} in its config, but here {name} is {now.config[name]!r}"
@@ -233,7 +233,7 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 # ----------------------------------------
-# What a frozen language model makes of a few fixed tokens: what tells it from another with the same weights.
+# The output of a frozen language model for a few fixed tokens: it distinguishes the model from another with the same weights.
 
 
 N_TOKENS, N_DECODED, N_VALUES = 12, 4, 64

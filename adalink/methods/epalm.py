@@ -50,9 +50,9 @@ class EPALM:
     mask    causal      nothing reads a later token, the slot included. The safe choice, and exact with any cache.
             published   the released code: the slot reads everything after it, later text and padding too. A layer at or after `end` then
                         reads a slot that saw the future, so a small share of each next token leaks into its own prediction (up to 0.05 in
-                        logits where only the last layer is left out), and a padded row differs from the same row alone: what is learnt
-                        depends on the longest row of each batch, so other numbers of processes, batches or accumulation steps learn
-                        something else from the same images, which training says in its log. With the last layer in the window nothing
+                        logits where only the last layer is left out), and a padded row differs from the same row alone: the trained
+                        weights depend on the longest row of each batch, so other numbers of processes, batches or accumulation steps
+                        give other weights from the same images, which training reports in its log. With the last layer in the window nothing
                         reads what the slot saw, and both masks give the same text. With a cache the slot's
                         keys are made anew at each step where only the last layer reads it (exact); where several do, generation reads the
                         whole sequence at each step. In an encoder (T5), where all is read anyway, the two are one.

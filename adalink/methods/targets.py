@@ -201,7 +201,7 @@ def for_group(value: T | Mapping[str, T], group: str) -> T:
 class TokenDropout(nn.Module):
     """Takes a group's change from a share of the tokens, and scales the others by 1 / (1 - rate); only in training.
 
-    One is shared by all edits of a group. The draw is kept with the call's tokens, so every layer has the same, and a layer that gradient
+    One is shared by all edits of a group. The draw is stored with the call's tokens, so every layer has the same, and a layer that gradient
     checkpointing runs again has the same again.
     """
 

@@ -93,7 +93,7 @@ class Gated:
     LoRA's own scale stays: with alpha = r it is 1, and the gate takes its place, as published. A prefix of a layer has one gate for
     its keys and values.
 
-    mean    prompt     over the tokens of image and question, never the answer, slots or padding; read once with the prompt and kept beside
+    mean    prompt     over the tokens of image and question, never the answer, slots or padding; read once with the prompt and stored beside
                        its cache. Causal, so that cached and whole decoding agree, and a row does not depend on its neighbours' padding. A
                        row that has none of these is gated by the bias alone. The prompt must be read in one call.
             sequence   as published: over all tokens of the call, padding included, a prefix not. Right for an encoder. On a decoder later

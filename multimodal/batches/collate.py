@@ -190,7 +190,7 @@ class Batch:
     target       int64 [B, M]        ... this id; NO_TARGET for padding. Explicit pairs, so that one row may hold several texts
     image        int64 [B]           which image the row, or the first part of it, is about
     pixels       float [I, 3, H, W]  the images, or
-    patches      float [I, N + L, Dv]  their features, where they are kept: patches, then the pooled vector of each block (or none), or
+    patches      float [I, N + L, Dv]  their features, where they are cached: patches, then the pooled vector of each block (or none), or
     taps         float [I, L, Dv]    pooled vectors alone, of the last blocks
     decoder_ids  int64 [B, U]        encoder-decoder models only; sources are positions in it
     position     int64 [B, T]        each token's position in its own text, padding skipped

@@ -2,7 +2,7 @@
 
 An image of 256 tokens with five captions of twelve costs 316 tokens instead of 1,340. Loss and gradients equal those of separate rows.
 
-    packed     one row: a 4D mask tells which tokens a text may see, and positions restart after what the texts share
+    packed     one row: a 4D mask decides which tokens a text may see, and positions restart after what the texts share
     forked     what the texts share is read once, and each text is a short row after its keys and values (multimodal.data.loader.prefix_sharing)
     separate   one whole row for each text
 
@@ -89,7 +89,7 @@ def arrangement(
 ) -> tuple[Arrange, str]:
     """How this language model's rows are arranged for an adapter, and a line for the log that says so.
 
-    prompt    a row as it begins; it tells whether anything comes before what is trained
+    prompt    a row as it begins; it shows whether any token comes before the trained ones
     weights   split over processes (FSDP2), which must then call the model equally often, whatever their rows: once
     ways      found out by a trial of this model; None: known by its family
     """
@@ -97,7 +97,7 @@ def arrangement(
     if adapter is not None and mixes_texts(adapter):
         return separate_rows, (
             "one row per text: a slot of the adapter reads later tokens, or a gate the row, and would read every text of a packed row; "
-            "padding is read too, so what is learnt depends on which rows share a batch, and so on the number of processes"
+            "padding is read too, so the trained weights depend on which rows share a batch, and so on the number of processes"
         )
     is_gated = adapter is not None and bool(gates_of(adapter))
     kind = model.config.model_type

@@ -1,4 +1,4 @@
-"""The calls of the language model that a batch is learnt with: one, or one for what rows about an image share and one for the rest.
+"""The calls of the language model in a training step: one, or one for the prefix that rows about an image share and one for the rest.
 
     rows  [image, prompt, caption 1]        beginnings  [image, prompt]       once, or without gradient
           [image, prompt, caption 2]        the rest    [caption 1], [caption 2] after its keys and values
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Read(DynamicLayer):  # a layer of transformers' Cache, which asks for its class
-    """A layer's keys and values of the beginnings, kept as they are first made: checkpointing makes them again in the backward pass."""
+    """A layer's keys and values of the shared prefixes, stored the first time: checkpointing computes them again in the backward pass."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What attention reads, [I, H, T, D] each: these keys and values."""
@@ -47,7 +47,7 @@ class Read(DynamicLayer):  # a layer of transformers' Cache, which asks for its 
 
 
 class After(DynamicLayer):
-    """The keys and values that a text comes after; those of the text are not kept, so that a layer may be run twice.
+    """The keys and values that a text comes after; those of the text are not stored, so that a layer may be run twice.
 
     which   int64 [B], the beginning of each row
     each    how many rows in a row have the same beginning; None where images have several numbers of texts
@@ -103,7 +103,7 @@ _ROTATES_BY_LENGTH = ("dynamic", "longrope")  # rotations that depend on how lon
 
 
 def may_pack(model: Any) -> bool:
-    """Whether the model is exact with several texts in a row, told by a 4D mask and position ids."""
+    """Whether the model is exact with several texts in a row, separated by a 4D mask and position ids."""
     config = model.config
     if config.model_type in SDPA_FAMILIES:
         implementations: tuple[str, ...] = ("sdpa", "eager", "flex_attention")
@@ -117,9 +117,9 @@ def may_pack(model: Any) -> bool:
 
 
 def may_fork(model: Any) -> bool:
-    """Whether the model reads a text after the kept keys and values of what came before as it would read both at once.
+    """Whether the model reads a text after the cached keys and values of its prefix as it would read both at once.
 
-    Not where attention looks ahead (an encoder; images and prompts of PaliGemma), where states and not tokens are kept (Mamba), and
+    Not where attention looks ahead (an encoder; images and prompts of PaliGemma), where the cache holds states and not tokens (Mamba), and
     where rotations change with a row's length.
     """
     config = model.config
@@ -250,10 +250,10 @@ def _accepted(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ----------------------------------------
-# Small calls of a language model without its adapters, to try out whether the model bears being run in another way.
+# Small calls of a language model without its adapters, to try out whether the model supports being run in another way.
 
 
-# What models raise that do not bear it.
+# What models raise that do not support it.
 REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 

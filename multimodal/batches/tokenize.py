@@ -245,7 +245,7 @@ class RowEncoder:
         return Row(tuple(ids), tuple(domain))
 
     def row(self, text: Text, images: object = None) -> Row:
-        """The row that a text is learnt from; a text without a target is a prompt. Raises ConfigError where a head chooses and nothing is scored.
+        """The training row of a text; a text without a target is a prompt. Raises ConfigError where a head chooses and nothing is scored.
 
         Also for a text with earlier turns.
         """

@@ -113,7 +113,7 @@ class CachedFeatures(Protocol):
 
     @property
     def kind(self) -> Literal["patches", "taps", "pixels"]:
-        """patches: as `Features.joined` has them; taps: pooled vectors alone, of the last blocks; pixels: nothing is kept (an adapted encoder)."""
+        """patches: as `Features.joined` has them; taps: pooled vectors alone, of the last blocks; pixels: nothing is cached (an adapted encoder)."""
 
     def __len__(self) -> int: ...
 

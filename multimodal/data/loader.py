@@ -56,7 +56,7 @@ class _Item:
 
 
 class _Positions:
-    """Position in the stream -> rows with their image. `patches` holds features by sample index where they are kept in memory."""
+    """Position in the stream -> rows with their image. `patches` holds features by sample index where they are cached in memory."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class _Positions:
         return image if isinstance(image, BadSample) else _Item(sample.key, index, image, rows)
 
     def texts_of(self, sample: Sample, seed: int) -> list[Text]:
-        """What is learnt from a sample, without texts that say nothing: those would teach a model to be silent."""
+        """The training texts of a sample, without empty ones: those would teach a model to write nothing."""
         return [text for text in self.texts(sample, random.Random(seed)) if text.scores is not None or (text.target or "").strip()]
 
     def rows(self, texts: Sequence[Text], image: Tensor | Prepared | None = None) -> tuple[Row, ...]:
@@ -209,7 +209,7 @@ class TrainLoader:
         return max(0, -(-(position - self._position) // (self._batch_size * self._world)))
 
     def read_cached(self, retained: CachedFeatures) -> None:
-        """From here on, features that are kept take the place of images."""
+        """From here on, cached features take the place of images."""
         self._positions.patches, self._collate = retained, _Collate(retained.kind, self._collate.pad_id, self._collate.row_tokens)
 
     def state_dict(self) -> dict[str, Any]:
@@ -287,14 +287,14 @@ class TrainingTask(Protocol):
     """A task, as far as training asks it: `tasks.captioning.Captioning` and `tasks.vqa.Vqa` are such."""
 
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
-        """What is learnt from a sample; may draw from the generator."""
+        """The training texts of a sample; may draw from the generator."""
 
 
 class Batches:
     """Batches on the model's device. Each loop over it reads `epochs` passes more of the data, in an order that only seed and data decide.
 
     loader   what `train` reads: the same batches with the samples that were left out of each, and a state to go on from
-    told     how texts share rows, a line for a log
+    note     how texts share rows, a line for a log
     bad      the samples that were left out so far
     """
 
@@ -339,7 +339,7 @@ def new_batches(
     """What the model's active adapter learns from. Settings are those of TrainSettings of the same names.
 
     task      or a function of a sample and a generator that gives its texts
-    features  kept ones (`multimodal.data.feature_cache.encode.encode_all`); without, images are decoded, and encoded in the model's call
+    features  cached ones (`multimodal.data.feature_cache.encode.encode_all`); without, images are decoded, and encoded in the model's call
     rank      reads the rank-th part of `world` parts of each step
     weights   split over processes (FSDP2) or whole
 

@@ -93,7 +93,7 @@ class MixedOrder:
 
 
 class _Shuffled:
-    """A permutation for each epoch; the last one asked for is kept."""
+    """A permutation for each epoch; the last one asked for is cached."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -233,7 +233,7 @@ class Mixture:
         return replace(sample, key=f"{self.names[number]}:{sample.key}")
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
-        """As `multimodal.sample.TextLengths`; sets whose lengths differ, or are told in other units, mostly come in batches of their own."""
+        """As `multimodal.sample.TextLengths`; sets whose lengths differ, or are measured in other units, mostly come in batches of their own."""
         return np.concatenate([lengths_of(source, measure) for source in self._sources])
 
 

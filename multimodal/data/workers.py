@@ -37,8 +37,8 @@ __all__ = ["SharedBatch", "Receiver", "Sender", "dead_workers_named", "made_in_o
 _ALIGNED = 64  # bytes; every dtype may begin there
 _SMALLEST = 2**16  # bytes of a block
 _WORTH_SHARING = 2**21  # bytes, or
-_WORTH_WAITING = 0.01  # seconds of work: what takes long is not kept back, and is shared out between the workers to the last
-_MOST = 8  # things in a parcel
+_WORTH_WAITING = 0.01  # seconds of work: what takes long is sent at once, and shared out between the workers to the last
+_MOST = 8  # things in a batch that is sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class SharedBatch:
     content   their list, pickled without its tensors
     bounds    start and end of each tensor in the block, in bytes
     block     which of the sender's blocks holds them
-    memory    uint8 [bytes]: the block itself, in the first parcel that uses it; None where the receiver has it
+    memory    uint8 [bytes]: the block itself, in the first batch that uses it; None where the receiver has it
     """
 
     sender: int
@@ -63,15 +63,15 @@ class SharedBatch:
 
 
 class Sender:
-    """A worker process's side: numbers its parcels from 0, and writes into a block again once its last parcel has been copied out."""
+    """A worker process's side: numbers its batches from 0, and writes into a block again once its last batch has been copied out."""
 
     def __init__(self, number: int) -> None:
         self._number, self._sent = number, 0
         self._blocks: list[Tensor] = []
-        self._last: list[int] = []  # the parcel that each block holds
+        self._last: list[int] = []  # the batch that each block holds
 
     def pack(self, things: Sequence[Any], n_copied: int, seconds: float = 0.0) -> SharedBatch:
-        """things: whatever pickles, at least one. n_copied: how many of this sender's parcels the receiver has copied out."""
+        """things: whatever pickles, at least one. n_copied: how many of this sender's batches the receiver has copied out."""
         stripped = _Stripped(things)
         bounds, end = [], 0
         for tensor in stripped.tensors:
@@ -106,7 +106,7 @@ class Sender:
 class Receiver:
     """The other side.
 
-    n_copied         how many parcels of each sender were copied out, which the senders must be told
+    n_copied         how many batches of each sender were copied out; the senders need the number
     worth_sharing   how many things a sender should pack together, by those that came last: 2 MiB, a hundredth of a second's work, or eight
     """
 
@@ -117,7 +117,7 @@ class Receiver:
         self._is_pinned = torch.cuda.is_available()  # a copy to the device then goes on beside other work
 
     def open(self, shared_batch: SharedBatch) -> Sequence[Any]:
-        """The things, with memory of their own. A sender's parcels are opened in the order in which they were packed."""
+        """The things, with memory of their own. A sender's batches are opened in the order in which they were packed."""
         place = shared_batch.sender, shared_batch.block
         if shared_batch.memory is not None:
             self._blocks[place] = shared_batch.memory
@@ -166,7 +166,7 @@ def made_in_order(make: Callable[[Task], Made], tasks: Iterable[Task], *, worker
     """`make(task)` for each task, in their order, made in so many processes; in this one where `workers` is 0.
 
     make     pickles where processes are spawned; each process has its copy
-    tasks    drawn in this process, no further ahead than two parcels for each worker, of one task or, where little is made quickly, up to eight
+    tasks    drawn in this process, no further ahead than two batches for each worker, of one task or, where little is made quickly, up to eight
 
     Raises DataError where a worker process dies, and what `make` raises.
     """
@@ -245,7 +245,7 @@ def _started(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
 def dead_workers_named() -> Iterator[None]:
     """Raises DataError where a worker process dies inside the block.
 
-    torch tells it in the middle of anything, of what is done about an error too, as a RuntimeError of its own; or, where the worker died with
+    torch raises a RuntimeError of its own, at any line, inside the handling of an error too; or, where the worker died with
     tensors on their way, the connection that was to bring them ends.
     """
     try:

@@ -97,7 +97,7 @@ class Features:
 
     @property
     def joined(self) -> Tensor:
-        """float[B, N + L, Dv]: all of it in one tensor, to be kept: patches first, then the pooled vectors. Patches alone where widths differ."""
+        """float[B, N + L, Dv]: all of it in one tensor, to be cached: patches first, then the pooled vectors. Patches alone where widths differ."""
         if self.pooled.shape[2] != self.patches.shape[2]:
             return self.patches
         return torch.cat([self.patches, self.pooled.transpose(0, 1)], 1)
@@ -193,7 +193,7 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 # ----------------------------------------
-# Tells the patches of an encoder from its other tokens.
+# Distinguishes the patches of an encoder from its other tokens.
 
 
 # No encoder puts more than this many tokens (CLS, distillation, registers) before its patches.
@@ -237,7 +237,7 @@ class Grid:
         n_prefix = n_tokens - n_patches
         if n_patches == 0 or n_prefix > _MOST_PREFIX_TOKENS:
             raise ConfigError(
-                f"cannot tell patches from other tokens: {n_tokens} tokens over a first convolution of {high} x {wide} places; "
+                f"cannot distinguish patches from other tokens: {n_tokens} tokens over a first convolution of {high} x {wide} places; "
                 f"use an encoder that cuts patches with a convolution"
             )
         return Stage(patches=state[:, n_prefix:], cls=state[:, 0] if n_prefix else None)

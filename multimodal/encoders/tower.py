@@ -81,7 +81,7 @@ class VisionTower(nn.Module):
         return self
 
     def adapt(self, adapter: Adapter) -> Adapter:
-        """Attach an adapter to the encoder, for good: from now on its features are trained through, and nothing may keep them.
+        """Attach an adapter to the encoder, for good: from now on its features are trained through, and nothing may cache them.
 
         adapter: made with `vision_anatomy()`. Raises ConfigError where the encoder has one already.
         """
@@ -96,10 +96,10 @@ class VisionTower(nn.Module):
         return read_vision(self.encoder.get_submodule("model"))
 
     def encode(self, pixels: Tensor) -> Features:
-        """As `forward`, without gradient, for whoever keeps the features. Raises ConfigError where the encoder is adapted: then they change."""
+        """As `forward`, without gradient, for a cache of features. Raises ConfigError where the encoder is adapted: then they change."""
         if self.adapter is not None:
             raise ConfigError(
-                f"the encoder '{self.name}' has trained weights, so its features change with every step and cannot be kept: "
+                f"the encoder '{self.name}' has trained weights, so its features change with every step and cannot be cached: "
                 "encode images as they come (train.features: encode)"
             )
         with torch.no_grad():

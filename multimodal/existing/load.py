@@ -101,4 +101,4 @@ def _check_image_token(model: Any, name: str) -> None:
     """Raise ConfigError where no id stands for an image, or it is none of the embedding's rows and the model does not see to that itself."""
     ids = image_token_ids(model)
     if not ids:
-        raise ConfigError(f"the config of '{name}' names no image token, so an image's tokens cannot be told from text: set image_token_id in its config.json")
+        raise ConfigError(f"the config of '{name}' names no image token, so an image's tokens look like text: set image_token_id in its config.json")

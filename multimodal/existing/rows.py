@@ -104,7 +104,7 @@ class ConversationRows:
         return self._row(ids, kinds, len(ids), images, question if isinstance(question, str) else text_of(question[-1]))
 
     def row(self, text: Text, images: object = None) -> Row:
-        """The row that a text is learnt from; a text without a target is a prompt. images: as in `prompt`, and it raises the same."""
+        """The training row of a text; a text without a target is a prompt. images: as in `prompt`, and it raises the same."""
         images = images if isinstance(images, Prepared) else NO_IMAGE
         if text.turns and not self.reads_turns:
             raise ConfigError(f"a text has earlier turns, and '{self.name}' reads them where it has a chat template and the prompt has {{question}}")

@@ -122,7 +122,7 @@ class _Trial:
         return logits[0]
 
     def _scores(self, batch: Batch) -> Tensor:
-        """float [V]: what is said at the targets, summed over them."""
+        """float [V]: the logits at the targets, summed over them."""
         total: Tensor | None = None
         for call in calls_of(self.adapted, batch, self._token_map(batch)):
             with call.bound(self.adapted):

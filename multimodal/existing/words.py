@@ -73,7 +73,7 @@ class Processor:
 
     @cached_property
     def marks_answers(self) -> bool:
-        """Whether the token types tell answers from prompts (PaliGemma), and not images from texts."""
+        """Whether the token types mark answers (PaliGemma), and not images."""
         return "suffix" in inspect.signature(type(self.real).__call__).parameters
 
     @cached_property

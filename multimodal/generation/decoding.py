@@ -129,7 +129,7 @@ def read_rest(
 
 
 def read(language: Language, past: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """float32 [B, V]: what the model says after `ids`, int64 [B, T], which `past`, the cache, then holds too.
+    """float32 [B, V]: logits of the next token after `ids`, int64 [B, T], which `past`, the cache, then holds too.
 
     mask: int64 [B, K], 1 for each token that is none of the padding on the left, the cached ones and these.
     """
@@ -236,7 +236,7 @@ class KnownPrompt:
 
 
 def known_prompts(cache: Any, batch: Batch, rows: Sequence[int]) -> list[KnownPrompt]:
-    """Prompts of some rows of a batch, which was just read as the last rows of a cache. Copies: nothing else of the cache is kept in memory."""
+    """Prompts of some rows of a batch, which was just read as the last rows of a cache. Copies: nothing else of the cache stays in memory."""
     tokens, start = tokens_of(batch.ids, batch.domain), len(cache.layers[0].keys) - len(batch.ids)
     return [
         KnownPrompt(

@@ -4,7 +4,7 @@
     model.add_adapter("vqa", methods)
     model.add_answer_head(vocabulary.answers)
 
-What is learnt is the score that each answer would get (binary cross entropy with soft scores, as the field trains VQAv2); what is said is
+The head learns the score that each answer would get (binary cross entropy with soft scores, as the field trains VQAv2); the prediction is
 the answer of the highest one. A head belongs to one adapter, and lies in its folder: `answers.json` and `answer_head.safetensors`.
 """
 
@@ -36,7 +36,7 @@ ANSWERS_FILE, HEAD_FILE = "answers.json", "answer_head.safetensors"
 class AnswerHead(nn.Module):
     """Scores of A answers from a pooled state: one linear.
 
-    answers: what each output stands for, in the words that are said. Raises ConfigError for none, or one of them twice.
+    answers: the text of each output. Raises ConfigError for none, or one of them twice.
     """
 
     def __init__(self, answers: Sequence[str], width: int) -> None:

@@ -1,7 +1,7 @@
-"""What enters a layer of a frozen language model, kept for each text: below the lowest edit it depends on the text's tokens alone.
+"""The input of a layer of a frozen language model, cached for each text: below the lowest edit it depends on the text's tokens alone.
 
-A text is run alone, in a call whose shape is its own: what is kept of it is the same bits whatever batch it comes in, in whatever row,
-before or after a resume. Texts of a packed row are kept apart, so that they may come in other rows together.
+A text is run alone, in a call of its own shape: its cached states are the same bits whatever batch it comes in, in whatever row,
+before or after a resume. Texts of a packed row are cached one by one, so that they may come in other rows together.
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ class _Text:
 
 
 class LowerStates:
-    """What enters a layer, for each text that one adapter was given.
+    """The input of a layer, cached for each text that one adapter was given.
 
     row          the adapter's index in token maps, BASE_ROW for none
-    most         bytes that are kept; texts beyond them are run at each reading
-    n_images   of the data, to tell after the first batch whether their texts can be kept; 0: nothing is told
+    most         bytes of the cache; texts beyond them are run at each reading
+    n_images     of the data, to check after the first batch whether the cache can hold their texts; 0: no check
     positions    how many the model has; None without a limit
     """
 
@@ -128,7 +128,7 @@ class LowerStates:
         self._retained: dict[bytes, Tensor] = {}
 
     def __len__(self) -> int:
-        """How many texts are kept."""
+        """How many texts are cached."""
         return len(self._retained)
 
     @property
@@ -144,10 +144,10 @@ class LowerStates:
     def of(self, batch: Batch, token_map: TokenMap) -> Tensor:
         """float [B, T, D]: what enters the layer; zeros at padding, which nothing reads.
 
-        Raises ConfigError for a batch that another adapter serves, and where the first batch tells that the texts need more than there is.
+        Raises ConfigError for a batch that another adapter serves, and where the texts, by the first batch, need more memory than there is.
         """
         if set(token_map.row.tolist()) != {self.row}:
-            raise ConfigError("the states of texts are kept for the adapter that was active, and the batch is served by another: keep them for each apart")
+            raise ConfigError("the states of texts are cached for the adapter that was active, and the batch is served by another: cache them for each adapter")
         tokens = torch.stack([batch.ids, batch.domain, batch.position]).cpu().numpy()
         texts = list(_texts(tokens, *(None if value is None else value.cpu().numpy() for value in (batch.segment, batch.token_image))))
         states = self._states(dict.fromkeys(text.key for text in texts), batch.ids.device)
@@ -204,8 +204,8 @@ class LowerStates:
         needed, self.n_images = n_bytes / n_images * self.n_images, 0
         if needed > self.most:
             raise ConfigError(
-                f"the states of the texts take about {needed / 2**30:.2g} GiB in each process, as far as the first batch tells, and train.states_gib is "
-                f"{self.most / 2**30:.2g}: give as much, or 0 to keep none"
+                f"the states of the texts take about {needed / 2**30:.2g} GiB in each process, estimated from the first batch, and train.states_gib is "
+                f"{self.most / 2**30:.2g}: give as much, or 0 to cache none"
             )
 
 

@@ -27,7 +27,7 @@ __all__ = ["Finish", "LanguageLoss", "WordHead", "read_word_head", "targets_at_o
 # ----------------------------------------
 # Cross entropy of hidden states through a language model's head, a chunk of targets at a time: no [targets, V] tensor exists.
 #
-# A frozen linear head gives its gradient in the forward pass, chunk by chunk, so that its logits are made once and never kept. A head that
+# A frozen linear head gives its gradient in the forward pass, chunk by chunk, so that its logits are computed once and never stored. A head that
 # is trained, or that is more than a linear, is run in chunks whose logits are made again in the backward pass. float16 takes this way too:
 # a loss scaler acts in the backward pass, and gradients of the forward pass would have underflowed before it.
 #
@@ -195,7 +195,7 @@ class WordHead:
     def note(self) -> str:
         """A line for the log: how the loss is computed."""
         if self._is_apart():
-            return "logits in chunks of targets, none kept"
+            return "logits in chunks of targets, none stored"
         why = "something is hooked to the head" if _is_watched(self.module) else "what this model makes of its head's scores is not known"
         return f"logits of every token at once: {why}"
 
@@ -242,7 +242,7 @@ def _replaced(module: nn.Module, by: _Retained) -> Iterator[_Retained]:
 
 @torch.no_grad()
 def _finish(model: AdaptedModel, module: nn.Module) -> Finish | None:
-    """What the model makes of known scores. None where it is none of what configs tell of, or the head is not run on hidden states."""
+    """What the model makes of known scores. None where no config setting describes it, or the head is not run on hidden states."""
     base: Any = model.base
     ids = torch.zeros(1, 2, dtype=torch.int64, device=base.device)
     vocabulary, width = module.weight.shape  # type: ignore[operator, misc]
@@ -270,7 +270,7 @@ class LanguageLoss:
     """Runs an adapted language model on batches.
 
     call   what runs the model: itself, or a compiled form of it
-    lower  what is kept of texts, and leaves the layers below it out; whole rows are then read at once
+    lower  the cached states of texts, which replace the layers below them; whole rows are then read at once
     """
 
     def __init__(self, adapted: AdaptedModel) -> None:
@@ -291,7 +291,7 @@ class LanguageLoss:
 
     @property
     def note(self) -> str:
-        """A line for the log: how much of the last layer is run, and what is kept of the layers below the adapter."""
+        """A line for the log: how much of the last layer is run, and what is cached of the layers below the adapter."""
         why = self.last_layer.why_whole(self.adapted.serving(1).serving) if self._is_eager else "the model is compiled"
         last = "the last layer runs where something is predicted" if why is None else f"the last layer runs on every token: {why}"
         return last if self.lower is None else f"{last}; {self.lower.note}"
@@ -325,5 +325,5 @@ class LanguageLoss:
             yield source
 
     def _started(self, batch: Batch, token_map: TokenMap) -> contextlib.AbstractContextManager[None]:
-        """Where the model starts above what is kept."""
+        """Inside the block the model starts above the cached states."""
         return contextlib.nullcontext() if self.lower is None else self.lower.left_out(batch, token_map)

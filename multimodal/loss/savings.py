@@ -26,7 +26,7 @@ __all__ = ["Activations", "LastLayer"]
 # The last layer of a language model at the tokens that predict something, and at no other: nothing reads what it makes of the rest.
 #
 # Keys and values are needed of every token; queries, the feed-forward network and the final norm at the sources of targets alone. For a call
-# the layer's forward is replaced: it runs until its cache is given the keys and values, which are kept and end the run, and once more on the
+# the layer's forward is replaced: it runs until its cache is given the keys and values, which are stored and end the run, and once more on the
 # hidden states at the sources, with a cache that answers with the keys and values of all. So each family is served by its own code. Whether
 # that is exact is found out by a trial.
 
@@ -145,7 +145,7 @@ class _Found(Exception):
 
 
 class _Keys:
-    """A cache for one layer that runs twice: it keeps the keys and values of the first run, which it ends, and gives them to the second."""
+    """A cache for one layer that runs twice: it stores the keys and values of the first run, which it ends, and gives them to the second."""
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
@@ -179,19 +179,19 @@ def _queried(mask: Tensor | None, tokens: Tokens, source: Tensor, dtype: torch.d
 
 
 # ----------------------------------------
-# Activation functions that keep less for the backward pass: results are made again from inputs that are kept anyway, or are not needed.
+# Activation functions that save less for the backward pass: results are computed again from inputs that are saved anyway, or are not needed.
 #
-# The feed-forward network of a Llama keeps its gate, its activated gate and what is gated; GPT-2's keeps four tensors of its activation function.
-# They are the largest that a frozen layer keeps, and cost next to nothing to make: 22 of 121 MiB for at most 1 % of a step
-# (tests/benchmarks/RESULTS.md). The same operations are run again, so gradients are the same bit for bit. OPT's ReLU keeps its result, of
-# which its gradient reads where it is positive: one byte of each four tells that.
+# The feed-forward network of a Llama saves its gate, its activated gate and what is gated; GPT-2's saves four tensors of its activation function.
+# They are the largest that a frozen layer saves, and cost next to nothing to compute: 22 of 121 MiB for at most 1 % of a step
+# (tests/benchmarks/RESULTS.md). The same operations are run again, so gradients are the same bit for bit. OPT's ReLU saves its result, of
+# which its gradient reads where it is positive: one byte in place of four holds that.
 
 
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class Activations:
-    """The activation functions of an adapted language model that keep more than they need. Runs the model on a few tokens, to try it out."""
+    """The activation functions of an adapted language model that save more than they need. Runs the model on a few tokens, to try it out."""
 
     def __init__(self, adapted: AdaptedModel) -> None:
         self.layers = [adapted.attachment.stack.get_submodule(name) for name in adapted.anatomy.layers]
@@ -201,8 +201,8 @@ class Activations:
 
     @contextlib.contextmanager
     def made_again(self) -> Iterator[None]:
-        """Inside the block the model keeps less for its backward pass. Nothing changes where its layers are checkpointed as they are."""
-        # The last layer may be replaced itself. A checkpointed layer that runs again after the block would keep more than it did inside.
+        """Inside the block the model saves less for its backward pass. Nothing changes where its layers are checkpointed as they are."""
+        # The last layer may be replaced itself. A checkpointed layer that runs again after the block would save more than it did inside.
         runs_again = len(self.layers) == 1 or any(layer.training or "forward" in vars(layer) for layer in self.layers[:-1])
         with contextlib.nullcontext() if runs_again or not torch.is_grad_enabled() else self._replaced():
             yield
@@ -242,7 +242,7 @@ class Activations:
 
 
 class _Positive(torch.autograd.Function):
-    """A ReLU that keeps where its input is positive."""
+    """A ReLU that saves a mask of where its input is positive."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -268,6 +268,6 @@ def _product(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -
 
 
 def _again(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    """What the function gives; for the backward pass only its inputs are kept."""
+    """The function's result; for the backward pass only its inputs are saved."""
     result: Tensor = checkpoint(function, *values, use_reentrant=False, preserve_rng_state=False)
     return result

@@ -76,7 +76,7 @@ class CompiledModel:
 
 
 # ----------------------------------------
-# A model that learns with the states of its texts kept: what is below the lowest edit is run once for each text.
+# A model that trains with cached states of its texts: what is below the lowest edit is run once for each text.
 
 
 ADVICE = "give train.states_gib: 0"
@@ -86,8 +86,8 @@ ADVICE = "give train.states_gib: 0"
 def hidden_state_model(model: VisionLanguageModel, gib: float, n_images: int) -> Iterator[None]:
     """Inside the block the model learns from cached states, of at most `gib` GiB in each process; 0: nothing changes.
 
-    n_images: of the data, so that the first batch can tell whether its texts can be kept; 0 where that is not asked.
-    Raises ConfigError where nothing can be kept, and says what is in the way.
+    n_images: of the data, to check with the first batch whether the cache can hold their texts; 0: no check.
+    Raises ConfigError where nothing can be cached, with the reason.
     """
     if not gib:
         yield
@@ -97,10 +97,10 @@ def hidden_state_model(model: VisionLanguageModel, gib: float, n_images: int) ->
         raise ConfigError(f"train.states_gib runs texts in each process apart, and FSDP2 splits the model over them: train with DDP, or {ADVICE}")
     first = first_layer(adapted.anatomy, adapted.active_adapter(), model.head)
     if trained := next((name for name, parameter in adapted.base.named_parameters() if parameter.requires_grad), None):
-        raise ConfigError(f"train.states_gib keeps what a frozen language model makes of its texts, and {trained} is trained: {ADVICE}")
+        raise ConfigError(f"train.states_gib caches the states of a frozen language model, and {trained} is trained: {ADVICE}")
     if not starts_exactly(adapted, first):
         kind = model.language.model.config.model_type
-        raise ConfigError(f"{kind} was tried without its first {first} layers, given what they make of a text, and says something else then: {ADVICE}")
+        raise ConfigError(f"{kind} was tried without its first {first} layers, given their output for a text, and gives other logits then: {ADVICE}")
     below, positions = LayersBelow(adapted, first), model.row_encoder().max_positions
     loss.lower = LowerStates(below, int(adapted.rows(1)), most=gib * 2**30, n_images=n_images, positions=positions)
     try:
@@ -110,24 +110,24 @@ def hidden_state_model(model: VisionLanguageModel, gib: float, n_images: int) ->
 
 
 def first_layer(anatomy: Anatomy, adapter: Adapter, head: AnswerHead | None) -> int:
-    """The layer below which everything can be kept. Raises ConfigError where there is none."""
+    """The layer below which everything can be cached. Raises ConfigError where there is none."""
     if head is not None:
         raise ConfigError(f"train.states_gib acts on models that write, and this one chooses among answers: {ADVICE}")
     lowest, placement = lowest_edit(anatomy, adapter)
     if lowest < 1:
         where = "the first layer" if lowest == 0 else "what enters the layers"
         raise ConfigError(
-            f"train.states_gib keeps what the layers below an adapter's lowest edit make of a text, and {placement.role} acts on {where}: "
+            f"train.states_gib caches the output of the layers below an adapter's lowest edit, and {placement.role} acts on {where}: "
             f"{ADVICE}, or methods in deeper layers alone, as eP-ALM without a prompt"
         )
     if any(isinstance(placed.edit, ReadAll) for placed in adapter.placements):
-        raise ConfigError(f"train.states_gib keeps nothing of padding, and a slot of this adapter reads it: train eP-ALM with mask: causal, or {ADVICE}")
+        raise ConfigError(f"train.states_gib caches nothing of padding, and a slot of this adapter reads it: train eP-ALM with mask: causal, or {ADVICE}")
     return min(lowest, len(anatomy.layers) - 1)
 
 
 @torch.no_grad()
 def starts_exactly(adapted: AdaptedModel, first: int) -> bool:
-    """Whether the model says the same of two short texts when it is started at a layer. Runs it on twenty tokens, without its adapters."""
+    """Whether the model gives the same logits for two short texts when it is started at a layer. Runs it on twenty tokens, without its adapters."""
     batch = _two_texts(adapted.base)
     token_map = unadapted(batch)
     below = LayersBelow(adapted, first)
@@ -157,7 +157,7 @@ def _scores(adapted: AdaptedModel, batch: Batch, token_map: TokenMap) -> Tensor:
 
 @contextlib.contextmanager
 def training_form(model: VisionLanguageModel, settings: TrainSettings, n_images: int) -> Iterator[None]:
-    """Inside the block the model is compiled, or keeps the states of its texts, where that is asked for. Raises ConfigError where it cannot."""
+    """Inside the block the model is compiled, or caches the states of its texts, where the settings ask for it. Raises ConfigError where it cannot."""
     with compiled(model, settings.compile), hidden_state_model(model, settings.states_gib, n_images):
         yield
 
@@ -170,7 +170,7 @@ def mean_loss(model: VisionLanguageModel, batches: Iterable[Batch]) -> float | N
     """
     state, lower, call = process_state(), model.language_loss.lower, model.language_loss.call
     total = torch.zeros(2, dtype=torch.float64)  # loss, targets
-    model.language_loss.lower, model.language_loss.call = None, model.adapted.base  # neither kept nor compiled for
+    model.language_loss.lower, model.language_loss.call = None, model.adapted.base  # neither cached nor compiled for
     try:
         with without_dropout(model):
             for batch in batches:

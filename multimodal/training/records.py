@@ -82,12 +82,12 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 # ----------------------------------------
-# What TensorBoard or Weights & Biases are told at a measurement: metrics, and images with what was said about them.
+# What TensorBoard or Weights & Biases log at a measurement: metrics, and images with their generated texts.
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedSamples:
-    """An image, and what the model said about it. key: the sample's, which the tracker lists it under."""
+    """An image with its generated text. key: the sample's, which the tracker lists it under."""
 
     key: str
     image: Image.Image
@@ -95,7 +95,7 @@ class LoggedSamples:
 
 
 def track(accelerator: Accelerator, step: int, metrics: Mapping[str, float], logged: Sequence[LoggedSamples] = ()) -> None:
-    """Tell every tracker of the run; nothing where there is none, and on the main process alone."""
+    """Log to every tracker of the run; nothing where there is none, and on the main process alone."""
     accelerator.log(dict(metrics), step=step)
     if not accelerator.is_main_process:
         return
@@ -119,7 +119,7 @@ def _to_wandb(tracker: Any, step: int, logged: Sequence[LoggedSamples]) -> None:
 
 
 # ----------------------------------------
-# What a run is a function of, kept in its checkpoints: a resume that differs is refused, or says in what.
+# What a run is a function of, stored in its checkpoints: a resume that differs is refused, or logs the difference.
 
 
 def run_facts(model: VisionLanguageModel, settings: TrainSettings) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def run_facts(model: VisionLanguageModel, settings: TrainSettings) -> dict[str, 
 
 
 def refuse_another_model(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where a checkpoint's model was made of something else; one that says nothing was written by an earlier version."""
+    """Raises CheckpointError where a checkpoint's model was made of something else; a checkpoint without these facts was written by an earlier version."""
     was, now = flat(found.get("model", {})), flat(own["model"])
     if was and (different := [name for name in {**was, **now} if was.get(name) != now.get(name)]):
         name = different[0]
@@ -164,7 +164,7 @@ def _methods(methods: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ----------------------------------------
-# What a run has read and learnt from so far, over all its processes.
+# What a run has read and trained on so far, over all its processes.
 
 
 class TrainedSoFar:
@@ -198,20 +198,20 @@ class TrainedSoFar:
             self.skipped_samples += sum(agreed.asked)
 
     def check(self, bad: BadSamples, *, is_end: bool = False) -> None:
-        """Raises DataError where all samples of a set were asked for and none could be used; at the end of a run also where it learnt from nothing."""
+        """Raises DataError where all samples of a set were asked for and none could be used; at the end of a run also where it trained on nothing."""
         for (name, size), asked, good in zip(self._sizes.items(), self._asked, self._good, strict=True):
             if asked >= size and not good:
                 which = f"the {size} samples of {name}" if name else f"the {size} samples"
-                raise DataError(f"none of {which} can be used, so nothing is learnt from them: {bad.summary()}; mend the data, or give other data")
+                raise DataError(f"none of {which} can be used, so the run cannot train on them: {bad.summary()}; mend the data, or give other data")
         if is_end and self.is_nothing:
-            raise DataError(f"none of the {sum(self._asked)} samples that were read can be used, so nothing was learnt: {bad.summary()}; mend the data")
+            raise DataError(f"none of the {sum(self._asked)} samples that were read can be used, so nothing was trained: {bad.summary()}; mend the data")
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON."""
         return {"asked": self._asked, "good": self._good, "skipped": self.skipped, "skipped_samples": self.skipped_samples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting; a checkpoint of an earlier version, which holds no counts, is taken to have learnt from what it read."""
+        """Go on counting; a checkpoint of an earlier version, which holds no counts, is taken to have trained on what it read."""
         self._asked = list(state.get("asked", self._asked))
         self._good = list(state.get("good", [1] * len(self._sizes)))
         self.skipped, self.skipped_samples = state.get("skipped", 0), state.get("skipped_samples", 0)

@@ -157,7 +157,7 @@ def _read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 # ----------------------------------------
-# The best weights that a run measured so far, kept in its checkpoints.
+# The best weights that a run measured so far, stored in its checkpoints.
 
 
 class Best:
@@ -175,7 +175,7 @@ class Best:
         self._weights: dict[str, Tensor] = {}
 
     def judge(self, step: int, metrics: Mapping[str, float], parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Whether this measurement is the best so far; its weights are then kept. Raises ConfigError where the metric was not measured."""
+        """Whether this measurement is the best so far; its weights are then saved. Raises ConfigError where the metric was not measured."""
         self.metric = self.metric or next(iter(metrics), None)
         if self.metric is None or self.metric not in metrics:
             what = self.metric or "a metric to judge by"
@@ -194,7 +194,7 @@ class Best:
         return 0 < self._settings.patience <= self.waited
 
     def put_back(self, parameters: Mapping[str, nn.Parameter]) -> tuple[int, str, float] | None:
-        """Give the parameters the best weights; their step, metric and value come back, None where none were kept."""
+        """Give the parameters the best weights; their step, metric and value come back, None where none were saved."""
         with torch.no_grad():
             for name, weight in self._weights.items():
                 put_whole(parameters[name], weight)
@@ -209,7 +209,7 @@ class Best:
         return dict(self._weights)
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-        """Go on judging where a run was. One that is judged by another metric than before, or kept no weights, begins anew."""
+        """Go on judging where a run was. One that is judged by another metric than before, or saved no weights, begins anew."""
         if state.get("step") and self.metric in (None, state["figure"]) and (weights or not self._settings.keep_best):
             self.metric, self.step, self.value, self.waited = state["figure"], state["step"], state["value"], state["waited"]
             self._weights = dict(weights) if self._settings.keep_best else {}

@@ -80,12 +80,12 @@ def train(
 
     resume         go on from the newest checkpoint in `folder`: the same weights, bit for bit, as if the run had never stopped; with
                    another number of processes, at the very next image
-    patches        features that are kept already, or the folder that the first epoch fills with them; encoded here where settings.features is
+    patches        features that are cached already, or the folder that the first epoch fills with them; encoded here where settings.features is
                    `memory` and none are given
     known_bad      samples that the source left out already; they count towards the budget
     measure        metrics for the screen and metrics.jsonl, asked for every `settings.measure_every` steps
     judged_by      the one of them, of which more is better, that settings.keep_best and settings.patience go by; the first where none is named
-    samples        images with what was said about them, for the trackers; asked for after each measurement, where there are trackers
+    samples        images with their generated texts, for the trackers; asked for after each measurement, where there are trackers
     also_trained   further parameters by name, for baselines that fine-tune a frozen part
 
     Raises TerminatedError, with a checkpoint written, where SIGTERM or Ctrl-C asked to end; DataError where a worker process died, or where
@@ -131,7 +131,7 @@ def check_training(
     """Refuse, before any image is read, what a training with these settings would refuse.
 
     Raises ConfigError for learning rates of methods that are not there, trackers that are not installed, and settings that the model does not
-    bear; CheckpointError where the run to go on with trained another model.
+    support; CheckpointError where the run to go on with trained another model.
     """
     check_trackers(settings)
     parameters = {**TrainedParts.of(model).parameters(), **(also_trained or {})}
@@ -147,7 +147,7 @@ def check_training(
 
 @contextlib.contextmanager
 def _continued(checkpoint: Path) -> Iterator[None]:
-    """Inside the block it is said which checkpoint is refused."""
+    """Inside the block, an error names the checkpoint that is refused."""
     try:
         yield
     except CheckpointError as error:
@@ -298,7 +298,7 @@ class _Run:
     def after(self, step: int, n_steps: int, loss: torch.Tensor | None, displayed: StepProgress) -> None:
         """Log, and write a checkpoint, where it is due.
 
-        Raises TerminatedError where a process was asked to end, ConfigError where a loss was not finite, DataError where nothing was learnt.
+        Raises TerminatedError where a process was asked to end, ConfigError where a loss was not finite, DataError where nothing was trained.
         """
         if step == n_steps:
             self.trained_so_far.check(self.log.bad, is_end=True)

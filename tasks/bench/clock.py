@@ -93,7 +93,7 @@ _WARM = Work(n_patches=5)
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Of one side: MiB above the loaded model at most, NaN where the system does not tell, and the median seconds of a step."""
+    """Of one side: MiB above the loaded model at most, NaN where the system does not report it, and the median seconds of a step."""
 
     mib: float
     seconds: float
@@ -179,7 +179,7 @@ class Finding:
 
     ratios   one for each repetition
     target   what the ratio should be, at least or at most; None where nothing is aimed at
-    detail   what the ratio is of, in absolute figures
+    detail   both sides of the ratio, in absolute numbers
     """
 
     part: str
@@ -222,7 +222,7 @@ def about(bench: Bench) -> dict[str, str]:
 
 
 def as_line(finding: Finding) -> str:
-    """One line: median, spread, target, verdict, what it is."""
+    """One line: median, spread, target, outcome, what it is."""
     return f"{finding.part:10s}  {_ratio(finding):24s}  {_goal(finding):14s}  {finding.outcome:14s}  {finding.what}; {finding.detail}"
 
 
@@ -231,7 +231,7 @@ def as_markdown(findings: Sequence[Finding], where: Mapping[str, str]) -> str:
     lines = [
         "; ".join(f"{name}: {value}" for name, value in where.items()),
         "",
-        "| what | ratio | target | | in figures |",
+        "| what | ratio | target | | in numbers |",
         "|---|---|---|---|---|",
     ]
     lines += [f"| {found.what} | {_ratio(found)} | {_goal(found)} | {found.outcome} | {found.detail} |" for found in findings]

@@ -116,7 +116,7 @@ def _speed(bench: Bench, shape: Shape, case: Case, taught: Taught, texts: str) -
 
 
 def against_peft(part: str, what: str, turns: Turns, case: Case) -> Finding:
-    """A step of both sides, in figures for each text."""
+    """A step of both sides, in milliseconds and tokens for each text."""
     ours, theirs = (_speed_of(turns.median(side), case.work) for side in ("adalink", "peft"))
     return Finding(part=part, what=what, ratios=turns.ratios("peft", "adalink"), target=case.faster, detail=f"{ours} against {theirs}")
 
@@ -140,10 +140,10 @@ def _memory(bench: Bench, shape: Shape, case: Case, part: str = "training") -> F
 
 
 # ----------------------------------------
-# A training step on features that are kept, against encoding the image of every row.
+# A training step on cached features, against encoding the image of every row.
 
 
-TOLERANCE = 1e-3  # features are kept in float16
+TOLERANCE = 1e-3  # features are cached in float16
 
 
 def features(bench: Bench) -> Iterator[Finding]:
@@ -399,7 +399,7 @@ def shards(bench: Bench) -> Iterator[Finding]:
 
 
 def metrics(bench: Bench) -> Iterator[Finding]:
-    """Seconds of the figures, against the official programs'; captions only where those are. Raises ConfigError outside the repository."""
+    """Seconds of the metrics, against the official programs'; captions only where those are installed. Raises ConfigError outside the repository."""
     script = _script("bench_metrics", "metrics")
     script.N_QUESTIONS, script.N_CAPTIONS = bench.sizes.n_answers, bench.sizes.n_captions
     given, rows, graded = script.answer_rows()

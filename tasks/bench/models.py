@@ -36,7 +36,7 @@ __all__ = [
 
 
 # ----------------------------------------
-# Language models by their sizes, with drawn weights: speed does not depend on what a model has learnt.
+# Language models by their sizes, with drawn weights: speed does not depend on the values of weights.
 
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -119,8 +119,8 @@ class Work:
 
     n_patches        image tokens of an image
     n_texts          texts about it
-    n_prompt         tokens of a text that are read and not learnt, the start token among them
-    n_target         tokens that are learnt, the end token among them
+    n_prompt         tokens of a text that are read and not trained on, the start token among them
+    n_target         tokens that are targets of the loss, the end token among them
     n_images       images of a step
     """
 
@@ -146,7 +146,7 @@ class Work:
 
 
 class _Drawn(nn.Module):
-    """An encoder that gives so many patches and costs nothing: features are kept, so it is asked for their sizes alone."""
+    """An encoder that gives so many patches and costs nothing: features are cached, so it is asked for their sizes alone."""
 
     def __init__(self, n_patches: int) -> None:
         super().__init__()

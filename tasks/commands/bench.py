@@ -137,7 +137,7 @@ def _machine(device: str, dtype: str, compile: str, threads: int) -> Machine:
 def _check(repetitions: int, out: Path | None, plot: Path | None, only: str | None) -> None:
     """Before anything is measured: a wrong name at the end of an hour would be dear."""
     if repetitions < 1:
-        raise ConfigError(f"repetitions is {repetitions}: give 1 or more, 5 for figures that are published")
+        raise ConfigError(f"repetitions is {repetitions}: give 1 or more, 5 for numbers that are published")
     for name, path, suffixes in (("out", out, (".md", ".json")), ("plot", plot, (".svg",))):
         if path is None:
             continue

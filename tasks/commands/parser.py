@@ -53,7 +53,7 @@ class _Parser(ArgumentParser):  # type: ignore[misc]  # untyped here
     is_for_help = False  # it will only be asked what the options are, and needs no types that take long to import
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what was said."""
+        """Raise the parser's message."""
         raise _Refused(message)
 
 
@@ -354,7 +354,7 @@ def _twice(node: yaml.Node) -> Iterator[tuple[str, int]]:
 
 
 def one_sentence(message: str, *, known: Sequence[str] = ()) -> str:
-    """The parser's message in one line, with the whole name of the setting; what a validation of ours said is kept as it is.
+    """The parser's message in one line, with the whole name of the setting; the message of a validation of ours stays as it is.
 
     known: the names of all settings, for the nearest to an unknown one
     """

@@ -60,7 +60,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One item in both runs: what each said, and its metric (CIDEr or accuracy, in percent)."""
+    """One item in both runs: the text of each, and its metric (CIDEr or accuracy, in percent)."""
 
     item: QuestionId
     said_before: str
@@ -249,7 +249,7 @@ def comparison_json(comparison: Comparison) -> str:
 
 
 def write_pairs(path: Path, comparison: Comparison) -> None:
-    """Every item with what both runs said and its two metrics, as JSON."""
+    """Every item with the texts of both runs and its two metrics, as JSON."""
     write_whole(path, (json.dumps([vars(pair) for pair in comparison.pairs], indent=1) + "\n").encode("ascii"))
 
 
@@ -260,7 +260,7 @@ def _flip_lines(comparison: Comparison, name: str, changed: Sequence[Pair], rate
 
 
 # ----------------------------------------
-# A run folder read back: what was said about which data, for comparing it with another.
+# A run folder read back: its texts and the settings of its data, for comparing it with another.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +268,7 @@ class SavedRun:
     """What `adalink train` or `adalink evaluate` left in a folder.
 
     task     captioning or vqa
-    texts    what was said, by image id or question id
+    texts    generated, by image id or question id
     data     the settings of the data set, as config.yaml has them
     scorer   the VQA scorer that the run chose
     """
@@ -298,7 +298,7 @@ class Asked:
 
     @property
     def people(self) -> tuple[str, ...]:
-        """What people said about it: captions or answers."""
+        """The texts of people: captions or answers."""
         return self.sample.captions if self.question is None else self.question.answers
 
 

@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ReadImages:
-    """The samples of a data set that can be shown to a model, with their features; the others are in `bad`."""
+    """The samples of a data set with a usable image, with their features; the others are in `bad`."""
 
     source: SampleSource
     patches: CachedFeatures
@@ -97,7 +97,7 @@ def predict(
     """One text for everything that the task asks about the source: each of several processes generates its share, and all get the whole.
 
     patches   of the source's images
-    shift     sample i is shown the image of sample i + shift: the blind control, where a model that looks must do worse
+    shift     sample i gets the image of sample i + shift: the blind control, where a model that looks must do worse
     """
     questions: list[_Question] = []
     bad: list[BadSample] = []
@@ -156,10 +156,10 @@ def _answer(model: VisionLanguageModel, questions: Sequence[_Question], patches:
 
 
 # ----------------------------------------
-# A sentence about texts that say too little: many empty, or one text said of many images.
+# A sentence about degenerate texts: many empty, or one text for many images.
 
 
-MOST_EMPTY, MOST_ALIKE = 0.1, 1 / 3  # shares of all texts; what is more is told
+MOST_EMPTY, MOST_ALIKE = 0.1, 1 / 3  # shares of all texts; more than that is reported
 ANSWER_WORDS = 3  # a text of so few words may be the right answer to many questions
 FEWEST = 20  # texts; among fewer, a third alike means nothing
 
@@ -180,7 +180,7 @@ def degenerate_note(texts: Collection[str], settings: GenerationSettings) -> str
 
 def _advice(settings: GenerationSettings) -> str:
     if settings.num_beams == 1:
-        return "the adapter tells the images hardly apart, so train it longer or give it more weights"
+        return "the adapter hardly distinguishes the images, so train it longer or give it more weights"
     return (
         f"{settings.num_beams} beams find what the frozen model thinks most probable, and a weak adapter does not outweigh that, "
         "so compare with generation.num_beams 1"
@@ -199,9 +199,9 @@ def what_is_missing(opened: Opened, texts: Mapping[int, str], bad: Sequence[BadS
 
 
 def refuse_gaps(task: Task, opened: Opened, usable: SampleSource, bad: Sequence[BadSample], submission: Submission) -> None:
-    """Raises DataError where samples that cannot be shown to the model will leave gaps: before anything is generated.
+    """Raises DataError where samples without a usable image would leave gaps: before anything is generated.
 
-    usable   the samples that can be shown
+    usable   the samples with a usable image
     bad      those that cannot
     """
     if submission.incomplete == "allow" or opened.left_out or not bad:

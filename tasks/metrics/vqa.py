@@ -79,14 +79,14 @@ def _strip_punctuation(answer: str) -> str:
 
 
 # ----------------------------------------
-# Errors that name the first few offenders and count all of them.
+# Errors that name the first few items at fault and count all of them.
 
 
 _DISPLAYED = 5
 
 
 def refuse(items: Collection[Hashable], what: str, expected: str) -> None:
-    """Raises DataError where there are offenders: "3 images have no caption (first: 7, 9, 12); expected ...".
+    """Raises DataError where there are items at fault: "3 images have no caption (first: 7, 9, 12); expected ...".
 
     what      follows the count, such as "images have no caption"
     expected  what was expected, or what to do
@@ -161,9 +161,9 @@ def named_accuracies(scores: AnswerScores) -> dict[str, float]:
 
 
 def has_few_answers(question: GradedQuestion) -> bool:
-    """Whether the people who answered are too few for the official accuracy: what all of them say is not fully right.
+    """Whether the people who answered are too few for the official accuracy: an answer that all of them gave does not score 1.
 
-    It compares with the answers of the other people, three of whom must agree: one answer has no others (0 whatever is said), two or three
+    It compares with the answers of the other people, three of whom must agree: one answer has no others (0 for every prediction), two or three
     have too few. Records that are equal in all count as one: those with nothing beside the answer, and those of one mark and one answer.
     """
     if len(question.answers) < _FULL:

@@ -52,7 +52,7 @@ class DrawnTower:
 
     @property
     def inputs(self) -> dict[str, InputSpec]:
-        """What the edits can read of an image; pooled features of another width than the patches are not kept (as in VisionTower)."""
+        """What the edits can read of an image; pooled features of another width than the patches are left out (as in VisionTower)."""
         image = {"image": InputSpec(self.n_patches, self.width)}
         return {**image, "image_taps": InputSpec(self.n_layers, self.pooled_width)} if self.pooled_width == self.width else image
 
@@ -210,7 +210,7 @@ def _call(model: Any, rows: int, tokens: int) -> dict[str, Any]:
 
 
 def tower_fingerprint(spec: str | Path) -> str:
-    """The fingerprint of the vision tower of a folder, as an adapter keeps it; empty where `spec` is a name, or it cannot be said."""
+    """The fingerprint of the vision tower of a folder, as an adapter stores it; empty where `spec` is a name, or it cannot be computed."""
     folder = existing_folder(spec)
     if folder is None:
         return ""
@@ -229,7 +229,7 @@ def language_fingerprint(name_or_folder: str | Path, use: LanguageUse = "write")
 
 
 def stored_fingerprint(module: nn.Module, part: nn.Module, folder: Path) -> str:
-    """The fingerprint that `module` has once the folder's weights are loaded into `part` of it; empty where that cannot be said.
+    """The fingerprint that `module` has once the folder's weights are loaded into `part` of it; empty where it cannot be computed.
 
     module, part   on the meta device; the part is `module` itself or inside it, and holds the weights afterwards
     folder         with *.safetensors

@@ -113,7 +113,7 @@ def _settings(kind: type[Any], required: Mapping[str, Any]) -> tuple[Setting, ..
 
 
 def _examples(kind: type[Any], required: Mapping[str, Any]) -> dict[str, Any]:
-    """A value for each field without a default, by its type alone; shown with what is counted, and meant for nothing else."""
+    """A value for each field without a default, by its type alone; printed beside the counts, and meant for nothing else."""
     hints = typing.get_type_hints(kind)
     return {name: value for name in required if (value := _example(hints[name])) is not None}
 

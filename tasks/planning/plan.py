@@ -125,7 +125,7 @@ class Assumed:
 
     rows        of a training batch: one text for each image
     text        tokens of words in a row, prompt and answer together; the slots of the adapter come on top
-    answer      tokens that are learnt, and so have logits
+    answer      tokens that are targets of the loss, and so have logits
     generated   tokens that a row grows by while serving, in `beams` copies
     """
 
@@ -230,7 +230,7 @@ def places_in(trained: TrainedParts) -> dict[str, tuple[str, ...]]:
 def to_train(
     model: Any, parts: int, parts_trained: TrainedParts, n_slots: int, assumed: Assumed, train: TrainSettings, *, seen: int = 0
 ) -> dict[str, int]:
-    """The memory of a training by what takes it, in bytes. parts: bytes of the frozen weights; seen: what is kept of images in an adapted encoder."""
+    """The memory of a training by what takes it, in bytes. parts: bytes of the frozen weights; seen: activations of the images in an adapted encoder."""
     trained, anatomy = sum(parts_trained.counts().values()), Anatomy.read(model)
     length = n_slots + assumed.text
     activations = saved_bytes(model, rows=assumed.rows, tokens=length)
@@ -248,7 +248,7 @@ def to_train(
         "activations, estimated": activations,
         **({"activations of the encoder, estimated": seen} if seen else {}),
         "logits held at once, estimated": logits,
-        **({"states kept of texts, at most": int(train.states_gib * 2**30)} if train.states_gib else {}),
+        **({"cached states of texts, at most": int(train.states_gib * 2**30)} if train.states_gib else {}),
     }
 
 

@@ -39,14 +39,14 @@ class DifferenceRow:
 
 @dataclass(frozen=True, kw_only=True)
 class FlipCard:
-    """An image with what both runs said about it.
+    """An image with the texts of both runs.
 
     question   empty for captions
     people     references or answers, repeats included
     """
 
     key: str
-    image: Image | bytes | None  # None: the card says that no image was kept
+    image: Image | bytes | None  # None: the card says that no image was saved
     question: str
     said_before: str
     said_after: str
@@ -95,7 +95,7 @@ def render_changed(page: FlipPage) -> str:
 # The page of several runs: what each reached, the settings that differ, and their curves laid over each other. One file, no script.
 
 
-# Told apart by people with any kind of sight, on light and on dark: Okabe and Ito's colours; from the ninth run on with dashes.
+# Distinct for people with any kind of sight, on light and on dark: Okabe and Ito's colours; from the ninth run on with dashes.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#e69f00", "#7f7f7f")
 DASHES = ("none", "6 4", "2 4")
 _KEY = ".sample { width: 28px; height: 10px; margin-right: 0.3rem; }\n"

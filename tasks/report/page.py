@@ -58,13 +58,13 @@ def thumbnail(image: Image.Image | bytes | None) -> Thumbnail:
     An image that cannot be read costs its place on the page, not the page: the reason stands where it would have been.
     """
     if image is None:
-        return Thumbnail(reason="no image was kept")
+        return Thumbnail(reason="no image was saved")
     try:
         small = _small(decode_image(image) if isinstance(image, bytes) else image)
     except BadImage as error:
-        return Thumbnail(reason=f"the image cannot be shown: {error.reason}")
+        return Thumbnail(reason=f"the image cannot be read: {error.reason}")
     except (OSError, ValueError) as error:  # a Pillow image that was never loaded, and whose file is closed or damaged
-        return Thumbnail(reason=f"the image cannot be shown: {error}")
+        return Thumbnail(reason=f"the image cannot be read: {error}")
     stream = BytesIO()
     small.save(stream, "JPEG", quality=82, optimize=True)
     url = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
@@ -190,7 +190,7 @@ def _third(score: float, known: Sequence[float]) -> Outcome:
 
 
 FOLDER = Path(__file__).parent
-MOST_KEYS = 50  # keys of skipped samples shown for one reason; the log names them all
+MOST_KEYS = 50  # keys of skipped samples printed for one reason; the log names them all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +239,7 @@ class CaptionCard:
     """An image with its generated caption. `score` is in the scorer's own unit, None where it was not scored."""
 
     key: str
-    image: Image.Image | bytes | None  # None: the card says that no image was kept
+    image: Image.Image | bytes | None  # None: the card says that no image was saved
     generated: str
     references: Sequence[str]
     score: float | None
@@ -252,10 +252,10 @@ class CaptionCard:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerCard:
-    """An image with a question and its generated answer. `answers` are what people said, repeats included."""
+    """An image with a question and its generated answer. `answers` are those of people, repeats included."""
 
     key: str
-    image: Image.Image | bytes | None  # None: the card says that no image was kept
+    image: Image.Image | bytes | None  # None: the card says that no image was saved
     question: str
     generated: str
     answers: Sequence[str]
@@ -280,7 +280,7 @@ class Report:
     curves: Sequence[Curve]
     cards: Sequence[CaptionCard | AnswerCard]
     bad_samples: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> keys of the samples that were skipped
-    config: str = ""  # the configuration as used, as it is shown
+    config: str = ""  # the configuration as used, as the page prints it
 
     def __post_init__(self) -> None:
         _check_named("Report", self.title)
@@ -337,7 +337,7 @@ def _share(parameters: int, report: Report) -> str:
 
 def _check_named(kind: str, name: str) -> None:
     if not name.strip():
-        raise ConfigError(f"a {kind} has the name {name!r}; expected a text that people can tell it by")
+        raise ConfigError(f"a {kind} has the name {name!r}; expected a text that is not empty")
 
 
 def _check_count(what: str, count: int) -> None:

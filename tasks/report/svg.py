@@ -18,7 +18,7 @@ __all__ = ["Axis", "Point", "describe", "draw", "draw_many", "exact_axis", "roun
 # One axis of a plot: the range it covers, its ticks and their labels.
 
 
-# A range narrower than this share of its values is drawn as flat: ticks inside it could not be told apart in float64.
+# A range narrower than this share of its values is drawn as flat: ticks inside it could not be distinguished in float64.
 FLAT = 1e-9
 SMALLEST = 1e-290
 
@@ -79,7 +79,7 @@ def _axis(low: float, high: float, step: float) -> Axis:
 
 
 def _label(value: float, step: float, size: float) -> str:
-    """As many digits as tell two ticks apart: 2000 -> 2,000, and 0.25 -> 0.25, and 0.00025 -> 2.5e-4, and 3000000 -> 3M."""
+    """As many digits as distinguish two ticks: 2000 -> 2,000, and 0.25 -> 0.25, and 0.00025 -> 2.5e-4, and 3000000 -> 3M."""
     if abs(value) < step / 2:
         return "0"
     decimals = max(0, -math.floor(math.log10(step) + FLAT))

@@ -134,7 +134,7 @@ def features_to_learn(model: VisionLanguageModel, source: SampleSource, config: 
 
 
 def features_to_log(model: VisionLanguageModel, source: SampleSource, config: RunConfig, label: str) -> CachedFeatures:
-    """The features of the images that a run is evaluated on: kept ones, or encoded now; of an adapted encoder its pixels.
+    """The features of the images that a run is evaluated on: cached ones, or encoded now; of an adapted encoder its pixels.
 
     Raises as `features_to_learn`.
     """

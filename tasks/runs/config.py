@@ -59,7 +59,7 @@ class Data:
     """Where the images and texts are."""
 
     val: DataConfig  # what is evaluated
-    train: DataConfig | None = None  # what is learnt; only `train` needs it
+    train: DataConfig | None = None  # the training data; only `train` needs it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +117,14 @@ class RunConfig:
     image_tokens: ImageTokens = field(default_factory=ImageTokens)  # of `model`: how many tokens an image may cost; others are scaled until it fits
     data: Data
     methods: Methods
-    vision_methods: Methods = field(default_factory=Methods)  # methods inside the encoder, trained with the others; its features are then never kept
+    vision_methods: Methods = field(default_factory=Methods)  # methods inside the encoder, trained with the others; its features are then never cached
     layer: int = -1  # which encoder block the features come from: -1 the last, with its norm; -2 the one before, as Context-PEFT has it
     captioning: Captioning = field(default_factory=Captioning)  # settings of the task, where it is captioning
     vqa: Vqa = field(default_factory=Vqa)  # settings of the task, where it is vqa
     train: TrainSettings = field(default_factory=TrainSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     features: Path | None = None  # cached features, in FOLDER/train and FOLDER/val, which `adalink features` or train.features: fill writes; none: encode
-    features_dtype: StoredDtype = "float16"  # what is kept; float16 moves gradients by up to 3e-4 of their size, bfloat16 by up to 2e-3, float32 not at all
+    features_dtype: StoredDtype = "float16"  # float16 moves gradients by up to 3e-4 of their size, bfloat16 by up to 2e-3, float32 not at all
     out: Path | None = None  # the run folder
 
     def __post_init__(self) -> None:

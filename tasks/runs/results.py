@@ -94,7 +94,7 @@ def write_card_metrics(folder: Path, score: Score, *, split: str, items: int, be
 
 
 # ----------------------------------------
-# The report of a run: its curves, table, and images with what was said about them.
+# The report of a run: its curves, table, and images with their texts.
 
 
 _UNSCORED = Score(metrics={}, headline="", items={}, scorer="nothing")  # a test split

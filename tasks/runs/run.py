@@ -58,7 +58,7 @@ def refuse_taken(out: Path, *, resume: bool) -> None:
 
 
 def changed_config(file: Path, config_text: str) -> list[str]:
-    """`generation.num_beams 3 -> 1` for each setting of a run's config.yaml that is another now; of those that its checkpoints hold, training tells."""
+    """`generation.num_beams 3 -> 1` for each setting of a run's config.yaml that is another now; training reports those that its checkpoints hold."""
     try:
         was, now = (flat(yaml.safe_load(text) or {}) for text in (file.read_text(encoding="utf-8"), config_text))
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
@@ -120,7 +120,7 @@ N_DISPLAYED = 6
 
 
 def logged_samples(source: SampleSource, task: Task, texts: Mapping[int, str]) -> Sequence[LoggedSamples]:
-    """Some images, always the same ones and spread over the source, each with the first thing asked and what was said."""
+    """Some images, always the same ones and spread over the source, each with its first question and the generated text."""
     logged: list[LoggedSamples] = []
     for index in range(0, len(source), max(len(source) // N_DISPLAYED, 1)):
         sample = source[index]
@@ -137,7 +137,7 @@ def logged_samples(source: SampleSource, task: Task, texts: Mapping[int, str]) -
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one data set, by what was done to the model; and what was said with its own image, with a sentence where that is too much alike."""
+    """The scores of one data set, by what was done to the model; and the texts with the right images, with a sentence where too many are alike."""
 
     scores: Mapping[str, Score]
     predictions: Predictions
@@ -258,7 +258,7 @@ class _Measurement:
         return {score.headline: score.metrics[score.headline], **({} if loss is None else {VAL_LOSS: loss})}
 
     def samples(self) -> Sequence[LoggedSamples]:
-        """Some images with what was said about them."""
+        """Some images with their generated texts."""
         return logged_samples(self._images.source, self._task, self._stated)
 
     def _batches(self) -> Batches:

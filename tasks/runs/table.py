@@ -124,7 +124,7 @@ def many_json(runs: Sequence[RunSummary]) -> str:
 
 
 def _names(runs: Sequence[RunSummary]) -> list[str]:
-    """The folders' last names where they tell the runs apart, else all of each."""
+    """The folders' last names where they are distinct, else whole paths."""
     short = [run.folder.resolve().name for run in runs]
     return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]
 

@@ -41,7 +41,7 @@ __all__ = ["assemble", "main", "train_connector"]
 CONNECTOR = Bridge(kind="mlp", norm="none", init_scale=8.0)  # linear, gelu, linear: what LLaVA has between its parts
 SETTINGS = TrainSettings(epochs=3, batch_size=8, learning_rate=0.005, weight_decay=0.0, betas=(0.9, 0.99), log_every=50, features="memory")
 IMAGE, VIDEO = "<image>", "<video>"
-# A message is asked as the language model's own texts ask; where nothing is said of an image, a caption follows.
+# A message is asked as the language model's own texts ask; where an image comes without a question, a caption follows.
 CHAT = (
     "{% for message in messages %}{% set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content %}"
     "{% if message.role == 'assistant' %}{% for part in parts %} {{ part.text }}{% endfor %}</s>"

@@ -1,4 +1,4 @@
-"""One scene: the objects of an image and its background, drawn by lot from a seed. Everything else is said about it."""
+"""One scene: the objects of an image and its background, drawn from a seed. Images and texts are made from it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ RELATIONS: dict[str, tuple[str, ...]] = {
 OPPOSITE: dict[str, str] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 NUMBERS: tuple[str, ...] = ("no", "one", "two", "three", "four")
 
-# What another person might have said instead: a synonym, or a neighbour that the eye takes for it.
+# The word of another person: a synonym, or a neighbour that looks alike.
 ALIKE: dict[str, tuple[str, ...]] = {
     "red": ("dark red", "orange"),
     "orange": ("yellow", "red"),
@@ -104,7 +104,7 @@ def plural(noun: str) -> str:
 SIDE = 96  # pixels, of the square image
 CELL = 16  # pixels: centres lie near the middles of a grid of 6 x 6 cells, so that a small encoder learns to see in minutes
 JITTER = 3  # pixels, either way
-RADII = {"small": (10, 11), "large": (17, 18)}  # pixels; the gap between the sizes is what the eye can tell
+RADII = {"small": (10, 11), "large": (17, 18)}  # pixels; the gap between the sizes is easy to see
 GAP = 3  # pixels between two objects, at least
 # How a number of objects splits into kinds, with its weight. Repeats are common, so that counting a kind is worth asking.
 SPLITS: dict[int, tuple[tuple[tuple[int, ...], int], ...]] = {
@@ -157,7 +157,7 @@ def relation(a: Thing, b: Thing) -> str:
 
 
 def make_scene(rng: Random) -> Scene:
-    """A scene by lot. Shapes, colours and backgrounds are drawn independently, so none of them tells another."""
+    """A scene by lot. Shapes, colours and backgrounds are drawn independently, so none of them predicts another."""
     n = rng.randint(1, 4)
     splits = SPLITS[n]
     counts = rng.choices([s for s, _ in splits], [w for _, w in splits])[0]

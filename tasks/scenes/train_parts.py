@@ -33,8 +33,8 @@ __all__ = ["hash_files", "main", "make_tokenizer", "train_encoder", "train_langu
 # ----------------------------------------
 # Train the frozen encoder of scenes: a timm vision transformer, supervised with class numbers. It never sees a word.
 #
-# Every patch tells the object that covers it (shape, colour, size), whether that object's centre lies in it, and how many objects
-# of its shape and of its colour the image holds; the class token tells the background and the counts. The heads are linear and
+# Every patch predicts the object that covers it (shape, colour, size), whether that object's centre lies in it, and how many objects
+# of its shape and of its colour the image holds; the class token predicts the background and the counts. The heads are linear and
 # dropped afterwards, so what they read lies linearly in the features that an adapter gets.
 
 
@@ -47,7 +47,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 SEED = 20_001  # of the scenes drawn here; Scenes draws its own from other strings
 IMAGES_BATCH = 64
 NONE = -100  # no target here
-# What a patch tells, with its number of classes: 0 is "no object" for the first three. Counts are 1..4, less one.
+# The targets of a patch, with the number of classes of each: 0 is "no object" for the first three. Counts are 1..4, less one.
 PATCH_TARGETS = {"shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "size": len(SIZES) + 1, "centre": 2, "same_shape": 4, "same_colour": 4}
 N_GLOBAL = {"background": len(BACKGROUNDS), "things": 5} | {f"count {w}": 5 for w in (*SHAPES, *COLOURS)}
 
@@ -135,12 +135,12 @@ def _save(encoder: nn.Module, folder: Path) -> None:
 # ----------------------------------------
 # Train the frozen language model of scenes: a small Llama and its own tokenizer, on text alone. It never sees an image.
 #
-# A document is what can be said of one scene: captions, and questions with their answers, `</s>` before, between and after them. So
-# the model learns what models of natural text learn: to go on in keeping with what was said before. With texts one by one it
+# A document holds the texts about one scene: captions, and questions with their answers, `</s>` before, between and after them. So
+# the model learns what models of natural text learn: to continue a text consistently. With texts one by one it
 # learned no such thing, and in a trial an adapter that only writes its inputs got little more than a third of the CIDEr-D out of it.
 
 
-TEXT_SEED = 30_001  # of the scenes told here; Scenes and the encoder draw theirs from others
+TEXT_SEED = 30_001  # of the scenes described here; Scenes and the encoder draw theirs from others
 END, PAD = "</s>", "<pad>"
 VOCABULARY = 600
 TEXT_BATCH = 16

@@ -179,7 +179,7 @@ def patient_protocol(seconds: float, most: int) -> type[H11Protocol]:
 
     seconds   in which the header of a request must come
     most      connections at once. For one more, that one is closed which has been open longest of those that wait for a request; where all
-              are being answered, the new one is told to come again
+              are being answered, the new one is asked to come again
     """
     return type("Patient", (_Patient,), {"seconds": seconds, "most": most, "there": {}})
 
@@ -270,7 +270,7 @@ class Keys:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not given.strip():
             raise Refused(401, "a key is needed: send the header `Authorization: Bearer KEY`", field="authorization", code="missing_key")
-        # Every key is compared, each in the same time, so that the time tells nothing. Headers are read as latin-1, whatever they are.
+        # Every key is compared, each in the same time, so that the time reveals nothing. Headers are read as latin-1, whatever they are.
         secret = given.strip().encode("latin-1")
         if not sum(hmac.compare_digest(secret, key) for key in self.keys):
             raise Refused(401, "the key is not one of this server's: ask its operator for one", field="authorization", code="wrong_key")

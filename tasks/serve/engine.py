@@ -83,7 +83,7 @@ class Worker:
         return future
 
     def join(self, jobs: Sequence[Job]) -> None:
-        """Add jobs to the running batch; where that fails, they are told, and those that run already are not touched."""
+        """Add jobs to the running batch; where that fails, they get the error, and those that run already are not touched."""
         self.seen([*self.running.jobs, *jobs])
         try:
             self.running.join(jobs)
@@ -129,7 +129,7 @@ def _failed(jobs: Sequence[Job], error: Exception) -> None:
 
 
 class Running:
-    """Rows that are being written. Each is told its text as it comes and its end as it ends, and makes room for another at once."""
+    """Rows that are being written. Each gets its text as it comes and its end as it ends, and makes room for another at once."""
 
     def __init__(self, model: VisionLanguageModel, features: FeatureLRU, prompts: PromptCache) -> None:
         self.model = model
@@ -241,7 +241,7 @@ class _Rows(StoppingCriteria):  # type: ignore[misc]  # untyped here
 
 
 def run_greedy(model: VisionLanguageModel, batch: Batch, token_map: TokenMap, jobs: Sequence[Job]) -> None:
-    """Generate step by step, and tell each its answer: the tokens that `VisionLanguageModel.generate` gives."""
+    """Generate step by step, and give each its answer: the tokens that `VisionLanguageModel.generate` gives."""
     asks, rows = [job.ask for job in jobs], [JobRow(job, model.language, n_rows=len(jobs)) for job in jobs]
     with model.adapted.attachment.bind(token_map):
         run_generation(
@@ -255,7 +255,7 @@ def run_greedy(model: VisionLanguageModel, batch: Batch, token_map: TokenMap, jo
 
 
 def run_beams(model: VisionLanguageModel, batch: Batch, jobs: Sequence[Job]) -> None:
-    """Tell each job the text that `VisionLanguageModel.generate_batch` gives, with beams that are the same for all."""
+    """Give each job the text that `VisionLanguageModel.generate_batch` gives, with beams that are the same for all."""
     rows = [JobRow(job, model.language, n_rows=len(jobs)) for job in jobs]
     for row, text in zip(rows, model.generate_batch(batch, jobs[0].ask.settings, [job.ask.adapter for job in jobs]), strict=True):
         row.end(text)
@@ -327,7 +327,7 @@ class FeatureLRU:
 # Prompts that were read last, so that a second question about an image is read from where it differs.
 
 
-WORTH = 0.5  # of a prompt must be known to be read in a call of its own; a round figure, not a measured one
+WORTH = 0.5  # of a prompt must be known to be read in a call of its own; a round number, not a measured one
 
 
 @dataclass(frozen=True)

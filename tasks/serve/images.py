@@ -68,7 +68,7 @@ class RemoteImages:
                 return self._read(stream, parts, deadline, field)
         except TimeoutError:
             raise Refused(400, f"{field}: {host} did not send the image within {self.seconds:g} seconds", field=field, code="fetch_failed") from None
-        except (OSError, http.client.HTTPException) as error:  # not what a service that is no web server said
+        except (OSError, http.client.HTTPException) as error:  # never the reply of a service that is no web server
             note = (error.strerror or "the connection failed") if isinstance(error, OSError) else "what it sent is no HTTP"
             raise Refused(400, f"{field}: the image could not be fetched from {host}: {note}", field=field, code="fetch_failed") from None
 
@@ -180,22 +180,22 @@ class Uploads:
         self._n_bytes = 0
 
     def add(self, upload: Upload) -> None:
-        """Keep one more. Raises Refused where it is larger than all that may be kept."""
+        """Store one more. Raises Refused where it is larger than the limit of all together."""
         if len(upload.data) > self.most_bytes:
-            raise Refused(413, f"the image has {len(upload.data)} bytes, and {self.most_bytes} are kept of all uploads together", field="file")
+            raise Refused(413, f"the image has {len(upload.data)} bytes, and {self.most_bytes} are stored of all uploads together", field="file")
         self._retained[upload.id] = upload
         self._n_bytes += len(upload.data)
         while self._n_bytes > self.most_bytes:
             self._n_bytes -= len(self._retained.popitem(last=False)[1].data)
 
     def get(self, file_id: str, field: str) -> Upload:
-        """The upload of an id. Raises Refused where it is not kept, or not any more."""
+        """The upload of an id. Raises Refused where it is not stored, or not any more."""
         if file_id not in self._retained:
-            raise Refused(404, f"{field} is {file_id[:60]!r}, which is not kept (any more): upload the image again", field=field, code="file_not_found")
+            raise Refused(404, f"{field} is {file_id[:60]!r}, which is not stored (any more): upload the image again", field=field, code="file_not_found")
         self._retained.move_to_end(file_id)
         return self._retained[file_id]
 
     def remove(self, file_id: str) -> None:
-        """Forget one. Raises Refused where it is not kept."""
+        """Remove one. Raises Refused where it is not stored."""
         self._n_bytes -= len(self.get(file_id, "file_id").data)
         del self._retained[file_id]

@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ServedImage:
-    """An image: what tells it from others, and either float32 [3, H, W] (or a Prepared) as the encoder takes it, or what the encoder gave before."""
+    """An image: a key that identifies it, and either float32 [3, H, W] (or a Prepared) as the encoder takes it, or what the encoder gave before."""
 
     key: str
     pixels: Any
@@ -45,7 +45,7 @@ class ServedImage:
 
 
 def keys_of(images: Sequence[ServedImage]) -> tuple[str, ...]:
-    """What tells a list of images from others."""
+    """The keys that identify a list of images."""
     return tuple(image.key for image in images)
 
 
@@ -59,7 +59,7 @@ class Ask:
     settings: GenerationSettings
     stop: tuple[str, ...] = ()
     sampling: Sampling | None = None
-    owner: str = ""  # whose request it is: what others asked is not told by the tokens that need not be read
+    owner: str = ""  # whose request it is: cached prompts are shared within one owner, so their counts reveal nothing of the requests of others
 
     @property
     def kind(self) -> object:
@@ -297,7 +297,7 @@ class Written:
 
 
 class JobRow:
-    """Takes the tokens of a job as they come, sends what is to be sent, and tells the end.
+    """Takes the tokens of a job as they come, sends what is to be sent, and reports the end.
 
     n_rows    of the batch, when the row came
     n_known   tokens of its prompt that were not read
@@ -326,7 +326,7 @@ class JobRow:
             self._report(written.text, written.reason, len(written.ids))
 
     def end(self, text: str) -> None:
-        """Take a whole text. Beams do not tell how the best of them ended; a text of all its tokens was cut."""
+        """Take a whole text. Beam search does not report how the best beam ended; a text of all its tokens was cut."""
         n_new = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if self.job.streams and text:
             self.job.report(text)

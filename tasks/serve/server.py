@@ -97,7 +97,7 @@ def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> Visio
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket with its address, so that one that is taken is told before any weights are read."""
+    """A socket with its address, so that one that is taken raises an error before any weights are read."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         found = socket.socket(family, kind, protocol)

@@ -99,7 +99,7 @@ def test_the_official_result_file(tmp_path: Path) -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"questions_per_image is -1: give 0 \(all\) or more"):
         Vqa(questions_per_image=-1)
-    with pytest.raises(ConfigError, match="of ten answers, 'all' cannot be learnt: give common or drawn"):
+    with pytest.raises(ConfigError, match="of ten answers, 'all' cannot be trained on: give common or drawn"):
         Vqa(learn="all")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="there is no scorer 'mine': give official, normalized or exact"):
         Vqa(scorer="mine")  # type: ignore[arg-type]

@@ -135,9 +135,9 @@ def complete(
 
 
 class FillingLoader:
-    """A training stream that encodes each image as it comes and keeps its features; from the second epoch on it reads them.
+    """A training stream that encodes each image as it comes and caches its features; from the second epoch on it reads the cache.
 
-    What a step learns from is what is kept, rounded as it is kept: the first epoch does not differ from the others, nor from a run whose
+    A step trains on the cached values, rounded as they are cached: the first epoch does not differ from the others, nor from a run whose
     features were written before. Images that no step has read by then (after a resume without the folder; in a mixture, of a set that
     comes round seldom) are encoded before the second epoch begins. Where the run ends earlier the folder is not finished, and goes on in
     another run, or in `adalink features`.
@@ -163,7 +163,7 @@ class FillingLoader:
         return self._stream.blank()
 
     def state_dict(self) -> dict[str, Any]:
-        """As the stream's: what was kept so far is in its folder."""
+        """As the stream's: the features that were cached so far are in its folder."""
         return self._stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -183,14 +183,14 @@ class FillingLoader:
 
 
 # ----------------------------------------
-# Every image's features, kept in memory: a frozen encoder says the same thing in every epoch.
+# Every image's features, cached in memory: a frozen encoder gives the same features in every epoch.
 
 
 _SHARED_AT_ONCE = 1024  # images; their features pass through the memory of the device
 
 
 class PatchTable:
-    """Features by sample index: [N + L, Dv] in the dtype that is kept, as `Features.joined` has them, or the bad sample that has none.
+    """Features by sample index: [N + L, Dv] in the dtype of the cache, as `Features.joined` has them, or the bad sample that has none.
 
     float16 moves gradients by about 3e-4 of their size.
     """
@@ -295,15 +295,15 @@ def encode_all(
 
 
 # ----------------------------------------
-# The images of a data set, decoded anew whenever they are shown: in the place of cached features where the encoder is trained.
+# The images of a data set, decoded each time the model reads them: in the place of cached features where the encoder is trained.
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelTable:
-    """Pixels by sample index, float32 [3, H, W] as an encoder takes them. A `multimodal.data.inputs.CachedFeatures`, though it keeps nothing.
+    """Pixels by sample index, float32 [3, H, W] as an encoder takes them. A `multimodal.data.inputs.CachedFeatures`, though it caches nothing.
 
     indices   of the samples in the source
-    bad       the samples that cannot be shown, by their place among the indices
+    bad       the samples without a usable image, by their place among the indices
     """
 
     source: SampleSource
@@ -320,7 +320,7 @@ class PixelTable:
         return self.bad[index] if index in self.bad else read_pixels(self.source[self.indices[index]], self.preprocess)
 
     def usable(self) -> list[int]:
-        """The indices of the samples that can be shown."""
+        """The indices of the samples with a usable image."""
         return [index for index in range(len(self)) if index not in self.bad]
 
     def only(self, indices: Sequence[int]) -> PixelTable:
@@ -330,7 +330,7 @@ class PixelTable:
 
 
 def pixel_table(source: SampleSource, preprocess: Any, *, label: str) -> PixelTable:
-    """Every image of a data set, each decoded once here, with a progress bar, to find those that cannot be shown."""
+    """Every image of a data set, each decoded once here, with a progress bar, to find those that cannot be read."""
     bad: dict[int, BadSample] = {}
     shape: tuple[int, ...] = ()
     for index in progress(range(len(source)), label):

@@ -1,4 +1,4 @@
-"""Which vectors of an image are kept, and in which dtype."""
+"""Which vectors of an image are cached, and in which dtype."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Contents:
     def __post_init__(self) -> None:
         """Check what a manifest can get wrong."""
         if self.patches < 0 or self.pooled < 0 or self.patches + self.pooled < 1 or self.width < 1:
-            raise ConfigError(f"{self.patches} patches and {self.pooled} pooled vectors of width {self.width} cannot be kept: give one vector or more")
+            raise ConfigError(f"{self.patches} patches and {self.pooled} pooled vectors of width {self.width} cannot be cached: give one vector or more")
         _check_dtype(self.dtype)
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class Contents:
         return "patches" if self.patches else "taps"
 
     def of(self, features: Features) -> Tensor:
-        """[B, patches + pooled, Dv] in the dtype that is kept. Raises DataError for values that it cannot hold."""
+        """[B, patches + pooled, Dv] in the dtype of the cache. Raises DataError for values that it cannot hold."""
         parts = [features.patches] if self.patches else []
         if self.pooled:
             parts.append(features.pooled[-self.pooled :].transpose(0, 1))
@@ -132,7 +132,7 @@ class VectorContents:
     def __post_init__(self) -> None:
         """Check what a manifest can get wrong."""
         if self.vectors < 1 or self.width < 1:
-            raise ConfigError(f"{self.vectors} vectors of width {self.width} cannot be kept: give one vector or more")
+            raise ConfigError(f"{self.vectors} vectors of width {self.width} cannot be cached: give one vector or more")
         _check_dtype(self.dtype)
 
     def __str__(self) -> str:
@@ -159,7 +159,7 @@ class VectorContents:
         return f"about {self.n_bytes:,} bytes"
 
     def of(self, images: Sequence[Prepared]) -> list[Prepared]:
-        """The same with vectors in the dtype that is kept. Raises DataError for values that it cannot hold."""
+        """The same with vectors in the dtype of the cache. Raises DataError for values that it cannot hold."""
         return [image.encoded(rounded(image.vectors, self.torch_dtype)) for image in images if image.vectors is not None]
 
     def packed(self, records: Sequence[Prepared]) -> list[NDArray[np.uint8]]:
@@ -203,7 +203,7 @@ def contents_from(content: Mapping[str, Any]) -> AnyContents:
 
 def _check_dtype(name: str) -> None:
     if name not in _DTYPES:
-        raise ConfigError(f"features cannot be kept in {name!r}: give one of {', '.join(_DTYPES)}")
+        raise ConfigError(f"features cannot be cached in {name!r}: give one of {', '.join(_DTYPES)}")
 
 
 def _aligned(n_bytes: int) -> int:
@@ -212,7 +212,7 @@ def _aligned(n_bytes: int) -> int:
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Features in the dtype that is kept. Raises DataError for values that it cannot hold."""
+    """Features in the dtype of the cache. Raises DataError for values that it cannot hold."""
     found = exact.to(dtype)
     if not found.isfinite().all() and exact.isfinite().all():
         raise DataError(
@@ -302,7 +302,7 @@ def _header(contents: AnyContents, capacity: int, n_bytes: int, version: str) ->
 class ShardFile:
     """An open file of features, for reading at any record, and for writing after the last.
 
-    Reads are of a place, not mapped: a file that was cut is told as such, where a memory map would end the process with SIGBUS.
+    Reads seek to a record and map nothing: a file that was cut short raises an error, where a memory map would end the process with SIGBUS.
     """
 
     def __init__(self, path: Path, contents: AnyContents, *, is_written: bool = False) -> None:

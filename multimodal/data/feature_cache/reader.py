@@ -62,7 +62,7 @@ class Binding:
     precision    the dtype that it computes in
     layer        the block that the patches come from
     pixels       of a test image, prepared
-    features     of the test image: what no fingerprint of weights tells, such as another activation
+    features     of the test image: they reveal what no fingerprint of weights does, such as another activation
     images     how many the data set has
     data         a fingerprint of them and their order; texts do not count, so captions and questions of one list of images share features
     slices       of some bytes of every image that is a file: one that was replaced by another of its size shows; empty where `data` says it
@@ -198,7 +198,7 @@ def _note(sample: Sample, *, is_read: bool) -> bytes:
         content = sample.image if isinstance(sample.image, bytes) else sample.image.tobytes()
         return f"{key}\0{hashlib.sha256(content).hexdigest()}\0".encode()
     path, size, read = Path(sample.image), -1, b""
-    with suppress(OSError, ValueError):  # a missing image is told where it is encoded
+    with suppress(OSError, ValueError):  # a missing image raises an error where it is encoded
         size = path.stat().st_size
         read = hashlib.sha256(path.read_bytes()).digest() if is_read else b""
     return f"{key}\0{path.name}\0{size}\0".encode() + read
@@ -340,7 +340,7 @@ class FeatureCache:
         return self.contents.kind
 
     def __getitem__(self, index: int) -> Tensor | Prepared | BadSample:
-        """[N + L, Dv] in the dtype that is kept, or a Prepared, in memory of its own. Raises DataError where the file was cut or changed since."""
+        """[N + L, Dv] in the dtype of the cache, or a Prepared, in memory of its own. Raises DataError where the file was cut or changed since."""
         if index in self.bad:
             return self.bad[index]
         number, slot, image, check = self._places[index].tolist()
@@ -359,7 +359,7 @@ class FeatureCache:
         return FeatureCache(self._files, self._places[list(indices)], self.contents, bad)
 
     def reading(self, needed: AnyContents, folder: Path) -> FeatureCache:
-        """The same, of which only what is needed is handed out, in the dtype that is kept. Raises ConfigError where that is not in it."""
+        """The same, but only the needed vectors are read, in the dtype of the cache. Raises ConfigError where they are not in it."""
         wanted = replace(needed, dtype=self.contents.dtype)
         if wanted.inside(self.contents) is None:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """One image, decoded: an RGB image the right way up, or a `BadImage` that says why not.
 
-JPEG, PNG and WebP, told by content and not by name. Limits on bytes and pixels are checked before a decoder sees the image.
-A damaged image is refused, never filled with grey: Pillow's LOAD_TRUNCATED_IMAGES stays off. What no decoder can tell is a bit
+JPEG, PNG and WebP, recognized by content and not by name. Limits on bytes and pixels are checked before a decoder sees the image.
+A damaged image is refused, never filled with grey: Pillow's LOAD_TRUNCATED_IMAGES stays off. What no decoder can detect is a bit
 that flipped inside a JPEG's data; the shard manifest's sha256 finds that.
 """
 

@@ -254,7 +254,7 @@ def index_shard(path: Path, limits: ShardLimits) -> IndexedShard:
 def split_name(name: str) -> tuple[str, str]:
     """`a/b.seg.PNG` -> ("a/b", "seg.png"): the key ends at the first dot of the last component, as in webdataset.
 
-    The key is data for logs: bytes that are not UTF-8 are shown as escapes.
+    The key is data for logs: bytes that are not UTF-8 are printed as escapes.
     """
     folder, slash, last = name.rpartition("/")
     stem, _, suffix = last.partition(".")
@@ -321,7 +321,7 @@ class ShardSet:
 
 
 def open_remote_set(folder: str, files: RemoteFiles, limits: ShardLimits) -> ShardSet:
-    """The shards that the manifest in the folder of a URL names; a shard that is missing or of another size is told now.
+    """The shards that the manifest in the folder of a URL names; a shard that is missing or of another size raises an error now.
 
     Raises DataError as `open_shard_set` does, and where there is no manifest.
     """

@@ -333,7 +333,7 @@ def _package(url: str) -> str:
 
 _CHUNK = 2**23  # bytes of one read from the server
 _LOG = logging.getLogger("adalink")
-_NOT_CACHED = "adalink: %s is not kept in the cache %s: %s"
+_NOT_CACHED = "adalink: %s is not stored in the cache %s: %s"
 
 
 def cached_name(url: str, shard: Shard) -> str:

@@ -143,12 +143,12 @@ def test_a_model_with_pictures_needs_the_ids_that_say_where_they_are() -> None:
     given = batch("llava")
     base: Any = model.base
     embeds = base.get_input_embeddings()(given["input_ids"])
-    with pytest.raises(ConfigError, match=r"cannot be told apart without input_ids \(embeddings do not say which of them are an image's\): pass input_ids"):
+    with pytest.raises(ConfigError, match=r"the domains of this model's tokens are unknown without input_ids \(embeddings do not mark which of them are an image's\): pass input_ids"):
         model(inputs_embeds=embeds, attention_mask=given["attention_mask"])
-    with pytest.raises(ConfigError, match="cannot be told apart without input_ids"):
+    with pytest.raises(ConfigError, match="tokens are unknown without input_ids"):
         model.generate(pixel_values=given["pixel_values"])
     text = get_adalink_model(tiny("llama"), TEXT)
-    with pytest.raises(ConfigError, match="this model's tokens cannot be told apart without input_ids: pass input_ids"):
+    with pytest.raises(ConfigError, match="the domains of this model's tokens are unknown without input_ids: pass input_ids"):
         text(attention_mask=given["attention_mask"])
 
 

@@ -89,7 +89,7 @@ def test_a_frozen_tower_records_no_gradient_still() -> None:
 
 def test_nothing_keeps_features_that_change() -> None:
     model = adapted()
-    with pytest.raises(ConfigError, match=r"has trained weights, so its features change with every step and cannot be kept: .* \(train.features: encode\)"):
+    with pytest.raises(ConfigError, match=r"has trained weights, so its features change with every step and cannot be cached: .* \(train.features: encode\)"):
         model.encode(pixels(model))
     with pytest.raises(ConfigError, match="has trained weights, so its features change"):
         encode_all(model, Drawn(2))

@@ -192,7 +192,7 @@ def test_a_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:
 def test_tokens_that_are_no_patches_are_refused() -> None:
     with Grid(torch.nn.Conv2d(3, 4, 8)) as grid:
         pass
-    with pytest.raises(ConfigError, match="cannot tell patches from other tokens: 117 tokens over a first convolution of 0 x 0 places"):
+    with pytest.raises(ConfigError, match="cannot distinguish patches from other tokens: 117 tokens over a first convolution of 0 x 0 places"):
         grid.stage(torch.zeros(1, 117, 4))
     convolution = torch.nn.Conv2d(3, 4, 8, stride=8)
     with Grid(convolution) as grid:

@@ -101,9 +101,9 @@ def test_values_beyond_float16_are_refused_and_bfloat16_holds_them() -> None:
 
 
 def test_contents_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ConfigError, match="0 patches and 0 pooled vectors of width 4 cannot be kept: give one vector or more"):
+    with pytest.raises(ConfigError, match="0 patches and 0 pooled vectors of width 4 cannot be cached: give one vector or more"):
         Contents(patches=0, pooled=0, width=4)
-    with pytest.raises(ConfigError, match="features cannot be kept in 'int8': give one of float16, bfloat16, float32"):
+    with pytest.raises(ConfigError, match="features cannot be cached in 'int8': give one of float16, bfloat16, float32"):
         Contents(patches=1, pooled=0, width=4, dtype="int8")  # type: ignore[arg-type]
     assert Contents(patches=50, pooled=0, width=768).n_bytes == 76_800
     assert as_size(2**34) == "16.00 GiB"

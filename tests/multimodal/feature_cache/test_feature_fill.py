@@ -183,7 +183,7 @@ def test_features_of_a_trained_encoder_are_neither_read_nor_filled(tmp_path: Pat
         lambda: matching_features(tmp_path / "features", adapted.tower, Drawn(3), needed(adapted)),
         lambda: write_features(adapted.tower, Drawn(3), tmp_path / "others", needed(adapted)),
     ):
-        with pytest.raises(ConfigError, match="has trained weights, so its features change with every step and cannot be kept"):
+        with pytest.raises(ConfigError, match="has trained weights, so its features change with every step and cannot be cached"):
             use()
     assert not (tmp_path / "others").exists()
 

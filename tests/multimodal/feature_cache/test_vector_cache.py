@@ -103,7 +103,7 @@ def test_damage_is_named_and_written_anew(tmp_path: Path) -> None:
 
 
 def test_contents_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ConfigError, match="0 vectors of width 4 cannot be kept: give one vector or more"):
+    with pytest.raises(ConfigError, match="0 vectors of width 4 cannot be cached: give one vector or more"):
         VectorContents(vectors=0, width=4)
-    with pytest.raises(ConfigError, match="features cannot be kept in 'int8': give one of float16, bfloat16, float32"):
+    with pytest.raises(ConfigError, match="features cannot be cached in 'int8': give one of float16, bfloat16, float32"):
         VectorContents(vectors=1, width=4, dtype="int8")  # type: ignore[arg-type]

@@ -75,18 +75,18 @@ def test_what_writes_too_low_is_named() -> None:
         ("lora", LoRA(groups={"all": ("all",)}, rank=2, alpha=2, targets=("query",)), r"lora.all.0.q_proj acts on the first layer"),
         ("epalm", EPALM(layers=(0, 2), n_taps=2, connector="shared"), r"epalm.tap0 acts on the first layer"),
     ):
-        refused(composed({"epalm": epalm, name: method}), rf"train.states_gib keeps what the layers below .* make of a text, and {where}: {tail}")
+        refused(composed({"epalm": epalm, name: method}), rf"train.states_gib caches the output of the layers below .*, and {where}: {tail}")
 
 
 def test_a_slot_that_reads_padding_is_refused() -> None:
     epalm = EPALM(layers=(1, 2), n_taps=2, connector="shared", mask="published")
-    refused(composed({"epalm": epalm}), "keeps nothing of padding, and a slot of this adapter reads it: train eP-ALM with mask: causal, or give train.states_gib: 0")
+    refused(composed({"epalm": epalm}), "caches nothing of padding, and a slot of this adapter reads it: train eP-ALM with mask: causal, or give train.states_gib: 0")
 
 
 def test_a_frozen_model_that_is_not_frozen_is_refused() -> None:
     model = composed()
     next(model.language.model.parameters()).requires_grad_()
-    refused(model, r"keeps what a frozen language model makes of its texts, and model.decoder.embed_tokens.weight is trained: give train.states_gib: 0")
+    refused(model, r"caches the states of a frozen language model, and model.decoder.embed_tokens.weight is trained: give train.states_gib: 0")
 
 
 def test_a_head_that_chooses_is_refused() -> None:
@@ -103,7 +103,7 @@ def test_a_split_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_cannot_be_started_is_refused() -> None:
     model = compose("t5")
     model.add_adapter("one", {"epalm": EPALM(layers=(1, 2), n_taps=2, connector="shared")}).double()
-    refused(model, "t5 was tried without its first 1 layers, given what they make of a text, and says something else then: give train.states_gib: 0")
+    refused(model, "t5 was tried without its first 1 layers, given their output for a text, and gives other logits then: give train.states_gib: 0")
 
 
 def test_nothing_is_kept_where_nothing_is_asked_for() -> None:

@@ -160,7 +160,7 @@ def test_a_batch_of_another_adapter_is_refused() -> None:
     loss, batch = keeping(model), batch_of(separate_rows, slots_of(model))
     gradients(model, batch, loss)
     model.add_adapter("b", DEEP).double()
-    with pytest.raises(ConfigError, match="kept for the adapter that was active, and the batch is served by another: keep them for each apart"):
+    with pytest.raises(ConfigError, match="cached for the adapter that was active, and the batch is served by another: cache them for each adapter"):
         gradients(model, batch, loss)
 
 
@@ -168,7 +168,7 @@ def test_the_first_batch_tells_what_all_texts_need() -> None:
     model = deep()
     batch = batch_of(pack_rows, slots_of(model))
     gradients(model, batch, keeping(model, n_images=30))
-    with pytest.raises(ConfigError, match=r"the states of the texts take about 0.\d+ GiB in each process, as far as the first batch tells, and train.states_gib is"):
+    with pytest.raises(ConfigError, match=r"the states of the texts take about 0.\d+ GiB in each process, estimated from the first batch, and train.states_gib is"):
         gradients(model, batch, keeping(model, most=100_000, n_images=3_000))
 
 

@@ -110,7 +110,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor], atol: float = 1e-10) 
 def test_loss_and_gradients_equal_those_of_the_models_own_logits(family: str) -> None:
     model = adapted(family)
     head = read_word_head(model)
-    assert head.note == "logits in chunks of targets, none kept"
+    assert head.note == "logits in chunks of targets, none stored"
     assert head.finish is not None
     expected = OTHERS[family][1] if family in OTHERS else Finish()
     assert (head.finish.scale, head.finish.cap) == (pytest.approx(expected.scale), expected.cap)

@@ -179,7 +179,7 @@ def test_a_shard_that_changed_under_its_manifest_is_not_cached_and_its_samples_a
     flip(server.folder / "set" / "shard-000000.tar", at + size // 2)
     with caplog.at_level(logging.WARNING):
         cache.fetch(urls[0])
-    assert "set/shard-000000.tar is not kept in the cache" in caplog.text
+    assert "set/shard-000000.tar is not stored in the cache" in caplog.text
     assert "it is not what its manifest says, by its sha256" in caplog.text
     assert retained(tmp_path / "cache") == []
     found = source(server, tmp_path / "cache")
@@ -242,7 +242,7 @@ def test_a_disk_that_is_full_while_caching_is_one_sentence_and_every_sample_is_r
     assert os.waitpid(pid, 0)[1] == 0
     lines = printed.read_text().splitlines()
     assert len(lines) == 1
-    assert lines[0].endswith(f"is not kept in the cache {tmp_path / 'cache'}: File too large; its samples are read from the server; is the disk full?")
+    assert lines[0].endswith(f"is not stored in the cache {tmp_path / 'cache'}: File too large; its samples are read from the server; is the disk full?")
     assert retained(tmp_path / "cache") == []
     assert not list((tmp_path / "cache").glob(".*.part"))
 

@@ -222,7 +222,7 @@ def test_data_without_a_sample_is_refused(tmp_path: Path) -> None:
 
 
 def test_less_than_an_epoch_that_learns_nothing_is_refused_at_its_end(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="none of the 2 samples that were read can be used, so nothing was learnt: 2 not an image"):
+    with pytest.raises(DataError, match="none of the 2 samples that were read can be used, so nothing was trained: 2 not an image"):
         trained(tmp_path, Drawn(6, bad=range(6)), steps=1, batch_size=2)
 
 
@@ -363,7 +363,7 @@ def test_settings_that_no_image_is_needed_for_are_refused_before_one_is_read(tmp
             raise AssertionError
 
     for fields, expected in (
-        ({"learning_rates": {"lora": 1.0}}, "train.learning_rates names lora"), ({"states_gib": 1.0}, "train.states_gib keeps what the layers below"),
+        ({"learning_rates": {"lora": 1.0}}, "train.learning_rates names lora"), ({"states_gib": 1.0}, "train.states_gib caches the output of the layers below"),
         ({"keep_best": True, "measure_every": 1}, "there is none: give measure"), ({"trackers": ("wandb",)}, "train.trackers names wandb"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=expected):

@@ -146,7 +146,7 @@ def test_a_step_that_is_bad_on_every_rank_is_skipped_on_all_and_a_run_of_such_st
     fields = {"steps": 7, "batch_size": 1, "bad_samples": 20, "checkpoint_every": 1}
     jobs = [{"folder": tmp_path / "few", "bad": (1, 2, 3, 4, 5, 6), **fields}, {"folder": tmp_path / "none", "bad": tuple(range(7)), "code": 8, **fields}]
     printed = machine.start(2, rank_jobs.several, jobs).ended()
-    assert printed.count("adalink: none of the 7 samples can be used, so nothing is learnt from them: 7 not an image") == 2
+    assert printed.count("adalink: none of the 7 samples can be used, so the run cannot train on them: 7 not an image") == 2
     assert len(losses(tmp_path / "few")) == 2
     assert "5 steps of 7 had nothing to learn, and were skipped" in printed
     assert not (tmp_path / "none" / "checkpoints").exists()

@@ -83,7 +83,7 @@ def test_captions_of_two_runs_are_compared_with_their_references(tmp_path: Path)
     done = compare(first, second)
     assert "right to wrong: 1 of 4 images, negative flip rate 25.00 % (right from 100 on)" in done.out, done
     page = (second / "comparison.html").read_text()
-    assert "the image cannot be shown: not an image" in page
+    assert "the image cannot be read: not an image" in page
     assert good[3] in page
     files.image(3).unlink()  # then the data set has no such item any more
     assert "1 of 4 results of" in refused(compare(first, second))
@@ -145,5 +145,5 @@ def test_the_page_is_the_same_for_the_same_flips_and_escapes_what_it_shows() -> 
     html = render_changed(page)
     assert html == render_changed(page)
     assert "<script" not in html
-    assert "no image was kept" in html
+    assert "no image was saved" in html
     assert "References" in html

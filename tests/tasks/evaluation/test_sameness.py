@@ -19,7 +19,7 @@ SAME, OTHERS = "how many people are there? 2.", [f"a dog runs past tree {i}." fo
     ("texts", "settings", "note"),
     [
         ([SAME] * 16 + OTHERS, BEAMS, f"16 of 46 texts are the same, {SAME!r}: 3 beams find what the frozen model thinks most probable"),
-        ([SAME] * 16 + OTHERS, GREEDY, f"16 of 46 texts are the same, {SAME!r}: the adapter tells the images hardly apart"),
+        ([SAME] * 16 + OTHERS, GREEDY, f"16 of 46 texts are the same, {SAME!r}: the adapter hardly distinguishes the images"),
         ([SAME] * 15 + OTHERS, BEAMS, ""),
         ([""] * 4 + OTHERS, BEAMS, "4 of 34 texts are empty: 3 beams find"),
         ([""] * 3 + OTHERS, BEAMS, ""),

@@ -60,8 +60,8 @@ def test_a_trained_encoder_keeps_activations_of_its_own() -> None:
 
 def test_states_of_texts_are_counted_and_refused_where_a_run_would_refuse_them() -> None:
     deep = ("--methods.epalm", '{"layers": [1, 2], "n_taps": 1, "connector": "shared"}')
-    assert plan(*deep, "--train.states_gib", "0.5")["memory_to_train"]["states kept of texts, at most"] == 2**29
-    assert "states kept of texts, at most" not in plan(*deep)["memory_to_train"]
+    assert plan(*deep, "--train.states_gib", "0.5")["memory_to_train"]["cached states of texts, at most"] == 2**29
+    assert "cached states of texts, at most" not in plan(*deep)["memory_to_train"]
     refused = adalink("compose", *PARTS, *ADALINK, "--train.states_gib", "0.5")
     assert refused.code == 2
     assert "adalink.text acts on what enters the layers: give train.states_gib: 0" in refused.err

@@ -82,7 +82,7 @@ def test_every_empty_part_of_a_card_is_a_sentence() -> None:
     answer = AnswerCard(key="2", image=b"", question="?", generated="", answers=[], score=None)
     text = Page(render(replace(EMPTY, cards=[caption, answer]))).text
     assert [text.count(words) for words in ("the model wrote nothing", "not scored")] == [2, 3]  # and once in the filter
-    for words in ("no image was kept", "no references are known", "no answers are known", "cannot be shown: empty file"):
+    for words in ("no image was saved", "no references are known", "no answers are known", "cannot be read: empty file"):
         assert words in text
 
 
@@ -139,7 +139,7 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Curve(name=" ", points=[]), "a Curve has the name ' '; expected a text that people can tell it by"),
+    (lambda: Curve(name=" ", points=[]), "a Curve has the name ' '; expected a text that is not empty"),
     (lambda: Curve(name="loss", points=[(0, 1.0), (1, None)]), r"curve 'loss' has \(1, None\) as point 1; expected .*: pass NaN"),
     (lambda: Curve(name="loss", points=[(0, 1.0, 2.0)]), r"curve 'loss' has \(0, 1.0, 2.0\) as point 0; expected"),
     (lambda: MetricRow(name="control", values={"BLEU": "3"}), "row 'control' has '3' for 'BLEU'; expected a number, or None"),

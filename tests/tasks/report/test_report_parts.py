@@ -20,12 +20,12 @@ def test_pictures_become_small_jpegs_and_unreadable_ones_say_why() -> None:
     assert Image.open(io.BytesIO(base64.b64decode(clear.url.split(",")[1]))).getpixel((4, 4)) == (255, 255, 255)
     for mode in ("1", "L", "P", "CMYK", "I;16", "F", "LA"):
         assert thumbnail(Image.new(mode, (3000, 2))).width == 224
-    assert thumbnail(jpeg()[:300]).reason == "the image cannot be shown: truncated"
-    assert thumbnail(b"nothing").reason == "the image cannot be shown: not an image"
-    assert thumbnail(None).reason == "no image was kept"
+    assert thumbnail(jpeg()[:300]).reason == "the image cannot be read: truncated"
+    assert thumbnail(b"nothing").reason == "the image cannot be read: not an image"
+    assert thumbnail(None).reason == "no image was saved"
     closed = Image.open(io.BytesIO(jpeg()))
     closed.close()
-    assert thumbnail(closed).reason.startswith("the image cannot be shown: ")
+    assert thumbnail(closed).reason.startswith("the image cannot be read: ")
 
 
 def test_a_verdict_is_told_by_sign_and_word() -> None:

@@ -202,7 +202,7 @@ def test_what_needs_no_image_is_refused_before_one_is_encoded(tmp_path: Path, mo
 
     monkeypatch.setattr("multimodal.feature_cache.encoding.read_pixels", read)
     for option, expected in (
-        (("--train.learning_rates", "{lora: 0.1}"), "train.learning_rates names lora"), (("--train.states_gib", "1"), "train.states_gib keeps what the layers below"),
+        (("--train.learning_rates", "{lora: 0.1}"), "train.learning_rates names lora"), (("--train.states_gib", "1"), "train.states_gib caches the output of the layers below"),
         (("--train.patience", "2"), "train.patience judges measurements"),
     ):  # fmt: skip
         assert expected in refused(train("captioning", tmp_path / "run", *option, small=OPTIONS))

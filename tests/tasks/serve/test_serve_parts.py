@@ -258,9 +258,9 @@ def test_the_oldest_uploads_make_room() -> None:
     uploads.get(first.id, "f")  # the second is now the one that was used least lately
     uploads.add(third)
     assert uploads.get(first.id, "f") is first
-    with pytest.raises(Refused, match=r"f is 'file-.*' *, which is not kept"):
+    with pytest.raises(Refused, match=r"f is 'file-.*' *, which is not stored"):
         uploads.get(second.id, "f")
-    with pytest.raises(Refused, match="the image has 11 bytes, and 10 are kept"):
+    with pytest.raises(Refused, match="the image has 11 bytes, and 10 are stored"):
         uploads.add(Upload("d", b"x" * 11))
 
 
