@@ -29,7 +29,7 @@ class Question:
 
     marks   one per answer where the file gives answers no id of their own, else empty: the official score takes answers that are equal in
             this too as one (`tasks.metrics.vqa.GradedQuestion`)
-    turns   what was said before it, for a model that reads conversations: (role, text)
+    turns   the turns before it, for a model that reads conversations: (role, text)
     """
 
     question_id: int

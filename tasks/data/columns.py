@@ -22,7 +22,7 @@ ImageValue = str | bytes
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question of a row, with its answers; `turns` were said before it, as (role, text)."""
+    """A question of a row, with its answers; `turns` are those before it, as (role, text)."""
 
     text: str
     answers: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ READERS: tuple[Reader, ...] = (
 
 
 def open_path(given: Given, name: str | None = None) -> tuple[Reader, ReadSource]:
-    """The reader of a path's format and the samples; name: of the format, where it is said.
+    """The reader of a path's format and the samples; name: of the format, where it is given.
 
     Raises ConfigError where there is no such format; DataError where the path is of no format that is known, or of two, and as readers do.
     """
