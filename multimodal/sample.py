@@ -30,6 +30,7 @@ class Question:
     marks   one per answer where the file gives answers no id of their own, else empty: the official score takes answers that are equal in
             this too as one (`tasks.metrics.vqa.GradedQuestion`)
     turns   the turns before it, for a model that reads conversations: (role, text)
+    places  where the images stand in these turns and the question; both as in `multimodal.template.Text`
     """
 
     question_id: int
@@ -39,6 +40,7 @@ class Question:
     answer_type: str = ""
     marks: tuple[str, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
+    places: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a text in place of a tuple."""

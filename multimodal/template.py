@@ -19,14 +19,16 @@ class Text:
     """One thing to learn or to ask about an image: a question (empty in captioning) and its target; None when it is asked.
 
     scores   where an answer is chosen by a head: (number of an answer, what it would score, above 0 to 1); answers not named score nothing
-    turns    the earlier turns of the conversation, for a model that sees already: (role, text), role is user or assistant; the images stand in the
-             user's first
+    turns    the earlier turns of the conversation, for a model that sees already: (role, text), role is user or assistant, or system for the first
+    places   for each image that is read, where it stands: (number of its turn, the question's being the last; how many letters of that come before
+             it). None: every image of the sample, before the text of the user's first turn
     """
 
     question: str
     target: str | None
     scores: tuple[tuple[int, float], ...] | None = None
     turns: tuple[tuple[str, str], ...] = ()
+    places: tuple[tuple[int, int], ...] | None = None
 
 
 class Filled(str):

@@ -39,6 +39,13 @@ class Prepared:
         held = [self.vectors] if self.vectors is not None else [value for one in self.inputs for value in one.values()]
         return sum(value.nbytes for value in held)
 
+    def first(self, n: int) -> Prepared:
+        """The first n images alone."""
+        if n == len(self.wording):
+            return self
+        vectors = None if self.vectors is None else self.vectors[: sum(self.counts[:n])]
+        return Prepared(wording=self.wording[:n], counts=self.counts[:n], inputs=self.inputs[:n], grids=self.grids[:n], vectors=vectors)
+
     def encoded(self, vectors: Tensor) -> Prepared:
         """The same images with their vectors, float [n, W], in place of what the tower reads."""
         return replace(self, inputs=(), vectors=vectors)

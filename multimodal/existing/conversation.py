@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,28 @@ def check_turns(turns: Sequence[Turn]) -> None:
 
 def user_turn(question: str, n_images: int) -> Turn:
     """A user's turn: images, then a question."""
-    return {"role": "user", "content": [IMAGE_PART] * n_images + ([_text(question)] if question else [])}
+    return {"role": "user", "content": _with_images(question, [0] * n_images)}
 
 
 def asked_turns(text: Text, n_images: int) -> list[Turn]:
-    """The turns of a text up to its question, the images in the user's first. Raises ConfigError for a role that an earlier turn cannot have."""
-    if wrong := next((role for role, _ in text.turns if role not in ("user", "assistant")), None):
-        raise ConfigError(f"an earlier turn of a text has the role {wrong!r}: expected user or assistant, and a system message in the template")
+    """The turns of a text up to its question, each image in its place. Raises ConfigError for a role that an earlier turn cannot have."""
+    for number, (role, _) in enumerate(text.turns):
+        if role not in ROLES or (role == "system" and number):
+            raise ConfigError(f"the earlier turn {number} of a text has the role {role!r}: expected user or assistant, or system for the first")
     spoken = (*text.turns, ("user", text.question))
     first = [role for role, _ in spoken].index("user")
-    turns = [user_turn(words, n_images if i == first else 0) for i, (_, words) in enumerate(spoken)]
-    return [{**turn, "role": role} for turn, (role, _) in zip(turns, spoken, strict=True)]
+    places = ((first, 0),) * n_images if text.places is None else text.places
+    return [
+        {"role": role, "content": _with_images(words, [at for turn, at in places if turn == number])} for number, (role, words) in enumerate(spoken)
+    ]  # fmt: skip
+
+
+def _with_images(words: str, places: Sequence[int]) -> list[Mapping[str, Any]]:
+    """The parts of a turn; places: how many letters come before each of its images."""
+    parts: list[Mapping[str, Any]] = []
+    for start, end in pairwise([0, *places, len(words)]):
+        parts += [*([_text(words[start:end])] if words[start:end] else []), IMAGE_PART]
+    return parts[:-1]  # the text's end is no image
 
 
 def parts_of(turn: Turn) -> Sequence[Mapping[str, Any]]:
@@ -122,15 +133,16 @@ def text_of(turn: Turn) -> str:
 def worded(turn: Turn, template: Template) -> Turn:
     """A user's turn in the template's words; turns of others as they are.
 
-    Its images go where the template has <image> and its texts where it has {question}, unless text stands between two images: then all parts
-    stay in their order, where the question goes.
+    Its images go where the template has <image> and its texts where it has {question}, unless text stands between two images, or before the
+    first where the template has no words of its own: then all parts stay in their order, where the question goes.
     """
     if turn["role"] != "user":
         return turn
     parts = list(parts_of(turn))
     images = [part for part in parts if part["type"] == "image"]
     text = text_of(turn)
-    mixes = len([kind for kind, _ in groupby(part["type"] for part in parts) if kind == "image"]) > 1
+    runs = [kind for kind, _ in groupby(part["type"] for part in parts)]
+    mixes = runs.count("image") > 1 or (runs[:2] == ["text", "image"] and _has_no_words(template))
     found: list[Mapping[str, Any]] = []
     for piece in re.split(r"(<image>|\{question\})", template.prompt):
         if piece == "<image>":
@@ -140,6 +152,10 @@ def worded(turn: Turn, template: Template) -> Turn:
         else:
             found.append(_text(piece.replace("<bos>", "").replace("<eos>", "")))
     return {**turn, "content": _joined(found)}
+
+
+def _has_no_words(template: Template) -> bool:
+    return re.sub(r"<bos>|<eos>", "", template.prompt) == "<image>{question}"
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -105,16 +105,26 @@ class ConversationRows:
 
     def row(self, text: Text, images: object = None) -> Row:
         """The training row of a text; a text without a target is a prompt. images: as in `prompt`, and it raises the same."""
-        images = images if isinstance(images, Prepared) else NO_IMAGE
+        images = self._read(text, images if isinstance(images, Prepared) else NO_IMAGE)
         if text.turns and not self.reads_turns:
             raise ConfigError(f"a text has earlier turns, and '{self.name}' reads them where it has a chat template and the prompt has {{question}}")
-        ids, kinds = self._prompt(asked_turns(text, len(images.wording)) if text.turns else text.question, images)
+        has_turns = self.reads_turns and (text.turns or text.places is not None)
+        ids, kinds = self._prompt(asked_turns(text, len(images.wording)) if has_turns else text.question, images)
         if text.target is None:
             return self._row(ids, kinds, len(ids), images, text.question)
         target = self._target(text, ids, images)
         # The last token of the target is only ever predicted, so it is not read.
         answer_kind = int(self.processor.marks_answers)
         return self._row(ids + target[:-1], kinds + [answer_kind] * (len(target) - 1), len(ids), images, text.question + text.target, target)
+
+    def _read(self, text: Text, images: Prepared) -> Prepared:
+        """The images of a sample that a text reads. Raises ConfigError where there are fewer than it has places for."""
+        if text.places is None:
+            return images
+        if len(text.places) > len(images.wording):
+            n_places = counted(len(text.places), "image")
+            raise ConfigError(f"a text has places for {n_places}, and its sample has {len(images.wording)}: give each image of the text")
+        return images.first(len(text.places))
 
     def _block(self, domain: Sequence[int]) -> tuple[int, ...]:
         """Which tokens of a row read each other; images that follow each other without a token between are one."""
@@ -172,7 +182,8 @@ class ConversationRows:
         if self.processor.has_chat and not self.template.raw:
             turn = {"role": "assistant", "content": [{"type": "text", "text": wording.replace("{text}", target)}]}
             asked = [worded(one, self.template) for one in asked_turns(text, len(images.wording))]
-            whole, _ = self.processor.ids([*self._system(), *asked, turn], images, ends=True)
+            own = [] if asked[0]["role"] == "system" else self._system()
+            whole, _ = self.processor.ids([*own, *asked, turn], images, ends=True)
             if whole[: len(prompt)] == prompt:
                 rest = whole[len(prompt) :]
                 end = next((i for i, id in enumerate(rest) if id in self.end_ids), None)

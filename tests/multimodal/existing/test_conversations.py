@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,10 +81,39 @@ def test_a_text_with_earlier_turns_is_learnt_as_the_processor_writes_it() -> Non
     shared = made.gradients([prepared], [pack_rows([row, encoder.row(Text("and now?", "one", turns=before), prepared)])])[1]
     apart = made.one_row_a_call([prepared], [[row, encoder.row(Text("and now?", "one", turns=before), prepared)]])
     check_same(shared, apart)
-    with pytest.raises(ConfigError, match="the role 'system'"):
-        encoder.row(Text("how many?", "two", turns=(("system", "x"),)), prepared)
+    for wrong in ("king", "system"):
+        with pytest.raises(ConfigError, match=f"the earlier turn 1 of a text has the role '{wrong}'"):
+            encoder.row(Text("how many?", "two", turns=(("user", "x"), (wrong, "x"))), prepared)
     with pytest.raises(ConfigError, match=r"has earlier turns, and 'PaliGemma.*' reads them where it has a chat template"):
         case("paligemma").vlm.row_encoder().row(Text("how many?", "two", turns=before[:1]), case("paligemma").prepared[0])
+
+
+@pytest.mark.parametrize("name", families(["qwen2_vl", "gemma3", "idefics3", "llava"], READ_TURNS))
+def test_images_stand_where_a_text_has_them_and_its_system_message_is_its_own(name: str) -> None:
+    made, (first, second, third) = case(name), images()
+    whole = [
+        turn("system", "no words"), turn("user", "left", first, " or right?"), turn("assistant", "a red one"), turn("user", second, "and", third),
+        turn("assistant", "two of them"),
+    ]  # fmt: skip
+    before = (("system", "no words"), ("user", "left or right?"), ("assistant", "a red one"))
+    encoder, prepared = made.vlm.row_encoder(), made.vlm.tower.processor.prepare([first, second, third])  # type: ignore[union-attr]
+    for text, n_turns, n_images in (
+        (Text("and", "two of them", turns=before, places=((1, 4), (3, 0), (3, 3))), 5, 3),
+        (Text("left or right?", "a red one", turns=before[:1], places=((1, 4),)), 3, 1),  # what comes later is not read
+    ):
+        asked = whole[: n_turns - 1]
+        native = list(map(int, made.processor.apply_chat_template(whole[:n_turns], tokenize=True)[0]))
+        row = encoder.row(text, prepared)
+        learnt = [*row.ids, row.target[-1]]
+        assert learnt == native[: len(learnt)]
+        assert made.processor.tokenizer.decode(row.target, skip_special_tokens=True).strip() == text.target
+        prompt = encoder.row(replace(text, target=None), prepared)
+        assert list(prompt.ids) == list(made.processor.apply_chat_template(asked, tokenize=True, add_generation_prompt=True)[0])
+        assert [vector for vector in prompt.vector if vector >= 0] == list(range(prepared.first(n_images).n_vectors))
+        (seen, turns), = asked_of(None, asked)
+        assert prompt == encoder.prompt(turns, made.vlm.tower.processor.prepare(seen))  # type: ignore[union-attr,arg-type]
+    with pytest.raises(ConfigError, match="has places for 1 image, and its sample has 0"):
+        encoder.row(Text("what?", "x", places=((0, 0),)))
 
 
 def test_a_sample_of_several_images_is_learnt_from_all_of_them() -> None:
@@ -149,6 +179,8 @@ def test_a_turn_is_worded_by_the_template() -> None:
     assert one == [{"type": "image"}, {"type": "text", "text": "question: see what is it? answer:"}]
     mixed = worded(turn("user", None, "or", None, "?"), template)["content"]
     assert [part.get("text", "IMAGE") for part in mixed] == ["question: ", "IMAGE", "or", "IMAGE", "? answer:"]
+    plain = Template(prompt="<image><bos>{question}")
+    assert [part["type"] for part in worded(turn("user", "see", None, "what?"), plain)["content"]] == ["text", "image", "text"]
     assert worded(turn("assistant", "red"), template) == turn("assistant", "red")
     assert worded({"role": "user", "content": "why?"}, template)["content"] == [{"type": "text", "text": "question: why? answer:"}]
 
