@@ -274,7 +274,8 @@ def unadapted(batch: Batch) -> TokenMap:
 def agree(found: Tensor, wanted: Tensor) -> bool:
     """Whether scores are the same but for rounding: of float32 at least, which norms and softmax compute in."""
     near = max(torch.finfo(torch.float32).eps, torch.finfo(wanted.dtype).eps) ** 0.5
-    return bool((found - wanted).double().norm() <= near * wanted.double().norm())
+    exact = torch.promote_types(wanted.dtype, torch.float32)  # not float64, which some devices lack
+    return bool((found.to(exact) - wanted.to(exact)).norm() <= near * wanted.to(exact).norm())
 
 
 # ----------------------------------------

@@ -145,4 +145,5 @@ class _Trial:
 
 
 def _near(found: Tensor, wanted: Tensor, near: float) -> bool:
-    return bool((found - wanted).double().norm() <= near * wanted.double().norm())
+    exact = torch.promote_types(wanted.dtype, torch.float32)
+    return bool((found.to(exact) - wanted.to(exact)).norm() <= near * wanted.to(exact).norm())

@@ -81,6 +81,9 @@ def run_generation(
 
 def _generate(model: Any, **arguments: Any) -> Tensor:
     """The model's own generation; transformers' general one where its own asks for an image (BLIP-2), which reaches the model's calls in another way."""
+    for part in model.modules():
+        if getattr(part, "rope_deltas", None) is not None:  # Qwen2-VL's, of the rows of its last call, perhaps on the device where the model was then
+            part.rope_deltas = None
     asked = inspect.signature(type(model).generate).parameters.get("pixel_values")
     if asked is None or asked.default is not inspect.Parameter.empty:
         return model.generate(**arguments)

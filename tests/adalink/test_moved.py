@@ -12,7 +12,7 @@ import pytest
 
 from adalink.moved import _MOVED, _RENAMED
 
-NAMES: dict[str, str] = json.loads((Path(__file__).parent / "fixtures" / "before" / "names.json").read_text())
+NAMES: dict[str, str] = json.loads((Path(__file__).parents[1] / "fixtures" / "before" / "names.json").read_text())
 # Folders have these names now, or a function of the package; and what only the command line itself imported.
 GONE = {"adalink.attach", "adalink.checkpoint", "multimodal.batches", "tasks.data", "tasks.metrics.ptb", "tasks.report"}
 GONE |= {f"tasks.{name}" for name in "config_file feature_command figure_commands given_images help plan_commands say saved_settings show sweep draft demo launch".split()}
