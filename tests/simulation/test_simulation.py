@@ -11,7 +11,9 @@ from expected import unexpected
 from scenarios import FAULTS, SCENARIOS
 from simulator import Simulator
 
-DEFAULT = ("train llama, apart", "train lora, bfloat16", "train qwen2_vl", "generate shared prefill", "decode mixed", "serve")
+DEFAULT = (
+    "train llama, apart", "train lora, bfloat16", "train qwen2_vl", "generate shared prefill", "generate qwen2_vl, beams", "decode mixed", "serve",
+)  # fmt: skip
 NOTED = {
     "a .cpu()": ("sync", ".cpu() of bfloat16"),
     "an .item()": ("sync", "_local_scalar_dense"),
