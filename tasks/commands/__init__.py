@@ -85,9 +85,7 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
     },
     "bench": Entry("bench", "BENCH", "measure how fast this machine trains and answers, beside other libraries"),
     "shards": {
-        "coco": Entry("shards", "COCO", "write webdataset shards from COCO captions"),
-        "vqa": Entry("shards", "VQA", "write webdataset shards from VQAv2 questions and annotations"),
-        "folder": Entry("shards", "FOLDER", "write webdataset shards from a folder of images with captions beside them"),
+        "from": Entry("shards", "FROM", "write any data set as webdataset shards"),
         "img2dataset": Entry("shards", "IMG2DATASET", "write the manifest of shards that img2dataset made"),
         "check": Entry("shards", "CHECK", "check every byte of shards against their manifest"),
     },

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     has_settings = False
     try:
         load_siblings()  # PYTHONPATH may hold another `multimodal`
-        words, entry, rest = _divided(given)
+        words, entry, rest = _divided(_with_present_name(given))
         if isinstance(entry, Mapping):
             _without_command(words, entry, rest)
         command = entry.load()
@@ -261,8 +261,19 @@ def _row(name: str, text: str, width: int, *, is_whole: bool) -> Iterator[str]:
         yield f"  {'':<{width}}  {line}"
 
 
-# Settings of version 0.1 that have another name now.
+# Settings of version 0.1 that have another name now; and commands, with the option that gave what is their first argument now.
 RENAMED = {"--limits.cached_pictures": "--limits.cached_images"}
+RENAMED_COMMANDS: Mapping[tuple[str, ...], str] = {("shards", "coco"): "--annotations", ("shards", "vqa"): "--questions", ("shards", "folder"): "--images"}
+
+
+def _with_present_name(arguments: list[str]) -> list[str]:
+    """`shards coco --annotations A --images I` -> `shards from A --images I`, for one version more."""
+    option = RENAMED_COMMANDS.get(tuple(arguments[:2]))
+    if option is None:
+        return arguments
+    print(f"adalink: `{' '.join(arguments[:2])}` is now `shards from PATH`; the old name goes with the next version", file=sys.stderr)
+    rest = [one.removeprefix(f"{option}=") for one in arguments[2:] if one != option]
+    return ["shards", "from", *rest]
 
 
 def _underscored(argument: str) -> str:

@@ -1,9 +1,10 @@
-"""`adalink shards ...`: write a data set as shards, index shards that exist, and check a set."""
+"""`adalink shards ...`: write any data set as shards, index shards that exist, and check a set."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from adalink.errors import ConfigError, DataError
 from tasks.commands import Command
@@ -11,82 +12,30 @@ from tasks.commands import Command
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
     from multimodal.data.shards.manifest import Manifest
-    from tasks.data.files import FileSource
+    from tasks.data.sources import DataConfig
 
-__all__ = ["CHECK", "COCO", "FOLDER", "IMG2DATASET", "VQA", "shards_check", "shards_coco", "shards_folder", "shards_img2dataset", "shards_vqa"]
+__all__ = ["CHECK", "FROM", "IMG2DATASET", "shards_check", "shards_from", "shards_img2dataset"]
 
 _FAULTS_DISPLAYED = 10
 
 
-def shards_coco(
-    *,
-    images: Path,
-    annotations: Path,
-    out: Path,
-    image_name: str | None = None,
-    samples_per_shard: int = 1000,
-    bad_samples: int = 0,
-    workers: int = 4,
-) -> Manifest:
-    """Write COCO captions as shards.
+def shards_from(data: DataConfig, *, out: Path, samples_per_shard: int = 1000, bad_samples: int = 0, workers: int = 4) -> Manifest:
+    """Write any data set as webdataset shards: images byte for byte as they are, one with all its texts.
 
-    Args:
-        images: The folder of images.
-        annotations: The captions, in COCO's format, such as captions_train2014.json.
-        out: A new or empty folder.
-        image_name: The images' names, such as COCO_train2014_{image_id:012d}.jpg; by default those in the annotations.
-        samples_per_shard: Images in one shard.
-        bad_samples: How many images may be missing or unusable before the command stops.
-        workers: Shards written at a time.
+    out          a new or empty folder
+    bad_samples  how many may be unusable before the command stops
+    workers      shards written at a time
+
+    Raises BudgetError, and DataError and ConfigError as opening does.
     """
-    from tasks.data.coco import read_coco_captions
+    from multimodal.data.shards.writer import write_shards
 
-    source = read_coco_captions(images=images, annotations=annotations, image_name=image_name)
-    return _write(source, out, samples_per_shard, bad_samples, workers)
-
-
-def shards_vqa(
-    *,
-    images: Path,
-    questions: Path,
-    annotations: Path | None = None,
-    out: Path,
-    image_name: str | None = None,
-    samples_per_shard: int = 1000,
-    bad_samples: int = 0,
-    workers: int = 4,
-) -> Manifest:
-    """Write VQAv2 questions and answers as shards, one image with all its questions.
-
-    Args:
-        images: The folder of images.
-        questions: The questions, in VQAv2's format.
-        annotations: The answers, in VQAv2's format; none for a test split.
-        out: A new or empty folder.
-        image_name: The images' names, such as image{image_id}.jpg; by default COCO's where the questions are about COCO.
-        samples_per_shard: Images in one shard.
-        bad_samples: How many images may be missing or unusable before the command stops.
-        workers: Shards written at a time.
-    """
-    from tasks.data.vqa import read_vqa
-
-    source = read_vqa(images=images, questions=questions, annotations=annotations, image_name=image_name)
-    return _write(source, out, samples_per_shard, bad_samples, workers)
-
-
-def shards_folder(*, images: Path, out: Path, samples_per_shard: int = 1000, bad_samples: int = 0, workers: int = 4) -> Manifest:
-    """Write a folder of images, each with a text file of captions beside it, as shards.
-
-    Args:
-        images: The folder: cat.jpg and cat.txt, one caption a line; folders below it too.
-        out: A new or empty folder.
-        samples_per_shard: Images in one shard.
-        bad_samples: How many images may be without a text or unusable before the command stops.
-        workers: Shards written at a time.
-    """
-    from tasks.data.folder import read_caption_folder
-
-    return _write(read_caption_folder(images=images), out, samples_per_shard, bad_samples, workers)
+    opened = data.open()
+    if opened.sentence:
+        print(opened.sentence)
+    manifest = write_shards(opened.source, out, samples_per_shard=samples_per_shard, budget=bad_samples, skipped=opened.problems, workers=workers)
+    _report("wrote", manifest, out)
+    return manifest
 
 
 def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
@@ -136,14 +85,6 @@ def shards_check(*, shards: Path) -> None:
     print(f"the shards in {shards} are what their manifest says")
 
 
-def _write(source: FileSource, out: Path, samples_per_shard: int, bad_samples: int, workers: int) -> Manifest:
-    from multimodal.data.shards.writer import write_shards
-
-    manifest = write_shards(source, out, samples_per_shard=samples_per_shard, budget=bad_samples, skipped=source.problems, workers=workers)
-    _report("wrote", manifest, out)
-    return manifest
-
-
 def _report(verb: str, manifest: Manifest, folder: Path) -> None:
     from multimodal.sample import BadSamples
 
@@ -157,8 +98,31 @@ def _report(verb: str, manifest: Manifest, folder: Path) -> None:
         print("members that no sample uses: " + ", ".join(f"{count} .{suffix}" for suffix, count in sorted(manifest.ignored.items())))
 
 
-COCO = Command.of(shards_coco, "adalink shards coco --images images --annotations captions.json --out shards/train")
-VQA = Command.of(shards_vqa, "adalink shards vqa --images images --questions questions.json --out shards/vqa")
-FOLDER = Command.of(shards_folder, "adalink shards folder --images photographs --out shards/photographs")
+def _add_from(parser: Any) -> None:
+    from tasks.data.sources import DataConfig
+    from tasks.runs.help import comments_as_help
+
+    comments_as_help(DataConfig)
+    parser.add_argument("path", type=str, nargs="?", metavar="PATH", help="a table, an annotation file or a folder; it shows itself what it is")
+    parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
+    parser.add_class_arguments(DataConfig, None, skip={"path", "shards", "mix", "cache", "cache_gib", "decode", "scenes"})
+    parser.add_argument("--samples_per_shard", type=int, default=1000, help="images in one shard")
+    parser.add_argument("--bad_samples", type=int, default=0, help="how many images may be missing or unusable before the command stops")
+    parser.add_argument("--workers", type=int, default=4, help="shards written at a time")
+
+
+def _from(values: Any, plain: Any) -> None:
+    from tasks.data.sources import DataConfig
+
+    given = dict(vars(values))
+    writing = {name: given.pop(name) for name in ("out", "samples_per_shard", "bad_samples", "workers")}
+    shards_from(DataConfig(**given), **writing)
+
+
+FROM = Command(
+    _add_from, _from,
+    ("adalink shards from photographs --out shards/photographs", "adalink shards from captions.csv --images images --out shards/train"),
+    first=("path", "out", "images", "columns", "format", "split", "annotations", "samples_per_shard", "bad_samples", "workers"),
+)  # fmt: skip
 IMG2DATASET = Command.of(shards_img2dataset, "adalink shards img2dataset --shards downloaded --bad-samples 100")
 CHECK = Command.of(shards_check, "adalink shards check --shards shards/train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -45,17 +46,18 @@ def photos() -> None:
 
 
 def tutorial() -> None:
-    """What the captioning tutorial makes: photos, their shards, and photos.yaml."""
-    config()
-    for split in ("train", "val"):
-        assert main(["shards", "folder", "--images", f"photos/{split}", "--out", f"shards/{split}"]) == 0
-
-
-def config() -> None:
     """photos, and photos.yaml as the captioning tutorial has it."""
     photos()
     (text,) = (block.text for block in blocks(ROOT / "examples/docs/tutorials/captions.md") if block.comments.get("file") == "photos.yaml")
     Path("photos.yaml").write_text(replaced(text, PARTS))
+
+
+def tables() -> None:
+    """captions.csv: a row for each caption of the images in photos."""
+    with Path("captions.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "caption"])
+        rows.writerows((path.relative_to("photos").with_suffix(".png"), line) for path in sorted(Path("photos/train").glob("*.txt")) for line in path.open())
 
 
 def coco() -> None:
@@ -97,7 +99,7 @@ def llava() -> None:
     save_llava(Path("llava"))
 
 
-SETUPS: dict[str, Callable[[], None]] = {made.__name__: made for made in (photos, config, tutorial, coco, trained, llava)}
+SETUPS: dict[str, Callable[[], None]] = {made.__name__: made for made in (photos, tutorial, tables, coco, trained, llava)}
 
 
 def replaced(text: str, names: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import accumulate
@@ -26,7 +26,7 @@ from multimodal.data.shards.storage import FsspecFiles, HttpFiles, RemoteFiles, 
 from multimodal.sample import BadSample, DamagedSample, Measure, Question, Sample
 
 __all__ = [
-    "LocalShards", "Record", "RemoteShards", "ShardSource", "decode_caption", "decode_record", "encode_record",
+    "LocalShards", "Record", "RemoteShards", "ShardSource", "Span", "decode_caption", "decode_record", "encode_record",
     "remote_files", "shard_key",
 ]  # fmt: skip
 
@@ -36,7 +36,16 @@ __all__ = [
 
 
 _DECODER = json.JSONDecoder()
+_WHERE_GIVEN = ("marks", "turns")  # fields of a question that most have not
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
+
+
+class Span(NamedTuple):
+    """Where bytes lie in a shard's file, and their crc32."""
+
+    offset: int
+    size: int
+    crc: int
 
 
 class Record(NamedTuple):
@@ -46,6 +55,7 @@ class Record(NamedTuple):
     image_id: int | None = None
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
+    further: tuple[Span, ...] = ()
 
 
 def shard_key(key: str) -> str:
@@ -59,14 +69,16 @@ def shard_key(key: str) -> str:
     return f"{clean}-{hashlib.sha256(key.encode('utf-8', 'backslashreplace')).hexdigest()[:16]}"
 
 
-def encode_record(sample: Sample) -> bytes:
-    """JSON with the sample's own key, its image id and all its texts."""
-    record = {
+def encode_record(sample: Sample, further: Sequence[Span] = ()) -> bytes:
+    """JSON with the sample's own key, its image id and all its texts. further: where its images after the first lie in the shard."""
+    record: dict[str, object] = {
         "key": sample.key,
         "image_id": sample.image_id,
         "captions": sample.captions,
-        "questions": [{name: value for name, value in asdict(question).items() if name != "marks" or value} for question in sample.questions],
+        "questions": [{name: value for name, value in asdict(question).items() if value or name not in _WHERE_GIVEN} for question in sample.questions],
     }
+    if further:
+        record["further"] = further
     return json.dumps(record).encode("ascii")
 
 
@@ -89,6 +101,7 @@ def decode_record(data: bytes) -> Record:
         image_id=image_id if type(image_id) is int else None,
         captions=_captions(found),
         questions=tuple([_question(row) for row in _list(found, "questions")]) if found.get("questions") else (),
+        further=tuple([_span(row) for row in _list(found, "further")]) if found.get("further") else (),
     )
 
 
@@ -139,8 +152,22 @@ def _question(row: object) -> Question:
     if not all(isinstance(each, str) for each in (*answers, *types, *marks)):
         raise DataError(f"question {question_id} of its json member has answers or types that are no text")
     return Question(
-        question_id=question_id, text=text, answers=tuple(answers), question_type=types[0], answer_type=types[1], marks=tuple(marks)
-    )
+        question_id=question_id, text=text, answers=tuple(answers), question_type=types[0], answer_type=types[1], marks=tuple(marks),
+        turns=_turns(row.get("turns") or []),
+    )  # fmt: skip
+
+
+def _turns(found: object) -> tuple[tuple[str, str], ...]:
+    turns: list[Any] = found if isinstance(found, list) else [found]
+    if not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(each, str) for each in turn) for turn in turns):
+        raise DataError("the turns before a question of its json member are no pairs of role and text")
+    return tuple((role, text) for role, text in turns)
+
+
+def _span(row: object) -> Span:
+    if not isinstance(row, list) or len(row) != 3 or not all(type(each) is int and each >= 0 for each in row):
+        raise DataError(f"a further image of its json member is at {row!r:.60}; expected offset, size and crc32")
+    return Span(*row)
 
 
 # ----------------------------------------
@@ -310,9 +337,18 @@ class ShardSource:
             detail = f"the {part} of {key!r} in {_name(path)}, from byte {start} on, is not what was written; fetch or write the shard again"
             raise DamagedSample(BadSample(key=key, reason="damaged bytes", detail=detail))
         try:
-            return _sample(key, at, parts)
+            return _sample(key, at, parts, lambda place: self._further(path, place))
         except DataError as error:
             raise DamagedSample(BadSample(key=key, reason="damaged text", detail=f"{key!r} of {_name(path)}: {error}")) from error
+
+    def _further(self, path: Any, place: Span) -> bytes:
+        """The bytes of an image after the first. Raises DataError."""
+        data: bytes = self._files.read(path, place.offset, place.size)
+        if zlib.crc32(data) != place.crc and self._files.forget(path):
+            data = self._files.read(path, place.offset, place.size)
+        if zlib.crc32(data) != place.crc:
+            raise DataError(f"an image from byte {place.offset} on is not what was written; fetch or write the shard again")
+        return data
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """Bytes of each sample's txt member, or of its json where it has none, from the manifest: the same wherever the shards lie."""
@@ -350,7 +386,7 @@ def _folder(place: Place) -> str:
     return _name(place).rpartition("/")[0]
 
 
-def _sample(key: str, index: int, parts: Mapping[str, bytes]) -> Sample:
+def _sample(key: str, index: int, parts: Mapping[str, bytes], further: Callable[[Span], bytes]) -> Sample:
     """What was written, with the key it had before it became a member's name; img2dataset's JSON and text likewise.
 
     An image id is the JSON's, and where it has none, as in foreign shards, the sample's place in the set.
@@ -365,4 +401,5 @@ def _sample(key: str, index: int, parts: Mapping[str, bytes]) -> Sample:
         image=parts["image"],
         captions=captions,
         questions=record.questions,
+        further=tuple(map(further, record.further)),
     )

@@ -24,7 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from adalink.errors import AdalinkError, ConfigError, DataError
-from multimodal.data.images.decode import BadImage, ImageLimits, check_header, read_image_bytes
+from multimodal.data.images.decode import BadImage, ImageLimits, ImageOrFile, check_header, read_image_bytes
+from multimodal.data.images.format import ImageKind
 from multimodal.data.shards.index import ShardLimits
 from multimodal.data.shards.manifest import (
     ABSENT,
@@ -38,7 +39,7 @@ from multimodal.data.shards.manifest import (
     shard_part,
     workplace,
 )
-from multimodal.data.shards.reader import encode_record, shard_key
+from multimodal.data.shards.reader import Span, encode_record, shard_key
 from multimodal.sample import BadSample, BadSamples, Sample, SampleSource
 
 __all__ = ["ShardJob", "Stopped", "TarFile", "WrittenShard", "write_shards"]
@@ -175,16 +176,20 @@ class ShardJob:
         return WrittenShard(shard=Shard(file=name, size=tar.size, sha256=tar.sha256, members=members), skipped=tuple(skipped))
 
     def _add(self, tar: TarFile, key: str, sample: Sample) -> tuple[tuple[int, int, int], ...]:
-        """The places of image, json and txt in the tar file. Raises DataError for a sample of several images."""
-        if sample.further:
-            raise DataError(f"sample {sample.key!r} has {1 + len(sample.further)} images, and shards hold one of each: read it from its files")
-        image = read_image_bytes(sample.image, limits=self.images)
-        kind = check_header(image, limits=self.images, name=str(sample.image) if isinstance(sample.image, (str, Path)) else "its image").kind
-        record = encode_record(sample)
+        """The places of image, json and txt in the tar file. The json says where further images lie, which are written before it."""
+        image, kind = self._image(sample.image)
+        further = [self._image(one) for one in sample.further]
+        places = [Span(tar.add(f"{key}.{n}.{kind}", data), len(data), zlib.crc32(data)) for n, (data, kind) in enumerate(further, 1)]
+        record = encode_record(sample, places)
         if len(record) > self.limits.max_text_bytes:
             raise BadImage("too much text", f"{sample.key} has {len(record)} bytes of text, and the limit is {self.limits.max_text_bytes}")
         at = {suffix: tar.add(f"{key}.{suffix}", data) for suffix, data in sorted(((kind, image), ("json", record)))}
         return (at[kind], len(image), zlib.crc32(image)), (at["json"], len(record), zlib.crc32(record)), ABSENT
+
+    def _image(self, image: ImageOrFile) -> tuple[bytes, ImageKind]:
+        """Its bytes, and what they are. Raises BadImage."""
+        data = read_image_bytes(image, limits=self.images)
+        return data, check_header(data, limits=self.images, name=str(image) if isinstance(image, (str, Path)) else "its image").kind
 
     def _advance(self, count: int, skipped: Sequence[BadSample] = ()) -> None:
         with self.lock:

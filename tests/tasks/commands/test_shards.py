@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ from shared import shared
 
 from adalink.errors import BudgetError, ConfigError, DataError
 from multimodal.data.shards.reader import ShardSource
-from tasks.commands.shards import shards_check, shards_coco, shards_folder, shards_img2dataset, shards_vqa
+from multimodal.data.shards.writer import write_shards
+from multimodal.sample import DamagedSample, Question, Sample
+from tasks.cli import main
+from tasks.commands.shards import shards_check, shards_from, shards_img2dataset
 from tasks.data.coco import read_coco_captions
+from tasks.data.sources import DataConfig
 from tasks.data.vqa import read_vqa
 
 
@@ -32,27 +37,29 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_coco_captions_become_shards_and_what_is_missing_is_counted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = shards_coco(images=root / "images", annotations=root / "captions.json", out=root / "out", bad_samples=1)
+    manifest = shards_from(DataConfig(path=root / "captions.json", images=root / "images"), out=root / "out", bad_samples=1)
     assert [(sample.image_id, sample.captions) for sample in everything(ShardSource(root / "out"))] == [
         (1, ("caption of 1",)),
         (2, ("caption of 2",)),
     ]
     assert [(bad.key, bad.reason) for bad in manifest.skipped] == [("3", "missing file")]
     printed = capsys.readouterr().out
-    assert printed == f"wrote 1 shard with 2 images (0.0 MiB) in {root / 'out'}\nskipped: 1 missing file (3 image3.jpg)\n"
+    read, _, wrote = printed.partition("\n")
+    assert read == f"{root / 'captions.json'} is read as COCO captions (2 images)"
+    assert wrote == f"wrote 1 shard with 2 images (0.0 MiB) in {root / 'out'}\nskipped: 1 missing file (3 image3.jpg)\n"
 
 
 def test_questions_become_shards_with_and_without_answers(root: Path) -> None:
-    given = {"images": root / "images", "questions": root / "questions.json", "image_name": "image{image_id}.jpg", "bad_samples": 1}
-    shards_vqa(**given, annotations=root / "answers.json", out=root / "val", samples_per_shard=1)
-    shards_vqa(**given, out=root / "test")
+    test = DataConfig(path=root / "questions.json", images=root / "images", image_name="image{image_id}.jpg")
+    shards_from(replace(test, annotations=root / "answers.json"), out=root / "val", samples_per_shard=1, bad_samples=1)
+    shards_from(test, out=root / "test", bad_samples=1)
     assert [sample.questions[0].answers for sample in everything(ShardSource(root / "val"))] == [("yes",), ("yes",)]
     assert [sample.questions[0].answers for sample in everything(ShardSource(root / "test"))] == [(), ()]
 
 
 def test_a_missing_picture_stops_the_command_unless_it_is_allowed(root: Path) -> None:
     with pytest.raises(BudgetError, match=r"1 bad sample, and at most 0 are allowed: 1 missing file \(3 image3.jpg\)"):
-        shards_coco(images=root / "images", annotations=root / "captions.json", out=root / "out")
+        shards_from(DataConfig(path=root / "captions.json", images=root / "images"), out=root / "out")
     assert not (root / "out").exists()
 
 
@@ -65,7 +72,7 @@ def test_a_folder_of_pictures_and_texts_becomes_shards(tmp_path: Path) -> None:
     (tmp_path / "in" / "alone.png").write_bytes(image(3, "PNG"))
     (tmp_path / "in" / "lost.txt").write_text("four")
     (tmp_path / "in" / "readme.md").touch()
-    manifest = shards_folder(images=tmp_path / "in", out=tmp_path / "out", bad_samples=2)
+    manifest = shards_from(DataConfig(path=tmp_path / "in", format="caption_folder"), out=tmp_path / "out", bad_samples=2)
     assert [(bad.key, bad.reason) for bad in manifest.skipped] == [("alone", "no text"), ("lost", "missing file")]
     found = everything(ShardSource(tmp_path / "out"))
     assert [(sample.key, sample.image_id, sample.captions) for sample in found] == [("a", 0, ("three",)), ("b/x", 2, ("one", "two"))]
@@ -76,7 +83,7 @@ def test_what_unicode_calls_a_line_boundary_does_not_end_a_caption(tmp_path: Pat
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(image(1))
     (tmp_path / "in" / "a.txt").write_bytes(f"one{boundary}line\ntwo\r\nthree\rfour".encode())
-    shards_folder(images=tmp_path / "in", out=tmp_path / "out")
+    shards_from(DataConfig(path=tmp_path / "in", format="caption_folder"), out=tmp_path / "out")
     assert everything(ShardSource(tmp_path / "out"))[0].captions == (f"one{boundary}line", "two", "three", "four")
 
 
@@ -87,27 +94,27 @@ def test_endings_in_capital_letters_are_endings(tmp_path: Path, ending: str) -> 
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{name}.{ending}").write_bytes(image(1, kind))
         (tmp_path / "in" / text).write_text("one")
-    shards_folder(images=tmp_path / "in", out=tmp_path / "out")
+    shards_from(DataConfig(path=tmp_path / "in", format="caption_folder"), out=tmp_path / "out")
     assert [(sample.key, sample.captions) for sample in everything(ShardSource(tmp_path / "out"))] == [("a", ("one",)), ("b.2", ("one",))]
     tar_of(tmp_path / "foreign.tar", [(f"a.{ending}", image(1, kind)), ("a.TXT", b"one")])
     assert [sample.captions for sample in everything(ShardSource([tmp_path / "foreign.tar"]))] == [("one",)]
 
 
 def test_a_folder_that_cannot_be_read_as_captions_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"images folder .*absent does not exist"):
-        shards_folder(images=tmp_path / "absent", out=tmp_path / "out")
+    with pytest.raises(DataError, match=r"absent does not exist: check the path of the data set"):
+        shards_from(DataConfig(path=tmp_path / "absent", format="caption_folder"), out=tmp_path / "out")
     with pytest.raises(DataError, match="gives no sample"):
-        shards_folder(images=tmp_path, out=tmp_path / "out")
+        shards_from(DataConfig(path=tmp_path, format="caption_folder"), out=tmp_path / "out")
     (tmp_path / "a.jpg").touch()
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(
         DataError, match=r"gives no sample; 1 cannot be used, .* the captions .*a.txt cannot be read: .*; expected UTF-8 text"
     ):
-        shards_folder(images=tmp_path, out=tmp_path / "out")
+        shards_from(DataConfig(path=tmp_path, format="caption_folder"), out=tmp_path / "out")
     (tmp_path / "a.png").touch()
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError, match=r"the images 'a.jpg' and 'a.png' in .* have one key, 'a'; rename one of them"):
-        shards_folder(images=tmp_path, out=tmp_path / "out")
+        shards_from(DataConfig(path=tmp_path, format="caption_folder"), out=tmp_path / "out")
 
 
 def test_foreign_shards_are_indexed_once_and_then_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,14 +172,14 @@ def test_a_check_names_the_first_faults_and_counts_the_others(tmp_path: Path, ca
 def test_real_captions_and_questions_survive_the_way_through_shards(tmp_path: Path) -> None:
     coco, daquar = shared("data/coco_mini"), shared("data/daquar")
     captions = {"images": coco / "val2017", "annotations": coco / "annotations/captions_val2017.json"}
-    shards_coco(**captions, out=tmp_path / "coco", samples_per_shard=100, workers=2)
+    shards_from(DataConfig(path=captions["annotations"], images=captions["images"]), out=tmp_path / "coco", samples_per_shard=100, workers=2)
     questions = {
         "images": daquar / "images",
         "questions": daquar / "annotations/OpenEnded_daquar_val_questions.json",
         "annotations": daquar / "annotations/daquar_val_annotations.json",
         "image_name": "image{image_id}.jpg",
     }
-    shards_vqa(**questions, out=tmp_path / "vqa")
+    shards_from(DataConfig(path=questions["questions"], **{name: questions[name] for name in ("images", "annotations", "image_name")}), out=tmp_path / "vqa")
     for folder, files in (("coco", read_coco_captions(**captions)), ("vqa", read_vqa(**questions))):
         found = ShardSource(tmp_path / folder)
         assert len(found) == len(files)
@@ -181,3 +188,23 @@ def test_real_captions_and_questions_survive_the_way_through_shards(tmp_path: Pa
             assert isinstance(other.image, Path)
             assert one.image == other.image.read_bytes()
             assert (one.key, one.image_id, one.captions, one.questions) == (other.key, other.image_id, other.captions, other.questions)
+
+
+def test_samples_of_several_images_and_turns_survive_shards(tmp_path: Path) -> None:
+    images = [image(number) for number in range(3)]
+    asked = Question(question_id=3, text="and now?", answers=("two",), turns=(("user", "how many?"), ("assistant", "one")))
+    samples = [Sample(key="a", image_id=0, image=images[0], further=tuple(images[1:]), questions=(asked,)), Sample(key="b", image_id=1, image=images[2])]
+    write_shards(samples, tmp_path / "out")  # type: ignore[arg-type]
+    assert everything(ShardSource(tmp_path / "out")) == samples
+    shards_check(shards=tmp_path / "out")
+    found = (tmp_path / "out" / "shard-000000.tar").read_bytes().index(images[1])
+    flip(tmp_path / "out" / "shard-000000.tar", found + 4)
+    with pytest.raises(DamagedSample, match=f"an image from byte {found} on is not what was written"):
+        ShardSource(tmp_path / "out")[0]
+
+
+def test_the_old_names_of_commands_go_on_for_one_version(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--images", str(root / "images"), f"--annotations={root / 'captions.json'}", "--out", str(root / "out"), "--bad-samples", "1"]
+    assert main(["shards", "coco", *arguments]) == 0
+    assert "`shards coco` is now `shards from PATH`" in capsys.readouterr().err
+    assert len(ShardSource(root / "out")) == 2
