@@ -111,7 +111,7 @@ _CONTENT = {
     "tasks.serve.errors": "tasks.serve.refusal",
     "tasks.serve.request": "tasks.serve.reading tasks.serve.served tasks.serve.chat",
     "tasks.serve.engine": "tasks.serve.worker tasks.serve.running tasks.serve.generation tasks.serve.kept_features tasks.serve.kept_prompts",
-    "tasks.serve.scheduler": "tasks.serve.waiting tasks.serve.job tasks.serve.sampling tasks.serve.row tasks.serve.written",
+    "tasks.serve.scheduler": "tasks.serve.waiting tasks.serve.job tasks.serve.row tasks.serve.written",
     "tasks.serve.access": "tasks.serve.guard tasks.serve.patience tasks.serve.origin tasks.serve.keys",
     "tasks.serve.images": "tasks.serve.remote tasks.serve.uploads",
     "tasks.bench.models": "tasks.bench.composed tasks.bench.shapes tasks.bench.sizes tasks.bench.sides",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["NO_IMAGE", "ImageBatch", "Prepared", "joined", "joined_inputs"]
+__all__ = ["NO_IMAGE", "ImageBatch", "Prepared", "joined", "joined_inputs", "placed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +83,20 @@ class ImageBatch:
             starts.append(starts[-1] + sample.n_vectors)
         return starts[:-1]
 
-    def to(self, device: torch.device, *, non_blocking: bool = True) -> ImageBatch:
+    def to(self, device: torch.device) -> ImageBatch:
         """The same on a device."""
-        return ImageBatch(samples=tuple(_moved(sample, device, non_blocking) for sample in self.samples))
+        return ImageBatch(samples=tuple(_moved(sample, device) for sample in self.samples))
 
 
-def _moved(sample: Prepared, device: torch.device, non_blocking: bool) -> Prepared:
-    inputs = tuple({name: value.to(device, non_blocking=non_blocking) for name, value in one.items()} for one in sample.inputs)
-    vectors = None if sample.vectors is None else sample.vectors.to(device, non_blocking=non_blocking)
+def placed(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. From pinned memory, where that is CUDA: a copy from any other waits for all that the device has still to do."""
+    is_far = device.type == "cuda" and value.device.type == "cpu"
+    return (value.pin_memory() if is_far else value).to(device, non_blocking=True)
+
+
+def _moved(sample: Prepared, device: torch.device) -> Prepared:
+    inputs = tuple({name: placed(value, device) for name, value in one.items()} for one in sample.inputs)
+    vectors = None if sample.vectors is None else placed(sample.vectors, device)
     return replace(sample, inputs=inputs, vectors=vectors)
 
 

@@ -26,7 +26,8 @@ from multimodal.generation.decoding import Decoding, KnownPrompt, check_room, ma
 from multimodal.generation.generate import run_generation
 from multimodal.generation.settings import GenerationSettings
 from multimodal.model import VisionLanguageModel
-from tasks.serve.scheduler import DrawnRows, Job, JobRow, ServedImage, Waiting, keys_of
+from tasks.serve.sampling import DrawnRows, drawn
+from tasks.serve.scheduler import Job, JobRow, ServedImage, Waiting, keys_of
 from tasks.serve.settings import Batching, RequestLimits
 
 __all__ = ["FeatureLRU", "Part", "PromptCache", "Running", "Worker", "run_beams", "run_greedy"]
@@ -214,10 +215,7 @@ class Running:
 
 def _chosen(rows: Sequence[JobRow], scores: Tensor) -> Tensor:
     """int64 [B]: the next token of each row, which has it now."""
-    for i, row in enumerate(rows):
-        if row.draw is not None:
-            scores[i] = row.draw(scores[i])
-    chosen = scores.argmax(-1)
+    chosen = drawn(scores, [row.draw for row in rows]).argmax(-1)
     for row, token in zip(rows, chosen.tolist(), strict=True):
         row.add(token)
     return chosen

@@ -35,7 +35,8 @@ from multimodal.generation.settings import GenerationChoice, GenerationSettings,
 from multimodal.model import VisionLanguageModel
 from tasks.serve.engine import Worker
 from tasks.serve.errors import Refused
-from tasks.serve.scheduler import Ask, Sampling, ServedImage
+from tasks.serve.sampling import Sampling
+from tasks.serve.scheduler import Ask, ServedImage
 from tasks.serve.schema import AssistantMessage, ChatRequest, FilePart, ImagePart, SystemMessage, TextPart, UserMessage
 from tasks.serve.settings import RequestLimits
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -26,7 +27,8 @@ from tasks.scenes import language_folder
 from tasks.serve.access import BodyGuard, room_for_connections
 from tasks.serve.errors import Refused
 from tasks.serve.images import RemoteImages, Upload, Uploads, is_public
-from tasks.serve.scheduler import Ask, DrawnRows, Job, Sampling, ServedImage, Waiting, Written, chosen, joining
+from tasks.serve.sampling import Draw, DrawnRows, Sampling, drawn
+from tasks.serve.scheduler import Ask, Job, ServedImage, Waiting, Written, chosen, joining
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
 
@@ -248,6 +250,30 @@ def test_draws_follow_the_probabilities_and_leave_other_rows_alone() -> None:
     nucleus = DrawnRows([Sampling(temperature=0.7, top_p=0.8, seed=1)])
     found = {int(nucleus(torch.zeros(1, 1), logits[:1]).argmax()) for _ in range(500)}
     assert found == {1, 2}  # p is 0.04, 0.18, 0.77, 0.01: two tokens reach 0.8
+
+
+def test_a_draw_is_the_same_bits_beside_any_other_rows() -> None:
+    scores = torch.randn(5, 1000)
+    settings = [Sampling(temperature=0.5 + 0.2 * i, top_p=(1.0, 0.9)[i % 2], seed=i % 3) for i in range(5)]
+    together = [Draw(one) for one in settings]
+    alone = [Draw(one) for one in settings]
+    for _ in range(3):
+        whole = drawn(scores, together)
+        assert all(torch.equal(drawn(scores[i : i + 1], [draw])[0], whole[i]) for i, draw in enumerate(alone))
+    assert not torch.equal(drawn(scores, together), whole)  # the next draw is another
+
+
+def test_noise_is_gumbels_in_every_word_and_draw() -> None:
+    """Its mean is Euler's constant, its variance pi^2 / 6, and neighbours have nothing in common: words, draws of a row, seeds."""
+    flat = torch.zeros(1, 200_000)
+    first, second = (drawn(flat, [draw])[0] + math.log(flat.shape[1]) for draw in [Draw(Sampling(temperature=1, top_p=1, seed=7))] * 2)
+    (other,) = drawn(flat, [Draw(Sampling(temperature=1, top_p=1, seed=8))]) + math.log(flat.shape[1])
+    for noise in (first, second, other):
+        assert abs(noise.mean() - 0.5772) < 0.02
+        assert abs(noise.var() - 1.6449) < 0.04
+        assert 10 < noise.max() < 30
+    pairs = [(first, second), (first, other), (first[1:], first[:-1]), (first[::2], first[1::2])]
+    assert all(abs(torch.corrcoef(torch.stack(pair))[0, 1]) < 0.015 for pair in pairs)
 
 
 def test_the_oldest_uploads_make_room() -> None:
