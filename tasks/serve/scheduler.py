@@ -230,6 +230,33 @@ class Waiting:
 # What has been written for one row so far: its tokens, its text, and where it ends.
 
 
+AT_ONCE = 16  # tokens that are decoded again with each new one, at most twice as many
+
+
+class _GrowingText:
+    """The text of tokens of which more come: the last ones alone are decoded, after some whose text is known."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._start, self._end = 0, 0  # tokens before `_end` are decoded; those from `_start` on are decoded again, for the spaces between words
+        self._known, self._context = "", ""  # the text of all tokens before `_end`, and of those from `_start` to there
+
+    def of(self, ids: Sequence[int]) -> str:
+        """The text of all of them; each call has those of the call before, and one more at least."""
+        recent = self._decode(ids[self._start :])
+        # A word may be written another way once the next token is there: then all is decoded anew.
+        follows = recent.startswith(self._context) and (self._context or not self._end)
+        text = self._known + recent[len(self._context) :] if follows else self._decode(ids)
+        if len(ids) - self._end >= AT_ONCE and not text.endswith("\ufffd"):  # half of a letter
+            self._start, self._end, self._known = self._end, len(ids), text
+            self._context = self._decode(ids[self._start :])
+        return text
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
 class Written:
     """The tokens of one row as they come.
 
@@ -246,11 +273,12 @@ class Written:
         self.ids: list[int] = []
         self.reason: Literal["stop", "length"] | None = None  # why it ended; None while it goes on
         self._sent = ""
+        self._growing = _GrowingText(tokenizer)
 
     def add(self, token: int) -> None:
         """Take the next token."""
         self.ids.append(token)
-        if token in self.ends or (self.stop and self._stop_at(self._decoded()) is not None):
+        if token in self.ends or (self.stop and self._stop_at(self._growing.of(self.ids)) is not None):
             self.reason = "stop"
         elif len(self.ids) >= self.max_tokens:
             self.reason = "length"
@@ -272,6 +300,8 @@ class Written:
         return piece
 
     def _decoded(self) -> str:
+        if self.reason is None:
+            return self._growing.of(self.ids)
         written = self.ids[:-1] if self.ids and self.ids[-1] in self.ends else self.ids
         decoded: str = self.tokenizer.decode(written, skip_special_tokens=True)
         return decoded
