@@ -233,7 +233,8 @@ class Batch:
         """The batch on a device."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {name: value.to(device) for name, value in own.items() if isinstance(value, SharedPrefix | ImageBatch)}
-        return replace(self, **moved, **{name: placed(value, device) for name, value in own.items() if isinstance(value, Tensor)})
+        moved |= {name: placed(value, device) for name, value in own.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     @property
     def attention_mask(self) -> Tensor:
