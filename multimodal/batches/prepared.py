@@ -17,9 +17,9 @@ class Prepared:
 
     wording  the text that the processor puts in the place of each image: its tokens, and what stands around and between them
     counts   how many vectors each image has; as many tokens of its wording are an image's
-    inputs   for each image, what the model's tower reads (pixel_values, image_grid_thw, ...); empty where vectors are given
+    inputs   for each image, what the model's tower reads (pixel_values, image_grid_thw, ...); empty where vectors alone are cached
     grids    for each image, int64 [1, 3] (time, height, width) where the model's positions have several dimensions; empty elsewhere
-    vectors  float [sum of counts, W], what the tower and the connector make of the images; None where inputs are given
+    vectors  float [sum of counts, W], what the tower and the frozen connector make of the images; None where they are not encoded yet
     """
 
     wording: tuple[str, ...]
@@ -36,8 +36,8 @@ class Prepared:
     @property
     def nbytes(self) -> int:
         """What it takes in memory."""
-        held = [self.vectors] if self.vectors is not None else [value for one in self.inputs for value in one.values()]
-        return sum(value.nbytes for value in held)
+        held = [value for one in self.inputs for value in one.values()] + [self.vectors] * (self.vectors is not None)
+        return sum(value.nbytes for value in held if value is not None)
 
     def first(self, n: int) -> Prepared:
         """The first n images alone."""
