@@ -171,7 +171,7 @@ class BadSample:
 
     def __str__(self) -> str:
         """The key, and the file's name where the key is not made of it. A key from a tar file may hold line feeds and terminal codes."""
-        named = f"{self.key} {self.file}" if self.file and Path(self.file).stem != Path(self.key).name else self.key
+        named = f"{self.key} {self.file}" if self.file and Path(self.key).name not in (Path(self.file).stem, self.file) else self.key
         return named if named.isprintable() else repr(named)
 
 

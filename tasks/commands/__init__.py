@@ -18,6 +18,7 @@ class Command:
     run         gets the parsed values as objects, and as plain data for the run folder's config.yaml
     examples    command lines that work, for the end of the help
     first       the options that most people set, which `--help` lists: names, or (option, its help); empty: all
+    classes     names of classes that its settings may be, where they are no run's
     has_config  the settings are those of a run, and may come from a file
     prepare     may change the plain data before objects are made of them
     dry         the command where --dry_run is among its arguments
@@ -28,6 +29,7 @@ class Command:
     run: Callable[[Any, Any], None]
     examples: tuple[str, ...] = ()
     first: tuple[str | tuple[str, str], ...] = ()
+    classes: tuple[str, ...] = ()
     has_config: bool = False
     prepare: Callable[[Any], None] = lambda plain: None
     dry: Command | None = None
@@ -84,6 +86,10 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
         "embeds": Entry("export", "EMBEDS", "write prompts as embeddings, for an engine that serves the frozen model"),
     },
     "bench": Entry("bench", "BENCH", "measure how fast this machine trains and answers, beside other libraries"),
+    "data": {
+        "look": Entry("data", "LOOK", "what a data set holds: counts, lengths, duplicates, oddities, a page to browse"),
+        "check": Entry("data", "CHECK", "read every image as training does, and name what training would skip"),
+    },
     "shards": {
         "from": Entry("shards", "FROM", "write any data set as webdataset shards"),
         "img2dataset": Entry("shards", "IMG2DATASET", "write the manifest of shards that img2dataset made"),

@@ -175,7 +175,7 @@ def _new_parser(words: Sequence[str], command: Command, *, about: str = "", is_f
 
 def _allow_imports(command: Command) -> None:
     """A config may come from anybody, and an import runs code: no setting imports anything but the classes of a config."""
-    allowed: list[str] = []
+    allowed = list(command.classes)
     if command.has_config:
         from tasks.runs.config import class_paths
 
@@ -288,7 +288,7 @@ def _underscored(argument: str) -> str:
 # ----------------------------------------
 # A data set that is one path: `--data.train captions.csv` is `--data.train.path captions.csv`, in a config file too.
 
-_DATA_SETS = ("--data.train", "--data.val")
+_DATA_SETS = ("--data.train", "--data.val", "--val")
 _SETTINGS = (".yaml", ".yml")  # such a file holds settings of a data set, and is none
 
 

@@ -26,10 +26,12 @@ class ReadSource(Protocol):
     """The samples that a reader gives, as `multimodal.sample.SampleSource`, with what is known to be bad and what results must hold."""
 
     @property
-    def problems(self) -> tuple[BadSample, ...]: ...
+    def problems(self) -> tuple[BadSample, ...]:
+        """What the data set names and cannot give."""
 
     @property
-    def item_ids(self) -> tuple[int, ...]: ...
+    def item_ids(self) -> tuple[int, ...]:
+        """Every id that an official result file must hold; empty where only the samples say it."""
 
     def __len__(self) -> int: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tasks.data.table import TableSource
 from tasks.data.vqa import VQA_SPLITS, read_vqa, read_vqa_split, split_parts
 from tasks.scenes.dataset import Scenes
 
-__all__ = ["Chosen", "DataConfig", "Opened", "open_mix", "open_shards", "saved_data"]
+__all__ = ["Chosen", "DataConfig", "Opened", "open_mix", "open_shards", "place_of", "saved_data"]
 
 
 # ----------------------------------------
@@ -230,6 +230,12 @@ def _in_a_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text)
 
 
+def place_of(source: SampleSource, index: int) -> str:
+    """Where a sample stands, `captions.csv, line 7`; empty where the data set has no lines."""
+    place: Callable[[int], str] | None = getattr(source, "place", None)
+    return place(index) if place is not None else ""
+
+
 class Chosen:
     """Some samples of a source: index i is the i-th of `indices`."""
 
@@ -256,6 +262,10 @@ class Chosen:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside of these {len(self)} samples")
         return self._source[self._indices[index]]
+
+    def place(self, index: int) -> str:
+        """As `place_of`."""
+        return place_of(self._source, self._indices[index])
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """Those of the source, at the indices."""

@@ -84,6 +84,10 @@ class TableSource:
             questions=tuple(self._questions(parts, members)),
         )
 
+    def place(self, index: int) -> str:
+        """Where the sample's first row stands, for messages: `captions.jsonl, line 7`."""
+        return self._rows.place(int(self._members[self._starts[index]]))
+
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """As `multimodal.sample.TextLengths`: every row is read once."""
         return measured((self[index] for index in range(len(self))), len(self), measure)

@@ -52,32 +52,32 @@ class Thumbnail:
     reason: str = ""
 
 
-def thumbnail(image: Image.Image | bytes | None) -> Thumbnail:
-    """A JPEG of at most 224 x 224 pixels, about 10 KB, on white where the image is transparent.
+def thumbnail(image: Image.Image | bytes | None, *, side: int = SIDE, quality: int = 82) -> Thumbnail:
+    """A JPEG of at most side x side pixels, about 10 KB, on white where the image is transparent.
 
     An image that cannot be read costs its place on the page, not the page: the reason stands where it would have been.
     """
     if image is None:
         return Thumbnail(reason="no image was saved")
     try:
-        small = _small(decode_image(image) if isinstance(image, bytes) else image)
+        small = _small(decode_image(image) if isinstance(image, bytes) else image, side)
     except BadImage as error:
         return Thumbnail(reason=f"the image cannot be read: {error.reason}")
     except (OSError, ValueError) as error:  # a Pillow image that was never loaded, and whose file is closed or damaged
         return Thumbnail(reason=f"the image cannot be read: {error}")
     stream = BytesIO()
-    small.save(stream, "JPEG", quality=82, optimize=True)
+    small.save(stream, "JPEG", quality=quality, optimize=True)
     url = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
     return Thumbnail(url=url, width=small.width, height=small.height)
 
 
-def _small(image: Image.Image) -> Image.Image:
-    """RGB, at most SIDE on the longer side; the caller's image stays as it is."""
+def _small(image: Image.Image, side: int) -> Image.Image:
+    """RGB, at most `side` on the longer side; the caller's image stays as it is."""
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     small = image.convert("RGB")  # a copy, also where it is RGB already
-    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return small
 
 

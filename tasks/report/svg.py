@@ -11,7 +11,7 @@ from typing import Protocol
 
 from markupsafe import Markup
 
-__all__ = ["Axis", "Point", "describe", "draw", "draw_many", "exact_axis", "round_axis"]
+__all__ = ["Axis", "Point", "describe", "draw", "draw_bars", "draw_many", "exact_axis", "round_axis"]
 
 
 # ----------------------------------------
@@ -151,6 +151,34 @@ def draw_many(name: str, series: Sequence[_Named]) -> Markup:
     return Markup(f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{frame.axes("")}{"".join(lines)}</svg>')
 
 
+N_BARS = 24
+ALMOST_ALL = 99.0  # percent; where the largest value is far beyond them, the last bar holds the rest
+
+
+def draw_bars(name: str, values: Sequence[float], unit: str) -> Markup:
+    """One `<svg>` with the histogram of finite values, at most 24 bars; nothing where there is no value."""
+    if not values:
+        return Markup("")
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[min(len(ordered) - 1, math.ceil(len(ordered) * ALMOST_ALL / 100))]
+    beyond = ordered[-1] > high + (high - low) / 2
+    high = high if beyond else ordered[-1]
+    n_bars = N_BARS
+    if all(float(value).is_integer() for value in values):  # then each bar is of as many whole numbers
+        width = math.ceil((high - low + 1) / N_BARS)
+        n_bars = math.ceil((high - low + 1) / width)
+        high = low + n_bars * width
+    x_axis = exact_axis([low, high], 5)
+    counts = [0] * n_bars
+    for value in ordered:
+        counts[min(n_bars - 1, int(x_axis.place(value, 0, n_bars)))] += 1
+    frame = _Frame(x_axis, round_axis([0, max(counts)], 4))
+    label = escape(f"Histogram of {name} in {unit}", quote=True)
+    more = f"; the last bar holds all up to {_number(ordered[-1])}" if beyond else ""
+    axes = frame.axes("", f"{unit}{more}")
+    return Markup(f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{axes}{frame.bars(counts)}</svg>')
+
+
 def describe(points: Sequence[Point]) -> str:
     """The curve in words, for those who do not see it: last, lowest and highest value, and what could not be drawn."""
     placed = _placed(points)
@@ -177,7 +205,7 @@ class _Frame:
         self._x, self._y = x, y
         self._left = 12 + CHARACTER * max(len(label) for label in y.labels)
 
-    def axes(self, unit: str) -> str:
+    def axes(self, unit: str, x_unit: str = "step") -> str:
         left, right, bottom = self._left, WIDTH - RIGHT, HEIGHT - BOTTOM
         out = []
         for tick, label in zip(self._y.ticks, self._y.labels, strict=True):
@@ -189,7 +217,7 @@ class _Frame:
             out.append(f'<path class="axis" d="M{at:.1f} {bottom}v4"/>')
             out.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{label}</text>')
         out.append(f'<path class="axis" d="M{left:g} {TOP}V{bottom}H{right}"/>')
-        out.append(f'<text x="{right}" y="{HEIGHT - 5}" text-anchor="end">step</text>')
+        out.append(f'<text x="{right}" y="{HEIGHT - 5}" text-anchor="end">{escape(x_unit)}</text>')
         out.append(f'<text x="4" y="13">{escape(unit)}</text>')
         return "".join(out)
 
@@ -208,6 +236,17 @@ class _Frame:
         for point in points:
             x, y = self._place(point).split()
             out.append(f'<circle cx="{x}" cy="{y}" r="3"><title>{_number(point[1])} at {point[0]:,.10g}</title></circle>')
+        return "".join(out)
+
+    def bars(self, counts: Sequence[int]) -> str:
+        """Bars side by side over the whole width; their heights are counts."""
+        bottom, width = HEIGHT - BOTTOM, (WIDTH - RIGHT - self._left) / len(counts)
+        out = []
+        for i, count in enumerate(counts):
+            top = self._y.place(count, bottom, TOP)
+            low, high = (self._x.low + (self._x.high - self._x.low) * (i + k) / len(counts) for k in (0, 1))
+            about = f"<title>{count:,} from {_number(low)} to {_number(high)}</title>"
+            out.append(f'<rect x="{self._left + i * width + 0.5:.1f}" y="{top:.1f}" width="{width - 1:.1f}" height="{bottom - top:.1f}">{about}</rect>')
         return "".join(out)
 
     def crosses(self, steps: Iterable[float]) -> str:

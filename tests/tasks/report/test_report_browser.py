@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
-from html import unescape
-from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, WHY, probed
 from report_sample import EMPTY, HOSTILE, full
-from shared import PATIENCE
 
 from tasks.report.page import render
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed; the page is not looked at in a browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=WHY)
 
 INJECTED = "<script>document.title = 'pwned'</script><img src=x onerror=\"document.title = 'pwned'\">"
 # Opens each page in a frame of a given width and writes down what it finds; pages are files, so frames may be looked into.
@@ -52,16 +46,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (folder / f"{name}.html").write_bytes(text.encode("utf-8"))
         frames.append(f'<iframe name="{name}" src="{name}.html" width="{width}" height="800" style="border:0"></iframe>')
     (folder / "probe.html").write_text(PROBE.replace("FRAMES", "".join(frames)))
-    found: dict[str, Any] = json.loads(unescape(re.findall("<pre>({.*?})</pre>", dump(folder, "probe.html"), flags=re.DOTALL)[-1]))
-    return found
-
-
-def dump(folder: Path, name: str) -> str:
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    options += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--allow-file-access-from-files"]
-    options += [f"--user-data-dir={folder / 'profile'}"]
-    command = [str(CHROMIUM), *options, "--dump-dom", f"file://{folder / name}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+    return probed(folder, "probe.html")
 
 
 def test_the_page_fits_every_screen_without_scrolling_sideways(seen: dict[str, Any]) -> None:

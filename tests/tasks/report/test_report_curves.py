@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tasks.report.svg import HEIGHT, WIDTH, describe, draw, exact_axis, round_axis
+from tasks.report.svg import HEIGHT, WIDTH, describe, draw, draw_bars, exact_axis, round_axis
 
 
 @pytest.mark.parametrize("values, labels", [
@@ -70,3 +70,14 @@ def test_few_points_are_dots_and_none_is_a_sentence() -> None:
     assert describe([(100.0, 0.73)]) == "last 0.73 at step 100"
     assert (draw("loss", [], ""), describe([])) == ("", "no point was recorded")
     assert (draw("loss", [(1.0, math.nan)], ""), describe([(1.0, math.nan)])) == ("", "none of 1 values is finite")
+
+
+def test_bars_count_every_value_and_the_last_says_that_it_holds_what_is_far_beyond() -> None:
+    svg = draw_bars("lengths", [*range(1, 201), 9000], "characters")
+    counts = [int(count) for count in re.findall(r"<title>([0-9]+) from", svg)]
+    assert (len(counts), sum(counts)) == (23, 201)  # of nine whole numbers each, to the last
+    assert counts[:3] == [9, 9, 9]
+    assert "the last bar holds all up to 9000" in svg
+    assert "the last bar" not in draw_bars("lengths", [1, 2, 3], "characters")
+    assert draw_bars("lengths", [], "characters") == ""
+    assert sum(int(count) for count in re.findall(r"<title>([0-9]+) from", draw_bars("lengths", [5, 5], "pixels"))) == 2
