@@ -20,20 +20,20 @@ from torch import Tensor, nn
 
 from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap
 from adalink.attachment.attachment import without_dropout
-from adalink.attachment.inputs import Call
 from adalink.checkpoint.folder import local_folder, upload
 from adalink.errors import ConfigError
-from adalink.export import prompt_embeds
 from adalink.model import ActiveAdapter
 from multimodal.batches.collate import Batch, collate, stacked
 from multimodal.batches.packing import Ways
-from multimodal.batches.tokenize import RowEncoder, TextTokens
-from multimodal.data.images.decode import ImageOrFile, decode_image
+from multimodal.batches.tokenize import RowEncoder
+from multimodal.data.images.decode import ImageOrFile
 from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Batches, Texts, TrainingTask, new_batches
 from multimodal.encoders.bound_parts import encoder_part, language_part
 from multimodal.encoders.tower import VisionTower, load_tower, load_vision_adapter, new_vision_adapter, save_vision_adapter
 from multimodal.existing.budget import ImageTokens
+from multimodal.existing.connector import Connectors
+from multimodal.existing.connector_choice import ConnectorChoice, refuse_connector
 from multimodal.existing.conversation import Prompt, asked_of
 from multimodal.existing.inputs import give_inputs
 from multimodal.existing.load import load_existing
@@ -50,8 +50,7 @@ from multimodal.sample import SampleSource
 from multimodal.template import Template
 
 __all__ = [
-    "TrainedParts", "VisionLanguageModel", "image_prompt_embeds", "load_composed", "save_composed", "saved_template", "text_prompt_embeds",
-    "trained_summary",
+    "TrainedParts", "VisionLanguageModel", "load_composed", "save_composed", "saved_template", "trained_summary",
 ]  # fmt: skip
 
 
@@ -68,6 +67,8 @@ def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, A
     model.adapted.task = {**model.adapted.task, **task, **known, **answers}
     model.adapted.save_pretrained(folder)
     save_vision_adapter(folder, model.tower, model.seeing_part)
+    if model.connectors is not None:
+        model.connectors.save(folder, model.seeing_part)
     if model.head is not None:
         save_head(folder, model.head)
 
@@ -94,9 +95,13 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
             raise ConfigError(
                 f"the adapter in {folder} was trained on images of {budget}, and here an image has {here}: load it on a model with its own image_tokens"
             )
+        assert model.connectors is not None
         local = local_folder(folder)
         vision = load_vision_adapter(local, model.tower, model.seeing_part, len(model.adapted.adapters), allow_other_base=allow_other_base)
+        own = model.connectors.loaded(local, model.seeing_part, allow_other_base=allow_other_base)
         adapter = model.adapted.load_adapter(local, name, activate=activate, allow_other_base=allow_other_base)
+        if own is not None:
+            model.connectors.add(name, own)
         if vision is not None:
             model.vision_adapter = model.tower.adapt(vision.eval())
         return adapter
@@ -126,26 +131,29 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedParts:
-    """The trained modules: edits in the language model, edits in the encoder, the head that chooses answers."""
+    """The trained modules: edits in the language model, in the encoder and on the connector, the head that chooses answers."""
 
     edits: Adapter
     vision: Adapter | None = None
+    connector: Adapter | None = None
     head: AnswerHead | None = None
 
     @staticmethod
     def of(model: VisionLanguageModel) -> TrainedParts:
         """Those of a model's active adapter. Raises ConfigError where none is active."""
-        return TrainedParts(edits=model.adapted.active_adapter(), vision=model.tower.adapter, head=model.head)
+        connector = None if model.connectors is None else model.connectors.of(model.adapted.active)
+        return TrainedParts(edits=model.adapted.active_adapter(), vision=model.tower.adapter, connector=connector, head=model.head)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained parameter by name: `adalink.image.down.weight`, `vision.lora...`, `head.linear.bias`."""
-        seen = self.vision.named_parameters("vision") if self.vision is not None else ()
-        chosen = self.head.named_parameters("head") if self.head is not None else ()
-        return {**dict(self.edits.named_parameters()), **dict(seen), **dict(chosen)}
+        """Every trained parameter by name: `adalink.image.down.weight`, `vision.lora...`, `connector.lora...`, `head.linear.bias`."""
+        beside = {"vision": self.vision, "connector": self.connector, "head": self.head}
+        found = dict(self.edits.named_parameters())
+        return found | {name: one for role, module in beside.items() if module is not None for name, one in module.named_parameters(role)}
 
     def counts(self) -> dict[str, int]:
-        """How many parameters each method and the head has: `adalink`, `vision.lora`, `head`."""
-        seen = {} if self.vision is None else {f"vision.{name}": count for name, count in self.vision.n_parameters().items()}
+        """How many parameters each method and the head has: `adalink`, `vision.lora`, `connector.lora`, `head`."""
+        beside = {"vision": self.vision, "connector": self.connector}
+        seen = {f"{role}.{name}": count for role, one in beside.items() if one is not None for name, count in one.n_parameters().items()}
         head = {} if self.head is None else {"head": sum(parameter.numel() for parameter in self.head.parameters())}
         return {**self.edits.n_parameters(), **seen, **head}
 
@@ -153,9 +161,11 @@ class TrainedParts:
 def trained_summary(model: VisionLanguageModel) -> str:
     """The active adapter's parameters and their share of all; a line more for the encoder's and one for the head's, where there are some."""
     lines = [model.adapted.trainable_summary(also_frozen=sum(parameter.numel() for parameter in model.tower.encoder.parameters()))]
-    if model.tower.adapter is not None:
-        counts = model.tower.adapter.n_parameters()
-        lines.append(f"in the encoder: {sum(counts.values()):,} ({', '.join(f'{name} {count:,}' for name, count in counts.items())})")
+    trained = TrainedParts.of(model)
+    for place, adapter in (("encoder", trained.vision), ("connector", trained.connector)):
+        if adapter is not None:
+            counts = adapter.n_parameters()
+            lines.append(f"in the {place}: {sum(counts.values()):,} ({', '.join(f'{name} {count:,}' for name, count in counts.items())})")
     if model.head is not None:
         lines.append(f"in the head: {sum(parameter.numel() for parameter in model.head.parameters()):,} ({len(model.head.answers):,} answers)")
     return "\n".join(lines)
@@ -173,10 +183,13 @@ class VisionLanguageModel(nn.Module):
         self.language = language
         self.template = template
         self.ways: Ways | None = None  # of an existing model: how its rows may share an image
+        self.connectors: Connectors | None = None  # of an existing model: those that its adapters have of their own
         if isinstance(tower, ModelTower):
             self.adapted = AdaptedModel(language.model, parts={"language_model": tower.part()})
             give_inputs(self.adapted, tower.form)
             self.ways, tower.blocks = tried_ways(self.adapted, tower)
+            self.connectors = tower.serve(self.adapted)
+            self.connector_methods = self.connectors.edits
         else:
             parts = {"encoder": encoder_part(tower), "language_model": language_part(language)}
             inputs = {"image": InputSpec(tower.n_patches, tower.width)}
@@ -199,7 +212,7 @@ class VisionLanguageModel(nn.Module):
     ) -> VisionLanguageModel:
         """The same of a vision-language model that sees already, from a local folder or a hub id, or from the model itself with its processor.
 
-        Its tower, its connector and its language model are frozen; adapters go into the language model.
+        Its tower, its connector and its language model are frozen; adapters go into the language model, and where asked into the others.
         image_tokens: bounds of what an image may cost; larger and smaller ones are scaled. Saved with every adapter.
         Raises ConfigError for a model that is none, or cannot be given an image that was encoded before, or whose processor cannot keep the bounds.
         """
@@ -302,7 +315,8 @@ class VisionLanguageModel(nn.Module):
         """What the batch's tokens are, with the features of each row's image. Raises ConfigError for cached features of a trained encoder."""
         rows = self.adapted.serving(len(batch.ids), adapter_names)
         if isinstance(self.tower, ModelTower):
-            return self.tower.token_map(batch, TokenMap(batch.domain, rows.row, serving=rows.serving, entry=batch.token_image))
+            names = {self.adapted.active} if adapter_names is None else {None if name == BASE_NAME else name for name in adapter_names}
+            return self.tower.token_map(batch, TokenMap(batch.domain, rows.row, serving=rows.serving, entry=batch.token_image), names)
         retained = batch.taps if batch.patches is None else batch.patches
         if retained is not None and self.tower.adapter is not None:
             raise ConfigError("the batch holds cached features, and this model's encoder has trained weights: collate it with pixels")
@@ -348,9 +362,21 @@ class VisionLanguageModel(nn.Module):
         """Where the language model is."""
         return self.adapted.device
 
-    def add_adapter(self, name: str, methods: Mapping[str, Method] | Method) -> Adapter:
-        """Add a new adapter, of one method or of several by name, and make it the active one."""
-        return self.adapted.add_adapter(name, methods)
+    def add_adapter(
+        self, name: str, methods: Mapping[str, Method] | Method, *, connector: ConnectorChoice = "frozen", connector_methods: Mapping[str, Method] | None = None
+    ) -> Adapter:
+        """Add a new adapter, of one method or of several by name, and make it the active one.
+
+        Of a model that sees already the adapter may have a connector of its own; the frozen one serves the other adapters.
+        connector          trained: a copy of all its weights is trained
+        connector_methods  on the linears of the connector: LoRA, IA3, BitFit
+
+        Raises ConfigError where both are given, or the model has no such connector.
+        """
+        if self.connectors is None:
+            refuse_connector(connector, connector_methods or ())
+            return self.adapted.add_adapter(name, methods)
+        return self.connectors.add_adapter(name, methods, connector, connector_methods or {})
 
     def add_answer_head(self, answers: Sequence[str]) -> AnswerHead:
         """Let the active adapter choose among these answers, by a new head that is trained with it, instead of writing."""
@@ -380,8 +406,15 @@ class VisionLanguageModel(nn.Module):
     def delete_adapter(self, name: str) -> None:
         """Take an adapter away; the others stay as they are. Where it was the active one, none is."""
         self.adapted.delete_adapter(name)
+        if self.connectors is not None:
+            self.connectors.delete(name)
         if name in self.heads:
             del self.heads[name]
+
+    @property
+    def changes_features(self) -> bool:
+        """Whether what encodes images is trained, with the active adapter or for all: features then change with every step, and are not cached."""
+        return self.tower.adapter is not None or (self.connectors is not None and self.connectors.has_own(self.adapted.active))
 
     @property
     def active_adapter(self) -> ActiveAdapter:
@@ -401,6 +434,8 @@ class VisionLanguageModel(nn.Module):
     def set_adapter(self, name: str) -> None:
         """Make an adapter the active one."""
         self.adapted.set_adapter(name)
+        if self.connectors is not None:
+            self.connectors.activate(name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -459,37 +494,3 @@ def _pixels(batch: Batch) -> Tensor:
     if batch.pixels is None:
         raise ConfigError("the batch holds neither pixels nor patches: collate it with one of them")
     return batch.pixels
-
-
-# ----------------------------------------
-# Prompts with images, or of words alone, as embeddings for an engine that serves the frozen language model.
-
-
-@torch.no_grad()
-def image_prompt_embeds(model: VisionLanguageModel, images: Sequence[Path | bytes], prompts: Sequence[str]) -> list[Tensor]:
-    """float [T, D] for each image and prompt, worded by the active adapter's template, with its slots; no padding.
-
-    Raises ConfigError where the adapter does more than to edit the prompt's embeddings, DataError for an image that cannot be read.
-    """
-    encoder, found = model.row_encoder(), []
-    for image, prompt in zip(images, prompts, strict=True):
-        read = model.tower.preprocess(decode_image(image))
-        batch = collate([encoder.prompt(prompt, read)], [0], stacked([read]), kind="pixels", side="left", pad_id=model.language.tokenizer.pad_token_id)
-        batch = batch.to(model.device)
-        found.append(prompt_embeds(model.adapted, batch.ids, model.token_map(batch))[0])
-    return found
-
-
-@torch.no_grad()
-def text_prompt_embeds(model: AdaptedModel, language: Language, prompts: Sequence[str | Sequence[int]]) -> list[Tensor]:
-    """The same of prompts that are words alone, between the special tokens that the tokenizer puts around a text, after the adapter's slots.
-
-    A special token's spelling inside a text is letters. A prompt that needs special tokens in its middle (a chat template's) is given as ids.
-    """
-    found, tokens = [], TextTokens(language.tokenizer)
-    for prompt in prompts:
-        row = tokens.whole(prompt) if isinstance(prompt, str) else list(prompt)
-        ids = torch.tensor([row], device=next(model.base.parameters()).device)
-        call = Call.make(model.base, model.anatomy, {"input_ids": ids}, model.serving(1), model.image_ids, "left")
-        found.append(prompt_embeds(model, call.arguments["input_ids"], call.token_map)[0])
-    return found

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from adalink.anatomy import Anatomy
 from adalink.attachment.attachment import Attachment
@@ -43,10 +44,15 @@ def copied(model: nn.Module, anatomy: Anatomy, names: Sequence[str]) -> dict[str
         for path in paths:
             if any(f"{path}.".startswith(f"{part}.") or f"{part}.".startswith(f"{path}.") for part in edited):
                 raise ConfigError(f"modules_to_save names {path}, which is where an adapter's methods edit: name a head, such as {', '.join(heads_of(model))}")
-            if any(parameter.is_meta for parameter in model.get_submodule(path).parameters()):
+            if any(one.is_meta for one in model.get_submodule(path).parameters()) and not _is_plan(model):
                 raise ConfigError(f"modules_to_save names {path}, whose weights are offloaded: give it a device in device_map")
             found[path] = _copy(model.get_submodule(path))
     return found
+
+
+def _is_plan(model: nn.Module) -> bool:
+    """Whether the model is one without any weights, and not one whose weights lie elsewhere."""
+    return all(one.is_meta for one in model.parameters()) and not any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -89,11 +95,14 @@ class ServedCopies:
             token_map = self._attachment.map
             if token_map is None:
                 return output
-            if not isinstance(output, Tensor):
-                raise ConfigError(f"modules_to_save names {path}, which gives {type(output).__name__} and no tensor: name a module inside it")
             for index, one in self._copies[path].items():
-                if token_map.serving is None or index in token_map.serving:
-                    output = _where(token_map, index, _called(one, args, kwargs), output)
+                if token_map.serving is not None and index not in token_map.serving:
+                    continue
+                if len(token_map.row) == 1 and token_map.serving == frozenset({index}):  # all of it is the row's
+                    return tree_map(_as, output, _called(one, args, kwargs))
+                if not isinstance(output, Tensor):
+                    raise ConfigError(f"modules_to_save names {path}, which gives {type(output).__name__} and no tensor: name a module inside it")
+                output = _where(token_map, index, _called(one, args, kwargs), output)
             return output
 
         return replaced
@@ -105,12 +114,16 @@ def _where(token_map: TokenMap, index: int, value: Tensor, output: Tensor) -> Te
     return torch.where(is_served.view(-1, *[1] * (output.ndim - 1)).to(output.device), value.to(output.dtype), output)
 
 
-def _called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _as(before: Any, value: Any) -> Any:
+    """A tensor of numbers in the dtype of what it takes the place of."""
+    return value.to(before.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The module on these arguments, computed in the dtype of its own weights."""
     dtype = next((parameter.dtype for parameter in module.parameters()), None)
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    result: Tensor = module(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
-    return result
+    return module(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})

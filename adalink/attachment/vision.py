@@ -25,7 +25,7 @@ from adalink.edit import EMBEDDING, Adapter, Placement, Port
 from adalink.errors import AttachError, ConfigError
 from adalink.tokens import DOMAIN_NAMES, IMAGE, TokenMap, Tokens
 
-__all__ = ["VisionAttachment", "attach_vision", "read_vision"]
+__all__ = ["VisionAttachment", "attach_vision", "read_vision", "vision_layers"]
 
 
 # ----------------------------------------
@@ -38,7 +38,7 @@ def read_vision(model: nn.Module) -> Anatomy:
     Raises AttachError where the model is none: no convolution into the width of its layers, layers of several widths (Swin), or words.
     """
     _refuse_words(model)
-    layers = _layers(model)
+    layers = vision_layers(model)
     linears = tuple(linear for name, child in model.named_modules() if name.startswith(layers + ".") and (linear := _linear(name, child)))
     widths = {linear.name[len(layers) + 1 :].split(".")[0]: linear.n_in for linear in reversed(linears)}  # of each layer's first linear
     if len(set(widths.values())) != 1:
@@ -78,8 +78,8 @@ def _refuse_words(model: nn.Module) -> None:
         raise AttachError(f"{type(model).__name__} reads words: attach to it with `get_adalink_model`, or give its vision tower alone")
 
 
-def _layers(model: nn.Module) -> str:
-    """The longest list of modules of one kind that hold linears; the outermost of equals."""
+def vision_layers(model: nn.Module) -> str:
+    """The longest list of modules of one kind that hold linears; the outermost of equals. Raises AttachError where there is none."""
     lists = {
         name: children
         for name, module in model.named_modules()

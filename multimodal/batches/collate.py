@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adalink import PAD
 from adalink.attachment.existing import NO_LABEL
-from multimodal.batches.prepared import ImageBatch, Prepared
+from multimodal.batches.prepared import ImageBatch, Prepared, placed
 from multimodal.batches.tokenize import Row
 
 __all__ = ["NO_TARGET", "Batch", "SharedPrefix", "additive", "shared_prefix_of", "block_mask", "collate", "packed_attention", "stacked"]
@@ -50,10 +50,10 @@ class SharedPrefix:
         """Whether any beginning is that of several rows."""
         return len(self.first) < len(self.which)
 
-    def to(self, device: torch.device, *, non_blocking: bool = True) -> SharedPrefix:
+    def to(self, device: torch.device) -> SharedPrefix:
         """The same on a device."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in own.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: placed(value, device) for name, value in own.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
 
@@ -232,8 +232,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        placed = {name: value for name, value in own.items() if isinstance(value, Tensor | SharedPrefix | ImageBatch)}
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in placed.items()}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in own.items() if isinstance(value, SharedPrefix | ImageBatch)}
+        moved |= {name: placed(value, device) for name, value in own.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     @property

@@ -68,6 +68,10 @@ class Composed(Protocol):
         """What chooses an answer, where the model has such a head."""
 
     @property
+    def changes_features(self) -> bool:
+        """Whether what encodes images is trained."""
+
+    @property
     def device(self) -> torch.device:
         """Where its inputs go."""
 
@@ -126,7 +130,7 @@ def arrangement(
 def arrangement_of(model: Composed, weights: Literal["whole", "split"] = "whole") -> tuple[Arrange, str]:
     """The same for a composed model and its active adapter."""
     # Images of a trained encoder need a gradient.
-    prompt = model.row_encoder().prompt("?", getattr(model.tower, "small", None)) if model.tower.adapter is None else None
+    prompt = model.row_encoder().prompt("?", getattr(model.tower, "small", None)) if not model.changes_features else None
     arrange, note = arrangement(model.language.model, model.adapted.active_adapter(), prompt, weights, model.ways)
     if model.ways is not None or arrange in (pack_rows, pack_answers, separate_rows) or forks_exactly(model.adapted):
         return arrange, note

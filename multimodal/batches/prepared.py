@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["NO_IMAGE", "ImageBatch", "Prepared", "joined", "joined_inputs"]
+__all__ = ["NO_IMAGE", "ImageBatch", "Prepared", "joined", "joined_inputs", "placed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +17,9 @@ class Prepared:
 
     wording  the text that the processor puts in the place of each image: its tokens, and what stands around and between them
     counts   how many vectors each image has; as many tokens of its wording are an image's
-    inputs   for each image, what the model's tower reads (pixel_values, image_grid_thw, ...); empty where vectors are given
+    inputs   for each image, what the model's tower reads (pixel_values, image_grid_thw, ...); empty where vectors alone are cached
     grids    for each image, int64 [1, 3] (time, height, width) where the model's positions have several dimensions; empty elsewhere
-    vectors  float [sum of counts, W], what the tower and the connector make of the images; None where inputs are given
+    vectors  float [sum of counts, W], what the tower and the frozen connector make of the images; None where they are not encoded yet
     """
 
     wording: tuple[str, ...]
@@ -36,8 +36,8 @@ class Prepared:
     @property
     def nbytes(self) -> int:
         """What it takes in memory."""
-        held = [self.vectors] if self.vectors is not None else [value for one in self.inputs for value in one.values()]
-        return sum(value.nbytes for value in held)
+        held = [value for one in self.inputs for value in one.values()] + [self.vectors] * (self.vectors is not None)
+        return sum(value.nbytes for value in held if value is not None)
 
     def first(self, n: int) -> Prepared:
         """The first n images alone."""
@@ -83,14 +83,20 @@ class ImageBatch:
             starts.append(starts[-1] + sample.n_vectors)
         return starts[:-1]
 
-    def to(self, device: torch.device, *, non_blocking: bool = True) -> ImageBatch:
+    def to(self, device: torch.device) -> ImageBatch:
         """The same on a device."""
-        return ImageBatch(samples=tuple(_moved(sample, device, non_blocking) for sample in self.samples))
+        return ImageBatch(samples=tuple(_moved(sample, device) for sample in self.samples))
 
 
-def _moved(sample: Prepared, device: torch.device, non_blocking: bool) -> Prepared:
-    inputs = tuple({name: value.to(device, non_blocking=non_blocking) for name, value in one.items()} for one in sample.inputs)
-    vectors = None if sample.vectors is None else sample.vectors.to(device, non_blocking=non_blocking)
+def placed(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. From pinned memory, where that is CUDA: a copy from any other waits for all that the device has still to do."""
+    is_far = device.type == "cuda" and value.device.type == "cpu"
+    return (value.pin_memory() if is_far else value).to(device, non_blocking=True)
+
+
+def _moved(sample: Prepared, device: torch.device) -> Prepared:
+    inputs = tuple({name: placed(value, device) for name, value in one.items()} for one in sample.inputs)
+    vectors = None if sample.vectors is None else placed(sample.vectors, device)
     return replace(sample, inputs=inputs, vectors=vectors)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from adalink import Adapter, Anatomy, FrozenPart, Slots, TokenMap
+from adalink import AdaptedModel, Adapter, Anatomy, FrozenPart, Slots, TokenMap
 from adalink.attachment.existing import image_token_ids
 from adalink.attachment.vision import attach_vision, read_vision
 from adalink.checkpoint.fingerprint import Sketch, part_of
@@ -23,13 +24,14 @@ from multimodal.data.images.decode import ImageOrFile, decode_image
 from multimodal.encoders.bound_parts import N_VALUES, test_image, tokenizer_digest
 from multimodal.encoders.tower import VisionTower
 from multimodal.existing.budget import ImageTokens
+from multimodal.existing.connector import Connectors
 from multimodal.existing.inputs import HostForm, HostInputs, VectorForm
 from multimodal.existing.rows import Blocks, ConversationRows, positions_of
 from multimodal.existing.words import KINDS, NO_BUDGET, Processor, first_line
 from multimodal.language import Language
 from multimodal.template import Template
 
-__all__ = ["ModelTower", "Preparing", "read_images", "refuse_over"]
+__all__ = ["ModelTower", "Preparing", "read_images", "refuse_over", "tower_of"]
 
 
 class Preparing:
@@ -52,6 +54,7 @@ class ModelTower:
 
     layer = -1
     adapter: Adapter | None = None
+    connectors: Connectors | None = None  # of the model's adapters, where it has any
 
     def __init__(self, language: Language, real_processor: Any, image_ids: Sequence[int], budget: ImageTokens = NO_BUDGET) -> None:
         self.language, self.name = language, language.name
@@ -96,10 +99,15 @@ class ModelTower:
 
     @property
     def _vision(self) -> nn.Module:
-        found = self.language.model.get_encoder(modality="image")
-        if found is self.language.model or not isinstance(found, nn.Module):
+        if (found := tower_of(self.language.model)) is None:
             raise ConfigError(f"no tower was found in '{self.name}', which vision_methods would act on: leave them out")
         return found
+
+    def serve(self, adapted: AdaptedModel) -> Connectors:
+        """From now on its adapters may have connectors of their own."""
+        base = self.language.model
+        self.connectors = Connectors(adapted, tower_of(base), lambda: self.form.vectors.vectors(self._run(self.small.inputs[0])), self.name)
+        return self.connectors
 
     def encode(self, images: ImageBatch) -> list[Prepared]:
         """The images of each sample with their vectors, each image run once, without gradient.
@@ -113,12 +121,14 @@ class ModelTower:
             )
         return self._encoded(images)
 
-    def _encoded(self, images: ImageBatch) -> list[Prepared]:
+    def _encoded(self, images: ImageBatch, connector: str | None = None) -> list[Prepared]:
+        """connector: the adapter whose connector encodes them; None: the frozen one."""
+        learns = (self.adapter is not None or connector is not None) and torch.is_grad_enabled()
         every = [one for sample in images.samples for one in sample.inputs]
         counts = [count for sample in images.samples for count in sample.counts]
         found: dict[int, Tensor] = {}
         for indices, inputs in joined_inputs(every):
-            with torch.set_grad_enabled(self.adapter is not None and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(learns), contextlib.nullcontext() if self.connectors is None else self.connectors.used(connector):
                 vectors = self.form.vectors.vectors(self._run(inputs))
             wanted = [counts[i] for i in indices]
             if len(vectors) != sum(wanted):
@@ -130,20 +140,43 @@ class ModelTower:
         empty = torch.zeros(0, self.width, dtype=self._dtype, device=self._device)
         return [sample.encoded(torch.cat([empty, *(found[next(number)] for _ in sample.inputs)])) for sample in images.samples]
 
-    def token_map(self, batch: Batch, token_map: TokenMap) -> TokenMap:
-        """The map of a batch with what the model is given beside its ids. Raises ConfigError for cached features where the tower is adapted."""
+    def token_map(self, batch: Batch, token_map: TokenMap, adapters: Collection[str | None] = (None,)) -> TokenMap:
+        """The map of a batch with what the model is given beside its ids.
+
+        adapters: those that serve its rows; an image is encoded by the frozen connector, and by each of theirs.
+        Raises ConfigError for cached features where the tower is adapted, or an adapter has a connector of its own.
+        """
         assert batch.prepared is not None
-        samples = batch.prepared.samples
-        if self.adapter is not None and any(sample.vectors is not None for sample in samples if sample.counts):
-            raise ConfigError("the batch holds cached features, and this model's tower has trained weights: collate it with the images")
-        if any(sample.inputs for sample in samples):
-            samples = tuple(self._encoded(batch.prepared))
-        found = [sample.vectors.to(self._dtype) for sample in samples if sample.vectors is not None]
-        vectors = torch.cat(found) if found else None
-        shift = None
+        own = sorted(name for name in adapters if name is not None and self.connectors is not None and self.connectors.has_own(name))
+        each = [*([None] if len(own) < len(adapters) else []), *own]
+        found = [vector for name in each for vector in self._vectors_by(name, batch.prepared)]
+        vectors, shift = torch.cat(found) if found else None, None
         if self.positions is not None and batch.rope is not None:
             shift = batch.rope.amax((0, 2)) + 1 - batch.attention_mask.sum(1)
-        return replace(token_map, host=HostInputs(vectors=vectors, vector=batch.vector, rope=batch.rope, shift=shift, kind=batch.kind))
+        vector = batch.vector if len(each) < 2 else self._among(each, batch, token_map)
+        return replace(token_map, host=HostInputs(vectors=vectors, vector=vector, rope=batch.rope, shift=shift, kind=batch.kind))
+
+    def _vectors_by(self, connector: str | None, images: ImageBatch) -> list[Tensor]:
+        """The vectors of each sample: those that are given, or by this adapter's connector."""
+        changes = self.adapter is not None or connector is not None
+        with_images = [sample for sample in images.samples if sample.counts]
+        if changes and any(not sample.inputs for sample in with_images):
+            changed = "this model's tower has trained weights" if connector is None else f"the adapter {connector} has a connector of its own"
+            raise ConfigError(f"the batch holds cached features, and {changed}: collate it with the images")
+        if changes or any(sample.vectors is None for sample in with_images):
+            images = ImageBatch(samples=tuple(self._encoded(images, connector)))
+        return [sample.vectors.to(self._dtype) for sample in images.samples if sample.vectors is not None]
+
+    def _among(self, connectors: Sequence[str | None], batch: Batch, token_map: TokenMap) -> Tensor:
+        """int64 [B, T]: the vector of each token among those of all these connectors, one after the other: that of its row's adapter."""
+        assert self.connectors is not None
+        assert batch.prepared is not None
+        assert batch.vector is not None
+        n, first = sum(sample.n_vectors for sample in batch.prepared.samples), torch.zeros_like(token_map.row)
+        for number, name in enumerate(connectors):
+            if name is not None:
+                first = torch.where(token_map.row == self.connectors.index(name), number * n, first)
+        return torch.where(batch.vector < 0, batch.vector, batch.vector + first[:, None])
 
     def row_encoder(self, template: Template, slots: Sequence[Slots], processor: Processor | None = None) -> ConversationRows:
         """Makes the rows of an adapter with these slots, by a copy of the processor where one is given. Raises ConfigError where it has a bridge."""
@@ -160,10 +193,11 @@ class ModelTower:
         finally:
             for handle in handles:
                 handle.remove()
-        if found:
+        others = sorted({path for path in found if self.connectors is None or not self.connectors.holds(path)})
+        if others:
             raise ConfigError(
-                f"the adapter in {folder} has a trained copy of {', '.join(sorted(set(found)))}, and this model encodes an image once, with its frozen "
-                "modules, for all adapters: load the adapter with AdaptedModel.from_pretrained"
+                f"the adapter in {folder} has a trained copy of {', '.join(others)}, which is no part of the connector, and the tower encodes images with its "
+                "frozen modules for all adapters: load the adapter with AdaptedModel.from_pretrained"
             )
 
     def part(self) -> FrozenPart:
@@ -224,6 +258,12 @@ def refuse_over(processor: Processor, name: str) -> None:
             f"image_tokens allows {processor.budget}, and the processor of '{name}' makes {count} of a test image at the nearest scale: give bounds that "
             f"hold {count}, or none"
         )
+
+
+def tower_of(model: Any) -> nn.Module | None:
+    """What encodes images inside the model, as it names it itself; None where it names nothing."""
+    found = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else None
+    return found if isinstance(found, nn.Module) and found is not model else None
 
 
 def features_owner(model: nn.Module, name: str) -> Any:

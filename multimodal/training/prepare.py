@@ -95,6 +95,8 @@ def hidden_state_model(model: VisionLanguageModel, gib: float, n_images: int) ->
     adapted, loss = model.adapted, model.language_loss
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ConfigError(f"train.states_gib runs texts in each process apart, and FSDP2 splits the model over them: train with DDP, or {ADVICE}")
+    if model.changes_features:
+        raise ConfigError(f"train.states_gib keeps what the model makes of an image's features, and what encodes images is trained: {ADVICE}")
     first = first_layer(adapted.anatomy, adapted.active_adapter(), model.head)
     if trained := next((name for name, parameter in adapted.base.named_parameters() if parameter.requires_grad), None):
         raise ConfigError(f"train.states_gib caches the states of a frozen language model, and {trained} is trained: {ADVICE}")

@@ -18,7 +18,7 @@ from PIL import Image
 from adalink.errors import CheckpointError, DataError
 from adalink.files import write_whole
 from multimodal.data.order import set_sizes
-from multimodal.model import VisionLanguageModel
+from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.sample import BadSample, BadSamples, SampleSource
 from multimodal.training.distributed import Agreed
 from multimodal.training.settings import TrainSettings
@@ -124,12 +124,14 @@ def _to_wandb(tracker: Any, step: int, logged: Sequence[LoggedSamples]) -> None:
 
 def run_facts(model: VisionLanguageModel, settings: TrainSettings) -> dict[str, Any]:
     """As JSON: the training's settings by name, and what the model is made of."""
-    adapter, vision, head = model.adapted.active_adapter(), model.tower.adapter, model.head
+    parts, head = TrainedParts.of(model), model.head
     template = model.template_of(model.adapted.active or "")
     made = {
         **{role: part.fingerprint for role, part in model.adapted.parts.items()},
-        "methods": _methods(adapter.methods),
-        "vision_methods": _methods(vision.methods) if vision is not None else {},
+        "methods": _methods(parts.edits.methods),
+        "vision_methods": _methods(parts.vision.methods) if parts.vision is not None else {},
+        **({"connector_methods": _methods(parts.connector.methods)} if parts.connector is not None else {}),
+        **({"modules_to_save": sorted(parts.edits.copies)} if parts.edits.copies else {}),
         "template": template.saved(),
         "answers": hashlib.sha256("\n".join(head.answers).encode()).hexdigest()[:16] if head is not None else "",
     }

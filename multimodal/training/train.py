@@ -197,8 +197,9 @@ class _Run:
     ) -> None:
         if also_trained and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 trains adapters alone, and also_trained names other weights: train those with DDP")
-        if model.tower.adapter is not None and accelerator.is_fsdp2:
-            raise ConfigError("FSDP2 trains the language model's adapter alone, and this model's encoder has one too: train it with DDP")
+        if model.changes_features and accelerator.is_fsdp2:
+            trained = "encoder has one too" if model.tower.adapter is not None else "connector is trained too"
+            raise ConfigError(f"FSDP2 trains the language model's adapter alone, and this model's {trained}: train it with DDP")
         if model.head is not None and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 trains the language model's adapter alone, and this model has an answer head too: train it with DDP")
         if isinstance(loader, FillingLoader) and accelerator.is_fsdp2:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def export_merged(*, adapter: Path, out: Path, language_model: str | None = None
 def export_embedding_lora(*, adapter: Path, out: Path, model: str | None = None) -> None:
     """Write a text-only AdaLink as a LoRA of the word embedding, in the folder format of peft.
 
+    Raises ConfigError where the adapter does more than that.
+
     Args:
         adapter: The adapter folder; AdaLink on text with scope all, and no other method.
         out: A new or empty folder, for adapter_config.json and adapter_model.safetensors.
@@ -84,6 +87,11 @@ def export_embedding_lora(*, adapter: Path, out: Path, model: str | None = None)
 
     config = AdaptedModel.read_config(adapter)
     check_embedding_lora(config.methods)
+    if config.modules_to_save:
+        raise ConfigError(
+            f"the adapter in {adapter} has a trained copy of {', '.join(config.modules_to_save)}, which a LoRA of the word embedding cannot hold: export "
+            "one without"
+        )
     with _new_folder(out) as folder:
         language, loaded, processor = _loaded(adapter, config, model)
         example = None if processor is None else example_of(language, processor, test_image())
@@ -119,8 +127,8 @@ def export_embeds(
     """
     from adalink import AdaptedModel
     from multimodal.language import load_language
-    from multimodal.model import image_prompt_embeds, text_prompt_embeds
     from tasks.runs.compose import found_part, load_adapted
+    from tasks.runs.prompt_embeds import image_prompt_embeds, text_prompt_embeds
 
     config, images = AdaptedModel.read_config(adapter), images or []
     texts = _lines(prompts) if prompts is not None else [""] * len(images)
@@ -162,23 +170,32 @@ def _loaded(folder: Path, config: AdapterConfig, given: str | None) -> tuple[Lan
     that the model's folder cannot hold.
     """
     from adalink import Adapter, Anatomy
+    from adalink.attachment.modules_to_save import copied
+    from adalink.checkpoint.fingerprint import part_of
     from adalink.checkpoint.folder import load_weights
     from multimodal.encoders.bound_parts import language_part
     from multimodal.encoders.tower import has_vision_adapter
+    from multimodal.existing.connector import has_connector_methods
     from multimodal.existing.load import is_existing, load_existing
     from multimodal.language import Language, load_language
     from tasks.runs.compose import found_part
 
-    if beside := ["an answer head"] * bool(config.task.get("answers")) + ["an adapted encoder"] * has_vision_adapter(folder):
+    own = {"an answer head": bool(config.task.get("answers")), "an adapted encoder": has_vision_adapter(folder)}
+    own["methods on its connector"] = has_connector_methods(folder)
+    if beside := [what for what, is_there in own.items() if is_there]:
         raise ConfigError(f"the adapter in {folder} has {' and '.join(beside)}, which a language model's folder cannot hold: export one without")
     name = given or config.base["language_model"].name
     found = found_part(name)
     sees = "encoder" not in config.base and is_existing(found)
     language, processor = load_existing(found) if sees else (load_language(found), None)
-    here = language_part(language)
+    here, copies = language_part(language), config.modules_to_save
+    if copies:  # which are no part of what the adapter was trained on
+        others = part_of(language.model, without=copies)
+        here = replace(here, fingerprint=others.fingerprint, weights=others.weights)
     config.check_base({**config.base, "language_model": here}, str(folder))
     methods: Mapping[str, Method] = config.methods
-    adapter = Adapter(methods, Anatomy.read(language.model))
+    anatomy = Anatomy.read(language.model)
+    adapter = Adapter(methods, anatomy, copied(language.model, anatomy, copies))
     load_weights(folder, adapter)
     return Language(model=language.model, tokenizer=language.tokenizer, name=name), adapter.eval(), processor
 

@@ -171,6 +171,8 @@ def _plan(values: Any) -> Plan:
             dry_run.parts,
             chosen_methods(dry_run.methods),
             encoder_methods=dry_run.encoder_methods,
+            connector=dry_run.connector,
+            connector_methods=dry_run.methods_on_connector,
             template=dry_run.chosen_task().words_for(True),
             train=dry_run.train,
             generation=dry_run.generation,

@@ -36,7 +36,7 @@ DATA_ROWS = (
 METHODS_ROW = ("--methods.NAME SETTINGS", "one or more methods, such as --methods.lora '{rank: 8}'; `adalink methods` lists them")
 
 # Help lists the methods by name. Their settings have a help of their own, for which the method itself is imported, and torch.
-METHOD_GROUPS = {"methods": "methods", "vision_methods": "methods inside the encoder"}
+METHOD_GROUPS = {"methods": "methods", "vision_methods": "methods inside the encoder", "connector_methods": "methods on the connector of `model`"}
 
 _DATA: Any = dataclasses.make_dataclass(
     "DraftData",
@@ -46,7 +46,8 @@ _DATA: Any = dataclasses.make_dataclass(
 )
 _OPTIONAL: dict[str, Any] = {"task": "captioning", "data": dataclasses.field(default_factory=_DATA)}
 # What a run's config can be asked, and the checks that it makes of itself.
-_CHECKED = {name: vars(RunConfig)[name] for name in ("check_features", "check_form", "chosen_task", "encoder_methods", "n_answers", "parts")}
+_ASKED = ("check_features", "check_form", "chosen_task", "encoder_methods", "methods_on_connector", "n_answers", "parts")
+_CHECKED = {name: vars(RunConfig)[name] for name in _ASKED}
 
 
 def _dry_run_config() -> Any:

@@ -71,7 +71,7 @@ def evaluate(model: VisionLanguageModel, source: SampleSource, task: Task, *, se
 
     settings: those that the adapter was saved with, where none are given. Raises DataError where nothing can be used or scored.
     """
-    encoded = encode_all(model, source) if model.tower.adapter is None else pixel_table(source, model.tower.preprocess, label="reading")
+    encoded = pixel_table(source, model.tower.preprocess, label="reading") if model.changes_features else encode_all(model, source)
     images = read_images(Opened(source, ()), encoded)
     settings = settings or saved_generation(model.adapted.tasks.get(model.adapted.active or "", {}))
     predicted = predict(model, images.source, task, images.patches, settings=settings)

@@ -134,11 +134,11 @@ def features_to_learn(model: VisionLanguageModel, source: SampleSource, config: 
 
 
 def features_to_log(model: VisionLanguageModel, source: SampleSource, config: RunConfig, label: str) -> CachedFeatures:
-    """The features of the images that a run is evaluated on: cached ones, or encoded now; of an adapted encoder its pixels.
+    """The features of the images that a run is evaluated on: cached ones, or encoded now; of an adapted encoder or connector the pixels.
 
     Raises as `features_to_learn`.
     """
-    if model.tower.adapter is not None:
+    if model.changes_features:
         return pixel_table(source, model.tower.preprocess, label=label)
     if config.features is not None:
         folder, settings = config.features / "val", config.train

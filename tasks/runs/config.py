@@ -13,6 +13,7 @@ from adalink.errors import ConfigError
 from adalink.methods import METHODS
 from multimodal.data.inputs import StoredDtype
 from multimodal.existing.budget import ImageTokens
+from multimodal.existing.connector_choice import ConnectorChoice, refuse_both, refuse_connector
 from multimodal.generation.settings import GenerationSettings
 from multimodal.training.settings import TrainSettings
 from tasks.captioning import Captioning
@@ -118,6 +119,8 @@ class RunConfig:
     data: Data
     methods: Methods
     vision_methods: Methods = field(default_factory=Methods)  # methods inside the encoder, trained with the others; its features are then never cached
+    connector: ConnectorChoice = "frozen"  # of `model`; trained: all weights of what runs between its tower and its words, as a copy in the adapter
+    connector_methods: Methods = field(default_factory=Methods)  # of `model`: methods on its connector's linears: lora, ia3, bitfit
     layer: int = -1  # which encoder block the features come from: -1 the last, with its norm; -2 the one before, as Context-PEFT has it
     captioning: Captioning = field(default_factory=Captioning)  # settings of the task, where it is captioning
     vqa: Vqa = field(default_factory=Vqa)  # settings of the task, where it is vqa
@@ -140,12 +143,20 @@ class RunConfig:
                 f"{'layer' if self.layer != -1 else 'vqa.answers'} was given with model: a model that sees already has its own features and writes its "
                 "answers; leave it out"
             )
+        if not self.model:
+            refuse_connector(self.connector, self.methods_on_connector)
+        refuse_both(self.connector, self.methods_on_connector)
 
     def check_features(self) -> None:
-        """Raise ConfigError where cached features are asked for in two ways, or of an encoder that changes."""
-        if self.encoder_methods and (self.train.features != "encode" or self.features is not None):
-            retained = f"train.features is {self.train.features}" if self.features is None else f"features is {self.features}"
+        """Raise ConfigError where cached features are asked for in two ways, or of an encoder or a connector that changes."""
+        trained = ""
+        if self.encoder_methods:
             trained = f"features of an encoder that vision_methods trains ({', '.join(self.encoder_methods)})"
+        elif self.connector == "trained" or self.methods_on_connector:
+            by = f" (connector_methods: {', '.join(self.methods_on_connector)})" if self.methods_on_connector else ""
+            trained = f"features of a trained connector{by}"
+        if trained and (self.train.features != "encode" or self.features is not None):
+            retained = f"train.features is {self.train.features}" if self.features is None else f"features is {self.features}"
             raise ConfigError(f"{retained}, and {trained} change with every step: give train.features: encode, and no folder")
         if self.train.features == "fill" and self.features is None:
             raise ConfigError("train.features is fill, and no folder is given to fill: give `features`, such as --features runs/features")
@@ -159,6 +170,11 @@ class RunConfig:
     def encoder_methods(self) -> dict[str, Method]:
         """The methods inside the encoder; most runs have none."""
         return _given(self.vision_methods)
+
+    @property
+    def methods_on_connector(self) -> dict[str, Method]:
+        """The methods on the connector's linears."""
+        return _given(self.connector_methods)
 
     @property
     def n_answers(self) -> int:

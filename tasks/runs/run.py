@@ -63,7 +63,7 @@ def changed_config(file: Path, config_text: str) -> list[str]:
         was, now = (flat(yaml.safe_load(text) or {}) for text in (file.read_text(encoding="utf-8"), config_text))
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return []  # a process that was killed while it wrote it
-    names = [name for name in {**was, **now} if was and not name.startswith(("train.", "methods.", "vision_methods.")) and name != "out"]
+    names = [name for name in {**was, **now} if was and not name.startswith(("train.", "methods.", "vision_methods.", "connector")) and name != "out"]
     # A file of an earlier version does not hold every setting; one that came since is empty where it changes nothing.
     changed = [name for name in names if was.get(name) != now.get(name) and (name in was or now[name])]
     return [f"{name} {was.get(name)} -> {now.get(name)}" for name in changed]
@@ -102,7 +102,7 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
     methods = chosen_methods(config.methods)
     template = task.words_for(config.parts.model is not None)
     model = frozen_model(config.parts, template=template, layer=config.layer, use="read" if config.n_answers else "write")
-    model.add_adapter("default", methods)
+    model.add_adapter("default", methods, connector=config.connector, connector_methods=config.methods_on_connector)
     if config.encoder_methods:
         model.add_vision_adapter(config.encoder_methods)
     if not config.n_answers:

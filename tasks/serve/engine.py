@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -26,7 +26,8 @@ from multimodal.generation.decoding import Decoding, KnownPrompt, check_room, ma
 from multimodal.generation.generate import run_generation
 from multimodal.generation.settings import GenerationSettings
 from multimodal.model import VisionLanguageModel
-from tasks.serve.scheduler import DrawnRows, Job, JobRow, ServedImage, Waiting, keys_of
+from tasks.serve.sampling import DrawnRows, drawn
+from tasks.serve.scheduler import Job, JobRow, ServedImage, Waiting, keys_of
 from tasks.serve.settings import Batching, RequestLimits
 
 __all__ = ["FeatureLRU", "Part", "PromptCache", "Running", "Worker", "run_beams", "run_greedy"]
@@ -214,10 +215,7 @@ class Running:
 
 def _chosen(rows: Sequence[JobRow], scores: Tensor) -> Tensor:
     """int64 [B]: the next token of each row, which has it now."""
-    for i, row in enumerate(rows):
-        if row.draw is not None:
-            scores[i] = row.draw(scores[i])
-    chosen = scores.argmax(-1)
+    chosen = drawn(scores, [row.draw for row in rows]).argmax(-1)
     for row, token in zip(rows, chosen.tolist(), strict=True):
         row.add(token)
     return chosen
@@ -276,6 +274,8 @@ class FeatureLRU:
         self.model = model
         self.n_retained = n_retained
         self.most_bytes = most_bytes
+        # Whether images are cached beside their features: an adapter with a connector of its own encodes them itself.
+        self.keeps_images = model.connectors is not None and any(map(model.connectors.has_own, model.adapted.adapters))
         self.n_bytes = 0
         self._retained: OrderedDict[str, Tensor | Prepared] = OrderedDict()
         self._lock = threading.Lock()
@@ -316,7 +316,8 @@ class FeatureLRU:
         if self.kind == "pixels":
             return list(images)
         if isinstance(self.model.tower, ModelTower):
-            return list(self.model.tower.encode(ImageBatch(samples=tuple(images))))
+            encoded = self.model.tower.encode(ImageBatch(samples=tuple(images)))
+            return [replace(image, vectors=one.vectors) for image, one in zip(images, encoded, strict=True)] if self.keeps_images else list(encoded)
         return [row.clone() for row in self.model.encode(torch.stack(list(images)))]  # copies: a row of the batch would keep all of it in memory
 
     def _entry(self, features: Sequence[Any]) -> Any:

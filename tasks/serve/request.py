@@ -35,7 +35,8 @@ from multimodal.generation.settings import GenerationChoice, GenerationSettings,
 from multimodal.model import VisionLanguageModel
 from tasks.serve.engine import Worker
 from tasks.serve.errors import Refused
-from tasks.serve.scheduler import Ask, Sampling, ServedImage
+from tasks.serve.sampling import Sampling
+from tasks.serve.scheduler import Ask, ServedImage
 from tasks.serve.schema import AssistantMessage, ChatRequest, FilePart, ImagePart, SystemMessage, TextPart, UserMessage
 from tasks.serve.settings import RequestLimits
 
@@ -183,6 +184,11 @@ class Served:
             raise ConfigError(f"the adapter in {folder} was trained with an adapted encoder, which is settled when a server starts: give it with --adapter")
         self.model.load_adapter(folder, name)
         try:
+            if self.model.connectors is not None and self.model.connectors.has_own(name) and not self.worker.features.keeps_images:
+                raise ConfigError(
+                    f"the adapter in {folder} has a connector of its own, and this server started without such an adapter, so it caches no images: give it "
+                    "with --adapter"
+                )
             return self._card(name)
         except AdalinkError:
             self.model.delete_adapter(name)

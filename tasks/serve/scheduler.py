@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from transformers import LogitsProcessor
-
 from multimodal.batches.tokenize import Row
 from multimodal.generation.settings import GenerationSettings
 from multimodal.language import Language
+from tasks.serve.sampling import Draw, Sampling
 from tasks.serve.settings import Batching
 
 __all__ = [
-    "Answer", "Ask", "Draw", "DrawnRows", "Job", "JobRow", "Sampling", "ServedImage", "Waiting", "Written", "chosen",
+    "Answer", "Ask", "Job", "JobRow", "ServedImage", "Waiting", "Written", "chosen",
     "joining", "keys_of", "n_tokens",
 ]  # fmt: skip
 
@@ -233,6 +230,33 @@ class Waiting:
 # What has been written for one row so far: its tokens, its text, and where it ends.
 
 
+AT_ONCE = 16  # tokens that are decoded again with each new one, at most twice as many
+
+
+class _GrowingText:
+    """The text of tokens of which more come: the last ones alone are decoded, after some whose text is known."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._start, self._end = 0, 0  # tokens before `_end` are decoded; those from `_start` on are decoded again, for the spaces between words
+        self._known, self._context = "", ""  # the text of all tokens before `_end`, and of those from `_start` to there
+
+    def of(self, ids: Sequence[int]) -> str:
+        """The text of all of them; each call has those of the call before, and one more at least."""
+        recent = self._decode(ids[self._start :])
+        # A word may be written another way once the next token is there: then all is decoded anew.
+        follows = recent.startswith(self._context) and (self._context or not self._end)
+        text = self._known + recent[len(self._context) :] if follows else self._decode(ids)
+        if len(ids) - self._end >= AT_ONCE and not text.endswith("\ufffd"):  # half of a letter
+            self._start, self._end, self._known = self._end, len(ids), text
+            self._context = self._decode(ids[self._start :])
+        return text
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
 class Written:
     """The tokens of one row as they come.
 
@@ -249,11 +273,12 @@ class Written:
         self.ids: list[int] = []
         self.reason: Literal["stop", "length"] | None = None  # why it ended; None while it goes on
         self._sent = ""
+        self._growing = _GrowingText(tokenizer)
 
     def add(self, token: int) -> None:
         """Take the next token."""
         self.ids.append(token)
-        if token in self.ends or (self.stop and self._stop_at(self._decoded()) is not None):
+        if token in self.ends or (self.stop and self._stop_at(self._growing.of(self.ids)) is not None):
             self.reason = "stop"
         elif len(self.ids) >= self.max_tokens:
             self.reason = "length"
@@ -275,6 +300,8 @@ class Written:
         return piece
 
     def _decoded(self) -> str:
+        if self.reason is None:
+            return self._growing.of(self.ids)
         written = self.ids[:-1] if self.ids and self.ids[-1] in self.ends else self.ids
         decoded: str = self.tokenizer.decode(written, skip_special_tokens=True)
         return decoded
@@ -340,57 +367,3 @@ class JobRow:
                 generated=now - self._started, n_rows=self._n_rows,
             )
         )  # fmt: skip
-
-
-# ----------------------------------------
-# Drawing tokens for some rows of a batch, which leaves the other rows as they are.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a row's tokens are drawn; with the same seed, the same text in any company."""
-
-    temperature: float  # above 0; at 1 the model's own probabilities
-    top_p: float  # 0 < p <= 1: only the most probable tokens that together have this probability
-    seed: int
-
-
-class Draw:
-    """Makes the greedy choice of one row a draw: the largest of log p + Gumbel noise is a sample of p, exactly (Gumbel-max).
-
-    Each row has a generator of its own.
-    """
-
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-        # Drawn on the CPU, so that a seed means the same text on every device.
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        """float [V] -> float [V]"""
-        gumbel = -torch.empty(len(scores)).exponential_(generator=self._generator).log()
-        return _nucleus(torch.log_softmax(scores / self.sampling.temperature, -1), self.sampling.top_p) + gumbel.to(scores)
-
-
-class DrawnRows(LogitsProcessor):  # type: ignore[misc]  # untyped here
-    """Draws for some rows of a batch that transformers generates; greedy rows of it are not changed by one bit."""
-
-    def __init__(self, rows: Sequence[Sampling | None]) -> None:
-        self.draws = [(i, Draw(row)) for i, row in enumerate(rows) if row is not None]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """float [B, V] -> float [B, V]"""
-        scores = scores.clone()
-        for i, draw in self.draws:
-            scores[i] = draw(scores[i])
-        return scores
-
-
-def _nucleus(log_p: Tensor, top_p: float) -> Tensor:
-    """float [V] -> float [V]: -inf outside the fewest tokens whose probabilities reach top_p."""
-    if top_p >= 1:
-        return log_p
-    ordered, index = log_p.sort(descending=True)
-    p = ordered.exp()
-    keep = p.cumsum(0) - p < top_p  # what stands before a token is not enough yet
-    return torch.full_like(log_p, float("-inf")).scatter(0, index, torch.where(keep, ordered, float("-inf")))

@@ -55,7 +55,6 @@ EXPECTED: Mapping[tuple[str, str], str] = {
     ("multimodal/generation/generate.py _greedy", ""): "which rows have ended decides what is read next",
     ("tasks/serve/engine.py _chosen", ""): "clients are sent each token, and rows that have ended leave",
     ("tasks/serve/engine.py _let_go", ""): "rows leave a running batch",
-    ("tasks/serve/scheduler.py __call__", ""): "noise from the row's own generator",
     # Generation: the answers.
     ("multimodal/generation/generate.py generated_texts", ""): "the words",
     ("multimodal/loss/answer_head.py <listcomp>", ""): "the answers",

@@ -186,7 +186,8 @@ def decodes(gpu: SimulatedGpu, model: VisionLanguageModel, names: Sequence[str])
 def serves(gpu: SimulatedGpu, model: VisionLanguageModel, *, drawn: bool = False, known: bool = False) -> Step:
     """The server's running batch: rows join, take their tokens and leave; a second question about an image is read from where it differs."""
     from tasks.serve.engine import FeatureLRU, PromptCache, Running
-    from tasks.serve.scheduler import Ask, Job, Sampling, ServedImage
+    from tasks.serve.sampling import Sampling
+    from tasks.serve.scheduler import Ask, Job, ServedImage
 
     model.to(gpu.device)
     running = Running(model, FeatureLRU(model, 8), PromptCache(2**26))

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from adalink.errors import DataError
+from adalink.errors import ConfigError, DataError
 from multimodal.batches.collate import Batch, stacked
 from multimodal.batches.prepared import ImageBatch, Prepared
 from multimodal.data.feature_cache.format import AnyContents, Contents, StoredDtype, VectorContents, all_contents
@@ -272,8 +272,14 @@ def encode_all(
 ) -> PatchTable | VectorTable:
     """The features of every image, each encoded once, with a progress bar. Memory: 2 (N + L) Dv bytes an image (128 KB for 7 x 7 x 1280).
 
-    Each of several processes encodes its share, and all get the whole. Raises DataError for a feature that the dtype cannot hold.
+    Each of several processes encodes its share, and all get the whole. Raises ConfigError where the active adapter trains what encodes images, DataError
+    for a feature that the dtype cannot hold.
     """
+    if model.tower.adapter is None and model.changes_features:
+        raise ConfigError(
+            "the active adapter has a connector of its own, so an image's features change with every step and cannot be cached: encode images as they come "
+            "(train.features: encode)"
+        )
     if isinstance(model.tower, ModelTower):
         return _vectors_of_all(model.tower, source, workers=workers, label=label, dtype=dtype)
     tower, state, contents = model.tower, process_state(), all_contents(model.tower, dtype)
@@ -304,6 +310,7 @@ class PixelTable:
 
     indices   of the samples in the source
     bad       the samples without a usable image, by their place among the indices
+    shape     of an image's pixels; of a model that sees already, whose images differ in it, ()
     """
 
     source: SampleSource
@@ -336,7 +343,8 @@ def pixel_table(source: SampleSource, preprocess: Any, *, label: str) -> PixelTa
     for index in progress(range(len(source)), label):
         try:
             sample = source[index]
-            shape = tuple(read_pixels(sample, preprocess).shape)
+            pixels: Any = read_pixels(sample, preprocess)
+            shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else ()
         except DamagedSample as error:
             bad[index] = error.bad
         except BadImage as error:

@@ -12,7 +12,7 @@ from cli_run import adalink, refused
 from existing_families import MADE
 from PIL import Image
 
-from adalink import AdaLink, Prompt
+from adalink import AdaLink, LoRA, Prompt
 from multimodal.model import TrainedParts, VisionLanguageModel
 from tasks.captioning import Captioning
 
@@ -38,18 +38,25 @@ def planned(folder: Path, *given: object) -> dict[str, Any]:
     return json.loads(done.out)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
-def test_a_plan_counts_what_the_model_would_have(name: str, folders: dict[str, Path]) -> None:
-    plan = planned(folders[name], "--image_size", "70x24")
+@pytest.mark.parametrize(
+    ("name", "given", "own"),
+    [
+        ("llava", ("--connector_methods.lora", "{rank: 2}"), {"connector_methods": {"lora": LoRA(rank=2)}}),
+        ("qwen2_vl", ("--connector", "trained"), {"connector": "trained"}),
+    ],
+)
+def test_a_plan_counts_what_the_model_would_have(name: str, given: tuple[str, ...], own: Any, folders: dict[str, Path]) -> None:
+    plan = planned(folders[name], "--image_size", "70x24", *given)
     torch.manual_seed(0)
     made, processor = MADE[name]()
     model = VisionLanguageModel.from_model(made.eval(), processor, template=Captioning().words_for(True))
-    model.add_adapter("one", {"adalink": AdaLink(rank=3, modalities=("image", "text")), "prompt": Prompt(length=2)})
+    model.add_adapter("one", {"adalink": AdaLink(rank=3, modalities=("image", "text")), "prompt": Prompt(length=2)}, **own)
     assert {method["name"]: method["trained"] for method in plan["methods"]} == TrainedParts.of(model).counts()
     assert plan["frozen"] == sum(parameter.numel() for parameter in made.parameters())
     tower = sum(parameter.numel() for parameter in made.get_encoder(modality="image").parameters())
-    connector = sum(parameter.numel() for parameter in made.model.multi_modal_projector.parameters()) if name == "llava" else None
-    assert (plan["encoder"]["parameters"], plan["connector"] and plan["connector"]["parameters"]) == (tower, connector)
+    between = made.model.multi_modal_projector if name == "llava" else made.model.visual.merger
+    connector = sum(parameter.numel() for parameter in between.parameters())
+    assert (plan["encoder"]["parameters"], plan["connector"]["parameters"]) == (tower - (0 if name == "llava" else connector), connector)
     image = model.tower.preprocess(Image.new("RGB", (70, 24)))
     assert plan["tokens_per_image"] == image.n_vectors
     row = model.row_encoder().prompt("", image)
@@ -60,7 +67,8 @@ def test_a_plan_counts_what_the_model_would_have(name: str, folders: dict[str, P
 def test_a_plan_for_a_reader_names_the_parts_and_the_bounds_of_tokens(folders: dict[str, Path]) -> None:
     done = adalink("train", "--dry-run", "--model", folders["qwen2_vl"], *METHODS, "--image_tokens.max", "6", "--image_size", "300x20")
     assert done.code == 0, done.err
-    assert "tower           Qwen2VisionTransformerPretrainedModel, 40,864 frozen parameters in float32" in done.out
+    assert "tower           Qwen2VisionTransformerPretrainedModel, 20,160 frozen parameters in float32" in done.out
+    assert "connector       PatchMerger, 20,704 frozen parameters in float32" in done.out
     assert "language model  " in done.out
     (line,) = [line for line in done.out.splitlines() if line.startswith("tokens")]
     assert " per image of 300 x 20; slots of a row: 2 prompt, " in line
@@ -73,10 +81,11 @@ def test_methods_are_counted_on_the_language_model_and_each_part_says_what_acts_
     assert f"{folders['llava']}: LlavaForConditionalGeneration" in done.out
     assert "  language model: `methods`; 2 layers of width 32; " in done.out
     assert "  tower: `vision_methods`; CLIPVisionModel" in done.out
-    assert "  connector: no method; LlavaMultiModalProjector" in done.out
+    linears = "2 linears for `connector_methods`: multi_modal_projector.linear_1, multi_modal_projector.linear_2"
+    assert f"  connector: `connector: trained`; {linears}; LlavaMultiModalProjector" in done.out
     other = adalink("methods", "--model", folders["qwen2_vl"])
     assert "  tower: no method; Qwen2VisionTransformerPretrainedModel has no convolution" in other.out
-    assert "connector:" not in other.out
+    assert "  connector: `connector: trained`; 2 linears for `connector_methods`: merger.mlp.0, merger.mlp.2; PatchMerger" in other.out
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,9 @@ def test_methods_are_counted_on_the_language_model_and_each_part_says_what_acts_
         (("--encoder", "scenes:encoder"), "model and encoder were given"),
         (("--image_tokens.max", "3"), "image_tokens allows at most 3 tokens, and the processor of "),
         (("--layer", "-2"), "layer was given with model: a model that sees already has its own features"),
+        (("--connector", "trained", "--connector_methods.lora", "{}"), "connector is trained, and connector_methods (lora) would act on its frozen weights"),
+        (("--connector", "trained", "--train.features", "memory"), "train.features is memory, and features of a trained connector change with every step"),
+        (("--connector_methods.prompt.length", "2"), "prompt adds tokens to a row, and a connector reads none: choose lora, ia3 or bitfit"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(given: tuple[str, ...], sentence: str, folders: dict[str, Path]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -26,7 +28,8 @@ from tasks.scenes import language_folder
 from tasks.serve.access import BodyGuard, room_for_connections
 from tasks.serve.errors import Refused
 from tasks.serve.images import RemoteImages, Upload, Uploads, is_public
-from tasks.serve.scheduler import Ask, DrawnRows, Job, Sampling, ServedImage, Waiting, Written, chosen, joining
+from tasks.serve.sampling import Draw, DrawnRows, Sampling, drawn
+from tasks.serve.scheduler import Ask, Job, ServedImage, Waiting, Written, _GrowingText, chosen, joining
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
 
@@ -236,18 +239,72 @@ def test_pieces_join_to_the_text_and_never_take_back() -> None:
     assert written.reason == "length"
 
 
+def tokenizers() -> list[Any]:
+    """As models have them: pieces of bytes, pieces after a mark for spaces, and words whose marks are put right afterwards."""
+    from existing_families import tokenizer_of
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    texts = ["a large red ball isn't in the middle , and a small blue star ! ünïcödé 日本語 😀", "it 's what they 're for . do n't we ?"] * 4
+    marked = Tokenizer(models.BPE(unk_token="<unk>"))
+    marked.pre_tokenizer, marked.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    marked.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>", "</s>"], show_progress=False))
+    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=True)
+    words.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=150, special_tokens=["[UNK]", "</s>"], show_progress=False))
+    made = [PreTrainedTokenizerFast(tokenizer_object=one, eos_token="</s>", clean_up_tokenization_spaces=True) for one in (marked, words)]
+    return [AutoTokenizer.from_pretrained(language_folder()), tokenizer_of(["<image>"]), *made]
+
+
+def test_a_text_that_grows_is_what_the_whole_decodes_to_and_decodes_few_tokens_again() -> None:
+    for tokenizer in tokenizers():
+        for seed in range(4):
+            ids = torch.randint(len(tokenizer), (200,), generator=torch.Generator().manual_seed(seed)).tolist()
+            growing, n_decoded, decode = _GrowingText(tokenizer), 0, tokenizer.decode
+
+            def counted(tokens: list[int], decode: Any = decode, **options: Any) -> str:
+                nonlocal n_decoded
+                n_decoded += len(tokens)
+                return decode(tokens, **options)  # type: ignore[no-any-return]
+
+            growing._tokenizer = SimpleNamespace(decode=counted)
+            for n in range(1, 200):
+                assert growing.of(ids[:n]) == decode(ids[:n], skip_special_tokens=True)
+            assert n_decoded < 3 * 16 * 200  # and not 200 * 200 / 2
+
+
 def test_draws_follow_the_probabilities_and_leave_other_rows_alone() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(2, 1)
-    counts = torch.zeros(4)
-    draws = DrawnRows([None, Sampling(temperature=0.7, top_p=1.0, seed=1)])
-    for _ in range(4000):
-        scores = draws(torch.zeros(2, 1), logits)
-        assert torch.equal(scores[0], logits[0])
-        counts[scores[1].argmax()] += 1
-    assert torch.allclose(counts / 4000, torch.softmax(logits[0] / 0.7, 0), atol=0.03)
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(4001, 1)
+    scores = DrawnRows([None, *[Sampling(temperature=0.7, top_p=1.0, seed=seed) for seed in range(4000)]])(torch.zeros(4001, 1), logits)
+    assert torch.equal(scores[0], logits[0])
+    assert torch.allclose(scores[1:].argmax(-1).bincount(minlength=4) / 4000, torch.softmax(logits[0] / 0.7, 0), atol=0.03)
     nucleus = DrawnRows([Sampling(temperature=0.7, top_p=0.8, seed=1)])
-    found = {int(nucleus(torch.zeros(1, 1), logits[:1]).argmax()) for _ in range(500)}
+    found = {int(nucleus(torch.zeros(1, 1), logits[:1]).argmax()) for _ in range(100)}
     assert found == {1, 2}  # p is 0.04, 0.18, 0.77, 0.01: two tokens reach 0.8
+
+
+def test_a_draw_is_the_same_bits_beside_any_other_rows() -> None:
+    scores = torch.randn(5, 1000)
+    settings = [Sampling(temperature=0.5 + 0.2 * i, top_p=(1.0, 0.9)[i % 2], seed=i % 3) for i in range(5)]
+    together = [Draw(one) for one in settings]
+    alone = [Draw(one) for one in settings]
+    for _ in range(3):
+        whole = drawn(scores, together)
+        assert all(torch.equal(drawn(scores[i : i + 1], [draw])[0], whole[i]) for i, draw in enumerate(alone))
+    assert not torch.equal(drawn(scores, together), whole)  # the next draw is another
+
+
+def test_noise_is_gumbels_in_every_word_and_draw() -> None:
+    """Its mean is Euler's constant, its variance pi^2 / 6, and neighbours have nothing in common: words, draws of a row, seeds."""
+    flat = torch.zeros(1, 200_000)
+    first, second = (drawn(flat, [draw])[0] + math.log(flat.shape[1]) for draw in [Draw(Sampling(temperature=1, top_p=1, seed=7))] * 2)
+    (other,) = drawn(flat, [Draw(Sampling(temperature=1, top_p=1, seed=8))]) + math.log(flat.shape[1])
+    for noise in (first, second, other):
+        assert abs(noise.mean() - 0.5772) < 0.02
+        assert abs(noise.var() - 1.6449) < 0.04
+        assert 10 < noise.max() < 30
+    pairs = [(first, second), (first, other), (first[1:], first[:-1]), (first[::2], first[1::2])]
+    assert all(abs(torch.corrcoef(torch.stack(pair))[0, 1]) < 0.015 for pair in pairs)
 
 
 def test_the_oldest_uploads_make_room() -> None:

@@ -18,7 +18,8 @@ from multimodal.data.images.decode import decode_image
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from tasks.serve.engine import FeatureLRU, PromptCache, Running, Worker
-from tasks.serve.scheduler import Answer, Ask, Job, Sampling, ServedImage
+from tasks.serve.sampling import Sampling
+from tasks.serve.scheduler import Answer, Ask, Job, ServedImage
 from tasks.serve.settings import Batching, RequestLimits
 
 QUESTIONS = ("is it red ?", "is it a big red ball ?", "is it ?", "a cube ?")
