@@ -1,16 +1,18 @@
-"""A folder of images with metadata.csv or metadata.jsonl in it, a row for each image: Hugging Face's imagefolder."""
+"""A folder of images with metadata.csv, metadata.jsonl or metadata.parquet in it, a row for each image: Hugging Face's imagefolder."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
+from tasks.data.parquet import open_arrow
 from tasks.data.reader import Found, Given, Reader, ReadSource
 from tasks.data.table import open_table
 
 __all__ = ["READER"]
 
-_NAMES = ("metadata.csv", "metadata.jsonl")
+_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def _open(given: Given) -> ReadSource:
@@ -20,9 +22,11 @@ def _open(given: Given) -> ReadSource:
         raise ConfigError(f"{given.path} has no folder {given.split!r}: an imagefolder has one for each split")
     files = _metadata(root)
     if len(files) != 1:
-        held = " and ".join(file.name for file in files) or "no metadata.csv or metadata.jsonl"
+        held = " and ".join(file.name for file in files) or "no metadata.csv, metadata.jsonl or metadata.parquet"
         advice = "" if files else _splits(given.path)
         raise DataError(f"{root} holds {held}; expected one of them{advice}")
+    if files[0].suffix == ".parquet":
+        return open_arrow(files[0], files, replace(given, images=root))
     return open_table(files[0], root, given.columns)
 
 
@@ -39,4 +43,4 @@ def _recognises(found: Found) -> bool:
     return found.is_folder and (bool(_metadata(found.path)) or bool(_splits(found.path)))
 
 
-READER = Reader("imagefolder", "a folder of images with metadata.csv or metadata.jsonl", _recognises, _open)
+READER = Reader("imagefolder", "a folder of images with metadata.csv, .jsonl or .parquet", _recognises, _open)

@@ -42,8 +42,10 @@ class ReadSource(Protocol):
 class Given:
     """What a config says about a data set that is named by its path.
 
-    images   the folder of images; None: where the file lies
-    columns  role -> column, for tables
+    images    the folder of images; None: where the file lies
+    columns   role -> column, for tables
+    cache     the folder of unpacked copies; None: the user's
+    in_order  samples are read once, in the order of the files, so that no unpacked copy is worth its room
     """
 
     path: Path
@@ -52,6 +54,8 @@ class Given:
     image_name: str | None = None
     split: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    cache: Path | None = None
+    in_order: bool = False
 
     @property
     def folder(self) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 from multimodal.data.shards.reader import ShardSource
-from tasks.data import coco, folder, imagefolder, karpathy, table, vqa
+from tasks.data import coco, folder, imagefolder, karpathy, parquet, table, vqa
 from tasks.data.reader import Found, Given, Reader, ReadSource
 from tasks.data.rows import is_row_file
 
@@ -26,6 +26,8 @@ READERS: tuple[Reader, ...] = (
     vqa.READER,
     imagefolder.READER,
     folder.READER,
+    parquet.READER,
+    parquet.HUB,
     table.READER,
 )
 
@@ -36,6 +38,8 @@ def open_path(given: Given, name: str | None = None) -> tuple[Reader, ReadSource
     Raises ConfigError where there is no such format; DataError where the path is of no format that is known, or of two, and as readers do.
     """
     if not given.path.exists():
+        if name == parquet.HUB.name or parquet.is_hub_name(given.path):
+            return parquet.HUB, parquet.HUB.open(given)
         raise DataError(f"{given.path} does not exist: check the path of the data set")
     if name is not None:
         named = _named(name)

@@ -21,6 +21,7 @@ from multimodal.sample import BadSample, Decode, Measure, Sample, SampleSource, 
 from tasks.data.coco import read_coco_captions, read_coco_images
 from tasks.data.files import FileSource, loaded_once
 from tasks.data.karpathy import read_karpathy
+from tasks.data.parquet import RowSource
 from tasks.data.reader import Given, ReadSource
 from tasks.data.readers import open_path
 from tasks.data.table import TableSource
@@ -98,7 +99,7 @@ class DataConfig:
     mix: dict[str, int] | None = (
         None  # several sets of shards, folder or URL: weight, for instance {coco: 3, vqa: 1}, three of each four images coco's
     )
-    cache: Path | None = None  # a folder that keeps whole shards from a URL; none: each sample is read from the server each time
+    cache: Path | None = None  # a folder for unpacked copies of parquet, and for whole shards from a URL; none: shards are read from the server each time
     cache_gib: float = 50.0  # most that the cache may hold
     scenes: str | None = None  # the embedded data set: SPLIT/SIZE, for instance train/2000
     limit: int = 0  # take the first so many images; 0: all
@@ -120,8 +121,8 @@ class DataConfig:
             )
         if self.decode not in ("exact", "draft") or (self.decode == "draft" and self.scenes is not None):
             raise ConfigError(f"decode is {self.decode!r}: give exact or draft, which is for JPEGs (scenes are none)")
-        if self.cache is not None and self.shards is None and self.mix is None and not self._is_remote:
-            raise ConfigError(f"the cache {self.cache} would not be used: it keeps shards from a URL, and the data set is {given[0]}")
+        if self.cache is not None and self.shards is None and self.mix is None and self.path is None:
+            raise ConfigError(f"the cache {self.cache} would not be used: it keeps shards from a URL and unpacked parquet, and the data set is {given[0]}")
 
     def _check_texts(self, given: str) -> None:
         """Raise ConfigError where texts are missing, given twice, or given to what has its own."""
@@ -196,11 +197,12 @@ class DataConfig:
         """The samples at `path`, and what was understood."""
         path = Path(str(self.path))
         given = Given(
-            path=path, images=self.images, annotations=self.annotations, image_name=self.image_name, split=self.split, columns=self.columns or {}
+            path=path, images=self.images, annotations=self.annotations, image_name=self.image_name, split=self.split, columns=self.columns or {},
+            cache=self.cache,
         )  # fmt: skip
         with loaded_once():
             reader, source = open_path(given, self.format)
-        more = f" ({source.sentence})" if isinstance(source, TableSource) else f" ({counted(len(source), 'image')})"
+        more = f" ({source.sentence})" if isinstance(source, (TableSource, RowSource)) else f" ({counted(len(source), 'image')})"
         return source, f"{path} is read as {reader.about}{more}"
 
     def _files(self) -> FileSource:
