@@ -98,7 +98,7 @@ def test_a_folder_may_be_given_as_text_or_path(tmp_path: Path) -> None:
      ({"mix": {"a": 1}, "scenes": "val/2"}, "needs one of path, images, shards, mix and scenes, got mix, scenes"),
      ({"scenes": "val/2", "decode": "draft"}, r"decode is 'draft': give exact or draft, which is for JPEGs \(scenes are none\)"),
      ({"shards": "x", "decode": "half"}, "decode is 'half': give exact or draft"),
-     ({"scenes": "val/2", "cache": Path("c")}, "the cache c would not be used: it keeps shards from a URL, and the data set is scenes"),
+     ({"scenes": "val/2", "cache": Path("c")}, "the cache c would not be used: it keeps shards from a URL and unpacked parquet, and the data set is scenes"),
      ({"shards": "http://x/y", "cache_gib": -1.0}, "its cache_gib -1.0: give 0 or more")],
 )  # fmt: skip
 def test_senseless_settings_of_shards_are_refused(fields: dict[str, object], message: str) -> None:
