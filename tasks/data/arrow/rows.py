@@ -203,8 +203,8 @@ class _Source:
 class ArrowRows:
     """The rows of parquet and Arrow files, one file after the other; a `tasks.data.rows.RowFile`.
 
-    Nothing is read at opening but where the blocks of each file lie. A row is read with its block, which is then kept, up to 256 MiB in a process;
-    Arrow files are mapped, and nothing of them is decoded (`tasks.data.arrow.unpack` makes such files of parquet).
+    Nothing is read at opening but where the blocks of each file lie. A row is read with its block; the last blocks, of up to 256 MiB, stay decoded.
+    Arrow files are mapped, and nothing of them is decoded (`tasks.data.arrow.write.unpack` makes such files of parquet).
 
     path      the data set's, for messages
     files     its files, in the order of the rows
