@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -242,6 +242,8 @@ class ImageName:
         return self._pattern.format(image_id=image_id)
 
 
+_PLAIN = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*", re.ASCII)  # names that need no closer look
+
 _EXAMPLES = "the only field is image_id, as in COCO_val2014_{image_id:012d}.jpg or image{image_id}.jpg"
 
 
@@ -260,13 +262,20 @@ class ImageFolder:
 
         Raises DataError where the name would leave the folder; `where` is the row that holds it, for the message.
         """
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or parts[0] == "/" or "\0" in name or "\\" in name:
-            raise DataError(f"{where} names the image {name!r}; expected a file name inside the images folder {self._root}")
-        parent = "/".join(parts[:-1])
+        return self._root / name if self.has(name, lambda: where) else None
+
+    def has(self, name: str, where: Callable[[], str]) -> bool:
+        """Whether there is a file called `name`. Raises DataError as `find` does."""
+        if _PLAIN.fullmatch(name):
+            parent, _, last = name.rpartition("/")
+        else:
+            parts = PurePosixPath(name).parts
+            if not parts or ".." in parts or parts[0] == "/" or "\0" in name or "\\" in name:
+                raise DataError(f"{where()} names the image {name!r}; expected a file name inside the images folder {self._root}")
+            parent, last = "/".join(parts[:-1]), parts[-1]
         if parent not in self._listed:
             self._listed[parent] = _names(self._root / parent)
-        return self._root / name if parts[-1] in self._listed[parent] else None
+        return last in self._listed[parent]
 
 
 def _names(folder: Path) -> frozenset[str]:

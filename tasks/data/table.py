@@ -31,9 +31,8 @@ class TableSource:
 
     def __init__(self, rows: RowFile, reading: Reading, *, images: Path) -> None:
         """Read every row once and keep none. images: the folder of images. Raises DataError where a row is damaged, and where no sample is left."""
-        self._rows, self._reading, self._folder = rows, reading, ImageFolder(images)
-        self._root = images
-        found = _Found(rows, reading, self._folder, images)
+        self._rows, self._reading, self._root = rows, reading, images
+        found = _Found(rows, reading, ImageFolder(images), images)
         self.problems = tuple(found.problems)
         self._numbers, self._starts, self._members = found.numbers, found.starts, found.members
         self._first_question = found.first_question
@@ -114,8 +113,9 @@ def _key(images: tuple[ImageValue, ...], number: int) -> str:
 
 def _relative(name: str, root: Path) -> str:
     """The name as it is below the folder, where it is a whole path into it."""
-    path = Path(name)
-    return path.relative_to(root).as_posix() if path.is_absolute() and path.is_relative_to(root) else name
+    if not name.startswith("/") or not Path(name).is_relative_to(root):
+        return name
+    return Path(name).relative_to(root).as_posix()
 
 
 class _Found:
@@ -146,7 +146,8 @@ class _Found:
             number = self._number(parts, row, place) if parts.images else -1
             self._note_ids(parts, number)
             n_questions.append(len(parts.questions))
-            self.problems += [BadSample(key=_key(parts.images, row), reason=reason, detail=detail) for reason, detail in parts.problems]
+            if parts.problems:
+                self.problems += [BadSample(key=_key(parts.images, row), reason=reason, detail=detail) for reason, detail in parts.problems]
             if not parts.images:
                 self.problems.append(BadSample(key=str(row), reason="no image", detail=f"{place()} names no image"))
             is_used = number >= 0 and self._is_there[number] and (parts.captions or parts.questions or not self._reading.has_texts)
@@ -161,9 +162,8 @@ class _Found:
         key = (*parts.images, str(row)) if has_bytes else parts.images
         number = self._known.setdefault(key, len(self._known))
         if number == len(self._is_there):
-            missing = [
-                name for name in parts.images if isinstance(name, str) and self._folder.find(_relative(name, self._root), place()) is None
-            ]
+            names = [name for name in parts.images if isinstance(name, str)]
+            missing = [name for name in names if not self._folder.has(_relative(name, self._root), place)]
             self._is_there.append(not missing)
             if missing:
                 detail = f"{place()}: {self._root / missing[0]} is missing"
