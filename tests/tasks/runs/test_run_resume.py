@@ -15,16 +15,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from cli_run import FIXED, RECIPES
+from cli_run import FIXED, RECIPES, Files
 from safetensors.torch import load_file
 from shared import PATIENCE
 
 N_STEPS = 10
 OPTIONS = (
-    "--data.train.scenes", "train/23", "--data.val.scenes", "val/2", "--generation.max_new_tokens", "2", "--train.steps", str(N_STEPS),
+    "--data.val.scenes", "val/2", "--generation.max_new_tokens", "2", "--train.steps", str(N_STEPS),
     "--train.batch_size", "4", "--train.checkpoint_every", "3", "--train.keep", "2", "--train.log_every", "1", "--train.features", "encode",
     "--train.measure_every", "4",
 )  # fmt: skip
+SCENES = ("--data.train.scenes", "train/23")
 ACCUMULATED = ("--train.batch_size", "2", "--train.accumulation", "2", "--train.bucket_pool", "4")
 
 
@@ -55,7 +56,8 @@ class Machine:
 
     def start(self, out: Path, *options: str, last: float = N_STEPS) -> BaseProcess:
         """last: the step that it writes a line of, and goes no further."""
-        arguments = ["train", "--config", str(RECIPES["captioning"]), "--out", str(out), *FIXED, *OPTIONS, *options]
+        data = () if "--data.train" in options else SCENES
+        arguments = ["train", "--config", str(RECIPES["captioning"]), "--out", str(out), *FIXED, *OPTIONS, *data, *options]
         process = self.context.Process(target=_command, args=(arguments, str(self.folder / "errors.txt"), last))
         process.start()
         return process
@@ -112,8 +114,18 @@ def unbroken(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def unbroken_accumulated(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return machine.run(tmp_path_factory.mktemp("unbroken") / "run", *ACCUMULATED)
+def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The options that make a table the data, and accumulate gradients."""
+    files = Files(tmp_path_factory.mktemp("table"), n=23)
+    path = files.folder / "table.jsonl"
+    rows = ({"file": f"{row['image_id']}.png", "caption": row["caption"]} for row in files.captions["annotations"])
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return (*ACCUMULATED, "--data.train", str(path), "--data.train.images", str(files.folder / "pictures"), "--data.train.scenes", "null")
+
+
+@pytest.fixture(scope="module")
+def unbroken_table(machine: Machine, table: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return machine.run(tmp_path_factory.mktemp("unbroken") / "run", *table)
 
 
 def test_killed_at_a_random_step_and_resumed_gives_the_weights_of_an_unbroken_run(machine: Machine, unbroken: Path, tmp_path: Path) -> None:
@@ -128,13 +140,15 @@ def test_killed_at_a_random_step_and_resumed_gives_the_weights_of_an_unbroken_ru
     same(machine.run(out, "--resume"), unbroken)
 
 
-def test_killed_twice_with_a_worker_and_accumulation_and_resumed_without_one(machine: Machine, unbroken_accumulated: Path, tmp_path: Path) -> None:
+def test_killed_twice_with_a_worker_and_resumed_without_one_from_a_table(
+    machine: Machine, table: tuple[str, ...], unbroken_table: Path, tmp_path: Path
+) -> None:
     """Begun with --resume where a process was killed before its first checkpoint, which is to begin anew."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.yaml").touch()
     (out / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0, "rate": 0.1}\n{"step": 2, "lo')
-    machine.killed_after(random.randint(4, 5), out, *ACCUMULATED, "--resume", "--train.workers", "1")  # the checkpoint of step 3 is there
+    machine.killed_after(random.randint(4, 5), out, *table, "--resume", "--train.workers", "1")  # the checkpoint of step 3 is there
     assert steps(out) == list(range(1, len(steps(out)) + 1))
     # What a process leaves that is killed while it writes: half a checkpoint, half a line.
     partial = out / "checkpoints" / ".step_00000006.1"
@@ -143,8 +157,8 @@ def test_killed_twice_with_a_worker_and_accumulation_and_resumed_without_one(mac
     for name in ("metrics.jsonl", "bad_samples.jsonl"):
         with (out / name).open("a") as file:
             file.write('{"step": 6, "lo')
-    machine.killed_after(random.randint(7, 8), out, *ACCUMULATED, "--resume")
-    same(machine.run(out, *ACCUMULATED, "--resume", "--train.workers", "1"), unbroken_accumulated)
+    machine.killed_after(random.randint(7, 8), out, *table, "--resume")
+    same(machine.run(out, *table, "--resume", "--train.workers", "1"), unbroken_table)
 
 
 @pytest.mark.slow
