@@ -228,7 +228,11 @@ class VisionLanguageModel(nn.Module):
         """float []: cross entropy summed over the batch's targets (binary, over answers, with a head), divided by `batch.n_targets`."""
         if self.head is not None:
             return answer_loss(self.head, pooled_state(self.adapted, self.language, batch, self.token_map(batch)), batch)
-        return self.language_loss(batch, self.token_map(batch)) / batch.n_targets
+        loss = self.language_loss(batch, self.token_map(batch)) / batch.n_targets
+        is_unread = batch.prepared is not None and not any(sample.counts for sample in batch.prepared.samples)
+        if is_unread and isinstance(self.tower, ModelTower) and self.changes_features and torch.is_grad_enabled():
+            return loss + self.tower.unread(self.adapted.active)  # DDP waits for every trained weight's gradient
+        return loss
 
     def encode(self, pixels: Tensor) -> Tensor:
         """float [I, 3, H, W] -> [I, N + L, Dv]: the images' patches, then what each block says of the whole (see Features.joined).

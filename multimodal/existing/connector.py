@@ -27,7 +27,7 @@ from multimodal.existing.connector_choice import ConnectorChoice, refuse_both
 
 __all__ = [
     "Connectors", "connector_linears", "connector_modules", "has_connector_methods", "no_connector", "no_linear",
-    "placed_methods",
+    "placed_methods", "tower_of",
 ]  # fmt: skip
 
 FOLDER = "connector"  # of the methods on the connector, in the adapter's folder, in the same format
@@ -38,12 +38,18 @@ LAYER = "connector"  # all linears of the connector count as one layer's
 # Which modules are the connector, read from the model's structure: no weights are needed.
 
 
+def tower_of(model: Any, modality: str = "image") -> nn.Module | None:
+    """What encodes images (or sounds) inside the model, as it names it itself; None where it names nothing."""
+    found = model.get_encoder(modality=modality) if hasattr(model, "get_encoder") else None
+    return found if isinstance(found, nn.Module) and found is not model else None
+
+
 def connector_modules(model: Any, tower: nn.Module) -> tuple[str, ...]:
     """The dotted names of the largest modules beside tower and language model, and of those in the tower that follow its layers and hold a linear.
 
     LLaVA has its projector beside the tower, Qwen2-VL its merger inside.
     """
-    known = [tower, model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    known = [tower, tower_of(model, "audio"), model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
     others = {id(parameter) for module in known if module is not None for parameter in module.parameters()}
     found: list[str] = []
     for name, module in model.named_modules():

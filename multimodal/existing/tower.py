@@ -24,14 +24,14 @@ from multimodal.data.images.decode import ImageOrFile, decode_image
 from multimodal.encoders.bound_parts import N_VALUES, test_image, tokenizer_digest
 from multimodal.encoders.tower import VisionTower
 from multimodal.existing.budget import ImageTokens
-from multimodal.existing.connector import Connectors
+from multimodal.existing.connector import Connectors, tower_of
 from multimodal.existing.inputs import HostForm, HostInputs, VectorForm
 from multimodal.existing.rows import Blocks, ConversationRows, positions_of
 from multimodal.existing.words import KINDS, NO_BUDGET, Processor, first_line
 from multimodal.language import Language
 from multimodal.template import Template
 
-__all__ = ["ModelTower", "Preparing", "read_images", "refuse_over", "tower_of"]
+__all__ = ["ModelTower", "Preparing", "read_images", "refuse_over"]
 
 
 class Preparing:
@@ -156,6 +156,12 @@ class ModelTower:
         vector = batch.vector if len(each) < 2 else self._among(each, batch, token_map)
         return replace(token_map, host=HostInputs(vectors=vectors, vector=vector, rope=batch.rope, shift=shift, kind=batch.kind))
 
+    def unread(self, adapter: str | None) -> Tensor:
+        """float []: zero, which has the gradient of what is trained to encode images: of a batch of texts alone."""
+        own = adapter if self.connectors is not None and self.connectors.has_own(adapter) else None
+        (vectors,) = self._vectors_by(own, ImageBatch(samples=(self.small,)))
+        return 0.0 * vectors.sum()
+
     def _vectors_by(self, connector: str | None, images: ImageBatch) -> list[Tensor]:
         """The vectors of each sample: those that are given, or by this adapter's connector."""
         changes = self.adapter is not None or connector is not None
@@ -258,12 +264,6 @@ def refuse_over(processor: Processor, name: str) -> None:
             f"image_tokens allows {processor.budget}, and the processor of '{name}' makes {count} of a test image at the nearest scale: give bounds that "
             f"hold {count}, or none"
         )
-
-
-def tower_of(model: Any) -> nn.Module | None:
-    """What encodes images inside the model, as it names it itself; None where it names nothing."""
-    found = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else None
-    return found if isinstance(found, nn.Module) and found is not model else None
 
 
 def features_owner(model: nn.Module, name: str) -> Any:

@@ -13,11 +13,11 @@ from adalink import AdaptedModel, Adapter, FrozenPart, Method
 from adalink.attachment.existing import image_token_ids
 from adalink.attachment.vision import attach_vision, read_vision
 from adalink.errors import AttachError
-from multimodal.existing.connector import connector_linears, connector_modules, no_connector, no_linear, placed_methods
+from multimodal.existing.connector import connector_linears, connector_modules, no_connector, no_linear, placed_methods, tower_of
 from multimodal.existing.connector_choice import ConnectorChoice
 from multimodal.existing.load import load_existing
 from multimodal.existing.rows import ConversationRows
-from multimodal.existing.tower import refuse_over, tower_of
+from multimodal.existing.tower import refuse_over
 from multimodal.existing.words import Processor
 from multimodal.generation.decoding import check_room
 from multimodal.generation.settings import GenerationSettings

@@ -205,6 +205,15 @@ def test_other_methods_act_on_its_linears(methods: Mapping[str, Method]) -> None
     assert all(bool(value.abs().max() > 0) for name, value in found.items() if name.startswith("connector."))
 
 
+def test_a_batch_of_texts_alone_gives_it_a_gradient_of_zero() -> None:
+    """Processes that train together wait for every weight's."""
+    model = seeing("llava", "methods")
+    text = Prepared(wording=(), counts=())
+    found = gradients(model, [text], [[model.row_encoder().row(TEXTS[0], text)]], separate_rows)
+    assert not any(value.any() for name, value in found.items() if name.startswith("connector."))
+    assert found["loss"] > 0
+
+
 def test_what_changes_is_not_cached() -> None:
     model = seeing("llava", "frozen")
     cached = encode_all(model, samples(), dtype="float32")

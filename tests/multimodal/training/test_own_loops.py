@@ -152,9 +152,24 @@ def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) ->
         existing(folder, tmp_path / "adapter")
 
 
-def test_a_trained_connector_is_not_left_out_in_silence(folder: Path, tmp_path: Path) -> None:
-    adapted(folder, modules_to_save=("multi_modal_projector",))[0].save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"a trained copy of model.multi_modal_projector, and this model encodes an image once, with its frozen modules"):
+def test_a_trained_connector_comes_along(folder: Path, tmp_path: Path) -> None:
+    model, rows = adapted(folder, modules_to_save=("multi_modal_projector",))
+    with torch.no_grad():
+        for parameter in model.active_adapter().copies["model.multi_modal_projector"].parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(tmp_path)
+    other = existing(folder, tmp_path)
+    logits = outputs(model, rows)[0]
+    assert torch.equal(outputs(other.adapted, rows)[0], logits)
+    question, prompt = TEXTS[0][0], rows.prompt(0)
+    ids = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert other.generate(rows.images[0], question, max_new_tokens=6) == [rows.processor.decode(ids, skip_special_tokens=True).strip()]
+    assert not torch.allclose(outputs(adapted(folder)[0], rows)[0], logits, atol=0.1)  # the control
+
+
+def test_a_trained_tower_is_not_left_out_in_silence(folder: Path, tmp_path: Path) -> None:
+    adapted(folder, modules_to_save=("vision_tower",))[0].save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"a trained copy of model.vision_tower, which is no part of the connector, and the tower encodes images with its frozen"):
         existing(folder, tmp_path)
 
 

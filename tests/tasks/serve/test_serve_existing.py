@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,13 @@ from existing_families import images as family_images
 from existing_families import made
 from fastapi.testclient import TestClient
 from served import data_url, photo
-from sharing import in_double
+from sharing import excite, in_double
 
 from adalink import BASE_NAME, AdaLink, LoRA, Prompt
 from multimodal.batches.prepared import joined
 from multimodal.data.images.decode import decode_image
 from multimodal.generation.settings import GenerationSettings
-from multimodal.model import VisionLanguageModel
+from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.template import Template
 from tasks.serve.app import Service, make_app
 from tasks.serve.engine import FeatureLRU, PromptCache, Running
@@ -41,8 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
 class Asked:
     """A served model with its adapters, and a client of it."""
 
-    def __init__(self, service: Service, client: TestClient) -> None:
-        self.service, self.model, self.client = service, service.model, client
+    def __init__(self, service: Service, client: TestClient, folder: Path) -> None:
+        self.service, self.model, self.client, self.folder = service, service.model, client, folder
 
     def post(self, name: str, messages: list[Any], **more: Any) -> Any:
         body = {"model": name, "messages": messages, "max_tokens": N_NEW, **more}
@@ -80,7 +81,7 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model = served_model(settings, {name: folder / name for name in METHODS})
     service = Service.of(model, settings)
     with TestClient(make_app(service), base_url="http://localhost") as client:
-        yield Asked(service, client)
+        yield Asked(service, client, folder)
 
 
 def image(index: int) -> dict[str, Any]:
@@ -246,6 +247,39 @@ def test_rows_of_each_family_join_leave_and_are_known_as_alone(family: str) -> N
             found = [one.events.get_nowait() for one in jobs]
             assert [answer.text for answer in found if isinstance(answer, Answer)] == alone
             assert n_known is None or sum(answer.n_known > 0 for answer in found if isinstance(answer, Answer)) == n_known
+
+
+def test_adapters_with_connectors_of_their_own_are_served_beside_others() -> None:
+    with in_double():
+        model = VisionLanguageModel.from_model(*made("qwen2_vl"), template=VQA)
+        for name, own in {"plain": {}, "copy": {"connector": "trained"}, "low_rank": {"connector_methods": {"lora": LoRA(rank=2)}}}.items():
+            model.add_adapter(name, {"lora": LoRA(rank=2)}, **own)  # type: ignore[arg-type]
+            trained = TrainedParts.of(model)
+            for one in (trained.edits, *((trained.connector,) if trained.connector is not None else ())):
+                excite(one.double())
+        model.eval()
+        running = Running(model, FeatureLRU(model, 8), PromptCache(2**30))
+        cases = [(name, (2,), "what color?") for name in (*model.adapter_names, BASE_NAME)]
+        alone = [model.generate([family_images()[i] for i in images], [question], adapter_names=[name], max_new_tokens=N_NEW)[0] for name, images, question in cases]
+        for _ in range(2):  # the second time from cached images and prompts
+            jobs = [job(model, running, *one) for one in cases]
+            running.join(jobs[:3])
+            running.step()
+            running.join(jobs[3:])
+            while running.rows:
+                running.step()
+            assert [one.events.get_nowait().text for one in jobs] == alone
+        assert len(set(alone)) == 4
+
+
+def test_a_server_that_started_without_such_an_adapter_loads_none(asked: Asked) -> None:
+    model = VisionLanguageModel.from_model(asked.model.tower.name, template=VQA)
+    model.add_adapter("own", {"lora": LoRA(rank=2)}, connector="trained")
+    model.save_pretrained(asked.folder / "own", task={"task": "vqa"})
+    loaded = asked.client.post("/v1/models", json={"id": "own", "folder": "own"})
+    assert loaded.status_code == 400
+    assert "has a connector of its own, and this server started without such an adapter, so it caches no images" in loaded.json()["error"]["message"]
+    assert "own" not in asked.model.adapter_names
 
 
 def test_a_model_is_served_without_adapters(asked: Asked) -> None:
