@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from adalink.errors import ConfigError, DataError
 from multimodal.sample import Sample, SampleSource
 from multimodal.template import Template, Text
+from tasks.data.reader import Official
 from tasks.metrics.bootstrap import caption_metrics
 from tasks.metrics.captions import score_captions
 from tasks.metrics.files import caption_results_name, write_caption_results
@@ -83,9 +84,9 @@ class Captioning:
             metrics=metrics, headline=self.headline, items=items, scorer=scores.scorer, resampled=caption_metrics(scores).chosen(_METRICS, scale=100)
         )  # fmt: skip
 
-    def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
+    def write_results(self, path: Path, predictions: Mapping[int, str], official: Official | None = None) -> None:
         """COCO's result file."""
-        write_caption_results(path, predictions)
+        write_caption_results(path, predictions, official)
 
 
 def plain(caption: str) -> str:

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from multimodal.sample import Sample, SampleSource
 from multimodal.template import Template, Text
+from tasks.data.reader import Official
 from tasks.metrics.bootstrap import Interval, Metrics, Resampling, intervals
 
 __all__ = ["BLIND", "TRAINED", "UNTRAINED", "Asked", "Score", "Submission", "Task"]
@@ -95,5 +96,5 @@ class Task(Protocol):
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
         """The metrics of predictions for every item of a source."""
 
-    def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
-        """The official result file."""
+    def write_results(self, path: Path, predictions: Mapping[int, str], official: Official | None = None) -> None:
+        """The official result file; official: where a benchmark has a layout of its own."""

@@ -1,4 +1,4 @@
-"""Visual question answering, scored with the official VQA accuracy."""
+"""Visual question answering, scored with the official VQA accuracy, or as a benchmark has it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 from adalink.errors import ConfigError, DataError
 from multimodal.progress import progress
 from multimodal.sample import DamagedSample, Question, Sample, SampleSource
 from multimodal.template import Template, Text
+from tasks.data.reader import Official
+from tasks.data.sources import scorer_of
 from tasks.metrics.bootstrap import answer_metrics
 from tasks.metrics.files import vqa_results_name, write_vqa_results
 from tasks.metrics.vqa import (
+    HEADLINES,
     VQA_SCORERS,
     AnswerScores,
     GradedQuestion,
@@ -48,7 +51,9 @@ class Vqa:
     learn: Literal["common", "drawn"] = "common"  # of ten answers: the most common one, or one drawn anew each epoch
     questions_per_image: int = 0  # how many of an image's questions each step learns; 0: all of them
     answers: int = 0  # a trained head chooses among so many most frequent answers of the training data (3129 for VQAv2); 0: the answer is written
-    scorer: VqaScorer = "official"  # see `adalink score vqa --help`; where most questions have too few answers for it, the exact match is given
+    scorer: VqaScorer | None = (
+        None  # see `adalink score vqa --help`; by default the benchmark's own, else official (or the exact match, where most have too few answers)
+    )
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
@@ -60,8 +65,8 @@ class Vqa:
             raise ConfigError(f"of ten answers, {self.learn!r} cannot be trained on: give common or drawn")
         if self.answers and self.learn == "drawn":
             raise ConfigError(f"learn is drawn, and a head of {self.answers} answers learns the scores of all ten: leave one of learn and answers out")
-        if self.scorer not in VQA_SCORERS:
-            raise ConfigError(f"there is no scorer {self.scorer!r}: give official, normalized or exact")
+        if self.scorer not in (None, *VQA_SCORERS):
+            raise ConfigError(f"there is no scorer {self.scorer!r}: give one of {', '.join(VQA_SCORERS)}")
 
     def words_for(self, sees_already: bool) -> Template:
         """The template; for a model that sees already the question with a request, where the template is the one by default."""
@@ -86,7 +91,7 @@ class Vqa:
         return any(question.answers for question in sample.questions)
 
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
-        """Accuracy in percent, overall and per answer type, over the questions that were predicted.
+        """Accuracy (or what the scorer gives) in percent, overall and per answer type, over the questions that were predicted.
 
         The exact match stands before it where most of these questions have too few answers for the official accuracy.
 
@@ -96,12 +101,13 @@ class Vqa:
         if not questions or not questions[0].answers:
             raise DataError("these questions cannot be scored: none was predicted, or the data set has no answers (a test split?)")
         graded = [graded_question(question) for question in questions]
-        fitting = fitting_scorer(self.scorer, graded)
+        chosen = cast("VqaScorer", self.scorer or scorer_of(source) or "official")
+        fitting = fitting_scorer(chosen, graded)
         scores = score_answers(dict(predictions), graded, fitting)
-        headline = "exact match" if fitting == "exact" else self.headline
+        headline = HEADLINES.get(fitting, self.headline)
         metrics, other = _named(headline, scores), {}
-        if fitting != self.scorer:
-            official = score_answers(dict(predictions), graded, self.scorer)
+        if fitting != chosen:
+            official = score_answers(dict(predictions), graded, chosen)
             other = dict.fromkeys(_named(self.headline, official), official.scorer)
             metrics |= _named(self.headline, official)
         named = {headline: "overall", **{f"{headline} ({kind})": f"answer type: {kind or '(none)'}" for kind in scores.per_answer_type}}
@@ -112,12 +118,12 @@ class Vqa:
             scorer=scores.scorer,
             other_scorers=other,
             resampled=answer_metrics(scores, graded).chosen(named),
-            note="; ".join(few_answers_note(self.scorer, graded)),
+            note="; ".join(few_answers_note(chosen, graded)),
         )
 
-    def write_results(self, path: Path, predictions: Mapping[int, str]) -> None:
+    def write_results(self, path: Path, predictions: Mapping[int, str], official: Official | None = None) -> None:
         """The VQA challenge's result file."""
-        write_vqa_results(path, predictions)
+        write_vqa_results(path, predictions, official)
 
 
 def _named(name: str, scores: AnswerScores) -> dict[str, float]:

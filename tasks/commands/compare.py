@@ -32,7 +32,7 @@ from tasks.metrics.files import (
     read_graded_questions,
     read_references,
 )
-from tasks.metrics.vqa import VqaScorer, refuse
+from tasks.metrics.vqa import VQA_SCORERS, VqaScorer, refuse
 
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def compare_vqa(
         before: Answers of the first run, in the official result format.
         after: Answers of the second run, to the same questions.
         annotations: People's answers, in the format of VQAv2, OK-VQA, A-OKVQA, TextVQA, VizWiz, GQA or DAQUAR.
-        scorer: official normalises answers only where people disagree, as the official script does; normalized does so always.
+        scorer: official normalises answers only where people disagree, as the official script does; normalized does so always; others: see score vqa.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         right_from: The accuracy in percent from which on a question counts as right.
         items: A file to write both metrics of each question to, as JSON.
@@ -177,10 +177,10 @@ def _scorer(runs: Sequence[SavedRun], given: VqaScorer | None) -> VqaScorer:
     chosen = {given} if given is not None else {run.scorer for run in runs}
     if len(chosen) > 1:
         found = " and ".join(f"{run.folder} was scored as {run.scorer}" for run in runs)
-        raise ConfigError(f"{found}; give --scorer official, normalized or exact")
+        raise ConfigError(f"{found}; give --scorer, one of {', '.join(VQA_SCORERS)}")
     name = chosen.pop()
     if name not in get_args(VqaScorer):
-        raise DataError(f"the runs chose the scorer {name!r}, which there is not; give --scorer official, normalized or exact")
+        raise DataError(f"the runs chose the scorer {name!r}, which there is not; give --scorer, one of {', '.join(VQA_SCORERS)}")
     return cast("VqaScorer", name)
 
 

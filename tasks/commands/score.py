@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from adalink.errors import ConfigError
 from adalink.files import write_whole
 from tasks.commands import Command
 from tasks.metrics.bootstrap import Listing, Metrics, MetricValue, Resampling, answer_metrics, as_json, as_table, caption_metrics, intervals
@@ -20,6 +21,7 @@ from tasks.metrics.files import (
     read_graded_questions,
     read_question_ids,
     read_references,
+    scored_benchmark,
 )
 from tasks.metrics.vqa import GradedQuestion, QuestionId, VqaScorer, few_answers_note, fitting_scorer, named_accuracies, score_answers
 
@@ -28,6 +30,7 @@ __all__ = ["JSON_HELP", "SCORE_COCO", "SCORE_VQA", "given_arguments", "score_coc
 JSON_HELP = "print JSON in place of the table"
 
 _FRACTION = 100.0  # the official caption metrics are fractions
+_IN_ITEMS: Mapping[VqaScorer, str] = {"anls": "anls", "relaxed": "relaxed_accuracy"}
 _JAVA = {"METEOR": meteor, "SPICE": spice}
 
 
@@ -73,29 +76,40 @@ def score_vqa(
     annotations: Path,
     results: Path,
     questions: Path | None = None,
-    scorer: VqaScorer = "official",
+    split: str | None = None,
+    scorer: VqaScorer | None = None,
     resamples: int = 1000,
     items: Path | None = None,
 ) -> Listing:
-    """Score answers with the VQA accuracy: overall, by answer type and by question type, in percent.
+    """Score answers with the VQA accuracy, or as their benchmark does: overall, by answer type and by question type, in percent.
 
     Args:
-        annotations: People's answers, in the format of VQAv2, OK-VQA, A-OKVQA, TextVQA, VizWiz, GQA or DAQUAR.
+        annotations: People's answers, in the format of VQAv2, OK-VQA, A-OKVQA, TextVQA, VizWiz, GQA, DAQUAR, DocVQA, InfographicVQA, ST-VQA,
+            ChartQA, ScienceQA or AI2D (its folder).
         results: Predicted answers in the official result format, a list of question_id and answer, one for every question.
         questions: The questions file of VQAv2's format; it must ask what the annotations answer.
+        split: The part of ScienceQA's file or AI2D's folder that was answered, such as test.
         scorer: official normalises answers only where people disagree, as the official script does; normalized does so always; exact is the
-            exact match with one of the answers, which is given beside the others where questions have too few answers for them.
+            exact match with one of the answers, which is given beside the others where questions have too few answers for them; anls is that of
+            DocVQA, InfographicVQA and ST-VQA; relaxed that of ChartQA (numbers within 5 %); choice compares the letter of a choice.
+            By default the benchmark's own, else official.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         items: A file to write each question's accuracy to, as JSON.
+
+    Raises ConfigError where a split is given for a file that holds one.
     """
-    graded = read_graded_questions(annotations)
+    benchmark = scored_benchmark(annotations, scorer)
+    if split is not None and benchmark is None:
+        raise ConfigError(f"{annotations} holds one split: leave split {split!r} out")
+    graded = read_graded_questions(annotations, benchmark, split)
+    scorer = scorer or cast("VqaScorer", benchmark.scorer if benchmark else "official")
     ids = [question.question_id for question in graded]
     if questions is not None:
         check_questions(read_question_ids(questions), ids, questions, annotations)
     given = read_answer_results(results)
     check_questions(given, ids, results, annotations)
     scores = score_answers(given, graded, scorer)
-    found = {"accuracy": scores}
+    found = {_IN_ITEMS.get(scorer, "accuracy"): scores}
     rows = _rows(named_accuracies(scores), scores.scorer, answer_metrics(scores, graded), Resampling(n_resamples=resamples))
     if scorer != fitting_scorer(scorer, graded):
         found["exact_match"] = exact = score_answers(given, graded, "exact")
@@ -163,4 +177,8 @@ SCORE_COCO = _scored(
     "adalink score coco --references captions_val2014.json --results results.json",
     "adalink score coco --references dataset_coco.json --split test --results results.json --json",
 )
-SCORE_VQA = _scored(score_vqa, "adalink score vqa --questions questions.json --annotations annotations.json --results results.json")
+SCORE_VQA = _scored(
+    score_vqa,
+    "adalink score vqa --questions questions.json --annotations annotations.json --results results.json",
+    "adalink score vqa --annotations val_v1.0_withQT.json --results results.json",
+)

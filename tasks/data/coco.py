@@ -10,7 +10,7 @@ from multimodal.sample import BadSample, Sample
 from tasks.data.files import FileSource, ImageFolder, ImageName, Rows, document_keys, first_has, integer, read_annotation_file, text
 from tasks.data.reader import Found, Given, Reader
 
-__all__ = ["READER", "read_coco_captions", "read_coco_images"]
+__all__ = ["READER", "is_caption", "read_coco_captions", "read_coco_images"]
 
 
 def read_coco_captions(*, images: Path, annotations: Path, image_name: str | None = None) -> FileSource:
@@ -87,6 +87,8 @@ def _captions(rows: Rows, files: Mapping[int, tuple[str, str]], problems: list[B
         if image_id not in captions:
             raise DataError(f"{where} belongs to image {image_id}, which the list 'images' of {path} does not have ({len(files)} images)")
         caption = text(row, "caption", where).strip()
+        if not is_caption(row):
+            continue
         if caption:
             captions[image_id].append(caption)
         else:
@@ -97,6 +99,11 @@ def _captions(rows: Rows, files: Mapping[int, tuple[str, str]], problems: list[B
                 )
             )
     return captions
+
+
+def is_caption(row: Mapping[str, object]) -> bool:
+    """Whether it is one of a person: VizWiz marks spam, and the sentence that stands for "nothing to be seen", and its own API leaves both out."""
+    return not (row.get("is_rejected") or row.get("is_precanned"))
 
 
 def _missing(image_id: int, path: Path) -> BadSample:

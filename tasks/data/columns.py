@@ -258,12 +258,12 @@ def _text(value: object, place: Callable[[], str], what: str) -> str:
 
 
 def _id(value: object) -> int | str | None:
-    """A whole number, also as a text and as the 7.0 that tables with gaps have; else the text."""
+    """A whole number, also as a text and as the 7.0 that tables with gaps have; else the text, also of one that 64 bits do not hold."""
     if value is None or value == "" or isinstance(value, bool):
         return None
     text = str(value).strip()
     whole = _WHOLE.fullmatch(text)
-    return int(whole[1]) if whole else text
+    return int(whole[1]) if whole and int(whole[1]) < 2**63 else text
 
 
-_WHOLE = re.compile(r"(0|[1-9][0-9]*)(?:\.0)?", re.ASCII)
+_WHOLE = re.compile(r"(0|[1-9][0-9]{0,18})(?:\.0)?", re.ASCII)

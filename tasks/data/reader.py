@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from typing import BinaryIO, Protocol
 from adalink.errors import DataError
 from multimodal.sample import BadSample, Sample
 from tasks.data.files import annotation_document
-from tasks.data.rows import Row, is_row_file, open_rows, unpacked_suffix
+from tasks.data.rows import ID, Row, is_row_file, open_rows, unpacked_suffix
 
-__all__ = ["Found", "Given", "Reader", "ReadSource"]
+__all__ = ["IMAGE_ENDINGS", "Found", "Given", "Official", "Reader", "ReadSource"]
 
+_FIRST_BY_ID = re.compile(r'\s*\{\s*"[^"\\]*"\s*:\s*(?=\{)')
 _MOST_NAMES = 4096  # entries of a folder that are looked at
 IMAGE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"))
 
@@ -36,6 +38,15 @@ class ReadSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Official:
+    """The layout of a benchmark's own result file: the names of its two fields, and what it calls each item of a run."""
+
+    id_name: str
+    text_name: str
+    ids: Mapping[int, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +119,8 @@ class Found:
 
     @cached_property
     def document(self) -> Mapping[str, object]:
-        """A JSON file's object; empty for a list and for every other file. Raises DataError where it is no JSON."""
-        if self.suffix != ".json" or self._is_list:
+        """A JSON file's object; empty for a list, rows by their ids, and for every other file. Raises DataError where it is no JSON."""
+        if self.suffix != ".json" or self._is_list or self.by_id:
             return {}
         found = annotation_document(self.path)
         return found if isinstance(found, dict) else {}
@@ -122,6 +133,18 @@ class Found:
         return self._first_row
 
     @cached_property
+    def by_id(self) -> Row:
+        """The first of the questions that a JSON file's object holds by their ids; empty where it holds others."""
+        if self.suffix != ".json":
+            return {}
+        start = _FIRST_BY_ID.match(head := self._head())
+        try:
+            first, _ = json.JSONDecoder().raw_decode(head, start.end()) if start else ({}, 0)
+        except ValueError:
+            return {}
+        return {**first, ID: ""} if "question" in first else {}
+
+    @cached_property
     def _is_list(self) -> bool:
         with self._opened() as file:
             return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
@@ -130,8 +153,7 @@ class Found:
     def _first_row(self) -> Row:
         """Of a list of objects the first alone, without a look at the rest."""
         if self.suffix == ".json" and self.path.suffix.lower() != ".gz":
-            with self._opened() as file:
-                head = file.read(2**20).decode("utf-8-sig", "replace")
+            head = self._head()
             try:
                 first, _ = json.JSONDecoder().raw_decode(head, head.index("{"))
                 return first if isinstance(first, dict) else {}
@@ -139,9 +161,13 @@ class Found:
                 pass  # a first row that is longer, or damaged: reading says which
         return open_rows(self.path)[0]
 
+    def _head(self) -> str:
+        """The first MiB of a file."""
+        with self._opened() as file:
+            return file.read(2**20).decode("utf-8-sig", "replace")
+
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO | gzip.GzipFile]:
-
         try:
             with self.path.open("rb") as file:
                 yield gzip.GzipFile(fileobj=file) if self.path.suffix.lower() == ".gz" else file

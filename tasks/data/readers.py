@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 from multimodal.data.shards.reader import ShardSource
-from tasks.data import coco, folder, imagefolder, karpathy, parquet, table, vqa
+from tasks.data import benchmarks, coco, folder, imagefolder, karpathy, parquet, table, vqa
 from tasks.data.reader import Found, Given, Reader, ReadSource
 from tasks.data.rows import is_row_file
 
@@ -24,6 +24,7 @@ READERS: tuple[Reader, ...] = (
     coco.READER,
     karpathy.READER,
     vqa.READER,
+    *benchmarks.READERS,
     imagefolder.READER,
     folder.READER,
     parquet.READER,

@@ -19,9 +19,12 @@ from numpy.typing import NDArray
 
 from adalink.errors import DataError
 
-__all__ = ["Row", "RowFile", "is_row_file", "open_rows", "unpacked_suffix"]
+__all__ = ["BY_ID", "ID", "Row", "RowFile", "is_row_file", "open_rows", "unpacked_suffix"]
 
 Row = Mapping[str, object]
+
+BY_ID = ""  # an object of rows by their ids; each row then has its own
+ID = "(id)"  # under this name
 
 _decoded = json.JSONDecoder().decode  # half the time of json.loads, which looks for the encoding first
 _MOST_FIELD = 2**27  # bytes of one field of a CSV file
@@ -30,6 +33,7 @@ _BLANK = 16  # bytes; a line as short as this may hold nothing but spaces
 _SPACE = re.compile(r"[ \t\r\n]*")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _SEPARATORS = ",;\t|"
+_DECODER = json.JSONDecoder()
 
 
 class RowFile(Protocol):
@@ -66,8 +70,13 @@ def is_row_file(path: Path) -> bool:
     return unpacked_suffix(path) in _KINDS
 
 
-def open_rows(path: Path) -> RowFile:
-    """The rows of a CSV, TSV, JSONL or JSON file, by the ending of its name. Raises DataError where it cannot be read as that."""
+def open_rows(path: Path, inside: str | None = None) -> RowFile:
+    """The rows of a CSV, TSV, JSONL or JSON file, by the ending of its name. Raises DataError where it cannot be read as that.
+
+    inside   where a JSON file is an object: the key of its list of rows, or BY_ID where it is rows by their ids
+    """
+    if inside is not None:
+        return _JsonObject(path, inside)
     kind = _KINDS.get(unpacked_suffix(path))
     if kind is None:
         raise DataError(f"{path} ends in {path.suffix!r}: expected one of {', '.join(_KINDS)}, or the same with .gz")
@@ -179,27 +188,33 @@ class _JsonList(_RowsAtOffsets):
 
     def _find(self, data: bytes | mmap.mmap, start: int) -> None:
         text = str(memoryview(data)[start:], "latin-1")  # a letter is a byte, as the offsets are; a row is read as UTF-8 later
-        decoder, spans = json.JSONDecoder(), []
-        at = self._after(text, 0)
-        if text[at : at + 1] != "[":
-            raise DataError(f"{self.path} begins with {text[at : at + 20]!r}; expected a list of objects")
-        at = self._after(text, at + 1)
+        spans: list[tuple[int, int]] = []
         try:
-            while text[at : at + 1] != "]":
-                _, end = decoder.raw_decode(text, at)
-                spans.append((at + start, end + start))
-                at = self._after(text, end)
-                if text[at : at + 1] not in (",", "]"):
-                    raise DataError(
-                        f"{self.path}[{len(spans) - 1}] is followed by {text[at : at + 20]!r}; expected a comma or the end of the list"
-                    )
-                at = self._after(text, at + 1) if text[at] == "," else at
+            self._look(text, self._after(text, 0), spans)
         except (ValueError, RecursionError) as error:
+            at = spans[-1][1] if spans else 0
             raise DataError(
                 f"{self.path} is not JSON at row {len(spans)}, line {text.count(chr(10), 0, at) + 1}: {error}; is it whole?"
             ) from None
-        self.spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
+        self.spans = np.array(spans, dtype=np.int64).reshape(-1, 2) + start
         self.lines = np.arange(len(spans))
+
+    def _look(self, text: str, at: int, spans: list[tuple[int, int]]) -> None:
+        """Add the span of each row of the list that begins at a place. Raises ValueError where it is no JSON."""
+        if text[at : at + 1] != "[":
+            raise DataError(f"{self.path} begins with {text[at : at + 20]!r}; expected a list of objects")
+        at = self._after(text, at + 1)
+        while text[at : at + 1] != "]":
+            _, end = _DECODER.raw_decode(text, at)
+            spans.append((at, end))
+            at = self._next(text, end, "]", len(spans) - 1)
+
+    def _next(self, text: str, at: int, end: str, row: int) -> int:
+        """Where the next row begins after one, or its list or object ends."""
+        at = self._after(text, at)
+        if text[at : at + 1] not in (",", end):
+            raise DataError(f"{self.path}[{row}] is followed by {text[at : at + 20]!r}; expected a comma or the end of the list")
+        return self._after(text, at + 1) if text[at] == "," else at
 
     def place(self, number: int) -> str:
         """`captions.json[6]`."""
@@ -210,6 +225,44 @@ class _JsonList(_RowsAtOffsets):
         """Where the next thing begins."""
         found = _SPACE.match(text, at)
         return found.end() if found else at
+
+
+class _JsonObject(_JsonList):
+    """The rows in an object: those of a list under a key, or objects by their ids. inside: the key, or BY_ID."""
+
+    def __init__(self, path: Path, inside: str) -> None:
+        self._inside = inside
+        super().__init__(path)
+
+    def _look(self, text: str, at: int, spans: list[tuple[int, int]]) -> None:
+        if text[at : at + 1] != "{":
+            raise DataError(
+                f"{self.path} begins with {text[at : at + 20]!r}; expected an object with {self._inside or 'rows by their ids'}"
+            )
+        at, row = self._after(text, at + 1), 0
+        while text[at : at + 1] != "}":
+            name, end = _DECODER.raw_decode(text, at)
+            colon = self._after(text, end)
+            if text[colon : colon + 1] != ":":
+                raise ValueError(f"{text[at : at + 20]!r} is followed by no colon")
+            value = self._after(text, colon + 1)
+            if name == self._inside != BY_ID:
+                return super()._look(text, value, spans)
+            _, end = _DECODER.raw_decode(text, value)
+            if self._inside == BY_ID:
+                spans.append((at, end))
+            at, row = self._next(text, end, "}", row), row + 1
+        if self._inside != BY_ID:
+            raise DataError(f"{self.path} has no list {self._inside!r}; is it the right file?")
+        return None
+
+    def _row(self, text: bytes, number: int) -> Row:
+        if self._inside != BY_ID:
+            return super()._row(text, number)
+        ((name, row),) = super()._row(b"{" + text + b"}", number).items()
+        if not isinstance(row, dict):
+            raise DataError(f"{self.place(number)} is {str(row)[:40]!r}; expected an object with named fields")
+        return {**row, ID: name}
 
 
 class _Separated(_RowsAtOffsets):

@@ -18,17 +18,18 @@ from multimodal.data.order import MixedSet, Mixture, fingerprint_of, texts_finge
 from multimodal.data.shards.reader import ShardSource
 from multimodal.data.shards.storage import RemoteSettings, is_url, redacted
 from multimodal.sample import BadSample, Decode, Measure, Sample, SampleSource, counted, lengths_of
+from tasks.data.benchmarks import BenchmarkSource
 from tasks.data.coco import read_coco_captions, read_coco_images
 from tasks.data.files import FileSource, loaded_once
 from tasks.data.karpathy import read_karpathy
 from tasks.data.parquet import RowSource
-from tasks.data.reader import Given, ReadSource
+from tasks.data.reader import Given, Official, ReadSource
 from tasks.data.readers import open_path
 from tasks.data.table import TableSource
 from tasks.data.vqa import VQA_SPLITS, read_vqa, read_vqa_split, split_parts
 from tasks.scenes.dataset import Scenes
 
-__all__ = ["Chosen", "DataConfig", "Opened", "open_mix", "open_shards", "place_of", "saved_data"]
+__all__ = ["Chosen", "DataConfig", "Opened", "open_mix", "open_shards", "place_of", "saved_data", "scorer_of"]
 
 
 # ----------------------------------------
@@ -59,6 +60,7 @@ class Opened:
     item_ids   what an official result file for the whole split must hold; empty where only the samples themselves say it
     left_out   images that `limit` leaves out
     sentence   how a path was understood, for the log; empty where the config says it
+    files      the samples as the reader of a path gives them
     """
 
     source: SampleSource
@@ -66,6 +68,12 @@ class Opened:
     item_ids: tuple[int, ...] = ()
     left_out: int = 0
     sentence: str = ""
+    files: ReadSource | None = None
+
+    @property
+    def official(self) -> Official | None:
+        """How the benchmark's own result file calls its items, where it differs from the usual one."""
+        return self.files.official if isinstance(self.files, BenchmarkSource) else None
 
 
 # What gives texts to a folder of images, with what may stand beside each.
@@ -169,9 +177,10 @@ class DataConfig:
     def open(self) -> Opened:
         """Read annotations or manifest; images are read later. Raises DataError where nothing is left to read."""
         source: SampleSource
+        files: ReadSource | None
         problems: tuple[BadSample, ...] = ()
         item_ids: tuple[int, ...] = ()
-        sentence = ""
+        sentence, files = "", None
         if self.scenes is not None:
             source = _scenes(self.scenes)
         elif self.shards is not None or self._is_remote:
@@ -188,7 +197,7 @@ class DataConfig:
             source = Chosen(source, range(min(self.limit, whole)))
         if not len(source):
             raise DataError(f"the data set has no usable sample: {problems[0].detail if problems else self}")
-        return Opened(source, problems, item_ids, whole - len(source), sentence)
+        return Opened(source, problems, item_ids, whole - len(source), sentence, files)
 
     def _remote(self) -> RemoteSettings:
         return RemoteSettings(cache=self.cache, cache_bytes=int(self.cache_gib * 2**30))
@@ -242,17 +251,17 @@ class Chosen:
     """Some samples of a source: index i is the i-th of `indices`."""
 
     def __init__(self, source: SampleSource, indices: Sequence[int]) -> None:
-        self._source, self._indices = source, indices
+        self.source, self._indices = source, indices
 
     @property
     def fingerprint(self) -> str:
         """Of the source's fingerprint and the indices; empty where the source has none."""
-        return self._of(fingerprint_of(self._source))
+        return self._of(fingerprint_of(self.source))
 
     @property
     def texts_fingerprint(self) -> str:
         """Likewise, of the source's texts."""
-        return self._of(texts_fingerprint_of(self._source))
+        return self._of(texts_fingerprint_of(self.source))
 
     def _of(self, whole: str) -> str:
         return whole and hashlib.sha256(f"{whole} {list(self._indices)}".encode()).hexdigest()
@@ -263,15 +272,22 @@ class Chosen:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside of these {len(self)} samples")
-        return self._source[self._indices[index]]
+        return self.source[self._indices[index]]
 
     def place(self, index: int) -> str:
         """As `place_of`."""
-        return place_of(self._source, self._indices[index])
+        return place_of(self.source, self._indices[index])
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """Those of the source, at the indices."""
-        return lengths_of(self._source, measure)[np.asarray(self._indices)]
+        return lengths_of(self.source, measure)[np.asarray(self._indices)]
+
+
+def scorer_of(source: SampleSource) -> str:
+    """The scorer of the task vqa that a benchmark has of its own; empty where it has none."""
+    while isinstance(source, (Chosen, Drafted)):
+        source = source.source
+    return source.scorer if isinstance(source, BenchmarkSource) else ""
 
 
 def _scenes(text: str) -> Scenes:

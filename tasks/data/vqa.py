@@ -244,10 +244,18 @@ def _recognises(found: Found) -> bool:
 
 def _open(given: Given) -> FileSource:
     if not given.path.is_dir():
-        return read_vqa(images=given.folder, questions=given.path, annotations=given.annotations, image_name=given.image_name)
+        annotations = given.annotations or _beside(given.path)
+        return read_vqa(images=given.folder, questions=given.path, annotations=annotations, image_name=given.image_name)
     if given.split is None:
         raise ConfigError(f"{given.path} holds several splits: give split, such as val or test")
     return read_vqa_split(given.path, given.folder, given.split)
+
+
+def _beside(questions: Path) -> Path | None:
+    """The official annotations beside official questions: mscoco_val2014_annotations.json of OpenEnded_mscoco_val2014_questions.json (OK-VQA)."""
+    name = questions.name.replace("OpenEnded_", "").replace("_questions.json", "_annotations.json")
+    found = questions.with_name(name)
+    return found if name != questions.name and found.is_file() else None
 
 
 READER = Reader("vqav2", "VQAv2's questions", _recognises, _open)

@@ -17,6 +17,7 @@ from tasks.metrics.bootstrap import Interval, Metrics, Resampling, aligned, answ
 from tasks.metrics.captions import score_captions
 from tasks.metrics.files import read_answer_results, read_caption_results
 from tasks.metrics.vqa import (
+    VQA_SCORERS,
     GradedQuestion,
     Predictions,
     QuestionId,
@@ -308,7 +309,8 @@ def read_run(folder: Path) -> SavedRun:
         metrics = json.loads((folder / "metrics.json").read_bytes())
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         task, data = metrics["task"], config["data"]["val"]
-        scorer = (config.get("vqa") or {}).get("scorer", "official")
+        computed_by = {description: name for name, description in VQA_SCORERS.items()}
+        scorer = (config.get("vqa") or {}).get("scorer") or computed_by.get(metrics.get("scorer"), "official")
     except OSError as error:
         raise DataError(f"{folder} is no run folder of `adalink train` or `adalink evaluate`: {error.filename} cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:

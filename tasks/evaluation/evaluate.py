@@ -230,10 +230,10 @@ def write_submission(
         listed = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         gap = f"{len(missing)} of {len(texts) + len(missing)} predictions are missing (first: {listed})"
     else:
-        task.write_results(path, texts)
+        task.write_results(path, texts, opened.official)
         return f"official result file: {path}"
     if submission.incomplete == "allow":
-        task.write_results(path, texts)
+        task.write_results(path, texts, opened.official)
         return f"incomplete official result file: {path}; {gap}"
     if opened.left_out:
         return f"no official result file is written: {gap}; leave it out, or give --submission.incomplete allow"

@@ -10,13 +10,16 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 from adalink.files import write_whole
+from tasks.data.benchmarks import Benchmark, benchmark_questions, find_benchmark
+from tasks.data.coco import is_caption
 from tasks.data.files import Rows, answer_marks, integer, read_annotation_file, text, text_lines
 from tasks.data.karpathy import read_karpathy_images
-from tasks.metrics.vqa import GradedQuestion, QuestionId, refuse, refuse_repeated
+from tasks.data.reader import Official
+from tasks.metrics.vqa import GradedQuestion, QuestionId, VqaScorer, refuse, refuse_repeated
 
 __all__ = [
     "caption_results_name", "check_questions", "check_split", "empty_captions", "read_answer_results", "read_caption_results",
-    "read_document", "read_graded_questions", "read_question_ids", "read_references", "rows_of", "vqa_results_name",
+    "read_document", "read_graded_questions", "read_question_ids", "read_references", "rows_of", "scored_benchmark", "vqa_results_name",
     "write_caption_results", "write_vqa_results",
 ]  # fmt: skip
 
@@ -67,8 +70,17 @@ _KNOWN = (
 _PEOPLE = 10
 
 
-def read_graded_questions(path: Path) -> list[GradedQuestion]:
+def scored_benchmark(path: Path, scorer: VqaScorer | None) -> Benchmark | None:
+    """The benchmark whose file it is, where that has a scorer of its own; of two the one that the scorer is for."""
+    found = find_benchmark(path) if path.exists() and path.suffix != ".txt" else ()
+    chosen = [one for one in found if one.letters == (scorer == "choice")] or found
+    return next((one for one in chosen if one.scorer not in ("", "exact")), None)
+
+
+def read_graded_questions(path: Path, benchmark: Benchmark | None = None, split: str | None = None) -> list[GradedQuestion]:
     """The questions of an annotation file with people's answers, raw and in the file's order.
+
+    benchmark   whose file it is, where that is none of these:
 
     VQAv2, OK-VQA   an object with the list `annotations`; types as they stand
     TextVQA         an object with the list `data`
@@ -77,9 +89,15 @@ def read_graded_questions(path: Path) -> list[GradedQuestion]:
     GQA             an object of questions by id with one `answer`; the types are the structural and the semantic one
     DAQUAR          a text file (.txt), a question and its answer in turn; the id is the question's number, from 1
 
+    split       of a benchmark's file that holds several
+
     Raises DataError on a file that is missing or of another shape, on repeated ids, and on questions without an answer.
     """
-    questions = _daquar(path) if path.suffix == ".txt" else _graded(path, read_document(path))
+    if benchmark is not None:
+        asked = benchmark_questions(path, benchmark, split)
+        questions = [GradedQuestion(question_id=name, answers=one.answers, question_type=one.question_type, answer_type=one.answer_type) for name, one in asked]
+    else:
+        questions = _daquar(path) if path.suffix == ".txt" else _graded(path, read_document(path))
     refuse_repeated((question.question_id for question in questions), f"question ids stand more than once in {path}")
     bare = [question.question_id for question in questions if not question.answers]
     refuse(bare, f"questions of {path} have no answers", "expected people's answers; is it a test split?")
@@ -245,7 +263,7 @@ def read_references(path: Path, split: str | None = None) -> dict[int, list[str]
         ids = [integer(row, "id", where) for where, row in image_rows]
         refuse_repeated(ids, f"image ids stand more than once in the list 'images' of {path}")
         references = {image: [] for image in ids}
-        captions = [(integer(row, "image_id", where), text(row, "caption", where)) for where, row in rows]
+        captions = [(integer(row, "image_id", where), text(row, "caption", where)) for where, row in rows if is_caption(row)]
         unknown = {image: None for image, _ in captions if image not in references}
         refuse(unknown, f"images have captions in {path} and are not in its list 'images'", "expected every captioned image there")
         for image, caption in captions:
@@ -287,22 +305,24 @@ def check_split(results: Mapping[int, str], references: Mapping[int, Sequence[st
 # Result files as the official evaluation servers of COCO captions and VQAv2 take them.
 
 
-def write_caption_results(path: Path, captions: Mapping[int, str]) -> None:
+def write_caption_results(path: Path, captions: Mapping[int, str], official: Official | None = None) -> None:
     """Writes `[{"image_id": 42, "caption": "a dog ."}, ...]`, in the order given; whole or not at all.
 
     captions   image id -> ONE caption (the server refuses two)
+    official   the names of the fields, and of the images, where a benchmark has its own
     Raises DataError on an id or text of another type, on no captions, and where the file cannot be written.
     """
-    _write(path, captions, "image_id", "caption")
+    _write(path, captions, official or Official(id_name="image_id", text_name="caption"))
 
 
-def write_vqa_results(path: Path, answers: Mapping[int, str]) -> None:
+def write_vqa_results(path: Path, answers: Mapping[int, str], official: Official | None = None) -> None:
     """Writes `[{"question_id": 42000, "answer": "yes"}, ...]`, in the order given; whole or not at all.
 
-    answers   question id -> answer; the server wants every question of the split
+    answers    question id -> answer; the server wants every question of the split
+    official   the names of the fields, and of the questions, where a benchmark has its own
     Raises DataError on an id or text of another type, on no answers, and where the file cannot be written.
     """
-    _write(path, answers, "question_id", "answer")
+    _write(path, answers, official or Official(id_name="question_id", text_name="answer"))
 
 
 def caption_results_name(split: str, algorithm: str) -> str:
@@ -323,7 +343,8 @@ def _part(what: str, value: str) -> str:
     return value
 
 
-def _write(path: Path, results: Mapping[int, str], id_name: str, text_name: str) -> None:
+def _write(path: Path, results: Mapping[int, str], official: Official) -> None:
+    id_name, text_name = official.id_name, official.text_name
     if not results:
         raise DataError(f"there are no results to write to {path}; expected at least one {id_name} with its {text_name}")
     rows: list[dict[str, int | str]] = []
@@ -331,5 +352,6 @@ def _write(path: Path, results: Mapping[int, str], id_name: str, text_name: str)
         if type(key) is not int or not isinstance(value, str):
             expected = f"a whole number ({id_name}) and a text ({text_name})"
             raise DataError(f"the result {key!r}: {value!r} cannot be written to {path}; expected {expected}")
-        rows.append({id_name: key, text_name: value})
-    write_whole(path, json.dumps(rows).encode("ascii"))
+        rows.append({id_name: official.ids.get(key, key), text_name: value})
+    by_id = {str(row[id_name]): {text_name: row[text_name]} for row in rows}  # A-OKVQA's
+    write_whole(path, json.dumps(by_id if text_name == "direct_answer" else rows).encode("ascii"))

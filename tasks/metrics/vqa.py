@@ -1,10 +1,10 @@
-"""The official VQA accuracy, the variant that always normalises, and the exact match where people gave too few answers for either."""
+"""Scores of answers: the official VQA accuracy, the variant that always normalises, exact match, ANLS, relaxed accuracy, and choices by letter."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias, cast
@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, cast
 from adalink.errors import ConfigError, DataError
 
 __all__ = [
-    "VQA_SCORERS", "AnswerScores", "GradedQuestion", "Predictions", "QuestionId", "VqaScorer", "clean", "few_answers_note",
+    "HEADLINES", "VQA_SCORERS", "AnswerScores", "GradedQuestion", "Predictions", "QuestionId", "VqaScorer", "clean", "few_answers_note",
     "fitting_scorer", "has_few_answers", "named_accuracies", "normalize", "refuse", "refuse_repeated", "score_answers",
 ]  # fmt: skip
 
@@ -101,7 +101,7 @@ def refuse_repeated(names: Iterable[Hashable], what: str) -> None:
     refuse([name for name, count in Counter(names).items() if count > 1], what, "expected each once")
 
 
-VqaScorer: TypeAlias = Literal["official", "normalized", "exact"]
+VqaScorer: TypeAlias = Literal["official", "normalized", "exact", "anls", "relaxed", "choice"]
 QuestionId: TypeAlias = int | str  # numbers everywhere but in A-OKVQA (strings) and VizWiz (file names)
 Predictions: TypeAlias = Mapping[int, str] | Mapping[str, str] | Mapping[QuestionId, str]
 
@@ -110,7 +110,12 @@ VQA_SCORERS: dict[VqaScorer, str] = {
     "official": "VQA accuracy, official (equal to GT-Vision-Lab/VQA a013f004)",
     "normalized": "VQA accuracy, normalized (GT-Vision-Lab/VQA a013f004, but every answer is normalised)",
     "exact": "exact match with one of the answers, all normalised as GT-Vision-Lab/VQA a013f004 does",
+    "anls": "ANLS, threshold 0.5 (as the evaluation script of DocVQA and InfographicVQA computes it)",
+    "relaxed": "relaxed accuracy, numbers within 5 % (Masry et al., ChartQA, 2022; as pix2struct's metrics.py computes it)",
+    "choice": "accuracy of the letter of a choice",
 }
+HEADLINES: Mapping[VqaScorer, str] = {"exact": "exact match", "anls": "ANLS", "relaxed": "relaxed accuracy"}  # others: accuracy
+_COUNTS_PEOPLE: frozenset[VqaScorer] = frozenset(("official", "normalized"))
 _NO_MARK = "{}"  # of a record that has nothing beside the answer
 _FULL = 4  # equal answers: each then has three others that agree, which is what makes it fully right
 
@@ -173,14 +178,14 @@ def has_few_answers(question: GradedQuestion) -> bool:
 
 
 def fitting_scorer(scorer: VqaScorer, questions: Sequence[GradedQuestion]) -> VqaScorer:
-    """The scorer itself; `exact` where most of the questions have too few answers for it."""
-    return "exact" if 2 * sum(map(has_few_answers, questions)) > len(questions) else scorer
+    """The scorer itself; `exact` where it counts how many people agree, and most of the questions have too few answers for that."""
+    return "exact" if scorer in _COUNTS_PEOPLE and 2 * sum(map(has_few_answers, questions)) > len(questions) else scorer
 
 
 def few_answers_note(scorer: VqaScorer, questions: Sequence[GradedQuestion]) -> list[str]:
     """A sentence where questions have too few answers for the official accuracy, and about what is done then."""
-    few = [question for question in questions if has_few_answers(question)]
-    if not few or scorer == "exact":
+    few = [question for question in questions if has_few_answers(question)] if scorer in _COUNTS_PEOPLE else []
+    if not few:
         return []
     is_exact = fitting_scorer(scorer, questions) == "exact"
     done = "so the exact match after the official normalisation is given" if is_exact else "and --scorer exact gives the exact match"
@@ -191,12 +196,15 @@ def few_answers_note(scorer: VqaScorer, questions: Sequence[GradedQuestion]) -> 
 
 
 def score_answers(predictions: Predictions, questions: Sequence[GradedQuestion], scorer: VqaScorer = "official") -> AnswerScores:
-    """Accuracy of one predicted answer per question.
+    """The score of one predicted answer per question, in percent.
 
     official    normalises both sides only where the human answers differ, as the official script does; with all equal it wants the
                 very same string
     normalized  normalises both sides always
     exact       100 where the prediction equals one of the answers, both normalised, else 0; for data with one answer to each question
+    anls        100 - the percent of letters to be changed to reach the nearest answer, 0 below 50; in lower case, spaces as one
+    relaxed     100 where the number is within 5 % of the answer, or the text the same in lower case, else 0
+    choice      100 where the letter is the answer's: of "B", "b", "(B)", "B." and "B. a dog" it is B
 
     Raises DataError where questions have no prediction, predictions no question, or a question no answers.
     """
@@ -224,7 +232,9 @@ def _percent(fractions: Sequence[float]) -> float:
 
 
 def _accuracy(prediction: str, question: GradedQuestion, scorer: VqaScorer) -> float:
-    """The mean over human answers of min(1, how many of the OTHER answers equal the prediction / 3)."""
+    """The mean over human answers of min(1, how many of the OTHER answers equal the prediction / 3); by other scorers the best of the answers."""
+    if scorer in _ONE_ANSWER:
+        return max(_ONE_ANSWER[scorer](prediction, answer) for answer in question.answers)
     answers = [clean(answer) for answer in question.answers]
     prediction = clean(prediction)
     if scorer == "exact":
@@ -243,6 +253,59 @@ def _accuracy(prediction: str, question: GradedQuestion, scorer: VqaScorer) -> f
     else:
         each = [inside if answer == prediction else unknown for answer in answers]
     return float(sum(each)) / len(each)
+
+
+# ----------------------------------------
+# Scores of a prediction against one answer, each from 0 to 1.
+
+
+_THRESHOLD = 0.5  # ANLS below it are 0
+_LARGEST_CHANGE = 0.05  # of a number, relative to the answer
+_LETTER = re.compile(r"\(?([a-zA-Z])(?:[).:](?:\s.*)?)?", re.DOTALL)
+
+
+def _anls(prediction: str, answer: str) -> float:
+    """1 - edit distance / length of the longer, 0 below the threshold; 0.5 itself counts, as in the official script.
+
+    The script changes case and spaces before it counts edits, and takes the length without that.
+    """
+    one, other = (" ".join(text.strip().lower().split()) for text in (answer, prediction))
+    longer = max(len(answer.upper()), len(prediction.upper()))
+    similarity = 1 - _edits(one, other) / longer if longer else 1.0
+    return similarity if similarity >= _THRESHOLD else 0.0
+
+
+def _edits(one: str, other: str) -> int:
+    """How many letters are to be added, left out or replaced (Levenshtein)."""
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, start=1):
+        before, row[0] = row[0], i
+        for j, wanted in enumerate(other, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (letter != wanted))
+    return row[-1]
+
+
+def _relaxed(prediction: str, answer: str) -> float:
+    """Whether the prediction is the answer; as numbers, `20%` being 0.2, where both are some and the answer is not 0."""
+    found, wanted = _number(prediction), _number(answer)
+    if found is not None and wanted:
+        return float(abs(found - wanted) / abs(wanted) <= _LARGEST_CHANGE)
+    return float(prediction.lower() == answer.lower())
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def _choice(prediction: str, answer: str) -> float:
+    found = _LETTER.fullmatch(prediction.strip())
+    return float(found is not None and found[1].upper() == answer.upper())
+
+
+_ONE_ANSWER: Mapping[VqaScorer, Callable[[str, str], float]] = {"anls": _anls, "relaxed": _relaxed, "choice": _choice}
 
 
 def _check(predictions: Mapping[QuestionId, str], questions: Sequence[GradedQuestion], scorer: VqaScorer) -> None:

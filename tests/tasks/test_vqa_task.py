@@ -5,10 +5,13 @@ import random
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from adalink.errors import ConfigError, DataError
 from multimodal.sample import Question, Sample
 from multimodal.template import Text
+from tasks.data.reader import Official
+from tasks.data.sources import DataConfig
 from tasks.metrics.bootstrap import Resampling
 from tasks.runs.results import write_metrics
 from tasks.task import TRAINED, Asked
@@ -101,5 +104,21 @@ def test_wrong_settings_are_refused() -> None:
         Vqa(questions_per_image=-1)
     with pytest.raises(ConfigError, match="of ten answers, 'all' cannot be trained on: give common or drawn"):
         Vqa(learn="all")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="there is no scorer 'mine': give official, normalized or exact"):
+    with pytest.raises(ConfigError, match="there is no scorer 'mine': give one of official, normalized, exact, anls, relaxed, choice"):
         Vqa(scorer="mine")  # type: ignore[arg-type]
+
+
+def test_the_benchmark_names_the_scorer_and_its_own_ids_where_the_config_names_none(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    rows = [{"question": "date?", "file_path": "1.png", "answers": ["1/8/93"], "question_id": f"x{k}"} for k in range(2)]
+    (tmp_path / "train_task_3.json").write_text(json.dumps({"data": rows}))
+    opened = DataConfig(path=tmp_path / "train_task_3.json", limit=1).open()
+    score = Vqa().score({0: "1/8/1993", 1: "1/8/93"}, opened.source)
+    assert (score.headline, score.metrics["ANLS"], score.note) == ("ANLS", 87.5, "")
+    assert score.resampled is not None
+    assert Vqa(scorer="exact").score({0: "1/8/93"}, opened.source).metrics["exact match"] == 100
+    Vqa().write_results(tmp_path / "out.json", {0: "a", 1: "b"}, opened.official)
+    assert json.loads((tmp_path / "out.json").read_text()) == [{"question_id": "x0", "answer": "a"}, {"question_id": "x1", "answer": "b"}]
+    aokvqa = Official(id_name="question_id", text_name="direct_answer", ids={0: "22M"})
+    Vqa().write_results(tmp_path / "out.json", {0: "cab"}, aokvqa)
+    assert json.loads((tmp_path / "out.json").read_text()) == {"22M": {"direct_answer": "cab"}}

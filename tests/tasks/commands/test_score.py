@@ -219,3 +219,20 @@ def test_files_that_are_not_there_or_no_json_are_named(write: Write, tmp_path: P
     (tmp_path / "cut.json").write_text('[{"image_id": 3,')
     assert "cut.json is not JSON" in refused(scored("coco", references=references, results=tmp_path / "cut.json"))
     assert "references is not given, and has no default" in refused(adalink("score", "coco", "--results", references))
+
+
+def test_the_file_of_a_benchmark_decides_its_scorer_and_its_ids(write: Write) -> None:
+    rows = [{"questionId": 337, "question": "date?", "image": "documents/a_1.png", "docId": 2, "answers": ["1/8/93"]},
+            {"questionId": 338, "question": "who?", "image": "documents/a_1.png", "docId": 2, "answers": ["R. Cook"]}]  # fmt: skip
+    docvqa = write("val_v1.0.json", {"dataset_name": "docvqa", "data": rows})
+    answers = write("res.json", [{"questionId": 337, "answer": "1/8/1993"}, {"questionId": 338, "answer": "nobody"}])
+    done = scored("vqa", annotations=docvqa, results=answers)
+    assert "scorer: ANLS, threshold 0.5" in done.out
+    assert metrics(scored("vqa", "--json", annotations=docvqa, results=answers))["figures"]["overall"]["value"] == pytest.approx(37.5)
+    charts = write("test_human.json", [{"imgname": "1.png", "query": "how many?", "label": "14"}])
+    assert "scorer: relaxed accuracy" in scored("vqa", annotations=charts, results=write("c.json", [{"question_id": 0, "answer": "14.2"}])).out
+    problems = {str(k): {"question": "?", "choices": ["a", "b"], "answer": 1, "image": "image.png", "split": split} for k, split in enumerate(["val", "test"])}
+    science, given = write("problems.json", problems), write("s.json", [{"question_id": "1", "answer": "B"}])
+    assert "100.00" in scored("vqa", "--split", "test", annotations=science, results=given).out
+    assert "holds several splits, test, val: give split" in refused(scored("vqa", annotations=science, results=given))
+    assert "holds one split: leave split 'x' out" in refused(scored("vqa", "--split", "x", annotations=write("v.json", ANSWERS), results=given))

@@ -216,3 +216,52 @@ def test_the_plain_rules_that_speed_is_measured_against_give_the_official_figure
         if not case.get("answers_have_no_answer_id"):
             records = [{"answer": text, "answer_id": i} for i, text in enumerate(case["answers"])]
             assert round(100 * plain_vqa.accuracy(case["prediction"], records), 12) == case["official_acc_pct_n12"]
+
+
+@pytest.mark.parametrize(
+    ("scorer", "prediction", "answers", "expected"),
+    [
+        ("anls", "FOSTER  Farms ", ["foster farms"], 100),  # neither case nor the number of spaces counts
+        ("anls", "fosterfarms", ["foster farms"], 100 * (1 - 1 / 12)),  # a space does
+        ("anls", "helo", ["world", "hello"], 80),  # one of five letters, of the nearer answer
+        ("anls", "1/8/1993", ["1/8/93"], 75),
+        ("anls", "ab", ["ac"], 50),  # the threshold itself counts
+        ("anls", "axx", ["abc"], 0),  # a third is below it
+        ("anls", "", ["yes"], 0),
+        ("relaxed", "10.5", ["10"], 100),  # exactly 5 %
+        ("relaxed", "10.6", ["10"], 0),
+        ("relaxed", "-9.6", ["-10"], 100),
+        ("relaxed", "9.6", ["-10"], 0),
+        ("relaxed", "21%", ["0.2"], 100),
+        ("relaxed", "0.01", ["0"], 0),  # of 0 nothing is 5 %
+        ("relaxed", "0", ["0"], 100),
+        ("relaxed", "yes", ["Yes"], 100),
+        ("relaxed", "1,000", ["1000"], 0),  # no number
+        ("choice", "B", ["B"], 100),
+        ("choice", "b.", ["B"], 100),
+        ("choice", "(B)", ["B"], 100),
+        ("choice", "B. a dog", ["B"], 100),
+        ("choice", "A", ["B"], 0),
+        ("choice", "a dog", ["B"], 0),
+        ("choice", "A", ["A"], 100),  # no article here
+        ("choice", "", ["A"], 0),
+        ("choice", "Because", ["B"], 0),
+    ],
+)
+def test_scores_of_benchmarks_are_those_worked_out_by_hand(scorer: Any, prediction: str, answers: list[str], expected: float) -> None:
+    assert accuracy(prediction, answers, scorer) == pytest.approx(expected)
+    assert fitting_scorer(scorer, [question(answers)]) == scorer
+    assert few_answers_note(scorer, [question(answers)]) == []
+
+
+@settings(max_examples=50)
+@given(st.text("ab ", max_size=8), st.text("ab ", max_size=8))
+def test_anls_equals_the_plain_definition(one: str, other: str) -> None:
+    def edits(a: str, b: str) -> int:
+        if not a or not b:
+            return len(a) + len(b)
+        return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+    longest = max(len(one), len(other))
+    similarity = 1 - edits(" ".join(one.split()), " ".join(other.split())) / longest if longest else 1
+    assert accuracy(one, [other], "anls") == pytest.approx(100 * similarity if similarity >= 0.5 else 0)
