@@ -92,6 +92,7 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
     },
     "shards": {
         "from": Entry("shards", "FROM", "write any data set as webdataset shards"),
+        "to": Entry("shards", "TO", "write any data set, shards too, as parquet"),
         "img2dataset": Entry("shards", "IMG2DATASET", "write the manifest of shards that img2dataset made"),
         "check": Entry("shards", "CHECK", "check every byte of shards against their manifest"),
     },

@@ -1,4 +1,4 @@
-"""`adalink shards ...`: write any data set as shards, index shards that exist, and check a set."""
+"""`adalink shards ...`: write any data set as shards or as parquet, index shards that exist, and check a set."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tasks.commands import Command
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
     from multimodal.data.shards.manifest import Manifest
+    from tasks.data.arrow.write import WrittenParquet
     from tasks.data.sources import DataConfig
 
-__all__ = ["CHECK", "FROM", "IMG2DATASET", "shards_check", "shards_from", "shards_img2dataset"]
+__all__ = ["CHECK", "FROM", "IMG2DATASET", "TO", "shards_check", "shards_from", "shards_img2dataset", "shards_to"]
 
 _FAULTS_DISPLAYED = 10
 
@@ -36,6 +37,27 @@ def shards_from(data: DataConfig, *, out: Path, samples_per_shard: int = 1000, b
     manifest = write_shards(opened.source, out, samples_per_shard=samples_per_shard, budget=bad_samples, skipped=opened.problems, workers=workers)
     _report("wrote", manifest, out)
     return manifest
+
+
+def shards_to(data: DataConfig, *, out: Path, samples_per_file: int = 10_000, bad_samples: int = 0) -> WrittenParquet:
+    """Write any data set, shards too, as parquet that `datasets` loads: images byte for byte as they are, and all texts.
+
+    out  a name that ends in .parquet, or a new or empty folder
+
+    Raises BudgetError, and DataError and ConfigError as opening does.
+    """
+    from multimodal.sample import BadSamples, counted
+    from tasks.data.arrow.write import write_parquet
+
+    opened = data.open()
+    if opened.sentence:
+        print(opened.sentence)
+    written = write_parquet(opened.source, out, samples_per_file=samples_per_file, budget=bad_samples, skipped=opened.problems)
+    size = written.size / 2**20
+    print(f"wrote {counted(len(written.files), 'parquet file')} with {counted(written.samples, 'image')} ({size:.1f} MiB) in {out}")
+    if written.skipped:
+        print(f"skipped: {BadSamples(budget=0, found=written.skipped).summary()}")
+    return written
 
 
 def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
@@ -98,17 +120,26 @@ def _report(verb: str, manifest: Manifest, folder: Path) -> None:
         print("members that no sample uses: " + ", ".join(f"{count} .{suffix}" for suffix, count in sorted(manifest.ignored.items())))
 
 
-def _add_from(parser: Any) -> None:
+def _add_data(parser: Any, out: str) -> None:
     from tasks.data.sources import DataConfig
     from tasks.runs.help import comments_as_help
 
     comments_as_help(DataConfig)
-    parser.add_argument("path", type=str, nargs="?", metavar="PATH", help="a table, an annotation file or a folder; it shows itself what it is")
-    parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
+    parser.add_argument("path", type=str, nargs="?", metavar="PATH", help="a table, an annotation file, a folder, shards; it shows itself what it is")
+    parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_class_arguments(DataConfig, None, skip={"path", "shards", "mix", "cache", "cache_gib", "decode", "scenes"})
-    parser.add_argument("--samples_per_shard", type=int, default=1000, help="images in one shard")
     parser.add_argument("--bad_samples", type=int, default=0, help="how many images may be missing or unusable before the command stops")
+
+
+def _add_from(parser: Any) -> None:
+    _add_data(parser, "a new or empty folder")
+    parser.add_argument("--samples_per_shard", type=int, default=1000, help="images in one shard")
     parser.add_argument("--workers", type=int, default=4, help="shards written at a time")
+
+
+def _add_to(parser: Any) -> None:
+    _add_data(parser, "a file that ends in .parquet, or a new or empty folder")
+    parser.add_argument("--samples_per_file", type=int, default=10_000, help="images in one file of a folder")
 
 
 def _from(values: Any, plain: Any) -> None:
@@ -119,10 +150,22 @@ def _from(values: Any, plain: Any) -> None:
     shards_from(DataConfig(**given), **writing)
 
 
+def _to(values: Any, plain: Any) -> None:
+    from tasks.data.sources import DataConfig
+
+    given = dict(vars(values))
+    writing = {name: given.pop(name) for name in ("out", "samples_per_file", "bad_samples")}
+    shards_to(DataConfig(**given), **writing)
+
+
 FROM = Command(
     _add_from, _from,
     ("adalink shards from photographs --out shards/photographs", "adalink shards from captions.csv --images images --out shards/train"),
     first=("path", "out", "images", "columns", "format", "split", "annotations", "samples_per_shard", "bad_samples", "workers"),
+)  # fmt: skip
+TO = Command(
+    _add_to, _to, ("adalink shards to shards/train --out train.parquet", "adalink shards to captions.csv --images images --out parquet/train"),
+    first=("path", "out", "images", "columns", "format", "split", "samples_per_file", "bad_samples"),
 )  # fmt: skip
 IMG2DATASET = Command.of(shards_img2dataset, "adalink shards img2dataset --shards downloaded --bad-samples 100")
 CHECK = Command.of(shards_check, "adalink shards check --shards shards/train")

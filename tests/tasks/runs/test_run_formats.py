@@ -14,7 +14,7 @@ from torch import Tensor
 from train_case import trained, weights
 
 from tasks.captioning import Captioning
-from tasks.commands.shards import shards_from
+from tasks.commands.shards import shards_from, shards_to
 from tasks.data.sources import DataConfig
 
 
@@ -51,6 +51,10 @@ class Made:
     def shards(self) -> DataConfig:
         shards_from(self.coco(), out=self.folder / "shards", samples_per_shard=4)
         return DataConfig(path=self.folder / "shards")
+
+    def parquet(self) -> DataConfig:
+        shards_to(self.coco(), out=self.folder / "t.parquet")
+        return DataConfig(path=self.folder / "t.parquet")
 
     def _lines(self, path: Path, column: str) -> None:
         path.write_text("".join(json.dumps({column: name, "text": text}) + "\n" for name, text in self.rows))
