@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -30,7 +30,7 @@ from multimodal.sample import BadSample
 from multimodal.training.settings import TrainSettings
 
 __all__ = [
-    "Agreed", "StopSignal", "agree", "check_trackers", "gathered", "interrupts_noted", "opened_accelerator",
+    "Agreed", "StopSignal", "agree", "check_trackers", "gathered", "host_group", "interrupts_noted", "opened_accelerator",
     "sigterm_noted", "step_seed", "take_off", "together",
 ]  # fmt: skip
 
@@ -56,18 +56,27 @@ class Agreed:
     stop: int
 
 
-def agree(accelerator: Accelerator, group: Sequence[Loaded], stop: int, ends: Sequence[int]) -> Agreed:
+def host_group(accelerator: Accelerator) -> torch.distributed.ProcessGroup | None:
+    """The processes as they exchange what lies on the host, which no device is waited for; None of one alone. Every process must call it."""
+    return torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+
+def agree(
+    accelerator: Accelerator, group: Sequence[Loaded], stop: int, ends: Sequence[int], host: torch.distributed.ProcessGroup | None
+) -> Agreed:
     """One exchange of a few numbers, and of the bad samples themselves in the rare step that has some.
 
-    ends: the index after the last sample of each set of the data.
+    ends: the index after the last sample of each set of the data. host: see `host_group`.
     """
     bad = [sample for loaded in group for sample in loaded.bad]
     n_targets = sum(loaded.batch.n_targets for loaded in group if loaded.batch)
-    # A process alone asks no device: that would wait for all that the device has still to do.
     counted = [*_per_set([loaded.asked for loaded in group], ends), *_per_set([loaded.images for loaded in group], ends)]
     signals = [float(stop == number) for number in (signal.SIGTERM, signal.SIGINT)]
-    own = torch.tensor([float(n_targets), float(len(bad)), *signals, *counted], device=accelerator.device if accelerator.num_processes > 1 else "cpu")
-    targets, n_bad, n_terminated, n_interrupted, *counts = accelerator.reduce(own, "sum").tolist()
+    # On the host: a device would be waited for until it has done all that it has still to do.
+    own = torch.tensor([float(n_targets), float(len(bad)), *signals, *counted], dtype=torch.float64)
+    if host is not None:
+        torch.distributed.all_reduce(own, group=host)
+    targets, n_bad, n_terminated, n_interrupted, *counts = own.tolist()
     asked, good = tuple(map(int, counts[: len(ends)])), tuple(map(int, counts[len(ends) :]))
     ended_by = signal.SIGTERM if n_terminated else signal.SIGINT if n_interrupted else 0
     return Agreed(targets, asked, good, tuple(gathered(accelerator, bad)) if n_bad else (), ended_by)
@@ -109,7 +118,11 @@ def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) 
     before = dict(AcceleratorState._shared_state)  # of an accelerator in the same program: transformers' Trainer, or a loop of one's own
     if is_other := before.get("_mixed_precision", settings.precision) != settings.precision:
         AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=settings.precision, log_with=list(settings.trackers) or None, project_dir=str(folder))
+    # What is frozen has no buffers that change, and gradients need no copy beside the buckets that are reduced.
+    parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        mixed_precision=settings.precision, log_with=list(settings.trackers) or None, project_dir=str(folder), kwargs_handlers=[parallel]
+    )
     try:
         yield accelerator
         for tracker in accelerator.trackers:  # not end_training, which ends the processes' connection too: they evaluate together after this

@@ -29,6 +29,7 @@ from multimodal.training.distributed import (
     StopSignal,
     agree,
     check_trackers,
+    host_group,
     interrupts_noted,
     opened_accelerator,
     sigterm_noted,
@@ -214,6 +215,7 @@ class _Run:
         self.parameters = {**TrainedParts.of(model).parameters(), **also_trained}
         optimizer = new_optimizer(self.parameters, settings)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.host = host_group(accelerator)
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         # FSDP2 puts parameters of its own in their places.
@@ -247,7 +249,7 @@ class _Run:
 
     def step(self, group: list[Loaded], step: int, n_steps: int) -> torch.Tensor | None:
         """One optimizer step over a group of micro-batches; the mean loss per target comes back, over all ranks. None where there is no target."""
-        agreed = agree(self.accelerator, group, self.stop.number, self.trained_so_far.ends)
+        agreed = agree(self.accelerator, group, self.stop.number, self.trained_so_far.ends, self.host)
         self.ended_by = agreed.stop
         self.log.skip(agreed.bad)
         rate = self.rate(step, n_steps)

@@ -24,11 +24,14 @@ from safetensors.torch import save_file
 
 from adalink import AdaLink, Bridge, Method
 from adalink.errors import BudgetError, ConfigError, DataError, TerminatedError
+from multimodal.batches.collate import Batch
 from multimodal.data.feature_cache.encode import GROUP, PatchTable, encode_all
+from multimodal.data.loader import Loaded
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from multimodal.sample import Sample
 from multimodal.template import Template, Text
+from multimodal.training.distributed import agree, host_group, opened_accelerator
 from multimodal.training.settings import TrainSettings
 from multimodal.training.train import train
 
@@ -116,6 +119,24 @@ class Suicidal(Drawn):
         if index == 3 and torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
+
+
+def exchanged(folder: Path) -> int:
+    """Frozen buffers stay where they are, gradients are reduced in place, and what a step agrees on never meets a device."""
+    settings, made = TrainSettings(), model()
+    with opened_accelerator(settings, made, folder) as accelerator:
+        parallel = accelerator.prepare(made)
+        assert isinstance(parallel, torch.nn.parallel.DistributedDataParallel)
+        assert not parallel.broadcast_buffers
+        assert parallel.gradient_as_bucket_view
+        accelerator.state._shared_state["device"] = torch.device("meta")  # where nothing can be read
+        stop = signal.SIGTERM if accelerator.process_index else 0
+        batch = Batch.__new__(Batch)
+        object.__setattr__(batch, "n_targets", 2.0**25 + accelerator.process_index)  # float32 would lose the one
+        agreed = agree(accelerator, [Loaded(batch, (), (accelerator.process_index,))], stop, [1, 3], host_group(accelerator))
+        assert (agreed.stop, agreed.n_targets, agreed.good) == (signal.SIGTERM, 2.0**26 + 1, (1, 1))
+        accelerator.state._shared_state["device"] = torch.device("cpu")
+    return 0
 
 
 def missing() -> int:

@@ -48,6 +48,10 @@ def test_a_process_starts_with_everything_imported(machine: Machine) -> None:
     machine.start(1, rank_jobs.missing).ended()
 
 
+def test_processes_exchange_no_frozen_buffers_and_agree_on_the_host(machine: Machine, tmp_path: Path) -> None:
+    machine.start(2, rank_jobs.exchanged, tmp_path).ended()
+
+
 def test_two_processes_equal_one_with_the_same_pictures_in_a_step(machine: Machine, tmp_path: Path) -> None:
     """float64, ragged numbers of targets, accumulation, and seven images that nothing divides."""
     two = [{"folder": tmp_path / "two", "kept": True}, {"folder": tmp_path / "two_accumulated", "kept": True, "batch_size": 1, "accumulation": 2}]
