@@ -27,7 +27,7 @@ def written_texts(language: Language, attachment: Attachment, batch: Batch, toke
     leaves the batch. An encoder reads each whole row, a slot or gate may read what follows it, some models keep no keys and values: there
     transformers' own generation runs, on rows that share nothing.
     """
-    check_room(language, int(batch.attention_mask.sum(1).max()), settings)
+    check_room(language, batch.ids.shape[1], settings)
     may_share = may_share_prompts(attachment, token_map)
     if settings.num_beams == 1 and may_decode(language.model, attachment, token_map):
         return _texts(language, _greedy(language, attachment, batch, token_map, settings.max_new_tokens, may_share=may_share))
@@ -59,7 +59,7 @@ def run_generation(
     processors  what changes the scores of the next token
     """
     model: Any = language.model
-    check_room(language, int(batch.attention_mask.sum(1).max()), settings)
+    check_room(language, batch.ids.shape[1], settings)
     ids: Tensor = _generate(
         model,
         input_ids=batch.ids,

@@ -102,7 +102,9 @@ def chosen_answers(heads: Sequence[AnswerHead | None], state: Tensor) -> list[st
     """Each row's answer, by its own adapter's head. Raises ConfigError where some rows have a head and others write."""
     if None in heads:
         raise ConfigError(f"{heads.count(None)} of {len(heads)} rows write their answer, and the others' adapters choose it: ask them apart")
-    return [head.answers[int(head(row).argmax())] for head, row in zip(heads, state, strict=True) if head is not None]
+    different = list(dict.fromkeys(head for head in heads if head is not None))
+    best = torch.stack([head(state).argmax(-1) for head in different]).tolist()  # of every row, by each head: the device is waited for once
+    return [head.answers[best[different.index(head)][i]] for i, head in enumerate(heads) if head is not None]
 
 
 def save_head(folder: Path, head: AnswerHead) -> None:

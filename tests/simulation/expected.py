@@ -49,15 +49,13 @@ EXPECTED: Mapping[tuple[str, str], str] = {
     ("multimodal/generation/decoding.py keep", ""): "rows leave a running batch",
     ("multimodal/generation/decoding.py read", "transformers/masking_utils.py _ignore_causal_mask_sdpa"): MASK_SKIP,
     ("multimodal/generation/decoding.py read", "transformers/utils/import_utils.py torch_compilable_check"): "the model checks the number of its image tokens",
-    ("multimodal/generation/generate.py written_texts", ""): "the longest prompt",
-    ("multimodal/generation/generate.py run_generation", ""): "the longest prompt",
     # Generation: each token.
     ("multimodal/generation/generate.py _greedy", ""): "which rows have ended decides what is read next",
     ("tasks/serve/engine.py _chosen", ""): "clients are sent each token, and rows that have ended leave",
     ("tasks/serve/engine.py _let_go", ""): "rows leave a running batch",
     # Generation: the answers.
     ("multimodal/generation/generate.py generated_texts", ""): "the words",
-    ("multimodal/loss/answer_head.py <listcomp>", ""): "the answers",
+    ("multimodal/loss/answer_head.py chosen_answers", ""): "the answers",
     ("multimodal/generation/generate.py _generate", "*"): TRANSFORMERS,
     ("adalink/model.py generate", "*"): TRANSFORMERS,
     # Plain ids.
