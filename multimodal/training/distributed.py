@@ -30,7 +30,7 @@ from multimodal.sample import BadSample
 from multimodal.training.settings import TrainSettings
 
 __all__ = [
-    "Agreed", "StopSignal", "agree", "check_trackers", "gathered", "host_group", "interrupts_noted", "opened_accelerator",
+    "Agreed", "StopSignal", "agree", "check_trackers", "deterministic", "gathered", "host_group", "interrupts_noted", "opened_accelerator",
     "sigterm_noted", "step_seed", "take_off", "together",
 ]  # fmt: skip
 
@@ -133,6 +133,35 @@ def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) 
         if is_other or not before:
             AcceleratorState._reset_state()
             AcceleratorState._shared_state.update(before)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside the block torch runs nothing whose result differs from run to run, where that is wanted: sums that a GPU makes in any order, above all.
+
+    Raises ConfigError where an operation of the block has no other form.
+    """
+    if not wanted:
+        yield
+        return
+    before, only_warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(_WORKSPACE)
+    os.environ.setdefault(_WORKSPACE, ":4096:8")  # cuBLAS is deterministic with this alone, and torch refuses it without
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise ConfigError(f"train.deterministic is true, and {operation} of torch has no deterministic form: train with train.deterministic: false") from error
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)
+
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 # ----------------------------------------

@@ -36,6 +36,7 @@ class TrainSettings:
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: Compile = "no"  # torch.compile of the language model: minutes at the start, then faster steps, above all on a GPU
     states_gib: float = 0.0  # GiB in each process to cache what enters the lowest layer that the adapter edits (eP-ALM); 0: off
+    deterministic: bool = False  # on a GPU: the same bits in each run, by slower operations; a CPU's are the same anyway
     seed: int = 0  # random seed of weights, data order and drawn answers
     workers: int = 0  # worker processes that decode images
     checkpoint_every: int = 500  # optimizer steps between two checkpoints; one is also written at the end

@@ -29,6 +29,7 @@ from multimodal.training.distributed import (
     StopSignal,
     agree,
     check_trackers,
+    deterministic,
     host_group,
     interrupts_noted,
     opened_accelerator,
@@ -79,8 +80,8 @@ def train(
 ) -> Trained:
     """Train the model's active adapter; checkpoints and metrics.jsonl go to `folder`.
 
-    resume         go on from the newest checkpoint in `folder`: the same weights, bit for bit, as if the run had never stopped; with
-                   another number of processes, at the very next image
+    resume         go on from the newest checkpoint in `folder`: the same weights as if the run had never stopped, bit for bit (on a CPU; on
+                   CUDA with settings.deterministic); with another number of processes, at the very next image
     patches        features that are cached already, or the folder that the first epoch fills with them; encoded here where settings.features is
                    `memory` and none are given
     known_bad      samples that the source left out already; they count towards the budget
@@ -94,7 +95,8 @@ def train(
     """
     if not len(source):
         raise DataError("the training data holds no sample: give data with one or more")
-    with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_named():
+    one_way = deterministic(settings.deterministic)
+    with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_named(), one_way:
         torch.manual_seed(settings.seed)
         model.to(accelerator.device).train()  # one that was loaded is in eval mode
         check_training(model, settings, folder, resume=resume, also_trained=also_trained)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -32,6 +33,20 @@ from multimodal.training.distributed import step_seed
 from multimodal.training.prepare import parameter_groups
 from multimodal.training.settings import TrainSettings
 from multimodal.training.train import train
+
+
+def test_a_deterministic_training_is_the_same_and_refuses_what_has_no_such_form_in_a_sentence(tmp_path: Path) -> None:
+    seen = []
+    with looked_at_before_each_step(lambda _: seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))):
+        plain, one_way = (trained(tmp_path / str(wanted), steps=2, deterministic=wanted)[0] for wanted in (False, True))
+    assert seen == [(False, None)] * 2 + [(True, ":4096:8")] * 2
+    assert all(torch.equal(value, weights(one_way)[name]) for name, value in weights(plain).items())
+    model = model_of()
+    model.language.model.register_forward_hook(lambda *_: torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0])))
+    with pytest.raises(ConfigError, match=r"^train\.deterministic is true, and put_ of torch has no deterministic form: train with train\.deterministic: false$"):
+        train(model, Drawn(8), two_texts, TrainSettings(**SETTINGS, deterministic=True), tmp_path / "refused")
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 @contextmanager
