@@ -22,6 +22,7 @@ __all__ = ["NO_BUDGET", "Processor", "first_line"]
 
 BLANK = Image.new("RGB", (8, 8))
 NO_BUDGET = ImageTokens()
+N_PROMPTS = 256  # whose ids are cached
 N_SCALED, N_ESTIMATED, MOST_PIXELS = 8, 16, 2**22  # how often an image is scaled at most, and how far up
 KINDS = ("token_type_ids", "mm_token_type_ids")
 
@@ -56,6 +57,7 @@ class Processor:
         self.real, self.image_ids, self.inputs, self.budget = real, frozenset(image_ids), tuple(inputs), budget
         self.tokenizer = real.tokenizer
         self._blanks: dict[int, Mapping[str, Any]] = {}
+        self._prompts: dict[tuple[Any, ...], tuple[list[int], list[int]]] = {}  # the ids of the last prompts: captions of an image have one
 
     def copied(self) -> Processor:
         """The same with a tokenizer of its own, for other threads than those that use this one; only one of them may use that at a time."""
@@ -193,6 +195,18 @@ class Processor:
         ends: the conversation ends with the assistant's own turn; else one begins for the assistant
         Raises ConfigError for turns that the chat template does not take.
         """
+        if ends:
+            return self._ids(text, images, ends=True)
+        chat = getattr(self.real, "chat_template", None), getattr(self.tokenizer, "chat_template", None)
+        key = (text if isinstance(text, str) else json.dumps(text, default=repr), isinstance(text, str), images.wording, *map(str, chat))
+        if key not in self._prompts:
+            if len(self._prompts) == N_PROMPTS:
+                self._prompts.clear()
+            self._prompts[key] = self._ids(text, images, ends=False)
+        ids, kinds = self._prompts[key]
+        return list(ids), list(kinds)
+
+    def _ids(self, text: str | Sequence[Turn], images: Prepared, *, ends: bool) -> tuple[list[int], list[int]]:
         words, n = self._of_texts(images), len(images.wording)
         try:
             if isinstance(text, str):

@@ -50,6 +50,20 @@ def test_rows_have_the_ids_and_types_of_the_processor(name: str) -> None:
     assert len(counts) > (1 if name in NEED_IMAGES else 2) or name in ("llava", "gemma3", "blip2", "idefics2", "paligemma", "paligemma2")  # images of unlike sizes
 
 
+def test_the_prompt_of_several_texts_is_worded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case("llava")
+    encoder, (first, second, _) = made.vlm.row_encoder(), made.prepared
+    called, real = [], encoder.processor._ids
+    monkeypatch.setattr(encoder.processor, "_ids", lambda text, images, *, ends: called.append(ends) or real(text, images, ends=ends))
+    monkeypatch.setattr(encoder.processor, "_prompts", {})
+    rows = [encoder.row(Text("what is it?", target), first) for target in ("red", "two", "no")]
+    assert called.count(False) == 1
+    assert len({row.ids for row in rows}) == 3
+    assert encoder.prompt("what is it?", second).ids == encoder.prompt("what is it?", first).ids
+    assert encoder.prompt("is it?", first).ids != encoder.prompt("what is it?", first).ids
+    assert called.count(False) == 2
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_exact_is_found_out(name: str) -> None:
     ways = case(name).vlm.ways
