@@ -17,10 +17,10 @@ T = TypeVar("T")
 EVERY = 30.0  # seconds between two lines where there is no terminal
 
 
-def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+def progress(items: Iterable[T], label: str, total: int | None = None, *, unit: str = "batches") -> Iterator[T]:
     """The items, with a bar on a terminal, and a line every half minute in a log file. total: how many, where the items do not say it."""
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=label, total=total, unit="batch", leave=False, dynamic_ncols=True)
+        yield from tqdm(items, desc=label, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True)
         return
     if total is None and isinstance(items, Sized):
         total = len(items)
@@ -28,7 +28,7 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterat
     for number, item in enumerate(items):
         if (now := time.monotonic()) - stated >= EVERY and _is_main():
             stated, left = now, f", {(now - started) / number * (total - number):.0f} s left" if total and number else ""
-            print(f"{label}: {number} of {total if total is not None else 'unknown'} batches{left}", file=sys.stderr)
+            print(f"{label}: {number} of {total if total is not None else 'unknown'} {unit}{left}", file=sys.stderr)
         yield item
 
 

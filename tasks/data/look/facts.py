@@ -195,7 +195,8 @@ class Facts:
             counts = Counter(text for texts in per_image for text in texts)
             images = Counter(text for texts in per_image for text in set(texts))
             text, n = images.most_common(1)[0]
-            rows.append((f"{kind}s", f"{n_texts:,}", f"{n_texts - len(counts):,}", f"{_cut(text)!r} at {n:,} ({_share(n, len(self.seen))} of the images)"))
+            commonest = f"{_cut(text)!r} at {n:,} ({_share(n, len(self.seen))} of the images)" if n > 1 else "none is at two images"
+            rows.append((f"{kind}s", f"{n_texts:,}", f"{n_texts - len(counts):,}", commonest))
         return Part(name="Duplicates", rows=(("texts", "count", "repeat an earlier one", "the commonest"), *rows) if rows else (), notes=tuple(notes))
 
     @property

@@ -90,9 +90,10 @@ def _entries(facts: Facts, chosen: Sequence[Seen], small: Sequence[Thumbnail]) -
             notes.append("equal bytes: " + ", ".join(other.key for other in same[one.number] if other is not one)[:200])
         if one.number in facts.shared:
             notes.append(f"val has this image too: {facts.shared[one.number]}")
-        if one.bad is not None:
-            notes.insert(0, f"{one.bad.reason}: {one.bad.detail}")
-        has = {"problem": one.bad is not None, "odd": one.number in odd, "duplicate": one.number in same, "val": one.number in facts.shared}
+        problem = f"{one.bad.reason}: {one.bad.detail}" if one.bad is not None else image.reason and f"the image cannot be decoded: {image.reason}"
+        if problem:
+            notes.insert(0, problem)
+        has = {"problem": bool(problem), "odd": one.number in odd, "duplicate": one.number in same, "val": one.number in facts.shared}
         fitting = image if room > 0 else Thumbnail(reason="the page has room for no more thumbnails")
         entries.append(_entry(one, fitting, [mark for mark, is_so in has.items() if is_so], notes, odd[one.number].score if one.number in odd else 0.0))
     seen_bad = [one.bad for one in facts.seen if one.bad is not None]

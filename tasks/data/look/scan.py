@@ -75,8 +75,8 @@ class Seen:
 def _in_processes(source: SampleSource, numbers: Sequence[int], read: Callable[[SampleSource, int], Found], label: str, workers: int) -> Iterator[Found]:
     """What `read` finds in each sample, in their order. Raises DataError where a process dies."""
     pieces = [numbers[start : start + _PIECE] for start in range(0, len(numbers), _PIECE)]
-    for found in progress(made_in_order(partial(_read_piece, source, read), pieces, workers=workers), label, len(pieces)):
-        yield from found
+    made = made_in_order(partial(_read_piece, source, read), pieces, workers=workers)
+    return progress((found for piece in made for found in piece), label, len(numbers), unit="samples")
 
 
 def _read_piece(source: SampleSource, read: Callable[[SampleSource, int], Found], numbers: Sequence[int]) -> list[Found]:
