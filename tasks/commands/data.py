@@ -83,7 +83,7 @@ def _look(values: Any, plain: Any) -> None:
     data, workers = _data_of(values), _workers(values)
     if values.page_samples:
         check_place(values.out)
-    opened = data.open()
+    opened = data.open(in_order=True)
     facts = _facts(values, data, opened, workers)
     print("\n".join(_as_text(facts)))
     if not values.page_samples:
@@ -104,7 +104,7 @@ def _facts(values: Any, data: DataConfig, opened: Opened, workers: int) -> Facts
     count, counted_by = _token_counter(values.language_model, values.model)
     val = None
     if values.val is not None:
-        other = values.val.open().source
+        other = values.val.open(in_order=True).source
         seen = look_at(other, spread_over(len(other), values.samples), workers=workers, label="reading val")
         val = {image.digest: one.key for one in reversed(seen) for image in one.images}
     return Facts(
@@ -195,7 +195,7 @@ def _check(values: Any, plain: Any) -> None:
     from tasks.vqa import Vqa
 
     budget, data, workers = BadSamples(budget=values.bad_samples), _data_of(values), _workers(values)
-    opened = data.open()
+    opened = data.open(in_order=True)
     print(_understood(data, opened))
     task = {"captioning": Captioning(), "vqa": Vqa(), None: None}[values.task]
     found = [*opened.problems, *skipped(opened.source, task=task, workers=workers)]

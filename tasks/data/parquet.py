@@ -73,6 +73,10 @@ class RowSource:
         except DataError as error:
             raise error if isinstance(error, DamagedSample) else self._damaged(index, "damaged row", str(error)) from error
 
+    def place(self, index: int) -> str:
+        """The sample's file and row, for messages."""
+        return self._rows.place(index)
+
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """As `multimodal.sample.TextLengths`: the texts of every row are read once, without the bytes of the images; 0 for a row that is damaged."""
 

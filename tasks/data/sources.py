@@ -174,8 +174,8 @@ class DataConfig:
         words = file.stem.removesuffix("_questions").split("_") if file is not None else []
         return _in_a_name(words[-1]) if len(words) > 1 else "val"
 
-    def open(self) -> Opened:
-        """Read annotations or manifest; images are read later. Raises DataError where nothing is left to read."""
+    def open(self, *, in_order: bool = False) -> Opened:
+        """Read annotations or manifest; images are read later. in_order: as in `Given`. Raises DataError where nothing is left to read."""
         source: SampleSource
         files: ReadSource | None
         problems: tuple[BadSample, ...] = ()
@@ -188,7 +188,7 @@ class DataConfig:
         elif self.mix is not None:
             source, problems = open_mix(self.mix, self._remote(), self.decode)
         else:
-            files, sentence = (self._files(), "") if self.path is None else self._at_path()
+            files, sentence = (self._files(), "") if self.path is None else self._at_path(in_order)
             source, problems, item_ids = files, files.problems, files.item_ids
         if self.decode == "draft" and self.mix is None:
             source = Drafted(source)
@@ -202,12 +202,12 @@ class DataConfig:
     def _remote(self) -> RemoteSettings:
         return RemoteSettings(cache=self.cache, cache_bytes=int(self.cache_gib * 2**30))
 
-    def _at_path(self) -> tuple[ReadSource, str]:
+    def _at_path(self, in_order: bool) -> tuple[ReadSource, str]:
         """The samples at `path`, and what was understood."""
         path = Path(str(self.path))
         given = Given(
             path=path, images=self.images, annotations=self.annotations, image_name=self.image_name, split=self.split, columns=self.columns or {},
-            cache=self.cache,
+            cache=self.cache, in_order=in_order,
         )  # fmt: skip
         with loaded_once():
             reader, source = open_path(given, self.format)

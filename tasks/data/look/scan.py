@@ -24,6 +24,7 @@ __all__ = ["ImageFile", "Seen", "look_at", "skipped", "spread_over", "thumbnails
 
 Found = TypeVar("Found")
 _PIECE = 16  # samples that a process reads at once
+_MANY_RUNS = 100
 _ENDINGS = {".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg", ".tif": "tiff", ".heif": "heic"}  # other names of a kind
 
 
@@ -33,8 +34,12 @@ def usual_workers() -> int:
 
 
 def spread_over(total: int, most: int) -> Sequence[int]:
-    """All numbers below `total`, or `most` of them, evenly spread; 0 is all."""
-    return range(total) if not most or total <= most else [i * total // most for i in range(most)]
+    """All numbers below `total`, or `most` of them, evenly spread; 0 is all. Many come in runs of sixteen: parquet is read by groups of rows."""
+    if not most or total <= most:
+        return range(total)
+    run = _PIECE if most >= _MANY_RUNS * _PIECE else 1
+    n_runs = most // run
+    return [start * total // n_runs + k for start in range(n_runs) for k in range(run)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -93,6 +93,8 @@ def test_a_part_of_a_large_set_is_looked_at_and_the_sentence_says_so(data: Path)
     assert "2 of 6 samples are on this page" in (data / "look.html").read_text()
     assert list(spread_over(10, 4)) == [0, 2, 5, 7]
     assert list(spread_over(3, 0)) == [0, 1, 2]
+    many = list(spread_over(10_000, 1700))
+    assert (many[:3], many[16], many == sorted(set(many)), many[-1] < 10_000) == ([0, 1, 2], 10_000 // 106, True, True)
 
 
 def test_no_page_is_written_where_none_is_wanted_and_none_over_another_file(data: Path) -> None:
