@@ -219,6 +219,8 @@ def texts_of(value: object, place: Callable[[], str], what: str) -> list[str]:
     """Texts of a field: one, or a list of them, also as JSON in a text; of objects, what they have under `what`. Raises DataError."""
     if value is None:
         return []
+    if type(value) is list and all(map(_is_plain, value)):
+        return list(value)  # most of them: without a call for each
     if isinstance(value, str) and value.lstrip()[:2] in ('["', "['", "[{", "[]"):
         value = _json(value)
     if isinstance(value, Mapping):
@@ -227,6 +229,11 @@ def texts_of(value: object, place: Callable[[], str], what: str) -> list[str]:
     if isinstance(value, (list, tuple)):
         return [text for one in value for text in texts_of(one, place, what)]
     return [_text(value, place, what)]
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a text as it stands: no JSON, and no half of a surrogate pair."""
+    return type(value) is str and not value.lstrip().startswith("[") and (value.isascii() or _HALF.search(value) is None)
 
 
 def _marks(value: object) -> tuple[str, ...]:
@@ -249,7 +256,7 @@ def _json(text: str) -> object:
 
 def _text(value: object, place: Callable[[], str], what: str) -> str:
     if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        if not value.isascii() and _HALF.search(value):
             raise DataError(f"{place()}: the {what} holds half of a surrogate pair; expected Unicode text")
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -266,4 +273,5 @@ def _id(value: object) -> int | str | None:
     return int(whole[1]) if whole and int(whole[1]) < 2**63 else text
 
 
+_HALF = re.compile("[\ud800-\udfff]")
 _WHOLE = re.compile(r"(0|[1-9][0-9]{0,18})(?:\.0)?", re.ASCII)
