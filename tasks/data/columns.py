@@ -14,7 +14,7 @@ from adalink.errors import ConfigError, DataError
 from tasks.data.files import answer_marks
 from tasks.data.rows import Row, RowFile
 
-__all__ = ["Asked", "Columns", "Parts", "Reading", "choose_columns", "listed_names"]
+__all__ = ["Asked", "Columns", "Parts", "Reading", "choose_columns", "id_of", "listed_names"]
 
 ImageValue = str | bytes
 """An image as a row has it: the name of a file, or its bytes."""
@@ -161,8 +161,8 @@ class Columns:
             images=image_values(self._value(row, "image"), place),
             captions=captions,
             questions=asked,
-            image_id=_id(self._value(row, "image_id")),
-            question_id=_id(self._value(row, "question_id")),
+            image_id=id_of(self._value(row, "image_id")),
+            question_id=id_of(self._value(row, "question_id")),
             problems=tuple(problems),
         )
 
@@ -207,7 +207,7 @@ def image_values(value: object, place: Callable[[], str]) -> tuple[ImageValue, .
         return tuple(image for one in value for image in image_values(one, place))
     if isinstance(value, Mapping):
         inside = value.get("bytes") or value.get("path")
-        if inside is None:
+        if inside is None and not {"bytes", "path"} & value.keys():
             raise DataError(f"{place()}: the image is an object with {listed_names(list(map(str, value)))}; expected bytes or path in it")
         return image_values(inside, place)
     if isinstance(value, (str, bytes)):
@@ -264,7 +264,7 @@ def _text(value: object, place: Callable[[], str], what: str) -> str:
     raise DataError(f"{place()}: the {what} is {value!r:.40} ({type(value).__name__}); expected a text")
 
 
-def _id(value: object) -> int | str | None:
+def id_of(value: object) -> int | str | None:
     """A whole number, also as a text and as the 7.0 that tables with gaps have; else the text, also of one that 64 bits do not hold."""
     if value is None or value == "" or isinstance(value, bool):
         return None

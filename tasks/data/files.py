@@ -273,9 +273,13 @@ class ImageFolder:
             if not parts or ".." in parts or parts[0] == "/" or "\0" in name or "\\" in name:
                 raise DataError(f"{where()} names the image {name!r}; expected a file name inside the images folder {self._root}")
             parent, last = "/".join(parts[:-1]), parts[-1]
-        if parent not in self._listed:
-            self._listed[parent] = _names(self._root / parent)
-        return last in self._listed[parent]
+        return last in self.names(parent)
+
+    def names(self, folder: str) -> frozenset[str]:
+        """The names in a folder below, or in this one where `folder` is empty; listed once."""
+        if folder not in self._listed:
+            self._listed[folder] = _names(self._root / folder)
+        return self._listed[folder]
 
 
 def _names(folder: Path) -> frozenset[str]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,11 @@ from numpy.typing import NDArray
 from adalink.errors import ConfigError, DataError
 from multimodal.progress import progress
 from multimodal.sample import BadSample, DamagedSample, Measure, Question, Sample, counted
-from tasks.data.arrow.rows import ENDINGS, HELD, ArrowRows, has_bytes
+from tasks.data.arrow.rows import ENDINGS, HELD, ArrowRows, has_bytes, import_arrow, is_list
 from tasks.data.arrow.write import LAYOUT, sample_of, unpack
-from tasks.data.columns import Parts, Reading, choose_columns
+from tasks.data.columns import Columns, Parts, Reading, choose_columns, id_of
 from tasks.data.reader import Found, Given, Reader, ReadSource
-from tasks.data.table import TableSource
+from tasks.data.table import Scan, TableSource, relative_name
 
 __all__ = ["HUB", "READER", "RowSource", "files_of", "hub_files", "is_hub_name", "open_arrow"]
 
@@ -139,7 +140,7 @@ def open_arrow(path: Path, files: Sequence[Path], given: Given) -> RowSource | T
     with_bytes = [name for name in columns if has_bytes(rows.schema.field(name).type)]
     rows = rows.only(columns)
     if reading is not None and not any(_bytes_in(rows.first[name]) for name in with_bytes):
-        return TableSource(rows, reading, images=given.folder)
+        return TableSource(rows, reading, images=given.folder, scan=ColumnScan if isinstance(reading, Columns) else None)
     return RowSource(_quick(rows, given), reading, images=given.folder)
 
 
@@ -163,6 +164,159 @@ def _bytes_in(value: object) -> bool:
     if isinstance(value, Mapping):
         return any(map(_bytes_in, value.values()))
     return any(map(_bytes_in, value)) if isinstance(value, list) else bool(value) and isinstance(value, bytes)
+
+
+# ----------------------------------------
+# Rows about one image, found by whole columns: a row in a million is looked at by itself.
+
+_TEXT = r"^[^\[\x00-\x20]"  # of a text without the spaces around it: there is some, and no list in JSON
+_ODD = r"^/|^\.|//|/\.|\\|\x00|\.\."  # in the name of a file: what is not below the folder, or has another spelling
+_MOST_OTHERS = 0.05  # of all rows: with more, every row is looked at
+
+
+class ColumnScan(Scan):
+    """As `Scan` finds them, for names of images with texts: what is plain in its column is not made a row of."""
+
+    _ids_of_columns: NDArray[np.int64] | None = None
+
+    def _look(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        assert isinstance(self._rows, ArrowRows)
+        assert isinstance(self._reading, Columns)
+        compute, roles = import_arrow().compute, self._reading.roles
+        names, plain, asked = [], [], []
+        others: dict[str, list[Any]] = {role: [] for role in ("image_id", "question_id") if role in roles}
+        for batch in self._rows.batches([column for role, column in roles.items() if role not in ("answers", "question_type", "answer_type")]):
+            found = _names_in(batch.column(roles["image"]))
+            if found is None or compute.any(compute.match_substring_regex(found, r"^\s*\[")).as_py():
+                return super()._look()
+            names.append(found.dictionary_encode())
+            has_caption, no_caption, has_question, no_question = (
+                part for role in ("caption", "question") for part in _texts_in(batch, roles.get(role))
+            )
+            is_plain = (has_caption | no_caption) & (has_question | no_question) & (has_caption | has_question | (not self._reading.has_texts))
+            plain.append(is_plain & found.is_valid().to_numpy(zero_copy_only=False))
+            asked.append(has_question)
+            for role, values in others.items():
+                values.append(batch.column(roles[role]))
+        is_plain, n_questions = np.concatenate(plain), np.concatenate(asked).astype(np.int64)
+        if (~is_plain).sum() > max(_MOST_OTHERS * len(is_plain), 1000):
+            return super()._look()
+        encoded = import_arrow().chunked_array(names).unify_dictionaries()
+        images = np.concatenate([chunk.indices.fill_null(-1).to_numpy() for chunk in encoded.chunks]).astype(np.int64)
+        is_there = self._files(encoded.chunk(0).dictionary, images)
+        used = np.where((images >= 0) & is_there[images] & is_plain, images, -1) if len(is_there) else np.full(len(images), -1)
+        for row in np.flatnonzero(~is_plain).tolist():
+            used[row], n_questions[row] = self._other(row, int(images[row]), is_there)
+        self.problems = [bad for _, bad in sorted(self._found, key=lambda one: one[0])]
+        self._note_columns(images, n_questions, {role: import_arrow().chunked_array(values) for role, values in others.items()})
+        return used, n_questions
+
+    def _files(self, names: Any, images: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool [images]: whether each is a file; notes those that are not, at their first rows."""
+        compute = import_arrow().compute
+        first = np.zeros(len(names), dtype=np.int64)
+        rows = np.flatnonzero(images >= 0)
+        first[images[rows[::-1]]] = rows[::-1]
+        folders = compute.unique(compute.replace_substring_regex(names, r"[^/]*$", "")).to_pylist()
+        known = [f"{folder}{name}" for folder in folders if not re.search(_ODD, folder) for name in self._folder.names(folder.rstrip("/"))]
+        is_there = compute.is_in(names, import_arrow().array(known, names.type)).to_numpy(zero_copy_only=False).copy()
+        is_odd = compute.match_substring_regex(names, _ODD).to_numpy(zero_copy_only=False)
+        self._found: list[tuple[int, BadSample]] = []
+        for number in np.flatnonzero(~is_there | is_odd).tolist():
+            name, row = names[number].as_py(), int(first[number])
+            place = partial(self._rows.place, row)
+            is_there[number] = self._folder.has(relative_name(name, self._root), place)
+            if not is_there[number]:
+                detail = f"{place()}: {self._root / name} is missing"
+                self._found.append((row, BadSample(key=name, reason="missing file", detail=detail, file=Path(name).name)))
+        return is_there
+
+    def _other(self, row: int, image: int, is_there: NDArray[np.bool_]) -> tuple[int, int]:
+        """The image of a row that is not plain, -1 where the row cannot be used, and how many questions it has; notes what is wrong with it."""
+        place = partial(self._rows.place, row)
+        parts = self._reading.parts(self._rows[row], place)
+        key = "+".join(map(str, parts.images))
+        bad = [BadSample(key=key, reason=reason, detail=detail) for reason, detail in parts.problems]
+        if image < 0:
+            bad.append(BadSample(key=str(row), reason="no image", detail=f"{place()} names no image"))
+        elif is_there[image] and not bad and not parts.captions and not parts.questions and self._reading.has_texts:
+            bad.append(BadSample(key=key, reason="no text", detail=f"{place()} has no text"))
+        self._found += [(row, one) for one in bad]
+        is_used = image >= 0 and is_there[image] and (parts.captions or parts.questions or not self._reading.has_texts)
+        return (image if is_used else -1), len(parts.questions)
+
+    def _note_columns(self, images: NDArray[np.int64], n_questions: NDArray[np.int64], columns: Mapping[str, Any]) -> None:
+        """Which ids can be used, and those that results must hold."""
+        n = int(images.max(initial=-1)) + 1
+        codes, values, is_int = _ids_in(columns.get("image_id"), len(images))
+        with_image = np.flatnonzero(images >= 0)
+        of_image = np.zeros(n, dtype=np.int64)
+        of_image[images[with_image[::-1]]] = codes[with_image[::-1]]
+        is_same = bool((codes[with_image] >= 0).all() and (of_image[images[with_image]] == codes[with_image]).all())
+        self.keyed = is_same and len(np.unique(of_image)) == n
+        self.has_ids = self.keyed and is_int
+        ids = values[of_image] if self.has_ids else np.arange(n)
+        codes, values, is_int = _ids_in(columns.get("question_id"), len(images))
+        asked = codes[n_questions > 0]
+        self.has_question_ids = is_int and bool((asked >= 0).all() and (n_questions <= 1).all() and np.bincount(asked, minlength=1).max() <= 1)
+        total = int(n_questions.sum())
+        self._ids_of_columns = (values[asked] if self.has_question_ids else np.arange(total)) if total else ids
+
+    def _item_ids(self, n_questions: NDArray[np.int64]) -> NDArray[np.int64]:
+        return super()._item_ids(n_questions) if self._ids_of_columns is None else self._ids_of_columns
+
+
+def _names_in(column: Any) -> Any:
+    """The names of images of a column, null where there is none; None where the column holds other things too."""
+    arrow = import_arrow()
+    if arrow.types.is_struct(column.type):
+        fields = {column.type.field(k).name: column.field(k) for k in range(column.type.num_fields)}
+        if "path" not in fields or fields.get("bytes", column).null_count < len(column):
+            return None
+        column = fields["path"]
+    if not (arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type)):
+        return None
+    return arrow.compute.if_else(arrow.compute.equal(column, ""), None, column)
+
+
+def _texts_in(batch: Any, column: str | None) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """bool [rows] twice: where a column has plain texts, and where it has none; neither where only the row can say it."""
+    arrow = import_arrow()
+    if column is None:
+        return np.zeros(batch.num_rows, dtype=bool), np.ones(batch.num_rows, dtype=bool)
+    values = batch.column(column)
+    is_null = values.is_null().to_numpy(zero_copy_only=False)
+    if arrow.types.is_string(values.type) or arrow.types.is_large_string(values.type):
+        return _is_text(values), is_null
+    if is_list(values.type) and arrow.types.is_string(values.type.value_type) and not arrow.types.is_fixed_size_list(values.type):
+        offsets = values.offsets.to_numpy()
+        counts = np.concatenate([[0], np.cumsum(_is_text(values.values))])
+        n_plain, n = counts[offsets[1:]] - counts[offsets[:-1]], np.diff(offsets)
+        return (n_plain == n) & (n > 0) & ~is_null, is_null
+    return np.zeros(batch.num_rows, dtype=bool), is_null
+
+
+def _is_text(values: Any) -> NDArray[np.bool_]:
+    compute = import_arrow().compute
+    found = compute.match_substring_regex(compute.utf8_trim_whitespace(values), _TEXT)
+    plain: NDArray[np.bool_] = found.fill_null(False).to_numpy(zero_copy_only=False)
+    return plain
+
+
+def _ids_in(column: Any, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
+    """For each row the number of its id, -1 where it has none; the ids, where all are whole numbers; and whether they are."""
+    if column is None:
+        return np.full(rows, -1), np.empty(0, dtype=np.int64), False
+    encoded = column.combine_chunks().dictionary_encode()
+    chunks = getattr(encoded, "chunks", [encoded])
+    codes = np.concatenate([chunk.indices.fill_null(-1).to_numpy() for chunk in chunks]).astype(np.int64)
+    values = chunks[0].dictionary
+    if import_arrow().types.is_integer(values.type):
+        return codes, values.cast("int64").to_numpy(), True
+    known: dict[int | str | None, int] = {}
+    numbers = np.array([known.setdefault(id_of(value), len(known)) if id_of(value) is not None else -1 for value in values.to_pylist()] + [-1])
+    is_int = all(isinstance(one, int) for one in known)
+    return numbers[codes], np.array(list(known) if is_int else [], dtype=np.int64), is_int
 
 
 # ----------------------------------------

@@ -17,7 +17,7 @@ from tasks.data.files import ImageFolder
 from tasks.data.reader import Given, Reader
 from tasks.data.rows import RowFile, open_rows
 
-__all__ = ["READER", "TableSource", "open_table"]
+__all__ = ["READER", "Scan", "TableSource", "open_table", "relative_name"]
 
 
 class TableSource:
@@ -29,10 +29,13 @@ class TableSource:
     problems   what rows name and the data set cannot give: images that are not there, images without a text, empty texts
     """
 
-    def __init__(self, rows: RowFile, reading: Reading, *, images: Path) -> None:
-        """Read every row once and keep none. images: the folder of images. Raises DataError where a row is damaged, and where no sample is left."""
+    def __init__(self, rows: RowFile, reading: Reading, *, images: Path, scan: type[Scan] | None = None) -> None:
+        """Read every row once and hold none. images: the folder of images. scan: how the rows are read; by default one after the other.
+
+        Raises DataError where a row is damaged, and where no sample is left.
+        """
         self._rows, self._reading, self._root = rows, reading, images
-        found = _Found(rows, reading, ImageFolder(images), images)
+        found = (scan or Scan)(rows, reading, ImageFolder(images), images)
         self.problems = tuple(found.problems)
         self._numbers, self._starts, self._members = found.numbers, found.starts, found.members
         self._first_question = found.first_question
@@ -92,7 +95,7 @@ class TableSource:
         return measured((self[index] for index in range(len(self))), len(self), measure)
 
     def _image(self, value: ImageValue, row: int) -> bytes | Path:
-        return value if isinstance(value, bytes) else self._root / _relative(value, self._root)
+        return value if isinstance(value, bytes) else self._root / relative_name(value, self._root)
 
     def _questions(self, parts: list[Parts], members: list[int]) -> Iterator[Question]:
         for one, row in zip(parts, members, strict=True):
@@ -111,14 +114,14 @@ def _key(images: tuple[ImageValue, ...], number: int) -> str:
     return "+".join(value if isinstance(value, str) else str(number) for value in images)
 
 
-def _relative(name: str, root: Path) -> str:
+def relative_name(name: str, root: Path) -> str:
     """The name as it is below the folder, where it is a whole path into it."""
     if not name.startswith("/") or not Path(name).is_relative_to(root):
         return name
     return Path(name).relative_to(root).as_posix()
 
 
-class _Found:
+class Scan:
     """What one look at all rows finds: which rows are a sample, and which cannot be used.
 
     numbers          int64 [samples]: the number of each sample's image, those that cannot be used counted too
@@ -135,10 +138,14 @@ class _Found:
         self.keyed = self.has_ids = self.has_question_ids = True
         self._question_ids: dict[int, None] = {}  # in the order of the rows
         image_of, n_questions = self._look()
-        self._arrange(np.array(image_of, dtype=np.int64), np.array(n_questions, dtype=np.int64))
+        # One image may have several ids: then no id names it.
+        self.keyed = self.keyed and len(self._ids) == len(self._known)
+        self.has_ids = self.has_ids and self.keyed
+        self._arrange(image_of, n_questions)
+        self.item_ids = self._item_ids(n_questions)
 
-    def _look(self) -> tuple[list[int], list[int]]:
-        """For each row the number of its image, -1 where it is not used; and how many questions it has."""
+    def _look(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """int64 [rows] twice: for each row the number of its image, -1 where it is not used; and how many questions it has."""
         image_of, n_questions = [], []
         for row, values in enumerate(self._rows):
             place = partial(self._rows.place, row)
@@ -154,7 +161,7 @@ class _Found:
             if number >= 0 and self._is_there[number] and not is_used and not parts.problems:
                 self.problems.append(BadSample(key=_key(parts.images, row), reason="no text", detail=f"{place()} has no text"))
             image_of.append(number if is_used else -1)
-        return image_of, n_questions
+        return np.array(image_of, dtype=np.int64), np.array(n_questions, dtype=np.int64)
 
     def _number(self, parts: Parts, row: int, place: Callable[[], str]) -> int:
         """The number of a row's images; of some that were not there before, whether they are files."""
@@ -163,7 +170,7 @@ class _Found:
         number = self._known.setdefault(key, len(self._known))
         if number == len(self._is_there):
             names = [name for name in parts.images if isinstance(name, str)]
-            missing = [name for name in names if not self._folder.has(_relative(name, self._root), place)]
+            missing = [name for name in names if not self._folder.has(relative_name(name, self._root), place)]
             self._is_there.append(not missing)
             if missing:
                 detail = f"{place()}: {self._root / missing[0]} is missing"
@@ -186,20 +193,17 @@ class _Found:
                 self._question_ids[known] = None
 
     def _arrange(self, image_of: NDArray[np.int64], n_questions: NDArray[np.int64]) -> None:
-        # One image may have several ids: then no id names it.
-        self.keyed = self.keyed and len(self._ids) == len(self._known)
-        self.has_ids = self.has_ids and self.keyed
         order = np.argsort(image_of, kind="stable")
         self.members = order[image_of[order] >= 0].astype(np.int64)
         self.numbers, first = np.unique(image_of[self.members], return_index=True)
         self.starts = np.append(first, len(self.members)).astype(np.int64)
         self.first_question = np.concatenate([[0], np.cumsum(n_questions)[:-1]]).astype(np.int64)
+
+    def _item_ids(self, n_questions: NDArray[np.int64]) -> NDArray[np.int64]:
         total = int(n_questions.sum())
         if total:
-            ids = np.fromiter(self._question_ids, dtype=np.int64) if self.has_question_ids else np.arange(total)
-        else:
-            ids = np.array(list(self._ids), dtype=np.int64) if self.has_ids else np.arange(len(self._known))
-        self.item_ids = ids
+            return np.fromiter(self._question_ids, dtype=np.int64) if self.has_question_ids else np.arange(total)
+        return np.array(list(self._ids), dtype=np.int64) if self.has_ids else np.arange(len(self._known))
 
 
 # ----------------------------------------

@@ -20,9 +20,11 @@ from multimodal.sample import DamagedSample, Sample
 from tasks.data import parquet
 from tasks.data.arrow import rows as arrow_rows
 from tasks.data.arrow.rows import ArrowRows
+from tasks.data.columns import choose_columns
 from tasks.data.parquet import hub_files
 from tasks.data.reader import Given
 from tasks.data.sources import DataConfig
+from tasks.data.table import Scan, TableSource
 
 COLOURS = ("red", "green", "blue", "white", "black")
 ANSWERS = [{"answer": answer, "answer_confidence": "yes", "answer_id": k} for k, answer in enumerate(("2", "two"), start=1)]
@@ -112,6 +114,36 @@ def test_names_of_images_are_rows_about_one_image(tmp_path: Path) -> None:
     assert [bad.detail for bad in found.problems] == [f"t.parquet, row 3: {tmp_path / 'none.png'} is missing"]
     (tmp_path / "t.parquet").rename(tmp_path / "metadata.parquet")
     assert len(DataConfig(path=tmp_path).open().source) == 2  # an imagefolder
+
+
+NAMES = ["red.png", "b/blue.png", None, "none.png", "", "red.png", "b//blue.png", "./red.png", "none.png", "b/blue.png"]
+TEXTS = ["one", " two ", "x", None, "x", "", '["three", "four"]', "grün", "x", "\u3000"]
+LISTS = [["a", "b"], ["c"], ["x"], None, [], [""], ["d", ""], ["e"], [" "], ["f", None]]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"caption": TEXTS}, {"captions": LISTS}, {"question": TEXTS, "answers": LISTS}, {"question": TEXTS, "caption": [None, *TEXTS[1:]][::-1]}, {},
+     {"caption": ["x"] * 10, "image_id": [1, 2, 9, 3, 4, 1, 5, 6, 3, 2]}, {"caption": ["x"] * 10, "image_id": [1, 2, 9, 3, 4, 7, 5, 6, 3, 2]},
+     {"caption": ["x"] * 10, "image_id": [*"129341", "5.0", "6", "3", "2"]}, {"caption": ["x"] * 10, "image_id": [*"a29341567", None]},
+     {"question": ["x"] * 10, "question_id": list(range(5, 15))}, {"question": ["x"] * 10, "question_id": [1] * 10}, {"caption": ["x"] * 10, "image": ["[]", *NAMES[1:]]}],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["text", "struct"])
+def test_columns_at_once_give_what_rows_one_by_one_give(columns: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    for name in ("red.png", "b/blue.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    names = columns.get("image", NAMES)
+    images = names if kind == "text" else pa.array([{"bytes": None, "path": name} for name in names], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    path = write(tmp_path / "t.parquet", {**columns, "image": images}, row_group_size=4)
+    rows = ArrowRows(path, [path])
+    reading = choose_columns(rows, {})
+    found = [TableSource(rows, reading, images=tmp_path, scan=scan) for scan in (parquet.ColumnScan, Scan)]
+    assert [one.item_ids for one in found[:1]] == [one.item_ids for one in found[1:]]
+    assert found[0].problems == found[1].problems
+    first, second = ([one[i] for i in range(len(one))] for one in found)
+    assert first == second
+    assert first
 
 
 def test_splits_are_in_the_names_of_files_as_on_the_hub(tmp_path: Path) -> None:
