@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from adalink.errors import AttachError, ConfigError
 from adalink.tokens import DOMAIN_NAMES, N_DOMAINS, PERCEPT, PREFIX, Tokens
 
 __all__ = [
-    "COPIES", "EMBEDDING", "Adapter", "Edit", "Method", "Placement", "Port", "Slots", "execution_device", "tied_names",
+    "COPIES", "EMBEDDING", "Adapter", "Edit", "Joint", "Method", "Placement", "Port", "Slots", "execution_device", "joins", "tied_names",
     "weight_of",
 ]  # fmt: skip
 
@@ -105,6 +105,28 @@ class Edit(Protocol):
 
     def __call__(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
         """h: the value at the port [B, T, D]; x: the input of the port's module [B, T, D_in] (h itself elsewhere) -> [B, T, D]."""
+
+
+@runtime_checkable
+class Joint(Protocol):
+    """An edit that is made at once with others of its kind, each for tokens of its own, in one pass over h.
+
+    What the plain edits give one after the other, up to rounding, without h as each of them leaves it.
+    """
+
+    def joins(self, other: object) -> bool:
+        """Whether the other is of the same kind. An edit that does not join itself is made alone."""
+
+    def joint(self, edits: Sequence[Any], h: Tensor, tokens: Tokens, x: Tensor, shares: Sequence[Tensor]) -> Tensor:
+        """h [B, T, D] after `edits`, of which this is the first. shares: float [B, T, 1] each, 1 at the tokens of the edit and 0 elsewhere.
+
+        No token is of two edits. h may be in another dtype than x, which is in that of the edits.
+        """
+
+
+def joins(edit: object, other: object) -> bool:
+    """Whether two edits can be made at once."""
+    return isinstance(edit, Joint) and edit.joins(other)
 
 
 @dataclass(frozen=True)

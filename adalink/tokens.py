@@ -6,16 +6,20 @@ prompt, prefix and percept tokens are one and the same thing, and the sequence h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from adalink.errors import ConfigError
 
-__all__ = ["ANSWER", "BASE_ROW", "DOMAIN_NAMES", "IMAGE", "OTHER", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "TokenMap", "Tokens", "counted"]
+__all__ = [
+    "ANSWER", "BASE_ROW", "DOMAIN_NAMES", "IMAGE", "OTHER", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "TokenMap", "Tokens", "counted",
+    "is_autocast", "without_autocast",
+]  # fmt: skip
 
 PAD = -1  # no domain: no edit touches a padding token
 TEXT = 0  # text of the prompt: instruction, question, special tokens
@@ -29,6 +33,7 @@ OTHER = 15  # what is neither text nor image in an existing model: the tokens of
 
 DOMAIN_NAMES = {"text": TEXT, "answer": ANSWER, "image": IMAGE, "prompt": PROMPT, "prefix": PREFIX, "percept": PERCEPT}
 BASE_ROW = -1  # a row that no adapter serves
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Tokens:
     keys: Tensor
     present: frozenset[int]
     inputs: Mapping[str, Tensor]
-    selected: dict[tuple[tuple[int, ...], int], Tensor] = field(default_factory=dict, repr=False)  # memo of select()
+    memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)  # of once()
     drawn: dict[nn.Module, Tensor] = field(default_factory=dict, repr=False)  # by TokenDropout: which tokens keep their change in this call
     serving: frozenset[int] | None = None  # the adapters that serve a row, known without reading a tensor; None where it is not known
     has_prompt: bool = False  # whether the call holds the whole prompt
@@ -68,12 +73,35 @@ class Tokens:
     origin: tuple[Tokens, Tensor] | None = None
     entry: Tensor | None = None
 
+    def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What `make` gives, made once for all edits of the call. It must save nothing for a backward pass: layers that run again do not make it again."""
+        key = (*key, torch.is_grad_enabled())
+        if key not in self.memo:
+            self.memo[key] = make()
+        found: T = self.memo[key]
+        return found
+
+    def among(self, domains: tuple[int, ...]) -> Tensor:
+        """bool [B, T, 1]: the tokens in one of `domains`, whichever adapter serves their row."""
+        return self.once((domains,), lambda: torch.stack([self.domain == domain for domain in domains]).any(0)[..., None])
+
     def select(self, domains: tuple[int, ...], adapter: int) -> Tensor:
         """bool [B, T, 1]: the tokens in one of `domains`, on rows served by `adapter`."""
-        if (domains, adapter) not in self.selected:
-            mask = torch.stack([self.domain == domain for domain in domains]).any(0) & (self.row == adapter)[:, None]
-            self.selected[domains, adapter] = mask[..., None]
-        return self.selected[domains, adapter]
+        return self.once((domains, adapter), lambda: self.among(domains) & (self.row == adapter)[:, None, None])
+
+    def share(self, domains: tuple[int, ...], adapter: int, dtype: torch.dtype) -> Tensor:
+        """float [B, T, 1]: 1 at the tokens that `select` gives, 0 elsewhere."""
+        return self.once((domains, adapter, dtype), lambda: self.select(domains, adapter).to(dtype))
+
+    def looked_up(self, table: Tensor) -> Tensor:
+        """[B, T, D]: of a table [P, D] the row of each token's ordinal; zeros for ordinals of P and more.
+
+        A product, so that the gradient of a row is a product too, and not a sum that goes over every token of the batch in turn.
+        """
+        n, dtype = len(table), table.dtype
+        is_row = self.once((n, dtype), lambda: (self.ordinal[..., None] == torch.arange(n, device=self.ordinal.device)).to(dtype))
+        with without_autocast(table.device):
+            return is_row @ table
 
     def given(self, values: Tensor) -> Tensor:
         """float [B, T, D]: of `values` [B, N, D], made of an input, the one with each token's ordinal; [B, 1, D] is the same for every token.
@@ -95,7 +123,7 @@ class Tokens:
             self.parts[adapter] = replace(
                 self, domain=self.domain[rows], ordinal=self.ordinal[rows], row=self.row[rows], position=position, keys=self.keys[rows], inputs=inputs,
                 entry=None if self.entry is None else self.entry[rows],
-                selected={}, drawn={}, serving=frozenset({adapter}), rows_of={}, parts={}, elsewhere={},
+                memo={}, drawn={}, serving=frozenset({adapter}), rows_of={}, parts={}, elsewhere={},
                 origin=None if self.origin is None else (self.origin[0].of(adapter), self.origin[1][rows]),
             )  # fmt: skip
         return self.parts[adapter]
@@ -107,7 +135,7 @@ class Tokens:
         if device not in self.elsewhere:
             moved = {name: value.to(device) for name in ("domain", "ordinal", "row", "position", "keys", "entry") if (value := getattr(self, name)) is not None}
             self.elsewhere[device] = replace(
-                self, **moved, inputs={name: value.to(device) for name, value in self.inputs.items()}, selected={}, parts={}, elsewhere={},
+                self, **moved, inputs={name: value.to(device) for name, value in self.inputs.items()}, memo={}, parts={}, elsewhere={},
                 rows_of={adapter: rows.to(device) for adapter, rows in self.rows_of.items()},
                 origin=None if self.origin is None else (self.origin[0].on(device), self.origin[1].to(device)),
             )  # fmt: skip
@@ -117,7 +145,7 @@ class Tokens:
         """The tokens at these places of the call, int64 [B, M], in this order; one may come twice."""
         domain, ordinal = (torch.take_along_dim(value, place, 1) for value in (self.domain, self.ordinal))
         position = torch.take_along_dim(self.position.expand_as(self.domain), place, 1)
-        return replace(self, domain=domain, ordinal=ordinal, position=position, selected={}, drawn={}, parts={}, elsewhere={}, origin=(self, place))
+        return replace(self, domain=domain, ordinal=ordinal, position=position, memo={}, drawn={}, parts={}, elsewhere={}, origin=(self, place))
 
 
 class Host(Protocol):
@@ -271,3 +299,13 @@ def counted(is_one: Tensor, entry: Tensor | None = None) -> Tensor:
 def _beams_of(rows: Tensor, beams: int) -> Tensor:
     """int64 [n * beams]: the rows [0, 2] with 2 beams are [0, 1, 4, 5]."""
     return rows if beams == 1 else (rows[:, None] * beams + torch.arange(beams, device=rows.device)).flatten()
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether products on the device are made in another dtype than that of what is multiplied."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, products are made in the dtype of what is multiplied: a token's row of a table is that row, to its last digit."""
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else contextlib.nullcontext()

@@ -9,7 +9,8 @@ Outside of `bind` the model is the frozen one, untouched. Each thread binds for 
 
 Hooks carry no state of their own: where a call starts is read from its cache, what its tokens are from the bound map. What an edit
 stores of a prompt for the steps after it (a frozen gate) lies beside the KV cache of that prompt, and goes with it. Only the
-attachment applies `h = where(select, edit(h), h)`, so an edit cannot touch a token that is not its own.
+attachment applies `h = where(select, edit(h), h)`, so an edit cannot touch a token that is not its own. Edits that can be made at
+once (`adalink.edit.Joint`) are, with 0 as their share of other tokens: the same numbers without that pass over h for each.
 
 Order: attach, checkpointing, compile, FSDP / DDP. A model compiled before is refused: Dynamo does not guard on hooks, so it would
 return the frozen model's output without an error.
@@ -20,9 +21,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -33,11 +34,11 @@ from torch.utils.checkpoint import checkpoint
 
 from adalink.anatomy import Anatomy
 from adalink.attachment.slots import HideKeys, check_attention, check_reach
-from adalink.edit import EMBEDDING, Adapter, Placement, Port
+from adalink.edit import EMBEDDING, Adapter, Joint, Placement, Port, joins
 from adalink.errors import AttachError
 from adalink.tokens import BASE_ROW, PREFIX, TokenMap, Tokens
 
-__all__ = ["Attachment", "Bound", "by_port", "freeze", "give_back", "without_dropout"]
+__all__ = ["Attachment", "Bound", "Run", "by_port", "freeze", "give_back", "runs_of", "without_dropout"]
 
 
 # ----------------------------------------
@@ -126,6 +127,7 @@ class Attachment:
         self.stack = model.get_submodule(anatomy.stack)
         self._map, self._tokens = Bound[TokenMap](), Bound[Tokens]()
         self.at: Mapping[Port, list[tuple[int, Placement]]] = {}
+        self._runs: dict[Port, tuple[Run, ...]] = {}
         self.served: frozenset[int] = frozenset()
         self._ports: dict[Port, torch.utils.hooks.RemovableHandle] = {}
         self.retained: WeakKeyDictionary[Any, dict[nn.Module, Tensor]] = WeakKeyDictionary()  # by cache: what edits keep of its prompt, for each row
@@ -245,6 +247,7 @@ class Attachment:
             self._ports.pop(port).remove()
         self._ports.update(new)
         self.at, self.served = at, served
+        self._runs = {port: runs_of(placed) for port, placed in at.items()}
 
     def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         token_map, embeds = self.map, kwargs.get("inputs_embeds")
@@ -277,18 +280,18 @@ class Attachment:
     def _edited(self, port: Port, h: Tensor, x: Tensor) -> Tensor:
         """h after every edit placed at the port, each on its own tokens only."""
         tokens = self._tokens_at(port).on(h.device)
-        for index, placement in self.at[port]:
-            if tokens.present.isdisjoint(placement.domains) or (tokens.serving is not None and index not in tokens.serving):
+        for run in self._runs[port]:
+            if not run.edits_any(tokens):
                 continue
             if h.shape[:-1].numel() != tokens.domain.numel():
                 raise AttachError(_of_other_tokens(port, h, tokens))
             whole, read = (value.reshape(*tokens.domain.shape, -1) for value in (h, x.to(h.device)))  # OPT flattens [B, T] before its feed-forward
             # Of one token a row, picking rows costs more than editing them all.
-            rows = None if placement.reads_row or whole.shape[1] == 1 else tokens.rows_of.get(index)
+            rows = None if run.placements[0].reads_row or whole.shape[1] == 1 else tokens.rows_of.get(run.index)
             if rows is None:
-                h = _where(placement, index, whole, tokens, read).reshape(h.shape)
+                h = run(whole, tokens, read).reshape(h.shape)
             else:
-                h = whole.index_copy(0, rows, _where(placement, index, whole[rows], tokens.of(index), read[rows])).reshape(h.shape)
+                h = whole.index_copy(0, rows, run(whole[rows], tokens.of(run.index), read[rows])).reshape(h.shape)
         return h
 
     def _tokens_at(self, port: Port) -> Tokens:
@@ -336,17 +339,63 @@ def _of_other_tokens(port: Port, h: Tensor, tokens: Tokens) -> str:
     )
 
 
-def _where(placement: Placement, index: int, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
-    """h [B, T, D], edited at the tokens of the placement's domains on rows served by the adapter."""
-    return torch.where(tokens.select(placement.domains, index), _as_it_computes(placement, h, tokens, x), h)
+# ----------------------------------------
+# Edits of one adapter at one port: one after the other, or at once where each is for tokens of its own (LoRA by domain).
+
+
+@dataclass(frozen=True)
+class Run:
+    """Placements of one adapter at one port that are made at once, or one that is made alone."""
+
+    index: int
+    placements: tuple[Placement, ...]
+    modules: tuple[nn.Module, ...]  # all that is called where each edit is made by itself; empty for an edit that is always made so
+
+    def edits_any(self, tokens: Tokens) -> bool:
+        """Whether a token of the call can be one of the run's, known without reading a tensor."""
+        is_served = tokens.serving is None or self.index in tokens.serving
+        return is_served and not all(tokens.present.isdisjoint(placement.domains) for placement in self.placements)
+
+    def __call__(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
+        """h [B, T, D], edited at the tokens of each placement's domains on rows served by the adapter."""
+        placed = [placement for placement in self.placements if not tokens.present.isdisjoint(placement.domains)]
+        # Hooks on an edit (a watcher's, FSDP's) see it called.
+        if not self.modules or any(module._forward_pre_hooks or module._forward_hooks for module in self.modules):
+            for placement in placed:
+                h = torch.where(tokens.select(placement.domains, self.index), _as_it_computes(placement, h, tokens, x), h)
+            return h
+        dtype, device = _place_of(placed[0], h)
+        there, edits = tokens.on(device), [placement.edit for placement in placed]
+        shares = [there.share(placement.domains, self.index, dtype) for placement in placed]
+        assert isinstance(edits[0], Joint)
+        return edits[0].joint(edits, h.to(device), there, x.to(device, dtype), shares).to(h.device, h.dtype)
+
+
+def runs_of(placed: Sequence[tuple[int, Placement]]) -> tuple[Run, ...]:
+    """The placements of a port in their order. Those of one run follow each other, are of one adapter, join, and have no domain in common."""
+    runs: list[tuple[int, list[Placement]]] = []
+    for index, placement in placed:
+        before, others = runs[-1] if runs else (None, [])
+        if before == index and all(joins(other.edit, placement.edit) and set(other.domains).isdisjoint(placement.domains) for other in others):
+            others.append(placement)
+        else:
+            runs.append((index, [placement]))
+    return tuple(
+        Run(index, tuple(run), tuple(module for one in run for module in one.edit.modules()) if joins(run[0].edit, run[0].edit) else ()) for index, run in runs
+    )
 
 
 def _as_it_computes(placement: Placement, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
     """The edit computed in the dtype of its own weights, and where they (or those that it shares) are; its result as h is."""
-    dtype = next(placement.edit.parameters(), h).dtype
-    device = next((one.device for module in (placement.edit, *placement.shared.values()) for one in module.parameters()), h.device)
+    dtype, device = _place_of(placement, h)
     result: Tensor = placement.edit(h.to(device, dtype), tokens.on(device), x.to(device, dtype))
     return result.to(h.device, h.dtype)
+
+
+def _place_of(placement: Placement, h: Tensor) -> tuple[torch.dtype, torch.device]:
+    """The dtype of an edit's own weights, and where they (or those that it shares) are; those of h where it has none."""
+    device = next((one.device for module in (placement.edit, *placement.shared.values()) for one in module.parameters()), h.device)
+    return next(placement.edit.parameters(), h).dtype, device
 
 
 # ----------------------------------------

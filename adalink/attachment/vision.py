@@ -12,7 +12,6 @@ layer, reads its own tokens alone. That takes a state during a call; so the laye
 
 from __future__ import annotations
 
-from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy, Linear, read_projections
-from adalink.attachment.attachment import by_port, freeze, give_back
-from adalink.edit import EMBEDDING, Adapter, Placement, Port
+from adalink.attachment.attachment import Run, by_port, freeze, give_back, runs_of
+from adalink.edit import EMBEDDING, Adapter, Port
 from adalink.errors import AttachError, ConfigError
 from adalink.tokens import DOMAIN_NAMES, IMAGE, TokenMap, Tokens
 
@@ -116,9 +115,7 @@ class VisionAttachment:
         self.model = model
         self.slots = [slot.domain for slot in adapter.slots for _ in range(slot.count)]
         _check(adapter)
-        self.at: dict[Port, list[Placement]] = defaultdict(list)
-        for port, placed in by_port(model, model, {0: adapter}).items():
-            self.at[port] = [placement for _, placement in placed]
+        self.at: dict[Port, tuple[Run, ...]] = {port: runs_of(placed) for port, placed in by_port(model, model, {0: adapter}).items()}
         self._tokens: Tokens | None = None
         self._carried: Tensor | None = None  # the slots between two layers [B, S, D]
         self._handles: list[Any] = []
@@ -190,12 +187,9 @@ class VisionAttachment:
     def _edited(self, port: Port, h: Tensor, x: Tensor, tokens: Tokens | None) -> Tensor:
         """h after every edit placed at the port, each on its own tokens only."""
         assert tokens is not None
-        for placement in self.at[port]:
-            if tokens.present.isdisjoint(placement.domains):
-                continue
-            dtype = next((parameter.dtype for parameter in placement.edit.parameters()), h.dtype)
-            edited: Tensor = placement.edit(h.to(dtype), tokens, x.to(dtype))
-            h = torch.where(tokens.select(placement.domains, 0), edited.to(h.dtype), h)
+        for run in self.at.get(port, ()):
+            if run.edits_any(tokens):
+                h = run(h, tokens, x)
         return h
 
 

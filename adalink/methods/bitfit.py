@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import AttachError, check_tuples
-from adalink.methods.targets import Target, TokenDropout, checked_groups, domains_of, dropouts, every_token, find_targets
-from adalink.tokens import Tokens
+from adalink.methods.targets import Target, TokenDropout, added, checked_groups, domains_of, dropouts, every_token, find_targets
+from adalink.tokens import Tokens, without_autocast
 
 __all__ = ["BitFit", "Shift"]
 
@@ -30,6 +30,16 @@ class Shift(nn.Module):
 
     def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
         return h + self.target.spread(self.dropout(self.bias, tokens))
+
+    def joins(self, other: object) -> bool:
+        """Whatever its target."""
+        return isinstance(other, Shift)
+
+    def joint(self, edits: Sequence[Shift], h: Tensor, tokens: Tokens, x: Tensor, shares: Sequence[Tensor]) -> Tensor:
+        """Each token's shares of all biases as one product. See `adalink.edit.Joint`."""
+        shares = [edit.dropout(share, tokens) for edit, share in zip(edits, shares, strict=True)]
+        with without_autocast(h.device):  # a sum, whatever it is computed with
+            return added(h, shares, [edit.target.spread(edit.bias[None]) for edit in edits])
 
 
 @dataclass(frozen=True, kw_only=True)

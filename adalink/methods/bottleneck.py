@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import ConfigError, check_tuples
-from adalink.methods.targets import layers_left
+from adalink.methods.targets import added, layers_left
 from adalink.tokens import ANSWER, IMAGE, N_DOMAINS, PROMPT, TEXT, Tokens
 
 __all__ = ["SEQUENCE", "Bottleneck"]
@@ -33,6 +33,16 @@ class Adapted(nn.Module):
 
     def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
         return h + self.up(nn.functional.relu(self.down(x)))
+
+    def joins(self, other: object) -> bool:
+        """Whatever its width."""
+        return isinstance(other, Adapted)
+
+    def joint(self, edits: Sequence[Adapted], h: Tensor, tokens: Tokens, x: Tensor, shares: Sequence[Tensor]) -> Tensor:
+        """Shares are taken where a token has R numbers, not D. See `adalink.edit.Joint`."""
+        middle = [nn.functional.relu(edit.down(x)) * share for edit, share in zip(edits, shares, strict=True)]
+        rows = [edit.up.weight.T for edit in edits] + [edit.up.bias[None] for edit in edits]
+        return added(h, [*middle, *shares], rows)
 
 
 @dataclass(frozen=True, kw_only=True)

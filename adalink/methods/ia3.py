@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import ConfigError, check_tuples
-from adalink.methods.targets import TokenDropout, checked_groups, domains_of, dropouts, every_token, find_targets
-from adalink.tokens import Tokens
+from adalink.methods.targets import TokenDropout, added, checked_groups, domains_of, dropouts, every_token, find_targets
+from adalink.tokens import Tokens, without_autocast
 
 __all__ = ["IA3", "Gain"]
 
@@ -32,6 +32,17 @@ class Gain(nn.Module):
 
     def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
         return h * (1 + nn.functional.pad(self.dropout(self.gain, tokens), self.around))
+
+    def joins(self, other: object) -> bool:
+        """Whatever its features."""
+        return isinstance(other, Gain)
+
+    def joint(self, edits: Sequence[Gain], h: Tensor, tokens: Tokens, x: Tensor, shares: Sequence[Tensor]) -> Tensor:
+        """Each token's shares of all gains as one product, and h scaled once. See `adalink.edit.Joint`."""
+        shares = [edit.dropout(share, tokens) for edit, share in zip(edits, shares, strict=True)]
+        with without_autocast(h.device):  # 1 + gain needs the gain's own digits
+            one = shares[0].new_ones(1, 1, 1).expand(*h.shape)
+            return h * added(one, shares, [nn.functional.pad(edit.gain[None], edit.around) for edit in edits])
 
 
 @dataclass(frozen=True, kw_only=True)

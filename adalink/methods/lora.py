@@ -19,6 +19,7 @@ from adalink.errors import ConfigError, check_tuples
 from adalink.methods.targets import (
     Target,
     TokenDropout,
+    added,
     checked_groups,
     domains_of,
     dropouts,
@@ -49,6 +50,24 @@ class LowRank(nn.Module):
         if self.bias is not None:
             change = change + self.bias
         return h + self.target.spread(self.dropout(change, tokens))
+
+    def joins(self, other: object) -> bool:
+        """Whatever its rank, scale and target."""
+        return isinstance(other, LowRank)
+
+    def joint(self, edits: Sequence[LowRank], h: Tensor, tokens: Tokens, x: Tensor, shares: Sequence[Tensor]) -> Tensor:
+        """One pair of matrices for all: shares are taken where a token has R numbers, not D. See `adalink.edit.Joint`."""
+        shares = [edit.dropout(share, tokens) for edit, share in zip(edits, shares, strict=True)]
+        downs = [edit.down.weight for edit in edits]
+        middle = nn.functional.linear(x, downs[0] if len(edits) == 1 else torch.cat(downs))
+        scaled = [(share * edit.scale).expand(-1, -1, len(down)) for edit, share, down in zip(edits, shares, downs, strict=True)]
+        parts = [middle * (scaled[0] if len(edits) == 1 else torch.cat(scaled, -1))]
+        rows = [edit.target.spread(edit.up.weight.T) for edit in edits]
+        for edit, share in zip(edits, shares, strict=True):
+            if edit.bias is not None:
+                parts.append(share)
+                rows.append(edit.target.spread(edit.bias[None]))
+        return added(h, parts, rows)
 
 
 @dataclass(frozen=True, kw_only=True)

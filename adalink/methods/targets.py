@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy, Linear
 from adalink.errors import AttachError, ConfigError
-from adalink.tokens import ANSWER, DOMAIN_NAMES, N_DOMAINS, TEXT, Tokens
+from adalink.tokens import ANSWER, DOMAIN_NAMES, N_DOMAINS, TEXT, Tokens, is_autocast
 
 __all__ = [
-    "DOMAINS", "Target", "TokenDropout", "checked_groups", "domains_of", "dropouts", "every_token", "find_targets", "for_group",
+    "DOMAINS", "Target", "TokenDropout", "added", "checked_groups", "domains_of", "dropouts", "every_token", "find_targets", "for_group",
     "layers_left", "per_group",
 ]  # fmt: skip
 
@@ -194,6 +194,14 @@ def for_group(value: T | Mapping[str, T], group: str) -> T:
     return value[group] if isinstance(value, Mapping) else value
 
 
+def added(h: Tensor, middle: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """h [B, T, D] plus the sum of middle[i] [B, T, R_i] @ rows[i] [R_i, D], in one product: no change [B, T, D] is made beside h."""
+    left, right = (parts[0] if len(parts) == 1 else torch.cat(tuple(parts), axis) for parts, axis in ((middle, -1), (rows, 0)))
+    if h.dtype == left.dtype == right.dtype and not is_autocast(h.device):
+        return torch.addmm(h.reshape(-1, h.shape[-1]), left.reshape(-1, left.shape[-1]), right).view(h.shape)
+    return h + left @ right
+
+
 # ----------------------------------------
 # Dropout of a group's mask, as the released code of Context-PEFT has it: whole tokens, one draw for all layers.
 
@@ -210,7 +218,7 @@ class TokenDropout(nn.Module):
         self.rate = rate
 
     def forward(self, change: Tensor, tokens: Tokens) -> Tensor:
-        """change: [B, T, D], or [D] where it is the same for every token -> the same, or [B, T, D]."""
+        """change: [B, T, D], or [D] where it is the same for every token -> the same, or [B, T, D]. A token's share [B, T, 1] of it likewise."""
         if not self.training or self.rate == 0:
             return change
         return change * self._share(tokens).to(change.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
-from adalink.edit import Edit, Method, Placement, Port, Slots
+from adalink.edit import Edit, Joint, Method, Placement, Port, Slots, joins
 from adalink.errors import AttachError, ConfigError
 from adalink.methods.bottleneck import Bottleneck
 from adalink.methods.lora import LoRA
@@ -52,7 +52,7 @@ class Gate(nn.Module):
         if self.mean == "prompt" and not tokens.has_prompt:
             return self._retained(tokens)
         unknown = NOT_OF_THE_PROMPT if self.mean == "prompt" else (PREFIX,)
-        counts = ~torch.stack([tokens.domain == domain for domain in unknown]).any(0)[..., None]  # [B, T, 1]
+        counts = ~tokens.among(unknown)  # [B, T, 1]
         opened = torch.sigmoid(nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias))
         n = counts.sum(1, keepdim=True)
         value = torch.where(n > 0, (opened * counts).sum(1, keepdim=True) / n.clamp(min=1), torch.sigmoid(self.bias))
@@ -84,6 +84,16 @@ class GatedEdit(nn.Module):
         base = self.edit.off(h) if isinstance(self.edit, Writes) else h
         value = self.edit(h, tokens, x)
         return torch.lerp(base.to(value.dtype), value, self.gates[0](x, tokens).to(value.dtype))
+
+    def joins(self, other: object) -> bool:
+        """As the wrapped edits do."""
+        return isinstance(other, GatedEdit) and joins(self.edit, other.edit)
+
+    def joint(self, edits: Sequence[GatedEdit], h: Tensor, tokens: Tokens, x: Tensor, shares: Sequence[Tensor]) -> Tensor:
+        """A gate is a share of the whole row. See `adalink.edit.Joint`."""
+        assert isinstance(self.edit, Joint)
+        gated = [share * edit.gates[0](x, tokens).to(share.dtype) for edit, share in zip(edits, shares, strict=True)]
+        return self.edit.joint([edit.edit for edit in edits], h, tokens, x, gated)
 
 
 @dataclass(frozen=True, kw_only=True)
