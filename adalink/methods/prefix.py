@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,43 +23,56 @@ __all__ = ["Prefix"]
 
 
 class Direct(nn.Module):
-    """[P, features]: the keys and values of all layers, side by side."""
+    """[P, features]: the keys and values of all layers, side by side. sizes: how many features each of them has."""
 
-    def __init__(self, length: int, n_features: int, std: float) -> None:
+    def __init__(self, length: int, sizes: Sequence[int], std: float) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(length, n_features) * std)
+        self.sizes = list(sizes)
+        self.table = nn.Parameter(torch.randn(length, sum(sizes)) * std)
 
-    def forward(self, start: int, stop: int) -> Tensor:
-        return self.table[:, start:stop]
+    def pieces(self) -> tuple[Any, ...]:
+        """The weights of each of them, cut once: the gradient of a piece that is cut alone is as large as that of all."""
+        return self.table.split(self.sizes, 1)
+
+    def forward(self, piece: Any) -> Tensor:
+        """[P, n]."""
+        found: Tensor = piece
+        return found
 
 
 class Reparametrised(nn.Module):
     """The same from one small network for all layers: embed [P, D] -> Linear(D, hidden) -> tanh -> Linear(hidden, features)."""
 
-    def __init__(self, length: int, width: int, hidden: int, n_features: int, std: float) -> None:
+    def __init__(self, length: int, width: int, hidden: int, sizes: Sequence[int], std: float) -> None:
         super().__init__()
+        self.sizes = list(sizes)
         self.embed = nn.Parameter(torch.randn(length, width) * std)
-        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, n_features)
+        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, sum(sizes))
 
-    def forward(self, start: int, stop: int) -> Tensor:
-        middle = torch.tanh(self.down(self.embed))
-        return nn.functional.linear(middle, self.up.weight[start:stop], self.up.bias[start:stop])
+    def pieces(self) -> tuple[Any, ...]:
+        """See `Direct`."""
+        return tuple(zip(self.up.weight.split(self.sizes), self.up.bias.split(self.sizes), strict=True))
+
+    def forward(self, piece: Any) -> Tensor:
+        """[P, n]."""
+        return nn.functional.linear(torch.tanh(self.down(self.embed)), *piece)
 
 
 class WriteRows(nn.Module):
     """Writes some features of a slot: those of its ordinal in a table. Other features of h stay.
 
-    spans   (first feature of h, first feature of the table, how many)
+    spans   (first feature of h, which piece of the table, how many features), in order
     """
 
-    def __init__(self, table: Direct | Reparametrised, length: int, spans: tuple[tuple[int, int, int], ...]) -> None:
+    def __init__(self, table: Direct | Reparametrised, spans: tuple[tuple[int, int, int], ...]) -> None:
         super().__init__()
         self.tables = (table,)  # not a child: all layers share it
-        self.length, self.spans = length, spans
+        self.spans = spans
 
     def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
-        ordinal = tokens.ordinal.clamp(max=self.length - 1)  # other domains' ordinals may be larger; they are not selected
-        rows = [self.tables[0](source, source + n)[ordinal] for _, source, n in self.spans]
+        table = self.tables[0]
+        pieces = tokens.once((table,), table.pieces)
+        rows = [tokens.looked_up(table(pieces[piece])) for _, piece, _ in self.spans]
         return self._written(h.to(rows[0].dtype), rows)
 
     def off(self, h: Tensor) -> Tensor:
@@ -71,7 +84,7 @@ class WriteRows(nn.Module):
         for (start, _, n), row in zip(self.spans, rows, strict=True):
             parts += [h[..., done:start], row]
             done = start + n
-        return torch.cat([*parts, h[..., done:]], -1)
+        return rows[0] if rows[0].shape == h.shape else torch.cat([*parts, h[..., done:]], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +132,13 @@ class Prefix:
         """
         _check(anatomy)
         left = layers_left(anatomy, self.exclude_layers)
-        parts = [part for i in left for part in (anatomy.projections[i].key, anatomy.projections[i].value)]
-        starts = [sum(part.stop - part.start for part in parts[:i]) for i in range(len(parts) + 1)]
+        sizes = [part.stop - part.start for i in left for part in (anatomy.projections[i].key, anatomy.projections[i].value)]
         table = (
-            Direct(self.length, starts[-1], self.init_std)
+            Direct(self.length, sizes, self.init_std)
             if self.form == "table"
-            else Reparametrised(self.length, anatomy.layer_width, self.hidden, starts[-1], self.init_std)
+            else Reparametrised(self.length, anatomy.layer_width, self.hidden, sizes, self.init_std)
         )
-        layers = [_layer(i, anatomy.projections[i], starts[2 * chunk], table, self.length) for chunk, i in enumerate(left)]
+        layers = [_layer(i, anatomy.projections[i], 2 * order, table) for order, i in enumerate(left)]
         hide = HideKeys()
         return [
             *(placement for layer in layers for placement in layer),
@@ -135,15 +147,13 @@ class Prefix:
         ]
 
 
-def _layer(i: int, one: Projections, start: int, table: Direct | Reparametrised, length: int) -> list[Placement]:
-    """One edit where one linear makes keys and values, else two; they are of one group."""
+def _layer(i: int, one: Projections, first: int, table: Direct | Reparametrised) -> list[Placement]:
+    """One edit where one linear makes keys and values, else two; they are of one group. first: the piece of the keys."""
 
     def written(role: str, part: Part, spans: tuple[tuple[int, int, int], ...]) -> Placement:
-        edit = WriteRows(table, length, spans)
-        return Placement(f"{i}.{role}", Port(part.linear, "output"), edit, (PREFIX,), shared={"shared": table}, group=str(i))
+        return Placement(f"{i}.{role}", Port(part.linear, "output"), WriteRows(table, spans), (PREFIX,), shared={"shared": table}, group=str(i))
 
-    n_key, n_value = one.key.stop - one.key.start, one.value.stop - one.value.start
-    key, value = (one.key.start, start, n_key), (one.value.start, start + n_key, n_value)
+    key, value = (one.key.start, first, one.key.stop - one.key.start), (one.value.start, first + 1, one.value.stop - one.value.start)
     if one.key.linear == one.value.linear:
         return [written("key_value", one.key, tuple(sorted((key, value))))]
     return [written("key", one.key, (key,)), written("value", one.value, (value,))]

@@ -28,7 +28,7 @@ class Table(nn.Module):
 
     def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
         vectors: Tensor = self.table if self.layers is None else self.layers(self.table)
-        return vectors[tokens.ordinal.clamp(max=len(vectors) - 1)]  # other domains' ordinals may be larger; they are not selected
+        return tokens.looked_up(vectors)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,3 +147,18 @@ def test_tokens_at_some_places_are_those_tokens() -> None:
     assert picked.of(1).position.tolist() == [[0, 3, 1]]
     assert picked.of(1).origin is not None
     assert picked.of(1).origin[0] is tokens.of(1)  # type: ignore[index]
+
+
+def test_a_table_is_looked_up_as_by_an_index_and_its_gradient_is_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    domain = torch.randint(-1, 6, (3, 40), generator=generator)
+    tokens = TokenMap(domain, torch.zeros(3, dtype=torch.int64)).window(3, 0, 40, 40)
+    table = torch.randn(4, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    found, expected = tokens.looked_up(table), table[tokens.ordinal.clamp(max=3)]
+    is_slot = (tokens.ordinal < 4)[..., None]
+    assert torch.equal(found, expected * is_slot)
+    weight = torch.randn(3, 40, 5, dtype=torch.float64, generator=generator)
+    ours, by_index = (torch.autograd.grad((value * is_slot * weight).sum(), table)[0] for value in (found, expected))
+    torch.testing.assert_close(ours, by_index, rtol=1e-12, atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tokens.looked_up(table.float()), found.float())  # a row is that row, whatever else is computed in

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -52,11 +52,11 @@ def with_slots(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, TokenMap]:
 
 def rows_of(adapter: Adapter, anatomy: Anatomy, exclude: tuple[int, ...] = ()) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys and values [P, D_kv] of each layer that is not excluded, in chunks: 2i keys, 2i + 1 values of the i-th of them."""
-    n = anatomy.projections[0].key.stop - anatomy.projections[0].key.start
     table = adapter.get_submodule("prefix.shared")
     assert isinstance(table, Direct | Reparametrised)
     left = [layer for layer in range(len(anatomy.layers)) if layer not in exclude]
-    return {layer: (table(2 * i * n, (2 * i + 1) * n), table((2 * i + 1) * n, (2 * i + 2) * n)) for i, layer in enumerate(left)}
+    pieces = table.pieces()
+    return {layer: (table(pieces[2 * i]), table(pieces[2 * i + 1])) for i, layer in enumerate(left)}
 
 
 @pytest.mark.parametrize("form", ["mlp", "table"])
@@ -153,10 +153,10 @@ def test_t5_needs_the_slots_to_have_no_distance() -> None:
 def test_the_network_folds_into_the_table_that_serving_needs() -> None:
     model = tiny("llama")
     trained, served = prefixed(model, "mlp"), prefixed(model, "table")
-    network, table = trained.get_submodule("prefix.shared"), served.get_submodule("prefix.shared")
+    network, table = (cast(Any, adapter.get_submodule("prefix.shared")) for adapter in (trained, served))
     assert isinstance(table, Direct)
     with torch.no_grad():
-        table.table.copy_(network(0, table.table.shape[1]))
+        table.table.copy_(torch.cat([network(piece) for piece in network.pieces()], 1))
     ids, mask, token_map = with_slots(*batch())
     results = []
     for adapter in (trained, served):
@@ -199,3 +199,23 @@ def test_a_model_with_a_sliding_window_is_refused() -> None:
         attach(model, adapter)
     model.config.sliding_window = None
     attach(model, adapter)  # control
+
+
+def test_the_table_of_all_layers_is_cut_once_a_call() -> None:
+    """Cut in each layer, its gradient would be made of as many tensors of its whole size as there are keys and values."""
+    model = tiny("llama")
+    adapter = prefixed(model, "mlp")
+    table: Any = adapter.get_submodule("prefix.shared")
+    cuts: list[int] = []
+    pieces = table.pieces
+
+    def counting() -> Any:
+        cuts.append(1)
+        return pieces()
+
+    table.pieces = counting
+    ids, mask, token_map = with_slots(*batch())
+    with attach(model, adapter).bind(token_map):
+        model(input_ids=ids, attention_mask=mask).logits.sum().backward()
+    assert len(cuts) == 1
+    assert table.up.weight.grad.abs().amax(1).gt(0).sum() > table.up.weight.shape[0] / 2
