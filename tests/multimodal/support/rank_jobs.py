@@ -27,6 +27,7 @@ from adalink.errors import BudgetError, ConfigError, DataError, TerminatedError
 from multimodal.batches.collate import Batch
 from multimodal.data.feature_cache.encode import GROUP, PatchTable, encode_all
 from multimodal.data.loader import Loaded
+from multimodal.existing.connector_choice import ConnectorChoice
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from multimodal.sample import Sample
@@ -47,8 +48,8 @@ def ragged(sample: Sample, rng: random.Random) -> list[Text]:
     return [Text("is it red ?", " ".join(rng.choice(words) for _ in range(1 + (number + k) % 6))) for k in range(1 + number % 3)]
 
 
-def model(methods: Mapping[str, Method] | None = None, sees: str = "") -> VisionLanguageModel:
-    """A composed model; or one of this family, which sees already."""
+def model(methods: Mapping[str, Method] | None = None, sees: str = "", connector: ConnectorChoice = "frozen") -> VisionLanguageModel:
+    """A composed model; or one of this family, which sees already, whose connector may be trained too."""
     if sees:
         from existing_families import made as existing  # late: it has classes of many families
 
@@ -57,7 +58,8 @@ def model(methods: Mapping[str, Method] | None = None, sees: str = "") -> Vision
         made = compose("opt")
     adalink = AdaLink(rank=4, modalities=("image", "text"))
     torch.manual_seed(5)
-    excite(made.add_adapter("one", methods or {**({} if sees else {"bridge": Bridge(kind="linear")}), "adalink": adalink}).double())
+    chosen = methods or {**({} if sees else {"bridge": Bridge(kind="linear")}), "adalink": adalink}
+    excite(made.add_adapter("one", chosen, connector=connector).double())
     return made
 
 
@@ -82,10 +84,10 @@ def holding(step: int, go: Path) -> Callable[[], dict[str, float]]:
 
 def run(
     folder: Path, resume: bool = False, held: int = 0, bad: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0,
-    methods: Mapping[str, Method] | None = None, sees: str = "", **fields: Any,
+    methods: Mapping[str, Method] | None = None, sees: str = "", connector: ConnectorChoice = "frozen", **fields: Any,
 ) -> int:  # fmt: skip
     """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did, 8 where there was nothing to learn. held: the step at which it waits, where any, see `holding`."""
-    made = model(methods, sees)
+    made = model(methods, sees, connector)
 
     settings = TrainSettings(**{**SETTINGS, **fields, "workers": workers, "measure_every": int(held > 0)})
     try:

@@ -56,8 +56,9 @@ def test_two_processes_equal_one_with_the_same_pictures_in_a_step(machine: Machi
     """float64, ragged numbers of targets, accumulation, and seven images that nothing divides."""
     two = [{"folder": tmp_path / "two", "kept": True}, {"folder": tmp_path / "two_accumulated", "kept": True, "batch_size": 1, "accumulation": 2}]
     one = [{"folder": tmp_path / name, "kept": True, "batch_size": 4, "seed": seed} for name, seed in (("one", 0), ("control", 1))]
-    two.append({"folder": tmp_path / "two_seeing", "sees": SEEING, "steps": 6})  # a model that sees already, whose tower runs in every step
-    one.append({"folder": tmp_path / "one_seeing", "sees": SEEING, "steps": 6, "batch_size": 4})
+    seeing = {"sees": SEEING, "connector": "trained", "steps": 6}  # a model that sees already, whose tower runs in every step
+    two.append({"folder": tmp_path / "two_seeing", **seeing})
+    one.append({"folder": tmp_path / "one_seeing", **seeing, "batch_size": 4})
     groups = [machine.start(2, rank_jobs.several, two), machine.start(1, rank_jobs.several, one)]
     for group in groups:
         group.ended()
