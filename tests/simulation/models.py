@@ -18,11 +18,11 @@ from multimodal.batches.packing import Arrange, arrangement_of, joined_rows, sep
 from multimodal.encoders.tower import load_tower
 from multimodal.language import Language, load_language, settle_tokens
 from multimodal.loading import freeze
-from multimodal.model import VisionLanguageModel
+from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.template import Template, Text
 from tasks.scenes.parts import encoder_folder, language_folder
 
-__all__ = ["METHODS", "batch_of", "composed", "existing", "images", "language", "questions", "scratch", "with_adapted_encoder"]
+__all__ = ["METHODS", "batch_of", "composed", "existing", "images", "language", "questions", "scratch", "with_adapted_encoder", "with_connectors"]
 
 IDS: dict[str, Any] = {"vocab_size": 505, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -80,6 +80,20 @@ def existing(family: str, dtype: torch.dtype = torch.float32, /, **adapters: str
     torch.manual_seed(0)
     model, processor = MADE[family]()
     return _with_adapters(VisionLanguageModel.from_model(model.to(dtype).eval(), processor, template=Template(prompt="<image>{question}", target="{text}")), adapters)
+
+
+def with_connectors(family: str, dtype: torch.dtype = torch.float32, /, *, trains: str = "copy") -> VisionLanguageModel:
+    """A model that sees already with three adapters: the frozen connector, a trained copy of it, and LoRA on its linears."""
+    model, lora = existing(family, dtype, frozen="lora"), {"lora": LoRA(rank=2, alpha=4, dropout=0.1)}
+    model.add_adapter("copy", lora, connector="trained")
+    model.add_adapter("low_rank", lora, connector_methods=lora)
+    with torch.no_grad():
+        for name in ("copy", "low_rank"):
+            model.set_adapter(name)
+            for parameter in TrainedParts.of(model).parameters().values():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.set_adapter(trains)
+    return model
 
 
 def with_adapted_encoder() -> VisionLanguageModel:

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from device import Finding, Record, SimulatedGpu, simulated_gpu
-from models import METHODS, batch_of, composed, existing, images, language, questions, scratch, with_adapted_encoder
+from models import METHODS, batch_of, composed, existing, images, language, questions, scratch, with_adapted_encoder, with_connectors
 from torch import Tensor
 
 from adalink import AdaLink, AdaptedModel, Prefix, Prompt
@@ -275,6 +275,8 @@ TRAINED: Mapping[str, Make] = {
     "train qwen2_vl": lambda gpu: learns(gpu, existing("qwen2_vl", a="lora")),
     "train qwen2_vl, joined": lambda gpu: learns(gpu, existing("qwen2_vl", a="text"), row_tokens=256),
     "train gemma3": lambda gpu: learns(gpu, existing("gemma3", a="text")),
+    "train llava, connector, bfloat16": lambda gpu: learns(gpu, with_connectors("llava", HALF)),
+    "train qwen2_vl, connector": lambda gpu: learns(gpu, with_connectors("qwen2_vl", trains="low_rank")),
     "loop": lambda gpu: loops(gpu, lambda: composed("opt", a="adalink")),
     "loop, accumulation and memory": lambda gpu: loops(gpu, lambda: composed("opt", a="adalink"), accumulation=2, features="memory"),
     "loop, llava": lambda gpu: loops(gpu, lambda: existing("llava", a="lora")),
@@ -293,6 +295,7 @@ WRITTEN: Mapping[str, Make] = {
     "generate llava": lambda gpu: writes(gpu, existing("llava", a="text", b="lora"), ["a", "b", None]),
     "generate qwen2_vl": lambda gpu: writes(gpu, existing("qwen2_vl", a="lora"), ["a", "a", None]),
     "generate qwen2_vl, beams": lambda gpu: writes(gpu, existing("qwen2_vl", a="lora"), ["a", "a", None], beams=2),
+    "generate qwen2_vl, connectors": lambda gpu: writes(gpu, with_connectors("qwen2_vl"), ["copy", "low_rank", None, "frozen"]),
     "decode one adapter": lambda gpu: decodes(gpu, composed("llama", a="adalink"), ["a"] * 4),
     "decode frozen": lambda gpu: decodes(gpu, composed("llama", a="adalink"), [BASE_NAME] * 4),
     "decode mixed": lambda gpu: decodes(gpu, _mixed("llama"), ["a", "b", "c", BASE_NAME]),
