@@ -15,12 +15,12 @@ from multimodal.sample import BadSample, BadSamples, counted
 from tasks.data.look.scan import ImageFile, Seen
 from tasks.vqa import most_common
 
-__all__ = ["ODD", "CountTokens", "Facts", "Oddity", "Part", "oddities", "the_oddest"]
+__all__ = ["ODD", "CountTokens", "Facts", "Oddity", "Part", "listed", "oddities", "the_oddest"]
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
 """The tokens of each text."""
 
-TOP, ODDEST = 20, 10
+TOP, ODDEST, _NAMED = 20, 10, 6
 _PROSE = ("", "the first", "the commonest", "why")
 MOST_WIDTH = 60  # letters of a text in a table
 
@@ -188,7 +188,7 @@ class Facts:
         if again:
             notes = [f"{again:,} of {len(self.seen):,} samples have an image whose bytes an earlier one has too."]
         for samples in list(self.same.values())[:3]:
-            notes.append(f"Equal bytes: {', '.join(one.key for one in samples[:6])}{', ...' if len(samples) > 6 else ''}.")
+            notes.append(f"Equal bytes: {listed([one.key for one in samples])}.")
         rows = []
         for kind, per_image in self._texts_of_images.items():
             n_texts = sum(map(len, per_image))
@@ -214,9 +214,8 @@ class Facts:
         if not self.shared:
             return Part(name="Shared with val", notes=("No image of this set is in val, byte for byte.",))
         keys = {one.number: one.key for one in self.seen}
-        pairs = ", ".join(f"{keys[number]} = {other}" for number, other in list(self.shared.items())[:6])
-        more = ", ..." if len(self.shared) > 6 else ""
-        note = f"{counted(len(self.shared), 'sample')} of this set with an image that is in val too (this = val): {pairs}{more}."
+        pairs = listed([f"{keys[number]} = {other}" for number, other in self.shared.items()])
+        note = f"{counted(len(self.shared), 'sample')} of this set with an image that is in val too (this = val): {pairs}."
         return Part(name="Shared with val", notes=(note,))
 
     @property
@@ -421,6 +420,12 @@ def _each(counts: Sequence[int], what: str) -> str:
 
 def _share(n: int, total: int) -> str:
     return f"{100 * n / total:.1f} %" if total else "–"
+
+
+def listed(names: Sequence[str], total: int | None = None) -> str:
+    """`a, b and 7 more`: the first six. total: how many there are, where the names are not all."""
+    rest = (len(names) if total is None else total) - len(names[:_NAMED])
+    return ", ".join(names[:_NAMED]) + (f" and {rest:,} more" if rest else "")
 
 
 def _cut(text: str) -> str:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from adalink.errors import ConfigError
 from adalink.files import write_whole
 from multimodal.sample import BadSample
-from tasks.data.look.facts import ODD, Facts, the_oddest
+from tasks.data.look.facts import ODD, Facts, listed, the_oddest
 from tasks.data.look.scan import Seen, spread_over
 from tasks.report.page import FOLDER as REPORT
 from tasks.report.page import Thumbnail, policy
@@ -87,7 +87,8 @@ def _entries(facts: Facts, chosen: Sequence[Seen], small: Sequence[Thumbnail]) -
         room -= len(image.url)
         notes = [*(odd[one.number].reasons if one.number in odd else ())]
         if one.number in same:
-            notes.append("equal bytes: " + ", ".join(other.key for other in same[one.number] if other is not one)[:200])
+            group = same[one.number]
+            notes.append(f"equal bytes: {listed([other.key for other in group[:7] if other is not one][:6], len(group) - 1)}")
         if one.number in facts.shared:
             notes.append(f"val has this image too: {facts.shared[one.number]}")
         problem = f"{one.bad.reason}: {one.bad.detail}" if one.bad is not None else image.reason and f"the image cannot be decoded: {image.reason}"

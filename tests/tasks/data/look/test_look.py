@@ -13,7 +13,7 @@ from cli_run import Done, adalink, refused
 from PIL import Image
 
 from multimodal.sample import Question
-from tasks.data.look.facts import Oddity, oddities, the_oddest
+from tasks.data.look.facts import Facts, Oddity, listed, oddities, the_oddest
 from tasks.data.look.page import chosen_samples
 from tasks.data.look.scan import ImageFile, Seen, spread_over
 
@@ -173,8 +173,6 @@ def test_the_ten_oddest_have_several_reasons_where_there_are_others() -> None:
 
 
 def test_the_page_of_a_large_set_has_what_is_worth_a_look(data: Path) -> None:
-    from tasks.data.look.facts import Facts
-
     seen = [made(number) for number in range(100)] + [made(100, size=(1, 1))]
     seen += [Seen(number=number, key=str(number), images=seen[7].images, captions=("a dog",)) for number in (101, 102)]
     facts = Facts(sentence="", total=103, seen=seen, val={seen[9].images[0].digest: "v"})
@@ -182,3 +180,13 @@ def test_the_page_of_a_large_set_has_what_is_worth_a_look(data: Path) -> None:
     assert len(chosen) == 20
     assert chosen == sorted(chosen)
     assert {7, 9, 100, 101, 102} <= set(chosen)
+
+
+def test_a_set_of_one_image_is_named_by_its_first_keys() -> None:
+    seen = [Seen(number=number, key=str(number), images=made(0).images, captions=("a dog",)) for number in range(3000)]
+    duplicates = next(part for part in Facts(sentence="", total=3000, seen=seen).parts if part.name == "Duplicates")
+    assert duplicates.notes == (
+        "2,999 of 3,000 samples have an image whose bytes an earlier one has too.", "Equal bytes: 0, 1, 2, 3, 4, 5 and 2,994 more.",
+    )  # fmt: skip
+    assert "'a dog' at 3,000 (100.0 % of the images)" in duplicates.rows[1]
+    assert (listed(["a", "b"]), listed(["a"], 5)) == ("a, b", "a and 4 more")
