@@ -49,7 +49,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """ONE image with ALL its texts.
+    """ONE image with ALL its texts; where `image` is None texts alone, for a model that sees already.
 
     key        unique in its data set; what logs and reports name
     image_id   the id in the official result files
@@ -62,7 +62,7 @@ class Sample:
 
     key: str
     image_id: int
-    image: bytes | str | Path | Image.Image
+    image: bytes | str | Path | Image.Image | None
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
     decode: Decode = "exact"
@@ -71,11 +71,16 @@ class Sample:
     def __post_init__(self) -> None:
         """Refuse at once what no sample of a whole data set could be decoded from, and a text in place of a tuple."""
         check_tuples(self, f"sample {self.key!r}'s")
-        if wrong := [type(image).__name__ for image in (self.image, *self.further) if not isinstance(image, (bytes, str, Path, Image.Image))]:
+        if wrong := [type(image).__name__ for image in self.images if not isinstance(image, (bytes, str, Path, Image.Image))]:
             raise DataError(
                 f"the image of sample {self.key!r} is a {wrong[0]}: give the path of a file, the bytes of one, or a PIL image "
                 "(Image.fromarray makes one of an array)"
             )
+
+    @property
+    def images(self) -> tuple[bytes | str | Path | Image.Image, ...]:
+        """All of them, in their order."""
+        return () if self.image is None else (self.image, *self.further)
 
     @property
     def file(self) -> str:

@@ -43,7 +43,7 @@ class Captioning:
         if self.style not in ("raw", "plain"):
             raise ConfigError(f"the captions' style is {self.style!r}: give raw or plain")
 
-    def words_for(self, sees_already: bool) -> Template:
+    def words_for(self, sees_already: bool, as_written: bool = False) -> Template:
         """The template; for a model that sees already a request in words, where the template is the one by default."""
         return WORDS if sees_already and self.template == Captioning().template else self.template
 

@@ -30,10 +30,20 @@ class Submission:
 
 @dataclass(frozen=True)
 class Asked:
-    """One thing to ask about an image. item: the image id (captioning) or the question id (VQA), as in the official result files."""
+    """One thing to ask about an image. item: the image id (captioning) or the question id (VQA), as in the official result files.
+
+    turns, places   of a conversation; see `multimodal.template.Text`
+    """
 
     item: int
     question: str
+    turns: tuple[tuple[str, str], ...] = ()
+    places: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def text(self) -> Text:
+        """As a model's rows are made of it."""
+        return Text(self.question, None, turns=self.turns, places=self.places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +87,11 @@ class Task(Protocol):
     def template(self) -> Template:
         """The words around the image, the question and the answer."""
 
-    def words_for(self, sees_already: bool) -> Template:
-        """Those words, or for a model that sees already the ones that its chat template wraps, where none were chosen."""
+    def words_for(self, sees_already: bool, as_written: bool = False) -> Template:
+        """Those words, or for a model that sees already the ones that its chat template wraps, where none were chosen.
+
+        as_written: the questions are turns of conversations, which hold all words already
+        """
 
     @property
     def results_name(self) -> Callable[[str, str], str]:

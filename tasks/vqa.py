@@ -39,6 +39,8 @@ __all__ = ["AnswerVocabulary", "Vqa", "answer_vocabulary", "graded_question", "t
 # What a model that sees already is asked, inside its own chat template.
 WORDS = Template(prompt="<image>{question}\nAnswer the question using a single word or phrase.", target="{text}")
 
+AS_WRITTEN = Template(prompt="<image>{question}", target="{text}")  # turns of conversations hold all their words
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vqa:
@@ -68,9 +70,11 @@ class Vqa:
         if self.scorer not in (None, *VQA_SCORERS):
             raise ConfigError(f"there is no scorer {self.scorer!r}: give one of {', '.join(VQA_SCORERS)}")
 
-    def words_for(self, sees_already: bool) -> Template:
-        """The template; for a model that sees already the question with a request, where the template is the one by default."""
-        return WORDS if sees_already and self.template == Vqa().template else self.template
+    def words_for(self, sees_already: bool, as_written: bool = False) -> Template:
+        """The template; where it is the one by default, for a model that sees already the question with a request, or alone where it is a turn's."""
+        if not sees_already or self.template != Vqa().template:
+            return self.template
+        return AS_WRITTEN if as_written else WORDS
 
     @property
     def results_name(self) -> Callable[[str, str], str]:
@@ -80,25 +84,27 @@ class Vqa:
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
         """Each answered question with one of its answers."""
         questions = training_questions(self, sample, rng)
-        return [Text(question.text, most_common(question) if self.learn == "common" else rng.choice(question.answers)) for question in questions]
+        answers = [most_common(question) if self.learn == "common" else rng.choice(question.answers) for question in questions]
+        return [Text(one.text, answer, turns=one.turns, places=one.places) for one, answer in zip(questions, answers, strict=True)]
 
     def asked(self, sample: Sample) -> Sequence[Asked]:
-        """Every question of the image."""
-        return [Asked(question.question_id, question.text) for question in sample.questions]
+        """Every question of the image, after the turns before it."""
+        return [Asked(question.question_id, question.text, question.turns, question.places) for question in sample.questions]
 
     def is_graded(self, sample: Sample) -> bool:
         """Whether one of its questions has answers."""
         return any(question.answers for question in sample.questions)
 
     def score(self, predictions: Mapping[int, str], source: SampleSource) -> Score:
-        """Accuracy (or what the scorer gives) in percent, overall and per answer type, over the questions that were predicted.
+        """Accuracy (or what the scorer gives) in percent, overall and per answer type, over the questions with answers that were predicted.
 
         The exact match stands before it where most of these questions have too few answers for the official accuracy.
 
         Raises DataError where none was, or they have no answers.
         """
-        questions = [question for i in range(len(source)) for question in source[i].questions if question.question_id in predictions]
-        if not questions or not questions[0].answers:
+        asked = (question for i in range(len(source)) for question in source[i].questions if question.question_id in predictions)
+        questions = [question for question in asked if question.answers]
+        if not questions:
             raise DataError("these questions cannot be scored: none was predicted, or the data set has no answers (a test split?)")
         graded = [graded_question(question) for question in questions]
         chosen = cast("VqaScorer", self.scorer or scorer_of(source) or "official")
@@ -170,7 +176,8 @@ class AnswerVocabulary:
 
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
         """The questions that the task takes, each with the scores of the answers that people gave."""
-        return [Text(question.text, most_common(question), self.scores(question)) for question in training_questions(self.task, sample, rng)]
+        questions = training_questions(self.task, sample, rng)
+        return [Text(one.text, most_common(one), self.scores(one), turns=one.turns, places=one.places) for one in questions]
 
     def scores(self, question: Question) -> tuple[tuple[int, float], ...]:
         """(number of an answer, its VQA accuracy from above 0 to 1) for the answers that people gave; those outside are no target.

@@ -252,12 +252,13 @@ class RowEncoder:
         if text.turns:
             raise ConfigError(f"a composed model reads one question, and a text with {len(text.turns)} earlier turns was given: leave them out")
         prompt = self.prompt(text.question)
+        if text.target is None and text.scores is None:
+            return prompt
         if self.n_answers:
             if text.scores is None:
                 raise ConfigError("a head chooses this model's answers, and the text says only what to write: give it scores (tasks.vqa)")
             return replace(prompt, target=tuple(number for number, _ in text.scores), score=tuple(score for _, score in text.scores))
-        if text.target is None:
-            return prompt
+        assert text.target is not None
         target = tuple(piece for part in self.template.target_parts(text.target) for piece in self._ids(part))
         if self.decoder_start is not None:
             self._check(len(target), text.target, self.max_written)

@@ -63,14 +63,14 @@ class Drafted:
 def read_pixels(sample: Sample, preprocess: Callable[[Image.Image], Any]) -> Any:
     """float [3, H, W], or a Prepared of all its images: what an encoder's preprocessing makes of a sample's image.
 
-    Raises BadImage, and ConfigError for several images of a sample where the model is a composed one.
+    Raises BadImage, and ConfigError where a composed model is given several images or none.
     """
     at_least = needed_side(preprocess) if sample.decode == "draft" else None
-    read = [preprocess(decode_image(image, at_least=at_least)) for image in (sample.image, *sample.further)]
+    read = [preprocess(decode_image(image, at_least=at_least)) for image in sample.images]
     if len(read) == 1:
         return read[0]
-    if not hasattr(read[0], "inputs"):
-        raise ConfigError(f"sample {sample.key!r} has {len(read)} images, and a composed model reads one: leave `further` out")
+    if not hasattr(preprocess, "processor"):
+        raise ConfigError(f"sample {sample.key!r} has {len(read) or 'no'} images, and a composed model reads one: give each sample one image")
     from multimodal.batches.prepared import joined  # late: it loads torch
 
     return joined(read)

@@ -16,7 +16,7 @@ from torch import Tensor
 from adalink.errors import CheckpointError, DataError
 from multimodal.batches.collate import Batch, collate, stacked
 from multimodal.batches.packing import Arrange, Composed, arrangement_of, joined_rows, row_limit, separate_rows
-from multimodal.batches.prepared import Prepared
+from multimodal.batches.prepared import Prepared, joined
 from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
 from multimodal.data.inputs import CachedFeatures, read_pixels
@@ -104,9 +104,10 @@ class _Positions:
         """The training texts of a sample, without empty ones: those would teach a model to write nothing."""
         return [text for text in self.texts(sample, random.Random(seed)) if text.scores is not None or (text.target or "").strip()]
 
-    def rows(self, texts: Sequence[Text], image: Tensor | Prepared | None = None) -> tuple[Row, ...]:
-        """The rows of one image, which a composed model's rows do not depend on; raises TextTooLong."""
-        about = self._blank if self.encoder.reads_images and image is None else image
+    def rows(self, texts: Sequence[Text], image: Tensor | Prepared | None = None, n_images: int = 1) -> tuple[Row, ...]:
+        """The rows of a sample, which in a composed model do not depend on its image; raises TextTooLong. n_images: black ones, where it is None."""
+        is_blank = self.encoder.reads_images and image is None
+        about = joined([self._blank] * n_images) if is_blank and isinstance(self._blank, Prepared) else image
         return tuple(self.arrange([self.encoder.row(text, about) for text in texts]))
 
     @cached_property
@@ -126,7 +127,8 @@ class _Positions:
         if len(draws) > 1:
             draws |= {tuple(self.texts_of(sample, number)) for number in range(2, 8)}
         try:
-            return sum(max(len(row.ids) + len(row.decoder_ids) for row in self.rows(texts)) for texts in draws if texts) // len(draws)
+            made = [self.rows(texts, n_images=len(sample.images)) for texts in draws if texts]
+            return sum(max(len(row.ids) + len(row.decoder_ids) for row in rows) for rows in made) // len(draws)
         except TextTooLong:
             return 0
 

@@ -221,7 +221,7 @@ def _cards(changed: Sequence[Pair], asked: Mapping[int, Asked]) -> Iterator[Flip
     for flip in changed:
         one = asked[int(flip.item)]
         try:
-            image: bytes | None = read_image_bytes(one.sample.image)
+            image = read_image_bytes(one.sample.images[0]) if one.sample.images else None
         except DataError:
             image = None
         yield FlipCard(

@@ -107,6 +107,7 @@ def _check_data(dry_run: Any) -> Sequence[str]:
     Reads annotations or manifests, and images up to the first that can be used. Raises DataError, BudgetError and ConfigError as a run would.
     """
     from multimodal.sample import BadSamples
+    from tasks.runs.conversations import refuse_beyond
 
     lines = []
     for split in SPLITS:
@@ -115,6 +116,9 @@ def _check_data(dry_run: Any) -> Sequence[str]:
             lines.append(f"data.{split}: not given, and not checked")
             continue
         opened = config.open()
+        if dry_run.model is None:
+            parts = f"a model of the encoder {dry_run.encoder} and the language model {dry_run.language_model}"
+            refuse_beyond(opened, f"data.{split}", dry_run.chosen_task(), parts)
         bad = BadSamples(budget=dry_run.train.bad_samples, found=opened.problems)
         place = _first_usable(opened.source, dry_run.chosen_task(), split, bad)
         n_bad, which = sum(bad.counts.values()), "the first one" if place == 0 else f"number {place + 1}"
@@ -131,7 +135,8 @@ def _first_usable(source: SampleSource, task: Task, split: str, bad: BadSamples)
     for index in range(len(source)):
         try:
             sample = source[index]
-            decode_image(sample.image)
+            for image in sample.images:
+                decode_image(image)
         except DamagedSample as error:
             bad.add(error.bad)
         except BadImage as error:

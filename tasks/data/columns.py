@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import re
 import sys
@@ -9,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Protocol
+from urllib.parse import unquote_to_bytes
 
 from adalink.errors import ConfigError, DataError
 from tasks.data.files import answer_marks
@@ -30,6 +33,7 @@ class Asked:
     answer_type: str = ""
     marks: tuple[str, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
+    places: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class Parts:
     image_id      what the row calls its image; None where it has no name for it
     question_id   likewise for its question
     problems      (reason, detail) of texts that cannot be used
+    is_text_only  its texts are about no image, and need none
     """
 
     images: tuple[ImageValue, ...]
@@ -47,6 +52,7 @@ class Parts:
     image_id: int | str | None = None
     question_id: int | str | None = None
     problems: tuple[tuple[str, str], ...] = ()
+    is_text_only: bool = False
 
 
 class Reading(Protocol):
@@ -210,9 +216,25 @@ def image_values(value: object, place: Callable[[], str]) -> tuple[ImageValue, .
         if inside is None and not {"bytes", "path"} & value.keys():
             raise DataError(f"{place()}: the image is an object with {listed_names(list(map(str, value)))}; expected bytes or path in it")
         return image_values(inside, place)
-    if isinstance(value, (str, bytes)):
+    if isinstance(value, str):
+        return (_image_of(value, place),)
+    if isinstance(value, bytes):
         return (value,)
     raise DataError(f"{place()}: the image is {value!r:.40} ({type(value).__name__}); expected the name of a file, or its bytes")
+
+
+def _image_of(text: str, place: Callable[[], str]) -> ImageValue:
+    """The name of a file, also of file://, or the bytes of a data: URI. Raises DataError for an address, and for a URI that holds no bytes."""
+    kind, _, rest = text.partition(":")
+    if kind == "data":
+        head, _, data = rest.partition(",")
+        try:
+            return base64.b64decode(data, validate=True) if head.endswith(";base64") else unquote_to_bytes(data)
+        except binascii.Error as error:
+            raise DataError(f"{place()}: the image is a data: URI whose base64 is damaged ({error}); is it whole?") from None
+    if kind in ("http", "https", "s3", "gs"):
+        raise DataError(f"{place()} names the image by an address, {text[:60]}; download it, and give the name of its file")
+    return text.removeprefix("file://")
 
 
 def texts_of(value: object, place: Callable[[], str], what: str) -> list[str]:

@@ -1,17 +1,20 @@
-"""A folder of images with a text file beside each: `cat.jpg` and `cat.txt`, one caption a line."""
+"""A folder of images with their texts: a text file beside each (`cat.jpg` and `cat.txt`, one caption a line), or a table of metadata."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from adalink.errors import DataError
+from adalink.errors import ConfigError, DataError
 from multimodal.sample import BadSample, Sample
 from tasks.data.files import FileSource, ImageFolder, text_lines
-from tasks.data.reader import Found, Reader
+from tasks.data.parquet import open_arrow
+from tasks.data.reader import Found, Given, Reader, ReadSource
+from tasks.data.table import open_table
 
-__all__ = ["READER", "read_caption_folder"]
+__all__ = ["IMAGEFOLDER", "READER", "read_caption_folder"]
 
 _IMAGES, _TEXTS = frozenset((".jpg", ".jpeg", ".png", ".webp")), frozenset((".txt",))
 
@@ -80,3 +83,40 @@ def _recognises(found: Found) -> bool:
 READER = Reader(
     "caption_folder", "a folder of images with a text file beside each", _recognises, lambda given: read_caption_folder(images=given.path)
 )
+
+
+# ----------------------------------------
+# Hugging Face's imagefolder: metadata.csv, metadata.jsonl or metadata.parquet in the folder, with a row for each image.
+
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+def _open_imagefolder(given: Given) -> ReadSource:
+    """The rows of the metadata; with a split, those in the folder of that name. The names of images are those below the folder of the metadata."""
+    root = given.path if given.split is None else given.path / given.split
+    if not root.is_dir():
+        raise ConfigError(f"{given.path} has no folder {given.split!r}: an imagefolder has one for each split")
+    files = _metadata(root)
+    if len(files) != 1:
+        held = " and ".join(file.name for file in files) or "no metadata.csv, metadata.jsonl or metadata.parquet"
+        advice = "" if files else _splits(given.path)
+        raise DataError(f"{root} holds {held}; expected one of them{advice}")
+    if files[0].suffix == ".parquet":
+        return open_arrow(files[0], files, replace(given, images=root))
+    return open_table(files[0], root, given.columns)
+
+
+def _metadata(root: Path) -> list[Path]:
+    return [root / name for name in _METADATA if (root / name).is_file()]
+
+
+def _splits(root: Path) -> str:
+    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and _metadata(entry))
+    return f"; it is in {', '.join(found)}: give split" if found else ""
+
+
+def _has_metadata(found: Found) -> bool:
+    return found.is_folder and (bool(_metadata(found.path)) or bool(_splits(found.path)))
+
+
+IMAGEFOLDER = Reader("imagefolder", "a folder of images with metadata.csv, .jsonl or .parquet", _has_metadata, _open_imagefolder)

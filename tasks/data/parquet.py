@@ -21,6 +21,7 @@ from multimodal.sample import BadSample, DamagedSample, Measure, Question, Sampl
 from tasks.data.arrow.rows import ENDINGS, HELD, ArrowRows, has_bytes, import_arrow, is_list
 from tasks.data.arrow.write import LAYOUT, sample_of, unpack
 from tasks.data.columns import Columns, Parts, Reading, choose_columns, id_of
+from tasks.data.conversations import conversations_of
 from tasks.data.reader import Found, Given, Reader, ReadSource
 from tasks.data.table import Scan, TableSource, relative_name
 
@@ -102,8 +103,9 @@ class RowSource:
             return sample_of(row)
         place = partial(self._rows.place, index)
         parts = self._reading.parts(row, place)
-        if not parts.images:
-            raise self._damaged(index, "no image", f"{place()} has no image")
+        if not parts.images and not parts.is_text_only:
+            reason, detail = parts.problems[0] if parts.problems else ("no image", f"{place()} has no image")
+            raise self._damaged(index, reason, detail)
         if self._reading.has_texts and not (parts.captions or parts.questions):
             reason, detail = parts.problems[0] if parts.problems else ("no text", f"{place()} has no text")
             raise self._damaged(index, reason, detail)
@@ -111,7 +113,7 @@ class RowSource:
         return Sample(
             key=self._key(index),
             image_id=parts.image_id if self._has_ids and isinstance(parts.image_id, int) else index,
-            image=images[0],
+            image=images[0] if images else None,
             further=tuple(images[1:]),
             captions=parts.captions,
             questions=tuple(self._questions(parts, index)),
@@ -123,6 +125,7 @@ class RowSource:
             yield Question(
                 question_id=parts.question_id if is_named and isinstance(parts.question_id, int) else index + k * len(self),
                 text=asked.text, answers=asked.answers, question_type=asked.question_type, answer_type=asked.answer_type, marks=asked.marks, turns=asked.turns,
+                places=asked.places,
             )  # fmt: skip
 
 
@@ -134,7 +137,7 @@ def open_arrow(path: Path, files: Sequence[Path], given: Given) -> RowSource | T
     """Parquet or Arrow files as one data set. given: columns, the folder of images, and the cache. Raises DataError and ConfigError."""
     rows = ArrowRows(path, files)
     is_own = LAYOUT in (rows.schema.metadata or {})
-    reading = None if is_own else choose_columns(rows, _with_image(rows, given.columns))
+    reading = None if is_own else _reading(rows, given)
     looked_at = set(getattr(reading, "roles", {}).values()) or set(rows.columns)
     columns = [name for name in rows.columns if name in looked_at]
     with_bytes = [name for name in columns if has_bytes(rows.schema.field(name).type)]
@@ -142,6 +145,12 @@ def open_arrow(path: Path, files: Sequence[Path], given: Given) -> RowSource | T
     if reading is not None and not any(_bytes_in(rows.first[name]) for name in with_bytes):
         return TableSource(rows, reading, images=given.folder, scan=ColumnScan if isinstance(reading, Columns) else None)
     return RowSource(_quick(rows, given), reading, images=given.folder)
+
+
+def _reading(rows: ArrowRows, given: Given) -> Reading:
+    roles = given.columns.keys() - {"conversations", "messages", "image", "images", "system"}
+    conversations = None if roles else conversations_of(rows.first, given.columns)
+    return conversations or choose_columns(rows, _with_image(rows, given.columns))
 
 
 def _quick(rows: ArrowRows, given: Given) -> ArrowRows:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 from multimodal.data.shards.reader import ShardSource
-from tasks.data import benchmarks, coco, folder, imagefolder, karpathy, parquet, table, vqa
+from tasks.data import benchmarks, coco, conversations, folder, karpathy, parquet, table, vqa
 from tasks.data.reader import Found, Given, Reader, ReadSource
 from tasks.data.rows import is_row_file
 
@@ -25,7 +25,8 @@ READERS: tuple[Reader, ...] = (
     karpathy.READER,
     vqa.READER,
     *benchmarks.READERS,
-    imagefolder.READER,
+    folder.IMAGEFOLDER,
+    conversations.READER,
     folder.READER,
     parquet.READER,
     parquet.HUB,

@@ -192,10 +192,8 @@ class _JsonList(_RowsAtOffsets):
         try:
             self._look(text, self._after(text, 0), spans)
         except (ValueError, RecursionError) as error:
-            at = spans[-1][1] if spans else 0
-            raise DataError(
-                f"{self.path} is not JSON at row {len(spans)}, line {text.count(chr(10), 0, at) + 1}: {error}; is it whole?"
-            ) from None
+            line = error.lineno if isinstance(error, json.JSONDecodeError) else text.count("\n", 0, spans[-1][1] if spans else 0) + 1
+            raise DataError(f"{self.path} is not JSON at row {len(spans)}, line {line}: {error}; is it whole?") from None
         self.spans = np.array(spans, dtype=np.int64).reshape(-1, 2) + start
         self.lines = np.arange(len(spans))
 

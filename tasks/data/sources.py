@@ -75,6 +75,11 @@ class Opened:
         """How the benchmark's own result file calls its items, where it differs from the usual one."""
         return self.files.official if isinstance(self.files, BenchmarkSource) else None
 
+    @property
+    def beyond(self) -> Mapping[str, int]:
+        """How many rows have what not every model reads: several images, no image, earlier turns."""
+        return self.files.beyond if isinstance(self.files, TableSource) else {}
+
 
 # What gives texts to a folder of images, with what may stand beside each.
 _TEXTS: Mapping[str, tuple[str, ...]] = {

@@ -27,6 +27,7 @@ class TableSource:
     images, and questions, are counted from 0 in the file's order.
 
     problems   what rows name and the data set cannot give: images that are not there, images without a text, empty texts
+    beyond     how many rows have what not every model reads: several images, no image, earlier turns
     """
 
     def __init__(self, rows: RowFile, reading: Reading, *, images: Path, scan: type[Scan] | None = None) -> None:
@@ -37,6 +38,7 @@ class TableSource:
         self._rows, self._reading, self._root = rows, reading, images
         found = (scan or Scan)(rows, reading, ImageFolder(images), images)
         self.problems = tuple(found.problems)
+        self.beyond: Mapping[str, int] = {name: number for name, number in found.beyond.items() if number}
         self._numbers, self._starts, self._members = found.numbers, found.starts, found.members
         self._first_question = found.first_question
         self._keyed, self._has_ids, self._has_question_ids = found.keyed, found.has_ids, found.has_question_ids
@@ -52,11 +54,12 @@ class TableSource:
     @property
     def sentence(self) -> str:
         """What was understood, for the log."""
-        return f"{self._reading.sentence}; {counted(len(self), 'image')} in {counted(len(self._rows), 'row')}"
+        beyond = "".join(f", {number:,} of them with {name}" for name, number in self.beyond.items())
+        return f"{self._reading.sentence}; {counted(len(self), 'image')} in {counted(len(self._rows), 'row')}{beyond}"
 
     @property
     def item_ids(self) -> tuple[int, ...]:
-        """Every id that an official result file must hold: of questions where there are some, else of images."""
+        """Every id that an official result file must hold: of questions where there are some, else of images; none where a text is either."""
         return tuple(self._item_ids.tolist())
 
     @property
@@ -80,7 +83,7 @@ class TableSource:
         return Sample(
             key=key,
             image_id=named if self._has_ids and isinstance(named, int) else number,
-            image=images[0],
+            image=images[0] if images else None,
             further=tuple(images[1:]),
             captions=tuple(caption for one in parts for caption in one.captions),
             questions=tuple(self._questions(parts, members)),
@@ -105,13 +108,13 @@ class TableSource:
                 )
                 yield Question(
                     question_id=number, text=asked.text, answers=asked.answers, question_type=asked.question_type, answer_type=asked.answer_type,
-                    marks=asked.marks, turns=asked.turns,
+                    marks=asked.marks, turns=asked.turns, places=asked.places,
                 )  # fmt: skip
 
 
 def _key(images: tuple[ImageValue, ...], number: int) -> str:
-    """The images' names; the sample's number where an image has none."""
-    return "+".join(value if isinstance(value, str) else str(number) for value in images)
+    """The images' names; the sample's number where an image has none, or there is none."""
+    return "+".join(value if isinstance(value, str) else str(number) for value in images) or str(number)
 
 
 def relative_name(name: str, root: Path) -> str:
@@ -132,10 +135,12 @@ class Scan:
     def __init__(self, rows: RowFile, reading: Reading, folder: ImageFolder, root: Path) -> None:
         self._rows, self._reading, self._folder, self._root = rows, reading, folder, root
         self.problems: list[BadSample] = []
-        self._known: dict[tuple[ImageValue, ...], int] = {}  # images -> their number
+        self.beyond = dict.fromkeys(("several images", "no image", "earlier turns"), 0)
+        self._known: dict[tuple[str, ...], int] = {}  # images -> their number
         self._is_there: list[bool] = []
         self._ids: dict[int | str, int] = {}
         self.keyed = self.has_ids = self.has_question_ids = True
+        self.is_either = False  # an exchange of a conversation is a caption and a question
         self._question_ids: dict[int, None] = {}  # in the order of the rows
         image_of, n_questions = self._look()
         # One image may have several ids: then no id names it.
@@ -150,26 +155,34 @@ class Scan:
         for row, values in enumerate(self._rows):
             place = partial(self._rows.place, row)
             parts = self._reading.parts(values, place)
-            number = self._number(parts, row, place) if parts.images else -1
+            number = self._number(parts, row, place) if parts.images or parts.is_text_only else -1
             self._note_ids(parts, number)
             n_questions.append(len(parts.questions))
+            self.is_either |= bool(parts.captions and parts.questions and parts.questions[0].places is not None)
             if parts.problems:
-                self.problems += [BadSample(key=_key(parts.images, row), reason=reason, detail=detail) for reason, detail in parts.problems]
-            if not parts.images:
+                key = _key(parts.images, row) if parts.images else place()
+                self.problems += [BadSample(key=key, reason=reason, detail=detail) for reason, detail in parts.problems]
+            if number < 0:
                 self.problems.append(BadSample(key=str(row), reason="no image", detail=f"{place()} names no image"))
             is_used = number >= 0 and self._is_there[number] and (parts.captions or parts.questions or not self._reading.has_texts)
             if number >= 0 and self._is_there[number] and not is_used and not parts.problems:
                 self.problems.append(BadSample(key=_key(parts.images, row), reason="no text", detail=f"{place()} has no text"))
             image_of.append(number if is_used else -1)
+            if is_used:
+                self._note_beyond(parts)
         return np.array(image_of, dtype=np.int64), np.array(n_questions, dtype=np.int64)
 
+    def _note_beyond(self, parts: Parts) -> None:
+        self.beyond["several images"] += len(parts.images) > 1
+        self.beyond["no image"] += not parts.images
+        self.beyond["earlier turns"] += any(asked.turns for asked in parts.questions)
+
     def _number(self, parts: Parts, row: int, place: Callable[[], str]) -> int:
-        """The number of a row's images; of some that were not there before, whether they are files."""
-        has_bytes = any(isinstance(value, bytes) for value in parts.images)
-        key = (*parts.images, str(row)) if has_bytes else parts.images
-        number = self._known.setdefault(key, len(self._known))
+        """The number of a row's images; of some that were not there before, whether they are files. Bytes are a row's own, and so is no image."""
+        names = tuple(value for value in parts.images if isinstance(value, str))
+        is_own = len(names) < max(len(parts.images), 1)
+        number = self._known.setdefault((*names, f"\0{row}") if is_own else names, len(self._known))
         if number == len(self._is_there):
-            names = [name for name in parts.images if isinstance(name, str)]
             missing = [name for name in names if not self._folder.has(relative_name(name, self._root), place)]
             self._is_there.append(not missing)
             if missing:
@@ -201,6 +214,8 @@ class Scan:
 
     def _item_ids(self, n_questions: NDArray[np.int64]) -> NDArray[np.int64]:
         total = int(n_questions.sum())
+        if total and self.is_either:  # the task decides which
+            return np.zeros(0, dtype=np.int64)
         if total:
             return np.fromiter(self._question_ids, dtype=np.int64) if self.has_question_ids else np.arange(total)
         return np.array(list(self._ids), dtype=np.int64) if self.has_ids else np.arange(len(self._known))

@@ -128,21 +128,33 @@ def _questions(
     model: VisionLanguageModel, source: SampleSource, task: Task, patches: CachedFeatures, shift: int, settings: GenerationSettings
 ) -> Iterator[_Question | BadSample]:
     encoder = model.row_encoder()
-    for index in range(len(source)):
-        sample = source[index]
-        displayed = (index + shift) % len(source)
+    read = [(task.asked(sample), len(sample.images)) for sample in (source[index] for index in range(len(source)))]
+    for index, displayed in enumerate(_displayed([n_images for _, n_images in read], shift)):
         if displayed in patches.bad:
             yield patches.bad[displayed]
             continue
         seen = patches[displayed] if encoder.reads_images else None  # a row of a model that sees already has its image's own tokens
-        for asked in task.asked(sample):
+        for asked in read[index][0]:
             try:
-                row = encoder.prompt(asked.question, seen)
+                row = encoder.row(asked.text, seen)
                 if model.head is None:  # nothing is written after the prompt of one that chooses
                     check_room(model.language, len(row.ids), settings)
                 yield _Question(asked.item, row, displayed)
             except TextTooLong as error:
-                yield BadSample(key=sample.key, reason="text too long", detail=str(error))
+                yield BadSample(key=source[index].key, reason="text too long", detail=str(error))
+
+
+def _displayed(n_images: Sequence[int], shift: int) -> list[int]:
+    """For each sample the one whose images it is given: itself, or the one `shift` further among those with as many images, and never itself."""
+    alike: dict[int, list[int]] = {}
+    for index, n in enumerate(n_images):
+        alike.setdefault(n, []).append(index)
+    displayed = list(range(len(n_images)))
+    for members in alike.values():
+        step = shift % len(members) or min(shift, 1)
+        for place, index in enumerate(members):
+            displayed[index] = members[(place + step) % len(members)]
+    return displayed
 
 
 def _answer(model: VisionLanguageModel, questions: Sequence[_Question], patches: CachedFeatures, settings: GenerationSettings) -> dict[int, str]:

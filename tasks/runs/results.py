@@ -169,7 +169,7 @@ def _cards(source: SampleSource, task: Task, predictions: Predictions, score: Sc
 
 def _image(sample: Sample) -> bytes | None:
     try:
-        return read_image_bytes(sample.image)
+        return read_image_bytes(sample.images[0]) if sample.images else None
     except DataError:
         return None
 

@@ -19,7 +19,7 @@ from multimodal.data.images.decode import decode_image
 from multimodal.data.loader import Batches, Texts
 from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.processes import process_state
-from multimodal.sample import BadSamples, SampleSource
+from multimodal.sample import BadSamples, DamagedSample, SampleSource
 from multimodal.training.prepare import mean_loss
 from multimodal.training.records import VAL_LOSS, LoggedSamples, flat
 from multimodal.training.train import check_training, train
@@ -37,6 +37,7 @@ from tasks.evaluation.evaluate import (
 )
 from tasks.runs.compose import features_to_learn, features_to_log, frozen_model, load_adapted
 from tasks.runs.config import RunConfig, chosen_methods
+from tasks.runs.conversations import refuse_beyond
 from tasks.runs.results import write_card_metrics, write_metrics, write_run_report
 from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
 from tasks.vqa import answer_vocabulary
@@ -100,7 +101,7 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
     """
     task = config.chosen_task()
     methods = chosen_methods(config.methods)
-    template = task.words_for(config.parts.model is not None)
+    template = task.words_for(config.parts.model is not None, _asks_as_written(source))
     model = frozen_model(config.parts, template=template, layer=config.layer, use="read" if config.n_answers else "write")
     model.add_adapter("default", methods, connector=config.connector, connector_methods=config.methods_on_connector)
     if config.encoder_methods:
@@ -110,6 +111,14 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
     vocabulary = answer_vocabulary(config.vqa, source)
     model.add_answer_head(vocabulary.answers)
     return model, vocabulary.texts
+
+
+def _asks_as_written(source: SampleSource) -> bool:
+    """Whether the questions are turns of conversations, by the first sample that is whole."""
+    for index in range(len(source)):
+        with contextlib.suppress(DamagedSample):
+            return any(question.places is not None for question in source[index].questions)
+    return False
 
 
 # ----------------------------------------
@@ -124,11 +133,13 @@ def logged_samples(source: SampleSource, task: Task, texts: Mapping[int, str]) -
     logged: list[LoggedSamples] = []
     for index in range(0, len(source), max(len(source) // N_DISPLAYED, 1)):
         sample = source[index]
+        if not sample.images:
+            continue
         asked = next((one for one in task.asked(sample) if one.item in texts), None)
         if asked is None or len(logged) == N_DISPLAYED:
             continue
         try:
-            image = decode_image(sample.image)
+            image = decode_image(sample.images[0])
         except DataError:  # a source that has become unreadable is the evaluation's to report
             continue
         logged.append(LoggedSamples(key=sample.key, image=image, text=f"{asked.question} {texts[asked.item]}".strip()))
@@ -155,8 +166,10 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
     refuse_taken(config.out, resume=resume)  # before the models are loaded, which takes a while
     task = config.chosen_task()
     opened, val = (_opened(data, config) for data in (config.data.train, config.data.val))
+    _refuse_beyond(config, opened, val, task)
     torch.manual_seed(config.train.seed)
     model, texts = new_model(config, opened.source)
+    _refuse_beyond(config, opened, val, task, model)
     check_training(model, config.train, config.out, resume=resume)  # before an image is read
     if is_main():
         model.print_trainable_parameters()
@@ -203,6 +216,7 @@ def evaluate_run(
         raise ConfigError(f"the adapter in {adapter} was trained for {saved['task']}, and the config's task is {task.name}: give the config of its run")
     val = config.data.val.open()
     _log(val.sentence)
+    refuse_beyond(val, "data.val", task, f"the model of {adapter}", model.row_encoder())
     with run_folder(out) as folder:
         images = read_images(val, features_to_log(model, val.source, config, "encoding the images"))
         refuse_gaps(task, val, images.source, images.bad, submission)
@@ -223,6 +237,14 @@ def _opened(data: DataConfig, config: RunConfig) -> Opened:
     _log(opened.sentence)
     BadSamples(budget=config.train.bad_samples, found=opened.problems).check()
     return opened
+
+
+def _refuse_beyond(config: RunConfig, train_data: Opened, val: Opened, task: Task, model: VisionLanguageModel | None = None) -> None:
+    """As `refuse_beyond`: a composed model's data before it is loaded, those of one that sees already by its processor."""
+    if config.model is None or model is not None:
+        reader = f"'{config.model}'" if config.model else f"a model of the encoder {config.encoder} and the language model {config.language_model}"
+        for place, data in (("data.train", train_data), ("data.val", val)):
+            refuse_beyond(data, place, task, reader, model and model.row_encoder())
 
 
 def _evaluate(model: VisionLanguageModel, images: ReadImages, task: Task, config: RunConfig, before: Mapping[str, Score]) -> Evaluation:

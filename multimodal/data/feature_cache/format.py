@@ -180,7 +180,7 @@ class VectorContents:
         start = 8 + int(words[0])
         stated = json.loads(raw[8:start].numpy().tobytes())
         n_bytes = sum(stated["counts"]) * self.width * self.torch_dtype.itemsize
-        vectors = raw[start : start + n_bytes].view(self.torch_dtype).view(-1, self.width)
+        vectors = raw[start : start + n_bytes].view(self.torch_dtype).view(sum(stated["counts"]), self.width)
         grids = tuple(torch.tensor([grid], dtype=torch.int64) for grid in stated["grids"])
         return Prepared(wording=tuple(stated["wording"]), counts=tuple(stated["counts"]), grids=grids, vectors=vectors)
 

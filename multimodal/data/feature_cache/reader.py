@@ -24,6 +24,7 @@ from adalink.errors import ConfigError, DataError
 from adalink.files import write_whole
 from multimodal.batches.prepared import Prepared
 from multimodal.data.feature_cache.format import ABSENT, MEND, AnyContents, ShardFile, contents_from
+from multimodal.data.images.decode import ImageOrFile
 from multimodal.data.order import fingerprint_of
 from multimodal.encoders.bound_parts import test_image
 from multimodal.encoders.tower import VisionTower
@@ -163,8 +164,10 @@ def _fingerprints_of_images(source: SampleSource) -> tuple[str, str]:
     for index in range(len(source)):
         try:
             sample = source[index]
-            for image in (sample.image, *sample.further):
-                digest.update(_note(replace(sample, image=image), is_read=index % step == 0))
+            if not sample.images:
+                digest.update(f"{sample.key}\0no image\0".encode())
+            for image in sample.images:
+                digest.update(_note(sample, image, is_read=index % step == 0))
                 if isinstance(image, (str, Path)):
                     files.append(Path(image))
         except DamagedSample as error:
@@ -192,12 +195,12 @@ def _some_bytes(path: Path) -> bytes:
     return digest.digest()
 
 
-def _note(sample: Sample, *, is_read: bool) -> bytes:
+def _note(sample: Sample, image: ImageOrFile, *, is_read: bool) -> bytes:
     key = sample.key if sample.decode == "exact" else f"{sample.key}\0{sample.decode}"
-    if isinstance(sample.image, (bytes, Image.Image)):
-        content = sample.image if isinstance(sample.image, bytes) else sample.image.tobytes()
+    if isinstance(image, (bytes, Image.Image)):
+        content = image if isinstance(image, bytes) else image.tobytes()
         return f"{key}\0{hashlib.sha256(content).hexdigest()}\0".encode()
-    path, size, read = Path(sample.image), -1, b""
+    path, size, read = Path(image), -1, b""
     with suppress(OSError, ValueError):  # a missing image raises an error where it is encoded
         size = path.stat().st_size
         read = hashlib.sha256(path.read_bytes()).digest() if is_read else b""

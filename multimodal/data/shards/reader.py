@@ -36,7 +36,7 @@ __all__ = [
 
 
 _DECODER = json.JSONDecoder()
-_WHERE_GIVEN = ("marks", "turns")  # fields of a question that most have not
+_WHERE_GIVEN: Mapping[str, object] = {"marks": (), "turns": (), "places": None}  # what fields of a question are that most have not
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 
 
@@ -75,7 +75,10 @@ def encode_record(sample: Sample, further: Sequence[Span] = ()) -> bytes:
         "key": sample.key,
         "image_id": sample.image_id,
         "captions": sample.captions,
-        "questions": [{name: value for name, value in asdict(question).items() if value or name not in _WHERE_GIVEN} for question in sample.questions],
+        "questions": [
+            {name: value for name, value in asdict(question).items() if name not in _WHERE_GIVEN or value != _WHERE_GIVEN[name]}
+            for question in sample.questions
+        ],
     }
     if further:
         record["further"] = further
@@ -153,7 +156,7 @@ def _question(row: object) -> Question:
         raise DataError(f"question {question_id} of its json member has answers or types that are no text")
     return Question(
         question_id=question_id, text=text, answers=tuple(answers), question_type=types[0], answer_type=types[1], marks=tuple(marks),
-        turns=_turns(row.get("turns") or []),
+        turns=_turns(row.get("turns") or []), places=None if row.get("places") is None else _places(row["places"]),
     )  # fmt: skip
 
 
@@ -162,6 +165,13 @@ def _turns(found: object) -> tuple[tuple[str, str], ...]:
     if not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(each, str) for each in turn) for turn in turns):
         raise DataError("the turns before a question of its json member are no pairs of role and text")
     return tuple((role, text) for role, text in turns)
+
+
+def _places(found: object) -> tuple[tuple[int, int], ...]:
+    places: list[Any] = found if isinstance(found, list) else [found]
+    if not all(isinstance(place, list) and len(place) == 2 and all(type(each) is int and each >= 0 for each in place) for place in places):
+        raise DataError("the places of a question's images in its json member are no pairs of turn and letter")
+    return tuple((turn, letter) for turn, letter in places)
 
 
 def _span(row: object) -> Span:

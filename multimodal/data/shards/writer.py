@@ -177,6 +177,8 @@ class ShardJob:
 
     def _add(self, tar: TarFile, key: str, sample: Sample) -> tuple[tuple[int, int, int], ...]:
         """The places of image, json and txt in the tar file. The json says where further images lie, which are written before it."""
+        if sample.image is None:
+            raise BadImage("no image", f"sample {sample.key!r} has no image, and shards hold images with their texts: train from its file")
         image, kind = self._image(sample.image)
         further = [self._image(one) for one in sample.further]
         places = [Span(tar.add(f"{key}.{n}.{kind}", data), len(data), zlib.crc32(data)) for n, (data, kind) in enumerate(further, 1)]

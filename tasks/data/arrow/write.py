@@ -130,7 +130,7 @@ def _write_file(source: SampleSource, path: Path, indices: Iterable[int], bad: B
                 bad.check()
                 continue
             rows.append(row)
-            written, size = written + 1, size + len(row["image"]["bytes"])
+            written, size = written + 1, size + (len(row["image"]["bytes"]) if row["image"] else 0)
             if len(rows) >= _GROUP_ROWS or size >= _GROUP_BYTES:
                 writer.write_table(arrow.Table.from_pylist(rows, schema))
                 rows, size = [], 0
@@ -145,16 +145,18 @@ def _bad(sample: Sample, error: BadImage) -> BadSample:
 
 def _row(sample: Sample) -> dict[str, Any]:
     """Raises BadImage."""
-    images = [_image(image) for image in (sample.image, *sample.further)]
+    images = [_image(image) for image in sample.images]
     questions = [
         {
             "question_id": asked.question_id, "question": asked.text, "answers": asked.answers, "question_type": asked.question_type,
             "answer_type": asked.answer_type, "marks": asked.marks, "turns": [{"role": role, "text": text} for role, text in asked.turns],
+            "places": None if asked.places is None else [{"turn": turn, "letter": letter} for turn, letter in asked.places],
         }
         for asked in sample.questions
     ]  # fmt: skip
     return {
-        "key": sample.key, "image_id": sample.image_id, "image": images[0], "further": images[1:], "captions": sample.captions, "questions": questions,
+        "key": sample.key, "image_id": sample.image_id, "image": images[0] if images else None, "further": images[1:], "captions": sample.captions,
+        "questions": questions,
     }  # fmt: skip
 
 
@@ -170,10 +172,10 @@ def samples_schema() -> Any:
     arrow = import_arrow()
     text, number, texts = arrow.string(), arrow.int64(), arrow.list_(arrow.string())
     image = arrow.struct([("bytes", arrow.binary()), ("path", text)])
-    turn = arrow.struct([("role", text), ("text", text)])
+    turn, place = arrow.struct([("role", text), ("text", text)]), arrow.struct([("turn", number), ("letter", number)])
     question = arrow.struct([
         ("question_id", number), ("question", text), ("answers", texts), ("question_type", text), ("answer_type", text), ("marks", texts),
-        ("turns", arrow.list_(turn)),
+        ("turns", arrow.list_(turn)), ("places", arrow.list_(place)),
     ])  # fmt: skip
     fields = [("key", text), ("image_id", number), ("image", image), ("further", arrow.list_(image)), ("captions", texts), ("questions", arrow.list_(question))]
     string, integer = {"dtype": "string", "_type": "Value"}, {"dtype": "int64", "_type": "Value"}
@@ -181,6 +183,7 @@ def samples_schema() -> Any:
     asked = {
         "question_id": integer, "question": string, "answers": strings, "question_type": string, "answer_type": string, "marks": strings,
         "turns": {"feature": {"role": string, "text": string}, "_type": "List"},
+        "places": {"feature": {"turn": integer, "letter": integer}, "_type": "List"},
     }  # fmt: skip
     features = {
         "key": string, "image_id": integer, "image": image_feature, "further": {"feature": image_feature, "_type": "List"}, "captions": strings,
@@ -194,13 +197,14 @@ def sample_of(row: Mapping[str, Any]) -> Sample:
     return Sample(
         key=row["key"],
         image_id=row["image_id"],
-        image=row["image"]["bytes"],
+        image=None if row["image"] is None else row["image"]["bytes"],
         further=tuple(image["bytes"] for image in row["further"]),
         captions=tuple(row["captions"]),
         questions=tuple(
             Question(
                 question_id=asked["question_id"], text=asked["question"], answers=tuple(asked["answers"]), question_type=asked["question_type"],
                 answer_type=asked["answer_type"], marks=tuple(asked["marks"]), turns=tuple((turn["role"], turn["text"]) for turn in asked["turns"]),
+                places=None if asked.get("places") is None else tuple((place["turn"], place["letter"]) for place in asked["places"]),
             )
             for asked in row["questions"]
         ),

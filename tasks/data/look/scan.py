@@ -104,7 +104,7 @@ def _seen(source: SampleSource, number: int) -> Seen:
     except DamagedSample as error:
         return Seen(number=number, key=error.bad.key, file=error.bad.file, place=place, bad=error.bad)
     images, bad = [], None
-    for image in (sample.image, *sample.further):
+    for image in sample.images:
         try:
             images.append(_image_file(image))
         except BadImage as error:
@@ -144,7 +144,8 @@ def thumbnails(source: SampleSource, numbers: Sequence[int], *, side: int, worke
 
 def _thumbnail(source: SampleSource, number: int, side: int) -> Thumbnail:
     try:
-        return thumbnail(decode_image(source[number].image, at_least=2 * side), side=side, quality=70)
+        images = source[number].images
+        return thumbnail(decode_image(images[0], at_least=2 * side), side=side, quality=70) if images else Thumbnail(reason="no image")
     except BadImage as error:
         return Thumbnail(reason=error.reason)
     except DamagedSample as error:
@@ -171,7 +172,7 @@ def _unusable(source: SampleSource, number: int, task: Task | None) -> BadSample
     except DamagedSample as error:
         return error.bad
     try:
-        for image in (sample.image, *sample.further):
+        for image in sample.images:
             decode_image(image)
     except BadImage as error:
         return _bad(sample, error.reason, str(error), place)
