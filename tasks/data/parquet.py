@@ -244,7 +244,7 @@ class ColumnScan(Scan):
         """The image of a row that is not plain, -1 where the row cannot be used, and how many questions it has; notes what is wrong with it."""
         place = partial(self._rows.place, row)
         parts = self._reading.parts(self._rows[row], place)
-        key = "+".join(map(str, parts.images))
+        key = "+".join(map(str, parts.images)) or place()
         bad = [BadSample(key=key, reason=reason, detail=detail) for reason, detail in parts.problems]
         if image < 0:
             bad.append(BadSample(key=str(row), reason="no image", detail=f"{place()} names no image"))
