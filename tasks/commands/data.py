@@ -93,8 +93,8 @@ def _look(values: Any, plain: Any) -> None:
     html = render(facts, chosen, small, title=_title(data))
     write_page(values.out, html)
     print(f"\n{values.out}: {counted(len(chosen), 'sample')} to browse ({len(html) / 2**20:.1f} MiB)")
-    if damaged := sum(bool(image.reason) and one.bad is None for one, image in zip(chosen, small, strict=True)):
-        print(f"{counted(damaged, 'image')} of the page cannot be decoded: `adalink data check` names every one")
+    if damaged := sum(one.bad is None and any(image.reason for image in images) for one, images in zip(chosen, small, strict=True)):
+        print(f"{counted(damaged, 'sample')} of the page with an image that cannot be decoded: `adalink data check` names every one")
 
 
 def _facts(values: Any, data: DataConfig, opened: Opened, workers: int) -> Facts:

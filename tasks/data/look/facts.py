@@ -127,14 +127,16 @@ class Facts:
 
     @property
     def _counts(self) -> Part:
-        rows = [("images" if all(len(one.images) < 2 for one in self.seen) else "samples", f"{self.total:,}", "")]
-        if len(self.images) > len(self.seen):
+        has_several = any(len(one.images) > 1 or (not one.images and one.bad is None) for one in self.seen)
+        what = "sample" if has_several else "image"
+        rows = [(f"{what}s", f"{self.total:,}", "")]
+        if has_several:
             rows.append(("images", f"{len(self.images):,}", _each([len(one.images) for one in self.seen], "sample")))
         if "caption" in self.texts:
-            rows.append(("captions", f"{len(self.texts['caption']):,}", _each([len(one.captions) for one in self.seen], "image")))
+            rows.append(("captions", f"{len(self.texts['caption']):,}", _each([len(one.captions) for one in self.seen], what)))
         if "question" in self.texts:
             asked = [question for one in self.seen for question in one.questions]
-            rows.append(("questions", f"{len(asked):,}", _each([len(one.questions) for one in self.seen], "image")))
+            rows.append(("questions", f"{len(asked):,}", _each([len(one.questions) for one in self.seen], what)))
             rows.append(("answers", f"{len(self.texts.get('answer', ())):,}", _each([len(question.answers) for question in asked], "question")))
         notes = []
         if self.is_part:
@@ -346,8 +348,12 @@ def _prose(one: Seen) -> list[str]:
     return [*one.captions, *(question.text for question in one.questions)]
 
 
+def _all_texts(one: Seen) -> list[str]:
+    return [*_prose(one), *(answer for question in one.questions for answer in question.answers)]
+
+
 def _of_long_texts(seen: Sequence[Seen]) -> list[Reason]:
-    lengths = [max(map(len, _prose(one)), default=0) for one in seen]
+    lengths = [max(map(len, _all_texts(one)), default=0) for one in seen]
     usual = float(np.median(lengths))
     scores = _spreads([math.log2(1 + length) for length in lengths])
     return [
@@ -386,7 +392,7 @@ def _of_answers(seen: Sequence[Seen], answers: Mapping[str, int]) -> list[list[R
 
 def _signs(one: Seen) -> Iterator[Reason]:
     for pattern, name in _SIGNS:
-        if match := next(filter(None, map(pattern.search, _prose(one))), None):
+        if match := next(filter(None, map(pattern.search, _all_texts(one))), None):
             yield _MARKED, name, f"{name}: {_cut(match[0])!r}"
 
 

@@ -33,13 +33,14 @@ function bytes(count) {
 
 function card(entry) {
   const made = element("li", "card"), image = element("div", "image");
-  if (entry.i) {
+  for (const small of entry.i) {
     const img = document.createElement("img");
     img.decoding = "async";
     img.alt = `Image ${entry.k}`;
-    img.src = "data:image/jpeg;base64," + entry.i;
+    img.src = "data:image/jpeg;base64," + small;
     image.append(img);
-  } else image.append(element("p", "missing", entry.r || "no image"));
+  }
+  if (!entry.i.length || entry.r) image.append(element("p", "missing", entry.r || "no image"));
   made.append(image);
   if (entry.m.length) {
     const marks = element("p", "marks");

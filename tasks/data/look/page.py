@@ -60,11 +60,12 @@ def chosen_samples(facts: Facts, most: int) -> list[Seen]:
 # What the page's script reads: short names, because there are thousands.
 
 
-def _entry(one: Seen, small: Thumbnail, marks: Sequence[str], notes: Sequence[str], score: float) -> dict[str, Any]:
-    """A sample: key, place, image (width, height, bytes, kind), thumbnail, captions, questions with counted answers and earlier turns, marks, notes, score."""
+def _entry(one: Seen, small: Sequence[Thumbnail], marks: Sequence[str], notes: Sequence[str], score: float) -> dict[str, Any]:
+    """A sample: key, place, image (width, height, bytes, kind), thumbnails, captions, questions with counted answers and earlier turns, marks, notes, score."""
     image = one.images[0] if one.images else None
     return {
-        "n": one.number, "k": one.key, "p": one.place, "f": one.file, "i": small.url.partition(",")[2], "r": small.reason,
+        "n": one.number, "k": one.key, "p": one.place, "f": one.file, "i": [image.url.partition(",")[2] for image in small if image.url],
+        "r": next((image.reason for image in small if image.reason), ""),
         "s": [image.width, image.height, image.size, image.kind] if image else [0, 0, 0, ""], "x": len(one.images),
         "c": one.captions, "q": [[asked.text, Counter(asked.answers).most_common(), asked.turns] for asked in one.questions],
         "m": marks, "w": notes, "o": round(score, 2),
@@ -74,28 +75,29 @@ def _entry(one: Seen, small: Thumbnail, marks: Sequence[str], notes: Sequence[st
 def _bad_entry(bad: BadSample) -> dict[str, Any]:
     """A sample that the data set names and cannot give."""
     return {
-        "n": -1, "k": bad.key, "p": "", "f": bad.file, "i": "", "r": bad.reason, "s": [0, 0, 0, ""], "x": 0, "c": [], "q": [],
+        "n": -1, "k": bad.key, "p": "", "f": bad.file, "i": [], "r": bad.reason, "s": [0, 0, 0, ""], "x": 0, "c": [], "q": [],
         "m": ["problem"], "w": [f"{bad.reason}: {bad.detail}"], "o": 0,
     }  # fmt: skip
 
 
-def _entries(facts: Facts, chosen: Sequence[Seen], small: Sequence[Thumbnail]) -> list[dict[str, Any]]:
+def _entries(facts: Facts, chosen: Sequence[Seen], small: Sequence[Sequence[Thumbnail]]) -> list[dict[str, Any]]:
     odd = {one.number: one for one in facts.odd if one.score >= ODD}
     same = {one.number: samples for samples in facts.same.values() for one in samples}
     entries, room = [], MOST_BYTES
-    for one, image in zip(chosen, small, strict=True):
-        room -= len(image.url)
+    for one, images in zip(chosen, small, strict=True):
+        room -= sum(len(image.url) for image in images)
+        damage = next((image.reason for image in images if image.reason), "")
         notes = [*(odd[one.number].reasons if one.number in odd else ())]
         if one.number in same:
             group = same[one.number]
             notes.append(f"equal bytes: {listed([other.key for other in group[:7] if other is not one][:6], len(group) - 1)}")
         if one.number in facts.shared:
             notes.append(f"val has this image too: {facts.shared[one.number]}")
-        problem = f"{one.bad.reason}: {one.bad.detail}" if one.bad is not None else image.reason and f"the image cannot be decoded: {image.reason}"
+        problem = f"{one.bad.reason}: {one.bad.detail}" if one.bad is not None else damage and f"the image cannot be decoded: {damage}"
         if problem:
             notes.insert(0, problem)
         has = {"problem": bool(problem), "odd": one.number in odd, "duplicate": one.number in same, "val": one.number in facts.shared}
-        fitting = image if room > 0 else Thumbnail(reason="the page has room for no more thumbnails")
+        fitting = images if room > 0 else [Thumbnail(reason="the page has room for no more thumbnails")]
         entries.append(_entry(one, fitting, [mark for mark, is_so in has.items() if is_so], notes, odd[one.number].score if one.number in odd else 0.0))
     seen_bad = [one.bad for one in facts.seen if one.bad is not None]
     return [*map(_bad_entry, [bad for bad in facts.problems if bad not in seen_bad][:MOST_BAD]), *entries]
@@ -132,20 +134,20 @@ def _bars(facts: Facts) -> list[_Bars]:
     return [one for one in found if len(set(one.values)) > 1]
 
 
-def render(facts: Facts, chosen: Sequence[Seen], small: Sequence[Thumbnail], *, title: str) -> str:
-    """The page as HTML: the same text for the same facts. small: a thumbnail for each chosen sample."""
+def render(facts: Facts, chosen: Sequence[Seen], small: Sequence[Sequence[Thumbnail]], *, title: str) -> str:
+    """The page as HTML: the same text for the same facts. small: the thumbnails of each chosen sample."""
     environment = Environment(
         loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     style = Markup((REPORT / "page.css").read_text("utf-8") + (FOLDER / "look.css").read_text("utf-8"))
     script = Markup((FOLDER / "look.js").read_text("utf-8"))
-    images: Mapping[int, Thumbnail] = {one.number: image for one, image in zip(chosen, small, strict=True)}
+    images: Mapping[int, Sequence[Thumbnail]] = {one.number: images for one, images in zip(chosen, small, strict=True)}
     by_number = {one.number: one for one in facts.seen}
     parts = {part.name: part for part in facts.parts}
     return environment.get_template("look.html.j2").render(
         title=title, facts=facts, parts=parts, style=style, script=script, policy=policy(style, script), generator=Markup(_GENERATOR),
         bars=_bars(facts), draw=draw_bars, chosen=chosen, answers=[answer for answer, _ in facts.answers.most_common(200)],
-        oddest=[(one, by_number[one.number], images.get(one.number)) for one in the_oddest(facts.odd)],
+        oddest=[(one, by_number[one.number], images.get(one.number, ())) for one in the_oddest(facts.odd)],
         entries=_as_script(_entries(facts, chosen, small)),
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ __all__ = ["ImageFile", "Seen", "look_at", "skipped", "spread_over", "thumbnails
 Found = TypeVar("Found")
 _PIECE = 16  # samples that a process reads at once
 _MANY_RUNS = 100
+MOST_OF_SAMPLE = 4  # thumbnails
 _ENDINGS = {".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg", ".tif": "tiff", ".heif": "heic"}  # other names of a kind
 
 
@@ -137,19 +138,24 @@ def _bad(sample: Sample, reason: str, detail: str, place: str) -> BadSample:
 # Small images for a page.
 
 
-def thumbnails(source: SampleSource, numbers: Sequence[int], *, side: int, workers: int) -> list[Thumbnail]:
-    """The first image of each sample, at most `side` pixels wide and high."""
-    return list(_in_processes(source, numbers, partial(_thumbnail, side=side), "thumbnails", workers))
+def thumbnails(source: SampleSource, numbers: Sequence[int], *, side: int, workers: int) -> list[tuple[Thumbnail, ...]]:
+    """The images of each sample, the first four of them, at most `side` pixels wide and high."""
+    return list(_in_processes(source, numbers, partial(_thumbnails, side=side), "thumbnails", workers))
 
 
-def _thumbnail(source: SampleSource, number: int, side: int) -> Thumbnail:
+def _thumbnails(source: SampleSource, number: int, side: int) -> tuple[Thumbnail, ...]:
     try:
-        images = source[number].images
-        return thumbnail(decode_image(images[0], at_least=2 * side), side=side, quality=70) if images else Thumbnail(reason="no image")
+        sample = source[number]
+    except DamagedSample as error:
+        return (Thumbnail(reason=error.bad.reason),)
+    return tuple(_thumbnail(image, side) for image in sample.images[:MOST_OF_SAMPLE])
+
+
+def _thumbnail(image: ImageOrFile, side: int) -> Thumbnail:
+    try:
+        return thumbnail(decode_image(image, at_least=2 * side), side=side, quality=70)
     except BadImage as error:
         return Thumbnail(reason=error.reason)
-    except DamagedSample as error:
-        return Thumbnail(reason=error.bad.reason)
 
 
 # ----------------------------------------

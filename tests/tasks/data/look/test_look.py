@@ -190,3 +190,22 @@ def test_a_set_of_one_image_is_named_by_its_first_keys() -> None:
     )  # fmt: skip
     assert "'a dog' at 3,000 (100.0 % of the images)" in duplicates.rows[1]
     assert (listed(["a", "b"]), listed(["a"], 5)) == ("a, b", "a and 4 more")
+
+
+def test_conversations_about_several_images_and_none(data: Path) -> None:
+    talks = [
+        (["a.png", "b.png"], "<image><image>Which is red?", "The first."), (["wide.png"], "<image>What is it?", "A line &amp; nothing else."), ([], "How are you?", "Well."),
+    ]  # fmt: skip
+    with (data / "talks.jsonl").open("w") as file:
+        for images, asked, answer in talks:
+            messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages, "images": images}) + "\n")
+    done = adalink("data", "look", "talks.jsonl", "--images", "images", "--workers", "0")
+    assert done.code == 0, done
+    assert row(done, "samples") == ["3"]
+    assert row(done, "images") == ["3", "0 to 2 for each sample, 1.0 in the mean"]
+    assert "markup in a text: '&amp;'" in done.out
+    found = entries(data / "look.html")
+    assert [len(entry["i"]) for entry in found] == [2, 1, 0]
+    assert found[0]["q"][0][2] == [["system", "Be short."]]
+    assert adalink("data", "check", "talks.jsonl", "--images", "images", "--workers", "0").code == 0

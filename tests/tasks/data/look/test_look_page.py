@@ -32,7 +32,7 @@ def page(texts: list[str], title: str = "Data") -> str:
     seen = [sample(k, text, ("yes", "yes", text) if k % 10 == 0 else ()) for k, text in enumerate(texts)]
     problems = [BadSample(key=texts[0], reason="missing file", detail=f"{texts[0]} is missing", file="x.jpg")]
     facts = Facts(sentence=texts[0], total=len(seen), seen=seen, problems=problems, val={seen[-1].images[0].digest: texts[0]})
-    return render(facts, seen, [SMALL] * len(seen), title=title)
+    return render(facts, seen, [[SMALL]] * len(seen), title=title)
 
 
 def entries(html: str) -> list[dict[str, Any]]:
