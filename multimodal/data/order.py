@@ -211,7 +211,8 @@ class Mixture:
         self._ends = list(accumulate(len(source) for source in self._sources))
         self.sizes = tuple(len(source) for source in self._sources)
         self.weights = tuple(each.weight for each in sets.values())
-        self.fingerprint = _joined(fingerprint_of(source) for source in self._sources)
+        known = [fingerprint_of(source) for source in self._sources]
+        self.fingerprint = _joined(known) if all(known) else ""
 
     @property
     def texts_fingerprint(self) -> str:

@@ -31,7 +31,7 @@ def shards_from(data: DataConfig, *, out: Path, samples_per_shard: int = 1000, b
     """
     from multimodal.data.shards.writer import write_shards
 
-    opened = data.open()
+    opened = data.open(in_order=True)
     if opened.sentence:
         print(opened.sentence)
     manifest = write_shards(opened.source, out, samples_per_shard=samples_per_shard, budget=bad_samples, skipped=opened.problems, workers=workers)
@@ -49,7 +49,7 @@ def shards_to(data: DataConfig, *, out: Path, samples_per_file: int = 10_000, ba
     from multimodal.sample import BadSamples, counted
     from tasks.data.arrow.write import write_parquet
 
-    opened = data.open()
+    opened = data.open(in_order=True)
     if opened.sentence:
         print(opened.sentence)
     written = write_parquet(opened.source, out, samples_per_file=samples_per_file, budget=bad_samples, skipped=opened.problems)

@@ -56,7 +56,9 @@ class RowSource:
     def sentence(self) -> str:
         """What was understood, for the log."""
         understood = "samples as `adalink shards to` writes them" if self._reading is None else self._reading.sentence
-        return f"{understood}; {counted(len(self), 'row')} with their images in {counted(len(self._rows.files), 'file')}"
+        copy = self._rows.copy_folder
+        unpacked = f", read from an unpacked copy in {copy}" if copy is not None else ""
+        return f"{understood}; {counted(len(self), 'row')} with their images in {counted(len(self._rows.files), 'file')}{unpacked}"
 
     @property
     def fingerprint(self) -> str:

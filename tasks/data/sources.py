@@ -33,7 +33,7 @@ __all__ = ["Chosen", "DataConfig", "Opened", "open_mix", "open_shards", "place_o
 
 
 # ----------------------------------------
-# Shards as a config names them: a folder or a URL, or several mixed by weight.
+# Shards as a config names them, a folder or a URL; and several data sets mixed by weight.
 
 
 def open_shards(place: str, remote: RemoteSettings) -> tuple[SampleSource, tuple[BadSample, ...]]:
@@ -42,15 +42,20 @@ def open_shards(place: str, remote: RemoteSettings) -> tuple[SampleSource, tuple
     return source, tuple(source.problems)
 
 
-def open_mix(mix: Mapping[str, int], remote: RemoteSettings, decode: Decode) -> tuple[SampleSource, tuple[BadSample, ...]]:
-    """The samples of several folders or URLs, which a training stream mixes by weight; `coco:42` is sample 42 of .../coco."""
-    sources = {place: ShardSource(place, remote=remote) for place in mix}
+def open_mix(mix: Mapping[str, int], remote: RemoteSettings, decode: Decode) -> tuple[Mixture, tuple[BadSample, ...]]:
+    """The samples of several data sets, by path or URL, which a training stream mixes by weight; `coco:42` is sample 42 of .../coco."""
+    sources = {place: ShardSource(place, remote=remote) if is_url(place) else _read_path(place, remote.cache) for place in mix}
     short = {place: redacted(place).rstrip("/").rpartition("/")[2] for place in mix}
     names = {place: name if list(short.values()).count(name) == 1 else redacted(place) for place, name in short.items()}
     problems = tuple(replace(bad, key=f"{names[place]}:{bad.key}") for place, source in sources.items() for bad in source.problems)
     return Mixture(
         {names[place]: MixedSet(Drafted(source) if decode == "draft" else source, mix[place]) for place, source in sources.items()}
     ), problems
+
+
+def _read_path(place: str, cache: Path | None) -> ReadSource:
+    with loaded_once():
+        return open_path(Given(path=Path(place), cache=cache))[1]
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class DataConfig:
     image_name: str | None = None  # file name of an image where the annotations hold none: COCO_val2014_{image_id:012d}.jpg
     shards: str | Path | None = None  # webdataset shards: a folder, or the http, https, s3, gs or hf URL of one
     mix: dict[str, int] | None = (
-        None  # several sets of shards, folder or URL: weight, for instance {coco: 3, vqa: 1}, three of each four images coco's
+        None  # several data sets, path or URL: weight, for instance {coco: 3, vqa.parquet: 1}, three of each four images coco's
     )
     cache: Path | None = None  # a folder for unpacked copies of parquet, and for whole shards from a URL; none: shards are read from the server each time
     cache_gib: float = 50.0  # most that the cache may hold
@@ -130,7 +135,7 @@ class DataConfig:
             raise ConfigError(f"the data set's limit is {self.limit} and its cache_gib {self.cache_gib}: give 0 or more")
         if self.mix is not None and (self.limit or not self.mix or min(self.mix.values()) < 1):
             raise ConfigError(
-                f"mix is {self.mix} and limit {self.limit}: give sets of shards, each with a whole number from 1, and no limit"
+                f"mix is {self.mix} and limit {self.limit}: give data sets by path, each with a whole number from 1, and no limit"
             )
         if self.decode not in ("exact", "draft") or (self.decode == "draft" and self.scenes is not None):
             raise ConfigError(f"decode is {self.decode!r}: give exact or draft, which is for JPEGs (scenes are none)")

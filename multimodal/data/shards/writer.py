@@ -40,7 +40,7 @@ from multimodal.data.shards.manifest import (
     workplace,
 )
 from multimodal.data.shards.reader import Span, encode_record, shard_key
-from multimodal.sample import BadSample, BadSamples, Sample, SampleSource
+from multimodal.sample import BadSample, BadSamples, DamagedSample, Sample, SampleSource
 
 __all__ = ["ShardJob", "Stopped", "TarFile", "WrittenShard", "write_shards"]
 
@@ -149,8 +149,14 @@ class ShardJob:
     def _digest(self, indices: range) -> str:
         made_of = _MadeOf()
         for index in indices:
-            made_of.add(self.source[index])
+            made_of.add(self._sample(index))
         return made_of.digest()
+
+    def _sample(self, index: int) -> Sample | BadSample:
+        try:
+            return self.source[index]
+        except DamagedSample as error:
+            return error.bad
 
     def _write(self, name: str, file: BinaryIO, indices: range, made_of: _MadeOf) -> WrittenShard:
         tar = TarFile(file)
@@ -159,8 +165,12 @@ class ShardJob:
         for index in indices:
             if self.stopped.is_set():
                 raise Stopped
-            sample = self.source[index]
+            sample = self._sample(index)
             made_of.add(sample)
+            if isinstance(sample, BadSample):
+                skipped.append(sample)
+                self._advance(1, skipped[-1:])
+                continue
             key = shard_key(sample.key)
             if key in keys:
                 raise DataError(f"two samples have the key {sample.key!r}; a data set's keys must be unique")
@@ -207,11 +217,11 @@ class _MadeOf:
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample | BadSample) -> None:
         stamp: object = None
-        if isinstance(sample.image, Image.Image):
+        if isinstance(sample, Sample) and isinstance(sample.image, Image.Image):
             sample = replace(sample, image=read_image_bytes(sample.image))
-        if isinstance(sample.image, (str, Path)):
+        if isinstance(sample, Sample) and isinstance(sample.image, (str, Path)):
             with suppress(OSError, ValueError):
                 status = os.stat(sample.image)
                 stamp = status.st_size, status.st_mtime_ns

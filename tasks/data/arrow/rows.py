@@ -248,6 +248,12 @@ class ArrowRows:
         """The data set's files."""
         return tuple(source.file for source in self._sources)
 
+    @property
+    def copy_folder(self) -> Path | None:
+        """Where the files lie whose rows are read, where these are unpacked copies."""
+        first = self._sources[0]
+        return first.read_from.parent if first.read_from != first.file else None
+
     @cached_property
     def fingerprint(self) -> str:
         """Of each file's size, end and some slices: parquet's sizes and statistics of all row groups stand at the end. Folders do not count."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from multimodal.sample import BadSample, BadSamples, DamagedSample, Question, Sa
 from tasks.data.arrow.rows import ArrowRows, file_fingerprint, import_arrow
 
 __all__ = ["LAYOUT", "WrittenParquet", "sample_of", "unpack", "write_parquet"]
+
+_LOG = logging.getLogger("adalink")
 
 # ----------------------------------------
 # Samples as parquet: images as `datasets` has them, all texts of an image in its row.
@@ -226,10 +229,16 @@ def unpack(rows: ArrowRows, folder: Path, columns: Sequence[str]) -> list[Path]:
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             copies = [folder / f"{file.stem}-{_digest(file, columns)}.arrow" for file in rows.files]
-            for number, (file, copy) in enumerate(zip(rows.files, copies, strict=True)):
-                if not copy.exists():
-                    _check_room(folder, ArrowRows(rows.path, rows.files[number:], columns=columns).decoded_bytes)
-                    _unpack_file(ArrowRows(file, [file], columns=columns), copy)
+            missing = {file: copy for file, copy in zip(rows.files, copies, strict=True) if not copy.exists()}
+            if missing:
+                size = ArrowRows(rows.path, list(missing), columns=columns).decoded_bytes
+                _check_room(folder, size)
+                _LOG.warning(
+                    "unpacking %s once, about %.1f GiB in %s (data.train.cache): its rows are then read in any order without decoding others",
+                    rows.path, size / 2**30, folder,
+                )  # fmt: skip
+            for file, copy in missing.items():
+                _unpack_file(ArrowRows(file, [file], columns=columns), copy)
     return copies
 
 

@@ -106,8 +106,13 @@ def test_mixtures_of_nothing_and_by_nothing_are_refused() -> None:
         MixedSet(Drawn(1), 0)
 
 
-def test_what_has_no_fingerprint_has_an_empty_one_and_a_mixture_has_one_of_its_sets() -> None:
-    assert fingerprint_of(Drawn(2)) == ""
-    assert len(fingerprint_of(mixture())) == 64
+def test_a_mixture_has_a_fingerprint_where_each_of_its_sets_has_one() -> None:
+    known = Drawn(3)
+    known.fingerprint = "a"  # type: ignore[attr-defined]
+    assert fingerprint_of(Drawn(2)) == fingerprint_of(mixture()) == fingerprint_of(Mixture({"a": MixedSet(known, 1), "b": MixedSet(Drawn(2), 1)})) == ""
+    assert len(fingerprint_of(Mixture({"a": MixedSet(known, 1), "b": MixedSet(known, 1)}))) == 64
+
+
+def test_the_order_of_a_set_and_of_a_mixture() -> None:
     assert isinstance(order_of(Drawn(2), 1), SampleOrder)
     assert isinstance(order_of(mixture(), 1), MixedOrder)

@@ -16,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet as pq
 
 from adalink.errors import AdalinkError, ConfigError, DataError
+from multimodal.data.order import Mixture
 from multimodal.sample import DamagedSample, Sample
 from tasks.data import parquet
 from tasks.data.arrow import rows as arrow_rows
@@ -195,15 +196,19 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
     assert [source[i].captions[0] for i in (0, 1, 4)] == ["a red image", "a green image", "a black image"]
 
 
-def test_large_sets_are_unpacked_once_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_sets_are_unpacked_once_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(parquet, "HELD", 100)
     path = write(tmp_path / "t.parquet", {**with_images(), "other": [0] * 5}, row_group_size=5)
     check_samples(opened(path, cache=tmp_path / "cache"))
+    (record,) = caplog.records
+    assert f"unpacking {path} once, about 0.0 GiB in {tmp_path / 'cache'} (data.train.cache)" in record.getMessage()
+    assert f"read from an unpacked copy in {tmp_path / 'cache'}" in DataConfig(path=path, cache=tmp_path / "cache").open().sentence
     (copy,) = (tmp_path / "cache").glob("*.arrow")
     assert not list((tmp_path / "cache").glob("*.part"))
     changed = copy.stat().st_mtime_ns
     check_samples(opened(path, cache=tmp_path / "cache"))
     assert copy.stat().st_mtime_ns == changed
+    assert len(caplog.records) == 1
     write(path, with_images(4))
     assert len(opened(path, cache=tmp_path / "cache")) == 4
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
@@ -261,6 +266,20 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "disk" / "state.json").write_text(json.dumps({"_data_files": 3})[:-1])
     with pytest.raises(DataError, match="is not what `datasets` saves"):
         DataConfig(path=tmp_path / "disk").open()
+
+
+def test_sets_of_all_kinds_are_mixed_by_weight(tmp_path: Path) -> None:
+    columns = with_images()
+    columns["image"][1] = None
+    (tmp_path / "red.png").write_bytes(png("red"))
+    (tmp_path / "t.csv").write_text("image,text\nred.png,a table\nnone.png,gone\n")
+    opened = DataConfig(mix={str(write(tmp_path / "t.parquet", columns)): 3, str(tmp_path / "t.csv"): 1}).open()
+    assert isinstance(opened.source, Mixture)
+    assert (opened.source.sizes, opened.source.weights, opened.source[5].key) == ((5, 1), (3, 1), "t.csv:red.png")
+    assert [bad.key for bad in opened.problems] == ["t.csv:none.png"]
+    with pytest.raises(DamagedSample, match=r"t.parquet, row 1 has no image") as raised:
+        opened.source[1]
+    assert raised.value.bad.key == "t.parquet:t:1"
 
 
 def test_a_name_of_the_hub_without_a_network_ends_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

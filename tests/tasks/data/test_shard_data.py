@@ -92,7 +92,7 @@ def test_a_folder_may_be_given_as_text_or_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "fields, message",
-    [({"mix": {}}, r"mix is {} and limit 0: give sets of shards, each with a whole number from 1"),
+    [({"mix": {}}, r"mix is {} and limit 0: give data sets by path, each with a whole number from 1"),
      ({"mix": {"a": 0}}, "mix is {'a': 0}"),
      ({"mix": {"a": 1}, "limit": 3}, "and limit 3"),
      ({"mix": {"a": 1}, "scenes": "val/2"}, "needs one of path, images, shards, mix and scenes, got mix, scenes"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
 from adalink.errors import BudgetError, ConfigError
 from multimodal.sample import Question, Sample
+from tasks.commands.shards import shards_from
 from tasks.data.arrow.write import write_parquet
 from tasks.data.sources import DataConfig
 from tasks.scenes.dataset import Scenes
@@ -45,6 +47,16 @@ def test_datasets_shows_the_images(tmp_path: Path) -> None:
     assert loaded[0]["image"].size == (96, 96)
     assert [image.size for image in loaded[3]["further"]] == [(96, 96)] * 2
     assert loaded[3]["questions"][0]["answers"] == ["", "緑", " two "]
+
+
+def test_rows_that_cannot_be_used_are_left_out_of_shards_and_counted(tmp_path: Path) -> None:
+    image = {"bytes": samples()[0].image, "path": None}
+    pq.write_table(pa.table({"image": [image, None, image], "caption": ["a", "b", ""]}), tmp_path / "t.parquet")
+    manifest = shards_from(DataConfig(path=tmp_path / "t.parquet"), out=tmp_path / "shards", bad_samples=2)
+    assert [bad.to_row()[:2] for bad in manifest.skipped] == [["t:1", "no image"], ["t:2", "empty caption"]]
+    assert [sample.captions for sample in [DataConfig(path=tmp_path / "shards").open().source[0]]] == [("a",)]
+    with pytest.raises(BudgetError, match=r"1 no image \(t:1\)"):
+        shards_from(DataConfig(path=tmp_path / "t.parquet"), out=tmp_path / "few")
 
 
 def test_images_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
