@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,8 +75,8 @@ class BlockFile(Protocol):
     def read(self, block: int, columns: Sequence[str]) -> Any:
         """A pyarrow Table or RecordBatch."""
 
-    def pieces(self, columns: Sequence[str], rows: int, *, without_bytes: bool = False) -> Iterator[Any]:
-        """RecordBatches of at most so many rows, in order. without_bytes: images are left out, or come without their bytes."""
+    def pieces(self, columns: Sequence[str], rows: int, *, light: Collection[str] = ()) -> Iterator[Any]:
+        """RecordBatches of at most so many rows, in order. light: columns of images, which are left out or come without their bytes; lists of bytes come."""
 
 
 def open_file(path: Path) -> BlockFile:
@@ -114,15 +114,15 @@ class _ParquetFile:
     def read(self, block: int, columns: Sequence[str]) -> Any:
         return self._file.read_row_group(block, columns=list(columns), use_threads=False)
 
-    def pieces(self, columns: Sequence[str], rows: int, *, without_bytes: bool = False) -> Iterator[Any]:
-        leaves = self._light_leaves(columns) if without_bytes else list(columns)
+    def pieces(self, columns: Sequence[str], rows: int, *, light: Collection[str] = ()) -> Iterator[Any]:
+        leaves = [name for name in columns if name not in light] + self._light_leaves(light)
         return iter(self._file.iter_batches(batch_size=rows, columns=leaves, use_threads=False))
 
     def _leaves(self) -> list[str]:
         schema = self._metadata.schema
         return [schema.column(number).path for number in range(len(schema.names))]
 
-    def _light_leaves(self, columns: Sequence[str]) -> list[str]:
+    def _light_leaves(self, columns: Collection[str]) -> list[str]:
         """The leaves of these columns that are no bytes; of a list of bytes those too, for their number."""
         schema = self._metadata.schema
         light: dict[str, list[str]] = {}
@@ -166,8 +166,8 @@ class _ArrowFile:
     def read(self, block: int, columns: Sequence[str]) -> Any:
         return (self._batches[block] if self.is_mapped else self._reader.get_batch(block)).select(list(columns))
 
-    def pieces(self, columns: Sequence[str], rows: int, *, without_bytes: bool = False) -> Iterator[Any]:
-        wanted = [name for name in columns if not without_bytes or not has_bytes(self.schema.field(name).type) or is_list(self.schema.field(name).type)]
+    def pieces(self, columns: Sequence[str], rows: int, *, light: Collection[str] = ()) -> Iterator[Any]:
+        wanted = [name for name in columns if name not in light or is_list(self.schema.field(name).type)]
         for block, count in enumerate(self.counts):
             batch = self.read(block, wanted)
             for start in range(0, count, rows):
@@ -180,6 +180,13 @@ def has_bytes(kind: Any) -> bool:
     if types.is_struct(kind):
         return any(has_bytes(kind.field(number).type) for number in range(kind.num_fields))
     return has_bytes(kind.value_type) if is_list(kind) else bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
+def is_image(kind: Any) -> bool:
+    """Whether values of a pyarrow type are images: bytes, a struct with them, or a list of either."""
+    if import_arrow().types.is_struct(kind):
+        return "bytes" in [kind.field(number).name for number in range(kind.num_fields)]
+    return is_image(kind.value_type) if is_list(kind) else has_bytes(kind)
 
 
 def is_list(kind: Any) -> bool:
@@ -316,19 +323,19 @@ class ArrowRows:
         file = bisect_right(self._ends, number)
         return file, number - (self._ends[file - 1] if file else 0)
 
-    def batches(self, columns: Sequence[str], *, rows: int | None = None, without_bytes: bool = False) -> Iterator[Any]:
+    def batches(self, columns: Sequence[str], *, rows: int | None = None, light: Collection[str] = ()) -> Iterator[Any]:
         """pyarrow RecordBatches of these columns, in order. rows: of a batch; by default those of about 64 MiB. Raises DataError."""
         for number, source in enumerate(self._sources):
             file = self._file(number)
             with reading_errors(str(source.file)):
-                mean = 64 if without_bytes else file.size(columns) // max(sum(file.counts), 1)
-                yield from file.pieces(columns, rows or max(1, min(_MOST_ROWS, PIECE // max(mean, 1))), without_bytes=without_bytes)
+                mean = 64 if light else file.size(columns) // max(sum(file.counts), 1)
+                yield from file.pieces(columns, rows or max(1, min(_MOST_ROWS, PIECE // max(mean, 1))), light=light)
 
     def without_bytes(self) -> Iterator[dict[str, object]]:
         """Every row, in order, with `IMAGE` for each image that is bytes: those are not read. Raises DataError."""
-        heavy = [name for name in self.columns if has_bytes(self.schema.field(name).type)]
+        heavy = [name for name in self.columns if is_image(self.schema.field(name).type)]
         count = import_arrow().compute.list_value_length
-        for batch in self.batches(self.columns, without_bytes=True):
+        for batch in self.batches(self.columns, light=heavy):
             images = {name: count(batch.column(name)).to_pylist() for name in heavy if name in batch.schema.names and is_list(batch.schema.field(name).type)}
             rest = batch.select([name for name in batch.schema.names if name not in heavy])
             for at, row in enumerate(rest.to_pylist() if rest.num_columns else [{} for _ in range(batch.num_rows)]):

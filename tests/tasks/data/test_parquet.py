@@ -232,6 +232,27 @@ def test_lengths_of_texts_are_read_without_images(tmp_path: Path) -> None:
         assert lengths.tolist() == [11, 0, 12, 13, 13]
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_conversations_with_images_beside_them_and_in_their_parts(suffix: str, tmp_path: Path) -> None:
+    def said(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
+
+    image = with_images(1)["image"][0]
+    beside = {"images": [[image], [image, image]], "messages": [said({"type": "image"}, {"type": "text", "text": "colour?"}), said({"type": "image"}, {"type": "image"})]}
+    inside = {"messages": [said({"type": "image", "image": image}, {"type": "text", "text": "colour?"})] * 2}
+    for k, columns in enumerate((beside, inside)):
+        path = tmp_path / f"{k}{suffix}"
+        if suffix == ".parquet":
+            write(path, columns)
+        else:
+            with pa.ipc.new_file(path, pa.table(columns).schema) as writer:
+                writer.write_table(pa.table(columns))
+        source = DataConfig(path=path).open().source
+        assert (source[0].image, source[0].captions, source[0].questions[0].text) == (png("red"), ("red",), "colour?")
+        lengths = source.text_lengths(lambda sample: len(sample.questions[0].text) + len(sample.images))  # type: ignore[attr-defined]
+        assert lengths.tolist() == [len(source[k].questions[0].text) + len(source[k].images) for k in range(2)]
+
+
 @pytest.mark.parametrize(
     "columns, fields, message",
     [({"text": ["x"]}, {}, "no column that is known to hold images; it has 'text'"),
