@@ -177,7 +177,7 @@ class Adapter(nn.Module):
 
     def __init__(self, methods: Mapping[str, Method], anatomy: Anatomy, copies: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
-        if not methods:
+        if not methods and not copies:
             raise ConfigError("an adapter needs at least one method, got none: give for instance AdaLink(rank=16, modalities=('text',))")
         if COPIES in methods:
             raise ConfigError(f"a method is called {COPIES!r}, which names the trained copies of modules: give it another name")

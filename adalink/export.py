@@ -53,8 +53,9 @@ def _edits_text_alike(method: AdaLink) -> bool:
 
 
 def check_mergeable(methods: Mapping[str, Method]) -> None:
-    """Raise ConfigError, before anything is loaded, for methods that are more than a LoRA."""
-    _check_only(methods, LoRA, "merged")
+    """Raise ConfigError, before anything is loaded, for methods that are more than a LoRA; an adapter of trained copies alone has none."""
+    if methods:
+        _check_only(methods, LoRA, "merged")
 
 
 def fold_embedding(model: nn.Module, adapter: Adapter) -> None:

@@ -174,7 +174,7 @@ def _plan(values: Any) -> Plan:
     if dry_run.model is not None:
         return make_existing_plan(
             dry_run.parts,
-            chosen_methods(dry_run.methods),
+            chosen_methods(dry_run.methods, needs_one=dry_run.connector == "frozen"),
             encoder_methods=dry_run.encoder_methods,
             connector=dry_run.connector,
             connector_methods=dry_run.methods_on_connector,

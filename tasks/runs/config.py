@@ -38,9 +38,9 @@ Methods: Any = dataclasses.make_dataclass(
 )
 
 
-def chosen_methods(methods: Any) -> dict[str, Method]:
-    """The methods that a config gives. Raises ConfigError where there is none."""
-    if not _given(methods):
+def chosen_methods(methods: Any, *, needs_one: bool = True) -> dict[str, Method]:
+    """The methods that a config gives. Raises ConfigError where there is none, and one is needed: nothing else is trained."""
+    if not _given(methods) and needs_one:
         raise ConfigError(f"the config names no method: under `methods:`, give one or more of {', '.join(METHODS)}")
     return _given(methods)
 

@@ -118,8 +118,9 @@ def write_run_report(
     frozen = sum(parameter.numel() for part in (model.tower.encoder, model.adapted.base) for parameter in part.parameters())
     trained = scores.get(TRAINED, _UNSCORED)
     headline = f"{trained.headline} {trained.metrics[trained.headline]:.1f} on" if trained.metrics else "not scored, for want of references:"
+    kinds = [*(type(method).__name__ for method in adapter.methods.values()), *(["trained connector"] if adapter.copies else [])]
     report = Report(
-        title=f"{task.name}: {' + '.join(type(method).__name__ for method in adapter.methods.values())}",
+        title=f"{task.name}: {' + '.join(kinds)}",
         summary=f"{model.tower.name} and {model.language.name}, both frozen; {sum(counts.values()):,} trained parameters; "
         f"{headline} {counted(len(predictions.texts), 'item')}{'; ' * bool(warning)}{warning}",
         scorer=trained.scorer,

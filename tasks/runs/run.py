@@ -100,7 +100,7 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
     `compose`, `add_adapter` and `answer_vocabulary` do.
     """
     task = config.chosen_task()
-    methods = chosen_methods(config.methods)
+    methods = chosen_methods(config.methods, needs_one=config.connector == "frozen")
     template = task.words_for(config.parts.model is not None, _asks_as_written(source))
     model = frozen_model(config.parts, template=template, layer=config.layer, use="read" if config.n_answers else "write")
     model.add_adapter("default", methods, connector=config.connector, connector_methods=config.methods_on_connector)

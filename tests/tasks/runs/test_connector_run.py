@@ -129,6 +129,17 @@ def test_it_is_trained_beside_the_tower(folder: Path, tmp_path: Path) -> None:
     assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())["trained_parameters"]) == {"lora", "modules_to_save", "vision.lora"}
 
 
+def test_it_is_trained_without_other_methods(folder: Path, tmp_path: Path) -> None:
+    settings = [one for one in SETTINGS if one not in ("--methods.lora", "{rank: 2}")]
+    done = adalink("train", "--model", folder, *settings, "--train.steps", "1", "--connector", "trained", "--out", tmp_path / "run")
+    assert done.code == 0, done
+    assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())["trained_parameters"]) == {"modules_to_save"}
+    done = adalink("export", "merged", "--adapter", tmp_path / "run" / "adapter", "--out", tmp_path / "merged")
+    assert done.code == 0, done
+    frozen = refused(adalink("train", "--model", folder, *settings, "--out", tmp_path / "none"))
+    assert frozen.startswith("the config names no method: under `methods:`, give one or more of ")
+
+
 def test_a_composed_model_has_a_bridge(tmp_path: Path) -> None:
     done = adalink("train", "--encoder", "scenes:encoder", "--language_model", "scenes:language", *SETTINGS, "--connector", "trained", "--out", tmp_path / "run")
     assert refused(done).startswith("connector was given without model: the connector of a composed model is a method, bridge, and trained; leave it out")
