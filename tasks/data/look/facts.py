@@ -62,7 +62,7 @@ class Facts:
     counted_by: str = ""
     left_out: int = field(default=0)
 
-    @property
+    @cached_property
     def parts(self) -> list[Part]:
         """Every table in its order; those with nothing in them are left out."""
         found = [self._counts, self._bad, self._sizes, self._lengths, self._duplicates, self._shared, *self._answers, self._odd]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_run import adalink, refused
+from cli_run import adalink, refused, train
 from PIL import Image
 
 
@@ -45,3 +45,16 @@ def test_a_task_needs_texts_of_its_own(table: Path) -> None:
     table.write_text(json.dumps({"image": "a.png", "text": "a caption"}) + "\n")
     assert adalink("data", "check", table, "--workers", 0, "--task", "captioning").code == 0
     assert "1 no text (a.png)" in refused(adalink("data", "check", table, "--workers", 0, "--task", "vqa"))
+
+
+def test_a_training_skips_what_the_check_named(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "f.png").write_bytes(b"")
+    table.write_text("".join(json.dumps({"image": name, "text": "a thing"}) + "\n" for name in ("a.png", "b.png", "c.png", "d.png", "f.png")))
+    adalink("data", "check", table, "--workers", 0, "--out", "skipped.jsonl", "--task", "captioning")
+    small = ("--data.val.scenes", "val/1", "--train.steps", "2", "--train.batch_size", "5", "--generation.max_new_tokens", "3")
+    done = train("captioning", tmp_path / "run", "--data.train.scenes", "null", "--data.train.path", str(table), "--train.bad_samples", "9", small=small)
+    assert done.code == 0, done
+    met = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    named = [json.loads(line) for line in Path("skipped.jsonl").read_text().splitlines()]
+    assert {(bad["key"], bad["reason"]) for bad in met} == {(key, reason) for key, reason, *_ in named}
+    assert len(named) == 3
