@@ -88,17 +88,19 @@ def excite(module: nn.Module, seed: int = 1) -> None:
 
 
 class Drawn:
-    """The first `n` scenes; those in `bad` have an image that cannot be decoded."""
+    """The first `n` scenes; those in `bad` have an image that cannot be decoded, those in `without` none."""
 
-    def __init__(self, n: int, bad: Sequence[int] = ()) -> None:
-        self.scenes, self.bad = Scenes(split="train", size=n), frozenset(bad)
+    def __init__(self, n: int, bad: Sequence[int] = (), without: Sequence[int] = ()) -> None:
+        self.scenes, self.bad, self.without = Scenes(split="train", size=n), frozenset(bad), frozenset(without)
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.scenes[index]
-        return Sample(key=sample.key, image_id=sample.image_id, image=b"no image", captions=sample.captions) if index in self.bad else sample
+        if index in self.bad or index in self.without:
+            return Sample(key=sample.key, image_id=sample.image_id, image=b"no image" if index in self.bad else None, captions=sample.captions)
+        return sample
 
 
 def two_texts(sample: Sample, rng: random.Random) -> list[Text]:

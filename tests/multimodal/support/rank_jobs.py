@@ -83,7 +83,7 @@ def holding(step: int, go: Path) -> Callable[[], dict[str, float]]:
 
 
 def run(
-    folder: Path, resume: bool = False, held: int = 0, bad: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0,
+    folder: Path, resume: bool = False, held: int = 0, bad: tuple[int, ...] = (), without: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0,
     methods: Mapping[str, Method] | None = None, sees: str = "", connector: ConnectorChoice = "frozen", **fields: Any,
 ) -> int:  # fmt: skip
     """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did, 8 where there was nothing to learn. held: the step at which it waits, where any, see `holding`."""
@@ -91,7 +91,7 @@ def run(
 
     settings = TrainSettings(**{**SETTINGS, **fields, "workers": workers, "measure_every": int(held > 0)})
     try:
-        train(made, Drawn(N, bad=bad), ragged, settings, folder, resume=resume, patches=patches, measure=holding(held, folder / GO))
+        train(made, Drawn(N, bad, without), ragged, settings, folder, resume=resume, patches=patches, measure=holding(held, folder / GO))
     except TerminatedError as error:
         print(f"adalink: {error}")
         return 143
