@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -60,6 +60,21 @@ def tables() -> None:
         rows.writerows((path.relative_to("photos").with_suffix(".png"), line) for path in sorted(Path("photos/train").glob("*.txt")) for line in path.open())
 
 
+def conversations() -> None:
+    """llava_train.json and llava_val.json: conversations about images of photos, some without one, in LLaVA's layout; and the folder llava."""
+    llava()
+    for split in ("train", "val"):
+        rows: list[dict[str, Any]] = [{"conversations": _exchanges([("hello?", "hello!")])}]
+        for sample in _samples(split):
+            asked = [(question.text, question.answers[0]) for question in sample.questions[:2]]
+            rows.append({"image": f"{split}/{sample.image_id}.png", "conversations": _exchanges([(f"<image>\n{asked[0][0]}", asked[0][1]), *asked[1:]])})
+        _write(f"llava_{split}.json", rows)
+
+
+def _exchanges(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"from": name, "value": text} for pair in pairs for name, text in zip(("human", "gpt"), pair, strict=True)]
+
+
 def coco() -> None:
     """COCO's and VQAv2's files, by their official names, of a few images in coco/."""
     for split, name in (("train", "train2014"), ("val", "val2014")):
@@ -99,7 +114,7 @@ def llava() -> None:
     save_llava(Path("llava"))
 
 
-SETUPS: dict[str, Callable[[], None]] = {made.__name__: made for made in (photos, tutorial, tables, coco, trained, llava)}
+SETUPS: dict[str, Callable[[], None]] = {made.__name__: made for made in (photos, tutorial, tables, conversations, coco, trained, llava)}
 
 
 def replaced(text: str, names: Mapping[str, str]) -> str:
