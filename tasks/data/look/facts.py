@@ -74,7 +74,7 @@ class Facts:
     @cached_property
     def bad(self) -> list[BadSample]:
         """Samples that cannot be used: those that the data set names, and those that the look found."""
-        return [*self.problems, *(one.bad for one in self.seen if one.bad is not None and one.bad not in self.problems)]
+        return list(dict.fromkeys([*self.problems, *(one.bad for one in self.seen if one.bad is not None)]))
 
     @cached_property
     def images(self) -> list[ImageFile]:

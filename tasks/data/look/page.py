@@ -99,7 +99,7 @@ def _entries(facts: Facts, chosen: Sequence[Seen], small: Sequence[Sequence[Thum
         has = {"problem": bool(problem), "odd": one.number in odd, "duplicate": one.number in same, "val": one.number in facts.shared}
         fitting = images if room > 0 else [Thumbnail(reason="the page has room for no more thumbnails")]
         entries.append(_entry(one, fitting, [mark for mark, is_so in has.items() if is_so], notes, odd[one.number].score if one.number in odd else 0.0))
-    seen_bad = [one.bad for one in facts.seen if one.bad is not None]
+    seen_bad = {one.bad for one in facts.seen if one.bad is not None}
     return [*map(_bad_entry, [bad for bad in facts.problems if bad not in seen_bad][:MOST_BAD]), *entries]
 
 
