@@ -19,6 +19,9 @@ from cli_run import FIXED, RECIPES, Files
 from safetensors.torch import load_file
 from shared import PATIENCE
 
+from tasks.data.arrow.write import write_parquet
+from tasks.scenes.dataset import Scenes
+
 N_STEPS = 10
 OPTIONS = (
     "--data.val.scenes", "val/2", "--generation.max_new_tokens", "2", "--train.steps", str(N_STEPS),
@@ -162,10 +165,15 @@ def test_killed_twice_with_a_worker_and_resumed_without_one_from_a_table(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_any_number_of_kills_gives_the_weights_of_an_unbroken_run(workers: str, machine: Machine, unbroken: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("data, workers", [("scenes", "0"), ("scenes", "1"), ("parquet", "0"), ("parquet", "2")])
+def test_any_number_of_kills_gives_the_weights_of_an_unbroken_run(data: str, workers: str, machine: Machine, unbroken: Path, tmp_path: Path) -> None:
+    """The unbroken run is one of scenes; the same samples in parquet give the same weights."""
+    options: tuple[str, ...] = ("--train.workers", workers)
+    if data == "parquet":
+        write_parquet(Scenes(split="train", size=23), tmp_path / "parquet", samples_per_file=9)
+        options += ("--data.train", str(tmp_path / "parquet"), "--data.train.scenes", "null")
     out = tmp_path / "run"
     step = 0
     while (step := step + random.randint(1, 4)) < N_STEPS:
-        machine.killed_after(max(step, *steps(out), 1), out, "--train.workers", workers, *(["--resume"] if out.exists() else []))
-    same(machine.run(out, "--resume", "--train.workers", workers), unbroken)
+        machine.killed_after(max(step, *steps(out), 1), out, *options, *(["--resume"] if out.exists() else []))
+    same(machine.run(out, "--resume", *options), unbroken)
