@@ -114,10 +114,32 @@ def _short(frame: traceback.FrameSummary) -> str:
 # The device.
 
 
+class _Stream:
+    """A queue of the device, or an event in one: there is no other to wait for."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.stream_id = 0
+
+    def wait_stream(self, other: Any = None) -> None:
+        """Nothing runs beside the host."""
+
+    wait_event = record = wait = synchronize = wait_stream
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Stream()
+
+
 class _Backend:
     """What torch asks of a device's module; its random state is the CPU's."""
 
-    Stream, Event = torch.cpu.Stream, torch.Event
+    Stream = Event = _Stream
+
+    def current_stream(self, device: Any = None) -> _Stream:
+        return _Stream()
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        yield
 
     def is_initialized(self) -> bool:
         return True

@@ -14,15 +14,17 @@ from unittest import mock
 import torch
 from device import Finding, Record, SimulatedGpu, simulated_gpu
 from models import METHODS, batch_of, composed, existing, images, language, questions, scratch, with_adapted_encoder, with_connectors
+from processes import sharded
 from torch import Tensor
 
 from adalink import AdaLink, AdaptedModel, Prefix, Prompt
 from adalink.public import BASE_NAME
 from multimodal.batches.collate import collate, stacked
-from multimodal.batches.packing import Arrange, fork_rows, separate_rows
+from multimodal.batches.packing import Arrange, fork_rows, pack_rows, separate_rows
 from multimodal.generation.decoding import Decoding
 from multimodal.generation.settings import GenerationSettings
 from multimodal.model import TrainedParts, VisionLanguageModel
+from multimodal.training.distributed import take_off, together
 from multimodal.training.prepare import hidden_state_model, new_optimizer
 from multimodal.training.settings import TrainSettings
 
@@ -125,6 +127,27 @@ def loops(gpu: SimulatedGpu, make: Callable[[], VisionLanguageModel], **settings
             fields = {"steps": 3, "batch_size": 2, "log_every": 100, "checkpoint_every": 100, **settings}
             train(model, Scenes(split="train", size=8), Captioning().texts, TrainSettings(**fields), folder)
             train(model, Scenes(split="train", size=8), Captioning().texts, TrainSettings(**{**fields, "steps": 5}), folder, resume=True)
+
+    return step
+
+
+def shards(gpu: SimulatedGpu, kind: str, dtype: torch.dtype = torch.float32) -> Step:
+    """Training steps of a model that FSDP2 splits, of which the second is looked at; then it generates put together, and made whole again."""
+
+    def step() -> None:
+        gpu.sees_waits = False
+        model = composed("llama", dtype, a=kind)
+        model.to(gpu.device)
+        with sharded(model):
+            learn = learns(gpu, model, arrange=pack_rows)
+            learn()
+            gpu.sees_waits = True
+            learn()
+            gpu.sees_waits = False
+            with together(model):
+                model.generate(images(2), questions(2), max_new_tokens=2)
+            take_off(model)
+        model.generate(images(2), questions(2), max_new_tokens=2)
 
     return step
 
@@ -280,6 +303,8 @@ TRAINED: Mapping[str, Make] = {
     "loop": lambda gpu: loops(gpu, lambda: composed("opt", a="adalink")),
     "loop, accumulation and memory": lambda gpu: loops(gpu, lambda: composed("opt", a="adalink"), accumulation=2, features="memory"),
     "loop, llava": lambda gpu: loops(gpu, lambda: existing("llava", a="lora")),
+    "FSDP2": lambda gpu: shards(gpu, "adalink"),
+    "FSDP2, bfloat16": lambda gpu: shards(gpu, "lora", HALF),
     "encode": encodes,
 }  # fmt: skip
 WRITTEN: Mapping[str, Make] = {
