@@ -6,6 +6,7 @@ The first call moves weights and tries models out; what the second one does is t
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,11 @@ from device import Finding, Record, SimulatedGpu, simulated_gpu
 from models import METHODS, batch_of, composed, existing, images, language, questions, scratch, with_adapted_encoder, with_connectors
 from processes import sharded
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from adalink import AdaLink, AdaptedModel, Prefix, Prompt
 from adalink.public import BASE_NAME
-from multimodal.batches.collate import collate, stacked
+from multimodal.batches.collate import Batch, collate, stacked
 from multimodal.batches.packing import Arrange, fork_rows, pack_rows, separate_rows
 from multimodal.generation.decoding import Decoding
 from multimodal.generation.settings import GenerationSettings
@@ -64,18 +66,22 @@ def run(name: str) -> Outcome:
 def learns(
     gpu: SimulatedGpu, model: VisionLanguageModel, *, row_tokens: int = 0, arrange: Arrange | None = None, checkpointing: bool = False, states: float = 0.0
 ) -> Step:
-    """One training step: a batch to the device, loss, gradients, AdamW."""
+    """One training step: a batch to the device, loss, gradients, AdamW. The first loss is that of a copy of the model on the CPU."""
+    batch = batch_of(model, row_tokens=row_tokens, arrange=arrange)
+    wanted = [] if any(isinstance(parameter, DTensor) for parameter in model.parameters()) else [_loss_of_a_copy(model, batch)]
     model.to(gpu.device).train()
     if checkpointing:
         model.adapted.attachment.checkpoint_layers()
-    batch = batch_of(model, row_tokens=row_tokens, arrange=arrange)
     parameters = TrainedParts.of(model).parameters()
     optimizer = new_optimizer(parameters, TrainSettings())
 
     def step() -> None:
+        torch.manual_seed(0)
         with hidden_state_model(model, states, 0):
             loss = model(batch.to(gpu.device))
             loss.backward()
+        while wanted:
+            torch.testing.assert_close(loss.detach().host, wanted.pop(), rtol=1e-4, atol=0)
         assert loss.device.type == gpu.device.type
         assert loss.dtype == torch.float32
         assert any(parameter.grad is not None for parameter in parameters.values()), "nothing was learnt"
@@ -84,6 +90,12 @@ def learns(
         optimizer.zero_grad()
 
     return step
+
+
+def _loss_of_a_copy(model: VisionLanguageModel, batch: Batch) -> Tensor:
+    twin = copy.deepcopy(model).train()
+    torch.manual_seed(0)
+    return twin(batch).detach()
 
 
 def chooses(gpu: SimulatedGpu) -> Step:
