@@ -1,4 +1,4 @@
-"""Where the host may wait for the device, and why. Everything else that waits in a step is a fault."""
+"""Where the host may wait for the device, and dtypes may meet, and why. Everything else in a step is a fault."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from device import Finding
 
-__all__ = ["EXPECTED", "unexpected"]
+__all__ = ["EXPECTED", "JOINED", "unexpected"]
 
 PREFILL = "once for each batch of prompts: what its rows share decides how they are read"
 TRANSFORMERS = "inside transformers' own generation, for beams and for methods without an exact cache"
@@ -67,6 +67,13 @@ EXPECTED: Mapping[tuple[str, str], str] = {
 }  # fmt: skip
 
 
+# Where two dtypes meet on purpose, and why.
+JOINED: Mapping[tuple[str, str], str] = {
+    ("adalink/methods/targets.py added", ""): "a float32 change is added to a bfloat16 stream without a float32 copy of it; the attachment gives h's dtype",
+}
+
+
 def unexpected(findings: Iterable[Finding]) -> list[Finding]:
-    """What no line above names."""
-    return [f for f in findings if f.kind not in ("sync", "upload") or not {(f.where, f.below), *([(f.where, "*")] if f.below else [])} & EXPECTED.keys()]
+    """What no line above names. Tensors of two devices and float64 are never expected."""
+    allowed = {"sync": EXPECTED, "upload": EXPECTED, "promoted": JOINED}
+    return [f for f in findings if not {(f.where, f.below), *([(f.where, "*")] if f.below else [])} & allowed.get(f.kind, {}).keys()]

@@ -36,7 +36,7 @@ def simulator() -> Iterator[Simulator]:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in SCENARIOS])
 def test_a_step_neither_mixes_devices_nor_waits_unseen_nor_drifts(simulator: Simulator, name: str) -> None:
     outcome = simulator.run(name)
-    assert [str(finding) for finding in outcome.first if finding.kind not in ("sync", "upload")] == []
+    assert [str(finding) for finding in unexpected(outcome.first) if finding.kind not in ("sync", "upload")] == []  # it moves weights and tries the model out
     assert [str(finding) for finding in unexpected(outcome.steady)] == []
 
 
