@@ -10,6 +10,7 @@ from typing import Any
 from adalink.errors import ConfigError, DataError
 from multimodal.generation.settings import GenerationChoice, saved_generation
 from tasks.commands import Command
+from tasks.data.reader import IMAGE_ENDINGS
 from tasks.runs.help import comments_as_help
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
@@ -17,7 +18,6 @@ __all__ = ["ASK", "CAPTION", "SERVE", "add_allow_other_base", "images_and_questi
 
 LOADED = ("model", "encoder", "language_model", "allow_other_base")  # what a command may say of an adapter's frozen parts
 CAPTIONED_AT_ONCE = 16  # images; thousands may be given
-_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 
 
 def images_of(given: Sequence[Path]) -> list[Path]:
@@ -40,7 +40,7 @@ def images_and_questions(given: Sequence[str]) -> tuple[list[Path], list[str]]:
 def _is_image(text: str) -> bool:
     path = Path(text)
     try:
-        return path.suffix.lower() in _ENDINGS or path.exists() or (_is_pattern(path) and bool(_matches(path)))
+        return path.suffix.lower() in IMAGE_ENDINGS or path.exists() or (_is_pattern(path) and bool(_matches(path)))
     except (OSError, ValueError):  # a question may be longer than a name can be
         return False
 
@@ -55,9 +55,9 @@ def _matches(path: Path) -> list[Path]:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in _ENDINGS and file.is_file())
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS and file.is_file())
         if not found:
-            raise DataError(f"the folder {path} holds no image: expected files that end in {', '.join(sorted(_ENDINGS))}")
+            raise DataError(f"the folder {path} holds no image: expected files that end in {', '.join(sorted(IMAGE_ENDINGS))}")
         return found
     if _is_pattern(path):
         if not (found := _matches(path)):
@@ -124,12 +124,12 @@ def _add_adapter(parser: Any) -> None:
 
 def _add_caption(parser: Any) -> None:
     _add_adapter(parser)
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="images: files (JPEG, PNG or WebP), folders of them, or patterns")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="images: files, folders of them, or patterns")
 
 
 def _add_ask(parser: Any) -> None:
     _add_adapter(parser)
-    parser.add_argument("image", type=str, metavar="IMAGE ...", help="images: files (JPEG, PNG or WebP), folders of them, or patterns")
+    parser.add_argument("image", type=str, metavar="IMAGE ...", help="images: files, folders of them, or patterns")
     parser.add_argument("question", type=str, nargs="+", metavar="QUESTION", help="what to ask about each of them; several are answered in one batch")
 
 

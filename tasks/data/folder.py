@@ -11,12 +11,12 @@ from adalink.errors import ConfigError, DataError
 from multimodal.sample import BadSample, Sample
 from tasks.data.files import FileSource, ImageFolder, text_lines
 from tasks.data.parquet import open_arrow
-from tasks.data.reader import Found, Given, Reader, ReadSource
+from tasks.data.reader import IMAGE_ENDINGS, Found, Given, Reader, ReadSource
 from tasks.data.table import open_table
 
 __all__ = ["IMAGEFOLDER", "READER", "read_caption_folder"]
 
-_IMAGES, _TEXTS = frozenset((".jpg", ".jpeg", ".png", ".webp")), frozenset((".txt",))
+_TEXTS = frozenset((".txt",))
 
 
 def read_caption_folder(*, images: Path) -> FileSource:
@@ -30,7 +30,7 @@ def read_caption_folder(*, images: Path) -> FileSource:
     samples: list[Sample] = []
     problems: list[BadSample] = []
     names = {path.relative_to(images).as_posix(): path for path in _files(images)}
-    image_files, texts = _by_key(names, _IMAGES, "images", images), _by_key(names, _TEXTS, "texts", images)
+    image_files, texts = _by_key(names, IMAGE_ENDINGS, "images", images), _by_key(names, _TEXTS, "texts", images)
     for number, (key, path) in enumerate(image_files.items()):
         text = texts.get(key)
         try:

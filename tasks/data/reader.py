@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from adalink.errors import DataError
+from multimodal.data.images.format import ENDINGS
 from multimodal.sample import BadSample, Sample
 from tasks.data.files import annotation_document
 from tasks.data.rows import ID, Row, is_row_file, open_rows, unpacked_suffix
@@ -21,7 +22,7 @@ __all__ = ["IMAGE_ENDINGS", "Found", "Given", "Official", "Reader", "ReadSource"
 
 _FIRST_BY_ID = re.compile(r'\s*\{\s*"[^"\\]*"\s*:\s*(?=\{)')
 _MOST_NAMES = 4096  # entries of a folder that are looked at
-IMAGE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"))
+IMAGE_ENDINGS = frozenset(f".{ending}" for ending in ENDINGS)
 
 
 class ReadSource(Protocol):

@@ -405,7 +405,7 @@ class Reader:
         head, comma, payload = url.partition(",")
         form = head.lower().replace(" ", "")
         if not (form.startswith("data:") and form.endswith(";base64") and comma):
-            raise Refused(400, f"{field} is {url[:30]!r}...: expected data:image/...;base64,... (jpg, png or webp)", field=field)
+            raise Refused(400, f"{field} is {url[:30]!r}...: expected data:image/...;base64,... of an image", field=field)
         try:
             digits = unquote_to_bytes(payload).translate(_FROM_URL_SAFE, b" \t\r\n\f").rstrip(b"=")
             if len(digits) > self.limits.image_bytes // 3 * 4 + 4:

@@ -10,12 +10,15 @@ import itertools
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from multimodal.data.images.parts import MAX_PARTS, MAX_SCANS, ImageParts, TooManyParts
+from multimodal.data.images.tiff import TIFF_TYPES, Tiff, tiff_parts, tiff_size
+
 __all__ = [
-    "MAX_PARTS", "MAX_SCANS", "ImageHeader", "ImageKind", "ImageParts", "TooManyParts", "image_kind", "image_parts",
+    "ENDINGS", "KINDS", "MAX_PARTS", "MAX_SCANS", "ImageHeader", "ImageKind", "ImageParts", "TooManyParts", "ends_early", "image_kind", "image_parts",
     "jpeg_segments", "orientation", "read_image_header",
 ]  # fmt: skip
 
@@ -28,12 +31,14 @@ __all__ = [
 # read here. Parsing is bounded by the number of parts; what is left for the decoder costs what its bytes, pixels and scans cost.
 
 
-ImageKind = Literal["jpg", "png", "webp"]
+ImageKind = Literal["jpg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic"]
+KINDS = "jpg, png, webp, gif, bmp, tiff, avif and heic"  # for messages
+ENDINGS: Mapping[str, ImageKind] = {
+    "jpg": "jpg", "jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "png": "png", "apng": "png", "webp": "webp", "gif": "gif", "bmp": "bmp",
+    "tif": "tiff", "tiff": "tiff", "avif": "avif", "heic": "heic", "heif": "heic",
+}  # fmt: skip
+"""The endings of image files' names, in lower case and without the dot; a folder or a shard is searched for these. The content says the kind."""
 
-# Each scan of a JPEG is a pass over all of its blocks, and 33 bytes are enough for one: 105 KB would take minutes. Cameras write 1 scan,
-# progressive encoders about 10; 64 take half a second at 4096 x 4096 (1.2 s with arithmetic coding), on one core of 2024.
-MAX_SCANS = 64
-MAX_PARTS = 65_536  # segments of a JPEG, chunks of a PNG or WebP; each costs a reader some microseconds. 64 MiB in the chunks of libpng are 8,192
 TRIED = 16  # places that may be the next chunk, after one whose length is wrong
 MAX_TEXT = 2**20  # bytes of a compressed text chunk that may hold the orientation
 
@@ -49,36 +54,14 @@ _XMP_JPEG, _XMP_PNG = b"http://ns.adobe.com/xap/1.0/\0", b"XML:com.adobe.xmp"
 _EXIF = b"Exif\0\0"
 _ORIENTATION = 0x0112  # TIFF tag
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
-_TIFF_TYPES = {1: "B", 3: "H", 4: "I"}  # unsigned integers of 1, 2 and 4 bytes
-
-
-class TooManyParts(Exception):
-    """An image whose reading would take long, whatever its size; `reason` is short and stable: too many scans, too many chunks."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True)
-class ImageParts:
-    """An encoded image in two.
-
-    pixels   the image without metadata, as a file of the same kind; cut or damaged wherever the image is
-    exif     the TIFF structure of its EXIF data, empty where there is none
-    xmp      its XMP packet, empty where there is none
-    """
-
-    pixels: bytes
-    exif: bytes = b""
-    xmp: bytes = b""
 
 
 def image_parts(data: bytes, kind: ImageKind) -> ImageParts:
     """The parts of an encoded image of a kind. Raises TooManyParts."""
-    split: Callable[[bytes], ImageParts] = {"jpg": _jpeg_parts, "png": _png_parts, "webp": _webp_parts}[kind]
-    return split(data)
+    split: Mapping[ImageKind, Callable[[bytes], ImageParts]] = {
+        "jpg": _jpeg_parts, "png": _png_parts, "webp": _webp_parts, "gif": _gif_parts, "tiff": tiff_parts, "avif": _heif_parts, "heic": _heif_parts
+    }  # fmt: skip
+    return split[kind](data) if kind in split else ImageParts(data)
 
 
 def jpeg_segments(data: bytes, at: int = 0) -> Iterator[tuple[int, int, int]]:
@@ -189,6 +172,67 @@ def _webp_parts(data: bytes) -> ImageParts:
     return ImageParts(b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body, found.get(b"EXIF", b""), found.get(b"XMP ", b""))
 
 
+def _gif_parts(data: bytes) -> ImageParts:
+    """Without what stands before the first frame, but for how transparent it is: a decoder joins the pieces of a comment one by one."""
+    at, controls, start = _gif_start(data)
+    return ImageParts(data[:at] + controls + data[start:])
+
+
+def _gif_start(data: bytes) -> tuple[int, bytes, int]:
+    """The end of the table of colours, the last control block before the first frame, and the frame's start. Raises IndexError at the end."""
+    tables = at = 13 + (6 << (data[10] & 7) if data[10] & 0x80 else 0)
+    controls, number = b"", 0
+    while data[at] != ord(","):
+        start, number = at, number + 1
+        if data[at] == ord("!"):
+            at += 2
+            while data[at]:
+                at, number = at + 1 + data[at], number + 1
+                if number > MAX_PARTS:
+                    break
+            controls = data[start : at + 1] if data[start + 1] == 0xF9 else controls
+        at += 1
+        if number > MAX_PARTS:
+            raise TooManyParts("too many chunks", f"a GIF of more than {MAX_PARTS} blocks before its first frame")
+    return tables, controls, at
+
+
+_METADATA_ITEM = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))(?:Exif|mime)", re.DOTALL)
+_EXTENTS = re.compile(rb"ispe\0\0\0\0(.{8})", re.DOTALL)
+
+
+def _heif_parts(data: bytes) -> ImageParts:
+    """With the names of its EXIF and XMP items changed: how it is turned stands in its own boxes, which the decoder reads."""
+    start, end = _heif_meta(data)
+    return ImageParts(data[:start] + _METADATA_ITEM.sub(rb"\1skip", data[start:end]) + data[end:])
+
+
+def _heif_meta(data: bytes) -> tuple[int, int]:
+    """From where to where the box `meta` reaches. Raises ValueError where there is none."""
+    at = 0
+    for _ in range(MAX_PARTS):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        size = struct.unpack_from(">Q", data, at + 8)[0] if size == 1 else size or len(data) - at
+        if kind == b"meta":
+            return at, at + size
+        at += max(size, 8)
+    raise ValueError
+
+
+def ends_early(data: bytes, kind: ImageKind) -> bool:
+    """Whether a TIFF, AVIF or HEIC file is shorter than it says."""
+    try:
+        if kind == "tiff":
+            return Tiff.of(data).is_cut()
+        at = 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 4], "big")
+            at += struct.unpack_from(">Q", data, at + 8)[0] if size == 1 else max(size, 8) if size else len(data) - at
+        return at > len(data) or b"mdat" not in data
+    except struct.error:
+        return True
+
+
 def _international_text(content: bytes) -> bytes:
     """The text of an iTXt chunk: keyword, 0, whether it is compressed, how, language, 0, the keyword translated, 0, text."""
     _, _, rest = content.partition(b"\0")
@@ -225,8 +269,8 @@ def _exif_orientation(exif: bytes) -> int | None:
         (n_entries,) = struct.unpack_from(order + "H", exif, first)
         for number in range(n_entries):
             tag, kind, count = struct.unpack_from(order + "HHI", exif, first + 2 + 12 * number)
-            if tag == _ORIENTATION and kind in _TIFF_TYPES and count == 1:
-                return int(struct.unpack_from(order + _TIFF_TYPES[kind], exif, first + 10 + 12 * number)[0])
+            if tag == _ORIENTATION and kind in TIFF_TYPES and count == 1:
+                return int(struct.unpack_from(order + TIFF_TYPES[kind], exif, first + 10 + 12 * number)[0])
     except struct.error:  # cut or damaged
         return None
     return None
@@ -234,6 +278,8 @@ def _exif_orientation(exif: bytes) -> int | None:
 
 # JPEG markers that hold the frame's size: SOF0..SOF15 without DHT (C4), JPG (C8) and DAC (CC).
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # sizes of the header after the first 14 bytes
+_MOST_BRANDS = 128  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,26 +292,65 @@ class ImageHeader:
 
 
 def image_kind(data: bytes) -> ImageKind | None:
-    """The kind by content, from the first 12 bytes; a file's name does not count. None where it is none of the three."""
+    """The kind by content, from the first bytes; a file's name does not count. None where it is none of `KINDS`."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    return None
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return "tiff"
+    if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in _BMP_HEADERS:
+        return "bmp"
+    return _heif_kind(data) if data[4:8] == b"ftyp" else None
+
+
+def _heif_kind(data: bytes) -> ImageKind | None:
+    """By its brands, the first of which may be that of the container alone."""
+    brands = data[8 : min(int.from_bytes(data[:4], "big"), _MOST_BRANDS)]
+    names = {brands[at : at + 4] for at in range(0, len(brands), 4)}
+    return "avif" if names & {b"avif", b"avis"} else "heic" if names & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"} else None
 
 
 def read_image_header(data: bytes) -> ImageHeader | None:
-    """Kind and size of a JPEG, PNG or WebP; None where it is none of these, or its header is cut or damaged."""
+    """Kind and size of an image; None where it is none of `KINDS`, or its header is cut or damaged."""
     kind = image_kind(data)
     if kind is None:
         return None
+    size: Callable[[bytes], tuple[int, int]] = {
+        "jpg": _jpeg_size, "png": _png_size, "webp": _webp_size, "gif": _gif_size, "bmp": _bmp_size, "tiff": tiff_size, "avif": _heif_size,
+        "heic": _heif_size,
+    }[kind]  # fmt: skip
     try:
-        width, height = {"jpg": _jpeg_size, "png": _png_size, "webp": _webp_size}[kind](data)
-    except (struct.error, ValueError):
+        width, height = size(data)
+    except (struct.error, ValueError, IndexError):
         return None
-    return ImageHeader(kind=kind, width=width, height=height)
+    return ImageHeader(kind=kind, width=width, height=height) if width > 0 and height > 0 else None
+
+
+def _gif_size(data: bytes) -> tuple[int, int]:
+    """The screen, and the first frame where that reaches beyond it."""
+    _, _, at = _gif_start(data)
+    width, height = struct.unpack_from("<HH", data, 6)
+    left, top, across, down = struct.unpack_from("<HHHH", data, at + 1)
+    return max(width, left + across), max(height, top + down)
+
+
+def _bmp_size(data: bytes) -> tuple[int, int]:
+    """A height below 0 means that the first row is the top one."""
+    width, height = struct.unpack_from("<HH" if data[14] == _BMP_HEADERS[0] else "<ii", data, 18)
+    return width, abs(height)
+
+
+def _heif_size(data: bytes) -> tuple[int, int]:
+    """The largest of the images in it: whole ones, tiles and thumbnails."""
+    start, end = _heif_meta(data)
+    sizes = [struct.unpack(">II", match[1]) for match in _EXTENTS.finditer(data, start, end)]
+    width, height = max(sizes, key=lambda size: size[0] * size[1])
+    return width, height
 
 
 def _png_size(data: bytes) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from adalink.errors import ConfigError, DataError
+from multimodal.data.images.format import ENDINGS
 from multimodal.data.shards.manifest import (
     ABSENT,
     MANIFEST,
@@ -185,7 +186,7 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-SUFFIXES: Mapping[str, Part] = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "json": "json", "txt": "txt"}
+SUFFIXES: Mapping[str, Part] = {**dict.fromkeys(ENDINGS, "image"), "json": "json", "txt": "txt"}
 """The only members that are ever read. Everything else (.pyd, .pkl, .pth, .gz, ...) is counted and never opened."""
 
 
@@ -283,7 +284,7 @@ def _lost(stem: str, members: Sequence[TarMember], samples: Mapping[str, Mapping
 def _bad(key: str, sample: Mapping[Part, TarMember], limits: ShardLimits, path: Path) -> BadSample | None:
     where = f"{key!r} of {path}"
     if "image" not in sample:
-        return BadSample(key=key, reason="no image", detail=f"{where} has no jpg, png or webp member")
+        return BadSample(key=key, reason="no image", detail=f"{where} has no image member")
     if "json" not in sample and "txt" not in sample:
         return BadSample(key=key, reason="no text", detail=f"{where} has neither a json nor a txt member")
     for part, member in sample.items():

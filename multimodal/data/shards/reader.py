@@ -302,7 +302,7 @@ class ShardSource:
 
     problems   samples of foreign shards that cannot be used (no image, no text), and those over the limits
     item_ids   none: only the samples themselves say what results must hold
-    ignored    members that no sample uses, counted by suffix: what is not jpg, jpeg, png, webp, txt or json is never opened
+    ignored    members that no sample uses, counted by suffix: what is no image, txt or json is never opened
     """
 
     item_ids: tuple[int, ...] = ()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from adalink.errors import DataError
 from multimodal.data.images.decode import BadImage, ImageOrFile, check_header, decode_image, read_image_bytes
+from multimodal.data.images.format import ENDINGS
 from multimodal.data.images.processes import n_cores
 from multimodal.data.workers import made_in_order
 from multimodal.progress import progress
@@ -26,7 +27,6 @@ Found = TypeVar("Found")
 _PIECE = 16  # samples that a process reads at once
 _MANY_RUNS = 100
 MOST_OF_SAMPLE = 4  # thumbnails
-_ENDINGS = {".jpeg": "jpg", ".jpe": "jpg", ".jfif": "jpg", ".tif": "tiff", ".heif": "heic"}  # other names of a kind
 
 
 def usual_workers() -> int:
@@ -122,7 +122,7 @@ def _image_file(image: ImageOrFile) -> ImageFile:
     named = Path(image) if isinstance(image, (str, Path)) else None
     header = check_header(data, name=str(named or "an image"))
     ending = named.suffix.lower() if named is not None else ""
-    is_other = ending and _ENDINGS.get(ending, ending[1:]) != header.kind
+    is_other = ending and ENDINGS.get(ending[1:], ending[1:]) != header.kind
     digest = hashlib.sha256(data).hexdigest()[:32]
     return ImageFile(
         kind=header.kind, width=header.width, height=header.height, size=len(data), digest=digest, ending=ending if is_other else ""

@@ -106,7 +106,7 @@ def test_a_key_that_comes_twice_is_refused_within_a_shard_and_across(tmp_path: P
 
 BAD = {
     "missing file": Path("absent.jpg"),
-    "not an image": b"GIF89a" + bytes(50),
+    "not an image": b"8BPS" + bytes(50),
     "truncated": image(0, "PNG")[:20],
     "empty file": b"",
     "too many pixels": image(0, "PNG").replace(b"\0\0\0\x10\0\0\0\x10", b"\0\0\xff\xff\0\0\xff\xff"),

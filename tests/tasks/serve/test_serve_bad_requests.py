@@ -66,7 +66,7 @@ BAD = (
     Case({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, 400, "messages[0].content[0].type", "is 'sound'"),
     Case({"messages": messages("x", photo(0)) + [{"role": "assistant", "content": "y"}]}, 400, "messages[1].role", "the last message to be the user's"),
     Case({"messages": image(data_url(photo(0))) + image(data_url(photo(1)))}, 400, "messages[1].content[0]", "a second image"),
-    Case({"messages": image(data_url(b"GIF89a, or so"))}, 400, URL, "none of jpg, png and webp"),
+    Case({"messages": image(data_url(b"8BPS, or so"))}, 400, URL, "none of jpg, png, webp, gif"),
     Case({"messages": image(data_url(photo(0)[:2000]))}, 400, URL, "truncated"),
     Case({"messages": image(data_url(b""))}, 400, URL, "0 bytes"),
     Case({"messages": image("data:image/png;base64,%%%")}, 400, URL, "is no base64"),
@@ -129,7 +129,7 @@ def test_wrong_paths_and_methods_are_told(client: httpx.Client) -> None:
 
 def test_wrong_uploads_are_told(client: httpx.Client) -> None:
     for sent, note in (
-        ({"files": {"file": ("a.png", b"GIF89a..")}}, "none of jpg"), ({"files": {"other": ("a.png", b"x")}}, "no field `file`"), ({"json": {}}, "no multipart form"),
+        ({"files": {"file": ("a.png", b"8BPS89a..")}}, "none of jpg"), ({"files": {"other": ("a.png", b"x")}}, "no field `file`"), ({"json": {}}, "no multipart form"),
         ({"files": {"file": ("a.png", bomb())}}, "20000 x 20000 pixels"), ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, "cannot be read"),
     ):  # fmt: skip
         response = client.post("/v1/files", **sent)  # type: ignore[arg-type]

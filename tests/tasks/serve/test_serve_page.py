@@ -123,8 +123,8 @@ def test_which_adapters_take_no_question_and_why_is_shown(page: Page) -> None:
 
 def test_what_is_no_picture_is_told_and_the_next_one_works(page: Page) -> None:
     tick(page, "cap", BASE_NAME)
-    drop(page, b"GIF89a", "<img src=x onerror=alert(1)>.gif")
-    page.until("document.querySelector('#hint').textContent.includes('none of jpg, png and webp')")
+    drop(page, b"8BPS", "<img src=x onerror=alert(1)>.psd")
+    page.until("document.querySelector('#hint').textContent.includes('none of jpg, png, webp, gif')")
     assert page.js("document.querySelectorAll('img').length") == 1  # a name is text
     drop(page, photo(5))
     page.until(QUIET)
