@@ -47,6 +47,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao  # beside the others: see tests/support/quantiser.py
 	touch $(READY)
 
 $(DOCS_READY): $(READY)

@@ -6,6 +6,7 @@ from adalink.attachment.attachment import Attachment
 from adalink.attachment.vision import attach_vision, read_vision
 from adalink.checkpoint.fingerprint import FrozenPart, fingerprint
 from adalink.checkpoint.peft_format import from_peft, to_peft
+from adalink.checkpoint.precision import BaseSettings, Precision
 from adalink.edit import EMBEDDING, Adapter, Edit, Method, Placement, Port, Slots
 from adalink.errors import AdalinkError, AttachError, BudgetError, CheckpointError, ConfigError, DataError
 from adalink.methods import METHODS
@@ -24,8 +25,8 @@ from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT
 
 __all__ = [
     "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT",
-    "AdaLink", "AdalinkError", "AdaptedModel", "Adapter", "Anatomy", "AttachError", "Attachment", "BitFit", "Bottleneck", "Bridge",
+    "AdaLink", "AdalinkError", "AdaptedModel", "Adapter", "Anatomy", "AttachError", "Attachment", "BaseSettings", "BitFit", "Bottleneck", "Bridge",
     "BudgetError", "CheckpointError", "ConfigError", "DataError", "Edit", "FrozenPart", "Gated", "InputSpec", "LoRA", "Method", "Placement", "Port",
-    "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint", "from_peft",
+    "Precision", "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint", "from_peft",
     "get_adalink_model", "read_vision", "to_peft",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 from adalink import Anatomy
 from adalink.anatomy import max_positions, token_ids
+from adalink.checkpoint.precision import AS_SAVED, Precision, settle
 from adalink.errors import ConfigError, DataError
 from multimodal.loading import existing_folder, freeze, loading, quiet, split_revision
 
@@ -81,10 +82,12 @@ class Language:
         return 0 if positions is None or positions.padding_row is None else positions.padding_row + 1
 
 
-def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = None, use: LanguageUse = "write") -> Language:
+def load_language(
+    name_or_folder: str | Path, *, dtype: torch.dtype | None = None, use: LanguageUse = "write", precision: Precision = AS_SAVED
+) -> Language:
     """The frozen language model of a local folder or of a hub id, `org/name` or `org/name@revision`.
 
-    dtype: of the weights; None keeps what the files hold.
+    dtype: of the weights; None keeps what the files hold. precision: how they are held, and the attention's kernel.
     Raises ConfigError for a name or folder that leads to no language model for this use, DataError for damaged or missing weights.
     """
     folder = existing_folder(name_or_folder)
@@ -93,6 +96,7 @@ def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = Non
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     family, options = family_of(config, use, str(name_or_folder))
     with loading("language model", name_or_folder, "see that the folder holds model.safetensors"), quiet():
+        options |= precision.loading
         model, info = family.from_pretrained(name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True, **options)
     if info["missing_keys"]:
         raise DataError(
@@ -100,13 +104,14 @@ def load_language(name_or_folder: str | Path, *, dtype: torch.dtype | None = Non
             f"among them {', '.join(sorted(info['missing_keys'])[:3])}; fetch the files again"
         )
     freeze(model, dtype)
+    settle(model, precision, str(name_or_folder))
     with loading("tokenizer of", name_or_folder, _TOKENIZER_ADVICE):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     settle_tokens(tokenizer, model, str(name_or_folder))
     return Language(model=model, tokenizer=tokenizer, name=str(name_or_folder))
 
 
-def family_of(config: Any, use: LanguageUse, name: str) -> tuple[Any, dict[str, bool]]:
+def family_of(config: Any, use: LanguageUse, name: str) -> tuple[Any, dict[str, Any]]:
     """The class that loads a model of this configuration, and the arguments of its constructor.
 
     transformers also lists masked language models (BERT) as causal ones, but they write only if they were trained as decoders.

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
 
+from adalink.checkpoint.precision import cast
 from adalink.errors import AdalinkError, ConfigError, DataError
 
 __all__ = ["PARTS", "existing_folder", "freeze", "hub_or_disk", "loading", "nearest", "quiet", "split_revision"]
@@ -56,7 +57,7 @@ def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
     """Puts `module` into eval mode without gradients, in `dtype` where one is given (None keeps what the files hold)."""
     module.eval().requires_grad_(False)
     if dtype is not None:
-        module.to(dtype)
+        cast(module, dtype)
 
 
 PARTS = "adalink.parts"  # the group of entry points by which an installed package names the frozen parts that it ships with

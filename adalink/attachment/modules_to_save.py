@@ -56,6 +56,8 @@ def _is_plan(model: nn.Module) -> bool:
 
 
 def _copy(module: nn.Module) -> nn.Module:
+    if packed := next((name for name, value in module.named_parameters() if type(value.data) is not torch.Tensor), None):
+        raise ConfigError(f"a trained copy of {type(module).__name__} cannot be made of quantised weights ({packed}): load the model without quantise")
     made = copy.deepcopy(module)
     for part in made.modules():
         part._forward_hooks.clear()

@@ -22,7 +22,7 @@ from adalink.attachment.existing import is_encoder_decoder
 from adalink.edit import tied_names, weight_of
 from adalink.tokens import BASE_ROW, TEXT, TokenMap
 
-__all__ = ["FrozenPart", "Sketch", "differences", "fingerprint", "part_from_json", "part_of", "part_to_json", "sketch_of_states"]
+__all__ = ["FrozenPart", "Sketch", "differences", "fingerprint", "note_weights", "part_from_json", "part_of", "part_to_json", "sketch_of_states"]
 
 
 # ----------------------------------------
@@ -88,8 +88,9 @@ class FrozenPart:
     """A frozen model that an adapter was trained on.
 
     name         the name or folder it was loaded from
-    fingerprint  of its weights
-    dtype        of its weights
+    fingerprint  of its weights, as the checkpoint has them
+    dtype        of its weights, as they are computed with
+    precision    how its weights are quantised; empty where they are not
     weights      hex: some of its weights in bfloat16, for where a precision has another fingerprint
     buffers      hex: the same of what is not trained, such as the statistics of a batch norm
     config       settings of its config, by their dotted names
@@ -107,6 +108,45 @@ class FrozenPart:
     config: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str = ""
     sketches: Mapping[str, Sketch] = field(default_factory=dict)
+    precision: str = ""
+
+    @property
+    def kind(self) -> str:
+        """`bfloat16`, or `nf4` where that is its precision; empty where it is unknown."""
+        return self.precision or self.dtype
+
+
+@dataclass(frozen=True)
+class CheckpointWeight:
+    """What identifies a parameter, of its values in the checkpoint.
+
+    sampled  1,024 evenly spaced values in bfloat16, as bytes
+    some     a few of them, for `FrozenPart.weights`
+    """
+
+    shape: tuple[int, ...]
+    sampled: bytes
+    some: bytes
+
+
+@dataclass(frozen=True)
+class CheckpointWeights:
+    """What identifies a model's parameters, from before they were cast or quantised; `dtype` and `precision` are those after it."""
+
+    of: Mapping[str, CheckpointWeight]
+    dtype: str = ""
+    precision: str = ""
+
+
+_NOTED = "checkpoint_weights"  # the attribute of a module
+
+
+def note_weights(model: nn.Module, *, dtype: str, precision: str = "") -> None:
+    """Note what identifies the model's weights, before they are cast or quantised: its fingerprint is then the same in every precision."""
+    parameters = _parameters(model, ())
+    n = max(N_COMPARED // max(len(parameters), 1), 1)
+    of = {name: _identified(weight_of(model, name), n) for name, _ in parameters}
+    setattr(model, _NOTED, CheckpointWeights(of, dtype, precision))
 
 
 def part_of(model: nn.Module, *, name: str = "", without: Sequence[str] = ()) -> FrozenPart:
@@ -115,12 +155,14 @@ def part_of(model: nn.Module, *, name: str = "", without: Sequence[str] = ()) ->
     without: modules that are no part of it, by their dotted names.
     """
     config: Any = getattr(model, "config", None)
+    noted: CheckpointWeights | None = getattr(model, _NOTED, None)
     parameters = _parameters(model, without)
     return FrozenPart(
         name or getattr(config, "name_or_path", "") or type(model).__name__,
         fingerprint(model, without=without),
-        dtype=str(parameters[0][1].dtype).removeprefix("torch.") if parameters else "",
-        weights=_some([weight_of(model, name) for name, _ in parameters]),
+        dtype=noted.dtype if noted else str(parameters[0][1].dtype).removeprefix("torch.") if parameters else "",
+        precision=noted.precision if noted else "",
+        weights=_noted_weights(noted, without) if noted else _some([weight_of(model, name) for name, _ in parameters]),
         buffers=_some([tensor for _, tensor in sorted(model.named_buffers()) if tensor.is_floating_point()]),
         config=_settings(config),
     )
@@ -129,16 +171,30 @@ def part_of(model: nn.Module, *, name: str = "", without: Sequence[str] = ()) ->
 def fingerprint(model: nn.Module, *, without: Sequence[str] = ()) -> str:
     """16 hex digits that stand for a model's weights: names, shapes, and 1,024 evenly spaced values of each tensor.
 
-    Values are compared in bfloat16, so a model loaded in float32 and in bfloat16 has one fingerprint; loaded in float16, which rounds
-    otherwise, it has another. Buffers do not count, nor does what lies in the modules `without`, by their dotted names.
+    Values are compared in bfloat16, so a model loaded in float32 and in bfloat16 has one fingerprint; loaded in float16, which rounds otherwise, it has
+    another. Of a model that `note_weights` saw before it was cast, the values are the checkpoint's. Buffers do not count, nor does what lies in the
+    modules `without`, by their dotted names.
     """
     digest = hashlib.sha256()
-    for name, tensor in _parameters(model, without):
-        flat = weight_of(model, name).reshape(-1)
-        step = max(flat.numel() // N_SAMPLED, 1)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    noted: CheckpointWeights | None = getattr(model, _NOTED, None)
+    left_out = tuple(f"{module}." for module in without)
+    for name in [name for name in noted.of if not name.startswith(left_out)] if noted else [name for name, _ in _parameters(model, without)]:
+        weight = noted.of[name] if noted else _identified(weight_of(model, name), 0)
+        digest.update(f"{name}{weight.shape}".encode())
+        digest.update(weight.sampled)
     return digest.hexdigest()[:16]
+
+
+def _identified(tensor: Tensor, n: int) -> CheckpointWeight:
+    """Of a parameter's values; n: how many of them are compared with a tolerance."""
+    flat = tensor.detach().reshape(-1)
+    sampled = flat[:: max(flat.numel() // N_SAMPLED, 1)].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+    return CheckpointWeight(tuple(tensor.shape), sampled, _picked(flat, n) if n else b"")
+
+
+def _noted_weights(noted: CheckpointWeights, without: Sequence[str]) -> str:
+    """As `_some`; empty for a part of the model, of which other values would be compared."""
+    return "" if without else b"".join(weight.some for weight in noted.of.values()).hex()
 
 
 def differences(was: FrozenPart, now: FrozenPart) -> Iterator[str]:
@@ -181,8 +237,11 @@ def _some(tensors: Sequence[Tensor]) -> str:
     if not tensors or any(tensor.is_meta for tensor in tensors):
         return ""
     n = max(N_COMPARED // len(tensors), 1)
-    picked = [flat[:: max(flat.numel() // n, 1)][:n] for flat in (tensor.detach().reshape(-1) for tensor in tensors)]
-    return b"".join(some.to(torch.bfloat16).view(torch.int16).cpu().numpy().astype("<i2").tobytes() for some in picked).hex()
+    return b"".join(_picked(tensor.detach().reshape(-1), n) for tensor in tensors).hex()
+
+
+def _picked(flat: Tensor, n: int) -> bytes:
+    return flat[:: max(flat.numel() // n, 1)][:n].to(torch.bfloat16).view(torch.int16).cpu().numpy().astype("<i2").tobytes()
 
 
 def _alike(one: str, two: str) -> bool:
@@ -201,6 +260,8 @@ def _same_in_other_precision(was: FrozenPart, now: FrozenPart) -> bool:
 def _tolerance(name: str, was: FrozenPart, now: FrozenPart) -> float:
     """How far a sketch may be off; 1 where it says nothing."""
     dtypes = {was.dtype, now.dtype}
+    if was.precision != now.precision and name != "pixels":
+        return 1.0
     if name != "features" or "bfloat16" not in dtypes:
         return TOLERANCES[name]
     return FEATURES_IN_BFLOAT16 if len(dtypes) == 1 else 1.0

@@ -169,6 +169,9 @@ class AdapterConfig:
             here, what = present.get(role), role.replace("_", " ")
             found = [f"{trained_on.name} ({trained_on.fingerprint}), but this one is missing"] if here is None else list(differences(trained_on, here))
             if not found:
+                if here is not None and trained_on.kind and here.kind and trained_on.kind != here.kind:
+                    now = f"was trained on the {what} in {trained_on.kind}, and here it is in {here.kind}"
+                    warnings.warn(f"the adapter in {folder} {now}: its answers may differ a little", stacklevel=2)
                 continue
             note = f"the adapter in {folder} was trained on the {what} {'; and on the same '.join(found)}"
             if not allow_other_base or here is None:

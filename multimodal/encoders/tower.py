@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adalink import Adapter, Anatomy, FrozenPart, Method
 from adalink.attachment.vision import attach_vision, read_vision
 from adalink.checkpoint.folder import AdapterConfig, load_weights, read_config, save_adapter
+from adalink.checkpoint.precision import AS_SAVED, Precision, settle
 from adalink.errors import ConfigError
 from multimodal.encoders.base import Encoder, Features, Loaded, Preprocess, Stage, read_layout
 from multimodal.encoders.load import load_encoder
@@ -21,19 +22,24 @@ from multimodal.loading import freeze, loading
 __all__ = ["VisionTower", "has_vision_adapter", "load_tower", "load_vision_adapter", "new_vision_adapter", "save_vision_adapter"]
 
 
-def load_tower(spec: str | Path, *, layer: int = -1, dtype: torch.dtype | None = None) -> VisionTower:
+def load_tower(spec: str | Path, *, layer: int = -1, dtype: torch.dtype | None = None, precision: Precision = AS_SAVED) -> VisionTower:
     """The frozen tower that `spec` names.
 
     spec    a local folder in the format of transformers, timm or open_clip; `timm:vit_base_patch16_224.augreg_in21k`;
             `open_clip:ViT-B-32/laion2b_s34b_b79k`; or a transformers hub id, `hf:org/name` or `org/name`, with `@revision` to pin it
     layer   which block the patches come from, counted from the end: -1 the final features, -2 the block before (Context-PEFT)
     dtype   of the weights and the features; None keeps what the files hold
+    precision   how the weights are held; its attention is not for encoders
 
     Raises ConfigError for a name or folder that leads to no encoder, DataError for damaged weights.
     """
     loaded = load_encoder(spec, dtype)
     freeze(loaded.encoder, dtype)
-    return VisionTower(loaded, name=str(spec), layer=layer)
+    tower = VisionTower(loaded, name=str(spec), layer=layer)
+    if precision.attention != "auto":
+        raise ConfigError(f"base: attention is {precision.attention} for the encoder '{spec}', which has its own: leave it out")
+    settle(tower, precision, str(spec))
+    return tower
 
 
 class VisionTower(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from adalink import Anatomy
 from adalink.attachment.existing import image_token_ids
+from adalink.checkpoint.precision import UNCHANGED, WITH_ENCODER, BaseSettings, settle
 from adalink.errors import ConfigError, DataError
 from multimodal.existing.words import Processor
 from multimodal.language import Language, settle_tokens
@@ -23,12 +26,14 @@ MODEL_ADVICE = "give a local folder in transformers format or a hub id such as '
 
 
 def load_existing(
-    model: str | Path | nn.Module, processor: Any = None, *, dtype: torch.dtype | None = None, weights: bool = True
+    model: str | Path | nn.Module, processor: Any = None, *, dtype: torch.dtype | None = None, weights: bool = True,
+    base: BaseSettings = UNCHANGED,
 ) -> tuple[Language, Any]:
     """The frozen model with its tokenizer, and its processor.
 
     model      a local folder, a hub id, `org/name` or `org/name@revision`, or the model itself; then its processor is given too
     dtype      of the weights; None keeps what the files hold
+    base       how they are held; the language model's dtype and attention are the whole model's
     weights    False: the model is on the meta device, made of its config alone
 
     Raises ConfigError for a name that leads to no vision-language model, and where the processor is absent or another model's; DataError for
@@ -41,7 +46,7 @@ def load_existing(
         freeze(model, dtype)
     else:
         name = str(model)
-        model, processor = _loaded(model, dtype, weights)
+        model, processor = _loaded(model, dtype, weights, base)
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ConfigError(f"the processor of '{name}' is a {type(processor).__name__}, expected one that takes images and texts: {_PROCESSOR_ADVICE}")
     _check_image_token(model, name)
@@ -72,7 +77,7 @@ def _config(name_or_folder: str | Path, what: str = "vision-language model") -> 
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
-def _loaded(name_or_folder: str | Path, dtype: torch.dtype | None, weights: bool) -> tuple[Any, Any]:
+def _loaded(name_or_folder: str | Path, dtype: torch.dtype | None, weights: bool, base: BaseSettings) -> tuple[Any, Any]:
     folder = existing_folder(name_or_folder)
     name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
     config = _config(name_or_folder)
@@ -87,14 +92,31 @@ def _loaded(name_or_folder: str | Path, dtype: torch.dtype | None, weights: bool
         with loading("vision-language model", name_or_folder, "see that its config.json is whole"), quiet(), torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config, dtype=dtype or config.dtype or torch.float32).eval().requires_grad_(False), processor
     with loading("vision-language model", name_or_folder, "see that the folder holds model.safetensors"), quiet():
-        model, info = AutoModelForImageTextToText.from_pretrained(name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True)
+        options: dict[str, Any] = {"revision": revision, "dtype": dtype or "auto", **base.language_model.loading}
+        model, info = AutoModelForImageTextToText.from_pretrained(name, config=config, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise DataError(
             f"the weights of the vision-language model '{name_or_folder}' are incomplete: {len(info['missing_keys'])} tensors are missing, "
             f"among them {', '.join(sorted(info['missing_keys'])[:3])}; fetch the files again"
         )
     freeze(model, dtype)
+    _settle(model, base, str(name_or_folder))
     return model, processor
+
+
+def _settle(model: nn.Module, base: BaseSettings, name: str) -> None:
+    """Cast the whole model, and quantise the linears of its language model, of what stands before that, or of both. Raises ConfigError."""
+    own, encoder = base.language_model, base.encoder
+    if encoder.dtype not in ("auto", own.dtype) or encoder.attention != "auto":
+        raise ConfigError(f"base.encoder was given for '{name}', a model that sees already, which has one dtype and one attention: set base.language_model's")
+    if own.quantiser and encoder.quantiser and own.quantiser != encoder.quantiser:
+        raise ConfigError(f"base quantises '{name}' in {own.quantiser} and its encoder in {encoder.quantiser}: give one of them for both, or one alone")
+    anatomy = Anatomy.read(model)
+    stack = f"{anatomy.stack}." if anatomy.stack else ""
+    kinds = {True: own.quantiser, False: encoder.quantiser}
+    both = replace(own, quantise=own.quantiser or encoder.quantiser or "none")  # type: ignore[arg-type]  # one of its values
+    known_as = str(own) + (f"{WITH_ENCODER}{encoder.quantiser}" if encoder.quantiser else "")
+    settle(model, both, name, linears=lambda path: bool(kinds[path.startswith(stack)]), known_as=known_as)
 
 
 def _check_image_token(model: Any, name: str) -> None:

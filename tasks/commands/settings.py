@@ -8,6 +8,7 @@ from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from adalink.checkpoint.precision import BaseSettings, Precision
 from adalink.methods import METHODS
 from multimodal.existing.budget import ImageTokens
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
@@ -67,7 +68,7 @@ DryRunConfig: Any = _dry_run_config()
 
 # What an adapter's folder says, so that nobody has to say it again.
 _SAVED: dict[str, Any] = {"task": Optional[Literal["captioning", "vqa"]]}  # noqa: UP045
-SAVED = (*_SAVED, "model", "encoder", "language_model", "image_tokens", "layer", "generation")
+SAVED = (*_SAVED, "model", "encoder", "language_model", "image_tokens", "base", "layer", "generation")
 
 
 def _evaluation_settings() -> Any:
@@ -86,7 +87,8 @@ EvaluationSettings: Any = _evaluation_settings()
 def add_run(parser: Any, settings: Any = RunConfig) -> None:
     """The settings of a run, each with the comment beside its field as its help. settings: RunConfig, Draft or EvaluationSettings."""
     methods = () if parser.is_for_help else METHODS.values()
-    for kind in (RunConfig, Data, DataConfig, Captioning, Vqa, Template, ImageTokens, TrainSettings, GenerationSettings, GenerationChoice, *methods):
+    tasks, parts = (Captioning, Vqa, Template), (ImageTokens, Precision, BaseSettings)
+    for kind in (RunConfig, Data, DataConfig, *tasks, *parts, TrainSettings, GenerationSettings, GenerationChoice, *methods):
         comments_as_help(kind)
     settings.__doc__ = RunConfig.__doc__
     parser.add_class_arguments(settings, None, skip=set(METHOD_GROUPS) if parser.is_for_help else None)
@@ -107,8 +109,8 @@ def settings_of(adapter: Path, given: Any) -> dict[str, Any]:
 
     saved = read_saved(adapter)
     values = {name: given[name] for name in RunConfig.__dataclass_fields__}
-    parts = Parts(**{name: values[name] for name in ("model", "encoder", "language_model", "image_tokens")})
-    values |= {"task": values["task"] or saved.task["task"], **vars(parts.over(Parts.of({role: part.name for role, part in saved.base.items()}, saved.task)))}
+    parts = Parts(**{name: values[name] for name in ("model", "encoder", "language_model", "image_tokens", "base")})
+    values |= {"task": values["task"] or saved.task["task"], **vars(parts.over(Parts.of(saved.base, saved.task)))}
     return {**values, "layer": saved.task["layer"], "generation": values["generation"].over(saved_generation(saved.task))}
 
 

@@ -228,7 +228,10 @@ def _features(values: Any, plain: Any) -> None:
     opened = {split: data.open() for split in SPLITS if (data := getattr(values.data, split)) is not None}
     if not opened:
         raise ConfigError("no data is given whose features could be written: give data.train, data.val or both")
-    tower = composed_tower(values.encoder, values.layer) if values.model is None else existing_tower(values.model, values.image_tokens)
+    if values.model is None:
+        tower: Any = composed_tower(values.encoder, values.layer, values.base)
+    else:
+        tower = existing_tower(values.model, values.image_tokens, values.base)
     contents = _contents(values, tower)
     for split, data in opened.items():
         _write(tower, data, values.features / split, contents, values)

@@ -12,6 +12,7 @@ from typing import Any
 
 from adalink import AdaptedModel
 from adalink.checkpoint.folder import AdapterConfig
+from adalink.checkpoint.precision import UNCHANGED, BaseSettings
 from adalink.errors import CheckpointError, ConfigError
 from multimodal.data.feature_cache.encode import encode_all, opened_writer, pixel_table, write_features
 from multimodal.data.feature_cache.format import AnyContents, all_contents, as_size, needed_contents
@@ -37,10 +38,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def compose(encoder: str, language_model: str, *, template: Template, layer: int = -1, use: LanguageUse = "write") -> VisionLanguageModel:
+def compose(
+    encoder: str, language_model: str, *, template: Template, layer: int = -1, use: LanguageUse = "write", base: BaseSettings = UNCHANGED
+) -> VisionLanguageModel:
     """The composed model, on this process's device; `scenes:encoder` and `scenes:language` are the parts that ship with the package."""
-    tower = composed_tower(encoder, layer)
-    language = load_language(found_part(language_model), use=use)
+    tower = composed_tower(encoder, layer, base)
+    language = load_language(found_part(language_model), use=use, precision=base.language_model)
     return VisionLanguageModel(tower, dataclasses.replace(language, name=located(language_model)), template).to(process_state().device)
 
 
@@ -49,24 +52,24 @@ def frozen_model(parts: Parts, *, template: Template, layer: int = -1, use: Lang
     if parts.model is None:
         assert parts.encoder is not None
         assert parts.language_model is not None
-        return compose(parts.encoder, parts.language_model, template=template, layer=layer, use=use)
-    return VisionLanguageModel.from_parts(*_existing(parts.model), template=template, image_tokens=parts.image_tokens)
+        return compose(parts.encoder, parts.language_model, template=template, layer=layer, use=use, base=parts.base)
+    return VisionLanguageModel.from_parts(*_existing(parts.model, parts.base), template=template, image_tokens=parts.image_tokens)
 
 
-def composed_tower(encoder: str, layer: int = -1) -> VisionTower:
+def composed_tower(encoder: str, layer: int = -1, base: BaseSettings = UNCHANGED) -> VisionTower:
     """The encoder of a composed model, on this process's device."""
-    tower = load_tower(found_part(encoder), layer=layer)
+    tower = load_tower(found_part(encoder), layer=layer, precision=base.encoder)
     tower.name = located(encoder)  # an adapter remembers its parts by the names that were given, not by where they were found
     return tower.to(process_state().device)
 
 
-def existing_tower(name: str, image_tokens: ImageTokens) -> ModelTower:
+def existing_tower(name: str, image_tokens: ImageTokens, base: BaseSettings = UNCHANGED) -> ModelTower:
     """The tower and the connector of a model that sees already, on this process's device."""
-    return ModelTower.of(*_existing(name), image_tokens)
+    return ModelTower.of(*_existing(name, base), image_tokens)
 
 
-def _existing(name: str) -> tuple[Language, Any]:
-    language, processor = load_existing(name)
+def _existing(name: str, base: BaseSettings) -> tuple[Language, Any]:
+    language, processor = load_existing(name, base=base)
     return dataclasses.replace(language, model=language.model.to(process_state().device), name=located(name)), processor
 
 
@@ -91,17 +94,17 @@ def located(name: str) -> str:
 
 def load_adapted(
     folder: Path, *, encoder: str | None = None, language_model: str | None = None, model: str | None = None, allow_other_base: bool = False,
-    image_tokens: ImageTokens | None = None,
+    image_tokens: ImageTokens | None = None, base: BaseSettings = UNCHANGED,
 ) -> tuple[VisionLanguageModel, dict[str, Any]]:
     """The model of a saved adapter, and what its config says of its task.
 
     The frozen parts are those that the adapter names unless others are given; others than it was trained on are refused, or allowed by name.
     """
     config = read_saved(folder)
-    known = Parts.of({role: part.name for role, part in config.base.items()}, config.task)
+    known = Parts.of(config.base, config.task)
     template = saved_template(config.task)
     assert template is not None
-    parts = Parts(model=model, encoder=encoder, language_model=language_model, image_tokens=image_tokens or ImageTokens()).over(known)
+    parts = Parts(model=model, encoder=encoder, language_model=language_model, image_tokens=image_tokens or ImageTokens(), base=base).over(known)
     loaded = frozen_model(parts, template=template, layer=config.task["layer"], use=use_for(config.task))
     loaded.load_adapter(folder, "default", allow_other_base=allow_other_base)
     return loaded, dict(config.task)

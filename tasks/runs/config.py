@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from adalink.checkpoint.precision import BaseSettings
 from adalink.errors import ConfigError
 from adalink.methods import METHODS
 from multimodal.data.inputs import StoredDtype
@@ -23,7 +24,7 @@ from tasks.vqa import Vqa
 
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
-    from adalink import Method
+    from adalink import FrozenPart, Method
 
 __all__ = ["Data", "Methods", "Parts", "RunConfig", "check_groups", "chosen_methods", "class_paths", "setting_names"]
 
@@ -71,6 +72,7 @@ class Parts:
     encoder: str | None = None
     language_model: str | None = None
     image_tokens: ImageTokens = field(default_factory=ImageTokens)
+    base: BaseSettings = field(default_factory=BaseSettings)
 
     def check(self) -> None:
         """Raise ConfigError unless exactly one of the two forms is given, and whole."""
@@ -91,11 +93,13 @@ class Parts:
             )
 
     @staticmethod
-    def of(names: Mapping[str, str], task: Mapping[str, Any]) -> Parts:
+    def of(parts: Mapping[str, FrozenPart], task: Mapping[str, Any]) -> Parts:
         """The parts by their roles in an adapter's folder, which says of its task what an image may cost; a model that saw already is one part."""
-        if "encoder" not in names:
-            return Parts(model=names["language_model"], image_tokens=ImageTokens.of(task))
-        return Parts(encoder=names["encoder"], language_model=names["language_model"])
+        language = parts["language_model"]
+        if "encoder" not in parts:
+            return Parts(model=language.name, image_tokens=ImageTokens.of(task), base=BaseSettings.of(language.precision))
+        encoder = parts["encoder"]
+        return Parts(encoder=encoder.name, language_model=language.name, base=BaseSettings.of(language.precision, encoder.precision))
 
     def over(self, known: Parts) -> Parts:
         """These in the place of known ones, where some are given. Raises ConfigError for parts of the other form."""
@@ -104,7 +108,7 @@ class Parts:
         if not known.model and self.model:
             raise ConfigError("the adapter was trained on a composed model: give --encoder and --language_model where they lie elsewhere, not --model")
         names = ("model", "encoder", "language_model", "image_tokens")
-        return Parts(**{name: getattr(self, name) or getattr(known, name) for name in names})
+        return Parts(**{name: getattr(self, name) or getattr(known, name) for name in names}, base=self.base.over(known.base))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,7 @@ class RunConfig:
     encoder: str | None = None  # local folder, timm:NAME, open_clip:NAME/WEIGHTS, a transformers hub name, or scenes:encoder
     language_model: str | None = None  # local folder, a transformers hub name, or scenes:language
     image_tokens: ImageTokens = field(default_factory=ImageTokens)  # of `model`: how many tokens an image may cost; others are scaled until it fits
+    base: BaseSettings = field(default_factory=BaseSettings)  # precision, quantisation and attention of the frozen parts
     data: Data
     methods: Methods
     vision_methods: Methods = field(default_factory=Methods)  # methods inside the encoder, trained with the others; its features are then never cached
@@ -164,7 +169,7 @@ class RunConfig:
     @property
     def parts(self) -> Parts:
         """The frozen parts."""
-        return Parts(model=self.model, encoder=self.encoder, language_model=self.language_model, image_tokens=self.image_tokens)
+        return Parts(model=self.model, encoder=self.encoder, language_model=self.language_model, image_tokens=self.image_tokens, base=self.base)
 
     @property
     def encoder_methods(self) -> dict[str, Method]:

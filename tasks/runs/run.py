@@ -58,6 +58,9 @@ def refuse_taken(out: Path, *, resume: bool) -> None:
         raise ConfigError(f"the run folder {out} is there already: give another `out`, or --resume to go on with it")
 
 
+_SILENT = (None, False, 0, "", "auto")  # values of a setting that changes nothing
+
+
 def changed_config(file: Path, config_text: str) -> list[str]:
     """`generation.num_beams 3 -> 1` for each setting of a run's config.yaml that is another now; training reports those that its checkpoints hold."""
     try:
@@ -66,7 +69,7 @@ def changed_config(file: Path, config_text: str) -> list[str]:
         return []  # a process that was killed while it wrote it
     names = [name for name in {**was, **now} if was and not name.startswith(("train.", "methods.", "vision_methods.", "connector")) and name != "out"]
     # A file of an earlier version does not hold every setting; one that came since is empty where it changes nothing.
-    changed = [name for name in names if was.get(name) != now.get(name) and (name in was or now[name])]
+    changed = [name for name in names if was.get(name) != now.get(name) and (name in was or now[name] not in _SILENT)]
     return [f"{name} {was.get(name)} -> {now.get(name)}" for name in changed]
 
 

@@ -134,4 +134,4 @@ def _parts_of(folder: Path | None) -> tuple[Parts, Template, int]:
     template = saved_template(config.task)
     if "language_model" not in config.base or template is None or "layer" not in config.task:
         raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no frozen parts with a template; give --base")
-    return Parts.of({role: part.name for role, part in config.base.items()}, config.task), template, config.task["layer"]
+    return Parts.of(config.base, config.task), template, config.task["layer"]

@@ -45,7 +45,7 @@ def changed(folder: Path, name: str, value: object) -> str:
 
 UNKNOWN = {
     "tasks": "there is no setting tasks: the nearest is task",
-    "foo": "there is no setting foo: there are task, model, encoder, language_model, image_tokens, data,",
+    "foo": "there is no setting foo: there are task, model, encoder, language_model, image_tokens, base,",
     "batch_size": "there is no setting batch_size: it is train.batch_size",
     "train.learing_rate": "there is no setting train.learing_rate: the nearest is train.learning_rate",
     "train.foo": "there is no setting train.foo: under train there are epochs, steps, batch_size,",
