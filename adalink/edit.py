@@ -48,15 +48,18 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     )
 
 
-def execution_device(model: nn.Module, name: str) -> torch.device:
-    """Where a module computes, by its dotted name: where its weights are, or are brought when it runs; that of what is around it where it has none."""
+def execution_device(model: nn.Module, name: str, *, has_values: bool = True) -> torch.device:
+    """Where a module computes, by its dotted name: where its weights are, or are brought when it runs; that of what is around it where it has none.
+
+    has_values   False where all parameters are known to be on the meta device: then none of them is looked at
+    """
     path = name.split(".") if name else []
     for depth in reversed(range(len(path) + 1)):
         module = model.get_submodule(".".join(path[:depth]))
         for hook in _hooks(module):
             if getattr(hook, "execution_device", None) is not None:
                 return _device(hook.execution_device)
-        if (parameter := next((one for one in module.parameters() if not one.is_meta), None)) is not None:
+        if has_values and (parameter := next((one for one in module.parameters() if not one.is_meta), None)) is not None:
             return parameter.device
     return next((one.device for one in model.parameters()), torch.device("cpu"))  # of a plan: nothing has values
 
@@ -201,15 +204,16 @@ class Adapter(nn.Module):
     def beside(self, model: nn.Module, anatomy: Anatomy) -> Adapter:
         """Each edit where the module of its port computes; what several edits share, beside the first of them."""
         placed: set[int] = set()
+        has_values = any(not parameter.is_meta for parameter in model.parameters())
         for placement in self.placements:
             stack = anatomy.reader if placement.port.side == "reader" else f"{anatomy.stack}.{placement.port.module or anatomy.embedding}".lstrip(".")
-            device = execution_device(model, stack or "")
+            device = execution_device(model, stack or "", has_values=has_values)
             for module in (placement.edit, *placement.shared.values()):
                 if id(module) not in placed:
                     placed.update(map(id, module.modules()))
                     module.to(device)
         for path, copy in self.copies.items():
-            copy.to(execution_device(model, path))
+            copy.to(execution_device(model, path, has_values=has_values))
         return self
 
     def n_parameters(self) -> dict[str, int]:

@@ -441,7 +441,8 @@ def by_port(model: nn.Module, stack: nn.Module, adapters: Mapping[int, Adapter])
 
 
 def _check_port(stack: nn.Module, port: Port) -> None:
-    if port.module in dict(stack.named_modules()):
+    with contextlib.suppress(AttributeError):
+        stack.get_submodule(port.module)
         return
     last = port.module.rsplit(".", 1)[-1]
     near = [name for name, _ in stack.named_modules() if name.endswith(last)]

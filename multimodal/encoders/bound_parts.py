@@ -51,6 +51,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def test_image() -> Image.Image:
     """RGB, 640 x 400, of sharp blocks in no symmetry: another size, crop, filter, scale or turn shows."""
-    y, x, channel = np.ogrid[:400, :640, :3]
-    blocks = (x // 16 * 37 + y // 16 * 101 + channel * 53) % 256
-    return Image.fromarray(blocks.astype(np.uint8))
+    y, x, channel = (axis.astype(np.uint8) for axis in np.ogrid[:25, :40, :3])
+    blocks = x * np.uint8(37) + y * np.uint8(101) + channel * np.uint8(53)  # modulo 256
+    return Image.fromarray(blocks.repeat(16, axis=0).repeat(16, axis=1))
