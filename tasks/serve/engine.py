@@ -215,7 +215,8 @@ class Running:
 
 def _chosen(rows: Sequence[JobRow], scores: Tensor) -> Tensor:
     """int64 [B]: the next token of each row, which has it now."""
-    chosen = drawn(scores, [row.draw for row in rows]).argmax(-1)
+    draws = [row.draw for row in rows]
+    chosen = (drawn(scores, draws) if any(draws) else scores).argmax(-1)
     for row, token in zip(rows, chosen.tolist(), strict=True):
         row.add(token)
     return chosen
