@@ -11,7 +11,7 @@ from shared import SUPPORT
 
 IMPORTED = [
     "multimodal", "torch.distributed.fsdp", "torch._dynamo", "accelerate.utils.fsdp_utils", "peft",  # multimodal before any library of encoders
-    "timm", "uvicorn", "tasks.commands.train", "tasks.serve.server", "tasks.bench.clock", "composed", "ranks", "rank_jobs", "feature_jobs", "cli_run",
+    "timm", "uvicorn", "tasks.commands.train", "tasks.serve.server", "tasks.bench.clock", "composed", "ranks", "rank_jobs", "feature_jobs", "cli_run", "warmed",
 ]  # fmt: skip
 
 

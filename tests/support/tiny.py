@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from copied import copied
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -29,6 +30,7 @@ INPUTS = {"image": InputSpec(N_PATCHES, FEATURE_WIDTH), "image_taps": InputSpec(
 EXACT = {"llama": 1e-6, "qwen2": 1e-6, "opt": 1e-10, "gpt2": 1e-10, "t5": 1e-6}  # RMSNorm computes in float32 whatever the model's dtype
 
 
+@copied
 def tiny(family: str, seed: int = 0, n_layers: int = 2) -> PreTrainedModel:
     """A float64 model of the family: two layers unless told otherwise, width 32, vocabulary 64; grouped-query where the family has it."""
     torch.manual_seed(seed)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from copied import copied
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -74,6 +75,7 @@ DECODERS = tuple(family for family in FAMILIES if family not in ENCODER_DECODERS
 ONE_PICTURE_A_ROW = ("blip2_opt", "blip2_t5", "instructblip", "paligemma", "paligemma2")
 
 
+@copied
 def existing(family: str, seed: int = 0) -> Any:
     """A float64 model through AutoModelForImageTextToText, with weights large enough for edits to show."""
     torch.manual_seed(seed)

@@ -6,8 +6,10 @@ import random
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
+from copied import copied
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -24,6 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from multimodal.encoders import bound_parts
 from multimodal.encoders.tower import VisionTower, load_tower
 from multimodal.language import Language
 from multimodal.model import VisionLanguageModel
@@ -47,6 +50,11 @@ def tokenizer(*, bos: str | None = "<s>") -> PreTrainedTokenizerFast:
 
 def language(family: str, seed: int = 0) -> Language:
     """A frozen float64 language model with random weights; the encoder-decoder family has no start token."""
+    return Language(model=_drawn(family, seed), tokenizer=tokenizer(bos=None if family == "t5" else "<s>"), name=f"tiny-{family}")
+
+
+@copied
+def _drawn(family: str, seed: int) -> Any:
     torch.manual_seed(seed)
     ids: dict[str, Any] = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model: Any = {
@@ -62,8 +70,7 @@ def language(family: str, seed: int = 0) -> Language:
         for name, parameter in model.named_parameters():
             is_norm = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if is_norm else 0.0))
-    model.double().eval().requires_grad_(False)
-    return Language(model=model, tokenizer=tokenizer(bos=None if family == "t5" else "<s>"), name=f"tiny-{family}")
+    return model.double().eval().requires_grad_(False)
 
 
 @cache
@@ -73,10 +80,13 @@ def tower() -> VisionTower:
 
 
 N_POSITIONS = tower().n_patches + 60  # room for an image and a few words
+_tower_part = cache(bound_parts.encoder_part)
 
 
 def compose(family: str, template: Template | None = None) -> VisionLanguageModel:
-    return VisionLanguageModel(tower(), language(family), template or Template(prompt="<image><bos>question: {question} answer:"))
+    """A model of the one tower, whose part (weights, features of a test image) is computed once."""
+    with mock.patch("multimodal.model.encoder_part", _tower_part):
+        return VisionLanguageModel(tower(), language(family), template or Template(prompt="<image><bos>question: {question} answer:"))
 
 
 def excite(module: nn.Module, seed: int = 1) -> None:

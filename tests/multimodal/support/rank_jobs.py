@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from composed import Drawn, compose, excite
+from composed import Drawn, compose, excite, tower
 from forkserver import IMPORTED
 from PIL import Image
 from safetensors.torch import save_file
@@ -65,7 +65,7 @@ def model(methods: Mapping[str, Method] | None = None, sees: str = "", connector
 
 def table(n: int = N) -> PatchTable:
     """The images' features, made once: an encoder in float32 rounds differently in another batch."""
-    one = compose("opt").tower
+    one = tower()
     return PatchTable(torch.randn(n, one.n_retained, one.width, generator=torch.Generator().manual_seed(3)).half(), {})
 
 
