@@ -134,6 +134,8 @@ class RowSource:
 # ----------------------------------------
 # Rows as a data set: with the images in them, or with names of images.
 
+_FIRST_ROWS = 16  # of which one with the bytes of an image says that they are in the rows
+
 
 def open_arrow(path: Path, files: Sequence[Path], given: Given) -> RowSource | TableSource:
     """Parquet or Arrow files as one data set. given: columns, the folder of images, and the cache. Raises DataError and ConfigError."""
@@ -144,7 +146,8 @@ def open_arrow(path: Path, files: Sequence[Path], given: Given) -> RowSource | T
     columns = [name for name in rows.columns if name in looked_at]
     with_bytes = [name for name in columns if has_bytes(rows.schema.field(name).type)]
     rows = rows.only(columns)
-    if reading is not None and not any(_bytes_in(rows.first[name]) for name in with_bytes):
+    first = islice(rows.batches(with_bytes, rows=1), _FIRST_ROWS) if with_bytes else ()
+    if reading is not None and not any(_bytes_in(batch.to_pylist()) for batch in first):
         return TableSource(rows, reading, images=given.folder, scan=ColumnScan if isinstance(reading, Columns) else None)
     return RowSource(_quick(rows, given), reading, images=given.folder)
 

@@ -167,7 +167,7 @@ def test_splits_are_in_the_names_of_files_as_on_the_hub(tmp_path: Path) -> None:
 
 def test_rows_that_cannot_be_used_are_named_when_they_are_read(tmp_path: Path) -> None:
     columns = with_images()
-    columns["image"][1] = None
+    columns["image"][0] = columns["image"][1] = None
     columns["caption"][2] = [""]
     columns["caption"][3] = None
     source = DataConfig(path=write(tmp_path / "t.parquet", columns)).open().source
@@ -178,7 +178,7 @@ def test_rows_that_cannot_be_used_are_named_when_they_are_read(tmp_path: Path) -
         except DamagedSample as error:
             found.append((error.bad.key, error.bad.reason, error.bad.detail))
     assert found == [
-        ("t:1", "no image", "t.parquet, row 1 has no image"), ("t:2", "empty caption", "t.parquet, row 2: the caption in 'caption' is empty"),
+        ("t:0", "no image", "t.parquet, row 0 has no image"), ("t:1", "no image", "t.parquet, row 1 has no image"), ("t:2", "empty caption", "t.parquet, row 2: the caption in 'caption' is empty"),
         ("t:3", "no text", "t.parquet, row 3 has no text"),
     ]  # fmt: skip
 
