@@ -234,13 +234,24 @@ def _rest(base: Any, batch: Batch, token_map: TokenMap, start: SharedPrefix, cac
 
 def _attention(base: Any, batch: Batch, start: int) -> Any:
     """int64 [B, T]: 1 where a token is none of the padding; where rows are packed, what each of the tokens from `start` on may read."""
-    if batch.segment is None:
+    segment = _one_text(base, batch) if batch.segment is None else batch.segment
+    if segment is None:
         return batch.attention_mask
     is_padding = batch.attention_mask == 0
     config = base.config.get_text_config()
     return packed_attention(
-        config._attn_implementation, windows(config), batch.segment, is_padding, batch.position, base.dtype, start, batch.token_image, batch.block
+        config._attn_implementation, windows(config), segment, is_padding, batch.position, base.dtype, start, batch.token_image, batch.block
     )
+
+
+def _one_text(base: Any, batch: Batch) -> Tensor | None:
+    """int64 [B, T] of zeros, the segments of rows of one text each, where the whole mask is better made here; None elsewhere.
+
+    Under sdpa transformers asks a mask of two dimensions whether it has padding, which waits for all that a device has still to do. It is known here,
+    and with padding the mask that transformers makes of it is as large.
+    """
+    is_far = batch.ids.device.type != "cpu" and batch.is_padded and batch.prepared is None
+    return torch.zeros_like(batch.ids) if is_far and base.config._attn_implementation == "sdpa" and may_pack(base) else None
 
 
 def _accepted(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

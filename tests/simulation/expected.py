@@ -70,6 +70,8 @@ EXPECTED: Mapping[tuple[str, str], str] = {
 # Where two dtypes meet on purpose, and why.
 JOINED: Mapping[tuple[str, str], str] = {
     ("adalink/methods/targets.py added", ""): "a float32 change is added to a bfloat16 stream without a float32 copy of it; the attachment gives h's dtype",
+    ("adalink/methods/ia3.py joint", ""): "the same of a gain",
+    ("", "tests/simulation/scenarios.py step"): "the same in the backward pass",
 }
 
 

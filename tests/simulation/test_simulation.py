@@ -40,6 +40,12 @@ def test_a_step_neither_mixes_devices_nor_waits_unseen_nor_drifts(simulator: Sim
     assert [str(finding) for finding in unexpected(outcome.steady)] == []
 
 
+def test_a_step_of_one_text_a_row_asks_no_mask_whether_it_has_padding(simulator: Simulator) -> None:
+    """The model is given the whole mask; its loss is that of the CPU, where transformers makes it."""
+    outcome = simulator.run("train llama, apart")
+    assert [str(finding) for finding in outcome.steady if "masking_utils" in finding.below] == []
+
+
 @pytest.fixture(scope="module")
 def planted(simulator: Simulator) -> Any:
     return unexpected(simulator.run("faults").steady)
