@@ -43,7 +43,7 @@ from adalink.checkpoint.folder import (
 )
 from adalink.edit import Adapter, Method, execution_device
 from adalink.errors import ConfigError, names_of
-from adalink.tokens import BASE_ROW, TokenMap
+from adalink.tokens import BASE_ROW, TokenMap, uploaded
 
 __all__ = ["BASE_NAME", "ActiveAdapter", "AdaptedModel", "get_adalink_model"]
 
@@ -279,9 +279,10 @@ class AdaptedModel(nn.Module):
         if names is not None and len(names) != n_rows:
             raise ConfigError(f"{len(names)} adapter names were given for {n_rows} rows: give one for each row")
         chosen = [None if name == BASE_NAME else name for name in ([self.active] * n_rows if names is None else names)]
-        indices = [BASE_ROW if name is None else self._index(name) for name in chosen]
-        row = torch.tensor(indices, dtype=torch.int64, device=self.device)
-        return Rows(row, tuple(() if name is None else self._adapter(name).slots for name in chosen), frozenset(indices) - {BASE_ROW})
+        indices = tuple(BASE_ROW if name is None else self._index(name) for name in chosen)
+        alike = len(set(indices)) == 1
+        row = torch.full((n_rows,), indices[0], device=self.device) if alike else uploaded(indices, self.device)
+        return Rows(row, indices, tuple(() if name is None else self._adapter(name).slots for name in chosen))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the active adapter's folder: config, weights, model card."""

@@ -7,7 +7,7 @@ prompt, prefix and percept tokens are one and the same thing, and the sequence h
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from adalink.errors import ConfigError
 
 __all__ = [
     "ANSWER", "BASE_ROW", "DOMAIN_NAMES", "IMAGE", "OTHER", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "TokenMap", "Tokens", "counted",
-    "is_autocast", "without_autocast",
+    "is_autocast", "uploaded", "without_autocast",
 ]  # fmt: skip
 
 PAD = -1  # no domain: no edit touches a padding token
@@ -178,6 +178,7 @@ class TokenMap:
     entry      int64 [B, T]    which entry of `inputs` a token reads, where a row holds the tokens of several, one after the other: each has
                                slots of its own, whose ordinals start anew. None: inputs have one entry for each row
     host       what the frozen model itself is given with these tokens beside their ids, for whoever calls it; edits do not see it
+    indices    `row`, as the host knows it: then nobody waits for the device to find an adapter's rows. None: it is not known there
     """
 
     domain: Tensor
@@ -188,6 +189,7 @@ class TokenMap:
     serving: frozenset[int] | None = None
     entry: Tensor | None = None
     host: Host | None = None
+    indices: tuple[int, ...] | None = None
     # int64 [B, T]: how many tokens of the same domain precede each token in its row. [5, 5, 0, 5] -> [0, 1, 0, 2]
     ordinal: Tensor = field(init=False, repr=False)
     # int64 [B, 1]: tokens of the generated domain inside the prompt; the first generated token's ordinal
@@ -201,6 +203,8 @@ class TokenMap:
                 f"a token map needs domain [B, T] and row [B], got {tuple(self.domain.shape)} and {tuple(self.row.shape)}: "
                 "give one row index for each row of domain"
             )
+        if self.indices is not None and len(self.indices) != len(self.row):
+            raise ConfigError(f"a token map has {len(self.row)} rows, and indices for {len(self.indices)}: give one for each row, or None")
         if self.entry is not None and self.entry.shape != self.domain.shape:
             raise ConfigError(f"a token map's entry is {tuple(self.entry.shape)} with domain {tuple(self.domain.shape)}: give one for each token")
         wrong = {name: tuple(value.shape) for name, value in self.inputs.items() if value.shape[:1] != self.row.shape}
@@ -211,13 +215,13 @@ class TokenMap:
         object.__setattr__(self, "ordinal", counts.gather(2, slot[..., None])[..., 0] - 1)
         object.__setattr__(self, "n_generated_before", (self.domain == self.generated).sum(1, keepdim=True))
         several = self.serving if self.serving is not None and len(self.serving) > 1 else ()
-        object.__setattr__(self, "rows_of", {adapter: (self.row == adapter).nonzero()[:, 0] for adapter in several})
+        object.__setattr__(self, "rows_of", {adapter: self._rows_of(adapter) for adapter in several})
 
     def cut(self, rows: Tensor, length: int, present: frozenset[int]) -> TokenMap:
         """The map of some rows, int64 [b], of which the first tokens alone are read. present: the domains that occur there."""
         inputs = {name: value[rows] for name, value in self.inputs.items()}
         host = None if self.host is None else self.host.cut(rows, length)
-        return replace(self, domain=self.domain[rows, :length], row=self.row[rows], inputs=inputs, present=present, host=host)
+        return replace(self, domain=self.domain[rows, :length], row=self.row[rows], inputs=inputs, present=present, host=host, indices=None)
 
     def window(self, batch: int, start: int, length: int, visible: int) -> Tokens:
         """Tokens [start, start + length) of `batch` rows, with `visible` keys; rows are repeated for beams.
@@ -276,6 +280,12 @@ class TokenMap:
             entry=whole.entry,
         )
 
+    def _rows_of(self, adapter: int) -> Tensor:
+        """int64 [n]: the rows that an adapter serves."""
+        if self.indices is None:
+            return (self.row == adapter).nonzero()[:, 0]
+        return uploaded([row for row, index in enumerate(self.indices) if index == adapter], self.row.device)
+
     def _entries(self, visible: int) -> Tensor:
         """int64 [B, visible]: what comes after the prompt goes on with its last entry."""
         assert self.entry is not None
@@ -299,6 +309,13 @@ def counted(is_one: Tensor, entry: Tensor | None = None) -> Tensor:
 def _beams_of(rows: Tensor, beams: int) -> Tensor:
     """int64 [n * beams]: the rows [0, 2] with 2 beams are [0, 1, 4, 5]."""
     return rows if beams == 1 else (rows[:, None] * beams + torch.arange(beams, device=rows.device)).flatten()
+
+
+def uploaded(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """int64, of numbers that the host knows. The host does not wait for what a GPU still has to do, as `torch.tensor(values, device=device)` does."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    return torch.tensor(values, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
 
 
 def is_autocast(device: torch.device) -> bool:

@@ -17,7 +17,7 @@ from adalink.anatomy import Anatomy
 from adalink.attachment.existing import NO_LABEL, domains, is_encoder_decoder, padding_mask, placeholder_id, positions
 from adalink.edit import Slots
 from adalink.errors import ConfigError
-from adalink.tokens import ANSWER, IMAGE, PAD, PERCEPT, TEXT, TokenMap
+from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, TEXT, TokenMap, uploaded
 
 __all__ = ["PER_TOKEN", "Call", "Reserved", "Rows", "given_ids", "n_choices", "slots_inside"]
 
@@ -47,8 +47,8 @@ class Reserved:
         n_slots = max((len(row) for row in kinds), default=0)
         device = mask.device
         self.n_tokens, self.n_slots = mask.shape[1], n_slots
-        self.domains = torch.tensor([row + [PAD] * (n_slots - len(row)) for row in kinds], dtype=torch.int64, device=device)
-        self.count = torch.tensor([[len(row)] for row in kinds], dtype=torch.int64, device=device)
+        self.domains = uploaded([row + [PAD] * (n_slots - len(row)) for row in kinds], device)
+        self.count = uploaded([[len(row)] for row in kinds], device)
         self.first = (mask.cumsum(1) == 0).sum(1, keepdim=True)  # [B, 1]
         place = torch.arange(self.n_tokens + n_slots, device=device) - (n_slots - self.count if side == "left" else 0)
         self.ordinal = place - self.first
@@ -151,11 +151,16 @@ NOT_WITH_SLOTS = ("inputs_embeds", "past_key_values", "cache_position", "logits_
 
 @dataclass(frozen=True)
 class Rows:
-    """The adapters of a batch's rows: int64 [B] for the edits, and the slots that each row's adapter reserves."""
+    """The adapters of a batch's rows: int64 [B] for the edits, the same for the host, and the slots that each row's adapter reserves."""
 
     row: Tensor
+    indices: tuple[int, ...]
     slots: tuple[tuple[Slots, ...], ...]
-    serving: frozenset[int]
+
+    @property
+    def serving(self) -> frozenset[int]:
+        """The adapters that serve a row."""
+        return frozenset(self.indices) - {BASE_ROW}
 
     @property
     def has_slots(self) -> bool:
@@ -192,7 +197,7 @@ class Call:
         is_written = has_words and not writes_apart and (anatomy.attention == "causal" or hasattr(model, "generate"))  # elsewhere a label only marks
         flat = {name: _flat(value) for name, value in arguments.items()}
         domain, present = domains(model, ids, flat if is_written else {**flat, "labels": None}, image_ids)
-        plain = TokenMap(domain, rows.row, present=present, serving=rows.serving)
+        plain = TokenMap(domain, rows.row, present=present, serving=rows.serving, indices=rows.indices)
         if not rows.has_slots:
             return Call(plain, arguments)
         _check_one_reader(model, arguments, has_words, writes_apart)
@@ -227,7 +232,7 @@ class Call:
             raise ConfigError(
                 "an adapter of this batch puts slots into its rows, and this model's rows are what it writes itself: use an adapter without slots"
             )
-        return Call(TokenMap(domain, rows.row, present=frozenset({TEXT, ANSWER}), serving=rows.serving), arguments)
+        return Call(TokenMap(domain, rows.row, present=frozenset({TEXT, ANSWER}), serving=rows.serving, indices=rows.indices), arguments)
 
     @contextlib.contextmanager
     def around(self, model: nn.Module, anatomy: Anatomy) -> Iterator[None]:

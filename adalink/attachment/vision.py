@@ -22,7 +22,7 @@ from adalink.anatomy import Anatomy, Linear, read_projections
 from adalink.attachment.attachment import Run, by_port, freeze, give_back, runs_of
 from adalink.edit import EMBEDDING, Adapter, Port
 from adalink.errors import AttachError, ConfigError
-from adalink.tokens import DOMAIN_NAMES, IMAGE, TokenMap, Tokens
+from adalink.tokens import DOMAIN_NAMES, IMAGE, TokenMap, Tokens, uploaded
 
 __all__ = ["VisionAttachment", "attach_vision", "read_vision", "vision_layers"]
 
@@ -195,7 +195,8 @@ class VisionAttachment:
 
 def _tokens(h: Tensor, domains: list[int]) -> Tokens:
     """Every row has the same tokens, and one adapter serves all."""
-    domain = torch.tensor(domains, device=h.device).expand(len(h), -1)
+    alike = len(set(domains)) == 1
+    domain = (torch.full((len(domains),), domains[0], device=h.device) if alike else uploaded(domains, h.device)).expand(len(h), -1)
     row = torch.zeros(len(h), dtype=torch.int64, device=h.device)
     return TokenMap(domain, row, present=frozenset(domains)).window(len(h), 0, len(domains), len(domains))
 

@@ -331,6 +331,7 @@ class Decoding:
             {name: torch.cat([value, token_map.inputs[name]]) for name, value in before.inputs.items()},
             serving=None if before.serving is None or token_map.serving is None else before.serving | token_map.serving,
             host=None if before.host is None else before.host.beside(token_map.host),
+            indices=None if before.indices is None or token_map.indices is None else before.indices + token_map.indices,
         )
         self._set(states, beside, joined)
         return scores
@@ -351,11 +352,11 @@ class Decoding:
         n_empty = int(self._mask[chosen].any(0).long().argmax())  # columns on the left that only rows which go had
         states = [(layer.keys[chosen, :, n_empty:], layer.values[chosen, :, n_empty:]) for layer in self._cache.layers]
         beside = {edit: value[chosen] for edit, value in retained.get(self._cache, {}).items()}
-        row = now.row[chosen]
         inputs = {name: value[chosen] for name, value in now.inputs.items()}
-        serving = None if now.serving is None else now.serving & frozenset(row.tolist())
+        row, indices = now.row[chosen], None if now.indices is None else tuple(now.indices[i] for i in rows)
+        serving = None if now.serving is None else now.serving & frozenset(row.tolist() if indices is None else indices)
         host = None if now.host is None else now.host.after(chosen)
-        self._set(states, beside, TokenMap(now.domain[chosen, n_empty:], row, inputs, serving=serving, host=host))
+        self._set(states, beside, TokenMap(now.domain[chosen, n_empty:], row, inputs, serving=serving, host=host, indices=indices))
 
     def _now(self) -> TokenMap:
         """The map with the tokens that were generated since it was made."""

@@ -31,6 +31,7 @@ from multimodal.generation.generate import run_generation
 from multimodal.generation.settings import GenerationSettings
 from multimodal.model import VisionLanguageModel
 from tasks.bench.clock import Finding, Turns, alternate, needs
+from tasks.bench.domains import lora
 from tasks.bench.existing import LLAVA_60M, QWEN2_VL_60M, TINY_LLAVA, TINY_QWEN2_VL, existing_step
 from tasks.bench.models import (
     PAD_ID,
@@ -53,7 +54,7 @@ from tasks.bench.models import (
     their_step,
 )
 
-__all__ = ["adapters", "against_peft", "existing", "features", "generation", "metrics", "shards", "training"]
+__all__ = ["adapters", "against_peft", "existing", "features", "generation", "lora", "metrics", "shards", "training"]
 
 
 def training(bench: Bench) -> Iterator[Finding]:

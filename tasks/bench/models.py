@@ -29,7 +29,7 @@ from multimodal.template import Template, Text
 from multimodal.training.prepare import CompiledModel
 
 __all__ = [
-    "FEATURE_WIDTH", "LLAMA_1B", "LLAMA_60M", "OPT_125M", "SIZES", "TINY_LLAMA", "TINY_OPT", "Bench", "Case", "Machine", "Shape",
+    "ALPHA", "FEATURE_WIDTH", "IGNORED", "LLAMA_1B", "LLAMA_60M", "OPT_125M", "SIZES", "TINY_LLAMA", "TINY_OPT", "Bench", "Case", "Machine", "Shape",
     "Sizes", "Step", "Taught", "Work", "arrange_of", "as_batch", "check_peft", "composed", "copied_lora", "drawn_tower", "encoded", "language",
     "learn", "new_optimizer", "our_model", "our_step", "their_step",
 ]  # fmt: skip

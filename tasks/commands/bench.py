@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["BENCH", "bench"]
 
-PARTS = ("training", "existing", "features", "adapters", "generation", "shards", "metrics")  # functions of tasks/bench/measurements.py
+PARTS = ("training", "existing", "features", "adapters", "lora", "generation", "shards", "metrics")  # functions of tasks/bench/measurements.py
 
 
 def bench(
     *,
-    only: Literal["training", "existing", "features", "adapters", "generation", "shards", "metrics", "growth"] | None = None,
+    only: Literal["training", "existing", "features", "adapters", "lora", "generation", "shards", "metrics", "growth"] | None = None,
     repetitions: int = 5,
     out: Path | None = None,
     plot: Path | None = None,

@@ -31,6 +31,7 @@ ROWS = {
         "tiny opt: a batch that mixes 8 AdaLinks",
         "tiny opt, 9 image tokens: a training step's rate",
     ),
+    "lora": tuple(f"tiny llama, {name}, all linears" for name in ("LoRA by two domains", "one LoRA", "BitFit by two domains", "IA3 by two domains")),
     "generation": tuple(
         f"tiny llama, 9 image tokens, 5 questions, {end}"
         for end in ("12 new tokens, greedy", "3 new tokens, greedy", "12 new tokens, 3 beams")

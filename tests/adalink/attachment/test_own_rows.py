@@ -8,8 +8,10 @@ import pytest
 import torch
 from tiny import EXACT, INPUTS, excite, features, rows, run, taps, tiny
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from adalink import AdaLink, Adapter, Anatomy, Attachment, Bridge, Gated, LoRA, Method, TokenMap, attach
+from adalink import BASE_NAME, AdaLink, AdaptedModel, Adapter, Anatomy, Attachment, Bridge, Gated, LoRA, Method, TokenMap, attach
+from adalink.errors import ConfigError
 
 METHODS: dict[str, dict[str, Method]] = {
     "input": {"bridge": Bridge(kind="mlp", hidden=8), "adalink": AdaLink(rank=4, modalities=("text", "image"))},
@@ -63,6 +65,43 @@ def test_beams_repeat_the_rows_of_an_adapter() -> None:
     assert tokens.of(1) is tokens.of(1)
     assert not mapped(domain, [1, 1, -1]).window(3, 0, 4, 4).rows_of
     assert model.config.num_hidden_layers == 2
+
+
+def test_rows_that_the_host_knows_are_not_asked_of_the_device() -> None:
+    _, domain, _ = rows(5)
+    indices = (2, 0, -1, 2, 0)
+    with Sought() as sought:
+        asked = mapped(domain, list(indices))
+    assert sought.n == 2
+    with Sought() as sought:
+        known = TokenMap(domain, torch.tensor(indices), serving=frozenset({0, 2}), indices=indices)
+    assert not sought.n
+    assert {adapter: own.tolist() for adapter, own in known.rows_of.items()} == {adapter: own.tolist() for adapter, own in asked.rows_of.items()}
+    assert known.cut(torch.tensor([0, 1]), 4, frozenset()).indices is None
+    with pytest.raises(ConfigError, match="a token map has 5 rows, and indices for 2: give one for each row, or None"):
+        TokenMap(domain, torch.tensor(indices), indices=indices[:2])
+
+
+@pytest.mark.parametrize("names", [None, ["a", "b", BASE_NAME, "a"], ["b"] * 4, []])
+def test_a_models_map_says_which_adapter_serves_each_row(names: list[str] | None) -> None:
+    model = AdaptedModel(tiny("llama"))
+    for name in ("a", "b"):
+        model.add_adapter(name, {"lora": LoRA(rank=1)})
+    n = 4 if names is None else len(names)
+    found, expected = model.serving(n, names), [model.indices.get(name, -1) for name in names or ["b"] * n]
+    assert found.row.tolist() == list(found.indices) == expected
+    assert found.row.dtype == torch.int64
+    assert found.serving == frozenset(expected) - {-1}
+
+
+class Sought(TorchDispatchMode):
+    """How often, inside the block, a device is asked where something is: the host waits for its answer."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.n += func.__name__.startswith("nonzero")
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_gate_over_the_prompt_keeps_its_value_for_every_row() -> None:
