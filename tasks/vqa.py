@@ -133,7 +133,8 @@ class Vqa:
 
 
 def _named(name: str, scores: AnswerScores) -> dict[str, float]:
-    return {name: scores.overall, **{f"{name} ({kind})": value for kind, value in scores.per_answer_type.items()}}
+    by_type = scores.per_answer_type if set(scores.per_answer_type) != {""} else {}
+    return {name: scores.overall, **{f"{name} ({kind})": value for kind, value in by_type.items()}}
 
 
 def training_questions(task: Vqa, sample: Sample, rng: random.Random) -> list[Question]:

@@ -177,7 +177,7 @@ class BenchmarkRows:
         if one.caption is not None:
             return f"caption: {one.caption}"
         texts = f"{one.choices} in the question, answer: the letter of {one.right}" if one.letters else f"answers: {one.answers}"
-        return f"question: {one.question}, {texts}; vqa.scorer: {one.scorer or 'official'}"
+        return f"question: {one.question}, {texts}; scorer: {one.scorer or 'official'}"
 
     def parts(self, row: Row, place: Callable[[], str]) -> Parts:
         """What a row holds. Raises DataError."""
