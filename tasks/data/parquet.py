@@ -28,6 +28,9 @@ from tasks.data.table import Scan, TableSource, relative_name
 __all__ = ["HUB", "READER", "RowSource", "files_of", "hub_files", "is_hub_name", "open_arrow"]
 
 
+_LEAVES = re.compile(r"^/|(^|/)\.\.(/|$)|\\|\x00")  # in the name of an image: what may not be below the folder
+
+
 class RowSource:
     """Samples that are rows with their images in them: a row is a sample, and none is looked at when the data set is opened.
 
@@ -111,7 +114,7 @@ class RowSource:
         if self._reading.has_texts and not (parts.captions or parts.questions):
             reason, detail = parts.problems[0] if parts.problems else ("no text", f"{place()} has no text")
             raise self._damaged(index, reason, detail)
-        images = [image if isinstance(image, bytes) else self._images / image for image in parts.images]
+        images = [image if isinstance(image, bytes) else self._named(image, index) for image in parts.images]
         return Sample(
             key=self._key(index),
             image_id=parts.image_id if self._has_ids and isinstance(parts.image_id, int) else index,
@@ -120,6 +123,13 @@ class RowSource:
             captions=parts.captions,
             questions=tuple(self._questions(parts, index)),
         )
+
+    def _named(self, image: str, index: int) -> Path:
+        name = relative_name(image, self._images)
+        if re.search(_LEAVES, name):
+            expected = f"expected a file name inside the images folder {self._images}"
+            raise self._damaged(index, "bad file name", f"{self._rows.place(index)} names the image {name!r}; {expected}")
+        return self._images / name
 
     def _questions(self, parts: Parts, index: int) -> Iterator[Question]:
         for k, asked in enumerate(parts.questions):

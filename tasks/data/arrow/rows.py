@@ -50,7 +50,7 @@ def reading_errors(place: str) -> Iterator[None]:
     except FileNotFoundError:
         raise DataError(f"{place} does not exist; check the path") from None
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors, those of damaged files OSErrors
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise DataError(f"{place} cannot be read: {reason}; is the file whole?") from None
 
 

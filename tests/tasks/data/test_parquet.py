@@ -170,9 +170,11 @@ def test_rows_that_cannot_be_used_are_named_when_they_are_read(tmp_path: Path) -
     columns["image"][0] = columns["image"][1] = None
     columns["caption"][2] = [""]
     columns["caption"][3] = None
+    columns["image"].append({"bytes": None, "path": "../../x.png"})
+    columns["caption"].append(["x"])
     source = DataConfig(path=write(tmp_path / "t.parquet", columns)).open().source
     found = []
-    for i in range(5):
+    for i in range(6):
         try:
             source[i]
         except DamagedSample as error:
@@ -180,6 +182,7 @@ def test_rows_that_cannot_be_used_are_named_when_they_are_read(tmp_path: Path) -
     assert found == [
         ("t:0", "no image", "t.parquet, row 0 has no image"), ("t:1", "no image", "t.parquet, row 1 has no image"), ("t:2", "empty caption", "t.parquet, row 2: the caption in 'caption' is empty"),
         ("t:3", "no text", "t.parquet, row 3 has no text"),
+        ("t:5", "bad file name", f"t.parquet, row 5 names the image '../../x.png'; expected a file name inside the images folder {tmp_path}"),
     ]  # fmt: skip
 
 
