@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from adalink.errors import ConfigError, DataError
 from multimodal.sample import counted
@@ -43,8 +43,7 @@ class _Wrong(DataError):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class _Turn:
+class _Turn(NamedTuple):
     """A turn without its images; places: how many letters come before each; given: images that stand in the turn itself, None for one of the row's."""
 
     role: str
@@ -145,12 +144,13 @@ def _turn(value: object, number: int, place: Callable[[], str]) -> _Turn:
     """A turn, its images as parts where it has parts."""
     if not isinstance(value, Mapping):
         raise _Wrong("damaged conversation", f"{place()}: turn {number} is {value!r:.40}; expected an object with a role and a content")
-    speaker = value.get("from", value.get("role"))
-    role = _ROLES.get(str(speaker).lower())
+    speaker = value["from"] if "from" in value else value.get("role")
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+    role = role or _ROLES.get(str(speaker).lower())
     if role is None:
         raise _Wrong("unknown role", f"{place()}: turn {number} has the role {speaker!r:.40}; expected one of {', '.join(_ROLES)}")
-    content = value.get("value", value.get("content"))
-    if content is None or isinstance(content, str):
+    content = value["value"] if "value" in value else value.get("content")
+    if isinstance(content, str) or content is None:
         return _Turn(role, content or "")
     if not isinstance(content, (list, tuple)):
         raise _Wrong("damaged conversation", f"{place()}: turn {number} holds {content!r:.40}; expected a text or a list of parts")
@@ -208,11 +208,12 @@ def _placed(turns: Sequence[_Turn], beside: Sequence[ImageValue], place: Callabl
     """
     if wrong := next((turn.role for turn in turns if turn.places and turn.role != "user"), None):
         raise _Wrong("image count", f"{place()}: a turn of the {wrong}'s holds an image; expected images in the user's turns")
-    placed = list(turns) if any(turn.places for turn in turns) else [_unmarked(turn) if turn.role == "user" else turn for turn in turns]
+    has_parts = any(turn.places for turn in turns)
+    placed = [turn if has_parts or turn.role != "user" or MARK not in turn.text else _unmarked(turn) for turn in turns]
     given = [one for turn in placed for one in turn.given]
     if not given and beside:
         first = next(number for number, turn in enumerate(placed) if turn.role == "user")
-        placed[first] = replace(placed[first], places=(0,) * len(beside), given=(None,) * len(beside))
+        placed[first] = placed[first]._replace(places=(0,) * len(beside), given=(None,) * len(beside))
         given = [None] * len(beside)
     if any(turn.role == "user" and not turn.text.strip() and not turn.places for turn in placed):
         raise _Wrong("empty turn", f"{place()}: a turn of the user's is empty; expected a text or an image")
@@ -246,15 +247,13 @@ def _in_turn(turns: Sequence[_Turn], place: Callable[[], str]) -> list[_Turn]:
 
 def _asked(turns: Sequence[_Turn]) -> Iterator[Asked]:
     """Each turn of the user's as a question, after the turns before it."""
+    spoken = tuple((turn.role, turn.text) for turn in turns)
+    places: tuple[tuple[int, int], ...] = ()
     for at, turn in enumerate(turns):
         if turn.role == "user":
+            places += tuple((at, letters) for letters in turn.places)
             answer = turns[at + 1].text if at + 1 < len(turns) else ""
-            yield Asked(
-                turn.text,
-                (answer,) if answer.strip() else (),
-                turns=tuple((one.role, one.text) for one in turns[:at]),
-                places=tuple((number, letters) for number, one in enumerate(turns[: at + 1]) for letters in one.places),
-            )
+            yield Asked(turn.text, (answer,) if answer.strip() else (), turns=spoken[:at], places=places)
 
 
 # ----------------------------------------
