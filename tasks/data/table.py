@@ -55,7 +55,8 @@ class TableSource:
     def sentence(self) -> str:
         """What was understood, for the log."""
         beyond = "".join(f", {number:,} of them with {name}" for name, number in self.beyond.items())
-        return f"{self._reading.sentence}; {counted(len(self), 'image')} in {counted(len(self._rows), 'row')}{beyond}"
+        n_images = len(self) - self.beyond.get("no image", 0)
+        return f"{self._reading.sentence}; {counted(n_images, 'image')} in {counted(len(self._rows), 'row')}{beyond}"
 
     @property
     def item_ids(self) -> tuple[int, ...]:

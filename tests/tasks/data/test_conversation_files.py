@@ -148,7 +148,7 @@ def test_rows_about_one_image_are_one_sample_and_rows_without_one_stand_among_th
     assert [[q.question_id for q in one.questions] for one in samples] == [[0, 2], [1], [3], [4]]
     assert (samples[1].questions[0].places, samples[3].questions[0].text) == ((), "")
     assert data.beyond == {"no image": 2}
-    assert data.sentence.endswith("(conversations: conversations; 4 images in 5 rows, 2 of them with no image)")
+    assert data.sentence.endswith("(conversations: conversations; 2 images in 5 rows, 2 of them with no image)")
 
 
 def test_conversations_in_parquet_and_what_is_written_of_them(images: Path) -> None:
