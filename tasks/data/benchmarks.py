@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from string import ascii_uppercase
 
 from adalink.errors import ConfigError, DataError
@@ -207,8 +207,8 @@ class BenchmarkRows:
                 names.append(pattern.format_map(values))
             except (KeyError, ValueError, TypeError):
                 continue  # a field that this split does not have
-            values.setdefault("name", PurePosixPath(names[-1]).name)
-            if self._folder.find(names[-1], place()) is not None:
+            values.setdefault("name", names[-1].rpartition("/")[2])
+            if self._folder.has(names[-1], place):
                 return names[-1]
         if not names:
             raise DataError(
