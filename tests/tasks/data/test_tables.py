@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -158,3 +159,14 @@ def test_a_folder_that_may_be_two_things_names_both_and_the_key_that_decides(ima
     with pytest.raises(DataError, match="choose with format, imagefolder or caption_folder"):
         DataConfig(path=images).open()
     assert len(DataConfig(path=images, format="imagefolder").open().source) == 3
+
+
+def test_tables_of_pandas_with_gaps_are_read(tmp_path: Path, images: Path) -> None:
+    frame = pd.DataFrame({"image": ["a.png", "b.png", "c.png"], "text": ["a cat", None, "größer"], "image_id": [3, 4, None], "note": [1.5, None, 2]})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True, force_ascii=False)
+    frame.to_csv(tmp_path / "indexed.csv.gz")  # with pandas' own column of numbers, which has no name
+    for name in ("t.csv", "t.jsonl", "indexed.csv.gz"):
+        opened = DataConfig(path=tmp_path / name, images=images).open()
+        assert [seen(opened.source[i]) for i in range(len(opened.source))] == [(0, "a.png", ("a cat",)), (2, "c.png", ("größer",))]
+        assert [bad.reason for bad in opened.problems] in (["empty caption"], ["no text"])

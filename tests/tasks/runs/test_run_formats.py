@@ -52,6 +52,17 @@ class Made:
         shards_from(self.coco(), out=self.folder / "shards", samples_per_shard=4)
         return DataConfig(path=self.folder / "shards")
 
+    def llava(self) -> DataConfig:
+        turns = [{"image": name, "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text}]} for name, text in self.rows]
+        (self.folder / "llava.json").write_text(json.dumps(turns))
+        return DataConfig(path=self.folder / "llava.json", images=self.images)
+
+    def messages(self) -> DataConfig:
+        asked = {"role": "user", "content": "<image>"}
+        rows = [{"images": [name], "messages": [asked, {"role": "assistant", "content": text}]} for name, text in self.rows]
+        (self.folder / "messages.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return DataConfig(path=self.folder / "messages.jsonl", images=self.images)
+
     def parquet(self) -> DataConfig:
         shards_to(self.coco(), out=self.folder / "t.parquet")
         return DataConfig(path=self.folder / "t.parquet")
