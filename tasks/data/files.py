@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adalink.errors import ConfigError, DataError
-from multimodal.sample import BadSample, Measure, Sample, measured
+from multimodal.sample import BadSample, Measure, Sample, counted, measured
 
 __all__ = [
     "FileSource", "ImageFolder", "ImageName", "Rows", "annotation_document", "answer_marks", "document_keys", "first_has", "integer", "loaded_once",
-    "read_annotation_file", "text", "text_lines",
+    "no_sample", "read_annotation_file", "text", "text_lines",
 ]  # fmt: skip
 
 
@@ -166,6 +166,13 @@ def _listed(names: Iterable[object]) -> str:
 # A data set that lies in files: its samples in memory, its images on disk.
 
 
+def no_sample(read_from: Path, problems: Sequence[BadSample]) -> DataError:
+    """The error of a data set of which nothing can be used; where all images are missing, with the setting that says where they are."""
+    first = f"; {counted(len(problems), 'sample')} cannot be used, the first because {problems[0].detail}" if problems else ""
+    advice = ": give images, the folder of images, if they are elsewhere" if problems and {bad.reason for bad in problems} == {"missing file"} else ""
+    return DataError(f"{read_from} gives no sample{first}{advice}")
+
+
 class FileSource:
     """Samples whose images are paths, in the order of the annotations; nothing is decoded here.
 
@@ -180,8 +187,7 @@ class FileSource:
         self.problems = tuple(problems)
         self.item_ids = tuple(item_ids)
         if not self._samples:
-            first = f"; {len(self.problems)} cannot be used, the first because {self.problems[0].detail}" if self.problems else ""
-            raise DataError(f"{read_from} gives no sample{first}")
+            raise no_sample(read_from, self.problems)
 
     @cached_property
     def texts_fingerprint(self) -> str:

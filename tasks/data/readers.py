@@ -80,7 +80,7 @@ def _recognised(found: Found) -> Reader | None:
 
 def _only_table(found: Found) -> Path | None:
     """The table in a folder that holds one. Raises DataError where it holds several."""
-    tables: Sequence[str] = sorted(name for name in found.names if is_row_file(Path(name)))
+    tables: Sequence[str] = sorted(name for name in found.names if is_row_file(Path(name)) and not name.endswith(".txt"))
     if len(tables) > 1:
         raise DataError(
             f"{found.path} holds {len(tables)} files that may be the data set, such as {tables[0]} and {tables[1]}: give the path of one of them"

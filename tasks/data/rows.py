@@ -319,6 +319,7 @@ class _Separated(_RowsAtOffsets):
 
 _KINDS: Mapping[str, type[_RowsAtOffsets]] = {
     ".csv": _Separated,
+    ".txt": _Separated,  # Flickr8k's captions.txt
     ".tsv": _Separated,
     ".jsonl": _JsonLines,
     ".ndjson": _JsonLines,

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from adalink.errors import DataError
 from multimodal.sample import BadSample, Measure, Question, Sample, counted, measured
 from tasks.data.columns import ImageValue, Parts, Reading, choose_columns
-from tasks.data.files import ImageFolder
+from tasks.data.files import ImageFolder, no_sample
 from tasks.data.reader import Given, Reader
 from tasks.data.rows import RowFile, open_rows
 
@@ -44,12 +43,7 @@ class TableSource:
         self._keyed, self._has_ids, self._has_question_ids = found.keyed, found.has_ids, found.has_question_ids
         self._item_ids = found.item_ids
         if not len(self):
-            first = (
-                f"; {counted(len(self.problems), 'row')} cannot be used, the first because {self.problems[0].detail}"
-                if self.problems
-                else ""
-            )
-            raise DataError(f"{rows.path} gives no sample{first}")
+            raise no_sample(rows.path, self.problems)
 
     @property
     def sentence(self) -> str:

@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_read_as_captions_says_so(tmp_path: Path) -> Non
     (tmp_path / "a.jpg").touch()
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(
-        DataError, match=r"gives no sample; 1 cannot be used, .* the captions .*a.txt cannot be read: .*; expected UTF-8 text"
+        DataError, match=r"gives no sample; 1 sample cannot be used, .* the captions .*a.txt cannot be read: .*; expected UTF-8 text"
     ):
         shards_from(DataConfig(path=tmp_path, format="caption_folder"), out=tmp_path / "out")
     (tmp_path / "a.png").touch()

@@ -120,7 +120,7 @@ def test_pictures_are_looked_up_in_one_listing_and_not_one_by_one(root: Path, mo
         (changed(annotations=[{"image_id": 7, "caption": None}]), r"annotations\[0\]: 'caption' is None \(NoneType\); expected a text"),
         (changed(annotations=[{"image_id": 7, "caption": "a \ud83d"}]), r"'caption' is 'a .*half of a surrogate pair; expected Unicode text"),
         (changed(images=[], annotations=[]), "captions.json gives no sample$"),
-        (changed(annotations=[]), r"gives no sample; 2 cannot be used, the first because image 7 \(b.jpg\) has no caption"),
+        (changed(annotations=[]), r"gives no sample; 2 samples cannot be used, the first because image 7 \(b.jpg\) has no caption"),
     ],
 )
 def test_a_file_of_another_shape_says_what_was_found_and_expected(root: Path, document: object, message: str) -> None:

@@ -210,7 +210,7 @@ def test_conversations_that_cannot_be_used_are_counted_with_file_and_line(turns:
 
 def test_a_data_set_of_such_conversations_alone_is_refused_and_others_name_their_lines(images: Path) -> None:
     wrong = {"messages": [{"role": role, "content": "x"} for role in ("user", "user")]}
-    with pytest.raises(DataError, match=r"gives no sample; 1 row cannot be used, the first because c.jsonl, line 1: turn 1 comes after another of the user's"):
+    with pytest.raises(DataError, match=r"gives no sample; 1 sample cannot be used, the first because c.jsonl, line 1: turn 1 comes after another of the user's"):
         opened(images, wrong)
     problems = opened(images, exchange("Hello?", "hi", messages=None), {"conversations": wrong["messages"]}).problems
     with pytest.raises(BudgetError, match=r"1 bad sample, and at most 0 are allowed: 1 order of turns \(c.jsonl, line 2\)"):

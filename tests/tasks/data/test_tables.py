@@ -70,6 +70,7 @@ def in_gzip(write: Callable[[Path], None]) -> Callable[[Path], None]:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "t.csv": as_csv,
+    "captions.txt": as_csv,
     "bom.csv": lambda path: as_csv(path, start="\ufeff"),
     "crlf.csv": lambda path: as_csv(path, end="\r\n"),
     "semicolon.csv": lambda path: as_csv(path, separator=";"),
@@ -143,6 +144,7 @@ def test_rows_that_cannot_be_used_are_named_with_file_and_line(tmp_path: Path, i
      ("t.csv", "title,words\na,x\n", {}, "no column that is known to hold images; it has 'title', 'words'"),
      ("t.csv", "image,text\n../a.png,x\n", {}, "names the image '../a.png'; expected a file name inside the images folder"),
      ("t.csv", "image,text\na.png,x\n", {"format": "tabel"}, "no format 'tabel'; the nearest is table"),
+     ("t.csv", "image,text\nd.png,x\n", {}, "1 sample cannot be used, the first because t.csv, line 2: .* is missing: give images, the folder of images"),
      ("t.xml", "<a/>", {}, r"of no format that is known \(a file that ends in '.xml'\)")],
 )  # fmt: skip
 def test_wrong_files_are_refused_in_one_sentence(
