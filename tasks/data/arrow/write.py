@@ -229,6 +229,8 @@ def unpack(rows: ArrowRows, folder: Path, columns: Sequence[str]) -> list[Path]:
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             copies = [folder / f"{file.stem}-{_digest(file, columns)}.arrow" for file in rows.files]
+            for part in folder.glob("*.part"):  # of a process that was killed: the lock is held by nobody else
+                part.unlink(missing_ok=True)
             missing = {file: copy for file, copy in zip(rows.files, copies, strict=True) if not copy.exists()}
             if missing:
                 size = ArrowRows(rows.path, list(missing), columns=columns).decoded_bytes

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,11 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
 def test_large_sets_are_unpacked_once_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(parquet, "HELD", 100)
     path = write(tmp_path / "t.parquet", {**with_images(), "other": [0] * 5}, row_group_size=5)
-    check_samples(opened(path, cache=tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "t-0.1.part").write_bytes(b"of a process that was killed")
+    with ThreadPoolExecutor(2) as pool:  # one writes, and the other waits
+        for samples in pool.map(lambda _: opened(path, cache=tmp_path / "cache"), range(2)):
+            check_samples(samples)
     (record,) = caplog.records
     assert f"unpacking {path} once, about 0.0 GiB in {tmp_path / 'cache'} (data.train.cache)" in record.getMessage()
     assert f"read from an unpacked copy in {tmp_path / 'cache'}" in DataConfig(path=path, cache=tmp_path / "cache").open().sentence
