@@ -38,7 +38,7 @@ EXPECTED: Mapping[tuple[str, str], str] = {
     ("multimodal/data/feature_cache/encode.py encode_all", ""): "features go to the host",
     ("multimodal/data/feature_cache/format.py rounded", ""): "a feature that the dtype cannot hold is refused where it is made",
     ("multimodal/encoders/tower.py _placed", ""): "pixels of an image that was just decoded",
-    ("adalink/checkpoint/fingerprint.py fingerprint", ""): "the encoder's fingerprint, once for a cache",
+    ("adalink/checkpoint/fingerprint.py _identified", ""): "the encoder's fingerprint, once for a cache",
     ("adalink/checkpoint/fingerprint.py of", ""): "the encoder's fingerprint, once for a cache",
     # Generation: prompts.
     ("adalink/tokens.py <dictcomp>", ""): "the rows of each of several adapters",
