@@ -24,7 +24,7 @@ from tasks.bench.existing import TINY_LLAVA, TINY_QWEN2_VL, existing_step, is_ex
 from tasks.bench.models import TINY_LLAMA, TINY_OPT, Bench, Machine, Shape, Step, Taught, Work, drawn_tower, our_model, our_step, their_step
 from tasks.metrics.bootstrap import software
 
-__all__ = ["Finding", "Needs", "Side", "Turns", "about", "alternate", "as_json", "as_line", "as_markdown", "needs", "seconds_on"]
+__all__ = ["Finding", "Needs", "Side", "Turns", "about", "alternate", "as_json", "as_line", "as_markdown", "needs", "peak_mib", "seconds_on"]
 
 
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative; other dtypes 2e-2
@@ -128,13 +128,13 @@ def _child(pipe: Connection, side: Side, shape: Shape, machine: Machine, work: W
     warm, few = _warm(shape)
     _step(side, warm, machine, few, taught, rank)()
     step = _step(side, shape, machine, work, taught, rank)
-    before = _mib(machine.device, fresh=True)
+    before = peak_mib(machine.device, fresh=True)
     seconds = []
     for _ in range(1 + repetitions):
         started = seconds_on(machine.device)
         step()
         seconds.append(seconds_on(machine.device) - started)
-    pipe.send(Needs(mib=_mib(machine.device) - before, seconds=statistics.median(seconds[1:])))
+    pipe.send(Needs(mib=peak_mib(machine.device) - before, seconds=statistics.median(seconds[1:])))
 
 
 def _warm(shape: Shape) -> tuple[Shape, Work]:
@@ -155,7 +155,7 @@ def _step(side: Side, shape: Shape, machine: Machine, work: Work, taught: Taught
     return their_step(model, shape, machine, work, lambda: repeated, taught, rank)
 
 
-def _mib(device: torch.device, *, fresh: bool = False) -> float:
+def peak_mib(device: torch.device, *, fresh: bool = False) -> float:
     """The most that was held since the last fresh count; what is held now where it is fresh."""
     if device.type == "cuda":
         if fresh:

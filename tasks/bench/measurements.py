@@ -54,7 +54,7 @@ from tasks.bench.models import (
     their_step,
 )
 
-__all__ = ["adapters", "against_peft", "existing", "features", "generation", "lora", "metrics", "shards", "training"]
+__all__ = ["adapters", "against_peft", "existing", "features", "frozen_operations", "generation", "lora", "metrics", "shards", "training"]
 
 
 def training(bench: Bench) -> Iterator[Finding]:
@@ -245,9 +245,7 @@ def _share(bench: Bench, shape: Shape, work: Work) -> Finding:
     model = composed(shape, machine, drawn_tower(work.n_patches), {"bridge": Bridge(kind="linear", norm="none"), **ADALINK})
     features = work.features(machine)
     batch = as_batch(encoded(model, work), features, arrange_of(model))
-    anatomy, config = model.adapted.anatomy, model.language.model.config
-    n_layers = sum(linear.n_in * linear.n_out for linear in anatomy.linears)
-    operations = 4 * (batch.ids.numel() * n_layers + batch.n_targets * config.hidden_size * config.vocab_size)
+    operations = frozen_operations(model, batch)
     side = max(work.n_patches, 16) * 8
     left, right = torch.randn(2, side, side, device=machine.device, dtype=machine.dtype)
 
@@ -271,6 +269,13 @@ def _share(bench: Bench, shape: Shape, work: Work) -> Finding:
         target=SHARE,
         detail=f"{statistics.median(rates) / 1e9:.1f} of {statistics.median(own) / 1e9:.1f} GFLOP/s, {operations / 1e9:.0f} GFLOP a step",
     )
+
+
+def frozen_operations(model: VisionLanguageModel, batch: Batch) -> float:
+    """Floating-point operations of the frozen weights in a training step: forward, and for the gradient of their inputs. Attention is not counted."""
+    config = model.language.model.config
+    n_layers = sum(linear.n_in * linear.n_out for linear in model.adapted.anatomy.linears)
+    return 4 * (batch.ids.numel() * n_layers + batch.n_targets * config.hidden_size * config.vocab_size)
 
 
 def _adapted(shape: Shape, machine: Machine, n_adapters: int) -> Callable[[Tensor, TokenMap], float]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
 
 from adalink import Bridge, LoRA, Method, Prompt
+from adalink.checkpoint.precision import quantise
 from adalink.errors import ConfigError
 from adalink.methods.lora import LowRank
 from multimodal.batches.collate import Batch, collate
@@ -29,8 +30,8 @@ from multimodal.template import Template, Text
 from multimodal.training.prepare import CompiledModel
 
 __all__ = [
-    "ALPHA", "FEATURE_WIDTH", "IGNORED", "LLAMA_1B", "LLAMA_60M", "OPT_125M", "SIZES", "TINY_LLAMA", "TINY_OPT", "Bench", "Case", "Machine", "Shape",
-    "Sizes", "Step", "Taught", "Work", "arrange_of", "as_batch", "check_peft", "composed", "copied_lora", "drawn_tower", "encoded", "language",
+    "ALPHA", "FEATURE_WIDTH", "IGNORED", "LLAMA_1B", "LLAMA_60M", "LLAMA_8B", "OPT_125M", "SIZES", "TINY_LLAMA", "TINY_OPT", "Bench", "Case", "Machine",
+    "Shape", "Sizes", "Step", "Taught", "Work", "arrange_of", "as_batch", "check_peft", "composed", "copied_lora", "drawn_tower", "encoded", "language",
     "learn", "new_optimizer", "our_model", "our_step", "their_step",
 ]  # fmt: skip
 
@@ -53,12 +54,20 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where the models are, in which dtype, whether their forward pass is compiled, and how many threads of a processor they may use."""
+    """Where the models are, in which dtype, whether their forward pass is compiled, and how many threads of a processor they may use.
+
+    quantiser   int8 or nf4, of the frozen linear layers; empty for none
+    attention   as transformers names it
+    has_liger   whether the peer runs Liger-Kernel's RMSNorm, rotary embedding, SwiGLU and loss
+    """
 
     device: torch.device
     dtype: torch.dtype
     is_compiled: bool = False
     n_threads: int = 1
+    quantiser: str = ""
+    attention: str = "sdpa"
+    has_liger: bool = False
 
 
 # 57 million parameters, grouped-query attention.
@@ -76,6 +85,14 @@ LLAMA_1B = Shape(
     config=LlamaConfig(
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
         max_position_embeddings=8192, tie_word_embeddings=True, **_IDS,
+    ),
+)  # fmt: skip
+# Those of Llama 3.1 8B.
+LLAMA_8B = Shape(
+    name="llama8b",
+    config=LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=8192, tie_word_embeddings=False, **_IDS,
     ),
 )  # fmt: skip
 TINY_LLAMA = Shape(
@@ -98,8 +115,10 @@ def language(shape: Shape, machine: Machine) -> Language:
     """A frozen language model of a shape, the same weights each time, with a tokenizer of words `w0`, `w1`, ... for every id."""
     torch.manual_seed(0)
     with machine.device:
-        model: Any = AutoModelForCausalLM.from_config(shape.config, dtype=machine.dtype, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_config(shape.config, dtype=machine.dtype, attn_implementation=machine.attention)
     model.eval().requires_grad_(False)
+    if machine.quantiser:
+        quantise(model, machine.quantiser, shape.name)
     words = {word: number for number, word in enumerate(SPECIAL)} | {f"w{i}": i for i in range(len(SPECIAL), shape.config.vocab_size)}
     split = Tokenizer(WordLevel(words, unk_token="<unk>"))
     split.pre_tokenizer = WhitespaceSplit()
@@ -351,6 +370,8 @@ def their_step(
     features: [rows, N, Dv], those of each row's image.
     """
     base: Any = language(shape, machine).model
+    if machine.has_liger:
+        _apply_liger(base)
     embed, model = base.get_input_embeddings(), _peft(base, taught, rank)
     projection = nn.Linear(ours.vision_tower.width, embed.embedding_dim, device=machine.device)
     _same_weights(ours, model, projection, taught)
@@ -370,6 +391,14 @@ def their_step(
         return learn(model(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).loss, optimizer)
 
     return step
+
+
+def _apply_liger(base: Any) -> None:
+    """Liger-Kernel's fused functions, as its users have them; without them it computes all logits unless the model is in training mode."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # an extra, for GPUs
+
+    _apply_liger_kernel_to_instance(model=base)
+    base.train()  # the frozen shapes have no dropout
 
 
 def _peft(base: Any, taught: Taught, rank: int) -> Any:

@@ -1,7 +1,7 @@
 """Samples per second from parquet and Arrow files beside `datasets`, and what opening a set of millions of rows takes.
 
-    python tests/benchmarks/bench_tables.py [--images 4000] [--records 40000] [--repetitions 5]
-    python tests/benchmarks/bench_tables.py --rows 10000000 [--folder FOLDER]
+    python tests/benchmarks/studies/bench_tables.py [--images 4000] [--records 40000] [--repetitions 5]
+    python tests/benchmarks/studies/bench_tables.py --rows 10000000 [--folder FOLDER]
 
 The first compares reading: both read the same parquet files and decode with the same function, in the files' order and shuffled; `datasets` from the
 Arrow files that it makes of them, this package from row groups in memory, or from its unpacked copy where the set is larger than those may be. Readers

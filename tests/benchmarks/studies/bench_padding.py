@@ -1,6 +1,6 @@
 """Padding among the tokens of texts, with samples as they come and sorted in pools; and what a lookup of the sorted order costs.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python tests/benchmarks/bench_padding.py --flickr8k DATA/flickr8k --daquar DATA/daquar [--tokenizer PARTS/captions_opt_3m]
+    PYTHONPATH=. OMP_NUM_THREADS=1 python tests/benchmarks/studies/bench_padding.py --flickr8k DATA/flickr8k --daquar DATA/daquar [--tokenizer PARTS/captions_opt_3m]
 
 Batches are those of two epochs, in the orders that training reads. By tokens: as files are sorted; by bytes of a sample's record: as shards are. Without --tokenizer, words are those of a byte-level BPE learned from the same
 texts (as good as a word each, as with the tokenizers of large models).

@@ -1,6 +1,6 @@
 """Decoding JPEGs for an encoder, exactly and at a fraction of their size: images a second, and how far apart the pixels are.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=. python tests/benchmarks/bench_decode.py --images FOLDER --side 224 --rounds 5 [--mosaic 3 2]
+    OMP_NUM_THREADS=1 PYTHONPATH=. python tests/benchmarks/studies/bench_decode.py --images FOLDER --side 224 --rounds 5 [--mosaic 3 2]
 
 --mosaic joins so many columns and rows of small images into one JPEG (quality 90), where no large photographs are at hand. Each image is resized so that its shorter side is `side`, and cropped in the middle, as encoders do. Seconds are of the processor.
 """
