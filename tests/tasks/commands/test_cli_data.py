@@ -148,7 +148,7 @@ def no_list(files: Files) -> None:
 FATAL: list[tuple[Callable[[Files], None], str]] = [
     (names_no_image, "annotations[30] belongs to image 77, which the list 'images' of"),
     (empty_captions, "captions.json gives no sample"),
-    (no_text_at_all, "captions.json gives no sample; 6 cannot be used, the first because image 0 (0.png) has no caption"),
+    (no_text_at_all, "captions.json gives no sample; 6 samples cannot be used, the first because image 0 (0.png) has no caption"),
     (without_ids, "images[2] has no 'id'"),
     (no_list, "captions.json has no list 'annotations'; it has 'images'; is it the right file?"),
 ]

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, WHY, probed
+from probed_page import CHROMIUM, WHY, probed
 from report_sample import EMPTY, HOSTILE, full
 
 from tasks.report.page import render

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, WHY, probed
+from probed_page import CHROMIUM, WHY, probed
 from report_sample import HOSTILE, jpeg
 
 from multimodal.sample import BadSample, Question
