@@ -234,11 +234,12 @@ def _started(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     given: Any = iter(loader)
     end: Callable[[], None] = getattr(given, "_shutdown_workers", lambda: None)
     atexit.register(end)
+    unregister = atexit.unregister  # a module has no names any more where a program ends inside the block
     try:
         yield given
     finally:
         end()
-        atexit.unregister(end)
+        unregister(end)
 
 
 @contextlib.contextmanager
