@@ -26,12 +26,12 @@ __all__ = ["NO_TARGET", "Batch", "SharedPrefix", "additive", "shared_prefix_of",
 class SharedPrefix:
     """The first `length` tokens of every row of a batch, alike in all rows about an image, and the targets of both parts of the rows.
 
-    first            int64 [I]      the row that each image's beginning is taken from
-    which            int64 [B]      the beginning of each row, counted in `first`
-    each             how many rows every beginning has; None where they differ
-    source, target   int64 [I, M]   what the beginnings predict, for all rows of their image; as in Batch
+    first            int64 [I]      the row that each image's prefix is taken from
+    which            int64 [B]      the prefix of each row, counted in `first`
+    each             how many rows every prefix has; None where they differ
+    source, target   int64 [I, M]   what the prefixes predict, for all rows of their image; as in Batch
     own_source, own_target   int64 [B, M]   what the rest of each row predicts; positions are counted from `length`
-    domains, own_domains     the domains that occur in the beginnings, and in the rest
+    domains, own_domains     the domains that occur in the prefixes, and in the rest
     """
 
     length: int
@@ -47,7 +47,7 @@ class SharedPrefix:
 
     @property
     def is_shared(self) -> bool:
-        """Whether any beginning is that of several rows."""
+        """Whether any prefix is that of several rows."""
         return len(self.first) < len(self.which)
 
     def to(self, device: torch.device) -> SharedPrefix:
@@ -58,7 +58,7 @@ class SharedPrefix:
 
 
 def shared_prefix_of(rows: Sequence[Row], image: Sequence[int]) -> SharedPrefix | None:
-    """What right-padded rows begin with: as much as the shortest of their own beginnings. None where one of them has none.
+    """The prefix of right-padded rows, as long as the shortest of their own. None where one of them has none.
 
     It ends inside no block, whose tokens read later ones: those of all rows' images, where an image is one.
     """
@@ -195,8 +195,8 @@ class Batch:
     decoder_ids  int64 [B, U]        encoder-decoder models only; sources are positions in it
     position     int64 [B, T]        each token's position in its own text, padding skipped
     segment      int64 [B, T]        which of several packed texts about its image a token belongs to; None where no row is packed
-    image      int64 [B, T]        which image a token is about; None where each row is about one
-    beginning    what the rows begin with, where that can be read in a call of its own
+    token_image  int64 [B, T]        which image a token is about; None where each row is about one
+    shared_prefix  the first tokens of the rows, where they can be read in a call of their own
     prepared     the images of an existing model, one entry for each of I, in the place of pixels or their features
     vector       int64 [B, T]        which of the vectors of `prepared`, joined, a token takes; -1 for none
     kind         int64 [B, T]        the processor's token types, where it gives them

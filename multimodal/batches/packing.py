@@ -144,20 +144,20 @@ def separate_rows(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def fork_rows(rows: Sequence[Row], trained: frozenset[int] = NOTHING) -> Sequence[Row]:
-    """The rows, each with what they have in common as its beginning, up to the first token of a domain in `trained`.
+    """The rows, each with what they have in common as its prefix, up to the first token of a domain in `trained`.
 
-    [a b c], [a b d] -> the same with beginnings of 2.
+    [a b c], [a b d] -> the same with prefixes of 2.
     """
     n = min(_shared(rows), min(len(row.ids) for row in rows) - 1, _untouched(rows[0].domain, trained))
     return [replace(row, shared_prefix=n) for row in rows]
 
 
 def pack_rows(rows: Sequence[Row], trained: frozenset[int] = NOTHING) -> Sequence[Row]:
-    """One row that holds the common beginning of the rows once, and then what is left of each.
+    """One row that holds the common prefix of the rows once, and then what is left of each.
 
     [a b c], [a b d] with sources on b -> [a b c d], segments [0 0 1 2], positions [0 1 2 2].
 
-    trained: what comes before a token of these domains can be read alone, and is the row's beginning; without any, the row has none
+    trained: what comes before a token of these domains can be read alone, and is the row's prefix; without any, the row has none
     """
     shared_prefix = fork_rows(rows, trained)[0].shared_prefix if trained else 0
     if len(rows) == 1:
@@ -188,7 +188,7 @@ def pack_answers(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def fork_answers(rows: Sequence[Row]) -> Sequence[Row]:
-    """The rows with what they have in common as their beginning, where nothing but answers is left of each; else the rows."""
+    """The rows with what they have in common as their prefix, where nothing but answers is left of each; else the rows."""
     n = fork_rows(rows)[0].shared_prefix
     return fork_rows(rows) if all(domain == ANSWER for row in rows for domain in row.domain[n:]) else rows
 

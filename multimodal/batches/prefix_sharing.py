@@ -1,10 +1,10 @@
 """The calls of the language model in a training step: one, or one for the prefix that rows about an image share and one for the rest.
 
-    rows  [image, prompt, caption 1]        beginnings  [image, prompt]       once, or without gradient
+    rows  [image, prompt, caption 1]        prefixes    [image, prompt]       once, or without gradient
           [image, prompt, caption 2]        the rest    [caption 1], [caption 2] after its keys and values
 
 Equal in loss and gradients to one call wherever no token reads a later one. With gradient it pays where a row cannot hold several texts;
-without, wherever nothing that is trained reads or writes the beginnings.
+without, wherever nothing that is trained reads or writes the prefixes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 
 # ----------------------------------------
-# The keys and values of beginnings, as a cache that texts are read after: gradients flow through it, and reading it again changes nothing.
+# The keys and values of shared prefixes, as a cache that texts are read after: gradients flow through it, and reading it again changes nothing.
 
 
 class Read(DynamicLayer):  # a layer of transformers' Cache, which asks for its class
@@ -49,8 +49,8 @@ class Read(DynamicLayer):  # a layer of transformers' Cache, which asks for its 
 class After(DynamicLayer):
     """The keys and values that a text comes after; those of the text are not stored, so that a layer may be run twice.
 
-    which   int64 [B], the beginning of each row
-    each    how many rows in a row have the same beginning; None where images have several numbers of texts
+    which   int64 [B], the prefix of each row
+    each    how many consecutive rows have the same prefix; None where images have several numbers of texts
     """
 
     def __init__(self, read: Read, which: Tensor, each: int | None) -> None:
@@ -58,13 +58,13 @@ class After(DynamicLayer):
         self.read, self.which, self.each = read, which, each
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What attention reads, [B, H, T, D] each: the row's beginning, then these."""
+        """What attention reads, [B, H, T, D] each: the row's prefix, then these."""
         assert self.read.keys is not None
         assert self.read.values is not None
         return self._joined(self.read.keys, key_states), self._joined(self.read.values, value_states)
 
     def get_seq_length(self) -> int:
-        """Tokens of the beginning."""
+        """Tokens of the prefix."""
         return self.read.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -80,7 +80,7 @@ class After(DynamicLayer):
 
 
 def caches(n_layers: int, which: Tensor, each: int | None) -> tuple[Cache, Cache]:
-    """The cache that beginnings are read into, and the one that is given with what comes after them.
+    """The cache that prefixes are read into, and the one that is given with what comes after them.
 
     Neither drops what a window does not reach: masks are made for all keys, by the model or by us.
     """
@@ -111,7 +111,7 @@ def may_pack(model: Any) -> bool:
         implementations = ("eager",) if config.model_type in EAGER_FAMILIES else ()
     if config._attn_implementation not in implementations:
         return False
-    # Falcon's ALiBi and GPT-Neo's local layers count from the row's beginning, whatever the positions are.
+    # Falcon's ALiBi and GPT-Neo's local layers count from the row's first token, whatever the positions are.
     counts_columns = getattr(config, "alibi", False) or "local" in (getattr(config, "attention_layers", None) or ())
     return not counts_columns and not getattr(config, "use_bidirectional_attention", False)
 
@@ -201,7 +201,7 @@ def trained_domains(adapter: Adapter) -> frozenset[int]:
 
 
 def _is_untouched(adapted: AdaptedModel, start: SharedPrefix, token_map: TokenMap) -> bool:
-    """Whether no gradient could reach anything trained through the beginnings."""
+    """Whether no gradient could reach anything trained through the prefixes."""
     served = [adapter for name, adapter in adapted.adapters.items() if token_map.serving is None or adapted.indices[name] in token_map.serving]
     edited = any(not trained_domains(adapter).isdisjoint(start.domains) for adapter in served)  # type: ignore[arg-type]
     given = any(value.requires_grad for value in token_map.inputs.values()) or (token_map.host is not None and token_map.host.learns)

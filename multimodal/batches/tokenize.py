@@ -176,8 +176,8 @@ class Row:
     decoder_ids  [U]        what the decoder reads; empty in a decoder-only model, where sources are positions in ids
     segment      [T]        which of several packed texts a token belongs to, 0 for what they share; empty where nothing is packed
     position     [T]        each token's position in its own text; empty where that is its index
-    image      [T]        which image of its batch a token is about; empty where the row is about one
-    beginning    how many of its first tokens may be read in a call of their own: all rows about its image have the same
+    token_image  [T]        which image of its batch a token is about; empty where the row is about one
+    shared_prefix  how many of its first tokens may be read in a call of their own: all rows about its image have the same
     vector       [T]        which vector of its sample's images a token takes, -1 for none; empty where a bridge brings the images
     kind         [T]        the processor's token types; empty likewise
     block        [T]        tokens of one block read each other, later ones too; -1 for those of none; empty where no token reads a later one

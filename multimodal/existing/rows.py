@@ -176,7 +176,7 @@ class ConversationRows:
         return text_of(turns[0])
 
     def _target(self, text: Text, prompt: list[int], images: Prepared) -> list[int]:
-        """What the assistant's turn holds after its beginning, up to the token that ends it."""
+        """What the assistant's turn holds after its first tokens, which mark it, up to the token that ends it."""
         target = str(text.target)
         wording = self.template.target.replace("<eos>", "")
         if self.processor.has_chat and not self.template.raw:

@@ -59,9 +59,9 @@ WORTH = 0.8  # of the tokens of a plain prefill: above it, a second call of the 
 
 @dataclass(frozen=True)
 class Fork:
-    """How prompts are read in two calls: the beginnings of some rows, then the last `n_last` tokens of every row.
+    """How prompts are read in two calls: the prefixes of some rows, then the last `n_last` tokens of every row.
 
-    leaders   the rows whose beginnings are read
+    leaders   the rows whose prefixes are read
     leader    [B]: which of `leaders` each row begins as
     shift     [B]: how many tokens longer its leader is
     """
@@ -305,7 +305,7 @@ class Decoding:
     def join(self, batch: Batch, token_map: TokenMap, *, may_share: bool) -> Tensor:
         """float32 [B, V]: scores for the first token of new rows, which stand after the others from now on. Their prompts are read.
 
-        may_share: whether rows about one image have the same beginning (see `prefill`).
+        may_share: whether rows about one image have the same prefix (see `prefill`).
         """
         return self._add(batch, token_map, *prefill(self.language, self.attachment, batch, token_map, n_left=0, may_share=may_share))
 
