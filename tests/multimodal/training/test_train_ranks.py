@@ -121,7 +121,7 @@ def test_sigterm_to_one_of_two_ends_both_after_a_saved_step_and_the_rest_equals_
 
 
 def test_sigterm_to_the_whole_group_spares_the_workers_until_the_step_is_saved(machine: Machine, tmp_path: Path) -> None:
-    group = machine.start(1, rank_jobs.run, tmp_path / "run", False, 10, (), None, 2)
+    group = machine.start(1, rank_jobs.run, tmp_path / "run", False, 10, (), (), None, 2)
     group.wait_until(lambda: step_of(tmp_path / "run") >= 2)
     pid = group.processes[0].pid
     workers = [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
