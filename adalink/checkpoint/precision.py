@@ -15,7 +15,9 @@ TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["AS_SAVED", "UNCHANGED", "WITH_ENCODER", "BaseSettings", "Precision", "cast", "quantise", "settle"]
+__all__ = [
+    "AS_SAVED", "UNCHANGED", "WITH_ENCODER", "BaseSettings", "Precision", "cast", "chosen_linears", "packed_bytes", "quantise", "quantised_names", "settle",
+]  # fmt: skip
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantiser = Literal["auto", "none", "int8", "nf4", "fp8"]
@@ -93,6 +95,7 @@ class BaseSettings:
 
 _FREQUENCIES = ("inv_freq", "original_inv_freq")
 _BLOCK, _SCALES = 64, 256  # of nf4: values that share a scale, and scales that share one; as bitsandbytes has them
+_NF4_VALUES = 16  # that a weight can have, which each quantised tensor lists
 
 UNCHANGED = BaseSettings()
 
@@ -131,25 +134,51 @@ def cast(model: nn.Module, dtype: Any) -> None:
 
 def quantise(model: nn.Module, kind: str, name: str, linears: Callable[[str], bool] | None = None) -> None:
     """Quantise linear layers in place, with torchao. Raises ConfigError where it is not installed, or no layer can be quantised."""
-    from torch import nn
-
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(f"base: quantise {kind} needs torchao: pip install 'adalink[quantise]'")
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    chosen = [
-        (path, module) for path, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and (linears is None or linears(path))
-    ]  # fmt: skip
+    chosen = chosen_linears(model, linears)
     if not chosen:
         raise ConfigError(f"'{name}' has no linear layer that can be quantised ({type(model).__name__}): leave quantise out")
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # it reports kernels that this machine has no use for
     try:
         quantised = _QUANTISERS[kind]()
-        for _, module in chosen:
+        for module in chosen.values():
             quantised(module)
     finally:
         logging.disable(disabled)
+
+
+def chosen_linears(model: nn.Module, linears: Callable[[str], bool] | None = None) -> dict[str, nn.Linear]:
+    """Dotted name -> linear layer, of those that are quantised: all but the output head, or those of them that `linears` picks by name."""
+    from torch import nn
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        path: module for path, module in model.named_modules() if type(module) is nn.Linear and module is not head and (linears is None or linears(path))
+    }
+
+
+def packed_bytes(kind: str, weight: Any) -> int:
+    """The bytes that a linear layer's weight takes once it is quantised: its values, and their scales.
+
+    weight  [n_out, n_in] in the dtype that it is cast to before; on any device
+    """
+    n, n_rows, itemsize = weight.numel(), weight.shape[0], weight.element_size()
+    if kind != "nf4":  # a scale in float32 for each row; int8 also has a zero point of one byte
+        return int(n + n_rows * (5 if kind == "int8" else 4))
+    n_blocks, rest = divmod(n, _BLOCK)
+    if rest:
+        return int(n * itemsize)
+    return int(n // 2 + n_blocks + itemsize * (n_blocks // math.gcd(n_blocks, _SCALES) + _NF4_VALUES + 1))
+
+
+def quantised_names(model: nn.Module) -> list[str]:
+    """The dotted names of the quantised weights."""
+    import torch
+
+    plain = (torch.Tensor, torch.nn.Parameter)
+    return [name for name, weight in model.named_parameters() if not weight.requires_grad and type(weight.data) not in plain]
 
 
 def _eight_bits(config: str) -> Callable[[], Callable[[nn.Linear], None]]:

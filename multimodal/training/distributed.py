@@ -22,7 +22,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
+from adalink.checkpoint.precision import quantised_names
 from adalink.errors import ConfigError
 from multimodal.data.loader import Loaded
 from multimodal.processes import process_state
@@ -110,6 +112,7 @@ def check_trackers(settings: TrainSettings) -> None:
 def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) -> Iterator[Accelerator]:
     """An accelerator that leaves nothing behind: accelerate keeps one precision for a whole process, and wraps the model's forward in it.
 
+    DDP sends the first process's weights to the others, but not quantised ones: it cannot send them, and each process has loaded them from the same file.
     Raises as `check_trackers`.
     """
     check_trackers(settings)
@@ -123,6 +126,8 @@ def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) 
     accelerator = Accelerator(
         mixed_precision=settings.precision, log_with=list(settings.trackers) or None, project_dir=str(folder), kwargs_handlers=[parallel]
     )
+    if quantised := quantised_names(model):
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, quantised)
     try:
         yield accelerator
         for tracker in accelerator.trackers:  # not end_training, which ends the processes' connection too: they evaluate together after this
@@ -130,6 +135,7 @@ def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) 
     finally:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         vars(model).pop("forward", None)  # the class's own again, not a copy of it on the instance
+        vars(model).pop("_ddp_params_and_buffers_to_ignore", None)
         if is_other or not before:
             AcceleratorState._reset_state()
             AcceleratorState._shared_state.update(before)

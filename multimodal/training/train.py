@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from adalink.checkpoint.precision import quantised_names
 from adalink.errors import CheckpointError, ConfigError, DataError, TerminatedError
 from multimodal.batches.collate import Batch
 from multimodal.data.feature_cache.encode import FillingLoader, encode_all
@@ -207,6 +208,8 @@ class _Run:
             raise ConfigError("FSDP2 trains the language model's adapter alone, and this model has an answer head too: train it with DDP")
         if isinstance(loader, FillingLoader) and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 splits the encoder over processes, so its features cannot be filled in while training: run `adalink features` first")
+        if accelerator.is_fsdp2 and (quantised := quantised_names(model)):
+            raise ConfigError(f"FSDP2 cannot split quantised weights ({quantised[0]}): train with DDP, or leave `quantise` under `base` out")
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
         self.trained_so_far, self.best, self.ended_by = trained_so_far, best, 0
         self.bare, self.facts = model, run_facts(model, settings)

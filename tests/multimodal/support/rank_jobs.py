@@ -20,9 +20,11 @@ from accelerate.utils import DistributedType
 from composed import Drawn, compose, excite, tower
 from forkserver import IMPORTED
 from PIL import Image
+from quantiser import find_torchao
 from safetensors.torch import save_file
 
 from adalink import AdaLink, Bridge, Method
+from adalink.checkpoint.precision import Precision, settle
 from adalink.errors import BudgetError, ConfigError, DataError, TerminatedError
 from multimodal.batches.collate import Batch
 from multimodal.data.feature_cache.encode import GROUP, PatchTable, encode_all
@@ -84,11 +86,13 @@ def holding(step: int, go: Path) -> Callable[[], dict[str, float]]:
 
 def run(
     folder: Path, resume: bool = False, held: int = 0, bad: tuple[int, ...] = (), without: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0,
-    methods: Mapping[str, Method] | None = None, sees: str = "", connector: ConnectorChoice = "frozen", **fields: Any,
+    methods: Mapping[str, Method] | None = None, sees: str = "", connector: ConnectorChoice = "frozen", quantise: str = "", **fields: Any,
 ) -> int:  # fmt: skip
     """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did, 8 where there was nothing to learn. held: the step at which it waits, where any, see `holding`."""
     made = model(methods, sees, connector)
-
+    if quantise:
+        find_torchao()
+        settle(made.float().language.model, Precision(quantise=quantise), "tiny")  # type: ignore[arg-type]  # one of its values
     settings = TrainSettings(**{**SETTINGS, **fields, "workers": workers, "measure_every": int(held > 0)})
     try:
         train(made, Drawn(N, bad, without), ragged, settings, folder, resume=resume, patches=patches, measure=holding(held, folder / GO))
@@ -177,6 +181,16 @@ def sharded(jobs: list[dict[str, Any]], then: Callable[[], int] = lambda: 0) -> 
 
     AcceleratorState.__init__ = note
     return several(jobs) or then()
+
+
+def refused(folder: Path) -> int:
+    """6 where the run says that its quantised weights cannot be split."""
+    try:
+        run(folder, patches=table(), quantise="nf4")
+    except ConfigError as error:
+        print(f"adalink: {error}")
+        return 6
+    return 0
 
 
 def generated(folder: Path) -> int:

@@ -8,11 +8,13 @@ import os
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import rank_jobs
 import torch
+from quantiser import find_torchao
 from ranks import Machine
 from safetensors.torch import load_file
 from torch import Tensor
@@ -192,6 +194,18 @@ def test_each_process_encodes_its_share_and_has_every_picture(machine: Machine, 
     assert alone["bad"].tolist() == [2, 33]
     for found in both:
         assert all(torch.equal(value, alone[name]) for name, value in found.items())
+
+
+def test_two_processes_equal_one_on_a_quantised_model_which_fsdp2_refuses(machine: Machine, tmp_path: Path) -> None:
+    find_torchao()
+    job = {"kept": True, "quantise": "nf4", "steps": 3}
+    group = machine.start(2, rank_jobs.several, [{"folder": tmp_path / "two", **job}])
+    split = machine.start(1, rank_jobs.sharded, [], partial(rank_jobs.refused, tmp_path / "split"), **FSDP, **WRAPS["layers"])
+    assert rank_jobs.several([{"folder": tmp_path / "one", **job, "batch_size": 4}]) == 0
+    group.ended()
+    assert "FSDP2 cannot split quantised weights (" in split.ended(6)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert difference(state(tmp_path / "two", 3), state(tmp_path / "one", 3)) < 1e-4
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
