@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from adalink import Anatomy
 from adalink.attachment.existing import image_token_ids
-from adalink.checkpoint.precision import UNCHANGED, WITH_ENCODER, BaseSettings, settle
+from adalink.checkpoint.precision import UNCHANGED, WITH_ENCODER, BaseSettings, Precision, settle
 from adalink.errors import ConfigError, DataError
 from multimodal.existing.words import Processor
 from multimodal.language import Language, settle_tokens
 from multimodal.loading import existing_folder, freeze, loading, quiet, split_revision
 
-__all__ = ["MODEL_ADVICE", "example_of", "is_existing", "load_existing"]
+__all__ = ["MODEL_ADVICE", "example_of", "is_existing", "load_existing", "precision_of"]
 
 MODEL_ADVICE = "give a local folder in transformers format or a hub id such as 'HuggingFaceTB/SmolVLM-256M-Instruct'"
 
@@ -106,6 +107,17 @@ def _loaded(name_or_folder: str | Path, dtype: torch.dtype | None, weights: bool
 
 def _settle(model: nn.Module, base: BaseSettings, name: str) -> None:
     """Cast the whole model, and quantise the linears of its language model, of what stands before that, or of both. Raises ConfigError."""
+    both, is_chosen = precision_of(model, base, name)
+    own, encoder = base.language_model, base.encoder
+    known_as = str(own) + (f"{WITH_ENCODER}{encoder.quantiser}" if encoder.quantiser else "")
+    settle(model, both, name, linears=is_chosen, known_as=known_as)
+
+
+def precision_of(model: nn.Module, base: BaseSettings, name: str) -> tuple[Precision, Callable[[str], bool]]:
+    """The precision of a model that sees already, and which of its linears are quantised, by their dotted names.
+
+    Raises ConfigError for settings that one model cannot have.
+    """
     own, encoder = base.language_model, base.encoder
     if encoder.dtype not in ("auto", own.dtype) or encoder.attention != "auto":
         raise ConfigError(f"base.encoder was given for '{name}', a model that sees already, which has one dtype and one attention: set base.language_model's")
@@ -115,8 +127,7 @@ def _settle(model: nn.Module, base: BaseSettings, name: str) -> None:
     stack = f"{anatomy.stack}." if anatomy.stack else ""
     kinds = {True: own.quantiser, False: encoder.quantiser}
     both = replace(own, quantise=own.quantiser or encoder.quantiser or "none")  # type: ignore[arg-type]  # one of its values
-    known_as = str(own) + (f"{WITH_ENCODER}{encoder.quantiser}" if encoder.quantiser else "")
-    settle(model, both, name, linears=lambda path: bool(kinds[path.startswith(stack)]), known_as=known_as)
+    return both, lambda path: bool(kinds[path.startswith(stack)])
 
 
 def _check_image_token(model: Any, name: str) -> None:

@@ -30,6 +30,7 @@ def add_plan_options(parser: Any) -> None:
     """What a plan needs beside a run's settings."""
     parser.add_argument("--text_tokens", type=int, default=TEXT_TOKENS, help="words of a row, prompt and answer together, that the estimates of memory assume")
     parser.add_argument("--image_size", default=IMAGE_SIZE, help="of a model that sees already: width and height of the image whose tokens are counted")
+    parser.add_argument("--cards", type=int, default=1, help="GPUs that train together: also print the memory on each of them")
     _add_json(parser)
 
 
@@ -171,6 +172,8 @@ def _plan(values: Any) -> Plan:
     dry_run.check_form()
     if values.text_tokens < 1:
         raise ConfigError(f"text_tokens is {values.text_tokens}: give 1 or more")
+    if values.cards < 1:
+        raise ConfigError(f"cards is {values.cards}: give 1 or more")
     if dry_run.model is not None:
         return make_existing_plan(
             dry_run.parts,
@@ -183,6 +186,7 @@ def _plan(values: Any) -> Plan:
             generation=dry_run.generation,
             text_tokens=values.text_tokens,
             image_size=_size(values.image_size),
+            cards=values.cards,
         )
     return make_plan(
         dry_run.encoder,
@@ -195,6 +199,8 @@ def _plan(values: Any) -> Plan:
         train=dry_run.train,
         generation=dry_run.generation,
         text_tokens=values.text_tokens,
+        base=dry_run.base,
+        cards=values.cards,
     )
 
 
@@ -218,7 +224,7 @@ def _add_methods(parser: Any) -> None:
 COMPOSE = Command(
     _add_compose, _compose, has_config=True, prepare=only_named_data,
     first=(*PARTS_FIRST, METHODS_ROW, "layer", "train.batch_size", "train.precision", "train.checkpointing", "generation.num_beams", "text_tokens",
-           "image_size", "json"),
+           "image_size", "cards", "json"),
     examples=(
         "adalink compose --encoder scenes:encoder --language_model scenes:language --methods.lora.rank 8",
         "adalink compose --config run.yaml --json",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,10 +14,11 @@ from torch import nn
 from adalink import AdaptedModel, Adapter, FrozenPart, Method
 from adalink.attachment.existing import image_token_ids
 from adalink.attachment.vision import attach_vision, read_vision
+from adalink.checkpoint.precision import BaseSettings, Precision
 from adalink.errors import AttachError
 from multimodal.existing.connector import connector_linears, connector_modules, no_connector, no_linear, placed_methods, tower_of
 from multimodal.existing.connector_choice import ConnectorChoice
-from multimodal.existing.load import load_existing
+from multimodal.existing.load import load_existing, precision_of
 from multimodal.existing.rows import ConversationRows
 from multimodal.existing.tower import refuse_over
 from multimodal.existing.words import Processor
@@ -28,8 +31,9 @@ from multimodal.sample import counted
 from multimodal.template import Template
 from multimodal.training.prepare import first_layer, parameter_groups
 from multimodal.training.settings import TrainSettings
-from tasks.planning.meta import parameter_bytes, stored_fingerprint
+from tasks.planning.meta import stored_fingerprint
 from tasks.planning.plan import Assumed, MethodPlan, PartPlan, Plan, language_shape, places_in, slots_of, to_serve, to_train
+from tasks.planning.precisions import bytes_by_precision, cast_as, gathered_bytes, per_card, weight_bytes
 from tasks.runs.config import Parts
 
 __all__ = ["DrawnModel", "draw_model", "make_existing_plan"]
@@ -76,6 +80,7 @@ def draw_model(parts: Parts) -> DrawnModel:
     assert parts.model is not None
     language, real = load_existing(parts.model, weights=False)
     model = language.model
+    cast_as(model, precision_of(model, parts.base, language.name)[0])
     processor = Processor(real, image_token_ids(model), (), parts.image_tokens)
     refuse_over(processor, language.name)
     with torch.device("meta"):
@@ -97,10 +102,12 @@ def make_existing_plan(
     generation: GenerationSettings,
     text_tokens: int,
     image_size: tuple[int, int],
+    cards: int = 1,
 ) -> Plan:
     """The plan of a run on a model that sees already; refused, in the same words, where the run would be for anything but its weights and data.
 
-    image_size: width and height of the image whose tokens are counted, by the model's own processor. Raises as `draw_model` and `add_adapter`.
+    image_size: width and height of the image whose tokens are counted, by the model's own processor. cards: that train together.
+    Raises as `draw_model` and `add_adapter`.
     """
     drawn = draw_model(parts)
     model, trained = drawn.language.model, _trained(drawn, methods, encoder_methods, connector, connector_methods)
@@ -112,8 +119,12 @@ def make_existing_plan(
     check_room(drawn.language, len(row.ids), generation)
     n_slots = sum(slot.count for slot in trained.edits.slots)
     assumed = Assumed(rows=train.batch_size, text=text_tokens, answer=text_tokens, generated=generation.max_new_tokens, beams=generation.num_beams)
-    weights, other = parameter_bytes(model), n_slots + image.n_vectors
-    tower, between, language = _parts(drawn)
+    precision, is_chosen = precision_of(model, parts.base, drawn.language.name)
+    sizes = weight_bytes(model, precision.quantiser, drawn.language.name, is_chosen)
+    weights, other = sum(sizes.values()), n_slots + image.n_vectors
+    training = to_train(model, weights, trained, other, assumed, train)
+    can_split = trained.vision is None and trained.connector is None and connector == "frozen" and not precision.quantiser
+    tower, between, language = _parts(drawn, parts.base, sizes)
     return Plan(
         encoder=tower,
         language_model=language,
@@ -123,9 +134,11 @@ def make_existing_plan(
         tokens_per_image=image.n_vectors,
         image_size=" x ".join(map(str, image_size)),
         prompt_tokens=len(row.ids) - other,
-        memory_to_train=to_train(model, weights, trained, other, assumed, train),
+        memory_to_train=training,
         memory_to_serve=to_serve(model, weights, trained, other, assumed),
         assumed=assumed,
+        cards=cards,
+        memory_per_card=per_card(training, cards, gathered_bytes(model, weights), can_split=can_split),
     )
 
 
@@ -153,7 +166,7 @@ def _trained(
     return TrainedParts(edits=edits, vision=vision, connector=on_connector)
 
 
-def _parts(drawn: DrawnModel) -> tuple[PartPlan, PartPlan | None, PartPlan]:
+def _parts(drawn: DrawnModel, base: BaseSettings, sizes: Mapping[str, int]) -> tuple[PartPlan, PartPlan | None, PartPlan]:
     """Tower, connector and language model; the fingerprint is the whole model's, as an adapter's folder has it."""
     model, name, folder = drawn.language.model, drawn.language.name, existing_folder(drawn.language.name)
     tower = [] if drawn.tower is None else [drawn.tower]
@@ -165,22 +178,30 @@ def _parts(drawn: DrawnModel) -> tuple[PartPlan, PartPlan | None, PartPlan]:
     if folder is not None:
         stored: nn.Module = load_existing(name, weights=False)[0].model
         known = stored_fingerprint(stored, stored, folder)
-    connector = _part(name, drawn.connector_modules, between) if drawn.connector else None
-    language = _part(name, [model.get_decoder()], words, language_shape(drawn.adapted.anatomy), known)
-    return _part(name, tower, [one for module in tower for one in module.parameters() if id(one) not in inside]), connector, language
+    part = partial(_part, name, model, sizes)
+    connector = part(drawn.connector_modules, between, base.encoder) if drawn.connector else None
+    language = part([model.get_decoder()], words, base.language_model, language_shape(drawn.adapted.anatomy), known)
+    return part(tower, [one for module in tower for one in module.parameters() if id(one) not in inside], base.encoder), connector, language
 
 
 def _kinds(modules: Sequence[nn.Module]) -> str:
     return " and ".join(dict.fromkeys(type(module).__name__ for module in modules))
 
 
-def _part(name: str, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], shape: str = "", fingerprint: str = "") -> PartPlan:
+def _part(
+    name: str, model: Any, sizes: Mapping[str, int], modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], precision: Precision,
+    shape: str = "", fingerprint: str = "",
+) -> PartPlan:  # fmt: skip
+    inside = {id(parameter) for parameter in parameters}
+    names = [path for path, parameter in model.named_parameters() if id(parameter) in inside]
+    dtype = str(parameters[0].dtype if parameters else torch.float32).removeprefix("torch.")
     return PartPlan(
         name=name,
         kind=_kinds(modules) or "none of its own",
         parameters=sum(parameter.numel() for parameter in parameters),
-        bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        dtype=str(parameters[0].dtype if parameters else torch.float32).removeprefix("torch."),
+        bytes=sum(sizes[path] for path in names),
+        dtype=f"{dtype} {precision.quantiser}".strip(),
         shape=shape,
         fingerprint=fingerprint,
+        in_memory=bytes_by_precision(model, names),
     )

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from adalink import IMAGE, PERCEPT, Adapter, Anatomy, Method, Placement, Slots
+from adalink.checkpoint.precision import UNCHANGED, BaseSettings, Precision
 from adalink.tokens import DOMAIN_NAMES, N_DOMAINS
 from multimodal.batches.tokenize import RowEncoder
 from multimodal.generation.decoding import check_room
@@ -29,11 +30,11 @@ from tasks.planning.meta import (
     draw_tower,
     draw_trained,
     language_fingerprint,
-    parameter_bytes,
     saved_bytes,
     seen_bytes,
     tower_fingerprint,
 )
+from tasks.planning.precisions import bytes_by_precision, cast_as, gathered_bytes, per_card, weight_bytes
 from tasks.runs.compose import found_part
 
 __all__ = [
@@ -99,7 +100,12 @@ MOMENTS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class PartPlan:
-    """A frozen part: bytes of its weights as stored; fingerprint empty where no weights lie in a folder."""
+    """A frozen part; fingerprint empty where no weights lie in a folder.
+
+    bytes      of its weights in memory, as `base` holds them
+    dtype      `bfloat16`, or `bfloat16 nf4` where its linear layers are quantised
+    in_memory  precision -> bytes, for those that it could have
+    """
 
     name: str
     kind: str
@@ -108,6 +114,7 @@ class PartPlan:
     dtype: str
     shape: str
     fingerprint: str
+    in_memory: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +153,8 @@ class Plan:
     slots             domain -> positions that a row has for it
     tokens_per_image  positions of a row that stand for its image
     prompt_tokens     words of an empty question's prompt; None where there is no tokenizer to count them
+    cards             that train together
+    memory_per_card   `DDP` and `FSDP2` -> bytes on each of several cards; FSDP2 is absent where it refuses this training
     """
 
     encoder: PartPlan
@@ -159,6 +168,8 @@ class Plan:
     assumed: Assumed
     connector: PartPlan | None = None
     image_size: str = ""
+    cards: int = 1
+    memory_per_card: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def trained(self) -> int:
@@ -183,14 +194,18 @@ def make_plan(
     train: TrainSettings,
     generation: GenerationSettings,
     text_tokens: int,
+    base: BaseSettings = UNCHANGED,
+    cards: int = 1,
 ) -> Plan:
     """The plan of a run; refused, in the same words, where the run would be for anything but its weights and data.
 
-    n_answers: how many a head chooses among, if the training data has as many; 0 where texts are written.
+    n_answers: how many a head chooses among, if the training data has as many; 0 where texts are written. cards: that train together.
     Raises ConfigError, AttachError and DataError as `compose` and `add_adapter` do.
     """
     tower = draw_tower(found_part(encoder), layer=layer)
     language = draw_language(found_part(language_model), use="read" if n_answers else "write")
+    cast_as(tower.module, base.encoder)
+    cast_as(language.model, base.language_model)
     trained = draw_trained(tower, language, methods, encoder_methods, n_answers)
     adapter = trained.edits
     parameter_groups(trained.parameters(), train)  # refuses a rate for a method that is not there
@@ -205,18 +220,23 @@ def make_plan(
     )
     n_slots = sum(slot.count for slot in adapter.slots)
     n_prompt = _prompt_tokens(template, language, trained, generation)
-    parts = parameter_bytes(tower.module) + parameter_bytes(language.model)
+    seeing, words = _encoder(encoder, tower, base.encoder), _language(language_model, language, n_answers, base.language_model)
+    parts = seeing.bytes + words.bytes
     seen = 0 if trained.vision is None else seen_bytes(tower, trained.vision, images=assumed.rows)
+    training = to_train(language.model, parts, trained, n_slots, assumed, train, seen=seen)
+    can_split = trained.vision is None and trained.head is None and not base.encoder.quantiser and not base.language_model.quantiser
     return Plan(
-        encoder=_encoder(encoder, tower),
-        language_model=_language(language_model, language, n_answers),
+        encoder=seeing,
+        language_model=words,
         methods=tuple(MethodPlan(name=name, edits=places_in(trained).get(name, ()), trained=count) for name, count in trained.counts().items()),
         slots=slots_of(adapter.slots),
         tokens_per_image=sum(slot.count for slot in adapter.slots if slot.domain == IMAGE or slot.domain >= PERCEPT),
         prompt_tokens=n_prompt,
-        memory_to_train=to_train(language.model, parts, trained, n_slots, assumed, train, seen=seen),
+        memory_to_train=training,
         memory_to_serve=to_serve(language.model, parts, trained, n_slots, assumed),
         assumed=assumed,
+        cards=cards,
+        memory_per_card=per_card(training, cards, gathered_bytes(language.model, parts), can_split=can_split),
     )
 
 
@@ -272,15 +292,15 @@ def _prompt_tokens(template: Template, language: DrawnLanguage, trained: Trained
     return len(row.ids) - sum(slot.count for slot in trained.edits.slots)
 
 
-def _encoder(name: str, tower: DrawnTower) -> PartPlan:
+def _encoder(name: str, tower: DrawnTower, precision: Precision) -> PartPlan:
     high, wide = tower.pixels
     shape = f"{tower.n_patches} patches of width {tower.width} from {high} x {wide} pixels; {tower.n_layers} of {tower.n_blocks} blocks can be pooled"
-    return _part(name, tower.module.get_submodule("model"), shape, tower_fingerprint(found_part(name)))
+    return _part(name, tower.module.get_submodule("model"), shape, tower_fingerprint(found_part(name)), precision)
 
 
-def _language(name: str, language: DrawnLanguage, n_answers: int) -> PartPlan:
+def _language(name: str, language: DrawnLanguage, n_answers: int, precision: Precision) -> PartPlan:
     known = language_fingerprint(found_part(name), "read" if n_answers else "write")
-    return _part(name, language.model, language_shape(Anatomy.read(language.model)), known)
+    return _part(name, language.model, language_shape(Anatomy.read(language.model)), known, precision)
 
 
 def language_shape(anatomy: Anatomy) -> str:
@@ -288,15 +308,16 @@ def language_shape(anatomy: Anatomy) -> str:
     return f"{len(anatomy.layers)} layers of width {anatomy.layer_width}; {anatomy.vocabulary} embeddings of width {anatomy.width}"
 
 
-def _part(name: str, module: nn.Module, shape: str, fingerprint: str) -> PartPlan:
+def _part(name: str, module: nn.Module, shape: str, fingerprint: str, precision: Precision) -> PartPlan:
     return PartPlan(
         name=name,
         kind=type(module).__name__,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
-        bytes=parameter_bytes(module),
-        dtype=str(next(module.parameters()).dtype).removeprefix("torch."),
+        bytes=sum(weight_bytes(module, precision.quantiser, name).values()),
+        dtype=f"{str(next(module.parameters()).dtype).removeprefix('torch.')} {precision.quantiser}".strip(),
         shape=shape,
         fingerprint=fingerprint,
+        in_memory=bytes_by_precision(module),
     )
 
 
@@ -322,6 +343,7 @@ def plan_as_text(plan: Plan) -> str:
         f"{'trained':<15} {plan.trained:,} of {plan.trained + plan.frozen:,} parameters ({share:.4f} %)",
         f"{'tokens':<15} {plan.tokens_per_image} per image{f' of {plan.image_size}' * bool(plan.image_size)}; slots of a row: {slots}; prompt: {words}",
         *_memory("to train", plan.memory_to_train, f"{assumed.rows} rows of {sum(plan.slots.values()) + assumed.text} tokens"),
+        *_cards(plan),
         *_memory("to serve", plan.memory_to_serve, f"{assumed.generated} generated tokens, {assumed.beams} beam{'s' * (assumed.beams > 1)}"),
     ]
     return "\n".join(lines)
@@ -342,14 +364,22 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def _cards(plan: Plan) -> list[str]:
+    ways = [f"{way} {size(n)}" for way, n in plan.memory_per_card.items()]
+    refused = "" if "FSDP2" in plan.memory_per_card else " (FSDP2 refuses this training)"
+    return [f"  on each of {plan.cards} cards: about {', '.join(ways)}{refused}"] if ways else []
+
+
 def _part_lines(role: str, part: PartPlan) -> list[str]:
     indent = " " * 16
     unknown = "not known: no weights here, or names that only loading resolves"
+    in_memory = f"{indent}in memory: {', '.join(f'{precision} {size(n)}' for precision, n in part.in_memory.items())}"
     if not part.shape:  # a part of a part
-        return [f"{role:<15} {part.kind}, {part.parameters:,} frozen parameters in {part.dtype} ({size(part.bytes)})"]
+        return [f"{role:<15} {part.kind}, {part.parameters:,} frozen parameters in {part.dtype} ({size(part.bytes)})", in_memory]
     return [
         f"{role:<15} {part.name}: {part.kind}, {part.parameters:,} frozen parameters in {part.dtype} ({size(part.bytes)})",
         indent + part.shape,
+        in_memory,
         f"{indent}fingerprint {part.fingerprint or unknown}",
     ]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from typing import Any
 
 import pytest
+import torch
 from shared import ROOT
 
 
@@ -15,3 +17,11 @@ def find_torchao() -> None:
         sys.path.append(str(folder))
     if importlib.util.find_spec("torchao") is None:
         pytest.skip("torchao is not installed")
+
+
+def held_bytes(weight: Any) -> int:
+    """The bytes of a weight, or of the tensors inside a quantised one."""
+    tensor = weight.data
+    if type(tensor) is torch.Tensor:
+        return int(tensor.numel() * tensor.element_size())
+    return sum(held_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])

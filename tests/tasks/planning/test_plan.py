@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_run import FIXED, RECIPES, WIDTH, Files, adalink, refused, train
+from quantiser import find_torchao, held_bytes
 from shared import ROOT
+from tiny import tiny
+from transformers import LlamaConfig
 
+from adalink.checkpoint.precision import Precision, settle
 from tasks.planning.plan import size
+from tasks.planning.precisions import cast_as, weight_bytes
 
 PARTS = ("--encoder", "scenes:encoder", "--language_model", "scenes:language")
 ADALINK = ("--methods.adalink", "{rank: 4, modalities: [text]}")
@@ -154,6 +161,7 @@ BAD = [
     (("compose", "--encoder", "scenes:encoder", *ADALINK), "language_model is not given: name both frozen parts"),
     (("compose", *PARTS), "the config names no method: under `methods:`, give one or more of"),
     (("compose", *PARTS, *ADALINK, "--text_tokens", "0"), "text_tokens is 0: give 1 or more"),
+    (("compose", *PARTS, *ADALINK, "--cards", "0"), "cards is 0: give 1 or more"),
     (("compose", *PARTS, *ADALINK, "--layer", "-9"), "layer=-9 is not in the encoder"),
     (("compose", *PARTS, "--methods.adalink.rank", "4"), "methods.adalink.modalities is not given, and has no default"),
     (("compose", *PARTS, "--methods.adalink", "{rank: 0, modalities: [text]}"), "AdaLink's rank is 0: give 1 or more"),
@@ -183,3 +191,48 @@ def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stderr == ""
     assert done.stdout == "141\n"
+
+
+def test_weights_are_counted_in_each_precision_and_as_the_config_holds_them() -> None:
+    plain = plan(*ADALINK)["language_model"]
+    assert plain["in_memory"]["float32"] == 2 * plain["in_memory"]["bfloat16"] == plain["bytes"]
+    assert plain["in_memory"]["bfloat16 nf4"] < plain["in_memory"]["bfloat16 int8"] < plain["in_memory"]["bfloat16"]
+    held = plan(*ADALINK, "--base.language_model.dtype", "bfloat16", "--base.language_model.quantise", "nf4", "--base.encoder.dtype", "bfloat16")
+    assert (held["language_model"]["dtype"], held["encoder"]["dtype"]) == ("bfloat16 nf4", "bfloat16")
+    assert held["language_model"]["bytes"] == plain["in_memory"]["bfloat16 nf4"]
+    assert held["memory_to_train"]["frozen weights"] == held["language_model"]["bytes"] + held["encoder"]["bytes"]
+    assert held["memory_to_train"]["activations, estimated"] < plan(*ADALINK)["memory_to_train"]["activations, estimated"]
+    assert held["language_model"]["fingerprint"] == plain["fingerprint"]
+
+
+def test_memory_on_each_of_several_cards() -> None:
+    one, four = plan(*ADALINK), plan(*ADALINK, "--cards", "4")
+    assert one["memory_per_card"] == {}
+    assert four["memory_per_card"]["DDP"] == sum(four["memory_to_train"].values())
+    assert sum(four["memory_to_train"].values()) - four["frozen"] * 4 < four["memory_per_card"]["FSDP2"] < four["memory_per_card"]["DDP"]
+    quantised = adalink("compose", *PARTS, *ADALINK, "--cards", "4", "--base.language_model.quantise", "int8").out
+    assert re.search(r"on each of 4 cards: about DDP .* \(FSDP2 refuses this training\)", quantised)
+
+
+def test_an_8b_base_is_counted_in_each_precision_without_its_weights(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    done = adalink("compose", "--encoder", "scenes:encoder", "--language_model", tmp_path, "--methods.bridge.kind", "linear", "--text_tokens", "4")
+    assert done.code == 0, done.err
+    assert "8,030,261,248 frozen parameters in bfloat16 (15.0 GiB)" in done.out
+    assert "in memory: float32 29.9 GiB, bfloat16 15.0 GiB, bfloat16 int8 8.5 GiB, bfloat16 nf4 5.3 GiB" in done.out
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32 int8", "bfloat16 int8", "float32 nf4", "bfloat16 nf4", "float32 fp8"])
+def test_the_bytes_counted_are_those_that_quantised_weights_hold(precision: str) -> None:
+    find_torchao()
+    chosen, real = Precision.of(precision), tiny("llama").float()
+    with torch.device("meta"):
+        drawn = type(real)(real.config).float()
+    cast_as(drawn, chosen)
+    counted = weight_bytes(drawn, chosen.quantiser)
+    settle(real, chosen, "x")
+    assert counted == {name: held_bytes(weight) for name, weight in real.named_parameters()}

@@ -107,3 +107,18 @@ def test_what_a_run_would_refuse_is_refused(given: tuple[str, ...], sentence: st
 def test_a_bridge_is_refused(folders: dict[str, Path]) -> None:
     sentence = "a bridge needs an encoder's features, and this model has none"
     assert refused(adalink("compose", "--model", folders["llava"], "--methods.bridge.kind", "linear")).startswith(sentence)
+
+
+def test_the_language_model_and_the_tower_are_quantised_apart(folders: dict[str, Path]) -> None:
+    plain = planned(folders["llava"], "--cards", "2")
+    base = ("--base.language_model.dtype", "bfloat16", "--base.encoder.quantise", "int8")
+    held = planned(folders["llava"], *base, "--cards", "2")
+    assert (held["encoder"]["dtype"], held["language_model"]["dtype"]) == ("bfloat16 int8", "bfloat16")
+    for part in ("encoder", "language_model"):
+        assert held[part]["bytes"] == plain[part]["in_memory"][held[part]["dtype"]]
+    assert held["memory_to_train"]["frozen weights"] == sum(held[part]["bytes"] for part in ("encoder", "connector", "language_model"))
+    assert list(plain["memory_per_card"]) == ["DDP", "FSDP2"]
+    assert list(held["memory_per_card"]) == ["DDP"]
+    assert "give one of them for both, or one alone" in refused(
+        adalink("compose", "--model", folders["llava"], *METHODS, "--base.encoder.quantise", "int8", "--base.language_model.quantise", "nf4")
+    )
