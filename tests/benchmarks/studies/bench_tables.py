@@ -2,16 +2,20 @@
 
     python tests/benchmarks/studies/bench_tables.py [--images 4000] [--records 40000] [--repetitions 5]
     python tests/benchmarks/studies/bench_tables.py --rows 10000000 [--folder FOLDER]
+    python tests/benchmarks/studies/bench_tables.py --text_rows 1000000
 
 The first compares reading: both read the same parquet files and decode with the same function, in the files' order and shuffled; `datasets` from the
 Arrow files that it makes of them, this package from row groups in memory, or from its unpacked copy where the set is larger than those may be. Readers
-take turns, and only ratios within one run mean anything. The second writes parquet files of tiny images, and opens them in a process of its own.
+take turns, and only ratios within one run mean anything. The second writes parquet files of tiny images, and opens them in a process of its own;
+the third JSONL and CSV with names of images.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import io
+import json
 import logging
 import statistics
 import subprocess
@@ -188,9 +192,29 @@ def open_large(folder: Path, rows: int) -> None:
         (images / f"{k}.png").write_bytes(tiny[k % len(tiny)])
     numbers = np.arange(rows)
     pq.write_table(pa.table({"file_name": pa.array([f"{k % n_files}.png" for k in numbers]), "caption": pa.array([f"text {k}" for k in numbers])}), names / "t.parquet")
-    for label, path in (("images in the rows, first time", embedded), ("images in the rows, again", embedded), ("names of images", names / "t.parquet")):
-        done = subprocess.run([sys.executable, "-c", OPEN, path, images, folder / "cache"], capture_output=True, text=True, check=True)
-        print(f"{label}: {done.stdout.strip()}", flush=True)
+    places = {"images in the rows, first time": embedded, "images in the rows, again": embedded, "names of images": names / "t.parquet"}
+    for label, path in places.items():
+        report_opening(label, path, images, folder / "cache")
+
+
+def open_texts(folder: Path, rows: int) -> None:
+    """Print what opening JSONL and CSV takes, two rows about each image."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    for k in range(rows // 2):
+        (images / f"{k:07d}.jpg").touch()
+    pairs = [(f"{k // 2:07d}.jpg", f"a caption number {k} of an image with a few words") for k in range(rows)]
+    (folder / "t.jsonl").write_text("".join(json.dumps({"image": name, "text": text}) + "\n" for name, text in pairs))
+    with (folder / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "text"), *pairs])
+    for name in ("t.jsonl", "t.csv"):
+        report_opening(name, folder / name, images, folder)
+
+
+def report_opening(label: str, path: Path, images: Path, cache: Path) -> None:
+    """Open a data set in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", OPEN, path, images, cache], capture_output=True, text=True, check=True)
+    print(f"{label}: {done.stdout.strip()}", flush=True)
 
 
 def main() -> None:
@@ -200,13 +224,14 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=40000, help="rows of small images, which are not decoded; 0: none")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--rows", type=int, default=0, help="open so many rows, and compare nothing")
+    parser.add_argument("--text_rows", type=int, default=0, help="open so many rows of JSONL and CSV, and compare nothing")
     parser.add_argument("--folder", type=Path, default=None)
     given = parser.parse_args()
     logging.getLogger("adalink").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
-        if given.rows:
-            open_large(folder, given.rows)
+        if given.rows or given.text_rows:
+            open_large(folder, given.rows) if given.rows else open_texts(folder, given.text_rows)
             return
         for label, n, side, decode in (("JPEGs, decoded", given.images, 256, as_image), ("small images, not decoded", given.records, 32, len)):
             if n:
