@@ -414,7 +414,7 @@ def _open(benchmark: Benchmark, given: Given) -> BenchmarkSource:
     return BenchmarkSource(rows, BenchmarkRows(benchmark, ImageFolder(images), rows[0]), images=images)
 
 
-READERS: tuple[Reader, ...] = tuple(Reader(one.name, one.about, one.recognises, partial(_open, one)) for one in BENCHMARKS)
+READERS: tuple[Reader, ...] = tuple(Reader(one.name, one.about, one.recognises, partial(_open, one), reads=("split",)) for one in BENCHMARKS)
 
 
 def find_benchmark(path: Path) -> tuple[Benchmark, ...]:

@@ -123,4 +123,4 @@ def _open(given: Given) -> FileSource:
     return read(images=given.folder, annotations=given.path, image_name=given.image_name)
 
 
-READER = Reader("coco", "COCO captions", _recognises, _open)
+READER = Reader("coco", "COCO captions", _recognises, _open, reads=("image_name",))

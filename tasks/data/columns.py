@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
 import json
@@ -17,7 +18,7 @@ from adalink.errors import ConfigError, DataError
 from tasks.data.files import answer_marks
 from tasks.data.rows import Row, RowFile
 
-__all__ = ["Asked", "Columns", "Parts", "Reading", "choose_columns", "id_of", "listed_names"]
+__all__ = ["Asked", "Columns", "Parts", "Reading", "choose_columns", "id_of", "listed_names", "python_list"]
 
 ImageValue = str | bytes
 """An image as a row has it: the name of a file, or its bytes."""
@@ -238,13 +239,15 @@ def _image_of(text: str, place: Callable[[], str]) -> ImageValue:
 
 
 def texts_of(value: object, place: Callable[[], str], what: str) -> list[str]:
-    """Texts of a field: one, or a list of them, also as JSON in a text; of objects, what they have under `what`. Raises DataError."""
+    """Texts of a field: one, or a list of them, also as JSON or as Python's list in a text; of objects, what they have under `what`. Raises DataError."""
     if value is None:
         return []
     if type(value) is list and all(map(_is_plain, value)):
         return list(value)  # most of them: without a call for each
     if isinstance(value, str) and value.lstrip()[:2] in ('["', "['", "[{", "[]"):
-        value = _json(value)
+        value = _json(text := value.strip())
+        if value is text and text.endswith("]"):
+            raise DataError(f"{place()}: the {what} is {text:.40} in one text, and no list that can be read; write lists as JSON, or one text a row")
     if isinstance(value, Mapping):
         value = value.get(what, value.get(f"{what}s", value.get("raw", value.get("text"))))
         return texts_of(value, place, what)
@@ -269,11 +272,21 @@ def _marks(value: object) -> tuple[str, ...]:
 
 
 def _json(text: str) -> object:
-    """A list that stands as JSON in a text; the text itself where it is none."""
+    """A list that stands in a text as JSON, or as Python prints it, which pandas writes into a CSV file; the text itself where it is none."""
     try:
         return json.loads(text)
     except ValueError:
-        return text
+        found = python_list(text)
+        return text if found is None else found
+
+
+def python_list(text: str) -> list[object] | None:
+    """The list that Python prints as this text; None where it prints none so. An array of numpy is none: `['a' 'b']` would be one text."""
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return found if isinstance(found, list) and repr(found) == text.strip() else None
 
 
 def _text(value: object, place: Callable[[], str], what: str) -> str:

@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 
 from adalink.errors import ConfigError, DataError
 from multimodal.sample import counted
-from tasks.data.columns import Asked, ImageValue, Parts, image_values, listed_names
+from tasks.data.columns import Asked, ImageValue, Parts, image_values, listed_names, python_list
 from tasks.data.reader import Given, Reader
 from tasks.data.rows import Row, open_rows
 from tasks.data.table import TableSource
@@ -118,12 +118,16 @@ def _first(row: Row, names: Sequence[str]) -> object:
 
 
 def _listed(value: object, place: Callable[[], str]) -> Sequence[object]:
-    """A list of turns, also as JSON in a text."""
+    """A list of turns, also as JSON in a text, or as Python prints it."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            found = json.loads(value)
         except ValueError as error:
-            raise _Wrong("damaged conversation", f"{place()}: the conversation is a text that is not JSON ({error}); expected a list of turns") from None
+            if (found := python_list(value)) is None:
+                raise _Wrong(
+                    "damaged conversation", f"{place()}: the conversation is a text that is not JSON ({error}); expected a list of turns"
+                ) from None
+        value = found
     if not isinstance(value, (list, tuple)) or not value:
         raise _Wrong("damaged conversation", f"{place()}: the conversation is {value!r:.40}; expected a list of turns")
     return value
@@ -300,4 +304,6 @@ def _open(given: Given) -> TableSource:
     return TableSource(rows, reading, images=given.folder)
 
 
-READER = Reader("conversations", "conversations, as LLaVA, ShareGPT and OpenAI write them", lambda found: conversations_of(found.row) is not None, _open)
+_ABOUT = "conversations, as LLaVA, ShareGPT and OpenAI write them"
+
+READER = Reader("conversations", _ABOUT, lambda found: conversations_of(found.row) is not None, _open, reads=("columns",))

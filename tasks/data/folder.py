@@ -119,4 +119,4 @@ def _has_metadata(found: Found) -> bool:
     return found.is_folder and (bool(_metadata(found.path)) or bool(_splits(found.path)))
 
 
-IMAGEFOLDER = Reader("imagefolder", "a folder of images with metadata.csv, .jsonl or .parquet", _has_metadata, _open_imagefolder)
+IMAGEFOLDER = Reader("imagefolder", "a folder of images with metadata.csv, .jsonl or .parquet", _has_metadata, _open_imagefolder, reads=("split", "columns"))

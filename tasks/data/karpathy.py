@@ -95,4 +95,4 @@ def _open(given: Given) -> FileSource:
     return read_karpathy(given.path, given.folder, given.split)
 
 
-READER = Reader("karpathy", "Karpathy's splits", lambda found: first_has(found.document.get("images"), "sentences"), _open)
+READER = Reader("karpathy", "Karpathy's splits", lambda found: first_has(found.document.get("images"), "sentences"), _open, reads=("split",))

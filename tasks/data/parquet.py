@@ -372,7 +372,8 @@ def files_of(path: Path, split: str | None) -> list[Path]:
         splits = {str(name): [path / str(name)] for name in _listed_in(path / _SAVED_SPLITS, "splits")}
         return [file for folder in _chosen(path, splits, split) for file in _saved(folder)]
     if (path / _SAVED).is_file():
-        return _saved(path)
+        files = _saved(path)
+        return _chosen(path, {json.loads((path / _SAVED).read_bytes()).get("_split") or "": files}, split)
     return _chosen(path, _by_split(path), split)
 
 
@@ -452,7 +453,7 @@ def _has_files(folder: Path, depth: int) -> bool:
     return depth > 0 and any(_has_files(Path(entry.path), depth - 1) for entry in first if entry.is_dir() and not entry.name.startswith("."))
 
 
-READER = Reader("parquet", "parquet or Arrow files", _recognises, _open)
+READER = Reader("parquet", "parquet or Arrow files", _recognises, _open, reads=("split", "columns"))
 
 
 # ----------------------------------------
@@ -493,4 +494,4 @@ def hub_files(name: str, cache: Path | None) -> dict[str, list[Path]]:
     return {split: [Path(file["filename"]) for file in one.cache_files] for split, one in loaded.items()}
 
 
-HUB = Reader("hub", "a data set of the Hugging Face Hub", lambda found: False, _open_hub)
+HUB = Reader("hub", "a data set of the Hugging Face Hub", lambda found: False, _open_hub, reads=("split", "columns"))

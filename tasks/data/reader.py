@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from adalink.errors import DataError
+from adalink.errors import ConfigError, DataError
 from multimodal.data.images.format import ENDINGS
 from multimodal.sample import BadSample, Sample
 from tasks.data.files import annotation_document
@@ -84,6 +84,7 @@ class Reader:
     recognises   whether a path is of this format
     open         its samples; raises DataError and ConfigError
     is_general   it takes what no other reader recognises
+    reads        which of `annotations`, `image_name`, `split` and `columns` it reads; a config that gives another one is refused
     """
 
     name: str
@@ -91,6 +92,15 @@ class Reader:
     recognises: Callable[[Found], bool]
     open: Callable[[Given], ReadSource]
     is_general: bool = False
+    reads: tuple[str, ...] = ()
+
+    def opened(self, given: Given) -> ReadSource:
+        """Its samples. Raises ConfigError where a setting would not be read, and DataError and ConfigError as `open` does."""
+        unread = [name for name in ("annotations", "image_name", "split", "columns") if getattr(given, name) and name not in self.reads]
+        if unread:
+            advice = "; give each split as a path of its own" if unread == ["split"] else ""
+            raise ConfigError(f"{given.path} is read as {self.about}, and {', '.join(unread)} would not be read: leave it out{advice}")
+        return self.open(given)
 
 
 class Found:

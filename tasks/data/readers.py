@@ -41,11 +41,11 @@ def open_path(given: Given, name: str | None = None) -> tuple[Reader, ReadSource
     """
     if not given.path.exists():
         if name == parquet.HUB.name or parquet.is_hub_name(given.path):
-            return parquet.HUB, parquet.HUB.open(given)
+            return parquet.HUB, parquet.HUB.opened(given)
         raise DataError(f"{given.path} does not exist: check the path of the data set")
     if name is not None:
         named = _named(name)
-        return named, named.open(given)
+        return named, named.opened(given)
     found = Found(given.path)
     reader = _recognised(found)
     if reader is None and (inside := _only_table(found)):
@@ -54,7 +54,7 @@ def open_path(given: Given, name: str | None = None) -> tuple[Reader, ReadSource
         raise DataError(
             f"{given.path} is of no format that is known{_seen(found)}: give format, one of {', '.join(one.name for one in READERS)}"
         )
-    return reader, reader.open(given)
+    return reader, reader.opened(given)
 
 
 def _named(name: str) -> Reader:

@@ -230,4 +230,4 @@ def _open(given: Given) -> TableSource:
     return open_table(given.path, given.folder, given.columns)
 
 
-READER = Reader("table", "a CSV, TSV, JSONL or JSON table", lambda found: bool(found.row), _open, is_general=True)
+READER = Reader("table", "a CSV, TSV, JSONL or JSON table", lambda found: bool(found.row), _open, is_general=True, reads=("columns",))

@@ -258,4 +258,4 @@ def _beside(questions: Path) -> Path | None:
     return found if name != questions.name and found.is_file() else None
 
 
-READER = Reader("vqav2", "VQAv2's questions", _recognises, _open)
+READER = Reader("vqav2", "VQAv2's questions", _recognises, _open, reads=("annotations", "image_name", "split"))

@@ -105,9 +105,10 @@ def test_every_layout_is_recognised_and_gives_the_same_questions(name: str, file
     assert "conversations, as LLaVA, ShareGPT and OpenAI write them (conversations: " in data.sentence
 
 
-def test_a_table_may_hold_conversations_as_json(images: Path) -> None:
+@pytest.mark.parametrize("text_of", [json.dumps, str])
+def test_a_table_may_hold_conversations_as_json_or_as_python_prints_them(text_of: Callable[[object], str], images: Path) -> None:
     with (images / "c.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["messages", "images"], [json.dumps(messages()), json.dumps([IMAGE])]])
+        csv.writer(file).writerows([["messages", "images"], [text_of(messages()), text_of([IMAGE])]])
     assert len(asked(DataConfig(path=images / "c.csv").open().source[0])) == 2
 
 

@@ -77,6 +77,8 @@ def test_what_datasets_writes(tmp_path: Path) -> None:
     for path, fields in (("one.parquet", {}), ("disk", {}), ("splits", {"split": "train"})):
         check_samples(opened(tmp_path / path, **fields))
     assert len(opened(tmp_path / "splits", split="val")) == 1
+    with pytest.raises(ConfigError, match="disk has no split 'test'; it has files whose names say no split, so leave split out"):
+        opened(tmp_path / "disk", split="test")
     # What `load_dataset` makes of a name; here of a folder, because no hub is reached.
     folder = write(tmp_path / "hub" / "train-00000-of-00001.parquet", with_images()).parent
     files = hub_files(str(folder), tmp_path / "cache")

@@ -121,6 +121,15 @@ def test_questions_with_answers_as_json_in_a_text_and_ids_of_both_kinds(tmp_path
     assert opened.item_ids == (17, 18)
 
 
+def test_lists_are_read_as_pandas_writes_them_into_csv(tmp_path: Path, images: Path) -> None:
+    captions = [["a cat", "it's \"here\""], ["größer"]]
+    answers = [[{"answer": "red", "answer_id": 1}, {"answer": "red", "answer_id": 2}], []]
+    pd.DataFrame({"image": ["a.png", "b.png"], "captions": captions, "question": "what?", "answers": answers}).to_csv(tmp_path / "t.csv")
+    source = DataConfig(path=tmp_path / "t.csv", images=images).open().source
+    assert [list(source[i].captions) for i in range(2)] == captions
+    assert [source[i].questions[0].answers for i in range(2)] == [("red", "red"), ()]
+
+
 def test_rows_that_cannot_be_used_are_named_with_file_and_line(tmp_path: Path, images: Path) -> None:
     as_csv(tmp_path / "t.csv", [*ROWS, ("none.png", "not there"), ("b.png", " ")])
     problems = DataConfig(path=tmp_path / "t.csv", images=images).open().problems
@@ -145,6 +154,9 @@ def test_rows_that_cannot_be_used_are_named_with_file_and_line(tmp_path: Path, i
      ("t.csv", "image,text\n../a.png,x\n", {}, "names the image '../a.png'; expected a file name inside the images folder"),
      ("t.csv", "image,text\na.png,x\n", {"format": "tabel"}, "no format 'tabel'; the nearest is table"),
      ("t.csv", "image,text\nd.png,x\n", {}, "1 sample cannot be used, the first because t.csv, line 2: .* is missing: give images, the folder of images"),
+     ("t.csv", "image,captions\na.png,\"['x' 'y']\"\n", {}, r"line 2: the caption is \['x' 'y'\] in one text, and no list that can be read; write lists as JSON"),
+     ("t.csv", "image,text\na.png,x\n", {"split": "train"}, "is read as a CSV, .* table, and split would not be read: leave it out; give each split as a path"),
+     ("t.csv", "image,text\na.png,x\n", {"image_name": "{image_id}.png", "annotations": Path("a")}, "annotations, image_name would not be read"),
      ("t.xml", "<a/>", {}, r"of no format that is known \(a file that ends in '.xml'\)")],
 )  # fmt: skip
 def test_wrong_files_are_refused_in_one_sentence(
