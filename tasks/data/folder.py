@@ -62,11 +62,15 @@ def _by_key(names: Mapping[str, Path], endings: Container[str], what: str, image
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file below, sorted by name within each folder; links to folders are not followed, since they may lead in circles."""
+    """Every file below, sorted by name within each folder; links to folders are not followed, since they may lead in circles.
+
+    Hidden files are left out: macOS puts a `._cat.jpg` beside `cat.jpg` on disks and in archives of other systems.
+    """
     for root, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
-            yield Path(root, name)
+            if not name.startswith("."):
+                yield Path(root, name)
 
 
 def _captions(path: Path) -> tuple[str, ...]:

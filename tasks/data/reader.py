@@ -16,7 +16,7 @@ from adalink.errors import ConfigError, DataError
 from multimodal.data.images.format import ENDINGS
 from multimodal.sample import BadSample, Sample
 from tasks.data.files import annotation_document
-from tasks.data.rows import ID, Row, is_row_file, open_rows, unpacked_suffix
+from tasks.data.rows import ID, Row, holds_json_lines, is_row_file, open_rows, unpacked_suffix
 
 __all__ = ["IMAGE_ENDINGS", "Found", "Given", "Official", "Reader", "ReadSource"]
 
@@ -131,7 +131,7 @@ class Found:
     @cached_property
     def document(self) -> Mapping[str, object]:
         """A JSON file's object; empty for a list, rows by their ids, and for every other file. Raises DataError where it is no JSON."""
-        if self.suffix != ".json" or self._is_list or self.by_id:
+        if self.suffix != ".json" or self._holds_rows or self.by_id:
             return {}
         found = annotation_document(self.path)
         return found if isinstance(found, dict) else {}
@@ -139,7 +139,7 @@ class Found:
     @cached_property
     def row(self) -> Row:
         """The first row of a table; empty where the file is none. Raises DataError where it is damaged."""
-        if self.is_folder or not is_row_file(self.path) or (self.suffix == ".json" and not self._is_list):
+        if self.is_folder or not is_row_file(self.path) or (self.suffix == ".json" and not self._holds_rows):
             return {}
         return self._first_row
 
@@ -156,9 +156,10 @@ class Found:
         return {**first, ID: ""} if "question" in first else {}
 
     @cached_property
-    def _is_list(self) -> bool:
+    def _holds_rows(self) -> bool:
+        """Whether a JSON file is a list, or an object a line."""
         with self._opened() as file:
-            return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+            return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" or holds_json_lines(self.path)
 
     @cached_property
     def _first_row(self) -> Row:

@@ -90,8 +90,12 @@ def _only_table(found: Found) -> Path | None:
 
 def _seen(found: Found) -> str:
     """What a person would see there."""
+    if found.has_images:
+        return " (it holds images without texts; expected a text file beside each, such as cat.txt of cat.jpg, or metadata.csv)"
     if found.is_folder:
         return f" (it holds {', '.join(sorted(found.names)[:4]) or 'nothing'})"
+    if {"images", "annotations"} <= found.document.keys():
+        return " (a JSON object with images and annotations, and no caption in the first annotation; is it the file of captions?)"
     if found.document:
         return f" (a JSON object with {', '.join(list(found.document)[:6])})"
     return f" (a file that ends in {found.path.suffix!r})"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from adalink.errors import DataError
 
-__all__ = ["BY_ID", "ID", "Row", "RowFile", "is_row_file", "open_rows", "unpacked_suffix"]
+__all__ = ["BY_ID", "ID", "Row", "RowFile", "holds_json_lines", "is_row_file", "open_rows", "unpacked_suffix"]
 
 Row = Mapping[str, object]
 
@@ -30,6 +30,7 @@ _decoded = json.JSONDecoder().decode  # half the time of json.loads, which looks
 _MOST_FIELD = 2**27  # bytes of one field of a CSV file
 _PIECE = 2**26  # bytes that are looked through at once for the ends of lines
 _BLANK = 16  # bytes; a line as short as this may hold nothing but spaces
+_MOST_LINE = 2**24  # bytes of a first line, where it decides what a file is
 _SPACE = re.compile(r"[ \t\r\n]*")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _SEPARATORS = ",;\t|"
@@ -80,7 +81,17 @@ def open_rows(path: Path, inside: str | None = None) -> RowFile:
     kind = _KINDS.get(unpacked_suffix(path))
     if kind is None:
         raise DataError(f"{path} ends in {path.suffix!r}: expected one of {', '.join(_KINDS)}, or the same with .gz")
-    return kind(path)
+    return _JsonLines(path) if kind is _JsonList and holds_json_lines(path) else kind(path)
+
+
+def holds_json_lines(path: Path) -> bool:
+    """Whether the first line of a file is a whole JSON object, and more follows: so `datasets` and pandas write JSON lines into `.json` too."""
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            first, second = file.readline(_MOST_LINE), file.read(_BLANK)
+        return first.endswith(b"\n") and bool(second.strip()) and isinstance(json.loads(first.decode("utf-8-sig")), dict)
+    except (OSError, EOFError, ValueError, RecursionError):  # whoever reads the file says what is wrong with it
+        return False
 
 
 class _RowsAtOffsets:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multimodal.sample import BadSample, Measure, Question, Sample, counted, measured
-from tasks.data.columns import ImageValue, Parts, Reading, choose_columns
+from tasks.data.columns import ImageValue, Parts, Reading, choose_columns, listed_names
 from tasks.data.files import ImageFolder, no_sample
 from tasks.data.reader import Given, Reader
 from tasks.data.rows import RowFile, open_rows
@@ -50,7 +50,8 @@ class TableSource:
         """What was understood, for the log."""
         beyond = "".join(f", {number:,} of them with {name}" for name, number in self.beyond.items())
         n_images = len(self) - self.beyond.get("no image", 0)
-        return f"{self._reading.sentence}; {counted(n_images, 'image')} in {counted(len(self._rows), 'row')}{beyond}"
+        texts = "" if self._reading.has_texts else f"; {_no_texts(self._rows.columns)}"
+        return f"{self._reading.sentence}{texts}; {counted(n_images, 'image')} in {counted(len(self._rows), 'row')}{beyond}"
 
     @property
     def item_ids(self) -> tuple[int, ...]:
@@ -105,6 +106,10 @@ class TableSource:
                     question_id=number, text=asked.text, answers=asked.answers, question_type=asked.question_type, answer_type=asked.answer_type,
                     marks=asked.marks, turns=asked.turns, places=asked.places,
                 )  # fmt: skip
+
+
+def _no_texts(names: tuple[str, ...]) -> str:
+    return f"no column is known to hold captions or questions; it has {listed_names(names)}; name it, as in columns: {{caption: {names[-1]}}}"
 
 
 def _key(images: tuple[ImageValue, ...], number: int) -> str:

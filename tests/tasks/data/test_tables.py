@@ -78,6 +78,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "t.jsonl": as_lines,
     "crlf.jsonl": lambda path: as_lines(path, end="\r\n"),
     "t.json": as_list,
+    "lines.json": lambda path: path.write_text("".join(json.dumps({"image": name, "text": text}) + "\n" for name, text in ROWS)),
     "coco.json": as_coco,
     "t.csv.gz": in_gzip(as_csv),
     "t.jsonl.gz": in_gzip(as_lines),
@@ -157,6 +158,8 @@ def test_rows_that_cannot_be_used_are_named_with_file_and_line(tmp_path: Path, i
      ("t.csv", "image,captions\na.png,\"['x' 'y']\"\n", {}, r"line 2: the caption is \['x' 'y'\] in one text, and no list that can be read; write lists as JSON"),
      ("t.csv", "image,text\na.png,x\n", {"split": "train"}, "is read as a CSV, .* table, and split would not be read: leave it out; give each split as a path"),
      ("t.csv", "image,text\na.png,x\n", {"image_name": "{image_id}.png", "annotations": Path("a")}, "annotations, image_name would not be read"),
+     ("t.json", '{"image": "a.png", "text": "x"}\n{"image": ', {}, r"t.json, line 2: .* is not JSON"),
+     ("c.json", '{"images": [{"id": 1}], "annotations": [{"bbox": []}]}', {}, r"and no caption in the first annotation; is it the file of captions\?"),
      ("t.xml", "<a/>", {}, r"of no format that is known \(a file that ends in '.xml'\)")],
 )  # fmt: skip
 def test_wrong_files_are_refused_in_one_sentence(
@@ -165,6 +168,21 @@ def test_wrong_files_are_refused_in_one_sentence(
     (tmp_path / name).write_text(text)
     with pytest.raises(AdalinkError, match=message):
         DataConfig(path=tmp_path / name, images=images, **fields).open()  # type: ignore[arg-type]
+
+
+def test_a_table_without_texts_and_a_folder_of_images_alone_say_what_is_missing(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "t.csv").write_text("filepath,title\na.png,a cat\n")
+    sentence = DataConfig(path=tmp_path / "t.csv", images=images).open().sentence
+    assert "no column is known to hold captions or questions; it has 'filepath', 'title'; name it, as in columns: {caption: title}" in sentence
+    with pytest.raises(DataError, match=r"it holds images without texts; expected a text file beside each, such as cat.txt of cat.jpg"):
+        DataConfig(path=images).open()
+
+
+def test_hidden_files_of_macos_are_no_samples(images: Path) -> None:
+    for name in ("a.txt", "._a.txt", "._a.png"):
+        (images / name).write_text("a text")
+    opened = DataConfig(path=images).open()
+    assert [bad.key for bad in opened.problems] == ["b", "c"]
 
 
 def test_a_folder_that_may_be_two_things_names_both_and_the_key_that_decides(images: Path) -> None:
