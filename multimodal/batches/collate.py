@@ -15,7 +15,7 @@ from adalink.attachment.existing import NO_LABEL
 from multimodal.batches.prepared import ImageBatch, Prepared, placed
 from multimodal.batches.tokenize import Row
 
-__all__ = ["NO_TARGET", "Batch", "SharedPrefix", "additive", "shared_prefix_of", "block_mask", "collate", "packed_attention", "stacked"]
+__all__ = ["FLEX", "NO_TARGET", "Batch", "SharedPrefix", "additive", "shared_prefix_of", "block_mask", "collate", "packed_attention", "stacked"]
 
 
 # ----------------------------------------
@@ -101,6 +101,9 @@ def _columns(pairs: Sequence[Sequence[tuple[int, int]]]) -> tuple[Tensor, Tensor
 # What a token of a packed row may read: what its text shares with the others about its image, and its own text before it.
 
 
+ALIGNED = 8  # numbers: torch's mem_eff_alignment
+
+
 def additive(
     segment: Tensor,
     is_padding: Tensor,
@@ -114,7 +117,9 @@ def additive(
 ) -> Tensor:
     """float [B, 1, T - start, T]: 0 where a token from `start` on may read another, the dtype's minimum elsewhere.
 
-    Not boolean: eager attention would add 0 and 1 to its scores. Every token reads itself, padding too: a softmax over nothing is NaN.
+    Not boolean: eager attention would add 0 and 1 to its scores, and torch's kernels make a float mask of a boolean one anew in each layer. On a
+    GPU rows lie a multiple of 8 numbers apart in memory, without which the memory-efficient kernel copies the mask in each layer. Every token
+    reads itself, padding too: a softmax over nothing is NaN.
 
     segment           int64 [B, T]: 0 for what all texts about an image share
     image           int64 [B, T]: which image each token is about; None where each row is about one
@@ -132,25 +137,41 @@ def additive(
     if window is not None and position is not None:
         may_read = may_read & (position[:, start:, None] - position[:, None, :] < window)
     may_read = may_read | (order[start:, None] == order)
-    return torch.zeros_like(may_read, dtype=dtype).masked_fill(~may_read, torch.finfo(dtype).min)[:, None]
+    n_rows, n_queries, length = may_read.shape
+    spare = -length % ALIGNED if segment.device.type != "cpu" else 0
+    mask = torch.zeros(n_rows, n_queries, length + spare, dtype=dtype, device=segment.device)[..., :length]
+    return mask.masked_fill_(~may_read, torch.finfo(dtype).min)[:, None]
 
 
 def block_mask(
-    segment: Tensor, is_padding: Tensor, *, position: Tensor, token_image: Tensor | None = None, window: int | None = None, start: int = 0
+    segment: Tensor,
+    is_padding: Tensor,
+    *,
+    position: Tensor,
+    token_image: Tensor | None = None,
+    window: int | None = None,
+    start: int = 0,
+    block: Tensor | None = None,
 ) -> Any:
     """The same as a BlockMask [B, 1, T - start, T] for flex attention, which skips blocks that nothing reads and needs a GPU to learn."""
     from torch.nn.attention.flex_attention import create_block_mask  # late: it loads the compiler
 
     about = torch.zeros_like(segment) if token_image is None else token_image
+    both_ways = torch.full_like(segment, -1) if block is None else block
 
     def may_read(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         q = q + start
-        own = ((segment[b, k] == 0) | (segment[b, k] == segment[b, q])) & (about[b, k] == about[b, q])
+        is_same_text = segment[b, k] == segment[b, q]
+        own = (q > k) & ((segment[b, k] == 0) | is_same_text)
+        own = own | ((both_ways[b, k] == both_ways[b, q]) & (both_ways[b, k] >= 0) & is_same_text)
         near = position[b, q] - position[b, k] < (window or segment.shape[1])
-        return (q == k) | ((q > k) & own & near & ~is_padding[b, k])
+        return (q == k) | (own & (about[b, k] == about[b, q]) & near & ~is_padding[b, k])
 
     n_rows, length = segment.shape
     return create_block_mask(may_read, n_rows, None, length - start, length, device=segment.device)
+
+
+FLEX = "flex_attention"
 
 
 def packed_attention(
@@ -169,8 +190,8 @@ def packed_attention(
     windows: kind of layer -> how far it reads back; {"": None} where all layers are alike
     """
     masks: dict[str, Any] = {
-        kind: block_mask(segment, is_padding, position=position, token_image=token_image, window=window, start=start)
-        if implementation == "flex_attention" and block is None
+        kind: block_mask(segment, is_padding, position=position, token_image=token_image, window=window, start=start, block=block)
+        if implementation == FLEX
         else additive(segment, is_padding, dtype, token_image=token_image, position=position, window=window, start=start, block=block)
         for kind, window in windows.items()
     }

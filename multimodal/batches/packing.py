@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from adalink import ANSWER, AdaptedModel, Adapter
-from multimodal.batches.prefix_sharing import forks_exactly, gates_of, may_fork, may_pack, mixes_texts, trained_domains
+from multimodal.batches.collate import FLEX
+from multimodal.batches.prefix_sharing import forks_exactly, gates_of, may_fork, may_pack, mixes_texts, packs_exactly, trained_domains
 from multimodal.batches.tokenize import Row
 from multimodal.language import Language
 
@@ -131,7 +132,11 @@ def arrangement_of(model: Composed, weights: Literal["whole", "split"] = "whole"
     """The same for a composed model and its active adapter."""
     # Images of a trained encoder need a gradient.
     prompt = model.row_encoder().prompt("?", getattr(model.tower, "small", None)) if not model.changes_features else None
-    arrange, note = arrangement(model.language.model, model.adapted.active_adapter(), prompt, weights, model.ways)
+    base = model.language.model
+    ways = model.ways or ways_of(base)
+    if ways.packs and base.config.get_text_config()._attn_implementation == FLEX and not packs_exactly(model.adapted):  # a kernel made for this machine
+        ways = replace(ways, packs="")
+    arrange, note = arrangement(base, model.adapted.active_adapter(), prompt, weights, ways)
     if model.ways is not None or arrange in (pack_rows, pack_answers, separate_rows) or forks_exactly(model.adapted):
         return arrange, note
     kind = model.language.model.config.model_type

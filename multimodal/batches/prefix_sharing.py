@@ -23,12 +23,12 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, Adapter, TokenMap
 from adalink.errors import ConfigError
 from adalink.methods.unipelt import Gate
-from multimodal.batches.collate import Batch, SharedPrefix, collate, packed_attention
+from multimodal.batches.collate import FLEX, Batch, SharedPrefix, collate, packed_attention
 from multimodal.batches.tokenize import Row
 
 __all__ = [
     "EAGER_FAMILIES", "REFUSALS", "SDPA_FAMILIES", "ModelCall", "agree", "caches", "calls_of", "check_packed", "forks_exactly",
-    "gates_of", "has_row_cache", "may_fork", "may_pack", "mixes_texts", "trained_domains", "trial_call", "unadapted", "windows",
+    "gates_of", "has_row_cache", "may_fork", "may_pack", "mixes_texts", "packs_exactly", "trained_domains", "trial_call", "unadapted", "windows",
 ]  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def may_pack(model: Any) -> bool:
     """Whether the model is exact with several texts in a row, separated by a 4D mask and position ids."""
     config = model.config
     if config.model_type in SDPA_FAMILIES:
-        implementations: tuple[str, ...] = ("sdpa", "eager", "flex_attention")
+        implementations: tuple[str, ...] = ("sdpa", "eager", FLEX)
     else:
         implementations = ("eager",) if config.model_type in EAGER_FAMILIES else ()
     if config._attn_implementation not in implementations:
@@ -239,9 +239,17 @@ def _attention(base: Any, batch: Batch, start: int) -> Any:
         return batch.attention_mask
     is_padding = batch.attention_mask == 0
     config = base.config.get_text_config()
+    dtype = _computed_in(base)
     return packed_attention(
-        config._attn_implementation, windows(config), segment, is_padding, batch.position, base.dtype, start, batch.token_image, batch.block
+        config._attn_implementation, windows(config), segment, is_padding, batch.position, dtype, start, batch.token_image, batch.block
     )
+
+
+def _computed_in(base: Any) -> torch.dtype:
+    """The dtype of the model's queries: a mask in another one would be cast in each layer, and each cast stored for the backward pass."""
+    device = base.device.type
+    is_cast = torch.is_autocast_enabled(device) and base.dtype != torch.float64  # which autocast leaves alone
+    return torch.get_autocast_dtype(device) if is_cast else base.dtype
 
 
 def _one_text(base: Any, batch: Batch) -> Tensor | None:
@@ -295,6 +303,19 @@ def agree(found: Tensor, wanted: Tensor) -> bool:
 
 SHARED = 3
 NEAR = 0.05  # of the scores' norm: bfloat16 rounds by 0.01, what is wrong is off by 1
+
+
+@torch.no_grad()
+def packs_exactly(adapted: AdaptedModel) -> bool:
+    """Whether two short texts get the same scores in one row and apart. Runs the model on twenty tokens, without its adapters."""
+    whole = _batch(0).to(next(adapted.base.parameters()).device)
+    packed = Row((1, 2, 3, 4, 5, 6, 7, 8), (TEXT,) * SHARED + (ANSWER,) * 5, segment=(0, 0, 0, 1, 1, 1, 2, 2), position=(0, 1, 2, 3, 4, 5, 3, 4))
+    together = collate([packed], [0], torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0).to(whole.ids.device)
+    is_text = whole.attention_mask[:, SHARED:] == 1
+    try:
+        return agree(_scores(adapted, together)[0, SHARED:], _scores(adapted, whole)[:, SHARED:][is_text])
+    except REFUSALS:
+        return False
 
 
 @torch.no_grad()

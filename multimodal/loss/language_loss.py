@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adalink import BASE_ROW, AdaptedModel, TokenMap
 from adalink.attachment.existing import NO_LABEL
-from multimodal.batches.collate import Batch
+from multimodal.batches.collate import FLEX, Batch
 from multimodal.batches.prefix_sharing import ModelCall, calls_of, check_packed
 from multimodal.loss.hidden_states import LowerStates
 from multimodal.loss.savings import Activations, LastLayer
@@ -296,6 +296,16 @@ class LanguageLoss:
         last = "the last layer runs where something is predicted" if why is None else f"the last layer runs on every token: {why}"
         return last if self.lower is None else f"{last}; {self.lower.note}"
 
+    @property
+    def attention_note(self) -> str:
+        """A line for the log: which attention runs, and how packed rows reach it."""
+        kind = self.adapted.base.config.get_text_config()._attn_implementation  # type: ignore[union-attr, operator]
+        how = {
+            FLEX: "compiled, with a mask of blocks of which it skips those that nothing reads",
+            "sdpa": "torch chooses the kernel; rows with several texts have a mask, with which it is not flash",
+        }.get(kind, "as transformers runs it")
+        return f"attention: {kind}, {how}"
+
     def __call__(self, batch: Batch, token_map: TokenMap) -> Tensor:
         """float []: cross entropy summed over the batch's targets. Raises ConfigError for packed rows that an adapter would mix."""
         adapted = self.adapted
@@ -303,7 +313,9 @@ class LanguageLoss:
             check_packed(adapted.active_adapter(), batch.domain, batch.segment, batch.token_image)
         batch = batch if self.lower is None else replace(batch, shared_prefix=None)
         head = self.head  # before a map is bound: to be read, it runs the model
-        if self._is_eager:
+        if not self._is_eager:
+            torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs gave in the step before may be overwritten
+        else:
             _ = self.activations  # likewise, and before the last layer is shortened
         total = torch.zeros((), device=batch.ids.device)
         for one in calls_of(adapted, batch, token_map):

@@ -14,7 +14,7 @@ from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, Adapter, Anatomy, Toke
 from adalink.attachment.attachment import without_dropout
 from adalink.attachment.slots import ReadAll, lowest_edit
 from adalink.errors import AttachError, ConfigError
-from multimodal.batches.collate import Batch, collate
+from multimodal.batches.collate import FLEX, Batch, collate
 from multimodal.batches.prefix_sharing import REFUSALS, agree, calls_of, unadapted
 from multimodal.batches.tokenize import Row
 from multimodal.loss.answer_head import AnswerHead
@@ -24,7 +24,7 @@ from multimodal.processes import process_state
 from multimodal.training.settings import Compile, TrainSettings
 
 __all__ = [
-    "CompiledModel", "compiled", "first_layer", "hidden_state_model", "training_form", "mean_loss", "new_optimizer", "parameter_groups",
+    "CompiledModel", "compiled", "first_layer", "hidden_state_model", "training_form", "mean_loss", "new_optimizer", "offloaded", "parameter_groups",
     "starts_exactly",
 ]  # fmt: skip
 
@@ -73,6 +73,52 @@ class CompiledModel:
         except torch._dynamo.exc.TorchDynamoException as error:
             stated = str(error).strip().splitlines()[0]
             raise ConfigError(f"this model cannot be compiled into one graph ({stated}): train with train.compile: no") from error
+
+
+# ----------------------------------------
+# Activations that wait for the backward pass in the host's memory.
+
+
+OFFLOADED_BYTES = 2**16  # a smaller tensor costs more to move than it takes
+
+
+@contextlib.contextmanager
+def offloaded(model: nn.Module, least: int = OFFLOADED_BYTES) -> Iterator[None]:
+    """Inside the block, what the forward pass saves goes to the host, in pinned memory, and comes back in the backward pass. Gradients are equal.
+
+    Copies are queued behind what made the tensor, so neither the host nor the device waits for the other. Weights and buffers stay where
+    they are, and so do tensors of fewer than `least` bytes, and views with gaps or repetitions (a mask that is expanded to all heads).
+    """
+    stays = {data.untyped_storage()._cdata for one in (*model.parameters(), *model.buffers()) for data in _plain(one)}
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor] | Tensor:
+        if tensor.nbytes < least or not _is_dense(tensor) or tensor.untyped_storage()._cdata in stays:
+            return tensor
+        is_pinned = tensor.device.type == "cuda"
+        host = torch.empty_like(tensor, device="cpu", pin_memory=is_pinned, requires_grad=False)
+        return tensor.device, host.copy_(tensor, non_blocking=is_pinned)
+
+    def unpack(saved: tuple[torch.device, Tensor] | Tensor) -> Tensor:
+        return saved if isinstance(saved, Tensor) else saved[1].to(saved[0], non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _plain(tensor: Any) -> list[Tensor]:
+    """A tensor, or those that a quantised or split one is made of."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return [tensor] if flatten is None else [part for name in flatten()[0] for part in _plain(getattr(tensor, name))]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers lie in memory without gaps or repetitions, in any order of its dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 # ----------------------------------------
@@ -160,6 +206,11 @@ def _scores(adapted: AdaptedModel, batch: Batch, token_map: TokenMap) -> Tensor:
 @contextlib.contextmanager
 def training_form(model: VisionLanguageModel, settings: TrainSettings, n_images: int) -> Iterator[None]:
     """Inside the block the model is compiled, or caches the states of its texts, where the settings ask for it. Raises ConfigError where it cannot."""
+    kind = getattr(model.language.model.config.get_text_config(), "_attn_implementation", None)
+    if kind == FLEX and model.device.type == "cpu":
+        raise ConfigError("base: attention is flex_attention, which has no backward pass on a CPU: give sdpa, or leave it out")
+    if settings.offload != "no" and model.device.type == "cpu":
+        raise ConfigError(f"train.offload is {settings.offload}, which spares the memory of a GPU, and this model trains on a CPU: leave it out")
     with compiled(model, settings.compile), hidden_state_model(model, settings.states_gib, n_images):
         yield
 

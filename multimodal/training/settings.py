@@ -10,7 +10,7 @@ from adalink.errors import ConfigError, check_tuples
 
 __all__ = ["Compile", "TrainSettings"]
 
-Compile = Literal["no", "default", "max-autotune-no-cudagraphs"]  # torch.compile's own modes, or none
+Compile = Literal["no", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]  # torch.compile's own modes, or none
 MAX_SEED = 2**40  # an epoch's seed is a million times this, and a generator takes 63 bits
 
 
@@ -35,6 +35,7 @@ class TrainSettings:
     features: Literal["encode", "memory", "fill"] = "encode"  # in every epoch (encode), once to memory, or once to disk (fill)
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: Compile = "no"  # torch.compile of the language model: minutes at the start, then faster steps, above all on a GPU
+    offload: Literal["no", "activations"] = "no"  # what the backward pass needs waits in the host's memory: less memory of a GPU, more time
     states_gib: float = 0.0  # GiB in each process to cache what enters the lowest layer that the adapter edits (eP-ALM); 0: off
     deterministic: bool = False  # on a GPU: the same bits in each run, by slower operations; a CPU's are the same anyway
     seed: int = 0  # random seed of weights, data order and drawn answers
@@ -70,6 +71,8 @@ class TrainSettings:
             raise ConfigError(f"train.warmup is {self.warmup} and train.final_rate {self.final_rate}: both are shares between 0 and 1")
         if self.compile != "no" and self.checkpointing:
             raise ConfigError(f"train.compile is {self.compile} and train.checkpointing true: a checkpointed layer is no part of one graph, so choose one")
+        if self.compile != "no" and self.offload != "no":
+            raise ConfigError(f"train.compile is {self.compile} and train.offload {self.offload}: a graph plans its own memory, so choose one")
         if self.states_gib * 2**30 == math.inf:  # in bytes
             raise ConfigError(f"train.states_gib is {self.states_gib}: give a number of GiB, such as half of the memory that is free")
         if self.compile != "no" and self.states_gib:

@@ -39,7 +39,7 @@ from multimodal.training.distributed import (
     take_off,
     together,
 )
-from multimodal.training.prepare import new_optimizer, parameter_groups, training_form
+from multimodal.training.prepare import new_optimizer, offloaded, parameter_groups, training_form
 from multimodal.training.records import LoggedSamples, RunLog, TrainedSoFar, changed_settings, refuse_another_model, run_facts, track
 from multimodal.training.settings import TrainSettings
 from multimodal.training.state import BEST, Best, latest_checkpoint, load_state, read_state, state_tensors, write_state
@@ -119,7 +119,10 @@ def train(
         started = time.perf_counter()
         with training_form(model, settings, len(source)), interrupts_noted(stop):
             if model.head is None:
+                accelerator.print(model.language_loss.attention_note)
                 accelerator.print(model.language_loss.note)  # here, where it is known what is hooked, checkpointed and compiled
+            if settings.offload != "no":
+                accelerator.print("activations wait for the backward pass in the host's pinned memory")
             n_steps = run.learn(first, n_steps, measure, samples)
         seconds = time.perf_counter() - started
         take_off(model)
@@ -270,7 +273,8 @@ class _Run:
         for i, loaded in enumerate(group):
             with self.accelerator.no_sync(self.model) if i < len(group) - 1 else contextlib.nullcontext():
                 # DDP averages gradients over ranks, so each rank divides by its share of the targets.
-                part = self._loss(loaded.batch, agreed.n_targets / world)
+                with offloaded(self.bare) if self.settings.offload != "no" else contextlib.nullcontext():
+                    part = self._loss(loaded.batch, agreed.n_targets / world)
                 self.accelerator.backward(part)
             losses.append(part.detach() / world)
         if self.settings.clip:

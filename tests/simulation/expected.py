@@ -30,6 +30,7 @@ EXPECTED: Mapping[tuple[str, str], str] = {
     ("multimodal/loss/hidden_states.py <genexpr>", ""): STATES,
     ("multimodal/loss/hidden_states.py _run", ""): STATES,
     ("multimodal/loss/hidden_states.py run", "*"): STATES,
+    ("multimodal/training/prepare.py pack", ""): "train.offload keeps activations on the host; the simulated device pins no memory, without which a copy waits",
     ("multimodal/training/prepare.py hidden_state_model", ""): "once for a training",
     ("multimodal/training/prepare.py _scores", "*"): "once for a training",
     ("multimodal/training/prepare.py _scores", ""): "once for a training",

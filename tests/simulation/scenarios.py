@@ -6,6 +6,7 @@ The first call moves weights and tries models out; what the second one does is t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from multimodal.generation.decoding import Decoding
 from multimodal.generation.settings import GenerationSettings
 from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.training.distributed import take_off, together
-from multimodal.training.prepare import hidden_state_model, new_optimizer
+from multimodal.training.prepare import hidden_state_model, new_optimizer, offloaded
 from multimodal.training.settings import TrainSettings
 
 __all__ = ["FAULTS", "SCENARIOS", "Outcome", "run"]
@@ -64,7 +65,8 @@ def run(name: str) -> Outcome:
 
 
 def learns(
-    gpu: SimulatedGpu, model: VisionLanguageModel, *, row_tokens: int = 0, arrange: Arrange | None = None, checkpointing: bool = False, states: float = 0.0
+    gpu: SimulatedGpu, model: VisionLanguageModel, *, row_tokens: int = 0, arrange: Arrange | None = None, checkpointing: bool = False, states: float = 0.0,
+    offloads: bool = False,
 ) -> Step:
     """One training step: a batch to the device, loss, gradients, AdamW. The first loss is that of a copy of the model on the CPU."""
     batch = batch_of(model, row_tokens=row_tokens, arrange=arrange)
@@ -77,7 +79,7 @@ def learns(
 
     def step() -> None:
         torch.manual_seed(0)
-        with hidden_state_model(model, states, 0):
+        with hidden_state_model(model, states, 0), offloaded(model, 0) if offloads else contextlib.nullcontext():
             loss = model(batch.to(gpu.device))
             loss.backward()
         while wanted:
@@ -299,6 +301,7 @@ TRAINED: Mapping[str, Make] = {
     "train llama, apart": lambda gpu: learns(gpu, composed("llama", a="lora"), arrange=separate_rows),
     "train llama, joined": lambda gpu: learns(gpu, composed("llama", a="adalink"), row_tokens=128),
     "train checkpointing": lambda gpu: learns(gpu, composed("llama", a="lora"), checkpointing=True),
+    "train offload": lambda gpu: learns(gpu, composed("llama", a="lora"), offloads=True),
     "train states_gib": lambda gpu: learns(gpu, composed("opt", a="epalm"), states=0.01),
     "train adapted encoder": lambda gpu: learns(gpu, with_adapted_encoder()),
     "train bert, head": chooses,

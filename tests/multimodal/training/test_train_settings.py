@@ -45,6 +45,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"compile": "default", "checkpointing": True}, "train.compile is default and train.checkpointing true: a checkpointed layer is no part of one graph"),
     ({"states_gib": float("inf")}, "train.states_gib is inf: give a number of GiB"),
     ({"states_gib": 1e300}, r"train.states_gib is 1e\+300: give a number of GiB"),
+    ({"compile": "reduce-overhead", "offload": "activations"}, "train.compile is reduce-overhead and train.offload activations: a graph plans its own memory"),
     ({"compile": "default", "states_gib": 2.0}, "train.compile is default and train.states_gib 2.0: one graph holds every layer, so choose one"),
     ({"betas": (0.9, 1.0)}, r"train.betas is \(0.9, 1.0\): both are from 0 to below 1"),
     ({"learning_rate": float("nan")}, "train.learning_rate is nan"),
