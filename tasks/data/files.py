@@ -277,7 +277,8 @@ class ImageFolder:
         else:
             parts = PurePosixPath(name).parts
             if not parts or ".." in parts or parts[0] == "/" or "\0" in name or "\\" in name:
-                raise DataError(f"{where()} names the image {name!r}; expected a file name inside the images folder {self._root}")
+                advice = "; write / between folders, not \\" if "\\" in name else ""
+                raise DataError(f"{where()} names the image {name!r}; expected a file name inside the images folder {self._root}{advice}")
             parent, last = "/".join(parts[:-1]), parts[-1]
         return last in self.names(parent)
 

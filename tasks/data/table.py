@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -118,10 +119,11 @@ def _key(images: tuple[ImageValue, ...], number: int) -> str:
 
 
 def relative_name(name: str, root: Path) -> str:
-    """The name as it is below the folder, where it is a whole path into it."""
-    if not name.startswith("/") or not Path(name).is_relative_to(root):
+    """The name as it is below the folder, where it is a whole path into it; the folder may be given from the current one."""
+    if not name.startswith("/"):
         return name
-    return Path(name).relative_to(root).as_posix()
+    root = root if root.is_absolute() else Path(os.path.abspath(root))
+    return Path(name).relative_to(root).as_posix() if Path(name).is_relative_to(root) else name
 
 
 class Scan:

@@ -153,6 +153,7 @@ def test_rows_that_cannot_be_used_are_named_with_file_and_line(tmp_path: Path, i
      ("t.csv", "image,text\na.png,x\n", {"columns": {"titel": "text"}}, "the role 'titel': expected some of image, caption"),
      ("t.csv", "title,words\na,x\n", {}, "no column that is known to hold images; it has 'title', 'words'"),
      ("t.csv", "image,text\n../a.png,x\n", {}, "names the image '../a.png'; expected a file name inside the images folder"),
+     ("t.csv", "image,text\nsub\\a.png,x\n", {}, r"inside the images folder .*; write / between folders, not "),
      ("t.csv", "image,text\na.png,x\n", {"format": "tabel"}, "no format 'tabel'; the nearest is table"),
      ("t.csv", "image,text\nd.png,x\n", {}, "1 sample cannot be used, the first because t.csv, line 2: .* is missing: give images, the folder of images"),
      ("t.csv", "image,captions\na.png,\"['x' 'y']\"\n", {}, r"line 2: the caption is \['x' 'y'\] in one text, and no list that can be read; write lists as JSON"),
@@ -176,6 +177,14 @@ def test_a_table_without_texts_and_a_folder_of_images_alone_say_what_is_missing(
     assert "no column is known to hold captions or questions; it has 'filepath', 'title'; name it, as in columns: {caption: title}" in sentence
     with pytest.raises(DataError, match=r"it holds images without texts; expected a text file beside each, such as cat.txt of cat.jpg"):
         DataConfig(path=images).open()
+
+
+def test_whole_paths_into_a_folder_that_is_given_from_the_current_one(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_csv(tmp_path / "t.csv", [(str(images / name), text) for name, text in ROWS])
+    monkeypatch.chdir(tmp_path)
+    for given in (Path("images"), Path("images/../images"), Path(), None):
+        source = DataConfig(path="t.csv", images=given).open().source
+        assert [len(source[i].captions) for i in range(len(source))] == [2, 1, 1]
 
 
 def test_hidden_files_of_macos_are_no_samples(images: Path) -> None:
