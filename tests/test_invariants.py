@@ -44,6 +44,7 @@ from adalink import (
     UniPELT,
     attach,
 )
+from adalink.checkpoint.precision import cast
 from adalink.methods import METHODS
 
 
@@ -104,6 +105,8 @@ IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep", "lora", "lora_qu
 # edit is that of `deep`. Each method alone is slow, and there the backward pass is made a graph as well.
 COMPILED = (("all_at_once", "eager"), ("epalm_leaks", "aot_eager"), ("unipelt_apl", "eager"), ("ia3", "eager"))
 COMPILED_ALONE = ("adalink", "bitfit", "bottleneck", "epalm", "gated_adalink", "ia3", "lora", "prefix_mlp", "unipelt_apl")
+HALF = {torch.bfloat16: (0.015, 0.04), torch.float16: (0.002, 0.02)}  # how far logits and gradients may be off, as shares of their norms
+T5_HALF = {torch.bfloat16: (0.015, 0.2), torch.float16: (0.002, 0.1)}  # its attention has no scale: of random weights it is all but a choice of one
 HARD = ("all_at_once", "epalm_late", "lora_query_value")  # every port at once; rows that read each other; linears that one weight holds together
 
 
@@ -316,20 +319,36 @@ def test_every_name_of_methods_is_under_test_and_compiled() -> None:
         assert {type(method) for name in names for method in METHODS_UNDER_TEST[name].values()} >= set(METHODS.values())
 
 
-@sampled(shift=4)
-def test_a_model_in_bfloat16_is_edited_and_trained_in_the_adapters_own_dtype(family: str, name: str) -> None:
-    model = tiny(family).bfloat16()
+def outcome(family: str, name: str, dtype: torch.dtype, like: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradients of an adapter in float32, on weights that are rounded to one dtype and computed with in another."""
+    model = tiny(family).float()
+    cast(model, like)
+    cast(model, dtype)
     ids, domain, mask = rows()
-    adapter = adapter_for(name, model).float()
-    attachment = attach(model, adapter, anatomy=Anatomy.read(model, INPUTS))
-    with attachment.bind(token_map(domain)):
+    adapter, scaler = adapter_for(name, model, excited=None).float(), torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    excite(adapter, strength=0.03)
+    with attach(model, adapter, anatomy=Anatomy.read(model, INPUTS)).bind(token_map(domain)):
         logits = run(model, ids, mask)
-        logits.float().square().mean().backward()
-    assert logits.dtype == torch.bfloat16
-    assert logits.isfinite().all()
-    gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
+        scaler.scale(logits.float().square().mean()).backward()
+    assert logits.dtype == dtype
+    gradients = [parameter.grad for parameter in adapter.parameters() if parameter.grad is not None]
     assert gradients
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    return logits.detach().float(), torch.cat([gradient.flatten() for gradient in gradients]) / scaler.get_scale()
+
+
+def half_errors(family: str, name: str, dtype: torch.dtype) -> tuple[float, float]:
+    """How far logits and gradients are off from those in float32 on the same weights, as shares of their norms; NaN where a value is none."""
+    found, wanted = (outcome(family, name, computed, dtype) for computed in (dtype, torch.float32))
+    logits, gradients = (float((one - other).norm() / other.norm()) for one, other in zip(found, wanted, strict=True))
+    return logits, gradients
+
+
+@sampled(shift=4)
+def test_on_a_base_in_half_an_adapter_in_float32_learns_what_it_learns_in_float32(family: str, name: str) -> None:
+    for dtype, bounds in (T5_HALF if family == "t5" else HALF).items():
+        errors = half_errors(family, name, dtype)
+        assert all(error < bound for error, bound in zip(errors, bounds, strict=True)), (dtype, errors)
 
 
 @sampled(shift=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,10 @@ from multimodal.training.state import BEST, Best, latest_checkpoint, load_state,
 __all__ = ["Trained", "check_training", "train"]
 
 _STEP_SIZE = "pictures in a step"  # the key that checkpoints have
+_NOT_SCALED = (
+    "the language model is in float16 and train.precision is no, so the loss is not scaled and small gradients become 0: "
+    "give base.language_model.dtype: bfloat16, or on a GPU train.precision: fp16"
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def train(
 def check_training(
     model: VisionLanguageModel, settings: TrainSettings, folder: Path, *, resume: bool = False, also_trained: Mapping[str, nn.Parameter] | None = None
 ) -> None:
-    """Refuse, before any image is read, what a training with these settings would refuse.
+    """Refuse, before any image is read, what a training with these settings would refuse; warn of a base in float16 whose loss is not scaled.
 
     Raises ConfigError for learning rates of methods that are not there, trackers that are not installed, and settings that the model does not
     support; CheckpointError where the run to go on with trained another model.
@@ -145,6 +150,8 @@ def check_training(
     parameter_groups(parameters, settings)
     with training_form(model, settings, 0):
         pass
+    if settings.precision == "no" and any(weight.dtype == torch.float16 for weight in model.adapted.base.parameters()):
+        warnings.warn(_NOT_SCALED, stacklevel=2)
     checkpoint = latest_checkpoint(folder / "checkpoints") if resume else None
     if checkpoint is not None:
         facts = read_state(checkpoint, parameters)[0].get("facts", {})

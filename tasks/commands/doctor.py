@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -173,8 +173,11 @@ def _device() -> dict[str, Any]:
         place = torch.device("cpu")
     is_fast = torch.cuda.is_bf16_supported(including_emulation=False) if place.type == "cuda" else _cpu_has_bf16()
     advice = "train.precision: bf16 is faster here" if is_fast else "train.precision: bf16 is not faster here"
-    precision = f"weights stay as their files hold them; {advice}"
+    quantised = "base: quantise int8, nf4 or fp8" if importlib.util.find_spec("torchao") else "base: quantise needs torchao"
+    precision = f"weights stay as their files hold them; {quantised}; {advice}"
     attention = tuple(f"scaled_dot_product_attention in {str(kind)[6:]}: {_kernels(place, kind)}" for kind in (torch.float32, torch.bfloat16))
+    has_flash = place.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    attention += (f"base: attention auto is sdpa where the model has it; flash_attention_2 {'can be chosen' if has_flash else 'needs CUDA and flash_attn'}",)
     return {"devices": tuple(devices), "precision": precision, "attention": attention}
 
 

@@ -59,12 +59,12 @@ def tiny(family: str, seed: int = 0, n_layers: int = 2) -> PreTrainedModel:
     return model.double().eval().requires_grad_(False)  # on CPU sdpa picks another kernel where a mask needs a gradient
 
 
-def excite(module: nn.Module, seed: int = 1) -> None:
+def excite(module: nn.Module, seed: int = 1, strength: float = 0.3) -> None:
     """Move every weight away from its start, where many methods are the identity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3)
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * strength)
 
 
 def rows(n_rows: int = 3, n_prompt_slots: int = 2, seed: int = 2) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,11 @@ def test_what_is_needed_is_there_and_extras_have_a_command_where_they_are_not(fo
 
 def test_the_device_and_its_kernels_are_those_of_torch(found: dict[str, Any]) -> None:
     assert found["devices"][0].startswith("cuda:0: " if torch.cuda.is_available() else "cpu: ")
-    assert [line.partition(":")[0] for line in found["attention"]] == [f"scaled_dot_product_attention in {kind}" for kind in ("float32", "bfloat16")]
-    assert all(line.endswith("math") for line in found["attention"])  # the one that runs everywhere
+    *kernels, chosen = found["attention"]
+    assert [line.partition(":")[0] for line in kernels] == [f"scaled_dot_product_attention in {kind}" for kind in ("float32", "bfloat16")]
+    assert all(line.endswith("math") for line in kernels)  # the one that runs everywhere
+    assert ("needs CUDA and flash_attn" in chosen) == (not torch.cuda.is_available() or find_spec("flash_attn") is None)
+    assert ("base: quantise needs torchao" in found["precision"]) == (find_spec("torchao") is None)
     whole, free = found["memory_gib"]
     assert 0 < free < whole
     assert "train.precision: bf16" in found["precision"]

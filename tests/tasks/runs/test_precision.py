@@ -16,11 +16,15 @@ from tiny import tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from adalink import AdaLink
 from adalink.checkpoint.fingerprint import part_of
 from adalink.checkpoint.precision import BaseSettings, Precision, settle
 from adalink.errors import ConfigError
 from multimodal.language import load_language
-from tasks.runs.compose import load_adapted
+from multimodal.training.settings import TrainSettings
+from multimodal.training.train import check_training
+from tasks.captioning import Captioning
+from tasks.runs.compose import compose, load_adapted
 from tasks.scenes.parts import language_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -104,6 +108,18 @@ def test_an_adapter_of_the_checkpoint_s_precision_loads_on_another_and_a_sentenc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_adapted(tmp_path / "run" / "adapter", base=BaseSettings(language_model=Precision(dtype="float32")))
+
+
+@pytest.mark.parametrize(("dtype", "precision", "is_warned"), [("float16", "no", True), ("float16", "fp16", False), ("bfloat16", "no", False)])
+def test_a_base_in_float16_whose_loss_is_not_scaled_is_warned_of(dtype: Any, precision: Any, is_warned: bool, tmp_path: Path) -> None:
+    base = BaseSettings(language_model=Precision(dtype=dtype))
+    model = compose("scenes:encoder", "scenes:language", template=Captioning().template, base=base)
+    model.add_adapter("default", {"adalink": AdaLink(rank=2, modalities=("text",))})
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        check_training(model, TrainSettings(precision=precision), tmp_path)
+    told = "small gradients become 0: give base.language_model.dtype: bfloat16, or on a GPU train.precision: fp16"
+    assert [told in str(one.message) for one in found] == [True] * is_warned
 
 
 @pytest.mark.parametrize(
