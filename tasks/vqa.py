@@ -104,6 +104,8 @@ class Vqa:
         """
         asked = (question for i in range(len(source)) for question in source[i].questions if question.question_id in predictions)
         questions = [question for question in asked if question.answers]
+        if not questions and not any(source[i].questions for i in range(len(source))):
+            raise DataError("the data set has no question, and the task vqa needs them: give data with questions and answers, or another task")
         if not questions:
             raise DataError("these questions cannot be scored: none was predicted, or the data set has no answers (a test split?)")
         graded = [graded_question(question) for question in questions]

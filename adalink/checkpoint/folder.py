@@ -211,7 +211,8 @@ def read_config(folder: Path) -> AdapterConfig:
             path = folder / PEFT_CONFIG_FILE
         return _config_from_json(json.loads(path.read_text()), path)
     except OSError:
-        raise CheckpointError(f"{folder} is no adapter folder: it has no {CONFIG_FILE} that can be read") from None
+        inside = next((f"; {found.parent} has one" for found in sorted(folder.glob(f"*/{CONFIG_FILE}"))), "")
+        raise CheckpointError(f"{folder} is no adapter folder: it has no {CONFIG_FILE} that can be read{inside}") from None
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{folder / TRAINER_FILE} is damaged ({error}): copy or train it again") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -92,6 +92,8 @@ def test_what_cannot_be_scored_is_one_sentence() -> None:
     for predictions in ({}, {99: "yes"}, {3: "because"}):
         with pytest.raises(DataError, match="these questions cannot be scored: none was predicted, or the data set has no answers"):
             Vqa().score(predictions, [SCENE])
+    with pytest.raises(DataError, match="the data set has no question, and the task vqa needs them"):
+        Vqa().score({}, [Sample(key="a", image_id=0, image=SCENE.image, captions=("a cat",))])
 
 
 def test_the_official_result_file(tmp_path: Path) -> None:

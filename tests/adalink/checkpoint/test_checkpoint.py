@@ -108,6 +108,8 @@ def test_the_config_comes_last_so_half_a_folder_is_no_adapter(folder: Path, tmp_
         read_config(folder)
     with pytest.raises(CheckpointError, match="is no adapter folder"):
         read_config(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=f"that can be read; {re.escape(str(tmp_path / 'new'))} has one"):
+        read_config(tmp_path)
 
 
 BROKEN = {

@@ -210,7 +210,7 @@ def test_the_data_of_another_task_is_refused(whole: Files, tmp_path: Path) -> No
     sentence = refused(train("captioning", tmp_path / "run", *questions, small=SHORT))
     assert sentence == "3 of 3 images have no caption to score against, such as image 0: give their captions"
     sentence = refused(train("vqa", tmp_path / "run", *captions, small=SHORT))
-    assert sentence.startswith("these questions cannot be scored: none was predicted")
+    assert sentence.startswith("the data set has no question, and the task vqa needs them")
     assert not (tmp_path / "run").exists()
 
 
