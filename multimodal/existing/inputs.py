@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adalink import AdaptedModel
+from adalink.errors import ConfigError
 from adalink.tokens import IMAGE
 
 __all__ = ["HostForm", "HostInputs", "VectorForm", "give_inputs"]
@@ -24,13 +25,15 @@ class VectorForm:
     """How a model's `get_image_features` hands its vectors on.
 
     output  its class
-    nested  whether `pooler_output` is a list with a tensor for each image; else it is one tensor
+    field   which of its fields the model's call reads: `last_hidden_state` where `pooler_output` is empty (Llama 4 projects it in the call)
+    nested  whether that field is a list with a tensor for each image; else it is one tensor
     each    how many vectors each entry of that tensor has, where it has three dimensions; 0 where it has two
     width   D of a vector; deep features come after it, as many again for each layer that takes them
     n_deep  how many layers take deep features (Qwen3-VL)
     """
 
     output: Any
+    field: str
     nested: bool
     each: int
     width: int
@@ -43,17 +46,23 @@ class VectorForm:
 
     @staticmethod
     def of(output: Any) -> VectorForm:
-        """Read from what the model gave for some images."""
-        pooled = output.pooler_output
+        """Read from what the model gave for some images. Raises ConfigError where that holds no vectors for image tokens (Granite 4 Vision)."""
+        field = next((name for name in ("pooler_output", "last_hidden_state") if getattr(output, name, None) is not None), None)
+        if field is None:
+            raise ConfigError(
+                f"the image's features of this model, a {type(output).__name__}, have neither pooler_output nor last_hidden_state, so no vector belongs to an "
+                "image token: adapt it with adalink.get_adalink_model and a loop of your own"
+            )
+        pooled = getattr(output, field)
         nested = isinstance(pooled, (list, tuple))
         first = pooled[0] if nested else pooled
         deep = getattr(output, "deepstack_features", None)
         each = 0 if nested or first.ndim == 2 else int(first.shape[-2])
-        return VectorForm(output=type(output), nested=nested, each=each, width=int(first.shape[-1]), n_deep=0 if deep is None else len(deep))
+        return VectorForm(output=type(output), field=field, nested=nested, each=each, width=int(first.shape[-1]), n_deep=0 if deep is None else len(deep))
 
     def vectors(self, output: Any) -> Tensor:
         """float [n, W]: all vectors in order, deep features beside each."""
-        parts = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+        parts = [getattr(output, self.field), *(getattr(output, "deepstack_features", None) or ())]
         return torch.cat([_flat(part) for part in parts], -1)
 
     def given(self, vectors: Tensor) -> Any:
@@ -61,7 +70,7 @@ class VectorForm:
         parts = vectors.split(self.width, -1)
         formed = [[part] if self.nested else self._shaped(part) for part in parts]
         needed = {one.name: None for one in fields(self.output) if one.default is MISSING and one.default_factory is MISSING}  # of the tower alone
-        return self.output(**{**needed, "pooler_output": formed[0]}, **({"deepstack_features": formed[1:]} if self.n_deep else {}))
+        return self.output(**{**needed, self.field: formed[0]}, **({"deepstack_features": formed[1:]} if self.n_deep else {}))
 
     def _shaped(self, part: Tensor) -> Tensor:
         if not self.each:

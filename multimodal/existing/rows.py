@@ -17,7 +17,7 @@ from adalink.errors import AdalinkError, ConfigError, DataError
 from multimodal.batches.prepared import NO_IMAGE, Prepared
 from multimodal.batches.tokenize import Row, TextTokens, TextTooLong
 from multimodal.existing.conversation import Prompt, Turn, asked_turns, text_of, user_turn, worded
-from multimodal.existing.words import Processor, first_line
+from multimodal.existing.words import GRIDS, Processor, first_line
 from multimodal.language import Language
 from multimodal.sample import counted
 from multimodal.template import Template, Text
@@ -48,7 +48,7 @@ class Positions:
         arguments: Mapping[str, Any] = {
             "input_ids": row,
             "mm_token_type_ids": torch.tensor([[int(id in image_ids) for id in ids]]),
-            "image_grid_thw": torch.cat(list(grids)) if grids else None,
+            **dict.fromkeys(GRIDS, torch.cat(list(grids)) if grids else None),
             "attention_mask": torch.ones_like(row),
         }
         owner: Any = self._owner

@@ -145,5 +145,11 @@ class _Trial:
 
 
 def _near(found: Tensor, wanted: Tensor, near: float) -> bool:
-    exact = torch.promote_types(wanted.dtype, torch.float32)
-    return bool((found.to(exact) - wanted.to(exact)).norm() <= near * wanted.to(exact).norm())
+    found, wanted = _written(found), _written(wanted)
+    return bool((found - wanted).norm() <= near * wanted.norm())
+
+
+def _written(scores: Tensor) -> Tensor:
+    """The scores without those of tokens that the model never writes: it sets them to the least number (Chameleon's image tokens)."""
+    never = scores.abs() >= torch.finfo(scores.dtype).max / 2
+    return scores.masked_fill(never, 0).to(torch.promote_types(scores.dtype, torch.float32))

@@ -18,13 +18,14 @@ from multimodal.batches.prepared import Prepared
 from multimodal.existing.budget import ImageTokens
 from multimodal.existing.conversation import Turn
 
-__all__ = ["NO_BUDGET", "Processor", "first_line"]
+__all__ = ["GRIDS", "NO_BUDGET", "Processor", "first_line"]
 
 BLANK = Image.new("RGB", (8, 8))
 NO_BUDGET = ImageTokens()
 N_PROMPTS = 256  # whose ids are cached
 N_SCALED, N_ESTIMATED, MOST_PIXELS = 8, 16, 2**22  # how often an image is scaled at most, and how far up
 KINDS = ("token_type_ids", "mm_token_type_ids")
+GRIDS = ("image_grid_thw", "target_sizes")  # how many patches an image has in each dimension: Qwen2-VL's name, and MiniCPM-V's
 
 
 class _Given:
@@ -114,7 +115,7 @@ class Processor:
             wording=tuple(wording for wording, _, _ in found),
             counts=tuple(count for _, count, _ in found),
             inputs=tuple(inputs for _, _, inputs in found),
-            grids=tuple(inputs["image_grid_thw"] for _, _, inputs in found if "image_grid_thw" in inputs),
+            grids=tuple(inputs[name] for _, _, inputs in found for name in GRIDS if name in inputs),
         )
 
     @cached_property

@@ -12,15 +12,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
 from existing_families import MADE, made, tokenizer_of
-from image_text_models import WORDS
 from sharing import in_double
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from adalink.attachment.existing import image_token_ids
 from adalink.errors import AdalinkError, ConfigError
+from multimodal.existing.inputs import VectorForm
 from multimodal.existing.tower import features_owner
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
@@ -48,15 +49,55 @@ SMALL: Mapping[str, int] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "hidden_size_per_layer_input"), 16),
     "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "image_size": SIDE, "patch_size": 8, "n_group": 1, "topk_group": 1, "scale_factor": 2,
     "max_position_embeddings": 1024, "spatial_merge_size": 2, "temporal_patch_size": 2, "mm_tokens_per_image": 4, "num_query_tokens": 4, "sliding_window": 64,
-    "num_position_embeddings": 64, "n_shared_experts": 1, "moe_k": 2, "num_kv_shared_layers": 0, "vision_output_dim": 32, "projector_output_dim": 32,
+    "num_position_embeddings": 64, "n_shared_experts": 1, "linear_num_heads": 4, "linear_head_dim": 8, "moe_k": 2, "num_kv_shared_layers": 0, "vision_output_dim": 32, "projector_output_dim": 32,
 }  # fmt: skip
+# Towers of timm, and quantisers, in place of large default ones.
+TIMM: Mapping[str, Any] = {"model_type": "timm_wrapper", "num_labels": 0, "do_pooling": False}
+PLAIN_TOWER = {"architecture": "vit_tiny_patch16_224", "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": SIDE, "patch_size": 8}}
+CONVOLUTIONS = {"architecture": "test_resnet", "model_args": {"output_stride": 8}}
+QUANTISED: Mapping[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "latent_channels": 32}
+# The words for quantised images, which no text holds.
+CHAMELEON = {"<image>": FIRST_TOKEN, **{f"IMGIMG{a}{b}Z": 450 + 4 * i + j for i, a in enumerate("ABCD") for j, b in enumerate("ABCD")}}
+EMU = {"<image>": FIRST_TOKEN, "<|extra_200|>": 449, **{f"<|visual token {i:06d}|>": 450 + i for i in range(16)}}
 # What some configs lack by default.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_5_omni_thinker": {"vision_start_token_id": 400}, "qwen3_omni_moe_thinker": {"vision_start_token_id": 400},
-    "gemma4": {"vision_config": {}}, "vipllava": {"vision_feature_layers": [-1] * 5},
-    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}}, "chameleon": {"vocabulary_map": WORDS}, "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "gemma4": {"vision_config": {}}, "gemma4_unified": {"vision_config": {"patch_size": 8, "pooling_kernel_size": 1, "mm_embed_dim": 32, "output_proj_dims": 32}}, "vipllava": {"vision_feature_layers": [-1] * 5},
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}}, "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "perception_lm": {"vision_config": {**TIMM, **PLAIN_TOWER}}, "fast_vlm": {"vision_config": {**TIMM, **CONVOLUTIONS}},
+    "gemma3n": {"vision_config": CONVOLUTIONS, "vision_soft_tokens_per_image": 16},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "janus": {"vq_config": {**QUANTISED, "num_embeddings": 16, "image_token_embed_dim": 32}},
+    "chameleon": {"vocabulary_map": CHAMELEON, "vq_config": {**QUANTISED, "num_embeddings": 16, "resolution": SIDE}},
+    "emu3": {"vocabulary_map": EMU, "vq_config": {**QUANTISED, "codebook_size": 16, "attn_resolutions": []}},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2", "spatial_target_layers": [0, 1, 0, 1]},
+    **{kind: {"image_token_id": 400, "video_token_id": 401} for kind in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")},
+    "qwen4_exp": {"text_config": {
+        "head_dim": 8, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4,
+    }},
+    "cohere_compass": {"text_config": {"rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+    }}},
+    "molmo2": {"text_config": {"additional_vocab_size": 0}},
 }  # fmt: skip
-AFTERWARDS: Mapping[str, Mapping[str, int]] = {"llama4": {"vision_config.intermediate_size": 128, "vision_config.projector_input_dim": 32}}
+# What is set when every size has been made small.
+AFTERWARDS: Mapping[str, Mapping[str, Any]] = {
+    "llama4": {"vision_config.intermediate_size": 128, "vision_config.projector_input_dim": 32},
+    "fast_vlm": {"vision_config.hidden_size": 96}, "gemma3n": {"vision_config.hidden_size": 96},
+    "kimi_k25": {"projection_hidden_size": 32},
+    "molmo2": {"image_patch_id": FIRST_TOKEN + 20, "adapter_config.text_hidden_size": 32, "adapter_config.vision_feature_layer": [-1, -1], "vision_config.num_position_embeddings": 16},
+    "muse_glimmer": {"out_hidden_size": 128}, "muse_spark": {"out_hidden_size": 128},
+    "unlimited_ocr": {"vision_config.sam_config.output_channels": 32, "vision_config.sam_config.downsample_channels": [32, 32]},
+    "nemotron_h_omni": {"image_token_id": 400, "video_token_id": 401, "vision_hidden_size": 32, "vision_config.patch_dim": 192},
+    "minimax_m3_vl": {"merged_hidden_size": 128, "text_config.rotary_dim": 8, "text_config.index_head_dim": 8},
+    "deepseek_vl_hybrid": {"high_res_vision_config.output_channels": 32, "high_res_vision_config.global_attn_indexes": [0]},
+    "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 48},
+    "deepseek_ocr2": {"vision_config.sam_config.output_channels": 32, "vision_config.sam_config.downsample_channels": [32, 32], "text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 2},
+    "dots3_note": {"audio_config.adapter_input_size": 32, "audio_config.adapter_out_dim": 32, "vision_config.adapter_in_dim": 32, "vision_config.adapter_out_dim": 32},
+    "inkling2": {"vision_config.text_hidden_size": 32},
+    "step3p7": {"text_config.sliding_window": 64},
+    "hunyuan_vl": {"vision_config.out_hidden_size": 32, "vision_config.text_hidden_size": 32},
+}  # fmt: skip
 
 
 # ----------------------------------------
@@ -90,8 +131,8 @@ def shrunk(kind: str) -> Any:
                 setattr(config, name, [SMALL[name]] * len(value))
         _fit(config, "get_rope_index" in inspect.getsource(inspect.getmodule(getattr(hf, LISTED[kind]))))  # type: ignore[arg-type]
     for path, value in AFTERWARDS.get(kind, {}).items():
-        part, _, name = path.partition(".")
-        setattr(getattr(whole, part), name, value)
+        *parts, name = path.split(".")
+        setattr(reduce(getattr, parts, whole), name, value)
     return whole
 
 
@@ -107,6 +148,8 @@ def _fit(config: Any, has_rope: bool) -> None:
         if getattr(config, name, None):
             setattr(config, name, [1])
     config._experts_implementation = "eager"
+    if vars(config).get("kv_lora_rank") and "num_attention_heads" in vars(config):
+        config.num_key_value_heads = vars(config)["num_attention_heads"]
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and has_rope and hasattr(config, "num_hidden_layers"):
         n = int(8 * rope.get("partial_rotary_factor", 1.0)) // 2
@@ -190,6 +233,7 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     pixels, sizes = torch.randn(1, 3, SIDE, SIDE, dtype=torch.float64), torch.tensor([[SIDE, SIDE]])
     sides = {name: value for name, value in {"image_sizes": sizes}.items() if name in takes}
     for name in names:
+        yield from ({name: value, **more} for needed, value, more in _less_usual(pixels) if needed in takes)
         yield {name: pixels, **sides}
         yield {name: pixels[:, None], **sides, **({"pixel_attention_mask": torch.ones(1, 1, SIDE, SIDE, dtype=torch.bool)} if "pixel_attention_mask" in takes else {})}
         yield {name: pixels[:, None].expand(-1, 3, -1, -1, -1), **sides}
@@ -199,6 +243,7 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
                 merges = {"image_merge_sizes": torch.tensor([2])} if "image_merge_sizes" in takes else {}
                 yield {name: patches, "image_grid_thw": torch.tensor([[1, 4, 4]]), **merges}
                 yield {name: patches.unflatten(1, (3, depth * 8, 8))[:, :, :8], "image_grid_thw": torch.tensor([[1, 4, 4]]), **merges}
+                yield {name: patches.reshape(-1, 16, 16, 3)[:4], "image_grid_thw": torch.tensor([[1, 2, 2]]), **merges}
             if "spatial_shapes" in takes:
                 yield {name: patches[None], "spatial_shapes": torch.tensor([[4, 4]]), "pixel_attention_mask": torch.ones(1, 16, dtype=torch.int64)}
         if "image_position_ids" in takes:
@@ -207,29 +252,53 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
             yield {name: torch.rand(1, n * n, 3 * 64, dtype=torch.float64), "image_position_ids": places[None]}
 
 
+def _less_usual(pixels: Tensor) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+    """An argument that some tower takes, the pixels that it then reads, and all that comes with them."""
+    patches = torch.nn.functional.unfold(pixels, 8, stride=8).mT  # [1, 16, 192]
+    grid = torch.tensor([[4, 4]])
+    yield "target_sizes", patches.reshape(1, 16, 3, 8, 8).permute(0, 2, 3, 1, 4).reshape(1, 3, 8, 128), {"target_sizes": grid}
+    quarters = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
+    yield "image_token_pooling", patches, {"image_token_pooling": quarters, "image_grids": torch.tensor([[2, 2, 0, 0]])}
+    yield "high_res_pixel_values", pixels, {"high_res_pixel_values": pixels}
+    yield "pixel_attention_mask", pixels[:, None], {"pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
+    yield "image_grid_hw", patches[0], {"image_grid_hw": grid}
+    yield "pixel_values", patches, {}  # Fuyu
+
+
 def stand_in(model: Any) -> StandIn:
     """A processor for a model, found out by what its tower takes. Raises ValueError where it takes nothing that is tried."""
     why = "no argument of get_image_features holds pixels"
     for inputs in _candidates(model):
         try:
             with torch.no_grad():
-                pooled = features_owner(model, "").get_image_features(**inputs, return_dict=True).pooler_output
+                output = features_owner(model, "").get_image_features(**inputs, return_dict=True)
+                n = len(VectorForm.of(output).vectors(output))
+        except ConfigError:
+            raise
         except Exception as error:
             why = f"its tower takes none of the inputs that were made up: {_first_line(error)}"
             continue
-        parts = pooled if isinstance(pooled, (list, tuple)) else [pooled]
-        return StandIn(model, inputs, sum(part.reshape(-1, part.shape[-1]).shape[0] for part in parts))
+        return StandIn(model, inputs, n)
     raise ValueError(why)
 
 
 def _runs(model: Any, processor: StandIn) -> None:
-    """The model's own call with the image; raises what it raises."""
+    """The model's own call with the image; raises what it raises, and ConfigError where it does not score the text's tokens."""
     given = processor(images=[None], text=[processor.image_token + "a red square"])
     takes = inspect.signature(type(model).forward).parameters
     ids = torch.tensor(given["input_ids"])
     kinds = {name: torch.tensor(given[name]) for name in ("token_type_ids", "mm_token_type_ids") if name in takes}
     with torch.no_grad():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), **kinds, **processor.inputs)
+        scores = model(input_ids=ids, attention_mask=torch.ones_like(ids), **kinds, **processor.inputs).logits
+    if scores.shape[1] != ids.shape[1]:
+        raise ConfigError("its scores are of other tokens than the text's")  # a diffusion model's canvas
+
+
+def _needs_more(model: Any) -> bool:
+    """Whether its own call needs more than a text and an image: a decoder's ids (T5Gemma 2), the state of a robot (pi0)."""
+    takes = inspect.signature(type(model).forward).parameters.values()
+    needed = {one.name for one in takes if one.default is inspect.Parameter.empty and one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    return bool(model.config.is_encoder_decoder or needed - {"self", "input_ids", "pixel_values"})
 
 
 def _first_line(error: BaseException) -> str:
@@ -271,8 +340,9 @@ def _made_up(kind: str) -> tuple[Any, Any]:
         model = tiny(kind)
     with _or_not_tried("what its tower reads could not be made up"):
         processor = stand_in(model)
-    with _or_not_tried("its own call did not take what was made up"):
-        _runs(model, processor)
+    if not _needs_more(model):
+        with _or_not_tried("its own call did not take what was made up"):
+            _runs(model, processor)
     return model, processor
 
 
@@ -280,15 +350,21 @@ def _made_up(kind: str) -> tuple[Any, Any]:
 def _or_not_tried(why: str) -> Iterator[None]:
     try:
         yield
+    except ConfigError:
+        raise
+    except ModuleNotFoundError as error:
+        raise NotTried(f"its class needs {error.name}, which is not installed") from error
     except Exception as error:
         raise NotTried(why) from error
 
 
 def _short(sentence: str) -> str:
     """A refusal without the model's name and the advice."""
+    if "have neither" in sentence:
+        return "no field of its image features holds a vector for each image token"
     if "which cannot be given" in sentence:
         return "it cannot be given an image that was encoded before"
-    return sentence.partition(": adapt it with")[0]
+    return re.sub(r"^'\w+', an? \w+, ", "it ", re.split(": adapt it with|: expected", sentence)[0])
 
 
 def row(kind: str) -> str:
