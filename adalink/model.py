@@ -282,7 +282,7 @@ class AdaptedModel(nn.Module):
         indices = tuple(BASE_ROW if name is None else self._index(name) for name in chosen)
         alike = len(set(indices)) == 1
         row = torch.full((n_rows,), indices[0], device=self.device) if alike else uploaded(indices, self.device)
-        return Rows(row, indices, tuple(() if name is None else self._adapter(name).slots for name in chosen))
+        return Rows(row, indices, frozenset(indices) - {BASE_ROW}, tuple(() if name is None else self._adapter(name).slots for name in chosen))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the active adapter's folder: config, weights, model card."""

@@ -17,7 +17,7 @@ from adalink.anatomy import Anatomy
 from adalink.attachment.existing import NO_LABEL, domains, is_encoder_decoder, padding_mask, placeholder_id, positions
 from adalink.edit import Slots
 from adalink.errors import ConfigError
-from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, TEXT, TokenMap, uploaded
+from adalink.tokens import ANSWER, IMAGE, PAD, PERCEPT, TEXT, TokenMap, uploaded
 
 __all__ = ["PER_TOKEN", "Call", "Reserved", "Rows", "given_ids", "n_choices", "slots_inside"]
 
@@ -151,16 +151,12 @@ NOT_WITH_SLOTS = ("inputs_embeds", "past_key_values", "cache_position", "logits_
 
 @dataclass(frozen=True)
 class Rows:
-    """The adapters of a batch's rows: int64 [B] for the edits, the same for the host, and the slots that each row's adapter reserves."""
+    """The adapters of a batch's rows: int64 [B] for the edits, the same for the host, those that serve a row, and the slots that each reserves."""
 
     row: Tensor
     indices: tuple[int, ...]
+    serving: frozenset[int]
     slots: tuple[tuple[Slots, ...], ...]
-
-    @property
-    def serving(self) -> frozenset[int]:
-        """The adapters that serve a row."""
-        return frozenset(self.indices) - {BASE_ROW}
 
     @property
     def has_slots(self) -> bool:
