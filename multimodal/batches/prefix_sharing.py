@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, Adapter, TokenMap
+from adalink.anatomy import text_config
 from adalink.errors import ConfigError
 from adalink.methods.unipelt import Gate
 from multimodal.batches.collate import FLEX, Batch, SharedPrefix, collate, packed_attention
@@ -28,7 +29,8 @@ from multimodal.batches.tokenize import Row
 
 __all__ = [
     "EAGER_FAMILIES", "REFUSALS", "SDPA_FAMILIES", "ModelCall", "agree", "caches", "calls_of", "check_packed", "forks_exactly",
-    "gates_of", "has_row_cache", "may_fork", "may_pack", "mixes_texts", "packs_exactly", "trained_domains", "trial_call", "unadapted", "windows",
+    "gates_of", "has_row_cache", "may_fork", "may_pack", "mixes_texts", "packs_exactly", "reads_in_chunks", "trained_domains", "trial_call", "unadapted",
+    "windows",
 ]  # fmt: skip
 
 
@@ -135,9 +137,14 @@ def has_row_cache(model: Any) -> bool:
     """Whether the model keeps keys and values of each token and nothing else, so that rows can come, go and be copied."""
     if model.config.is_encoder_decoder or model._is_stateful or not model._supports_default_dynamic_cache():
         return False
-    if "chunked_attention" in (getattr(model.config, "layer_types", None) or ()):  # chunks are counted from the first column, padding too
+    if reads_in_chunks(model.config):
         return False
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers)
+
+
+def reads_in_chunks(config: Any) -> bool:
+    """Whether a layer reads chunks of a row (Llama 4). They are counted from the first column, padding and other texts too."""
+    return "chunked_attention" in (getattr(text_config(config), "layer_types", None) or ())
 
 
 def windows(config: Any) -> Mapping[str, int | None]:

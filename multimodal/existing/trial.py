@@ -14,7 +14,7 @@ from adalink.attachment.existing import NO_LABEL
 from adalink.errors import ConfigError
 from multimodal.batches.collate import Batch, collate
 from multimodal.batches.packing import Arrange, Ways, fork_rows, pack_rows, separate_rows
-from multimodal.batches.prefix_sharing import REFUSALS, calls_of, has_row_cache
+from multimodal.batches.prefix_sharing import REFUSALS, calls_of, has_row_cache, reads_in_chunks
 from multimodal.batches.prepared import ImageBatch, Prepared
 from multimodal.batches.tokenize import Row
 from multimodal.existing.rows import Blocks, ConversationRows
@@ -44,7 +44,7 @@ def tried_ways(adapted: AdaptedModel, tower: ModelTower) -> tuple[Ways, Blocks]:
     blocks = rows.blocks = trial.blocks()
     packs: Literal["texts", "answers", ""] = ""
     forks: Literal["texts", "answers", ""] = ""
-    if trial.is_exact(ANSWERS, pack_rows):
+    if not reads_in_chunks(adapted.base.config) and trial.is_exact(ANSWERS, pack_rows):  # these rows are shorter than a chunk
         packs = "texts" if trial.is_exact(TEXTS, pack_rows) else "answers"
     if has_row_cache(adapted.base) and trial.is_exact(ANSWERS, fork_rows):
         forks = "texts" if trial.is_exact(TEXTS, fork_rows) else "answers"

@@ -6,7 +6,7 @@ import pytest
 from listed_models import LISTED, row, rows_of_page
 
 # Of each kind: by its class alone, by what its vectors depend on, with a stand-in for its processor and with its own.
-# Vectors that the call projects (Llama 4), scores that are never written (Chameleon), and no vector for each token (Granite 4 Vision).
+# Vectors that the call projects, and chunks (Llama 4), scores that are never written (Chameleon), and no vector for each token (Granite 4 Vision).
 SAMPLE = ("git", "instructblip", "cohere2_vision", "lfm3_vl", "blip-2", "llama4", "chameleon", "granite4_vision")
 
 
