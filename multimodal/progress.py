@@ -56,7 +56,7 @@ class StepProgress:
     def logged(self, step: int, loss: float, rate: float) -> None:
         """Say how the training goes."""
         self._bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}")
-        self._log(f"loss {loss:.3f}  rate {rate:.1e}  ")
+        self._log(f"loss {loss:.3f}  learning rate {rate:.1e}  ")
 
     def measured(self, step: int, metrics: Mapping[str, float], is_best: bool) -> None:
         """Say what was measured."""

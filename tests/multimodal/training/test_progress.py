@@ -38,4 +38,4 @@ def test_steps_say_a_line_where_nothing_is_logged_for_half_a_minute(seconds: lis
         if step == 16:
             displayed.logged(step, 1.5, 1e-3)
     displayed.close()
-    assert capsys.readouterr().err.splitlines() == ["step 13/16  0.10 steps/s  30 s left", "step 16/16  0.10 steps/s  0 s left", "step 16/16  loss 1.500  rate 1.0e-03  0.10 steps/s  0 s left"]
+    assert capsys.readouterr().err.splitlines() == ["step 13/16  0.10 steps/s  30 s left", "step 16/16  0.10 steps/s  0 s left", "step 16/16  loss 1.500  learning rate 1.0e-03  0.10 steps/s  0 s left"]
