@@ -12,7 +12,7 @@ import torch
 from existing_families import MADE
 from PIL import Image
 
-from adalink import AdaLink
+from adalink import AdaLink, FrozenPart
 from adalink.errors import ConfigError, DataError
 from multimodal.batches.prepared import Prepared
 from multimodal.existing.budget import ImageTokens
@@ -105,6 +105,6 @@ def test_bounds_that_say_nothing_sensible_are_refused() -> None:
             ImageTokens(**bounds)
     with pytest.raises(ConfigError, match="image_tokens was given without model: an encoder of its own makes as many vectors of every image; leave it out"):
         Parts(encoder="one", language_model="two", image_tokens=ImageTokens(max=9)).check()
-    known = Parts.of({"language_model": "one"}, {"image_tokens": {"max": 9}})
+    known = Parts.of({"language_model": FrozenPart("one", "")}, {"image_tokens": {"max": 9}})
     assert Parts().over(known).image_tokens == ImageTokens(max=9)
     assert Parts(image_tokens=ImageTokens(max=5)).over(known).image_tokens == ImageTokens(max=5)
