@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
 
 from adalink import Bridge, LoRA, Method, Prompt
-from adalink.checkpoint.precision import quantise
+from adalink.checkpoint.precision import Precision, settle
 from adalink.errors import ConfigError
 from adalink.methods.lora import LowRank
 from multimodal.batches.collate import Batch, collate
@@ -118,7 +118,7 @@ def language(shape: Shape, machine: Machine) -> Language:
         model: Any = AutoModelForCausalLM.from_config(shape.config, dtype=machine.dtype, attn_implementation=machine.attention)
     model.eval().requires_grad_(False)
     if machine.quantiser:
-        quantise(model, machine.quantiser, shape.name)
+        settle(model, Precision(quantise=machine.quantiser), shape.name)  # type: ignore[arg-type]  # one of its values
     words = {word: number for number, word in enumerate(SPECIAL)} | {f"w{i}": i for i in range(len(SPECIAL), shape.config.vocab_size)}
     split = Tokenizer(WordLevel(words, unk_token="<unk>"))
     split.pre_tokenizer = WhitespaceSplit()

@@ -16,7 +16,7 @@ NAMES: dict[str, str] = json.loads((Path(__file__).parents[1] / "fixtures" / "be
 # Folders have these names now, or a function of the package; and what only the command line itself imported.
 GONE = {"adalink.attach", "adalink.checkpoint", "multimodal.batches", "tasks.data", "tasks.metrics.ptb", "tasks.report"}
 GONE |= {f"tasks.{name}" for name in "config_file feature_command figure_commands given_images help plan_commands say saved_settings show sweep draft demo launch".split()}
-GONE |= {"tasks.bench.command", "tasks.serve.command", "tasks.commands", "multimodal.processes", "tasks.lmms_eval_model"}
+GONE |= {"tasks.bench.command", "tasks.serve.command", "tasks.commands", "multimodal.processes", "tasks.lmms_eval_model", "tasks.shards"}
 
 
 @pytest.mark.parametrize("old", sorted(NAMES.keys() - GONE))

@@ -18,8 +18,7 @@ SEES = "the model's own tower reads the sizes of its images"
 # (where, below): why. `below` is a library's function; "" is the line itself, "*" any.
 EXPECTED: Mapping[tuple[str, str], str] = {
     # Each step of training.
-    ("adalink/model.py serving", ""): "which adapter serves each row",
-    ("adalink/attachment/vision.py _tokens", ""): "what the tokens of an encoder are",
+    ("adalink/tokens.py uploaded", ""): "rows of several adapters; the simulated device pins no memory, without which a copy waits",
     ("multimodal/existing/inputs.py taken", ""): "how many vectors the rows of a call take; transformers checks their number right after",
     ("multimodal/loss/language_loss.py hidden", "transformers/utils/import_utils.py torch_compilable_check"): "the model checks the number of its image tokens",
     ("multimodal/loss/language_loss.py hidden", "transformers/masking_utils.py _ignore_causal_mask_sdpa"): MASK_SKIP,
@@ -42,7 +41,6 @@ EXPECTED: Mapping[tuple[str, str], str] = {
     ("adalink/checkpoint/fingerprint.py _identified", ""): "the encoder's fingerprint, once for a cache",
     ("adalink/checkpoint/fingerprint.py of", ""): "the encoder's fingerprint, once for a cache",
     # Generation: prompts.
-    ("adalink/tokens.py <dictcomp>", ""): "the rows of each of several adapters",
     ("multimodal/generation/decoding.py prefill", ""): PREFILL,
     ("multimodal/generation/decoding.py tokens_of", ""): PREFILL,
     ("multimodal/generation/decoding.py _present", ""): PREFILL,

@@ -9,7 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-P, Made = ParamSpec("P"), TypeVar("Made")
+P = ParamSpec("P")
+Made = TypeVar("Made")
 
 
 def copied(make: Callable[P, Made]) -> Callable[P, Made]:
