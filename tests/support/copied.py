@@ -22,7 +22,7 @@ def copied(make: Callable[P, Made]) -> Callable[P, Made]:
 
     @wraps(make)
     def again(*args: P.args, **kwargs: P.kwargs) -> Made:
-        made, state = first(*args, **kwargs)
+        made, state = first(*args, **kwargs)  # type: ignore[arg-type]  # arguments that can be hashed
         torch.set_rng_state(state)
         return copy.deepcopy(made)
 
