@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from string import Formatter
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from multimodal.sample import BadSample, Measure, Sample, counted, measured
 
 __all__ = [
     "FileSource", "ImageFolder", "ImageName", "Rows", "annotation_document", "answer_marks", "document_keys", "first_has", "integer", "loaded_once",
-    "no_sample", "read_annotation_file", "text", "text_lines",
+    "no_sample", "once", "read_annotation_file", "text", "text_lines",
 ]  # fmt: skip
 
 
@@ -102,30 +103,31 @@ def _value(row: Mapping[str, object], key: str, name: str) -> object:
     return row[key]
 
 
+T = TypeVar("T")
+_shared: list[dict[object, Any]] = []  # what was loaded within each `loaded_once`, the innermost last
+
+
 @contextmanager
 def loaded_once() -> Iterator[None]:
-    """Within it an annotation file is loaded once, by whoever asks first: to recognise it, then to read it."""
-    _loaded.clear()
-    _is_shared.append(True)
+    """Within it a file is loaded once, by whoever asks first: to recognise it, then to read it."""
+    _shared.append({})
     try:
         yield
     finally:
-        _is_shared.pop()
-        _loaded.clear()
+        _shared.pop()
 
 
-_loaded: dict[Path, object] = {}
-_is_shared: list[bool] = []
+def once(what: object, load: Callable[[], T]) -> T:
+    """What `load` gives; within `loaded_once`, what it gave the first time for the same thing."""
+    known = _shared[-1] if _shared else {}
+    if what not in known:
+        known[what] = load()
+    return known[what]  # type: ignore[no-any-return]  # of the type that is loaded
 
 
 def annotation_document(path: Path) -> object:
     """What a JSON file holds, in gzip too. Raises DataError where it is missing or none."""
-    if path not in _loaded:
-        document = _load(path)
-        if not _is_shared:
-            return document
-        _loaded[path] = document
-    return _loaded[path]
+    return once(path, lambda: _load(path))
 
 
 def _load(path: Path) -> object:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adalink.errors import DataError
+from tasks.data.files import once
 
 __all__ = ["BY_ID", "ID", "Row", "RowFile", "holds_json_lines", "is_row_file", "open_rows", "unpacked_suffix"]
 
@@ -76,6 +77,10 @@ def open_rows(path: Path, inside: str | None = None) -> RowFile:
 
     inside   where a JSON file is an object: the key of its list of rows, or BY_ID where it is rows by their ids
     """
+    return once((path, inside), lambda: _opened(path, inside))
+
+
+def _opened(path: Path, inside: str | None) -> RowFile:
     if inside is not None:
         return _JsonObject(path, inside)
     kind = _KINDS.get(unpacked_suffix(path))
