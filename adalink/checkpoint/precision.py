@@ -136,9 +136,7 @@ def quantise(model: nn.Module, kind: str, name: str, linears: Callable[[str], bo
     """Quantise linear layers in place, with torchao. Raises ConfigError where it is not installed, or no layer can be quantised."""
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(f"base: quantise {kind} needs torchao: pip install 'adalink[quantise]'")
-    chosen = chosen_linears(model, linears)
-    if not chosen:
-        raise ConfigError(f"'{name}' has no linear layer that can be quantised ({type(model).__name__}): leave quantise out")
+    chosen = some_linears(model, name, linears)
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # it reports kernels that this machine has no use for
     try:
@@ -157,6 +155,14 @@ def chosen_linears(model: nn.Module, linears: Callable[[str], bool] | None = Non
     return {
         path: module for path, module in model.named_modules() if type(module) is nn.Linear and module is not head and (linears is None or linears(path))
     }
+
+
+def some_linears(model: nn.Module, name: str, linears: Callable[[str], bool] | None = None) -> dict[str, nn.Linear]:
+    """As `chosen_linears`. Raises ConfigError where there is none."""
+    chosen = chosen_linears(model, linears)
+    if not chosen:
+        raise ConfigError(f"'{name}' has no linear layer that can be quantised ({type(model).__name__}): leave quantise out")
+    return chosen
 
 
 def packed_bytes(kind: str, weight: Any) -> int:

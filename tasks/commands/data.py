@@ -11,8 +11,8 @@ from typing import Any, Literal, Optional
 from adalink.errors import ConfigError
 from multimodal.sample import BadSample, BadSamples, counted
 from tasks.commands import Command
+from tasks.commands.settings import add_data_set, data_set_of
 from tasks.data.sources import DataConfig
-from tasks.runs.help import comments_as_help
 
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
@@ -23,20 +23,12 @@ __all__ = ["CHECK", "LOOK"]
 
 _MOST_WIDTH = 140  # columns of a terminal's table
 _LISTED = 20  # samples named for each reason
-_NOT_DATA = {"path", "decode"}
 _DATA_FIRST = ("path", "images", "columns", "format", "split", "annotations", "questions", "shards", "limit")
 
 
 def _add_data(parser: Any) -> None:
-    """The settings of one data set, its path first and without a name."""
-    comments_as_help(DataConfig)
-    parser.add_argument("path", nargs="?", default=None, help="a file or folder that says what it is: a table, an annotation file, an imagefolder, shards")
-    parser.add_class_arguments(DataConfig, None, skip=_NOT_DATA)
+    add_data_set(parser)
     parser.add_argument("--workers", type=int, default=None, help="processes that read; by default one for each core, at most four")
-
-
-def _data_of(values: Any) -> DataConfig:
-    return DataConfig(path=values.path, **{one.name: values[one.name] for one in fields(DataConfig) if one.name not in _NOT_DATA})
 
 
 def _workers(values: Any) -> int:
@@ -80,7 +72,7 @@ def _look(values: Any, plain: Any) -> None:
     for name in ("samples", "page_samples"):
         if values[name] < 0:
             raise ConfigError(f"{name} is {values[name]}: give 0 or more")
-    data, workers = _data_of(values), _workers(values)
+    data, workers = data_set_of(values), _workers(values)
     if values.page_samples:
         check_place(values.out)
     opened = data.open(in_order=True)
@@ -194,7 +186,7 @@ def _check(values: Any, plain: Any) -> None:
     from tasks.data.look.scan import skipped
     from tasks.vqa import Vqa
 
-    budget, data, workers = BadSamples(budget=values.bad_samples), _data_of(values), _workers(values)
+    budget, data, workers = BadSamples(budget=values.bad_samples), data_set_of(values), _workers(values)
     opened = data.open(in_order=True)
     print(_understood(data, opened))
     task = {"captioning": Captioning(), "vqa": Vqa(), None: None}[values.task]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from argparse import SUPPRESS
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -21,7 +22,7 @@ from tasks.runs.help import comments_as_help
 from tasks.vqa import Vqa
 
 __all__ = [
-    "DATA_ROWS", "METHODS_ROW", "PARTS_FIRST", "SAVED", "DryRunConfig", "EvaluationSettings", "add_run",
+    "DATA_ROWS", "METHODS_ROW", "PARTS_FIRST", "SAVED", "DryRunConfig", "EvaluationSettings", "add_data_set", "add_run", "data_set_of",
     "only_named_data", "settings_of",
 ]  # fmt: skip
 
@@ -97,6 +98,23 @@ def add_run(parser: Any, settings: Any = RunConfig) -> None:
             options = parser.add_argument_group(about)
             for name in METHODS:
                 options.add_argument(f"--{group}.{name}", metavar="SETTINGS", default=SUPPRESS, help=f"`--{group}.{name}.help` lists them")
+
+
+NOT_OF_ONE_SET = frozenset({"path", "decode"})  # of a data set's settings, what commands that look at one do not take by name
+
+
+def add_data_set(parser: Any, without: Collection[str] = ()) -> None:
+    """The settings of one data set, its path first and without a name. without: settings that the command does not take."""
+    comments_as_help(DataConfig)
+    about = "a file or folder that shows what it is: a table, an annotation file, an imagefolder, shards"
+    parser.add_argument("path", type=str, nargs="?", metavar="PATH", help=about)
+    parser.add_class_arguments(DataConfig, None, skip={*NOT_OF_ONE_SET, *without})
+
+
+def data_set_of(values: Any, without: Collection[str] = ()) -> DataConfig:
+    """The data set that a command's values name."""
+    taken = [one.name for one in dataclasses.fields(DataConfig) if one.name not in NOT_OF_ONE_SET.union(without)]
+    return DataConfig(path=values.path, **{name: values[name] for name in taken})
 
 
 def settings_of(adapter: Path, given: Any) -> dict[str, Any]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adalink.errors import ConfigError, DataError
 from tasks.commands import Command
+from tasks.commands.settings import add_data_set, data_set_of
 
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
     from multimodal.data.shards.manifest import Manifest
+    from multimodal.sample import BadSample
     from tasks.data.arrow.write import WrittenParquet
-    from tasks.data.sources import DataConfig
+    from tasks.data.sources import DataConfig, Opened
 
 __all__ = ["CHECK", "FROM", "IMG2DATASET", "TO", "shards_check", "shards_from", "shards_img2dataset", "shards_to"]
 
@@ -31,9 +34,7 @@ def shards_from(data: DataConfig, *, out: Path, samples_per_shard: int = 1000, b
     """
     from multimodal.data.shards.writer import write_shards
 
-    opened = data.open(in_order=True)
-    if opened.sentence:
-        print(opened.sentence)
+    opened = _opened(data)
     manifest = write_shards(opened.source, out, samples_per_shard=samples_per_shard, budget=bad_samples, skipped=opened.problems, workers=workers)
     _report("wrote", manifest, out)
     return manifest
@@ -46,17 +47,14 @@ def shards_to(data: DataConfig, *, out: Path, samples_per_file: int = 10_000, ba
 
     Raises BudgetError, and DataError and ConfigError as opening does.
     """
-    from multimodal.sample import BadSamples, counted
+    from multimodal.sample import counted
     from tasks.data.arrow.write import write_parquet
 
-    opened = data.open(in_order=True)
-    if opened.sentence:
-        print(opened.sentence)
+    opened = _opened(data)
     written = write_parquet(opened.source, out, samples_per_file=samples_per_file, budget=bad_samples, skipped=opened.problems)
     size = written.size / 2**20
     print(f"wrote {counted(len(written.files), 'parquet file')} with {counted(written.samples, 'image')} ({size:.1f} MiB) in {out}")
-    if written.skipped:
-        print(f"skipped: {BadSamples(budget=0, found=written.skipped).summary()}")
+    _report_skipped(written.skipped)
     return written
 
 
@@ -107,27 +105,37 @@ def shards_check(*, shards: Path) -> None:
     print(f"the shards in {shards} are what their manifest says")
 
 
-def _report(verb: str, manifest: Manifest, folder: Path) -> None:
-    from multimodal.sample import BadSamples
+def _opened(data: DataConfig) -> Opened:
+    """The data set, to be read from its first sample to its last; what was understood is printed."""
+    opened = data.open(in_order=True)
+    if opened.sentence:
+        print(opened.sentence)
+    return opened
 
+
+def _report(verb: str, manifest: Manifest, folder: Path) -> None:
     size = sum(shard.size for shard in manifest.shards) / 2**20
     shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
     images = "1 image" if len(manifest) == 1 else f"{len(manifest)} images"
     print(f"{verb} {shards} with {images} ({size:.1f} MiB) in {folder}")
-    if manifest.skipped:
-        print(f"skipped: {BadSamples(budget=0, found=manifest.skipped).summary()}")
+    _report_skipped(manifest.skipped)
     if manifest.ignored:
         print("members that no sample uses: " + ", ".join(f"{count} .{suffix}" for suffix, count in sorted(manifest.ignored.items())))
 
 
-def _add_data(parser: Any, out: str) -> None:
-    from tasks.data.sources import DataConfig
-    from tasks.runs.help import comments_as_help
+def _report_skipped(skipped: Sequence[BadSample]) -> None:
+    from multimodal.sample import BadSamples
 
-    comments_as_help(DataConfig)
-    parser.add_argument("path", type=str, nargs="?", metavar="PATH", help="a table, an annotation file, a folder, shards; it shows itself what it is")
+    if skipped:
+        print(f"skipped: {BadSamples(budget=0, found=skipped).summary()}")
+
+
+_WITHOUT = ("shards", "mix", "cache", "cache_gib", "scenes")  # of a data set's settings
+
+
+def _add_data(parser: Any, out: str) -> None:
+    add_data_set(parser, _WITHOUT)
     parser.add_argument("--out", type=Path, required=True, help=out)
-    parser.add_class_arguments(DataConfig, None, skip={"path", "shards", "mix", "cache", "cache_gib", "decode", "scenes"})
     parser.add_argument("--bad_samples", type=int, default=0, help="how many images may be missing or unusable before the command stops")
 
 
@@ -143,19 +151,13 @@ def _add_to(parser: Any) -> None:
 
 
 def _from(values: Any, plain: Any) -> None:
-    from tasks.data.sources import DataConfig
-
-    given = dict(vars(values))
-    writing = {name: given.pop(name) for name in ("out", "samples_per_shard", "bad_samples", "workers")}
-    shards_from(DataConfig(**given), **writing)
+    writing = {name: values[name] for name in ("out", "samples_per_shard", "bad_samples", "workers")}
+    shards_from(data_set_of(values, _WITHOUT), **writing)
 
 
 def _to(values: Any, plain: Any) -> None:
-    from tasks.data.sources import DataConfig
-
-    given = dict(vars(values))
-    writing = {name: given.pop(name) for name in ("out", "samples_per_file", "bad_samples")}
-    shards_to(DataConfig(**given), **writing)
+    writing = {name: values[name] for name in ("out", "samples_per_file", "bad_samples")}
+    shards_to(data_set_of(values, _WITHOUT), **writing)
 
 
 FROM = Command(

@@ -15,6 +15,7 @@ from typing import Protocol
 from urllib.parse import unquote_to_bytes
 
 from adalink.errors import ConfigError, DataError
+from multimodal.sample import Question
 from tasks.data.files import answer_marks
 from tasks.data.rows import Row, RowFile
 
@@ -35,6 +36,13 @@ class Asked:
     marks: tuple[str, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
     places: tuple[tuple[int, int], ...] | None = None
+
+    def numbered(self, question_id: int) -> Question:
+        """The question with its id in the data set."""
+        return Question(
+            question_id=question_id, text=self.text, answers=self.answers, question_type=self.question_type, answer_type=self.answer_type,
+            marks=self.marks, turns=self.turns, places=self.places,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,11 +134,7 @@ class RowSource:
     def _questions(self, parts: Parts, index: int) -> Iterator[Question]:
         for k, asked in enumerate(parts.questions):
             is_named = self._has_question_ids and isinstance(parts.question_id, int) and len(parts.questions) == 1
-            yield Question(
-                question_id=parts.question_id if is_named and isinstance(parts.question_id, int) else index + k * len(self),
-                text=asked.text, answers=asked.answers, question_type=asked.question_type, answer_type=asked.answer_type, marks=asked.marks, turns=asked.turns,
-                places=asked.places,
-            )  # fmt: skip
+            yield asked.numbered(parts.question_id if is_named and isinstance(parts.question_id, int) else index + k * len(self))
 
 
 # ----------------------------------------

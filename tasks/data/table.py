@@ -103,10 +103,7 @@ class TableSource:
                 number = (
                     one.question_id if self._has_question_ids and isinstance(one.question_id, int) else int(self._first_question[row]) + k
                 )
-                yield Question(
-                    question_id=number, text=asked.text, answers=asked.answers, question_type=asked.question_type, answer_type=asked.answer_type,
-                    marks=asked.marks, turns=asked.turns, places=asked.places,
-                )  # fmt: skip
+                yield asked.numbered(number)
 
 
 def _no_texts(names: tuple[str, ...]) -> str:

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from adalink import Anatomy
-from adalink.checkpoint.precision import Precision, cast, chosen_linears, packed_bytes
-from adalink.errors import ConfigError
+from adalink.checkpoint.precision import Precision, cast, chosen_linears, packed_bytes, some_linears
 
 __all__ = ["PRECISIONS", "bytes_by_precision", "cast_as", "gathered_bytes", "per_card", "weight_bytes"]
 
@@ -34,9 +33,7 @@ def weight_bytes(module: nn.Module, quantiser: str, name: str = "", linears: Cal
 
     Raises ConfigError where no layer can be quantised.
     """
-    chosen = {f"{path}.weight" for path in chosen_linears(module, linears)} if quantiser else set()
-    if quantiser and not chosen:
-        raise ConfigError(f"'{name}' has no linear layer that can be quantised ({type(module).__name__}): leave quantise out")
+    chosen = {f"{path}.weight" for path in some_linears(module, name, linears)} if quantiser else set()
     return {
         path: packed_bytes(quantiser, weight) if path in chosen else weight.numel() * weight.element_size() for path, weight in module.named_parameters()
     }
