@@ -18,7 +18,7 @@ _CONTENT = {
     "adalink.files": "adalink.atomic multimodal.folder_lock",
     "adalink.anatomy": "adalink.projections adalink.host_config",
     "adalink.edit": "adalink.offloaded",
-    "adalink.export": "adalink.fold adalink.prompt_embeds",
+    "adalink.lifecycle.export": "adalink.export adalink.fold adalink.prompt_embeds",
     "adalink.attachment.attachment": "adalink.freezing adalink.bound adalink.still adalink.ports",
     "adalink.attachment.attach": "adalink.hooks",
     "adalink.attachment.recompute": "adalink.recompute",
@@ -123,7 +123,7 @@ _CONTENT = {
     "tasks.commands.shards": "tasks.shards",
     "tasks.commands.compare": "tasks.compare_files tasks.compare_runs",
     "tasks.metrics.bootstrap": "tasks.metrics.listing",
-    "tasks.commands.export": "tasks.export",
+    "tasks.commands.lifecycle.export": "tasks.commands.export tasks.export",
     "tasks.commands.lmms_eval": "tasks.lmms_eval_model",
 }
 _MOVED = {old: [new for new, others in _CONTENT.items() if old in others.split()] for olds in _CONTENT.values() for old in olds.split()}

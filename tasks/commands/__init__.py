@@ -80,10 +80,10 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
     },
     "runs": Entry("compare", "RUNS", "list the runs in a folder and below it"),
     "export": {
-        "folded": Entry("export", "FOLDED", "write the language model with a text-only AdaLink in its embedding table"),
-        "merged": Entry("export", "MERGED", "write the language model with a LoRA for all tokens in its weights"),
-        "embedding_lora": Entry("export", "EMBEDDING_LORA", "write a text-only AdaLink as a LoRA of the word embedding that peft loads"),
-        "embeds": Entry("export", "EMBEDS", "write prompts as embeddings, for an engine that serves the frozen model"),
+        "folded": Entry("lifecycle.export", "FOLDED", "write the language model with a text-only AdaLink in its embedding table"),
+        "merged": Entry("lifecycle.export", "MERGED", "write the language model with a LoRA for all tokens in its weights"),
+        "embedding_lora": Entry("lifecycle.export", "EMBEDDING_LORA", "write a text-only AdaLink as a LoRA of the word embedding that peft loads"),
+        "embeds": Entry("lifecycle.export", "EMBEDS", "write prompts as embeddings, for an engine that serves the frozen model"),
     },
     "bench": Entry("bench", "BENCH", "measure how fast this machine trains and answers, beside other libraries"),
     "data": {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adalink import AdaptedModel
 from adalink.attachment.inputs import Call
-from adalink.export import prompt_embeds
+from adalink.lifecycle.export import prompt_embeds
 from multimodal.batches.collate import collate, stacked
 from multimodal.batches.tokenize import TextTokens
 from multimodal.data.images.decode import decode_image

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adalink import AdaLink, AdaptedModel, Method, Prefix, Prompt, UniPELT, from_peft, get_adalink_model, to_peft
 from adalink.checkpoint.folder import WEIGHTS_FILE
 from adalink.errors import CheckpointError, ConfigError
-from adalink.export import merge_linears
+from adalink.lifecycle.export import merge_linears
 
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 METHODS: dict[str, Method] = {

@@ -18,7 +18,7 @@ from transformers import GemmaConfig, GemmaForCausalLM
 
 from adalink import AdaLink, AdaptedModel, Adapter, Anatomy, Bridge, LoRA, Method, get_adalink_model
 from adalink.errors import AttachError, ConfigError
-from adalink.export import check_embedding_lora, embedding_lora, write_embedding_lora
+from adalink.lifecycle.export import check_embedding_lora, embedding_lora, write_embedding_lora
 from adalink.methods.adalink import Bottleneck
 
 TEXT = AdaLink(rank=3, modalities=("text",), activation="gelu", bias=True)

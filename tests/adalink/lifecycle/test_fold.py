@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from adalink import AdaLink, AdaptedModel, BitFit, LoRA, Method, Prompt
 from adalink.errors import AttachError, ConfigError
-from adalink.export import check_foldable, check_mergeable, fold_embedding, is_tied, merge_linears, untie
+from adalink.lifecycle.export import check_foldable, check_mergeable, fold_embedding, is_tied, merge_linears, untie
 
 TEXT = AdaLink(rank=3, modalities=("text",), activation="gelu", bias=True)
 IDS = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(4))
@@ -69,7 +69,7 @@ def test_a_tied_head_is_refused_until_it_has_a_table_of_its_own(family: str, tmp
 def test_a_table_is_folded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     model, expected = adapted("llama", TEXT)
     adapter, base = model.active_adapter(), model.unload()
-    monkeypatch.setattr("adalink.export.ROWS_AT_ONCE", 5)
+    monkeypatch.setattr("adalink.lifecycle.export.ROWS_AT_ONCE", 5)
     fold_embedding(base, adapter)
     assert torch.allclose(logits(base, "llama"), expected, atol=EXACT["llama"], rtol=0)
 

@@ -36,7 +36,7 @@ def export_folded(*, adapter: Path, out: Path, language_model: str | None = None
         untied: Give an output head that is the embedding table a table of its own first. The file grows by that table.
     """
     from adalink import AdaptedModel
-    from adalink.export import check_foldable, fold_embedding, untie
+    from adalink.lifecycle.export import check_foldable, fold_embedding, untie
 
     config = AdaptedModel.read_config(adapter)
     check_foldable(config.methods)
@@ -59,7 +59,7 @@ def export_merged(*, adapter: Path, out: Path, language_model: str | None = None
         model: Where the model that reads images itself is, if not where the adapter says.
     """
     from adalink import AdaptedModel
-    from adalink.export import check_mergeable, merge_linears
+    from adalink.lifecycle.export import check_mergeable, merge_linears
 
     config = AdaptedModel.read_config(adapter)
     check_mergeable(config.methods)
@@ -81,7 +81,7 @@ def export_embedding_lora(*, adapter: Path, out: Path, model: str | None = None)
         model: Where the frozen model is, if not where the adapter says; a language model, or one that reads images itself.
     """
     from adalink import AdaptedModel
-    from adalink.export import check_embedding_lora, write_embedding_lora
+    from adalink.lifecycle.export import check_embedding_lora, write_embedding_lora
     from multimodal.encoders.bound_parts import test_image
     from multimodal.existing.load import example_of
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from adalink import AdaLink, AdaptedModel, Bridge, LoRA, Method, Prompt, TokenMap
 from adalink.errors import ConfigError
-from adalink.export import check_prompt_only, prompt_embeds
+from adalink.lifecycle.export import check_prompt_only, prompt_embeds
 from multimodal.batches.tokenize import TextTokens
 from multimodal.data.images.decode import decode_image
 from multimodal.encoders.bound_parts import test_image as blocks
@@ -29,7 +29,7 @@ from multimodal.language import Language, load_language
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
 from tasks.captioning import Captioning
-from tasks.commands.export import EMBEDS_FILE, PROMPTS_FILE
+from tasks.commands.lifecycle.export import EMBEDS_FILE, PROMPTS_FILE
 from tasks.runs.compose import compose
 from tasks.scenes.dataset import Scenes
 from tasks.scenes.parts import language_folder
