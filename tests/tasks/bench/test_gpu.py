@@ -9,7 +9,7 @@ from pathlib import Path
 import gpu
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_every_row_is_measured_or_says_why_not(tmp_path: Path) -> None:
