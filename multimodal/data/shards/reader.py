@@ -11,7 +11,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -300,9 +299,12 @@ class ShardSource:
     (img2dataset's, or any that webdataset reads) are indexed by one look at their headers; `adalink shards img2dataset` writes the
     manifest once and for all.
 
-    problems   samples of foreign shards that cannot be used (no image, no text), and those over the limits
-    item_ids   none: only the samples themselves say what results must hold
-    ignored    members that no sample uses, counted by suffix: what is no image, txt or json is never opened
+    problems      samples of foreign shards that cannot be used (no image, no text), and those over the limits
+    item_ids      none: only the samples themselves say what results must hold
+    ignored       members that no sample uses, counted by suffix: what is no image, txt or json is never opened
+    places        where each shard is: a file, or a URL
+    shard_sizes   int64 [shards]: samples of each, in that order; the set's indices count through one shard after the other
+    shard_bytes   int64 [shards]: the size of each
     """
 
     item_ids: tuple[int, ...] = ()
@@ -317,15 +319,17 @@ class ShardSource:
         else:
             found = open_shard_set(Path(shards) if isinstance(shards, str) else shards, limits)
             self._files = LocalShards()
-        self._paths = found.paths
+        self.places: Sequence[Place] = found.paths
         self._members = tuple(shard.members for shard in found.manifest.shards)
-        self._ends = list(accumulate(len(members) for members in self._members))
+        self.shard_sizes: NDArray[np.int64] = np.array([len(members) for members in self._members], dtype=np.int64)
+        self.shard_bytes: NDArray[np.int64] = np.array([shard.size for shard in found.manifest.shards], dtype=np.int64)
+        self._ends: list[int] = np.cumsum(self.shard_sizes).tolist()
         self.problems = found.manifest.skipped
         self.ignored = found.manifest.ignored
         self.fingerprint = found.manifest.fingerprint
         if len(self) == 0:
             first = f"; {len(self.problems)} cannot be used, the first because {self.problems[0].detail}" if self.problems else ""
-            raise DataError(f"the shards in {_folder(self._paths[0])} hold no sample{first}")
+            raise DataError(f"the shards in {_folder(self.places[0])} hold no sample{first}")
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -336,7 +340,7 @@ class ShardSource:
         if not 0 <= at < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = bisect_right(self._ends, at)
-        members, path = self._members[number], self._paths[number]
+        members, path = self._members[number], self.places[number]
         row = at - self._ends[number] + len(members)
         key, places = members.key(row), members.table[row].tolist()
         parts, damaged = self._read(path, places)

@@ -7,6 +7,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_shards import ListSource, everything, flip, image, made_sample, made_shards, made_source, tar_of
 
@@ -29,6 +30,15 @@ def test_any_order_gives_the_samples_that_were_written(tmp_path: Path) -> None:
     for beyond in (10, -11):
         with pytest.raises(IndexError, match=f"sample {beyond} of 10"):
             source[beyond]
+
+
+def test_places_sizes_and_bytes_of_shards_are_those_on_disk_in_the_order_of_the_indices(tmp_path: Path) -> None:
+    written = made_shards(tmp_path)
+    source = ShardSource(tmp_path)
+    assert [str(place) for place in source.places] == [str(tmp_path / f"shard-00000{n}.tar") for n in range(3)]
+    assert (source.shard_sizes.dtype, source.shard_sizes.tolist()) == (np.int64, [4, 4, 2])
+    assert source.shard_bytes.tolist() == [Path(place).stat().st_size for place in source.places]
+    assert [source[index].key for index in (3, 4, 7, 8)] == [written[index].key for index in (3, 4, 7, 8)]
 
 
 def test_a_list_of_tar_files_is_read_in_its_own_order_with_or_without_their_manifest(tmp_path: Path) -> None:
