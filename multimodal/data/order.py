@@ -17,8 +17,8 @@ from adalink.errors import ConfigError
 from multimodal.sample import DamagedSample, Measure, Sample, SampleSource, lengths_of
 
 __all__ = [
-    "BucketedOrder", "MixedOrder", "MixedSet", "Mixture", "Order", "SampleOrder", "fingerprint_of", "order_of", "set_sizes",
-    "texts_fingerprint_of",
+    "BucketedOrder", "MixedOrder", "MixedSet", "Mixture", "Order", "Reading", "SampleOrder", "ShardOrder", "fingerprint_of", "order_of",
+    "reading_plan", "set_sizes", "shard_sizes_of", "texts_fingerprint_of",
 ]  # fmt: skip
 
 
@@ -63,7 +63,8 @@ class MixedOrder:
     anew for each such block. Sizes 2 and 100 with weights 1 and 3: of each 4 positions one is of the first set, which comes round every 8.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[int], seed: int) -> None:
+    def __init__(self, sizes: Sequence[int], weights: Sequence[int], seed: int, own: Sequence[SampleOrder | ShardOrder] = ()) -> None:
+        """own: each set's own order; without, all samples of a set are shuffled."""
         if len(sizes) != len(weights) or not sizes or min(*sizes, *weights) < 1:
             raise ConfigError(f"sets of {list(sizes)} samples cannot be mixed by the weights {list(weights)}: give each set a whole number from 1")
         self.sizes, self.seed = tuple(sizes), seed
@@ -74,7 +75,7 @@ class MixedOrder:
         self._blocks = _Shuffled(seed)
         self._block, self._sets, self._before = -1, self._pattern, self._pattern
         # Another seed for each set: sets of one size would else be read in step.
-        self._own = [SampleOrder(size, seed + 1 + k) for k, size in enumerate(self.sizes)]
+        self.own = tuple(own) or tuple(SampleOrder(size, seed + 1 + k) for k, size in enumerate(self.sizes))
 
     def sample(self, position: int) -> int:
         """The index, in the sets one after the other, of the sample at a position of the stream."""
@@ -85,11 +86,75 @@ class MixedOrder:
             for chosen, weight in enumerate(self.weights):
                 self._before[self._sets == chosen] = np.arange(weight)
         chosen = int(self._sets[place])
-        return self._starts[chosen] + self._own[chosen].sample(block * self.weights[chosen] + int(self._before[place]))
+        return self._starts[chosen] + self.own[chosen].sample(block * self.weights[chosen] + int(self._before[place]))
 
     def state(self) -> dict[str, object]:
         """Seed, sizes, and weights in lowest terms."""
         return {"seed": self.seed, "samples": list(self.sizes), "weights": list(self.weights)}
+
+
+class ShardOrder:
+    """Endless epochs that read shards in a row: shards in a drawn order, `window` of them at a time, their samples shuffled together.
+
+    An epoch's shards are dealt to its windows as evenly as whole shards allow, none with more than `window`. Windows are counted from the
+    first epoch's first and never begin anew, so that a reader that fetches ahead needs no epochs. Which sample stands at a position is a
+    function of the shards' sizes, seed, window and position alone. A new position takes a search in an epoch's windows; an epoch's shards are
+    drawn once, and a window's samples too.
+
+    sizes   int64 [shards]: samples in each; indices count through the shards one after the other
+    """
+
+    def __init__(self, sizes: NDArray[np.int64], window: int, seed: int) -> None:
+        if window < 1 or not len(sizes) or sizes.min() < 0 or not sizes.sum():
+            raise ConfigError(f"{len(sizes)} shards cannot be read {window} at a time: give a window of 1 shard or more, and shards that hold samples")
+        self.n_samples, self.n_windows, self.window_shards, self.seed = int(sizes.sum()), -(-len(sizes) // window), window, seed
+        self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
+        self._borders = np.arange(self.n_windows + 1) * len(sizes) // self.n_windows  # shards of window w: from [w] to [w + 1]
+        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._first = self._end = -1
+        self._samples = np.empty(0, dtype=np.int64)
+
+    def sample(self, position: int) -> int:
+        """The index of the sample at a position of the stream."""
+        if not self._first <= position < self._end:
+            number = self.window(position)
+            self._samples = self._shuffled(number)
+            epoch, place = divmod(number, self.n_windows)
+            self._end = epoch * self.n_samples + int(self._epoch(epoch)[1][place])
+            self._first = self._end - len(self._samples)
+        return int(self._samples[position - self._first])
+
+    def window(self, position: int) -> int:
+        """The number of the window that a position is in."""
+        epoch, place = divmod(position, self.n_samples)
+        return epoch * self.n_windows + int(np.searchsorted(self._epoch(epoch)[1], place, side="right"))
+
+    def shards_of(self, window: int) -> NDArray[np.int64]:
+        """int64 [shards]: the numbers of a window's shards."""
+        epoch, place = divmod(window, self.n_windows)
+        return self._epoch(epoch)[0][self._borders[place] : self._borders[place + 1]]
+
+    def state(self) -> dict[str, object]:
+        """Seed, number of samples, the window, and a check sum of the shards' sizes."""
+        digest = hashlib.sha256(self._sizes.astype("<i8").tobytes()).hexdigest()[:16]
+        shared: dict[str, object] = {"seed": self.seed, "samples": [self.n_samples], "weights": [1]}
+        return {**shared, "order": ["shards"], "window": [self.window_shards], "shards": [digest]}
+
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The epoch's shards, int64 [shards], and the position in it after each window's last, int64 [windows]; the last two epochs' are cached."""
+        found = self._epochs.get(epoch)
+        if found is None:
+            shards = _permutation(len(self._sizes), self.seed * _SEEDS + epoch)
+            found = shards, np.cumsum(np.add.reduceat(self._sizes[shards], self._borders[:-1]))
+            self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: found}  # a new one, since threads may read the one before
+        return found
+
+    def _shuffled(self, window: int) -> NDArray[np.int64]:
+        """int64 [samples]: those of a window."""
+        shards = self.shards_of(window)
+        sizes = self._sizes[shards]
+        samples = np.repeat(self._starts[shards] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+        return samples[_permutation(len(samples), _drawn(self.seed, f"window {window}"))]
 
 
 class _Shuffled:
@@ -104,6 +169,11 @@ class _Shuffled:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, _permutation(size, self.seed * _SEEDS + epoch)
         return self._order
+
+
+def _drawn(seed: int, what: object) -> int:
+    """A generator's seed, below 2**56: a function of both."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {what}".encode()).digest()[:7])
 
 
 def _permutation(size: int, seed: int) -> NDArray[np.int64]:
@@ -142,7 +212,7 @@ class BucketedOrder:
     def sample(self, position: int) -> int:
         """The index of the sample at a position of the stream."""
         if not self._first <= position < self._end:
-            self._first, self._end = self._bounds(position)
+            self._first, self._end = self.bounds(position)
             self._samples = self._rearranged(self._first, self._end).tolist()
         return self._samples[position - self._first]
 
@@ -154,7 +224,7 @@ class BucketedOrder:
         """The same, sorted for batches of another size."""
         return BucketedOrder(self.order, self.lengths, seed=self.seed, pool=self.pool, batch=batch)
 
-    def _bounds(self, position: int) -> tuple[int, int]:
+    def bounds(self, position: int) -> tuple[int, int]:
         """The first position of the pool that a position is in, and the first after it."""
         size, n = len(self.lengths), self.pool * self.batch
         start = position - position % size
@@ -168,14 +238,57 @@ class BucketedOrder:
         samples = samples[np.argsort(self.lengths[samples], kind="stable")]  # those of one length stay in an order that each epoch draws anew
         borders = np.array([first, *range(first - first % self.batch + self.batch, end, self.batch), end])
         sizes = np.diff(borders)
-        key = hashlib.sha256(f"{self.seed} {first}".encode()).digest()
-        places = _permutation(len(sizes), int.from_bytes(key[:7]))  # of the batches, those of short texts first
+        places = _permutation(len(sizes), _drawn(self.seed, first))  # of the batches, those of short texts first
         rearranged = np.empty_like(samples)
         taken = 0
         for place in places:
             rearranged[borders[place] - first : borders[place + 1] - first] = samples[taken : taken + sizes[place]]
             taken += sizes[place]
         return rearranged
+
+
+# ----------------------------------------
+# Which shards a stream reads when: what is fetched ahead of it, and what it needs no more.
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one set of a stream is read: `order.shards_of(w)` for each w of `windows(position)`, then the windows that follow.
+
+    whole    the stream's order
+    number   of the set, from 0
+    order    the set's own
+    """
+
+    whole: Order
+    number: int
+    order: ShardOrder
+
+    def windows(self, position: int) -> range:
+        """The set's windows from which a step at this position of the stream may read: what comes before them is needed no more.
+
+        One window, or several at the border between two of a mixture's blocks or a pool of batches.
+        """
+        first, end = _own_positions(self.whole, self.number, position)
+        return range(self.order.window(first), self.order.window(end - 1) + 1)
+
+
+def reading_plan(order: Order) -> tuple[Reading | None, ...]:
+    """For each set of a stream how its shards are read; None where all samples of a set are shuffled, so that nothing is known ahead."""
+    inner = order.order if isinstance(order, BucketedOrder) else order
+    own = inner.own if isinstance(inner, MixedOrder) else (inner,)
+    return tuple(Reading(order, number, one) if isinstance(one, ShardOrder) else None for number, one in enumerate(own))
+
+
+def _own_positions(order: Order, number: int, position: int) -> tuple[int, int]:
+    """The first and the end of a set's own positions that may be read at a position of the stream."""
+    if isinstance(order, BucketedOrder):
+        first, end = order.bounds(position)
+        return _own_positions(order.order, number, first)[0], _own_positions(order.order, number, end - 1)[1]
+    if isinstance(order, MixedOrder):
+        block = position // sum(order.weights)
+        return block * order.weights[number], (block + 1) * order.weights[number]
+    return position, position + 1
 
 
 # ----------------------------------------
@@ -207,17 +320,17 @@ class Mixture:
         if not sets:
             raise ConfigError("there are no data sets to mix: give one or more, each with a weight")
         self.names = tuple(sets)
-        self._sources = tuple(each.source for each in sets.values())
-        self._ends = list(accumulate(len(source) for source in self._sources))
-        self.sizes = tuple(len(source) for source in self._sources)
+        self.sources = tuple(each.source for each in sets.values())
+        self._ends = list(accumulate(len(source) for source in self.sources))
+        self.sizes = tuple(len(source) for source in self.sources)
         self.weights = tuple(each.weight for each in sets.values())
-        known = [fingerprint_of(source) for source in self._sources]
+        known = [fingerprint_of(source) for source in self.sources]
         self.fingerprint = _joined(known) if all(known) else ""
 
     @property
     def texts_fingerprint(self) -> str:
         """Of the sets'."""
-        return _joined(texts_fingerprint_of(source) for source in self._sources)
+        return _joined(texts_fingerprint_of(source) for source in self.sources)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -228,14 +341,14 @@ class Mixture:
             raise IndexError(f"index {index} is outside of these {len(self)} samples")
         number = bisect_right(self._ends, index)
         try:
-            sample = self._sources[number][index - self._ends[number] + self.sizes[number]]
+            sample = self.sources[number][index - self._ends[number] + self.sizes[number]]
         except DamagedSample as error:
             raise DamagedSample(replace(error.bad, key=f"{self.names[number]}:{error.bad.key}")) from error
         return replace(sample, key=f"{self.names[number]}:{sample.key}")
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """As `multimodal.sample.TextLengths`; sets whose lengths differ, or are measured in other units, mostly come in batches of their own."""
-        return np.concatenate([lengths_of(source, measure) for source in self._sources])
+        return np.concatenate([lengths_of(source, measure) for source in self.sources])
 
 
 @runtime_checkable
@@ -277,6 +390,20 @@ def _joined(fingerprints: Iterable[str]) -> str:
     return hashlib.sha256(repr(list(fingerprints)).encode()).hexdigest()
 
 
-def order_of(source: SampleSource, seed: int) -> Order:
-    """The order in which a training stream reads a data set."""
-    return MixedOrder(source.sizes, source.weights, seed) if isinstance(source, Mixture) else SampleOrder(len(source), seed)
+def shard_sizes_of(source: SampleSource) -> NDArray[np.int64] | None:
+    """int64 [shards]: samples of each shard of a data set, in the order of its indices; None where it is not made of shards."""
+    sizes: NDArray[np.int64] | None = getattr(source, "shard_sizes", None)
+    return sizes
+
+
+def order_of(source: SampleSource, seed: int, window: int = 0) -> Order:
+    """The order in which a training stream reads a data set. window: shards that are shuffled together, where there are any; 0: all samples are."""
+
+    def own(one: SampleSource, seed: int) -> SampleOrder | ShardOrder:
+        sizes = shard_sizes_of(one) if window else None
+        return SampleOrder(len(one), seed) if sizes is None else ShardOrder(sizes, window, seed)
+
+    if not isinstance(source, Mixture):
+        return own(source, seed)
+    # Another seed for each set: sets of one size would else be read in step.
+    return MixedOrder(source.sizes, source.weights, seed, [own(one, seed + 1 + k) for k, one in enumerate(source.sources)])

@@ -48,7 +48,7 @@ def test_a_pool_holds_what_its_positions_held_and_each_of_its_batches_is_a_run_o
     long = lengths(n)
     at = epoch * n
     while at < (epoch + 1) * n:
-        first, end = order._bounds(at)
+        first, end = order.bounds(at)
         assert first == at
         assert first % batch == 0 or first == epoch * n
         assert end % batch == 0 or end == (epoch + 1) * n
@@ -68,7 +68,7 @@ def test_of_several_sets_every_pool_holds_what_it_held_and_no_sample_gets_ahead_
     starts = [0, *itertools.accumulate(sizes)]
     at, found = 0, Counter[int]()
     while at < 3 * sum(sizes):
-        first, end = order._bounds(at)
+        first, end = order.bounds(at)
         part = read(order, range(first, end))
         assert sorted(part) == sorted(read(plain, range(first, end)))
         found.update(part)

@@ -1,0 +1,115 @@
+"""An order that reads shards in a row: exact, the same from any position, and known ahead."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from adalink.errors import ConfigError
+from multimodal.data.order import BucketedOrder, MixedOrder, Order, Reading, SampleOrder, ShardOrder, reading_plan
+
+some_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
+
+
+def order_of(sizes: list[int], window: int = 3, seed: int = 5) -> ShardOrder:
+    return ShardOrder(np.array(sizes, dtype=np.int64), window, seed)
+
+
+def shard_of(sizes: list[int], sample: int) -> int:
+    return int(np.searchsorted(np.cumsum(sizes), sample, side="right"))
+
+
+@given(some_sizes, st.integers(1, 14), st.integers(0, 1000), st.integers(0, 3))
+def test_an_epoch_has_each_sample_once_and_a_window_only_its_own_shards(sizes: list[int], window: int, seed: int, epoch: int) -> None:
+    order, n = order_of(sizes, window, seed), sum(sizes)
+    positions = range(epoch * n, (epoch + 1) * n)
+    assert sorted(map(order.sample, positions)) == list(range(n))
+    windows = [order.window(position) for position in positions]
+    assert windows == sorted(windows)
+    assert windows[0] >= epoch * order.n_windows
+    assert windows[-1] < (epoch + 1) * order.n_windows
+    for position, number in zip(positions, windows, strict=True):
+        assert shard_of(sizes, order.sample(position)) in order.shards_of(number)
+    read = [order.shards_of(number) for number in range(epoch * order.n_windows, (epoch + 1) * order.n_windows)]
+    assert sorted(np.concatenate(read).tolist()) == list(range(len(sizes)))
+    assert max(map(len, read)) <= window
+    assert max(map(len, read)) - min(map(len, read)) <= 1
+
+
+@given(some_sizes, st.lists(st.integers(0, 300), min_size=1, max_size=20))
+def test_a_position_is_the_same_sample_whatever_was_asked_before(sizes: list[int], positions: list[int]) -> None:
+    order = order_of(sizes)
+    assert [order.sample(position) for position in positions] == [order_of(sizes).sample(position) for position in positions]
+    assert [order.window(position) for position in positions] == [order_of(sizes).window(position) for position in positions]
+
+
+def test_epochs_seeds_and_windows_differ_and_shards_do_not_come_as_they_are_stored() -> None:
+    def read(window: int, seed: int, epoch: int) -> tuple[int, ...]:
+        order = order_of([10] * 10, window, seed)
+        return tuple(order.sample(epoch * 100 + i) for i in range(100))
+
+    assert len({read(window, seed, epoch) for window in (1, 2, 10) for seed in (0, 1) for epoch in (0, 1)}) == 12
+    assert [shard_of([10] * 10, sample) for sample in read(1, 0, 0)] != sorted(shard_of([10] * 10, sample) for sample in read(1, 0, 0))
+
+
+def test_the_order_is_this_one_for_ever() -> None:
+    """A resumed run depends on it: torch.randperm of shards as of samples, and of a window's by a sha256 of seed and window."""
+    order = order_of([2, 3, 1, 2], 2, 3)
+    assert [order.sample(i) for i in range(16)] == [0, 5, 1, 6, 2, 3, 7, 4, 1, 7, 6, 0, 5, 4, 2, 3]
+    assert [order.shards_of(number).tolist() for number in range(4)] == [[0, 2], [1, 3], [3, 0], [1, 2]]
+
+
+def test_what_cannot_be_an_order_is_refused() -> None:
+    for sizes, window in (([3, 4], 0), ([], 2), ([0, 0], 1), ([3, -1], 1)):
+        with pytest.raises(ConfigError, match=f"{len(sizes)} shards cannot be read {window} at a time: give a window of 1 shard or more"):
+            order_of(sizes, window)
+
+
+def test_its_state_says_what_it_is_a_function_of() -> None:
+    state = order_of([2, 3]).state()
+    assert state == {"seed": 5, "samples": [5], "weights": [1], "order": ["shards"], "window": [3], "shards": state["shards"]}
+    assert order_of([3, 2]).state()["shards"] != state["shards"]
+
+
+def plans(sizes: list[int]) -> dict[str, tuple[Order, int]]:
+    """Orders of the set alone, in a mixture, and rearranged; and which of their sets it is."""
+    own, n = order_of(sizes), sum(sizes)
+    mixed = MixedOrder([7, n], [2, 3], 5, [SampleOrder(7, 6), own])
+    lengths: NDArray[np.int64] = np.random.default_rng(0).integers(1, 50, size=7 + n)
+    return {
+        "alone": (own, 0),
+        "mixed": (mixed, 1),
+        "bucketed": (BucketedOrder(own, lengths[:n], seed=5, pool=2, batch=4), 0),
+        "mixed and bucketed": (BucketedOrder(mixed, lengths, seed=5, pool=2, batch=4), 1),
+    }
+
+
+@pytest.mark.parametrize("name", list(plans([1])))
+@given(sizes=some_sizes)
+def test_what_is_read_at_a_position_is_in_the_windows_that_the_plan_says(name: str, sizes: list[int]) -> None:
+    order, number = plans(sizes)[name]
+    readings = reading_plan(order)
+    reading, first = readings[number], 7 * number  # the other set of the mixture comes first
+    assert reading is not None
+    assert sum(one is not None for one in readings) == 1
+    start = 0
+    for position in range(3 * (first + sum(sizes))):
+        windows, sample = reading.windows(position), order.sample(position) - first
+        assert windows.start >= start  # what was left behind is needed no more
+        start = windows.start
+        if sample >= 0:
+            assert shard_of(sizes, sample) in np.concatenate([reading.order.shards_of(window) for window in windows])
+
+
+def test_the_windows_of_a_plan_are_no_more_than_are_read_there() -> None:
+    order, number = plans([4] * 12)["mixed and bucketed"]
+    reading = reading_plan(order)[number]
+    assert isinstance(reading, Reading)
+    assert max(len(reading.windows(position)) for position in range(200)) == 2
+    alone = replace(reading, whole=reading.order, number=0)
+    assert {len(alone.windows(position)) for position in range(200)} == {1}
