@@ -19,14 +19,17 @@ __all__ = ["check_tuples", "names_of"]
 #     |  `- BudgetError    more bad samples than the budget allows
 #     |- AttachError       a port, layer or linear that the frozen model does not have, or a model that cannot be edited
 #     |- CheckpointError   an adapter file that is damaged, or made for another base
+#     |- ScoreError        a score is on the wrong side of a limit that was asked for; the command line exits with 3
 #     `- TerminatedError   the process was asked to end (SIGTERM, Ctrl-C), and has saved what it did; the command line exits with 143 or 130
 #
 # Every message is one sentence that says what is wrong, what was found, what was expected and what to do. The command line prints
-# it and exits with code 2; nothing else is printed for these.
+# it and exits with code 2, or the one named above; nothing else is printed for these.
 
 
 class AdalinkError(Exception):
-    """Anything the caller can mend."""
+    """Anything the caller can mend. exit_code: of a command that ends so."""
+
+    exit_code = 2
 
 
 class ConfigError(AdalinkError):
@@ -47,6 +50,12 @@ class AttachError(AdalinkError):
 
 class CheckpointError(AdalinkError):
     """An adapter file that is damaged, or made for another base."""
+
+
+class ScoreError(AdalinkError):
+    """What was measured is on the wrong side of a limit that was asked for: nothing is broken, and nothing should be shipped."""
+
+    exit_code = 3
 
 
 class TerminatedError(AdalinkError):

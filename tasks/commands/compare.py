@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from adalink.errors import ConfigError, DataError
+from adalink.errors import ConfigError, DataError, ScoreError
 from tasks.commands import Command
 from tasks.commands.score import JSON_HELP, given_arguments
 from tasks.evaluation.compare import (
@@ -22,6 +22,7 @@ from tasks.evaluation.compare import (
     difference_lines,
     write_pairs,
 )
+from tasks.evaluation.flip_rates import check_limit
 from tasks.metrics.bootstrap import Resampling, software
 from tasks.metrics.files import (
     check_questions,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPARE_COCO", "COMPARE_RUNS", "COMPARE_VQA", "RUNS", "compare_coco", "compare_runs", "compare_vqa"]
 
+_LIMIT_HELP = "exit code 3 where the negative flip rate is surely above this share, by the lower end of its interval: 0.02 for two items of a hundred"
 _MOST_CARDS = 24  # images of each direction on the page, about half a megabyte together
 
 
@@ -51,6 +53,7 @@ def compare_runs(
     scorer: VqaScorer | None = None,
     resamples: int = 1000,
     right_from: float | None = None,
+    margin: float = 0.0,
     items: Path | None = None,
     report: Path | None = None,
 ) -> Comparison:
@@ -62,29 +65,72 @@ def compare_runs(
         scorer: The VQA accuracy of both; by default the one that both runs chose.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         right_from: The metric from which on an item counts as right; in percent; by default a CIDEr of 100, an accuracy of 50.
+        margin: How much an item must lose to be counted as losing; in percent of its metric.
         items: A file to write both metrics of each item to, as JSON.
         report: The page; by default comparison.html in the second folder.
     """
     from tasks.evaluation.compare import read_run
     from tasks.report.compare_pages import write_flip_page
-    from tasks.vqa import graded_question
 
     runs = read_run(before), read_run(after)
     asked = _same_items(*runs)
-    resampling = Resampling(n_resamples=resamples)
-    if runs[0].task == "captioning":
-        references = {item: one.people for item, one in asked.items()}
-        limit = CAPTION_IS_RIGHT if right_from is None else right_from
-        comparison = compare_captions(runs[0].texts, runs[1].texts, references, resampling=resampling, right_from=limit)
-    else:
-        graded = [graded_question(one.question) for one in asked.values() if one.question is not None]
-        limit = ANSWER_IS_RIGHT if right_from is None else right_from
-        chosen = _scorer(runs, scorer)
-        comparison = compare_answers(runs[0].texts, runs[1].texts, graded, scorer=chosen, resampling=resampling, right_from=limit)
+    comparison = _comparison(*runs, asked, scorer, Resampling(n_resamples=resamples), right_from, margin)
     if items is not None:
         write_pairs(items, comparison)
     write_flip_page(_page(comparison, before, after, asked), report or after / "comparison.html")
     return comparison
+
+
+def _comparison(
+    first: SavedRun, second: SavedRun, asked: Mapping[int, Asked], scorer: VqaScorer | None, resampling: Resampling, right_from: float | None, margin: float
+) -> Comparison:
+    from tasks.evaluation.compare import graded_questions
+
+    limit = _limit(first, right_from)
+    if first.task == "captioning":
+        references = {item: one.people for item, one in asked.items()}
+        return compare_captions(first.texts, second.texts, references, resampling=resampling, right_from=limit, margin=margin)
+    chosen, graded = _scorer((first, second), scorer), graded_questions(asked)
+    return compare_answers(first.texts, second.texts, graded, scorer=chosen, resampling=resampling, right_from=limit, margin=margin)
+
+
+def _limit(run: SavedRun, right_from: float | None) -> float:
+    if right_from is not None:
+        return right_from
+    return CAPTION_IS_RIGHT if run.task == "captioning" else ANSWER_IS_RIGHT
+
+
+def nfr_of_many(
+    folders: Sequence[Path], *, scorer: VqaScorer | None = None, right_from: float | None = None, margin: float = 0.0, resamples: int = 1000,
+    most_negative: float | None = None, by_estimate: bool = False,
+) -> list[list[float]]:
+    """Negative flip rates of several runs on the same items: row before, column after.
+
+    most_negative: judges every later run beside the first (see `FlipRates.check`). Raises DataError for runs on other items.
+    """
+    from tasks.evaluation.compare import read_run, right_items
+    from tasks.evaluation.flip_rates import nfr_matrix
+
+    runs = [read_run(folder) for folder in folders]
+    asked = _same_items(runs[0], runs[1])
+    for run in runs[2:]:
+        _same_items(runs[0], run)
+    chosen: VqaScorer = "official" if runs[0].task == "captioning" else _scorer(runs, scorer)
+    limit = _limit(runs[0], right_from)
+    for run in runs[1:] if most_negative is not None else ():
+        found = _comparison(runs[0], run, asked, scorer, Resampling(n_resamples=resamples), right_from, margin)
+        _checked(found, most_negative, by_estimate, f"{run.folder}: ")
+    return nfr_matrix([right_items(run, asked, chosen, limit) for run in runs], len(asked))
+
+
+def _checked(comparison: Comparison, most_negative: float | None, by_estimate: bool, where: str = "") -> None:
+    """Raise ScoreError where more items flipped than a command was asked to allow."""
+    if most_negative is None:
+        return
+    try:
+        comparison.rates.check(most_negative, by_estimate=by_estimate)
+    except ScoreError as error:
+        raise ScoreError(f"{where}{error}") from None
 
 
 def compare_coco(
@@ -95,6 +141,7 @@ def compare_coco(
     split: str | None = None,
     resamples: int = 1000,
     right_from: float = CAPTION_IS_RIGHT,
+    margin: float = 0.0,
     items: Path | None = None,
 ) -> Comparison:
     """Compare the captions of two runs: every metric with a paired interval of its difference, and the images that changed sides.
@@ -106,6 +153,7 @@ def compare_coco(
         split: The part of Karpathy's file that was captioned, such as test.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         right_from: The CIDEr in percent from which on an image counts as right.
+        margin: How much CIDEr an image must lose to be counted as losing; in percent.
         items: A file to write both metrics of each image to, as JSON.
     """
     expected = read_references(references, split)
@@ -113,7 +161,7 @@ def compare_coco(
     for path, given in runs.items():
         check_split(given, expected, path, references)
     comparison = compare_captions(
-        runs[before], runs[after], expected, resampling=Resampling(n_resamples=resamples), right_from=right_from
+        runs[before], runs[after], expected, resampling=Resampling(n_resamples=resamples), right_from=right_from, margin=margin
     )
     comparison = replace(comparison, notes=[note for path, given in runs.items() for note in empty_captions(given, path)])
     if items is not None:
@@ -129,6 +177,7 @@ def compare_vqa(
     scorer: VqaScorer = "official",
     resamples: int = 1000,
     right_from: float = ANSWER_IS_RIGHT,
+    margin: float = 0.0,
     items: Path | None = None,
 ) -> Comparison:
     """Compare the answers of two runs: every accuracy with a paired interval of its difference, and the questions that changed sides.
@@ -140,6 +189,7 @@ def compare_vqa(
         scorer: official normalises answers only where people disagree, as the official script does; normalized does so always; others: see score vqa.
         resamples: Draws for the bootstrap intervals; 0 leaves them out.
         right_from: The accuracy in percent from which on a question counts as right.
+        margin: How much accuracy a question must lose to be counted as losing; in percent.
         items: A file to write both metrics of each question to, as JSON.
     """
     graded = read_graded_questions(annotations)
@@ -147,7 +197,7 @@ def compare_vqa(
     for path, given in runs.items():
         check_questions(given, [question.question_id for question in graded], path, annotations)
     comparison = compare_answers(
-        runs[before], runs[after], graded, scorer=scorer, resampling=Resampling(n_resamples=resamples), right_from=right_from
+        runs[before], runs[after], graded, scorer=scorer, resampling=Resampling(n_resamples=resamples), right_from=right_from, margin=margin
     )
     if items is not None:
         write_pairs(items, comparison)
@@ -207,6 +257,8 @@ def _page(comparison: Comparison, before: Path, after: Path, asked: Mapping[int,
             for row in displayed
         ],
         n_hidden_rows=hidden,
+        tables=comparison.rates.tables(),
+        notes=comparison.rates.sentences(),
         sections=[
             FlipSection(name="Right to wrong", tone="bad", n_changed=len(lost), cards=list(_cards(lost[:_MOST_CARDS], asked))),
             FlipSection(name="Wrong to right", tone="good", n_changed=len(gained), cards=list(_cards(gained[:_MOST_CARDS], asked))),
@@ -241,21 +293,34 @@ def _add_compared_runs(parser: Any) -> None:
     parser.add_argument("after", type=Path, metavar="RUN_B", help="the run folder of the second run, on the same data")
     parser.add_argument("more", type=Path, nargs="*", default=[], metavar="RUN_C", help="more runs: a table of all, and their curves over each other")
     parser.add_function_arguments(compare_runs, skip={"before", "after"})
-    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    _add_limit(parser)
 
 
 def _compare_runs(values: Any, plain: Any) -> None:
     """Print how run folders differ, and where the page is: of two with the images that changed sides, of more with their curves."""
+    report = values.report or (values.more or [values.after])[-1] / "comparison.html"
+    at_end = "" if values.json else f"report: {report}"
+    if values.more:
+        _print_many([values.before, values.after, *values.more], report, values, at_end)
+    else:
+        _print(compare_runs, values, at_end)
+
+
+def _print_many(folders: Sequence[Path], report: Path, values: Any, at_end: str) -> None:
     from tasks.runs.table import compare_many, many_json, many_table
 
-    report = values.report or (values.more or [values.after])[-1] / "comparison.html"
-    if values.more:
-        runs = compare_many([values.before, values.after, *values.more], report)
-        print(many_json(runs) if values.json else many_table(runs))
-    else:
-        _print(compare_runs, values)
-    if not values.json:
-        print(f"report: {report}")
+    options = {name: getattr(values, name) for name in ("scorer", "right_from", "resamples", "by_estimate")}
+    matrix, why = None, ""
+    try:
+        matrix = nfr_of_many(folders, **options)
+    except (ConfigError, DataError) as error:
+        why = f"no flips between these runs: {error}"
+        if values.most_negative_flips is not None:
+            raise
+    runs = compare_many(folders, report, matrix)
+    print(many_json(runs, matrix) if values.json else "\n".join(filter(None, (many_table(runs, matrix), why, at_end))))
+    if values.most_negative_flips is not None:
+        nfr_of_many(folders, **options, most_negative=values.most_negative_flips)
 
 
 def _list_runs(values: Any, plain: Any) -> None:
@@ -268,15 +333,26 @@ def _add_runs(parser: Any) -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="the folder that holds the run folders")
 
 
-def _print(function: Callable[..., Comparison], values: Any) -> None:
-    comparison = function(**given_arguments(values))
-    print(comparison_json(comparison) if values.json else comparison_table(comparison))
+def _add_limit(parser: Any) -> None:
+    """What is done with the comparison: how it is printed, and the limit that it must not exceed."""
+    parser.add_argument("--most_negative_flips", type=float, metavar="SHARE", help=_LIMIT_HELP)
+    parser.add_argument("--by_estimate", action="store_true", help="judge the negative flip rate itself, not the lower end of its interval")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+
+
+def _print(function: Callable[..., Comparison], values: Any, at_end: str = "") -> None:
+    if values.most_negative_flips is not None:
+        check_limit(values.most_negative_flips)  # before anything is read
+    arguments = {name: value for name, value in given_arguments(values).items() if name not in ("most_negative_flips", "by_estimate")}
+    comparison = function(**arguments)
+    print(comparison_json(comparison) if values.json else "\n".join(filter(None, (comparison_table(comparison), at_end))))
+    _checked(comparison, values.most_negative_flips, values.by_estimate)
 
 
 def _compared(function: Callable[..., Comparison], *examples: str) -> Command:
     def add(parser: Any) -> None:
         parser.add_function_arguments(function)
-        parser.add_argument("--json", action="store_true", help=JSON_HELP)
+        _add_limit(parser)
 
     return Command(add, lambda values, plain: _print(function, values), examples)
 

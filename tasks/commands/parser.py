@@ -58,7 +58,7 @@ class _Parser(ArgumentParser):  # type: ignore[misc]  # untyped here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 is success, 2 something that the user can mend, 130 an interrupt, 143 an end that SIGTERM asked for."""
+    """Run a command; 0 is success, 2 something to mend, 3 a score beyond a given limit, 130 an interrupt, 143 an end that SIGTERM asked for."""
     given = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and worker processes do not mix
     words: list[str] = []
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except AdalinkError as error:
         print(f"adalink: {worker_sentence(str(error))}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("adalink: interrupted", file=sys.stderr)
         return 130

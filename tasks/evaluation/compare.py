@@ -13,6 +13,7 @@ import yaml
 from adalink.errors import DataError
 from adalink.files import write_whole
 from multimodal.sample import Question, Sample, SampleSource
+from tasks.evaluation.flip_rates import FlipRates, Pair, flip_rates
 from tasks.metrics.bootstrap import Interval, Metrics, Resampling, aligned, answer_metrics, caption_metrics, paired_intervals, software
 from tasks.metrics.captions import score_captions
 from tasks.metrics.files import read_answer_results, read_caption_results
@@ -25,12 +26,14 @@ from tasks.metrics.vqa import (
     few_answers_note,
     fitting_scorer,
     named_accuracies,
+    names_of_types,
     score_answers,
 )
 
 __all__ = [
     "ANSWER_IS_RIGHT", "CAPTION_IS_RIGHT", "Asked", "Comparison", "Difference", "Pair", "SavedRun", "asked_items",
-    "compare_answers", "compare_captions", "comparison_json", "comparison_table", "read_run", "difference_lines", "write_pairs",
+    "compare_answers", "compare_captions", "comparison_json", "comparison_table", "difference_lines", "graded_questions", "read_run", "right_items",
+    "write_pairs",
 ]  # fmt: skip
 
 
@@ -60,23 +63,13 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """One item in both runs: the text of each, and its metric (CIDEr or accuracy, in percent)."""
-
-    item: QuestionId
-    said_before: str
-    said_after: str
-    before: float
-    after: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Two runs on the same items.
 
     unit         what an item is: "images" or "questions"
     pairs        every item, in the order of the data set
     differences  every corpus metric, those of types included
+    rates        how many items changed sides, of all and by type, and how far their metrics moved
     right_from   the metric from which on an item counts as right
     scorer       what computed the metrics, with its version
     notes        sentences about what was scored
@@ -85,6 +78,7 @@ class Comparison:
     unit: str
     pairs: Sequence[Pair]
     differences: Sequence[Difference]
+    rates: FlipRates
     right_from: float
     scorer: str
     notes: Sequence[str] = ()
@@ -104,12 +98,12 @@ class Comparison:
     @property
     def negative_flip_rate(self) -> float:
         """Share of all items that were right before and are wrong now (MUSCLE: Echterhoff et al. 2024, arXiv 2407.09435)."""
-        return len(self.right_to_wrong) / len(self.pairs)
+        return self.rates.counts.negative
 
     @property
     def positive_flip_rate(self) -> float:
         """Share of all items that were wrong before and are right now."""
-        return len(self.wrong_to_right) / len(self.pairs)
+        return self.rates.counts.positive
 
 
 def compare_captions(
@@ -119,10 +113,12 @@ def compare_captions(
     *,
     resampling: Resampling | None = None,
     right_from: float = CAPTION_IS_RIGHT,
+    margin: float = 0.0,
 ) -> Comparison:
     """The captions of two runs.
 
     right_from   an image is right from this CIDEr on, in percent
+    margin       CIDEr in percent that an image must lose to be counted as losing
 
     Raises DataError where one of the runs is not for exactly the images of the references.
     """
@@ -130,10 +126,12 @@ def compare_captions(
     items = [{image: 100 * row["CIDEr"] for image, row in run.per_image.items()} for run in scores]
     corpora = [{name: 100 * value for name, value in run.corpus.items()} for run in scores]
     metrics = [caption_metrics(run).chosen(tuple(run.corpus), scale=100) for run in scores]
+    pairs, resampling = _pairs(before, after, items[0], items[1]), resampling or Resampling()
     return Comparison(
         unit="images",
-        pairs=_pairs(before, after, items[0], items[1]),
-        differences=_differences(corpora, metrics, resampling or Resampling()),
+        pairs=pairs,
+        differences=_differences(corpora, metrics, resampling),
+        rates=flip_rates(pairs, right_from, margin=margin, resampling=resampling),
         right_from=right_from,
         scorer=scores[0].scorer,
     )
@@ -147,11 +145,13 @@ def compare_answers(
     scorer: VqaScorer = "official",
     resampling: Resampling | None = None,
     right_from: float = ANSWER_IS_RIGHT,
+    margin: float = 0.0,
 ) -> Comparison:
     """The answers of two runs.
 
     scorer       gives way to `exact` where most of the questions have too few answers for it
     right_from   a question is right from this accuracy on, in percent
+    margin       accuracy in percent that a question must lose to be counted as losing
 
     Raises DataError where one of the runs does not answer exactly these questions.
     """
@@ -159,14 +159,37 @@ def compare_answers(
     scores = score_answers(before, questions, fitting), score_answers(after, questions, fitting)
     stated = cast("Mapping[QuestionId, str]", before), cast("Mapping[QuestionId, str]", after)
     metrics = [answer_metrics(run, questions) for run in scores]
+    pairs, resampling = _pairs(stated[0], stated[1], scores[0].per_question, scores[1].per_question), resampling or Resampling()
+    corpora = [named_accuracies(run) for run in scores]
+    types = {question.question_id: names_of_types(question) for question in questions}
     return Comparison(
         unit="questions",
-        pairs=_pairs(stated[0], stated[1], scores[0].per_question, scores[1].per_question),
-        differences=_differences([named_accuracies(run) for run in scores], metrics, resampling or Resampling()),
+        pairs=pairs,
+        differences=_differences(corpora, metrics, resampling),
+        rates=flip_rates(
+            pairs, right_from, types=[[name for name in types[pair.item] if name in corpora[0]] for pair in pairs], margin=margin, resampling=resampling
+        ),
         right_from=right_from,
         scorer=scores[0].scorer,
         notes=few_answers_note(scorer, questions),
     )
+
+
+def right_items(run: SavedRun, asked: Mapping[int, Asked], scorer: VqaScorer, right_from: float) -> frozenset[QuestionId]:
+    """The items that a run has right, from this metric on; scorer: of answers. asked: see `asked_items`."""
+    if run.task == "captioning":
+        per_image = score_captions(run.texts, {item: one.people for item, one in asked.items()}).per_image
+        return frozenset(item for item, row in per_image.items() if 100 * row["CIDEr"] >= right_from)
+    graded = graded_questions(asked)
+    per_question = score_answers(run.texts, graded, fitting_scorer(scorer, graded)).per_question
+    return frozenset(item for item, value in per_question.items() if value >= right_from)
+
+
+def graded_questions(asked: Mapping[int, Asked]) -> list[GradedQuestion]:
+    """The questions that a run answered, as the scorers take them."""
+    from tasks.vqa import graded_question  # late: what only compares files needs no task
+
+    return [graded_question(one.question) for one in asked.values() if one.question is not None]
 
 
 def _differences(corpora: Sequence[Mapping[str, float]], metrics: Sequence[Metrics], resampling: Resampling) -> list[Difference]:
@@ -208,6 +231,7 @@ def comparison_table(comparison: Comparison) -> str:
     ]
     if hidden:
         lines.append(f"and {hidden} question types that changed less")
+    lines += comparison.rates.lines()
     lines += _flip_lines(comparison, "right to wrong", comparison.right_to_wrong, comparison.negative_flip_rate, "negative")
     lines += _flip_lines(comparison, "wrong to right", comparison.wrong_to_right, comparison.positive_flip_rate, "positive")
     return "\n".join(lines)
@@ -243,6 +267,7 @@ def comparison_json(comparison: Comparison) -> str:
         "right_from": comparison.right_from,
         "negative_flip_rate": comparison.negative_flip_rate,
         "positive_flip_rate": comparison.positive_flip_rate,
+        "flips": comparison.rates.document(),
         "right_to_wrong": [vars(pair) for pair in comparison.right_to_wrong],
         "wrong_to_right": [vars(pair) for pair in comparison.wrong_to_right],
     }

@@ -13,7 +13,7 @@ from adalink.errors import ConfigError, DataError
 
 __all__ = [
     "HEADLINES", "VQA_SCORERS", "AnswerScores", "GradedQuestion", "Predictions", "QuestionId", "VqaScorer", "clean", "few_answers_note",
-    "fitting_scorer", "has_few_answers", "named_accuracies", "normalize", "refuse", "refuse_repeated", "score_answers",
+    "fitting_scorer", "has_few_answers", "named_accuracies", "names_of_types", "normalize", "refuse", "refuse_repeated", "score_answers",
 ]  # fmt: skip
 
 
@@ -163,6 +163,11 @@ def named_accuracies(scores: AnswerScores) -> dict[str, float]:
         if set(by_type) != {""}:
             metrics |= {f"{kind}: {name or '(none)'}": value for name, value in by_type.items()}
     return metrics
+
+
+def names_of_types(question: GradedQuestion) -> tuple[str, str]:
+    """The metrics of `named_accuracies` that a question is of, beside "overall"; of a data set without types there are no such metrics."""
+    return f"answer type: {question.answer_type or '(none)'}", f"question type: {question.question_type or '(none)'}"
 
 
 def has_few_answers(question: GradedQuestion) -> bool:

@@ -75,6 +75,8 @@ class FlipPage:
     rows: Sequence[DifferenceRow]
     n_hidden_rows: int  # question types left out of the table
     sections: Sequence[FlipSection]
+    tables: Sequence[Sequence[Sequence[str]]] = ()  # of flips: rows of cells, the first with the names of the columns
+    notes: Sequence[str] = ()  # sentences below them
 
 
 def write_flip_page(page: FlipPage, path: Path) -> None:
@@ -113,12 +115,12 @@ class Series:
 class RunsPage:
     """Everything on the page.
 
-    tables   rows of cells, the first with the names of the columns; one without other rows is left out
+    tables   by title, rows of cells, the first with the names of the columns; one without other rows is left out
     series   curve -> one for each run, in the order of the runs
     """
 
     title: str
-    tables: Sequence[Sequence[Sequence[str]]]
+    tables: Mapping[str, Sequence[Sequence[str]]]
     series: Mapping[str, Sequence[Series]]
     software: str
 

@@ -91,27 +91,33 @@ def listed_runs(*, folder: Path) -> None:
     print("\n".join(aligned(rows)))
 
 
-def compare_many(folders: Sequence[Path], report: Path) -> list[RunSummary]:
-    """The runs, and a page with their table, the settings that differ, and their curves laid over each other."""
+Matrix = Sequence[Sequence[float]]  # negative flip rates as shares: row before, column after
+
+
+def compare_many(folders: Sequence[Path], report: Path, matrix: Matrix | None = None) -> list[RunSummary]:
+    """The runs, and a page with their table, the settings that differ, the flips between them, and their curves laid over each other."""
     runs = [read_summary(folder) for folder in folders]
     names = _names(runs)
     keys = list(dict.fromkeys(key for run in runs for key in run.curves))
     series = {key: [Series(name=name, points=run.curves.get(key, ())) for name, run in zip(names, runs, strict=True)] for key in keys}
-    page = RunsPage(title=f"{len(runs)} runs compared", tables=[_cells(runs, names), _differing(runs, names)], series=series, software=software())
+    tables = {"Metrics, in percent": _cells(runs, names), "Settings that differ": _differing(runs, names)}
+    tables |= {"Negative flips": _flip_cells(names, matrix)}
+    page = RunsPage(title=f"{len(runs)} runs compared", tables=tables, series=series, software=software())
     write_runs_page(page, report)
     return runs
 
 
-def many_table(runs: Sequence[RunSummary]) -> str:
-    """Lines for the screen: a row for each run with all metrics, then the settings that differ, a row each."""
+def many_table(runs: Sequence[RunSummary], matrix: Matrix | None = None) -> str:
+    """Lines for the screen: a row for each run with all metrics, then the settings that differ, a row each, then the flips between runs."""
     names = _names(runs)
     lines = aligned(_cells(runs, names))
     differing = _differing(runs, names)
-    return "\n".join([*lines, "", *(aligned(differing) if len(differing) > 1 else ["no setting differs"])])
+    between = [] if matrix is None else ["", *aligned(_flip_cells(names, matrix))]
+    return "\n".join([*lines, "", *(aligned(differing) if len(differing) > 1 else ["no setting differs"]), *between])
 
 
-def many_json(runs: Sequence[RunSummary]) -> str:
-    """One object for each run: folder, task, metrics, items, parameters, seconds, and the settings that differ."""
+def many_json(runs: Sequence[RunSummary], matrix: Matrix | None = None) -> str:
+    """One object for each run: folder, task, metrics, items, parameters, seconds, and the settings that differ; then the flips between runs."""
     differing = _differing_names(runs)
     rows = [
         {
@@ -120,7 +126,7 @@ def many_json(runs: Sequence[RunSummary]) -> str:
         }
         for run in runs
     ]  # fmt: skip
-    return json.dumps({"software": software(), "runs": rows}, indent=2)
+    return json.dumps({"software": software(), "runs": rows, "negative_flip_rates": matrix}, indent=2)
 
 
 def _names(runs: Sequence[RunSummary]) -> list[str]:
@@ -137,6 +143,14 @@ def _cells(runs: Sequence[RunSummary], names: Sequence[str]) -> list[tuple[str, 
         for name, run in zip(names, runs, strict=True)
     ]
     return [head, *rows]
+
+
+def _flip_cells(names: Sequence[str], matrix: Matrix | None) -> list[tuple[str, ...]]:
+    """Negative flip rates in percent; the column is the run after."""
+    if matrix is None:
+        return []
+    rows = [(name, *("-" if i == j else f"{100 * rate:.2f}" for j, rate in enumerate(row))) for i, (name, row) in enumerate(zip(names, matrix, strict=True))]
+    return [("negative flips, in percent: before", *(f"after: {name}" for name in names)), *rows]
 
 
 def _differing_names(runs: Sequence[RunSummary]) -> list[str]:

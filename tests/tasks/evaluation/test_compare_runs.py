@@ -147,3 +147,33 @@ def test_the_page_is_the_same_for_the_same_flips_and_escapes_what_it_shows() -> 
     assert "<script" not in html
     assert "no image was saved" in html
     assert "References" in html
+
+
+def test_more_runs_have_a_table_of_flips_and_a_limit_beside_the_first(tmp_path: Path, answers: dict[int, str]) -> None:
+    items = list(answers)
+    runs = {"old": answers, "new": {**answers, items[0]: "x"}, "newer": {**answers, items[0]: "x", items[1]: "y"}}
+    folders = [run_folder(tmp_path / name, texts) for name, texts in runs.items()]
+    for folder in folders:
+        whole = {"headline": "overall", "rows": {}, "items": len(items), "trained_parameters": {}, "seconds_to_generate": 1.0}
+        (folder / "metrics.json").write_text(json.dumps({"task": "vqa", **whole}))
+    one, two = 1 / len(items), 2 / len(items)
+    done = adalink("compare", *folders, "--resamples", "20")
+    assert re.search(rf"^new +0.00 +- +{100 * one:.2f}$", done.out, re.MULTILINE), done
+    assert json.loads(adalink("compare", *folders, "--json").out)["negative_flip_rates"] == [[0, one, two], [0, 0, one], [0, 0, 0]]
+    assert ">Negative flips<" in (folders[2] / "comparison.html").read_text()
+    limited = adalink("compare", *folders, "--resamples", "20", "--most-negative-flips", str(1.5 * one), "--by_estimate")
+    assert (limited.code, limited.err.startswith(f"adalink: {folders[2]}: 2 of {len(items)} items went")) == (3, True)
+    other = run_folder(tmp_path / "other", dict(list(answers.items())[:-1]))
+    (other / "metrics.json").write_text((folders[0] / "metrics.json").read_text())
+    assert "no flips between these runs: 1 items of" in adalink("compare", *folders[:2], other).out
+    assert "1 items of" in refused(adalink("compare", *folders[:2], other, "--most-negative-flips", "0.5"))
+
+
+def test_a_limit_ends_with_exit_code_3_once_the_page_is_written(tmp_path: Path, answers: dict[int, str]) -> None:
+    first, second = run_folder(tmp_path / "a", answers), run_folder(tmp_path / "b", dict.fromkeys(answers, "x"))
+    done = compare(first, second, "--most-negative-flips", "0.5")
+    assert done.code == 3
+    assert f"report: {second / 'comparison.html'}" in done.out
+    page = (second / "comparison.html").read_text()
+    assert "wrong in both, other words" in page
+    assert "right to wrong, or wrong with other words" in page
