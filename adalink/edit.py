@@ -18,8 +18,8 @@ from adalink.errors import AttachError, ConfigError
 from adalink.tokens import DOMAIN_NAMES, N_DOMAINS, PERCEPT, PREFIX, Tokens
 
 __all__ = [
-    "COPIES", "EMBEDDING", "Adapter", "Edit", "Joint", "Method", "Placement", "Port", "Slots", "execution_device", "joins", "tied_names",
-    "weight_of",
+    "COPIES", "EMBEDDING", "Adapter", "Edit", "FrozenModule", "Joint", "Method", "Placement", "Port", "ReadsFrozen", "Slots", "execution_device",
+    "joins", "read_frozen", "tied_names", "weight_of",
 ]  # fmt: skip
 
 
@@ -130,6 +130,34 @@ class Joint(Protocol):
 def joins(edit: object, other: object) -> bool:
     """Whether two edits can be made at once."""
     return isinstance(edit, Joint) and edit.joins(other)
+
+
+@runtime_checkable
+class ReadsFrozen(Protocol):
+    """An edit, or a part of one, that computes with the weights of the frozen module at its port."""
+
+    def read_frozen(self, module: nn.Module, name: str) -> None:
+        """Take the module when it is attached. name: its path in the stack. Raises AttachError where its weights cannot be used."""
+
+
+def read_frozen(placement: Placement, module: nn.Module) -> None:
+    """Give the frozen module at a placement's port to the parts of its edit that read it. Raises AttachError."""
+    for part in placement.edit.modules():
+        if isinstance(part, ReadsFrozen):
+            part.read_frozen(module, placement.port.module)
+
+
+class FrozenModule:
+    """A frozen module that an edit reads and does not own: it is in no state dict, and copies of the edit refer to the same one."""
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenModule:
+        return FrozenModule(memo.get(id(self.module), self.module))
+
+    def __reduce__(self) -> tuple[type[FrozenModule], tuple[()]]:
+        return FrozenModule, ()  # another process attaches it anew
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from adalink.methods.bitfit import BitFit
 from adalink.methods.bottleneck import Bottleneck
 from adalink.methods.bridge import Bridge
 from adalink.methods.epalm import EPALM
+from adalink.methods.hira import HiRA
 from adalink.methods.ia3 import IA3
 from adalink.methods.lora import LoRA
 from adalink.methods.prefix import Prefix
@@ -26,7 +27,7 @@ from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT
 __all__ = [
     "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT",
     "AdaLink", "AdalinkError", "AdaptedModel", "Adapter", "Anatomy", "AttachError", "Attachment", "BaseSettings", "BitFit", "Bottleneck", "Bridge",
-    "BudgetError", "CheckpointError", "ConfigError", "DataError", "Edit", "FrozenPart", "Gated", "InputSpec", "LoRA", "Method", "Placement", "Port",
+    "BudgetError", "CheckpointError", "ConfigError", "DataError", "Edit", "FrozenPart", "Gated", "HiRA", "InputSpec", "LoRA", "Method", "Placement", "Port",
     "Precision", "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint", "from_peft",
     "get_adalink_model", "read_vision", "to_peft",
 ]  # fmt: skip

@@ -34,6 +34,7 @@ from adalink import (
     Bottleneck,
     Bridge,
     Gated,
+    HiRA,
     LoRA,
     Placement,
     Port,
@@ -94,17 +95,18 @@ METHODS_UNDER_TEST = {
     "unipelt_ap": {"unipelt": UniPELT(variant="AP", bottleneck=4, prefix_length=2, prefix_form="table", prefix_init_std=0.5)},
     "unipelt_apl": {"unipelt": UniPELT(variant="APL", bottleneck=4, prefix_length=2, prefix_hidden=6, lora_rank=2)},
     "ia3": {"ia3": IA3(groups={"image": ("image",), "shared": ("image", "text")})},
+    "hira": {"hira": HiRA(groups={"image": ("image",), "shared": ("image", "text")}, rank=2)},
     "all_at_once": {
         "adalink": AdaLink(rank=4, modalities=("text", "image")), "bridge": Bridge(kind="mlp"), "prompt": Prompt(length=2, init_std=0.5), "deep": DeepShift(),
         "epalm": EPALM(layers=(1, 2), n_taps=1, connector="shared"),
     },
 }  # fmt: skip
 pytestmark = pytest.mark.long
-IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep", "lora", "lora_query_value", "bitfit", "ia3", "gated_adalink")
+IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep", "lora", "lora_query_value", "bitfit", "ia3", "hira", "gated_adalink")
 # A graph takes seconds, of LoRA on every linear fifteen. These four have every kind of edit: UniPELT gates a bottleneck, a prefix and LoRA, and BitFit's
 # edit is that of `deep`. Each method alone is slow, and there the backward pass is made a graph as well.
 COMPILED = (("all_at_once", "eager"), ("epalm_leaks", "aot_eager"), ("unipelt_apl", "eager"), ("ia3", "eager"))
-COMPILED_ALONE = ("adalink", "bitfit", "bottleneck", "epalm", "gated_adalink", "ia3", "lora", "prefix_mlp", "unipelt_apl")
+COMPILED_ALONE = ("adalink", "bitfit", "bottleneck", "epalm", "gated_adalink", "hira", "ia3", "lora", "prefix_mlp", "unipelt_apl")
 HALF = {torch.bfloat16: (0.015, 0.04), torch.float16: (0.002, 0.02)}  # how far logits and gradients may be off, as shares of their norms
 T5_HALF = {torch.bfloat16: (0.015, 0.2), torch.float16: (0.002, 0.1)}  # its attention has no scale: of random weights it is all but a choice of one
 HARD = ("all_at_once", "epalm_late", "lora_query_value")  # every port at once; rows that read each other; linears that one weight holds together

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adalink.anatomy import Anatomy
 from adalink.attachment.slots import HideKeys, check_attention, check_reach
-from adalink.edit import EMBEDDING, Adapter, Joint, Placement, Port, joins
+from adalink.edit import EMBEDDING, Adapter, Joint, Placement, Port, joins, read_frozen
 from adalink.errors import AttachError
 from adalink.tokens import BASE_ROW, PREFIX, TokenMap, Tokens
 
@@ -436,6 +436,7 @@ def by_port(model: nn.Module, stack: nn.Module, adapters: Mapping[int, Adapter])
                 check_reach(stack)
             if placement.port.side == "mask":
                 check_attention(stack)
+            read_frozen(placement, stack.get_submodule(placement.port.module))
             at[placement.port].append((index, placement))
     return {port: sorted(placed, key=lambda item: isinstance(item[1].edit, HideKeys) or item[1].domains == (PREFIX,)) for port, placed in at.items()}
 

@@ -217,5 +217,5 @@ def _refuse_shaped(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if any(isinstance(value, Tensor | tuple | list) for value in (*args[1:], *kwargs.values()) if value is not None):
         raise AttachError(
             f"{type(layer).__name__} is given masks or positions for its tokens, and slots have none: "
-            "use an edit without slots (AdaLink, LoRA, BitFit, IA3)"
+            "use an edit without slots (AdaLink, LoRA, HiRA, BitFit, IA3)"
         )

@@ -1,4 +1,4 @@
-"""LoRA folders of the peft library: read one as a LoRA on every token, or write such a LoRA for peft to load.
+"""LoRA and HiRA folders of the peft library: read one as the same method on every token, or write such an adapter for peft to load.
 
     adapter = from_peft("their-lora", model)        # attach(model, adapter), or, with its copies of modules (a classifier's head):
     model.add_adapter(name, adapter.methods, modules_to_save=tuple(adapter.copies)).load_state_dict(adapter.state_dict())
@@ -25,6 +25,7 @@ from adalink.checkpoint.folder import CONFIG_FILE, PEFT_CONFIG_FILE, WEIGHTS_FIL
 from adalink.edit import Adapter, Placement
 from adalink.errors import CheckpointError, ConfigError
 from adalink.files import write_whole
+from adalink.methods.hira import Hadamard, HiRA
 from adalink.methods.lora import LoRA, LowRank
 from adalink.methods.targets import DOMAINS
 
@@ -64,16 +65,17 @@ READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_
 SILENT = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
+    "hira_dropout", "init_weights",
 }  # fmt: skip
 STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others (PiSSA, OLoRA, CorDA, LoftQ) start by changing the frozen weights
-TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.(weight|bias)")
+TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_([AB])\.(weight|bias)|hira_([AB]))")
 Tensors = Mapping[str, Mapping[str, Tensor]]  # linear -> `A.weight`, `B.weight`, `B.bias`
 
 
 def from_peft(folder: str | Path, model: nn.Module) -> Adapter:
-    """A peft LoRA as an adapter for every token of the model. One LoRA method for each rank and alpha that occurs.
+    """A LoRA or HiRA of peft as an adapter for every token of the model. One method for each rank and alpha that occurs.
 
-    model: the frozen model, of the class that the LoRA was trained on. Its modules may have had other names then: those that transformers
+    model: the frozen model, of the class that it was trained on. Its modules may have had other names then: those that transformers
     knows are read. Its dropout, which acts in peft's training alone, is not taken over.
     Raises CheckpointError for a damaged folder, for what has no counterpart here (DoRA, trained copies of modules, ...), and for linears
     outside the layers that adapters reach (the head; the decoder of an encoder-decoder model).
@@ -85,13 +87,12 @@ def from_peft(folder: str | Path, model: nn.Module) -> Adapter:
     alike: dict[tuple[int, float, bool], list[str]] = defaultdict(list)
     for linear, parts in tensors.items():
         names = (f"{anatomy.stack}.{linear}".lstrip("."), written[linear])
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, names, config["lora_alpha"])
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, names, config.get("lora_alpha", 0))
         alike[len(parts["A.weight"]), alpha, "B.bias" in parts].append(linear)
+    scaling: Any = "rank_stabilized" if config.get("use_rslora") else "standard"
     methods = {
-        f"lora{i or ''}": LoRA(
-            groups={"all": ("all",)}, rank=rank, alpha=alpha, bias="all" if bias else "none", targets=_short(anatomy, linears),
-            scaling="rank_stabilized" if config.get("use_rslora") else "standard",
-        )
+        f"{config['peft_type'].lower()}{i or ''}": HiRA(rank=rank, targets=_short(anatomy, linears)) if config["peft_type"] == "HIRA"
+        else LoRA(rank=rank, alpha=alpha, bias="all" if bias else "none", targets=_short(anatomy, linears), scaling=scaling)
         for i, ((rank, alpha, bias), linears) in enumerate(alike.items())
     }  # fmt: skip
     dtypes = {value.dtype for parts in tensors.values() for value in parts.values()}
@@ -103,28 +104,33 @@ def from_peft(folder: str | Path, model: nn.Module) -> Adapter:
 
 
 def to_peft(adapter: Adapter, model: nn.Module, folder: str | Path) -> None:
-    """Write a LoRA on every token as a folder that peft loads. Ranks and scales may differ from linear to linear.
+    """Write a LoRA or a HiRA on every token as a folder that peft loads. Ranks and scales may differ from linear to linear.
 
     Raises ConfigError for an adapter that holds anything else, since peft knows no token domains.
     """
     stack = Anatomy.read(model).stack
-    edits = {f"{stack}.{placement.port.module}".lstrip("."): _low_rank(placement) for placement in adapter.placements}
-    if len(edits) < len(adapter.placements):
-        raise ConfigError("peft has one LoRA for each linear, and this adapter has two groups on one: export an adapter with one group")
-    first = next(iter(edits.values()))
-    r, alpha, has_bias = len(first.down.weight), first.scale * len(first.down.weight), any(edit.bias is not None for edit in edits.values())
-    alphas = {name: edit.scale * len(edit.down.weight) for name, edit in edits.items()}
+    edits = {f"{stack}.{placement.port.module}".lstrip("."): _for_peft(placement) for placement in adapter.placements}
+    if len(edits) < len(adapter.placements) or len({type(edit) for edit in edits.values()}) > 1:
+        raise ConfigError("peft has one LoRA or HiRA for each linear, and this adapter has two groups on one, or both: export an adapter with one group")
+    low_rank = {name: edit for name, edit in edits.items() if isinstance(edit, LowRank)}
+    ranks = {name: len(edit.down.weight) for name, edit in edits.items()}
+    r = next(iter(ranks.values())) if low_rank else max(ranks.values())  # peft gives every linear of a HiRA one rank: zeros fill it
+    has_bias, alphas = any(edit.bias is not None for edit in low_rank.values()), {name: edit.scale * len(edit.down.weight) for name, edit in low_rank.items()}
+    prefix, suffix = ("lora_", ".weight") if low_rank else ("hira_", "")
     tensors: dict[str, Tensor] = {}
     for name, edit in edits.items():
-        key = f"base_model.model.{name}.lora_"
-        tensors |= {f"{key}A.weight": edit.down.weight, f"{key}B.weight": edit.up.weight}
-        if has_bias:  # peft scales it
+        key = f"base_model.model.{name}.{prefix}"
+        fill = 0 if low_rank else r - ranks[name]
+        tensors |= {f"{key}A{suffix}": nn.functional.pad(edit.down.weight, (0, 0, 0, fill)), f"{key}B{suffix}": nn.functional.pad(edit.up.weight, (0, fill))}
+        if has_bias and isinstance(edit, LowRank):  # peft scales it
             tensors[f"{key}B.bias"] = torch.zeros(edit.target.width) if edit.bias is None else edit.bias / edit.scale
+    alpha = next(iter(alphas.values()), 0.0)
     write_peft(
-        folder, adapter, model, tensors, r=r, lora_alpha=alpha, lora_bias=has_bias, target_modules=list(edits),
+        folder, adapter, model, tensors, r=r, target_modules=list(edits),
         fan_in_fan_out=any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in edits),
-        rank_pattern={name: len(edit.down.weight) for name, edit in edits.items() if len(edit.down.weight) != r},
-        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != r} if low_rank else {},
+        **({"lora_alpha": alpha, "lora_bias": has_bias, "alpha_pattern": {name: one for name, one in alphas.items() if one != alpha}} if low_rank
+           else {"peft_type": "HIRA"}),
     )  # fmt: skip
 
 
@@ -137,7 +143,7 @@ def write_peft(folder: str | Path, adapter: Adapter, model: nn.Module, tensors: 
     name = getattr(getattr(model, "config", None), "name_or_path", "") or None
     config = {
         "peft_type": "LORA", "task_type": _task_type(model), "inference_mode": True, "modules_to_save": list(adapter.copies) or None,
-        "base_model_name_or_path": name, "lora_dropout": 0.0, "bias": "none", **settings,
+        "base_model_name_or_path": name, **({} if "peft_type" in settings else {"lora_dropout": 0.0, "bias": "none"}), **settings,
     }  # fmt: skip
     path = Path(folder)
     if (path / CONFIG_FILE).exists():
@@ -161,20 +167,22 @@ def _task_type(model: nn.Module) -> str | None:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / PEFT_CONFIG_FILE
     try:
-        config = json.loads(path.read_text())
+        config: Any = json.loads(path.read_text())
     except OSError:
         advice = ", and is an adapter of this package: load it with AdaptedModel.from_pretrained" if (folder / CONFIG_FILE).is_file() else ""
         raise CheckpointError(f"{folder} is no peft folder: it has no {PEFT_CONFIG_FILE} that can be read{advice}") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): was it cut off?") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not isinstance(config.get("lora_alpha"), int | float):
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise CheckpointError(f"{path} is of the peft type {kind!r}, and only a LORA with its lora_alpha can be read")
+    config = config if isinstance(config, dict) else {}
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "HIRA") or (kind == "LORA" and not isinstance(config.get("lora_alpha"), int | float)):
+        raise CheckpointError(f"{path} is of the peft type {kind!r}, and only a LORA with its lora_alpha, or a HIRA, can be read")
     if config.get("init_lora_weights", True) not in STARTS:
         raise CheckpointError(f"{path} has init_lora_weights {config['init_lora_weights']!r}, which changes the frozen weights: convert it with peft first")
     other = {name for name, value in config.items() if value and name not in READ | SILENT | {"init_lora_weights"} and (name, value) != ("bias", "none")}
     if other:
-        raise CheckpointError(f"{path} uses {', '.join(sorted(other))} of peft, which a LoRA here does not have: its results would not be the same")
+        named = f"{path} uses {', '.join(sorted(other))} of peft, which a {'LoRA' if kind == 'LORA' else 'HiRA'} here does not have"
+        raise CheckpointError(f"{named}: its results would not be the same")
     return config
 
 
@@ -206,8 +214,8 @@ def _tensors(folder: Path, model: nn.Module, anatomy: Anatomy, copies: Mapping[s
         found = TENSOR.fullmatch(key)
         linear = found and (linear_of.get(found[1]) or linear_of.get(renamed(found[1])))
         if not found or not linear:
-            raise CheckpointError(f"{path} holds {key}, which is no LoRA of a linear inside the layers under {anatomy.stack or 'the model'}")
-        tensors[linear][f"{found[2]}.{found[3]}"], written[linear] = value, found[1]
+            raise CheckpointError(f"{path} holds {key}, which is no LoRA or HiRA of a linear inside the layers under {anatomy.stack or 'the model'}")
+        tensors[linear][f"{found[2] or found[4]}.{found[3] or 'weight'}"], written[linear] = value, found[1]
     incomplete = [linear for linear, parts in tensors.items() if not {"A.weight", "B.weight"} <= set(parts)]
     if incomplete or not tensors:
         raise CheckpointError(f"{path} lacks A or B of {', '.join(incomplete) or 'every linear'}: copy it again")
@@ -224,18 +232,19 @@ def _copy_into(parameter: Tensor, value: Tensor, name: str, path: Path) -> None:
 
 def _fill(placement: Placement, parts: Mapping[str, Tensor], path: Path) -> None:
     edit = placement.edit
-    assert isinstance(edit, LowRank)
-    wanted = {"A.weight": edit.down.weight, "B.weight": edit.up.weight, **({"B.bias": edit.bias} if edit.bias is not None else {})}
+    assert isinstance(edit, LowRank | Hadamard)
+    bias = edit.bias if isinstance(edit, LowRank) else None
+    wanted = {"A.weight": edit.down.weight, "B.weight": edit.up.weight, **({"B.bias": bias} if bias is not None else {})}
     for name, parameter in wanted.items():
-        value = parts[name] * edit.scale if name == "B.bias" else parts[name]  # peft scales the bias with the rest
+        value = parts[name] * edit.scale if name == "B.bias" and isinstance(edit, LowRank) else parts[name]  # peft scales the bias with the rest
         _copy_into(parameter, value, f"{name} of {placement.port.module}", path)
 
 
-def _low_rank(placement: Placement) -> LowRank:
+def _for_peft(placement: Placement) -> LowRank | Hadamard:
     edit = placement.edit
-    if not isinstance(edit, LowRank) or set(placement.domains) != set(DOMAINS["all"]) or edit.target.width != edit.target.linear.n_out:
+    if not isinstance(edit, LowRank | Hadamard) or set(placement.domains) != set(DOMAINS["all"]) or edit.target.width != edit.target.linear.n_out:
         raise ConfigError(
-            f"{placement.role} is no LoRA of a whole linear on every token, and peft knows nothing else: export an adapter of "
+            f"{placement.role} is no LoRA or HiRA of a whole linear on every token, and nothing else can be written for peft: export an adapter of "
             "LoRA(groups={'all': ('all',)}, ...) alone"
         )
     return edit

@@ -18,6 +18,7 @@ from adalink.checkpoint.peft_format import write_peft
 from adalink.edit import Adapter, Method, Placement, execution_device, weight_of
 from adalink.errors import AttachError, ConfigError
 from adalink.methods.adalink import AdaLink, Bottleneck
+from adalink.methods.hira import Hadamard, HiRA
 from adalink.methods.lora import LoRA, LowRank
 from adalink.model import AdaptedModel
 from adalink.tokens import ANSWER, DOMAIN_NAMES, IMAGE, PAD, TEXT, TokenMap
@@ -53,9 +54,11 @@ def _edits_text_alike(method: AdaLink) -> bool:
 
 
 def check_mergeable(methods: Mapping[str, Method]) -> None:
-    """Raise ConfigError, before anything is loaded, for methods that are more than a LoRA; an adapter of trained copies alone has none."""
+    """Raise ConfigError, before anything is loaded, for methods that are more than a LoRA or a HiRA; an adapter of trained copies alone has none."""
     if methods:
-        _check_only(methods, LoRA, "merged")
+        method = _check_only(methods, HiRA if HiRA in map(type, methods.values()) else LoRA, "merged")
+        if isinstance(method, HiRA) and len(method.groups) > 1:
+            raise ConfigError(f"HiRA with one group can be merged, and this one has {', '.join(method.groups)}: keep it beside the model")
 
 
 def fold_embedding(model: nn.Module, adapter: Adapter) -> None:
@@ -90,11 +93,13 @@ def fold_embedding(model: nn.Module, adapter: Adapter) -> None:
 
 
 def merge_linears(model: nn.Module, adapter: Adapter) -> None:
-    """Add s B A to the weight of every linear that a LoRA edits, and its bias to the linear's, of a model that no adapter is attached to.
+    """Add s B A to the weight of every linear that a LoRA edits (W * (B A) where it is HiRA), and its bias to the linear's.
+
+    The model has no adapter attached to it.
 
     Trained copies of modules are written over the modules themselves.
 
-    Exact to rounding for an adapter that is LoRA alone whose groups each edit every token of the model: `all`, or `text` in a model that
+    Exact to rounding for an adapter that is LoRA or HiRA alone whose groups each edit every token of the model: `all`, or `text` in a model that
     reads nothing else. Of an encoder-decoder model the encoder is merged, since its linears are what was edited.
 
     Raises ConfigError where that is not so: another method, a group for some tokens, a bias for a linear that has none; AttachError for a
@@ -150,18 +155,17 @@ def _check_merge(placement: Placement, linear: nn.Module, needed: set[int]) -> N
         )
     if type(linear) is not nn.Linear and not _is_conv1d(linear):
         raise AttachError(f"{where} is a {type(linear).__name__}, expected a linear with a plain weight matrix: load the model without quantization to merge")
-    assert isinstance(placement.edit, LowRank)
-    if placement.edit.bias is not None and linear.bias is None:
+    if isinstance(placement.edit, LowRank) and placement.edit.bias is not None and linear.bias is None:
         raise ConfigError(f"{placement.role} has a bias and {where} has none: only a LoRA with bias none or auto can be merged here")
 
 
-def _merge(edit: LowRank, linear: nn.Linear) -> None:
+def _merge(edit: LowRank | Hadamard, linear: nn.Linear) -> None:
     """The target's features alone, where one linear makes queries, keys and values at once."""
     features = slice(edit.target.start, edit.target.stop)
-    change = edit.scale * (edit.up.weight.double() @ edit.down.weight.double())  # [D_out, D_in]
-    weight = linear.weight[:, features] if _is_conv1d(linear) else linear.weight[features]
-    weight.copy_(weight.double() + (change.T if _is_conv1d(linear) else change))
-    if edit.bias is not None:
+    weight = linear.weight[:, features].T if _is_conv1d(linear) else linear.weight[features]  # [D_out, D_in]
+    product = edit.up.weight.double() @ edit.down.weight.double()
+    weight.copy_(weight.double() + (edit.scale * product if isinstance(edit, LowRank) else weight.double() * product))
+    if isinstance(edit, LowRank) and edit.bias is not None:
         linear.bias[features].copy_(linear.bias[features].double() + edit.bias.double())
 
 

@@ -20,7 +20,7 @@ from adalink import AdaptedModel, Adapter, Anatomy, FrozenPart, Method, TokenMap
 from adalink.anatomy import Linear
 from adalink.attachment.vision import vision_layers
 from adalink.checkpoint.folder import AdapterConfig, load_weights, read_config, save_adapter
-from adalink.edit import Port, execution_device
+from adalink.edit import Port, execution_device, read_frozen
 from adalink.errors import AttachError, ConfigError
 from adalink.tokens import IMAGE
 from multimodal.existing.connector_choice import ConnectorChoice, refuse_both
@@ -113,13 +113,14 @@ def placed_methods(model: nn.Module, linears: Mapping[str, str], methods: Mappin
     """New methods on these linears, beside them. Raises ConfigError or AttachError for methods that act on anything else."""
     anatomy = connector_anatomy(model, linears)
     if reserving := [name for name, method in methods.items() if method.slots(anatomy)]:
-        raise ConfigError(f"{reserving[0]} adds tokens to a row, and a connector reads none: choose lora, ia3 or bitfit for connector_methods")
+        raise ConfigError(f"{reserving[0]} adds tokens to a row, and a connector reads none: choose lora, hira, ia3 or bitfit for connector_methods")
     edits = Adapter(methods, anatomy)
     for placement in edits.placements:
         if placement.port.side not in ("input", "output") or placement.port.module not in linears:
-            raise ConfigError(f"{placement.role} acts on more than the connector's linears: choose lora, ia3 or bitfit for connector_methods")
+            raise ConfigError(f"{placement.role} acts on more than the connector's linears: choose lora, hira, ia3 or bitfit for connector_methods")
         if IMAGE not in placement.domains:
             raise ConfigError(f"{placement.role} is for tokens of text, and a connector has image tokens alone: name the image modality")
+        read_frozen(placement, model.get_submodule(linears[placement.port.module]))
         placement.edit.to(execution_device(model, linears[placement.port.module]))
     return edits
 

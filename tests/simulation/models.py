@@ -12,7 +12,7 @@ import transformers as hf
 from existing_families import MADE
 from PIL import Image
 
-from adalink import EPALM, IA3, AdaLink, BitFit, Bottleneck, Bridge, Gated, LoRA, Method, Prefix, Prompt, UniPELT
+from adalink import EPALM, IA3, AdaLink, BitFit, Bottleneck, Bridge, Gated, HiRA, LoRA, Method, Prefix, Prompt, UniPELT
 from multimodal.batches.collate import Batch, collate, stacked
 from multimodal.batches.packing import Arrange, arrangement_of, joined_rows, separate_rows
 from multimodal.encoders.tower import load_tower
@@ -47,7 +47,7 @@ METHODS: Mapping[str, Mapping[str, Method]] = {
     },
     "prefix": {**BRIDGE, "prefix": Prefix(length=2, form="mlp", init_std=0.5, hidden=8)},
     "prompt": {**BRIDGE, "prompt": Prompt(length=3, init_std=0.5, positions="none")},
-    "ia3": {**BRIDGE, "ia3": IA3(groups={"all": ("image", "text")}), "bitfit": BitFit(groups={"all": ("all",)}, force_bias=True)},
+    "ia3": {**BRIDGE, "ia3": IA3(groups={"all": ("image", "text")}), "hira": HiRA(rank=2, targets=("value",)), "bitfit": BitFit(groups={"all": ("all",)}, force_bias=True)},
     "bottleneck": {**BRIDGE, "bottleneck": Bottleneck(width=4)},
     "unipelt": {**BRIDGE, "unipelt": UniPELT(variant="APL", bottleneck=4, prefix_length=2, prefix_hidden=6, lora_rank=2)},
     "gated": {**BRIDGE, "gated": Gated(inner=AdaLink(rank=4, modalities=("text", "image")))},

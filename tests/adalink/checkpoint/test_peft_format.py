@@ -1,4 +1,4 @@
-"""LoRA folders, both ways, against the peft library itself."""
+"""LoRA and HiRA folders, both ways, against the peft library itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from existing_models import existing
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import excite, rows, run, tiny
 from torch import Tensor, nn
 
-from adalink import TEXT, AdaptedModel, Adapter, Anatomy, BitFit, LoRA, TokenMap, attach
+from adalink import TEXT, AdaptedModel, Adapter, Anatomy, BitFit, HiRA, LoRA, TokenMap, attach
 from adalink.checkpoint.peft_format import from_peft, to_peft
 from adalink.errors import CheckpointError, ConfigError
 
@@ -23,12 +23,14 @@ IDS, _, MASK = rows()
 
 
 def theirs(family: str, folder: Path, **settings: Any) -> Tensor:
-    """Saves a peft LoRA in the folder; its model's logits."""
+    """Saves a peft LoRA, or a HiRA, in the folder; its model's logits."""
     torch.manual_seed(0)
-    model = get_peft_model(tiny(family), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **settings})).double().eval()
+    kind = settings.pop("kind", LoraConfig)
+    config = kind(**{"r": 4, **({"lora_alpha": 8} if kind is LoraConfig else {}), "target_modules": "all-linear", **settings})
+    model = get_peft_model(tiny(family), config).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "hira_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
         expected = run(model.base_model.model, IDS, MASK)
     model.save_pretrained(folder)
@@ -55,13 +57,15 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "one layer": ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}),
     "biases": ("opt", {"lora_bias": True, "target_modules": ["q_proj", "fc2"]}),
     "another start": ("llama", {"init_lora_weights": "gaussian"}),
+    "HiRA": ("llama", {"kind": HiraConfig}),
+    "HiRA, a linear with a transposed weight": ("gpt2", {"kind": HiraConfig, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_lora_of_peft_gives_pefts_logits(name: str, tmp_path: Path) -> None:
     family, settings = SETTINGS[name]
-    expected = theirs(family, tmp_path, **settings)
+    expected = theirs(family, tmp_path, **dict(settings))
     model = tiny(family)
     plain = run(model, IDS, MASK)
     logits = ours(model, from_peft(tmp_path, model))
@@ -124,7 +128,7 @@ def test_it_is_one_adapter_of_many_and_is_saved_as_such(tmp_path: Path) -> None:
     assert all(torch.equal(value, read.state_dict()[name].float()) for name, value in again.state_dict().items())
 
 
-EXPORTS: dict[str, tuple[str, list[LoRA]]] = {
+EXPORTS: dict[str, tuple[str, list[LoRA | HiRA]]] = {
     "llama": ("llama", [LoRA(groups={"all": ("all",)}, rank=4, alpha=3.5, multiplier=0.5)]),
     "gpt2": ("gpt2", [LoRA(groups={"all": ("all",)}, rank=2, alpha=4, scaling="rank_stabilized", exclude_layers=(0,))]),
     "two ranks, some biases": (
@@ -135,6 +139,7 @@ EXPORTS: dict[str, tuple[str, list[LoRA]]] = {
         ],
     ),
     "an encoder": ("t5", [LoRA(groups={"all": ("all",)}, rank=2, alpha=4)]),
+    "HiRA of two ranks": ("gpt2", [HiRA(rank=2, targets=("c_attn",)), HiRA(rank=3, targets=("c_fc",))]),
 }
 
 
@@ -156,8 +161,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True}, "uses use_dora of peft, which a LoRA here does not have"),
     ({"modules_to_save": ["lm_head"]}, r"lacks base_model\.model\.lm_head\.weight of the modules that its config names in modules_to_save"),
     ({"bias": "all", "trainable_token_indices": [1]}, "uses bias, trainable_token_indices of peft"),
-    ({"peft_type": "IA3"}, "is of the peft type 'IA3', and only a LORA with its lora_alpha can be read"),
-    ({"lora_alpha": None}, "is of the peft type 'LORA', and only a LORA with its lora_alpha can be read"),
+    ({"peft_type": "IA3"}, "is of the peft type 'IA3', and only a LORA with its lora_alpha, or a HIRA, can be read"),
+    ({"lora_alpha": None}, "is of the peft type 'LORA', and only a LORA with its lora_alpha, or a HIRA, can be read"),
     ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa', which changes the frozen weights: convert it with peft first"),
 ]
 
@@ -185,7 +190,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
             from_peft(tmp_path, model)
 
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    refused({**stored, "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)}, "holds base_model.model.lm_head.lora_A.weight, which is no LoRA of a linear")
+    refused({**stored, "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)}, "holds base_model.model.lm_head.lora_A.weight, which is no LoRA or HiRA of a linear")
     refused({key: value for key, value in stored.items() if key != f"{name}B.weight"}, r"lacks A or B of layers.0.self_attn.q_proj: copy it again")
     refused({**stored, f"{name}A.weight": torch.zeros(4, 5)}, r"A.weight of layers.0.self_attn.q_proj is \(4, 5\), and this model needs \(4, 32\)")
     weights.write_bytes(b"cut")
@@ -208,7 +213,7 @@ def test_what_peft_cannot_hold_is_not_exported(tmp_path: Path) -> None:
             to_peft(Adapter(methods, Anatomy.read(model)), model, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    refused(model, r"l.text.0.q_proj is no LoRA of a whole linear on every token", l=LoRA(groups={"text": ("text",)}, rank=2, alpha=2))
-    refused(model, r"b.all.0.q_proj is no LoRA of a whole linear", l=lora, b=BitFit(groups={"all": ("all",)}, force_bias=True))
-    refused(gpt2, r"l.all.0.c_attn.query is no LoRA of a whole linear", l=LoRA(groups={"all": ("all",)}, rank=2, alpha=2, targets=("query",)))
-    refused(model, "this adapter has two groups on one: export an adapter with one group", a=lora, b=copy.copy(lora))
+    refused(model, r"l.text.0.q_proj is no LoRA or HiRA of a whole linear on every token", l=LoRA(groups={"text": ("text",)}, rank=2, alpha=2))
+    refused(model, r"b.all.0.q_proj is no LoRA or HiRA of a whole linear", l=lora, b=BitFit(groups={"all": ("all",)}, force_bias=True))
+    refused(gpt2, r"l.all.0.c_attn.query is no LoRA or HiRA of a whole linear", l=LoRA(groups={"all": ("all",)}, rank=2, alpha=2, targets=("query",)))
+    refused(model, "this adapter has two groups on one, or both: export an adapter with one group", a=lora, b=copy.copy(lora))

@@ -11,7 +11,7 @@ from tiny import EXACT, VOCABULARY, excite, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from adalink import AdaLink, AdaptedModel, BitFit, LoRA, Method, Prompt
+from adalink import AdaLink, AdaptedModel, BitFit, HiRA, LoRA, Method, Prompt
 from adalink.errors import AttachError, ConfigError
 from adalink.lifecycle.export import check_foldable, check_mergeable, fold_embedding, is_tied, merge_linears, untie
 
@@ -121,6 +121,16 @@ def test_a_merged_lora_gives_the_adapters_logits(family: str, targets: tuple[str
     assert not torch.allclose(raw, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_hira_gives_the_adapters_logits(family: str, tmp_path: Path) -> None:
+    model, expected = adapted(family, HiRA(rank=2, targets=("query", "down")))
+    adapter, base = model.active_adapter(), model.unload()
+    raw = logits(base, family)
+    merge_linears(base, adapter)
+    assert torch.allclose(logits(reloaded(base, tmp_path, family), family), expected, atol=10 * EXACT[family], rtol=0)
+    assert not torch.allclose(raw, expected, atol=1e-3)
+
+
 NO_MERGE: list[tuple[LoRA, str]] = [
     (LoRA(groups={"answers": ("answer",)}, rank=2, alpha=1.0), r"method.answers.0.q_proj edits some of them: only a LoRA with one group for all domains"),
     (LoRA(groups={"all": ("all",)}, rank=2, alpha=1.0, bias="all"), "method.all.0.q_proj has a bias and layers.0.self_attn.q_proj has none"),
@@ -146,6 +156,8 @@ def test_text_alone_is_not_every_token_of_a_model_with_pictures() -> None:
 def test_only_a_lora_alone_and_only_plain_linears_are_merged() -> None:
     with pytest.raises(ConfigError, match="an adapter that is one LoRA alone can be merged, and this one has LoRA, AdaLink: keep it beside the model"):
         check_mergeable({"a": EVERYWHERE, "b": TEXT})
+    with pytest.raises(ConfigError, match="HiRA with one group can be merged, and this one has all, words: keep it beside the model"):
+        check_mergeable({"h": HiRA(rank=1, groups={"all": ("all",), "words": ("text",)})})
     model, _ = adapted("llama", EVERYWHERE)
     adapter, base = model.active_adapter(), model.unload()
 

@@ -12,7 +12,7 @@ from ranks import Machine
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adalink import EPALM, IA3, AdaLink, BitFit, Bottleneck, Bridge, Gated, LoRA, Method, Prefix, Prompt, UniPELT
+from adalink import EPALM, IA3, AdaLink, BitFit, Bottleneck, Bridge, Gated, HiRA, LoRA, Method, Prefix, Prompt, UniPELT
 from adalink.methods import METHODS
 
 CONTEXTS = {"image": ("image",), "text": ("text",)}
@@ -23,7 +23,7 @@ ADAPTERS: dict[str, dict[str, Method]] = {
         "bridge": Bridge(kind="mlp", boundary="learned"), "adalink": AdaLink(rank=4, modalities=("image", "text"), activation="gelu", bias=True),
         "prompt": Prompt(length=2, init_std=0.5, form="mlp", positions="none"),
     },
-    "linears": {"bridge": BRIDGE, "bitfit": BitFit(groups=CONTEXTS), "ia3": IA3(groups=CONTEXTS), "lora": LoRA(groups={**CONTEXTS, "shared": ("image", "text")}, rank=2, alpha=4)},
+    "linears": {"bridge": BRIDGE, "bitfit": BitFit(groups=CONTEXTS), "ia3": IA3(groups=CONTEXTS), "hira": HiRA(groups=CONTEXTS, rank=2), "lora": LoRA(groups={**CONTEXTS, "shared": ("image", "text")}, rank=2, alpha=4)},
     "layers": {"bridge": BRIDGE, "bottleneck": Bottleneck(width=4), "prefix": Prefix(length=2, form="mlp", init_std=0.5, hidden=6)},
     "epalm": {"epalm": EPALM(layers=(0, 1), n_taps=1, connector="per_tap")},
     "gated": {"bridge": BRIDGE, "gated": Gated(inner=LoRA(groups=CONTEXTS, rank=2, alpha=2, targets=("query", "value"), bias="auto"))},

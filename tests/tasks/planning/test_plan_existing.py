@@ -97,7 +97,7 @@ def test_methods_are_counted_on_the_language_model_and_each_part_says_what_acts_
         (("--layer", "-2"), "layer was given with model: a model that sees already has its own features"),
         (("--connector", "trained", "--connector_methods.lora", "{}"), "connector is trained, and connector_methods (lora) would act on its frozen weights"),
         (("--connector", "trained", "--train.features", "memory"), "train.features is memory, and features of a trained connector change with every step"),
-        (("--connector_methods.prompt.length", "2"), "prompt adds tokens to a row, and a connector reads none: choose lora, ia3 or bitfit"),
+        (("--connector_methods.prompt.length", "2"), "prompt adds tokens to a row, and a connector reads none: choose lora, hira, ia3 or bitfit"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(given: tuple[str, ...], sentence: str, folders: dict[str, Path]) -> None:
