@@ -244,6 +244,10 @@ class Adapter(nn.Module):
             copy.to(execution_device(model, path, has_values=has_values))
         return self
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a folder stores of it, by name: trained parameters, a shared one once, and buffers that never change."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
     def n_parameters(self) -> dict[str, int]:
         """Trained parameters of each method and of the copies, a shared one counted once."""
         counts = dict.fromkeys([*self.methods, *([COPIES] if self.copies else [])], 0)

@@ -1,19 +1,21 @@
-"""Files that are there whole or not at all, and a lock on a folder that one process at a time writes."""
+"""Files and folders that are there whole or not at all, and a lock on a folder that one process at a time writes."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 
-__all__ = ["locked", "write_whole"]
+__all__ = ["locked", "new_folder", "write_whole"]
 
 
 # ----------------------------------------
-# A file that is there whole or not at all.
+# A file or a folder that is there whole or not at all.
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -33,6 +35,28 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes it once everything is written; nothing is left where that fails.
+
+    Raises ConfigError where `out` holds something already, or the folder cannot be made.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already: give another --out, or remove it")
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=False)
+    except OSError as error:
+        raise ConfigError(f"the folder {out} cannot be made: {error.strerror}") from None
+    try:
+        yield part
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 # ----------------------------------------

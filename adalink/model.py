@@ -41,6 +41,7 @@ from adalink.checkpoint.folder import (
     state_of_trained,
     upload,
 )
+from adalink.checkpoint.start import Start, seeded, start_of_new
 from adalink.edit import Adapter, Method, execution_device
 from adalink.errors import ConfigError, names_of
 from adalink.tokens import BASE_ROW, TokenMap, uploaded
@@ -80,6 +81,7 @@ class AdaptedModel(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
         self.tasks: dict[str, dict[str, Any]] = {}  # by adapter: saved with it, for whoever loads it
+        self._origins: dict[str, tuple[Start | None, Mapping[str, Any]]] = {}  # by adapter: its start, and of which others it was made
         self.indices: dict[str, int] = {}  # by adapter: the row index that means it, never given to another
         self._n_ever = 0
         self._resting: dict[str, list[str]] = {}  # by adapter that is not active: its parameters that are trained when it is
@@ -146,7 +148,11 @@ class AdaptedModel(nn.Module):
         Raises ConfigError where the name is taken, a method is for tokens that this model never sees, or a module is not there.
         """
         by_name = methods if isinstance(methods, Mapping) else {type(methods).__name__.lower(): methods}
-        return self._add(name, self._new(name, by_name, modules_to_save))
+        with seeded() as seed:
+            adapter = self._new(name, by_name, modules_to_save)
+        self._add(name, adapter)
+        self._origins[name] = start_of_new(seed, adapter), {}
+        return adapter
 
     def load_adapter(self, folder: str | Path, name: str, *, activate: bool = True, allow_other_base: bool = False) -> Adapter:
         """Add an adapter from its folder or hub name in eval mode, and make it the active one, unless `activate` is False.
@@ -164,7 +170,7 @@ class AdaptedModel(nn.Module):
         self._add(name, adapter)
         if not activate:
             self._activate(before)
-        self.tasks[name] = dict(config.task)
+        self.tasks[name], self._origins[name] = dict(config.task), (config.start, config.derived)
         return adapter
 
     def delete_adapter(self, name: str) -> None:
@@ -172,8 +178,8 @@ class AdaptedModel(nn.Module):
         self._index(name)
         self._serve({self.indices[other]: self._adapter(other) for other in self.adapters if other != name})
         del self.adapters[name], self.indices[name]
-        self.tasks.pop(name, None)
-        self._resting.pop(name, None)
+        for known in (self.tasks, self._origins, self._resting):
+            known.pop(name, None)
         self.active = None if self.active == name else self.active
 
     def unload(self) -> nn.Module:
@@ -340,7 +346,7 @@ class AdaptedModel(nn.Module):
 
     def _config_of(self, name: str) -> AdapterConfig:
         copies = tuple(self._adapter(name).copies)
-        return AdapterConfig(self._adapter(name).methods, self._parts(copies), self.tasks.get(name, {}), copies)
+        return AdapterConfig(self._adapter(name).methods, self._parts(copies), self.tasks.get(name, {}), copies, *self._origins.get(name, (None, {})))
 
     def _new(self, name: str, methods: Mapping[str, Method], modules_to_save: Sequence[str]) -> Adapter:
         """An adapter that is not attached yet, so that nothing has to be undone where it cannot be used."""

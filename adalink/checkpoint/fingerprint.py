@@ -95,6 +95,7 @@ class FrozenPart:
     buffers      hex: the same of what is not trained, such as the statistics of a batch norm
     config       settings of its config, by their dotted names
     tokenizer    16 hex digits that stand for what the tokenizer makes of texts
+    processor    16 hex digits that stand for how images are prepared: size, crop, mean, filter
     sketches     `states` of fixed tokens, `pixels` and `features` of a test image
 
     Of parts that an earlier version wrote, name and fingerprint alone are known; what is unknown is not compared.
@@ -109,6 +110,7 @@ class FrozenPart:
     tokenizer: str = ""
     sketches: Mapping[str, Sketch] = field(default_factory=dict)
     precision: str = ""
+    processor: str = ""
 
     @property
     def kind(self) -> str:

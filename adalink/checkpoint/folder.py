@@ -26,15 +26,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from adalink.checkpoint.fingerprint import FrozenPart, differences, part_from_json, part_to_json
+from adalink.checkpoint.start import Start, digest_of, start_from_json
 from adalink.edit import COPIES, Adapter, Method
 from adalink.errors import CheckpointError, ConfigError
 from adalink.files import write_whole
 from adalink.methods import METHODS
 
 __all__ = [
-    "CONFIG_FILE", "EXTRA", "PEFT_CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "class_like", "config_to_json",
-    "configs_to_tensor", "is_file_with", "load_weights", "local_folder", "of_base", "read_config", "save_adapter",
-    "state_of_trained", "upload",
+    "CARD_FILE", "CONFIG_FILE", "EXTRA", "PEFT_CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "class_like", "config_to_json",
+    "configs_to_tensor", "is_file_with", "load_weights", "local_folder", "of_base", "read_config", "save_adapter", "state_of_trained",
+    "stored_tensors", "upload", "write_adapter",
 ]  # fmt: skip
 
 
@@ -153,12 +154,18 @@ class AdapterConfig:
     base      role (`language_model`, `encoder`) -> frozen part
     task      what whoever trained it wants to find again: the task's name, its templates
     modules_to_save  dotted names of the frozen model's modules that the adapter has trained copies of
+    start            what its weights were before any training; None where that was not stored, or no seed gives it
+    derived          of an adapter that was made of others: the verb, their folders (sources), their digests, the settings
+    weights          16 hex digits of the weights in the folder (`digest_of`); empty before it is saved, and in folders of earlier versions
     """
 
     methods: Mapping[str, Method]
     base: Mapping[str, FrozenPart]
     task: Mapping[str, Any] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    start: Start | None = None
+    derived: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = field(default="", compare=False)
 
     def check_base(self, present: Mapping[str, FrozenPart], folder: str, *, allow_other_base: bool = False) -> None:
         """Raise CheckpointError, saying what differs, where a frozen part is not the one that the adapter was trained on.
@@ -182,17 +189,24 @@ class AdapterConfig:
 
 
 def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
-    """Write the adapter folder; each file appears whole or not at all, the config last. A README.md that is not an adapter's own stays.
+    """Write the folder of an adapter. See `write_adapter`."""
+    write_adapter(folder, adapter.tensors(), config, adapter.n_parameters())
 
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig, n_trained: Mapping[str, int] | None = None) -> None:
+    """Write an adapter folder; each file appears whole or not at all, the config last. A README.md that is not an adapter's own stays.
+
+    n_trained: trained parameters of each method, for the model card; all that the tensors hold where none are given.
     Raises CheckpointError for a folder that holds an adapter of peft.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if is_file_with(folder / PEFT_CONFIG_FILE, '"peft_type"'):
         raise CheckpointError(f"{folder} holds an adapter of the peft library, whose {WEIGHTS_FILE} would be overwritten: save to another folder")
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in adapter.named_parameters()}
-    write_whole(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    config = dataclasses.replace(config, weights=digest_of(stored))
+    write_whole(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
     if not (folder / CARD_FILE).exists() or is_file_with(folder / CARD_FILE, CARD_MARK):
-        write_whole(folder / CARD_FILE, _card(adapter, config).encode())
+        write_whole(folder / CARD_FILE, _card(n_trained or _counts(stored), config).encode())
     write_whole(folder / CONFIG_FILE, (json.dumps(config_to_json(config), indent=2) + "\n").encode())
     if is_file_with(folder / PEFT_CONFIG_FILE, '"methods"'):
         (folder / PEFT_CONFIG_FILE).unlink()  # an earlier version's
@@ -219,19 +233,23 @@ def read_config(folder: Path) -> AdapterConfig:
         raise CheckpointError(f"{path} is not an adapter config ({error}): was it changed by hand, or cut off?") from None
 
 
-def load_weights(folder: Path, adapter: Adapter) -> None:
-    """Copy the folder's tensors into the adapter. Strict: a missing, unknown or misshapen tensor is a CheckpointError, and nothing is loaded."""
+def stored_tensors(folder: Path) -> tuple[Path, Mapping[str, Tensor]]:
+    """The file that holds a folder's weights, and its tensors by name. Raises CheckpointError where it is missing or damaged."""
     path = folder / WEIGHTS_FILE
     try:
         if not (folder / CONFIG_FILE).is_file() and (folder / TRAINER_FILE).is_file() and (found := _trainers(folder)):
-            path, stored = folder / TRAINER_FILE, found.tensors
-        else:
-            stored = load_file(path)
+            return folder / TRAINER_FILE, found.tensors
+        return path, load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}") from None
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}): copy or train it again") from None
-    wanted = dict(adapter.named_parameters())
+
+
+def load_weights(folder: Path, adapter: Adapter) -> None:
+    """Copy the folder's tensors into the adapter. Strict: a missing, unknown or misshapen tensor is a CheckpointError, and nothing is loaded."""
+    path, stored = stored_tensors(folder)
+    wanted = adapter.tensors()
     if set(stored) != set(wanted):
         missing, unknown = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
         raise CheckpointError(f"{path} does not fit its config: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
@@ -251,6 +269,9 @@ def config_to_json(config: AdapterConfig) -> dict[str, Any]:
         "base": {role: part_to_json(part) for role, part in config.base.items()},
         "task": dict(config.task),
         **({COPIES: list(config.modules_to_save)} if config.modules_to_save else {}),
+        **({"start": dataclasses.asdict(config.start)} if config.start else {}),
+        **({"derived": dict(config.derived)} if config.derived else {}),
+        **({"weights": config.weights} if config.weights else {}),
     }
 
 
@@ -270,6 +291,9 @@ def _config_from_json(content: Any, path: Path) -> AdapterConfig:
         base={role: part_from_json(part) for role, part in content["base"].items()},
         task=content["task"],
         modules_to_save=tuple(content.get(COPIES, ())),
+        start=start_from_json(content.get("start")),
+        derived=dict(content.get("derived", {})),
+        weights=str(content.get("weights", "")),
     )
 
 
@@ -333,11 +357,21 @@ def is_file_with(path: Path, mark: str) -> bool:
         return False
 
 
-def _card(adapter: Adapter, config: AdapterConfig) -> str:
+def _counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many numbers each method and the copies have."""
+    counts: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        counts[name.split(".", 1)[0]] = counts.get(name.split(".", 1)[0], 0) + tensor.numel()
+    return counts
+
+
+def _card(n_trained: Mapping[str, int], config: AdapterConfig) -> str:
     bases = "".join(f"\n- {part.name}" for part in config.base.values())
     kinds = {name: type(method).__name__ for name, method in config.methods.items()} | {COPIES: f"trained copy of {', '.join(config.modules_to_save)}"}
-    rows = "\n".join(f"| {name} | {kinds[name]} | {n:,} |" for name, n in adapter.n_parameters().items())
+    rows = "\n".join(f"| {name} | {kinds[name]} | {n:,} |" for name, n in n_trained.items())
     task = config.task.get("task", "")
+    sources = ", ".join(f"{source} ({digest})" for source, digest in zip(config.derived.get("sources", ()), config.derived.get("digests", ()), strict=False))
+    origin = f"\nMade by `adalink {config.derived['verb']}` of {sources}, with the settings {json.dumps(config.derived['settings'])}.\n" if sources else ""
     return f"""---
 {CARD_MARK}
 base_model:{bases}
@@ -352,4 +386,4 @@ Trained with adalink on frozen parts, which are not in this folder: {", ".join(f
 | name | method | trained parameters |
 |---|---|---|
 {rows}
-"""
+{origin}"""

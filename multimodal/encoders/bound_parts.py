@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from adalink.checkpoint.fingerprint import Sketch, part_of
 from multimodal.encoders.tower import VisionTower
 from multimodal.language import Language
 
-__all__ = ["encoder_part", "language_part", "test_image", "tokenizer_digest"]
+__all__ = ["encoder_part", "language_part", "processor_digest", "test_image", "tokenizer_digest"]
 
 N_VALUES = 64  # of each sketch
+OF_CLASSES = re.compile(r"_class$|_type$|version|auto_map|name_or_path")  # settings of a processor that change no image
 PROBES = (
     "a photo of two dogs on a beach", "What COLOR is the bus?", "12,345.67 km/h", "it's the cat's\n  third\tbowl", "naïve café – “quoted”", "东京 一只猫",
     "Привет", "🙂", "x=(a+b)*c_d",
@@ -27,7 +29,7 @@ PROBES = (
 
 def encoder_part(tower: VisionTower) -> FrozenPart:
     """The encoder, with sketches of a test image as it is prepared and of its features; of an adapted one, which changes, without those."""
-    part = part_of(tower, name=tower.name)
+    part = dataclasses.replace(part_of(tower, name=tower.name), processor=processor_digest(tower.preprocess))
     if tower.adapter is not None:
         return part
     pixels = tower.preprocess(test_image())
@@ -47,6 +49,19 @@ def tokenizer_digest(tokenizer: Any) -> str:
     words = sorted(tokenizer.get_vocab().items())
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
     return hashlib.sha256(json.dumps([words, ids]).encode()).hexdigest()[:16]
+
+
+def processor_digest(preparing: Any) -> str:
+    """16 hex digits of how images are prepared: of the settings of a processor of transformers, or of the steps that another library composed.
+
+    Names of classes do not count, so that the fast and the slow form of one processor are alike.
+    """
+    own = preparing
+    for inside in ("transform", "processor", "image_processor"):
+        own = getattr(own, inside, own)
+    to_dict = getattr(own, "to_dict", None)
+    content = {name: value for name, value in to_dict().items() if not OF_CLASSES.search(name)} if callable(to_dict) else re.sub(r" at 0x\w+", "", repr(own))
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def test_image() -> Image.Image:

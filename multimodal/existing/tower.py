@@ -21,7 +21,7 @@ from multimodal.batches.collate import Batch
 from multimodal.batches.prefix_sharing import REFUSALS
 from multimodal.batches.prepared import ImageBatch, Prepared, joined, joined_inputs
 from multimodal.data.images.decode import ImageOrFile, decode_image
-from multimodal.encoders.bound_parts import N_VALUES, test_image, tokenizer_digest
+from multimodal.encoders.bound_parts import N_VALUES, processor_digest, test_image, tokenizer_digest
 from multimodal.encoders.tower import VisionTower
 from multimodal.existing.budget import ImageTokens
 from multimodal.existing.connector import Connectors, tower_of
@@ -209,7 +209,8 @@ class ModelTower:
     def part(self) -> FrozenPart:
         """The whole model as a frozen part, with sketches of a test image as it is prepared and of its vectors."""
         part = part_of(self.language.model, name=self.name)
-        return replace(part, tokenizer=tokenizer_digest(self.language.tokenizer), sketches=self.sketches())
+        processor = processor_digest(self.processor.real)
+        return replace(part, tokenizer=tokenizer_digest(self.language.tokenizer), processor=processor, sketches=self.sketches())
 
     def sketches(self) -> dict[str, Sketch]:
         """`pixels`: a test image as it is prepared; `features`: its vectors."""

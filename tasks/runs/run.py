@@ -106,6 +106,7 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
     methods = chosen_methods(config.methods, needs_one=config.connector == "frozen")
     template = task.words_for(config.parts.model is not None, _asks_as_written(source))
     model = frozen_model(config.parts, template=template, layer=config.layer, use="read" if config.n_answers else "write")
+    torch.manual_seed(config.train.seed)  # here, so that the adapter's start depends on nothing that was drawn before
     model.add_adapter("default", methods, connector=config.connector, connector_methods=config.methods_on_connector)
     if config.encoder_methods:
         model.add_vision_adapter(config.encoder_methods)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adalink.errors import ConfigError
+from adalink.files import new_folder
 from tasks.commands import Command
 
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
@@ -40,7 +39,7 @@ def export_folded(*, adapter: Path, out: Path, language_model: str | None = None
 
     config = AdaptedModel.read_config(adapter)
     check_foldable(config.methods)
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         language, loaded, processor = _loaded(adapter, config, language_model)
         if untied:
             untie(language.model)
@@ -63,7 +62,7 @@ def export_merged(*, adapter: Path, out: Path, language_model: str | None = None
 
     config = AdaptedModel.read_config(adapter)
     check_mergeable(config.methods)
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         language, loaded, processor = _loaded(adapter, config, model or language_model)
         merge_linears(language.model, loaded)
         _save(language, processor, folder)
@@ -92,7 +91,7 @@ def export_embedding_lora(*, adapter: Path, out: Path, model: str | None = None)
             f"the adapter in {adapter} has a trained copy of {', '.join(config.modules_to_save)}, which a LoRA of the word embedding cannot hold: export "
             "one without"
         )
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         language, loaded, processor = _loaded(adapter, config, model)
         example = None if processor is None else example_of(language, processor, test_image())
         lora = write_embedding_lora(language.model, loaded, folder, example)
@@ -138,7 +137,7 @@ def export_embeds(
     if (len(images) != len(texts)) if has_images else bool(images):
         wanted = f"{len(texts)}, one for each prompt" if has_images else "none, since this adapter reads no images"
         raise ConfigError(f"{len(images)} images were given and {len(texts)} prompts: give {wanted}")
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         if has_images:
             seeing, _ = load_adapted(adapter, encoder=encoder, language_model=language_model, model=model)
             embeds = image_prompt_embeds(seeing, images, texts)
@@ -218,25 +217,6 @@ def _lines(path: Path) -> list[str]:
         return text_lines(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the prompts {path} cannot be read ({error}): give a text file in UTF-8, one prompt a line") from None
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes it once everything is written; nothing is left where that fails."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already: give another --out, or remove it")
-    part = out.with_name(f".{out.name}.part")
-    try:
-        part.mkdir(parents=True, exist_ok=False)
-    except OSError as error:
-        raise ConfigError(f"the folder {out} cannot be made: {error.strerror}") from None
-    try:
-        yield part
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 FOLDED = Command.of(export_folded, "adalink export folded --adapter runs/first/adapter --out exported")

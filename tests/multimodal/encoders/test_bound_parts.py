@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adalink import Bridge
 from adalink.checkpoint.fingerprint import differences
 from adalink.errors import CheckpointError
-from multimodal.encoders.bound_parts import encoder_part, tokenizer_digest
+from multimodal.encoders.bound_parts import encoder_part, processor_digest, tokenizer_digest
 from multimodal.encoders.tower import load_tower
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
@@ -90,3 +90,15 @@ def test_a_tokenizer_is_known_by_its_words_and_by_what_it_makes_of_texts() -> No
     more.add_tokens(["WHAT"])
     lower.backend_tokenizer.normalizer = Replace("bus?", "red")
     assert len({tokenizer_digest(each) for each in (plain, more, lower)}) == 3
+
+
+def test_a_processors_digest_changes_with_its_settings_and_not_with_its_class() -> None:
+    from torchvision import transforms
+    from transformers import CLIPImageProcessor
+
+    settings = [{"size": {"shortest_edge": 8}}, {"size": {"shortest_edge": 9}}, {"size": {"shortest_edge": 8}, "image_mean": [0.4, 0.5, 0.5]}]
+    digests = [processor_digest(CLIPImageProcessor(**given)) for given in settings]
+    assert len({*digests}) == 3
+    assert processor_digest(CLIPImageProcessor(**settings[0])) == digests[0]
+    composed = [processor_digest(transforms.Compose([lambda image: image, transforms.Resize(side)])) for side in (8, 8, 9)]
+    assert composed[0] == composed[1] != composed[2]
