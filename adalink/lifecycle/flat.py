@@ -56,7 +56,7 @@ class Flat:
         return cls(names, tuple(tuple(value.shape) for value in values), tuple(value.dtype for value in values), vector, digest_of(tensors))
 
     def over(self, vector: Tensor) -> Flat:
-        """Another vector [P] of the same tensors."""
+        """Another vector [P] of the same tensors. Raises ConfigError for one of another length."""
         if vector.shape != self.vector.shape:
             raise ConfigError(f"a vector of {vector.numel():,} numbers was given for tensors of {self.vector.numel():,}: give as many")
         return dataclasses.replace(self, vector=vector.double(), digest="")
