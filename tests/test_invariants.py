@@ -33,6 +33,7 @@ from adalink import (
     BitFit,
     Bottleneck,
     Bridge,
+    DePT,
     Gated,
     HiRA,
     LoRA,
@@ -95,6 +96,7 @@ METHODS_UNDER_TEST = {
     "unipelt_ap": {"unipelt": UniPELT(variant="AP", bottleneck=4, prefix_length=2, prefix_form="table", prefix_init_std=0.5)},
     "unipelt_apl": {"unipelt": UniPELT(variant="APL", bottleneck=4, prefix_length=2, prefix_hidden=6, lora_rank=2)},
     "ia3": {"ia3": IA3(groups={"image": ("image",), "shared": ("image", "text")})},
+    "dept": {"dept": DePT(length=2, rank=2, max_length=5, init_std=0.5, modalities=("text", "image"))},
     "hira": {"hira": HiRA(groups={"image": ("image",), "shared": ("image", "text")}, rank=2)},
     "all_at_once": {
         "adalink": AdaLink(rank=4, modalities=("text", "image")), "bridge": Bridge(kind="mlp"), "prompt": Prompt(length=2, init_std=0.5), "deep": DeepShift(),

@@ -18,9 +18,9 @@ class _Methods(UserDict[str, Any]):
 
 
 METHODS = _Methods({
-    "adalink": "adalink.AdaLink", "bitfit": "bitfit.BitFit", "bottleneck": "bottleneck.Bottleneck", "bridge": "bridge.Bridge", "epalm": "epalm.EPALM",
-    "gated": "unipelt.Gated", "hira": "hira.HiRA", "ia3": "ia3.IA3", "lora": "lora.LoRA", "prefix": "prefix.Prefix", "prompt": "prompt.Prompt",
-    "unipelt": "unipelt.UniPELT",
+    "adalink": "adalink.AdaLink", "bitfit": "bitfit.BitFit", "bottleneck": "bottleneck.Bottleneck", "bridge": "bridge.Bridge", "dept": "dept.DePT",
+    "epalm": "epalm.EPALM", "gated": "unipelt.Gated", "hira": "hira.HiRA", "ia3": "ia3.IA3", "lora": "lora.LoRA", "prefix": "prefix.Prefix",
+    "prompt": "prompt.Prompt", "unipelt": "unipelt.UniPELT",
 })  # fmt: skip
 
 

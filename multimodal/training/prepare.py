@@ -251,16 +251,18 @@ def new_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSetting
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:
-    """One group per method with a rate of its own and per kind: matrices decay, vectors do not.
+    """One group per method, or part of one (`dept.soft`), with a rate of its own and per kind: matrices decay, vectors do not.
 
-    Raises ConfigError for a rate of a method that is not among the parameters.
+    Raises ConfigError for a rate of what is not among the parameters.
     """
-    methods = {name.split(".", 1)[0] for name in parameters}
-    if unknown := sorted(set(settings.learning_rates) - methods):
-        raise ConfigError(f"train.learning_rates names {', '.join(unknown)}, and this adapter's methods are {', '.join(sorted(methods))}")
+    rates = settings.learning_rates
+    if unknown := sorted(key for key in rates if not any(f"{name}.".startswith(f"{key}.") for name in parameters)):
+        methods = sorted({name.split(".", 1)[0] for name in parameters})
+        raise ConfigError(f"train.learning_rates names {', '.join(unknown)}, and this adapter's methods are {', '.join(methods)}")
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        rate = settings.learning_rates.get(name.split(".", 1)[0], settings.learning_rate)
+        named = max((key for key in rates if f"{name}.".startswith(f"{key}.")), key=len, default="")  # the nearest
+        rate = rates.get(named, settings.learning_rate)
         groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
     return [
         {"params": group, "lr": rate, "weight_decay": settings.weight_decay if is_matrix else 0.0} for (rate, is_matrix), group in groups.items()

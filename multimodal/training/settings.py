@@ -25,7 +25,7 @@ class TrainSettings:
     bucket_pool: int = 0  # batches within which images with texts of similar length are grouped, for less padding; 0: off
     row_tokens: int = 0  # most tokens of a row that several images share, for less padding; on a CPU two or three images a row are fastest; 0: off
     learning_rate: float = 1e-3  # highest learning rate; AdamW with linear warmup and cosine
-    learning_rates: dict[str, float] = field(default_factory=dict)  # learning rates of single methods, such as {lora: 1e-4}
+    learning_rates: dict[str, float] = field(default_factory=dict)  # learning rates of single methods or parts, such as {lora: 1e-4, dept.soft: 0.3}
     weight_decay: float = 0.01  # of weight matrices; biases and norms have none
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     warmup: float = 0.03  # share of the steps in which the learning rate rises from 0

@@ -426,11 +426,13 @@ def test_a_steps_random_numbers_are_a_function_of_seed_step_and_rank(tmp_path: P
 def test_each_method_may_have_a_rate_of_its_own_and_vectors_do_not_decay() -> None:
     adapter = model_of().adapted.active_adapter()
     parameters = dict(adapter.named_parameters())
-    groups = parameter_groups(parameters, TrainSettings(learning_rate=1e-3, learning_rates={"bridge": 5e-4}, weight_decay=0.1))
+    groups = parameter_groups(parameters, TrainSettings(learning_rate=1e-3, learning_rates={"bridge": 5e-4, "adalink": 3e-4, "adalink.image": 2e-4}, weight_decay=0.1))
     found = {id(parameter): (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
     assert len(found) == len(parameters)
+    rates = {"bridge": 5e-4, "adalink.image": 2e-4, "adalink.text": 3e-4, "prompt": 1e-3}
     for name, parameter in parameters.items():
-        assert found[id(parameter)] == (5e-4 if name.startswith("bridge.") else 1e-3, 0.1 if parameter.ndim > 1 else 0.0)
+        expected = next(rate for prefix, rate in rates.items() if name.startswith(prefix + "."))
+        assert found[id(parameter)] == (expected, 0.1 if parameter.ndim > 1 else 0.0)
     with pytest.raises(ConfigError, match=r"train.learning_rates names lora, and this adapter's methods are adalink, bridge, prompt"):
         parameter_groups(parameters, TrainSettings(learning_rates={"lora": 1.0}))
 
