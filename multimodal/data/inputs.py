@@ -13,7 +13,7 @@ from PIL import Image
 
 from adalink.errors import ConfigError
 from multimodal.data.images.decode import decode_image
-from multimodal.data.order import fingerprint_of, texts_fingerprint_of
+from multimodal.data.order import fingerprint_of, shard_sizes_of, texts_fingerprint_of
 from multimodal.sample import BadSample, Measure, Sample, SampleSource, lengths_of
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class Drafted:
         """Likewise, of its texts."""
         known = texts_fingerprint_of(self.source)
         return f"{known} draft" if known else ""
+
+    @property
+    def shard_sizes(self) -> NDArray[np.int64] | None:
+        """The set's, as `multimodal.data.order.shard_sizes_of`."""
+        return shard_sizes_of(self.source)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,7 +21,7 @@ from multimodal.batches.prepared import Prepared, joined
 from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
 from multimodal.data.inputs import CachedFeatures, read_pixels
-from multimodal.data.order import BucketedOrder, Order, fingerprint_of, order_of, texts_fingerprint_of
+from multimodal.data.order import BucketedOrder, Order, OrderChoice, fingerprint_of, order_note, order_of, texts_fingerprint_of, windows_of
 from multimodal.data.workers import made_in_order
 from multimodal.sample import BadSample, BadSamples, DamagedSample, Sample, SampleSource, lengths_of
 from multimodal.template import Text
@@ -168,8 +169,12 @@ class _Collate:
 
 _SENTENCES = {
     "seed": "train.seed", "samples": "images in the data set", "weights": "the sets' weights", "data": "the data's fingerprint",
-    "bucket_pool": "train.bucket_pool", "lengths": "the check sum of the texts' lengths",
+    "window": "train.window (0 where train.order is global)", "shards": "the check sum of the shards' sizes", "bucket_pool": "train.bucket_pool",
+    "lengths": "the check sum of the texts' lengths",
 }  # fmt: skip
+
+
+_Ordered = Callable[[Mapping[str, Any]], Order]  # from a stream's state, empty for a new one: what was made for a size of step stays so
 
 
 class TrainLoader:
@@ -179,9 +184,11 @@ class TrainLoader:
     of workers, ranks or images in a step goes on from there at the next sample.
     """
 
-    def __init__(self, positions: _Positions, collate: _Collate, *, steps: int, batch_size: int, workers: int, rank: int, world: int) -> None:
+    def __init__(
+        self, positions: _Positions, collate: _Collate, ordered: _Ordered, *, steps: int, batch_size: int, workers: int, rank: int, world: int
+    ) -> None:
         self.steps = steps
-        self._positions, self._collate = positions, collate
+        self._positions, self._collate, self._ordered = positions, collate, ordered
         self._batch_size, self._workers, self._rank, self._world = batch_size, workers, rank, world
         self._position = 0
         self.end: int | None = None  # the stream's, where it has one: its last steps are then smaller
@@ -206,6 +213,11 @@ class TrainLoader:
         assert batch is not None
         return batch
 
+    @property
+    def order_note(self) -> str:
+        """How the samples are ordered, a line for a log."""
+        return order_note(self._positions.order)
+
     def steps_to(self, position: int) -> int:
         """Steps until the images before this position of the stream are read."""
         return max(0, -(-(position - self._position) // (self._batch_size * self._world)))
@@ -220,17 +232,16 @@ class TrainLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a loader was. Raises CheckpointError where this one has another order or other data."""
+        self._positions.order = self._ordered(state)
         own = self.state_dict()
         for name, words in _SENTENCES.items():
-            # Without pools a state says nothing of them.
+            # Without windows or pools a state says nothing of them.
             found, given = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in (state.get(name, 0), own.get(name, 0)))
             if name == "data" and found in ("", fingerprint_of(self._positions.source)):
                 continue  # of a checkpoint from before texts were compared
             if found != given:
                 hint = ": were captions, questions or answers edited since?" if name == "data" else ""
                 raise CheckpointError(f"{words} was {found} and is {given}{hint}")
-        if isinstance(self._positions.order, BucketedOrder):
-            self._positions.order = self._positions.order.with_batch(int(state["bucket_batch"]))
         self._position = int(state["position"])
 
 
@@ -250,22 +261,36 @@ def train_loader(
     patches: CachedFeatures | None = None,
     row_tokens: int = 0,
     bucket_pool: int = 0,
+    order: OrderChoice = "auto",
+    window: int = 16,
+    nodes: int = 1,
 ) -> TrainLoader:
     """Reads `steps` steps from the stream's start, or from where `load_state_dict` puts it.
 
     batch_size   images per step and rank
     row_tokens   images of a step come one after the other in rows of up to so many tokens; 0: each has rows of its own
     bucket_pool  samples of like length share a batch, found among so many steps of all ranks (`multimodal.data.order`); 0: as they come
+    order        `shards` reads windows of `window` shards for each of `nodes`; auto: for sets on servers, or what the state of the stream says
 
-    Raises ConfigError where lengths are asked for that the source cannot say.
+    Raises ConfigError where lengths, or an order, are asked for that the source cannot say.
     """
+    windows, step = windows_of(source, order, window), batch_size * world
+
+    def ordered(state: Mapping[str, Any]) -> Order:
+        each = windows
+        if order == "auto" and state:  # one from before there were windows says nothing of them
+            each = tuple(window if any(state.get("window", ())[k : k + 1]) else 0 for k in range(len(windows)))
+        parts = int(state.get("shard_parts", 1)) if state else 1 if bucket_pool else math.gcd(nodes, world)
+        made = order_of(source, seed, each, parts=parts, step=int(state.get("shard_step", step)))
+        batch = int(state.get("bucket_batch", step))
+        return BucketedOrder(made, lengths, seed=seed, pool=bucket_pool, batch=batch) if bucket_pool else made
+
     positions = _Positions(source, order_of(source, seed), seed, texts, encoder, arrange, preprocess, patches)
-    if bucket_pool:
-        lengths = lengths_of(source, positions.length)
-        positions.order = BucketedOrder(positions.order, lengths, seed=seed, pool=bucket_pool, batch=batch_size * world)
+    lengths = lengths_of(source, positions.length) if bucket_pool else np.empty(0, dtype=np.int64)
+    positions.order = ordered({})
     kind = patches.kind if patches is not None else "pixels"
     collated = _Collate(kind, encoder.placeholder, row_tokens)
-    return TrainLoader(positions, collated, steps=steps, batch_size=batch_size, workers=workers, rank=rank, world=world)
+    return TrainLoader(positions, collated, ordered, steps=steps, batch_size=batch_size, workers=workers, rank=rank, world=world)
 
 
 def _load(positions: _Positions, collate: _Collate, step: range) -> Loaded:
@@ -333,9 +358,12 @@ def new_batches(
     features: CachedFeatures | None = None,
     row_tokens: int = 0,
     bucket_pool: int = 0,
+    order: OrderChoice = "auto",
+    window: int = 16,
     bad_samples: int = 10,
     rank: int = 0,
     world: int = 1,
+    nodes: int = 1,
     weights: Literal["whole", "split"] = "whole",
 ) -> Batches:
     """What the model's active adapter learns from. Settings are those of TrainSettings of the same names.
@@ -343,6 +371,7 @@ def new_batches(
     task      or a function of a sample and a generator that gives its texts
     features  cached ones (`multimodal.data.feature_cache.encode.encode_all`); without, images are decoded, and encoded in the model's call
     rank      reads the rank-th part of `world` parts of each step
+    nodes     machines that these ranks are on, as many on each: with an order by shards each machine reads its own
     weights   split over processes (FSDP2) or whole
 
     Raises ConfigError where no adapter is active, or lengths are asked for that the source cannot say.
@@ -355,5 +384,6 @@ def new_batches(
     loader = train_loader(
         source, texts, encoder, arrange, model.tower.preprocess, steps=-(-n_samples // (batch_size * world)), batch_size=batch_size,
         seed=seed, workers=workers, rank=rank, world=world, patches=features, row_tokens=row_tokens, bucket_pool=bucket_pool,
+        order=order, window=window, nodes=nodes,
     )  # fmt: skip
     return Batches(model, loader, note, BadSamples(budget=bad_samples), n_samples)

@@ -8,21 +8,19 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adalink.errors import ConfigError
+from multimodal.data.shards.order import ShardOrder, drawn_seed, epoch_permutation, permutation
 from multimodal.sample import DamagedSample, Measure, Sample, SampleSource, lengths_of
 
 __all__ = [
-    "BucketedOrder", "MixedOrder", "MixedSet", "Mixture", "Order", "Reading", "SampleOrder", "ShardOrder", "fingerprint_of", "order_of",
-    "reading_plan", "set_sizes", "shard_sizes_of", "texts_fingerprint_of",
+    "BucketedOrder", "MixedOrder", "MixedSet", "Mixture", "Order", "OrderChoice", "Reading", "SampleOrder", "fingerprint_of",
+    "order_note", "order_of", "reading_plan", "set_sizes", "shard_sizes_of", "texts_fingerprint_of", "windows_of",
 ]  # fmt: skip
-
-
-_SEEDS = 1_000_003  # epochs of one seed; a prime, so that (seed, epoch) pairs do not meet
 
 
 class Order(Protocol):
@@ -90,71 +88,12 @@ class MixedOrder:
 
     def state(self) -> dict[str, object]:
         """Seed, sizes, and weights in lowest terms."""
-        return {"seed": self.seed, "samples": list(self.sizes), "weights": list(self.weights)}
-
-
-class ShardOrder:
-    """Endless epochs that read shards in a row: shards in a drawn order, `window` of them at a time, their samples shuffled together.
-
-    An epoch's shards are dealt to its windows as evenly as whole shards allow, none with more than `window`. Windows are counted from the
-    first epoch's first and never begin anew, so that a reader that fetches ahead needs no epochs. Which sample stands at a position is a
-    function of the shards' sizes, seed, window and position alone. A new position takes a search in an epoch's windows; an epoch's shards are
-    drawn once, and a window's samples too.
-
-    sizes   int64 [shards]: samples in each; indices count through the shards one after the other
-    """
-
-    def __init__(self, sizes: NDArray[np.int64], window: int, seed: int) -> None:
-        if window < 1 or not len(sizes) or sizes.min() < 0 or not sizes.sum():
-            raise ConfigError(f"{len(sizes)} shards cannot be read {window} at a time: give a window of 1 shard or more, and shards that hold samples")
-        self.n_samples, self.n_windows, self.window_shards, self.seed = int(sizes.sum()), -(-len(sizes) // window), window, seed
-        self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
-        self._borders = np.arange(self.n_windows + 1) * len(sizes) // self.n_windows  # shards of window w: from [w] to [w + 1]
-        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._first = self._end = -1
-        self._samples = np.empty(0, dtype=np.int64)
-
-    def sample(self, position: int) -> int:
-        """The index of the sample at a position of the stream."""
-        if not self._first <= position < self._end:
-            number = self.window(position)
-            self._samples = self._shuffled(number)
-            epoch, place = divmod(number, self.n_windows)
-            self._end = epoch * self.n_samples + int(self._epoch(epoch)[1][place])
-            self._first = self._end - len(self._samples)
-        return int(self._samples[position - self._first])
-
-    def window(self, position: int) -> int:
-        """The number of the window that a position is in."""
-        epoch, place = divmod(position, self.n_samples)
-        return epoch * self.n_windows + int(np.searchsorted(self._epoch(epoch)[1], place, side="right"))
-
-    def shards_of(self, window: int) -> NDArray[np.int64]:
-        """int64 [shards]: the numbers of a window's shards."""
-        epoch, place = divmod(window, self.n_windows)
-        return self._epoch(epoch)[0][self._borders[place] : self._borders[place + 1]]
-
-    def state(self) -> dict[str, object]:
-        """Seed, number of samples, the window, and a check sum of the shards' sizes."""
-        digest = hashlib.sha256(self._sizes.astype("<i8").tobytes()).hexdigest()[:16]
-        shared: dict[str, object] = {"seed": self.seed, "samples": [self.n_samples], "weights": [1]}
-        return {**shared, "order": ["shards"], "window": [self.window_shards], "shards": [digest]}
-
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The epoch's shards, int64 [shards], and the position in it after each window's last, int64 [windows]; the last two epochs' are cached."""
-        found = self._epochs.get(epoch)
-        if found is None:
-            shards = _permutation(len(self._sizes), self.seed * _SEEDS + epoch)
-            found = shards, np.cumsum(np.add.reduceat(self._sizes[shards], self._borders[:-1]))
-            self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: found}  # a new one, since threads may read the one before
-        return found
-
-    def _shuffled(self, window: int) -> NDArray[np.int64]:
-        """int64 [samples]: those of a window."""
-        shards = self.shards_of(window)
-        sizes = self._sizes[shards]
-        samples = np.repeat(self._starts[shards] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-        return samples[_permutation(len(samples), _drawn(self.seed, f"window {window}"))]
+        state: dict[str, object] = {"seed": self.seed, "samples": list(self.sizes), "weights": list(self.weights)}
+        in_rows = [one if isinstance(one, ShardOrder) else None for one in self.own]
+        if any(in_rows):
+            state["window"] = [one.window_shards if one else 0 for one in in_rows]
+            state["shards"] = [one.digest if one else "" for one in in_rows]
+        return state
 
 
 class _Shuffled:
@@ -167,21 +106,8 @@ class _Shuffled:
     def order(self, epoch: int, size: int) -> NDArray[np.int64]:
         """int64 [size]"""
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, _permutation(size, self.seed * _SEEDS + epoch)
+            self._epoch, self._order = epoch, epoch_permutation(size, self.seed, epoch)
         return self._order
-
-
-def _drawn(seed: int, what: object) -> int:
-    """A generator's seed, below 2**56: a function of both."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {what}".encode()).digest()[:7])
-
-
-def _permutation(size: int, seed: int) -> NDArray[np.int64]:
-    """int64 [size]"""
-    import torch  # late: help needs the classes here and no number
-
-    order: NDArray[np.int64] = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()  # a tensor's single elements are slow
-    return order
 
 
 # ----------------------------------------
@@ -196,8 +122,8 @@ class BucketedOrder:
     before its first whole batch or after its last is moved with the batches, and keeps its size. Of several sets each pool holds what it held
     before: their shares are exact at the end of every pool, and no sample is ahead of another of its set by more than one reading there.
 
-    Everything is a function of the order, lengths, seed, pool and batch. A resumed stream keeps the batch that it was sorted for
-    (`with_batch`), though its steps may now be of another size: they then hold samples of several batches, and more padding. A pool that holds
+    Everything is a function of the order, lengths, seed, pool and batch. A resumed stream keeps the batch that it was sorted for, though
+    its steps may now be of another size: they then hold samples of several batches, and more padding. A pool that holds
     a whole epoch makes nearly the same batches in each.
 
     lengths   int64 [samples]: only their order matters
@@ -220,10 +146,6 @@ class BucketedOrder:
         """The other order's; images in a pool's batch, batches in a pool, and a check sum of the lengths."""
         return {**self.order.state(), "bucket_pool": self.pool, "bucket_batch": self.batch, "lengths": self._digest}
 
-    def with_batch(self, batch: int) -> BucketedOrder:
-        """The same, sorted for batches of another size."""
-        return BucketedOrder(self.order, self.lengths, seed=self.seed, pool=self.pool, batch=batch)
-
     def bounds(self, position: int) -> tuple[int, int]:
         """The first position of the pool that a position is in, and the first after it."""
         size, n = len(self.lengths), self.pool * self.batch
@@ -238,7 +160,7 @@ class BucketedOrder:
         samples = samples[np.argsort(self.lengths[samples], kind="stable")]  # those of one length stay in an order that each epoch draws anew
         borders = np.array([first, *range(first - first % self.batch + self.batch, end, self.batch), end])
         sizes = np.diff(borders)
-        places = _permutation(len(sizes), _drawn(self.seed, first))  # of the batches, those of short texts first
+        places = permutation(len(sizes), drawn_seed(self.seed, first))  # of the batches, those of short texts first
         rearranged = np.empty_like(samples)
         taken = 0
         for place in places:
@@ -253,16 +175,18 @@ class BucketedOrder:
 
 @dataclass(frozen=True)
 class Reading:
-    """How one set of a stream is read: `order.shards_of(w)` for each w of `windows(position)`, then the windows that follow.
+    """How a process reads one set of a stream: `shards_of(w)` for each w of `windows(position)`, then the windows that follow.
 
     whole    the stream's order
     number   of the set, from 0
     order    the set's own
+    parts    those that this process reads
     """
 
     whole: Order
     number: int
     order: ShardOrder
+    parts: range
 
     def windows(self, position: int) -> range:
         """The set's windows from which a step at this position of the stream may read: what comes before them is needed no more.
@@ -272,12 +196,22 @@ class Reading:
         first, end = _own_positions(self.whole, self.number, position)
         return range(self.order.window(first), self.order.window(end - 1) + 1)
 
+    def shards_of(self, window: int) -> NDArray[np.int64]:
+        """int64 [shards]: the numbers of the shards that this process reads in a window."""
+        return self.order.shards_of(window, self.parts)
 
-def reading_plan(order: Order) -> tuple[Reading | None, ...]:
-    """For each set of a stream how its shards are read; None where all samples of a set are shuffled, so that nothing is known ahead."""
+
+def reading_plan(order: Order, rank: int = 0, world: int = 1, batch_size: int = 1) -> tuple[Reading | None, ...]:
+    """For each set of a stream how a rank reads its shards; None where all samples of a set are shuffled, so that nothing is known ahead.
+
+    batch_size   images of a step of each of the `world` ranks
+    """
     inner = order.order if isinstance(order, BucketedOrder) else order
     own = inner.own if isinstance(inner, MixedOrder) else (inner,)
-    return tuple(Reading(order, number, one) if isinstance(one, ShardOrder) else None for number, one in enumerate(own))
+    return tuple(
+        Reading(order, number, one, one.parts_of(rank, world, batch_size)) if isinstance(one, ShardOrder) else None
+        for number, one in enumerate(own)
+    )
 
 
 def _own_positions(order: Order, number: int, position: int) -> tuple[int, int]:
@@ -390,20 +324,64 @@ def _joined(fingerprints: Iterable[str]) -> str:
     return hashlib.sha256(repr(list(fingerprints)).encode()).hexdigest()
 
 
+# ----------------------------------------
+# Which order a data set is read in.
+
+
+OrderChoice = Literal["auto", "global", "shards"]
+
+
 def shard_sizes_of(source: SampleSource) -> NDArray[np.int64] | None:
     """int64 [shards]: samples of each shard of a data set, in the order of its indices; None where it is not made of shards."""
     sizes: NDArray[np.int64] | None = getattr(source, "shard_sizes", None)
     return sizes
 
 
-def order_of(source: SampleSource, seed: int, window: int = 0) -> Order:
-    """The order in which a training stream reads a data set. window: shards that are shuffled together, where there are any; 0: all samples are."""
+def windows_of(source: SampleSource, choice: OrderChoice, window: int) -> tuple[int, ...]:
+    """For each set of a data set the shards that are shuffled together; 0: all its samples are.
 
-    def own(one: SampleSource, seed: int) -> SampleOrder | ShardOrder:
-        sizes = shard_sizes_of(one) if window else None
-        return SampleOrder(len(one), seed) if sizes is None else ShardOrder(sizes, window, seed)
+    choice   auto: `shards` where shards are read from a server, else `global`; of a mixture, each set for itself
 
-    if not isinstance(source, Mixture):
-        return own(source, seed)
+    Raises ConfigError where there are no shards to read in a row.
+    """
+    in_shards = [one if shard_sizes_of(one) is not None else None for one in _sets_of(source)]
+    if choice == "shards" and not any(in_shards):
+        raise ConfigError("train.order is shards, and the data is not in shards: write it with `adalink shards from`, or set train.order to global")
+    return tuple(window if one is not None and (choice == "shards" or (choice == "auto" and _is_remote(one))) else 0 for one in in_shards)
+
+
+def order_of(source: SampleSource, seed: int, windows: Sequence[int] = (), *, parts: int = 1, step: int = 1) -> Order:
+    """The order in which a training stream reads a data set. windows: as `windows_of`; none: all samples of each set are shuffled.
+
+    parts, step   as in `ShardOrder`, of a set alone: a mixture's positions are not those of its sets, so each rank reads all of a window
+    """
+    sets = _sets_of(source)
+    windows = windows or (0,) * len(sets)
     # Another seed for each set: sets of one size would else be read in step.
-    return MixedOrder(source.sizes, source.weights, seed, [own(one, seed + 1 + k) for k, one in enumerate(source.sources)])
+    seeds = [seed + 1 + k for k in range(len(sets))] if isinstance(source, Mixture) else [seed]
+    own: list[SampleOrder | ShardOrder] = []
+    for one, window, each in zip(sets, windows, seeds, strict=True):
+        sizes = shard_sizes_of(one) if window else None
+        cut = {} if isinstance(source, Mixture) else {"parts": parts, "step": step}
+        own.append(SampleOrder(len(one), each) if sizes is None else ShardOrder(sizes, window, each, **cut))
+    return MixedOrder(source.sizes, source.weights, seed, own) if isinstance(source, Mixture) else own[0]
+
+
+def order_note(order: Order) -> str:
+    """A line for a log: which sets are read by windows of shards."""
+    windows = [0 if reading is None else reading.order.window_shards for reading in reading_plan(order)]
+    if not any(windows):
+        return "order: global, all samples are shuffled together"
+    each = str(windows[0]) if len(windows) == 1 else f"{windows} of the sets (0: all)"
+    parts = next((one.order.parts for one in reading_plan(order) if one is not None), 1)
+    return f"order: shards in a drawn order, the samples of {each} shuffled together" + (f", in each of {parts} parts of a step" if parts > 1 else "")
+
+
+def _sets_of(source: SampleSource) -> Sequence[SampleSource]:
+    return source.sources if isinstance(source, Mixture) else (source,)
+
+
+def _is_remote(source: SampleSource) -> bool:
+    while (inner := getattr(source, "source", None)) is not None:
+        source = inner
+    return any(isinstance(place, str) for place in getattr(source, "places", ())[:1])

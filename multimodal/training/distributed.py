@@ -32,7 +32,7 @@ from multimodal.sample import BadSample
 from multimodal.training.settings import TrainSettings
 
 __all__ = [
-    "Agreed", "StopSignal", "agree", "check_trackers", "deterministic", "gathered", "host_group", "interrupts_noted", "opened_accelerator",
+    "Agreed", "StopSignal", "agree", "check_trackers", "deterministic", "gathered", "host_group", "interrupts_noted", "n_nodes", "opened_accelerator",
     "sigterm_noted", "step_seed", "take_off", "together",
 ]  # fmt: skip
 
@@ -61,6 +61,12 @@ class Agreed:
 def host_group(accelerator: Accelerator) -> torch.distributed.ProcessGroup | None:
     """The processes as they exchange what lies on the host, which no device is waited for; None of one alone. Every process must call it."""
     return torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+
+def n_nodes(accelerator: Accelerator) -> int:
+    """Machines that the processes are on, as `torchrun` and `accelerate launch` say it; 1 where they are not equally many on each."""
+    world, local = accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    return world // local if local > 0 and world % local == 0 else 1
 
 
 def agree(

@@ -22,6 +22,8 @@ class TrainSettings:
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 16  # images in each process and micro-batch
     accumulation: int = 1  # micro-batches in one optimizer step
+    order: Literal["auto", "global", "shards"] = "auto"  # shuffle all samples (global), or read shards in a row (shards); auto: shards for URLs
+    window: int = 16  # with order: shards, the number of shards whose samples are shuffled together, for each machine
     bucket_pool: int = 0  # batches within which images with texts of similar length are grouped, for less padding; 0: off
     row_tokens: int = 0  # most tokens of a row that several images share, for less padding; on a CPU two or three images a row are fastest; 0: off
     learning_rate: float = 1e-3  # highest learning rate; AdamW with linear warmup and cosine
@@ -52,7 +54,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
         check_tuples(self, "train's")
-        for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every"):
+        for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every", "window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 1 or more")
         for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "patience", "bad_samples", "seed", "states_gib", "row_tokens", "bucket_pool"):

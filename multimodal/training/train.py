@@ -23,6 +23,7 @@ from multimodal.data.feature_cache.encode import FillingLoader, encode_all
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Loaded, Texts, TrainLoader, new_batches
+from multimodal.data.order import Mixture, shard_sizes_of, windows_of
 from multimodal.data.workers import dead_workers_named
 from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.progress import StepProgress
@@ -34,6 +35,7 @@ from multimodal.training.distributed import (
     deterministic,
     host_group,
     interrupts_noted,
+    n_nodes,
     opened_accelerator,
     sigterm_noted,
     step_seed,
@@ -101,6 +103,7 @@ def train(
     """
     if not len(source):
         raise DataError("the training data holds no sample: give data with one or more")
+    windows_of(source, settings.order, settings.window)  # refuses an order that the data does not have, before any image is read
     one_way = deterministic(settings.deterministic)
     with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_named(), one_way:
         torch.manual_seed(settings.seed)
@@ -121,6 +124,8 @@ def train(
         if settings.checkpointing:
             model.adapted.attachment.checkpoint_layers()
         loader.steps = (n_steps - first) * settings.accumulation
+        if shard_sizes_of(source) is not None or isinstance(source, Mixture):
+            accelerator.print(loader.order_note)
         started = time.perf_counter()
         with training_form(model, settings, len(source)), interrupts_noted(stop):
             if model.head is None:
@@ -180,7 +185,8 @@ def _loader(
     batches = new_batches(
         model, source, texts, batch_size=settings.batch_size, seed=settings.seed, workers=settings.workers,
         features=None if isinstance(patches, FeatureWriter) else patches, row_tokens=settings.row_tokens, bucket_pool=settings.bucket_pool,
-        rank=accelerator.process_index, world=accelerator.num_processes, weights="split" if accelerator.is_fsdp2 else "whole",
+        order=settings.order, window=settings.window, nodes=n_nodes(accelerator), rank=accelerator.process_index, world=accelerator.num_processes,
+        weights="split" if accelerator.is_fsdp2 else "whole",
     )  # fmt: skip
     accelerator.print(batches.note if model.head is not None else f"{batches.note}; {model.language_loss.head.note}")
     if isinstance(patches, FeatureWriter):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from adalink.errors import ConfigError, DataError
 from multimodal.data.inputs import Drafted
-from multimodal.data.order import MixedSet, Mixture, fingerprint_of, texts_fingerprint_of
+from multimodal.data.order import MixedSet, Mixture, fingerprint_of, shard_sizes_of, texts_fingerprint_of
 from multimodal.data.shards.reader import ShardSource
 from multimodal.data.shards.storage import RemoteSettings, is_url, redacted
 from multimodal.sample import BadSample, Decode, Measure, Sample, SampleSource, counted, lengths_of
@@ -272,6 +272,15 @@ class Chosen:
     def texts_fingerprint(self) -> str:
         """Likewise, of the source's texts."""
         return self._of(texts_fingerprint_of(self.source))
+
+    @property
+    def shard_sizes(self) -> NDArray[np.int64] | None:
+        """The source's, where the first samples were chosen: the last shard is then smaller, and those after it hold none."""
+        sizes = shard_sizes_of(self.source) if self._indices == range(len(self)) else None
+        if sizes is None:
+            return None
+        chosen: NDArray[np.int64] = np.diff(np.minimum(np.cumsum(sizes), len(self)), prepend=0)
+        return chosen
 
     def _of(self, whole: str) -> str:
         return whole and hashlib.sha256(f"{whole} {list(self._indices)}".encode()).hexdigest()

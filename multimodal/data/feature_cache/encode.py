@@ -158,6 +158,11 @@ class FillingLoader:
             self._stream.steps = self.steps - first
             yield from self._stream
 
+    @property
+    def order_note(self) -> str:
+        """As the stream's."""
+        return self._stream.order_note
+
     def blank(self) -> Batch:
         """As the stream's."""
         return self._stream.blank()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections import Counter
 from typing import Any
 
@@ -147,7 +146,3 @@ def test_what_the_order_is_a_function_of_is_told() -> None:
     note = order.state()
     assert note == {"seed": 3, "samples": [40], "weights": [1], "bucket_pool": 3, "bucket_batch": 8, "lengths": note["lengths"]}
     assert BucketedOrder(SampleOrder(40, 3), lengths(40, seed=2), seed=3, pool=3, batch=8).state()["lengths"] != note["lengths"]
-    assert read(order.with_batch(4), range(40)) == read(bucketed(40, 3, 4), range(40))
-    positions = random.Random(0).sample(range(200), 50)
-    assert [order.with_batch(4).with_batch(8).sample(p) for p in positions] == [order.sample(p) for p in positions]
-

@@ -11,22 +11,25 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adalink.errors import ConfigError
-from multimodal.data.order import BucketedOrder, MixedOrder, Order, Reading, SampleOrder, ShardOrder, reading_plan
+from multimodal.data.order import BucketedOrder, MixedOrder, Order, Reading, SampleOrder, reading_plan
+from multimodal.data.shards.order import ShardOrder
 
 some_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 
 
-def order_of(sizes: list[int], window: int = 3, seed: int = 5) -> ShardOrder:
-    return ShardOrder(np.array(sizes, dtype=np.int64), window, seed)
+def order_of(sizes: list[int], window: int = 3, seed: int = 5, parts: int = 1, step: int = 1) -> ShardOrder:
+    return ShardOrder(np.array(sizes, dtype=np.int64), window, seed, parts=parts, step=step)
 
 
 def shard_of(sizes: list[int], sample: int) -> int:
     return int(np.searchsorted(np.cumsum(sizes), sample, side="right"))
 
 
-@given(some_sizes, st.integers(1, 14), st.integers(0, 1000), st.integers(0, 3))
-def test_an_epoch_has_each_sample_once_and_a_window_only_its_own_shards(sizes: list[int], window: int, seed: int, epoch: int) -> None:
-    order, n = order_of(sizes, window, seed), sum(sizes)
+@given(some_sizes, st.integers(1, 14), st.integers(0, 1000), st.integers(0, 3), st.integers(1, 4), st.integers(0, 5))
+def test_an_epoch_has_each_sample_once_and_a_part_of_a_step_only_its_own_shards(
+    sizes: list[int], window: int, seed: int, epoch: int, parts: int, more: int
+) -> None:
+    order, n = order_of(sizes, window, seed, parts, step := parts + more), sum(sizes)
     positions = range(epoch * n, (epoch + 1) * n)
     assert sorted(map(order.sample, positions)) == list(range(n))
     windows = [order.window(position) for position in positions]
@@ -34,18 +37,39 @@ def test_an_epoch_has_each_sample_once_and_a_window_only_its_own_shards(sizes: l
     assert windows[0] >= epoch * order.n_windows
     assert windows[-1] < (epoch + 1) * order.n_windows
     for position, number in zip(positions, windows, strict=True):
-        assert shard_of(sizes, order.sample(position)) in order.shards_of(number)
+        part = position % step * parts // step
+        assert shard_of(sizes, order.sample(position)) in order.shards_of(number, range(part, part + 1))
     read = [order.shards_of(number) for number in range(epoch * order.n_windows, (epoch + 1) * order.n_windows)]
     assert sorted(np.concatenate(read).tolist()) == list(range(len(sizes)))
-    assert max(map(len, read)) <= window
+    assert max(map(len, read)) <= window * parts
     assert max(map(len, read)) - min(map(len, read)) <= 1
+    for number, whole in enumerate(read, epoch * order.n_windows):
+        cut = np.concatenate([order.shards_of(number, range(part, part + 1)) for part in range(parts)])
+        assert set(cut) == {shard for shard in whole if sizes[shard]}  # one without samples is read by nobody
+        assert len(cut) <= len(whole) + parts - 1  # of two parts that follow each other one shard may be both's
+        assert set(order.shards_of(number, range(parts))) == set(cut)
 
 
-@given(some_sizes, st.lists(st.integers(0, 300), min_size=1, max_size=20))
-def test_a_position_is_the_same_sample_whatever_was_asked_before(sizes: list[int], positions: list[int]) -> None:
-    order = order_of(sizes)
-    assert [order.sample(position) for position in positions] == [order_of(sizes).sample(position) for position in positions]
-    assert [order.window(position) for position in positions] == [order_of(sizes).window(position) for position in positions]
+@pytest.mark.parametrize(("world", "most"), [(1, 4), (2, 2), (3, 2), (4, 1), (6, 2), (8, 1)])
+@pytest.mark.parametrize("step", [24, 48])
+def test_a_rank_reads_only_the_parts_that_are_its_own(world: int, most: int, step: int) -> None:
+    """Of four parts: those of its machine, or all of them where the steps are of another size."""
+    order = order_of([30] * 16, 2, parts=4, step=24)
+    for rank in range(world):
+        parts = order.parts_of(rank, world, step // world)
+        assert len(parts) <= (4 if step != 24 else most)
+        for start in range(0, 960, step):
+            for position in range(start + rank * step // world, start + (rank + 1) * step // world):
+                shards = order.shards_of(order.window(position), parts)
+                assert shard_of([30] * 16, order.sample(position)) in shards
+                assert len(shards) <= 2 * len(parts) + 2
+
+
+@given(some_sizes, st.lists(st.integers(0, 300), min_size=1, max_size=20), st.integers(1, 3))
+def test_a_position_is_the_same_sample_whatever_was_asked_before(sizes: list[int], positions: list[int], parts: int) -> None:
+    order = order_of(sizes, parts=parts, step=3)
+    assert [order.sample(position) for position in positions] == [order_of(sizes, parts=parts, step=3).sample(position) for position in positions]
+    assert [order.window(position) for position in positions] == [order_of(sizes, parts=parts, step=3).window(position) for position in positions]
 
 
 def test_epochs_seeds_and_windows_differ_and_shards_do_not_come_as_they_are_stored() -> None:
@@ -58,22 +82,28 @@ def test_epochs_seeds_and_windows_differ_and_shards_do_not_come_as_they_are_stor
 
 
 def test_the_order_is_this_one_for_ever() -> None:
-    """A resumed run depends on it: torch.randperm of shards as of samples, and of a window's by a sha256 of seed and window."""
+    """A resumed run depends on it: torch.randperm of shards as of samples, and of a part of a window by a sha256 of seed, window and part."""
     order = order_of([2, 3, 1, 2], 2, 3)
-    assert [order.sample(i) for i in range(16)] == [0, 5, 1, 6, 2, 3, 7, 4, 1, 7, 6, 0, 5, 4, 2, 3]
+    assert [order.sample(i) for i in range(16)] == [1, 5, 0, 3, 2, 7, 4, 6, 6, 0, 7, 1, 2, 5, 4, 3]
     assert [order.shards_of(number).tolist() for number in range(4)] == [[0, 2], [1, 3], [3, 0], [1, 2]]
+    parts = order_of([2, 3, 1, 2], 1, 3, parts=2, step=4)
+    assert [parts.sample(i) for i in range(16)] == [1, 0, 5, 6, 3, 2, 4, 7, 6, 7, 0, 1, 2, 3, 5, 4]
 
 
 def test_what_cannot_be_an_order_is_refused() -> None:
     for sizes, window in (([3, 4], 0), ([], 2), ([0, 0], 1), ([3, -1], 1)):
         with pytest.raises(ConfigError, match=f"{len(sizes)} shards cannot be read {window} at a time: give a window of 1 shard or more"):
             order_of(sizes, window)
+    for parts in (0, 5):
+        with pytest.raises(ConfigError, match=f"a step of 4 images cannot be read in {parts} parts: give from 1 part to 4"):
+            order_of([3], parts=parts, step=4)
 
 
 def test_its_state_says_what_it_is_a_function_of() -> None:
     state = order_of([2, 3]).state()
-    assert state == {"seed": 5, "samples": [5], "weights": [1], "order": ["shards"], "window": [3], "shards": state["shards"]}
+    assert state == {"seed": 5, "samples": [5], "weights": [1], "window": [3], "shards": state["shards"]}
     assert order_of([3, 2]).state()["shards"] != state["shards"]
+    assert order_of([2, 3], parts=2, step=4).state() == {**state, "shard_parts": 2, "shard_step": 4}
 
 
 def plans(sizes: list[int]) -> dict[str, tuple[Order, int]]:
@@ -103,7 +133,7 @@ def test_what_is_read_at_a_position_is_in_the_windows_that_the_plan_says(name: s
         assert windows.start >= start  # what was left behind is needed no more
         start = windows.start
         if sample >= 0:
-            assert shard_of(sizes, sample) in np.concatenate([reading.order.shards_of(window) for window in windows])
+            assert shard_of(sizes, sample) in np.concatenate([reading.shards_of(window) for window in windows])
 
 
 def test_the_windows_of_a_plan_are_no_more_than_are_read_there() -> None:

@@ -29,6 +29,7 @@ from adalink.errors import BudgetError, ConfigError, DataError, TerminatedError
 from multimodal.batches.collate import Batch
 from multimodal.data.feature_cache.encode import GROUP, PatchTable, encode_all
 from multimodal.data.loader import Loaded
+from multimodal.data.shards.reader import ShardSource
 from multimodal.existing.connector_choice import ConnectorChoice
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
@@ -86,7 +87,8 @@ def holding(step: int, go: Path) -> Callable[[], dict[str, float]]:
 
 def run(
     folder: Path, resume: bool = False, held: int = 0, bad: tuple[int, ...] = (), without: tuple[int, ...] = (), patches: PatchTable | None = None, workers: int = 0,
-    methods: Mapping[str, Method] | None = None, sees: str = "", connector: ConnectorChoice = "frozen", quantise: str = "", **fields: Any,
+    methods: Mapping[str, Method] | None = None, sees: str = "", connector: ConnectorChoice = "frozen", quantise: str = "", shards: Path | None = None,
+    **fields: Any,
 ) -> int:  # fmt: skip
     """Train; 143 where SIGTERM ended it, 9 where the budget for bad samples did, 8 where there was nothing to learn. held: the step at which it waits, where any, see `holding`."""
     made = model(methods, sees, connector)
@@ -94,8 +96,9 @@ def run(
         find_torchao()
         settle(made.float().language.model, Precision(quantise=quantise), "tiny")  # type: ignore[arg-type]  # one of its values
     settings = TrainSettings(**{**SETTINGS, **fields, "workers": workers, "measure_every": int(held > 0)})
+    source = Drawn(N, bad, without) if shards is None else ShardSource(shards)
     try:
-        train(made, Drawn(N, bad, without), ragged, settings, folder, resume=resume, patches=patches, measure=holding(held, folder / GO))
+        train(made, source, ragged, settings, folder, resume=resume, patches=patches, measure=holding(held, folder / GO))
     except TerminatedError as error:
         print(f"adalink: {error}")
         return 143

@@ -19,12 +19,13 @@ from torch.distributed import TCPStore
 
 
 def _child(function: Callable[..., Any], rank: int, world: int, port: int, errors: str, arguments: tuple[Any, ...], env: dict[str, str]) -> None:
-    os.environ.update(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", **env)
+    os.environ.update(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
     if world > 1:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
             TORCHELASTIC_USE_AGENT_STORE="True",  # as torchrun does: the place where they meet is there before they are
         )  # fmt: skip
+    os.environ.update(env)
     import torch
 
     torch.set_num_threads(1)

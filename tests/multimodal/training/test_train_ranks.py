@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import rank_jobs
 import torch
+from made_shards import made_source
 from quantiser import find_torchao
 from ranks import Machine
 from safetensors.torch import load_file
 from torch import Tensor
+
+from multimodal.data.shards.writer import write_shards
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +188,27 @@ def test_another_number_of_processes_goes_on_at_the_next_picture(machine: Machin
         rates = [line["rate"] for line in map(json.loads, (tmp_path / f"to{world}" / "metrics.jsonl").read_text().splitlines()) if "rate" in line]
         read = [12 + 2 * world * step for step in range(steps - 3)]  # samples, before each step after the change
         assert rates[3:] == pytest.approx([1e-2 * 0.5 * (1 + math.cos(math.pi * n / 28)) for n in read])
+
+
+def test_windows_of_shards_are_gone_on_with_by_other_processes_and_workers_as_if_never_killed(machine: Machine, tmp_path: Path) -> None:
+    """Two processes on two machines, each with shards of its own, are killed in the middle of a window; one process ends the run in their order."""
+    write_shards(made_source(22), tmp_path / "set", samples_per_shard=3)
+    reads = {"shards": tmp_path / "set", "order": "shards", "window": 2}
+    jobs = [{"folder": tmp_path / "whole", **reads}, {"folder": tmp_path / "control", **reads, "order": "global"}]
+    whole = machine.start(2, rank_jobs.several, jobs, LOCAL_WORLD_SIZE="1")
+    killed = machine.start(2, rank_jobs.several, [{"folder": tmp_path / "killed", **reads, "workers": 1, "held": 13}], LOCAL_WORLD_SIZE="1")
+    killed.wait_until(lambda: step_of(tmp_path / "killed") >= 11)
+    killed.killed()
+    again = machine.start(1, rank_jobs.several, [{"folder": tmp_path / "killed", **reads, "workers": 2, "batch_size": 4, "resume": True}])
+    printed = whole.ended() + again.ended()
+    assert printed.count("order: shards in a drawn order, the samples of 2 shuffled together, in each of 2 parts of a step") == 2
+    assert "resumed after step 10 of 20" in printed
+    data = [json.loads((tmp_path / name / "checkpoints" / "step_00000020" / "state.json").read_text())["data"] for name in ("whole", "killed")]
+    assert data[0] == data[1]
+    assert (data[0]["position"], data[0]["shard_parts"], data[0]["shard_step"]) == (80, 2, 4)
+    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)  # an encoder in float32 rounds differently in another batch
+    assert difference(state(tmp_path / "killed"), state(tmp_path / "whole")) < 1e-4
+    assert difference(state(tmp_path / "control"), state(tmp_path / "whole")) > 1e-3
 
 
 def test_each_process_encodes_its_share_and_has_every_picture(machine: Machine, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_the_number_of_steps_reads_every_picture_as_often_as_asked() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    *(({name: 0}, f"train.{name} is 0: give 1 or more") for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every")),
+    *(({name: 0}, f"train.{name} is 0: give 1 or more") for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every", "window")),
     *(({name: -1}, f"train.{name} is -1: give 0 or more") for name in ("steps", "weight_decay", "clip", "workers", "bad_samples", "seed", "states_gib", "row_tokens", "bucket_pool")),
     ({"keep_best": True}, "train.keep_best judges measurements, and train.measure_every is 0"),
     ({"patience": 3}, "train.patience judges measurements, and train.measure_every is 0"),
