@@ -60,6 +60,7 @@ _CONTENT = {
     "multimodal.data.images.processes": "tasks.serve.decoders",
     "multimodal.data.images.format": "multimodal.image_header multimodal.image_parts",
     "multimodal.data.shards.manifest": "multimodal.manifest multimodal.shard_folder",
+    "multimodal.data.shards.members": "multimodal.manifest",
     "multimodal.data.shards.index": "multimodal.shard_index multimodal.shard_set multimodal.tar_scan",
     "multimodal.data.shards.reader": "multimodal.shards multimodal.shard_files multimodal.shard_record",
     "multimodal.data.shards.writer": "multimodal.shard_writer multimodal.shard_job multimodal.tar_write",

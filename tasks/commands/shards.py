@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,35 +66,30 @@ def shards_img2dataset(*, shards: Path, bad_samples: int = 0) -> Manifest:
         shards: The folder of tar files.
         bad_samples: How many samples may lack an image or a text, or be too large, before the command stops.
     """
-    from multimodal.data.shards.check import checksummed
-    from multimodal.data.shards.index import ShardLimits, index_shards
-    from multimodal.data.shards.manifest import MANIFEST, write_manifest
-    from multimodal.sample import BadSamples
+    from multimodal.data.shards.check import index_folder
+    from multimodal.data.shards.manifest import MANIFEST
 
     if (shards / MANIFEST).exists():
         raise ConfigError(f"{shards / MANIFEST} is there already; run `adalink shards check`, or delete it to index the shards again")
-    found = index_shards(shards, ShardLimits())
-    if len(found.manifest) == 0:
-        reason = found.manifest.skipped[0].detail if found.manifest.skipped else "none has an image and a text"
-        raise DataError(f"the shards in {shards} hold no sample: {reason}")
-    BadSamples(budget=bad_samples, found=found.manifest.skipped).check()
-    known = tuple(checksummed(shards / shard.file, shard) for shard in found.manifest.shards)
-    manifest = replace(found.manifest, shards=known)
-    write_manifest(manifest, shards)
+    manifest = index_folder(shards, budget=bad_samples)
     _report("indexed", manifest, shards)
     return manifest
 
 
-def shards_check(*, shards: Path) -> None:
-    """Check every byte of a set of shards against its manifest.
+def shards_check(*, shards: Path, upgrade: bool = False) -> None:
+    """Check every byte of a set of shards against its manifest and its indexes.
 
     Raises DataError with what is wrong.
 
     Args:
         shards: The folder of tar files with its manifest.json.
+        upgrade: First write the indexes that an older version's set does not have, and those that are missing or damaged. Runs go on with the set.
     """
-    from multimodal.data.shards.check import verify_shards
+    from multimodal.data.shards.check import verify_shards, write_indexes
+    from multimodal.sample import counted
 
+    if upgrade:
+        print(f"wrote {counted(write_indexes(shards), 'index', 'indexes')} in {shards}")
     faults = verify_shards(shards)
     if faults:
         displayed = "; ".join(fault.detail for fault in faults[:_FAULTS_DISPLAYED])
@@ -114,7 +108,7 @@ def _opened(data: DataConfig) -> Opened:
 
 
 def _report(verb: str, manifest: Manifest, folder: Path) -> None:
-    size = sum(shard.size for shard in manifest.shards) / 2**20
+    size = int(manifest.table.rows["size"].sum()) / 2**20
     shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
     images = "1 image" if len(manifest) == 1 else f"{len(manifest)} images"
     print(f"{verb} {shards} with {images} ({size:.1f} MiB) in {folder}")
@@ -170,4 +164,4 @@ TO = Command(
     first=("path", "out", "images", "columns", "format", "split", "samples_per_file", "bad_samples"),
 )  # fmt: skip
 IMG2DATASET = Command.of(shards_img2dataset, "adalink shards img2dataset --shards downloaded --bad-samples 100")
-CHECK = Command.of(shards_check, "adalink shards check --shards shards/train")
+CHECK = Command.of(shards_check, "adalink shards check --shards shards/train", "adalink shards check --shards shards/older --upgrade true")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from multimodal.data.shards.manifest import read_manifest
+from multimodal.data.shards.members import index_name
 from multimodal.data.shards.writer import write_shards
 from multimodal.sample import Question, Sample
 
@@ -58,6 +61,18 @@ def made_shards(folder: Path, count: int = 10, samples_per_shard: int = 4) -> Li
     source = made_source(count)
     write_shards(source, folder, samples_per_shard=samples_per_shard)
     return source
+
+
+def as_first_form(folder: Path) -> None:
+    """Gives a set the manifest that the first version of adalink wrote, which holds all places itself."""
+    shards = []
+    for shard in (manifest := read_manifest(folder)).shards:
+        entry = {"file": shard.file, "bytes": shard.size, "sha256": shard.sha256, "samples": len(shard.members), "keys": list(shard.members.all_keys())}
+        columns = {part: shard.members.table[:, index] for index, part in enumerate(("image", "json", "txt"))}
+        shards.append(entry | {part: column.ravel().tolist() for part, column in columns.items() if (column[:, 0] >= 0).any()})
+        (folder / index_name(shard.file)).unlink()
+    document = {"format": "adalink shards 1", "samples": len(manifest), "skipped": [], "ignored": {}, "shards": shards}
+    (folder / "manifest.json").write_text(json.dumps(document))
 
 
 def tar_of(path: Path, members: Sequence[tuple[str, bytes]], tar_format: int = tarfile.USTAR_FORMAT) -> Path:

@@ -1,8 +1,8 @@
-"""What a set of shards holds: each shard's size, sha256 and samples, and where in the file each sample's members lie.
+"""What a set of shards holds: each shard's name, size, sha256, number of samples, and the sha256 of its index.
 
-On disk it is `manifest.json` beside the shards. In memory the offsets are arrays and the keys one block of bytes, so that a set of millions
-of samples is cheap to hold and to send to worker processes. A manifest is input like any other: what it says is checked, and it can only
-name files in its own folder.
+On disk it is `manifest.json` beside the shards, one line for each: opening a set reads that alone, and the index of a shard when the shard is
+first read. A manifest of the first form holds all places itself and is read whole. A manifest is input like any other: what it says is checked,
+and it can only name files in its own folder.
 """
 
 from __future__ import annotations
@@ -12,75 +12,53 @@ import json
 import os
 import re
 import shutil
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adalink.errors import AdalinkError, ConfigError, DataError
 from adalink.files import locked, write_whole
+from multimodal.data.shards.members import (
+    PARTS,
+    LocalFolder,
+    Members,
+    Row,
+    Shard,
+    ShardFolder,
+    ShardTable,
+    StoredMembers,
+    check_places,
+    index_name,
+    row_of,
+    store_index,
+    text_sizes,
+)
 from multimodal.sample import BadSample
 
 __all__ = [
-    "MANIFEST", "WRITING", "Manifest", "Members", "Part", "Shard", "find_shards", "find_twice", "parse_manifest", "publish",
-    "read_manifest", "refuse_unfinished", "shard_part", "workplace", "write_manifest",
+    "MANIFEST", "WRITING", "Known", "Manifest", "find_shards", "known_of", "parse_manifest", "publish", "read_manifest", "refuse_unfinished",
+    "row_as_json", "row_from_json", "shard_part", "workplace", "write_manifest",
 ]  # fmt: skip
 
 
 MANIFEST = "manifest.json"
-_FORMAT = "adalink shards 1"
-
-Part = Literal["image", "json", "txt"]
-PARTS: tuple[Part, ...] = ("image", "json", "txt")
-
-ABSENT = (-1, -1, -1)
-"""Offset, size and crc32 of a member that a sample does not have."""
-UNKNOWN_CRC = -1
+_FORMAT, _FIRST_FORMAT = "adalink shards 2", "adalink shards 1"
 
 
-class Members:
-    """The samples of one shard, in order: a key each, and the place of each part.
+@dataclass(frozen=True)
+class Known:
+    """What the writer of a whole set found by reading all of its places, so that opening the set need not.
 
-    table   int64[n, 3 parts, 3]: offset of the part's data in the shard in bytes, its size in bytes, its crc32 or -1 where it is not known
+    fingerprint   the set's, as that of the first form
+    lengths       sha256 of `text_sizes` of all samples
     """
 
-    def __init__(self, keys: Iterable[str], table: NDArray[np.int64]) -> None:
-        encoded = [key.encode("utf-8", "backslashreplace") for key in keys]
-        self.packed_keys = b"".join(encoded)
-        self._ends = array("q", accumulate(map(len, encoded)))  # its elements are read one by one, for which NumPy is slow
-        self.table = table.reshape(len(encoded), len(PARTS), 3)
-
-    def only(self, retained: NDArray[np.bool_]) -> Members:
-        """The samples at which `retained` is true."""
-        return Members([self.key(index) for index in np.flatnonzero(retained).tolist()], self.table[retained])
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def key(self, index: int) -> str:
-        """The key under which the shard's file holds sample `index`."""
-        start = self._ends[index - 1] if index else 0
-        return self.packed_keys[start : self._ends[index]].decode("utf-8")
-
-    def all_keys(self) -> Iterator[str]:
-        """All of them, in order."""
-        return (self.key(index) for index in range(len(self)))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Shard:
-    """One tar file of a set."""
-
-    file: str  # a name in the manifest's folder, never a path
-    size: int  # bytes
-    sha256: str  # empty where the file was indexed without reading it
-    members: Members
+    fingerprint: str
+    lengths: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,46 +67,79 @@ class Manifest:
 
     skipped   what was found when the set was written or indexed and is not in it
     ignored   members that no sample uses, counted by suffix
+    known     of a whole set whose indexes are on disk; that its keys are unique was found with it
     """
 
-    shards: tuple[Shard, ...]
+    shards: Sequence[Shard]
     skipped: tuple[BadSample, ...] = ()
     ignored: Mapping[str, int] = field(default_factory=dict)
+    known: Known | None = None
+
+    @cached_property
+    def table(self) -> ShardTable:
+        """The shards as columns."""
+        return self.shards if isinstance(self.shards, ShardTable) else ShardTable.of(self.shards, LocalFolder(Path()))
 
     def __len__(self) -> int:
-        return sum(len(shard.members) for shard in self.shards)
+        return int(self.table.rows["samples"].sum())
 
     @property
     def fingerprint(self) -> str:
-        """A sha256 over keys, places and, where they are known, the shards' own: sets that share it hold the same samples in one order."""
+        """A sha256 over keys, places and, where they are known, the shards' own: sets that share it hold the same samples in one order.
+
+        Of shards that are only some of a set, it is over the check sums of their indexes.
+        """
+        if self.known is not None:
+            return self.known.fingerprint
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(f"{shard.size} {shard.sha256} {len(shard.members)}\n".encode())
-            digest.update(shard.members.packed_keys)
-            digest.update(shard.members.table.tobytes())
+            _add_to(digest, shard, shard.members)
         return digest.hexdigest()
 
 
-def find_twice(shards: Sequence[Shard]) -> tuple[str, int, int] | None:
-    """A key that stands in two shards, and their numbers; None where each key is in one."""
-    seen: dict[str, int] = {}
-    for number, shard in enumerate(shards):
-        for key in shard.members.all_keys():
-            if seen.setdefault(key, number) != number:
-                return key, seen[key], number
-    return None
+def _add_to(digest: hashlib._Hash, shard: Shard, members: Members) -> None:
+    digest.update(f"{shard.size} {shard.sha256} {len(members)}\n".encode())
+    if isinstance(members, StoredMembers):
+        digest.update(members.digest.encode())
+    else:
+        digest.update(members.packed_keys)
+        digest.update(members.table.tobytes())
 
 
-def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Writes `manifest.json` into the folder, whole or not at all; one line per shard."""
+def known_of(shards: Sequence[Shard]) -> Known:
+    """By reading all places, one shard after the other. Raises DataError where an index cannot be read."""
+    content, lengths = hashlib.sha256(), hashlib.sha256()
+    for shard in shards:
+        members = shard.members.load() if isinstance(shard.members, StoredMembers) else shard.members
+        _add_to(content, shard, members)
+        lengths.update(text_sizes(members).tobytes())
+    return Known(content.hexdigest(), lengths.hexdigest())
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> Manifest:
+    """Writes `manifest.json` into the folder, whole or not at all, after the indexes of the shards whose members are in memory.
+
+    Keys must be unique (`find_twice`). Gives the manifest as it was written. Raises DataError.
+    """
+    rows = [row_of(shard if isinstance(shard.members, StoredMembers) else store_index(shard, folder)) for shard in manifest.shards]
+    shards = ShardTable.of_rows(rows, LocalFolder(folder))
+    known = manifest.known or known_of(shards)
     head = {
         "format": _FORMAT,
         "samples": len(manifest),
+        "fingerprint": known.fingerprint,
+        "lengths": known.lengths,
+        "checksum": _checksum(rows, known),
         "skipped": [bad.to_row() for bad in manifest.skipped],
         "ignored": dict(manifest.ignored),
     }
-    lines = ",\n".join(json.dumps(shard_as_json(shard)) for shard in manifest.shards)
+    lines = ",\n".join(json.dumps(row_as_json(row)) for row in rows)
     write_whole(folder / MANIFEST, f'{json.dumps(head)[:-1]}, "shards": [\n{lines}\n]}}\n'.encode("ascii"))
+    return Manifest(shards=shards, skipped=manifest.skipped, ignored=manifest.ignored, known=known)
+
+
+def _checksum(rows: Sequence[Row], known: Known) -> str:
+    return hashlib.sha256(repr((known.fingerprint, known.lengths, *rows)).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -138,48 +149,82 @@ def read_manifest(folder: Path) -> Manifest:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"the manifest {path} cannot be read: {error.strerror}; write or index the shards with `adalink shards`") from error
-    return parse_manifest(data, str(path))
+    return parse_manifest(data, str(path), LocalFolder(folder))
 
 
-def parse_manifest(data: bytes, name: str) -> Manifest:
-    """The manifest that a file holds; raises DataError where it is damaged or of another version."""
+def parse_manifest(data: bytes, name: str, folder: ShardFolder) -> Manifest:
+    """The manifest that a file holds; raises DataError where it is damaged or of another version. folder: where its shards are."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"the manifest {name} is not JSON: {error}; index the shards again") from error
-    if not isinstance(found, dict) or found.get("format") != _FORMAT:
-        answered = str(found.get("format") if isinstance(found, dict) else found)[:60]
-        raise DataError(f"{name} is not a manifest of this version: its format is {answered!r}, expected {_FORMAT!r}; index the shards again")
+    stated = found.get("format") if isinstance(found, dict) else found
+    if stated not in (_FORMAT, _FIRST_FORMAT):
+        if isinstance(stated, str) and re.fullmatch(r"adalink shards [1-9][0-9]*", stated):
+            raise DataError(f"the manifest {name} is of a newer version: its format is {stated!r}, and this one reads up to {_FORMAT!r}; update adalink")
+        raise DataError(
+            f"{name} is not a manifest of this version: its format is {str(stated)[:60]!r}, expected {_FORMAT!r}; index the shards again"
+        )
     try:
+        shards, known = _table(found, folder) if stated == _FORMAT else (ShardTable.of(map(_with_members, found["shards"]), folder), None)
         manifest = Manifest(
-            shards=tuple(shard_from_json(shard) for shard in found["shards"]),
+            shards=shards,
             skipped=tuple(map(BadSample.from_row, found["skipped"])),
             ignored={str(suffix): int(count) for suffix, count in found["ignored"].items()},
+            known=known,
         )
-        _check_all(manifest, found["samples"])
+        if len(np.unique(shards.rows["file"])) != len(shards):
+            raise ValueError("it names a shard twice")
+        if len(manifest) != found["samples"]:
+            raise ValueError(f"it says {found['samples']} samples and lists {len(manifest)}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"the manifest {name} is damaged: {type(error).__name__} {error}; index the shards again") from error
     return manifest
 
 
-def shard_as_json(shard: Shard) -> dict[str, object]:
-    """The shard as `manifest.json` holds it: `image` is offset, size, crc32, offset, size, crc32, ...; an absent part has no list."""
-    entry: dict[str, object] = {"file": shard.file, "bytes": shard.size, "sha256": shard.sha256, "samples": len(shard.members)}
-    entry["keys"] = list(shard.members.all_keys())
-    for index, part in enumerate(PARTS):
-        column = shard.members.table[:, index]
-        if (column[:, 0] >= 0).any():
-            entry[part] = column.ravel().tolist()
-    return entry
+def _table(found: Mapping[str, object], folder: ShardFolder) -> tuple[ShardTable, Known]:
+    entries = found["shards"]
+    if not isinstance(entries, list):
+        raise TypeError(f"its shards are a {type(entries).__name__}")
+    rows, known = list(map(row_from_json, entries)), Known(str(found["fingerprint"]), str(found["lengths"]))
+    if _checksum(rows, known) != found["checksum"]:
+        raise ValueError("its lines are not those that were written, by its check sum")
+    return ShardTable.of_rows(rows, folder), known
 
 
-def shard_from_json(entry: Mapping[str, object]) -> Shard:
-    """The inverse of `shard_as_json`; raises ValueError, KeyError or TypeError where something does not fit."""
+def row_as_json(row: Row) -> dict[str, object]:
+    """A shard with its index, as `manifest.json` holds it. `largest`: bytes of its largest image, and of its largest text."""
+    return dict(zip(("file", "bytes", "sha256", "samples", "index", "largest"), row, strict=True))
+
+
+def row_from_json(entry: Mapping[str, object]) -> Row:
+    """The inverse of `row_as_json`; raises ValueError, KeyError or TypeError where something does not fit."""
+    file, size, sha256, samples, index = _file_of(entry), entry["bytes"], entry["sha256"], entry["samples"], entry["index"]
+    largest = entry["largest"]
+    if not (type(size) is type(samples) is int and isinstance(sha256, str) and isinstance(index, str) and isinstance(largest, list)):
+        raise ValueError(f"bytes, sha256, samples, index or largest of {file!r} is of another type")
+    image, text = largest
+    if not (type(image) is type(text) is int and min(size, samples, image, text) >= 0 and len(sha256) <= 64 and len(index) == 64):
+        raise ValueError(f"bytes, sha256, samples, index or largest of {file!r} has another value")
+    return file, size, sha256, samples, index, (image, text)
+
+
+def _file_of(entry: Mapping[str, object]) -> str:
+    file = entry["file"]
+    if not isinstance(file, str) or "/" in file or file in ("", ".", "..") or "\0" in file:
+        raise ValueError(f"{file!r} is not a file name")
+    return file
+
+
+def _with_members(entry: Mapping[str, object]) -> Shard:
+    """A shard of the first form: `image` is offset, size, crc32, offset, size, crc32, ...; an absent part has no list.
+
+    Raises ValueError, KeyError or TypeError where something does not fit.
+    """
     keys, size, file = entry["keys"], entry["bytes"], entry["file"]
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or entry["samples"] != len(keys):
         raise ValueError(f"the keys of {file!r} do not match its {entry['samples']} samples")
-    if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..") or "\0" in file:
-        raise ValueError(f"{file!r} is not a file name")
+    file = _file_of(entry)
     if not isinstance(size, int) or not isinstance(entry["sha256"], str):
         raise ValueError(f"bytes or sha256 of {file!r} is of another type")
     table = np.full((len(keys), len(PARTS), 3), -1, dtype=np.int64)
@@ -189,27 +234,8 @@ def shard_from_json(entry: Mapping[str, object]) -> Shard:
             if column.dtype != np.int64:
                 raise ValueError(f"the list {part!r} of {file!r} holds other than whole numbers")
             table[:, index] = column.reshape(len(keys), 3)
-    _check_places(table, size, file)
+    check_places(table, size, file)
     return Shard(file=file, size=size, sha256=entry["sha256"], members=Members(keys, table))
-
-
-def _check_places(table: NDArray[np.int64], size: int, file: str) -> None:
-    offset, length = table[..., 0], table[..., 1]
-    if not np.where(offset < 0, length < 0, (offset >= 512) & (length >= 0) & (offset <= size - np.maximum(length, 0))).all():
-        raise ValueError(f"an offset of {file!r} lies outside its {size} bytes")
-    present = offset >= 0
-    if not present[:, 0].all():
-        raise ValueError(f"a sample of {file!r} has no image")
-    if not present[:, 1:].any(axis=1).all():
-        raise ValueError(f"a sample of {file!r} has no text")
-
-
-def _check_all(manifest: Manifest, samples: object) -> None:
-    names = [shard.file for shard in manifest.shards]
-    if len(set(names)) != len(names):
-        raise ValueError("it names a shard twice")
-    if len(manifest) != samples:
-        raise ValueError(f"it says {samples} samples and lists {len(manifest)}")
 
 
 # ----------------------------------------
@@ -247,21 +273,23 @@ def workplace(out: Path) -> Iterator[Path]:
 
 
 def publish(out: Path, manifest: Manifest, prefix: str) -> Manifest:
-    """Moves the manifest's shards from `out/.writing` to `out/PREFIX-000000.tar` and so on, then writes the manifest.
+    """Moves the manifest's shards and their indexes from `out/.writing` to `out/PREFIX-000000.tar` and so on, then writes the manifest.
 
     Raises DataError where the disk refuses it.
     """
-    names = [(shard.file, f"{prefix}-{number:06d}.tar") for number, shard in enumerate(manifest.shards)]
-    named = replace(manifest, shards=tuple(replace(shard, file=name) for shard, (_, name) in zip(manifest.shards, names, strict=True)))
+    stems = [f"{prefix}-{number:06d}" for number in range(len(manifest.shards))]
+    rows = [(f"{stem}.tar", *row_of(shard)[1:]) for stem, shard in zip(stems, manifest.shards, strict=True)]
+    names = [pair for shard, row in zip(manifest.shards, rows, strict=True) for pair in ((index_name(shard.file), index_name(row[0])), (shard.file, row[0]))]
     write_whole(out / WRITING / _PLAN, json.dumps(names).encode())
     try:
         for part, name in names:
             (out / WRITING / part).replace(out / name)
     except OSError as error:
         raise DataError(f"the shards cannot be moved to {out}: {error.strerror}") from error
-    write_manifest(named, out)
+    shards = ShardTable.of_rows(rows, LocalFolder(out))
+    written = write_manifest(Manifest(shards=shards, skipped=manifest.skipped, ignored=manifest.ignored), out)
     shutil.rmtree(out / WRITING, ignore_errors=True)
-    return named
+    return written
 
 
 def refuse_unfinished(folder: Path) -> None:

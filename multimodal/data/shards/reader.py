@@ -7,6 +7,7 @@ import json
 import os
 import re
 import zlib
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adalink.errors import DataError
-from multimodal.data.shards.index import Place, ShardLimits, open_remote_set, open_shard_set
-from multimodal.data.shards.manifest import PARTS, UNKNOWN_CRC, Shard
+from multimodal.data.shards.index import ShardLimits, open_remote_set, open_shard_set
+from multimodal.data.shards.members import PARTS, UNKNOWN_CRC, Members, Place, Shard, ShardTable, StoredMembers, text_sizes
 from multimodal.data.shards.storage import FsspecFiles, HttpFiles, RemoteFiles, RemoteSettings, ShardCache, is_url, redacted
 from multimodal.sample import BadSample, DamagedSample, Measure, Question, Sample
 
@@ -287,6 +288,43 @@ class _OpenFile:
             os.close(self.number)
 
 
+_MAPPED, _MOST_MAPPED = 2**26, 2**8  # bytes and number of the indexes that are open in one process; each takes an open file
+
+
+class _Touched:
+    """Shard number -> its members and its place. Indexes are read when they are first asked for; the first that were read leave first.
+
+    No lock where a shard is found, as in `LocalShards`; an index that leaves the table stays open for as long as somebody reads from it.
+    """
+
+    def __init__(self, table: ShardTable) -> None:
+        self.table = table
+        self._open: dict[int, tuple[Members, Place]] = {}
+        self._sizes: dict[int, int] = {}  # bytes of those that are not in memory anyway
+        self._bytes, self._lock = 0, Lock()
+
+    def __reduce__(self) -> tuple[type[_Touched], tuple[ShardTable]]:
+        return _Touched, (self.table,)  # a worker process maps its own
+
+    def __getitem__(self, number: int) -> tuple[Members, Place]:
+        return self._open.get(number) or self._opened(number)
+
+    def _opened(self, number: int) -> tuple[Members, Place]:
+        """Raises DataError where the index cannot be read."""
+        members = self.table[number].members
+        loaded = members.load() if isinstance(members, StoredMembers) else members
+        with self._lock:
+            if loaded is not members and number not in self._sizes:
+                self._sizes[number] = int(loaded.table.nbytes + loaded.ends.nbytes) + len(loaded.packed_keys)
+                self._bytes += self._sizes[number]
+            found = self._open[number] = loaded, self.table.places[number]
+            while len(self._sizes) > 1 and (self._bytes > _MAPPED or len(self._sizes) > _MOST_MAPPED):
+                first = next(iter(self._sizes))
+                self._bytes -= self._sizes.pop(first)
+                del self._open[first]
+        return found
+
+
 LIMITS = ShardLimits()
 REMOTE = RemoteSettings()
 _GAP = 2**16  # bytes between two members up to which one read is cheaper than two
@@ -314,16 +352,17 @@ class ShardSource:
         self._files: Any  # reads at places: of files, or of URLs
         if isinstance(shards, str) and is_url(shards):
             files = remote_files(shards, remote)
-            found = open_remote_set(shards, files, limits)
+            found = open_remote_set(shards, files, limits, remote.cache)
             self._files = RemoteShards(files, remote, {str(url): shard for url, shard in zip(found.paths, found.manifest.shards, strict=True)})
         else:
             found = open_shard_set(Path(shards) if isinstance(shards, str) else shards, limits)
             self._files = LocalShards()
-        self.places: Sequence[Place] = found.paths
-        self._members = tuple(shard.members for shard in found.manifest.shards)
-        self.shard_sizes: NDArray[np.int64] = np.array([len(members) for members in self._members], dtype=np.int64)
-        self.shard_bytes: NDArray[np.int64] = np.array([shard.size for shard in found.manifest.shards], dtype=np.int64)
-        self._ends: list[int] = np.cumsum(self.shard_sizes).tolist()
+        table = found.manifest.table
+        self._touched = _Touched(table)
+        self.places: Sequence[Place] = table.places
+        self.shard_sizes: NDArray[np.int64] = table.rows["samples"].astype(np.int64)
+        self.shard_bytes: NDArray[np.int64] = table.rows["size"].astype(np.int64)
+        self._ends = array("q", np.cumsum(self.shard_sizes).tolist())  # its elements are read one by one, for which NumPy is slow
         self.problems = found.manifest.skipped
         self.ignored = found.manifest.ignored
         self.fingerprint = found.manifest.fingerprint
@@ -340,7 +379,7 @@ class ShardSource:
         if not 0 <= at < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = bisect_right(self._ends, at)
-        members, path = self._members[number], self.places[number]
+        members, path = self._touched[number]
         row = at - self._ends[number] + len(members)
         key, places = members.key(row), members.table[row].tolist()
         parts, damaged = self._read(path, places)
@@ -366,8 +405,7 @@ class ShardSource:
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """Bytes of each sample's txt member, or of its json where it has none, from the manifest: the same wherever the shards lie."""
-        sizes = np.concatenate([members.table[:, [PARTS.index("json"), PARTS.index("txt")], 1] for members in self._members])
-        return np.where(sizes[:, 1] >= 0, sizes[:, 1], sizes[:, 0])
+        return np.concatenate([text_sizes(shard.members) for shard in self._touched.table])
 
     def _read(self, path: Place, places: Sequence[tuple[int, int, int]]) -> tuple[dict[str, bytes], tuple[str, int] | None]:
         """The sample's parts, those that lie together in one read; and a part whose bytes are not those that were written, with its start.

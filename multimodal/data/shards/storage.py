@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit, urlunsplit
 
 from adalink.errors import ConfigError, DataError
-from multimodal.data.shards.manifest import Shard
+from multimodal.data.shards.members import Shard
 
 __all__ = [
     "FsspecFiles", "HttpFiles", "Passing", "RemoteFiles", "RemoteSettings", "ShardCache", "beside", "cached_name", "is_url",

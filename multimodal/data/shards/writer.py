@@ -27,18 +27,8 @@ from adalink.errors import AdalinkError, ConfigError, DataError
 from multimodal.data.images.decode import BadImage, ImageLimits, ImageOrFile, check_header, read_image_bytes
 from multimodal.data.images.format import ImageKind
 from multimodal.data.shards.index import ShardLimits
-from multimodal.data.shards.manifest import (
-    ABSENT,
-    Manifest,
-    Members,
-    Shard,
-    find_twice,
-    publish,
-    shard_as_json,
-    shard_from_json,
-    shard_part,
-    workplace,
-)
+from multimodal.data.shards.manifest import Manifest, publish, row_as_json, row_from_json, shard_part, workplace
+from multimodal.data.shards.members import ABSENT, LocalFolder, Members, Row, Shard, ShardTable, find_twice, row_of, store_index
 from multimodal.data.shards.reader import Span, encode_record, shard_key
 from multimodal.sample import BadSample, BadSamples, DamagedSample, Sample, SampleSource
 
@@ -112,9 +102,9 @@ class Stopped(AdalinkError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WrittenShard:
-    """A shard under its temporary name."""
+    """A shard under its temporary name, with its index beside it."""
 
-    shard: Shard
+    row: Row
     skipped: tuple[BadSample, ...]
 
 
@@ -183,7 +173,8 @@ class ShardJob:
                 self._advance(1, skipped[-1:])
         tar.end()
         members = Members(keys, np.asarray(places, dtype=np.int64))
-        return WrittenShard(shard=Shard(file=name, size=tar.size, sha256=tar.sha256, members=members), skipped=tuple(skipped))
+        shard = store_index(Shard(file=name, size=tar.size, sha256=tar.sha256, members=members), self.work)
+        return WrittenShard(row=row_of(shard), skipped=tuple(skipped))
 
     def _add(self, tar: TarFile, key: str, sample: Sample) -> tuple[tuple[int, int, int], ...]:
         """The places of image, json and txt in the tar file. The json says where further images lie, which are written before it."""
@@ -238,7 +229,7 @@ def _entry(path: Path) -> Path:
 def _write_entry(path: Path, digest: str, written: WrittenShard) -> None:
     """Beside a shard that is whole; a shard without it is written again."""
     skipped = [bad.to_row() for bad in written.skipped]
-    content = {"digest": digest, "shard": shard_as_json(written.shard), "skipped": skipped}
+    content = {"digest": digest, "shard": row_as_json(written.row), "skipped": skipped}
     # No fsync, unlike the shard's: an entry that a power cut spoils is not read, and its shard is written again.
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content), encoding="ascii")
@@ -248,12 +239,13 @@ def _write_entry(path: Path, digest: str, written: WrittenShard) -> None:
 def _read_entry(path: Path) -> tuple[str, WrittenShard] | None:
     try:
         found = json.loads(_entry(path).read_bytes())
-        shard = shard_from_json(found["shard"])
+        row = path.name, *row_from_json(found["shard"])[1:]
         skipped = tuple(map(BadSample.from_row, found["skipped"]))
-        if path.stat().st_size != shard.size:
+        shard = ShardTable.of_rows([row], LocalFolder(path.parent))[0]
+        if path.stat().st_size != shard.size or len(shard.members.table) != len(shard.members):
             return None
-        return found["digest"], WrittenShard(shard=replace(shard, file=path.name), skipped=skipped)
-    except (OSError, ValueError, KeyError, TypeError):
+        return found["digest"], WrittenShard(row=row, skipped=skipped)
+    except (OSError, ValueError, KeyError, TypeError, DataError):
         return None
 
 
@@ -287,7 +279,7 @@ def write_shards(
     with workplace(out) as work, tqdm(total=len(source), unit="image", desc="shards", disable=None) as bar:
         bad.check()
         written = _write_all(ShardJob(source, work, bad, bar.update), ranges, workers)
-        shards = tuple(one.shard for one in written if len(one.shard.members))
+        shards = ShardTable.of_rows([one.row for one in written if one.row[3]], LocalFolder(work))
         _check_keys(shards, out)
         left_out = (*skipped, *(sample for one in written for sample in one.skipped))
         return publish(out, Manifest(shards=shards, skipped=left_out), prefix)
@@ -308,8 +300,8 @@ def _write_all(job: ShardJob, ranges: Sequence[range], workers: int) -> list[Wri
     return [future.result() for future in futures]
 
 
-def _check_keys(shards: Sequence[Shard], out: Path) -> None:
-    if not shards:
+def _check_keys(shards: ShardTable, out: Path) -> None:
+    if not len(shards):
         raise DataError(f"there is no sample to write to {out}")
     twice = find_twice(shards)
     if twice is not None:

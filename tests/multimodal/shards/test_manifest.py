@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from dataclasses import replace
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from adalink.errors import DataError
-from multimodal.data.shards.manifest import Manifest, Members, Shard, find_twice, read_manifest, write_manifest
+from multimodal.data.shards.manifest import Manifest, read_manifest, write_manifest
+from multimodal.data.shards.members import Members, Shard, find_twice
 from multimodal.sample import BadSample
 
 TABLE = np.array([[[512, 100, 7], [1536, 10, 8], [-1, -1, -1]], [[2560, 0, 0], [-1, -1, -1], [3072, 5, -1]]])
@@ -43,16 +45,9 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_the_file_names_what_issue_and_users_look_for(tmp_path: Path) -> None:
     write_manifest(manifest(shard()), tmp_path)
     found = json.loads((tmp_path / "manifest.json").read_text())
-    assert found["shards"][0] == {
-        "file": "a.tar",
-        "bytes": 10240,
-        "sha256": "ab",
-        "samples": 2,
-        "keys": ["1", "é\0\n"],
-        "image": [512, 100, 7, 2560, 0, 0],
-        "json": [1536, 10, 8, -1, -1, -1],
-        "txt": [-1, -1, -1, 3072, 5, -1],
-    }
+    index = hashlib.sha256((tmp_path / "a.idx").read_bytes()).hexdigest()
+    assert found["shards"] == [{"file": "a.tar", "bytes": 10240, "sha256": "ab", "samples": 2, "index": index, "largest": [100, 10]}]
+    assert (found["format"], found["samples"], found["fingerprint"]) == ("adalink shards 2", 2, manifest(shard()).fingerprint)
 
 
 def test_members_pickle_as_a_few_blocks_and_not_as_many_objects() -> None:
@@ -102,9 +97,12 @@ def test_the_smallest_whole_manifest_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ([], r"is not a manifest of this version: its format is '\[\]', expected 'adalink shards 1'; index the shards again"),
+        ([], r"is not a manifest of this version: its format is '\[\]', expected 'adalink shards 2'; index the shards again"),
         ({"shardlist": []}, "its format is 'None'"),
-        (document(format="adalink shards 2"), "its format is 'adalink shards 2'"),
+        (
+            document(format="adalink shards 3"),
+            "is of a newer version: its format is 'adalink shards 3', and this one reads up to 'adalink shards 2'; update adalink",
+        ),
         (document(shards=None), "is damaged: KeyError 'shards'"),
         (document(shards=3), "is damaged: TypeError"),
         (document([1]), "is damaged: TypeError"),
@@ -138,6 +136,35 @@ def test_the_smallest_whole_manifest_is_read(tmp_path: Path) -> None:
 )
 def test_a_damaged_manifest_says_what_is_wrong(tmp_path: Path, found: object, message: str) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(found))
+    with pytest.raises(DataError, match=message):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "message"),
+    [
+        ('"bytes": 10240', '"bytes": 10241', "ValueError its lines are not those that were written, by its check sum; index the shards again"),
+        ('"samples": 2, "index"', '"samples": 3, "index"', "its lines are not those that were written"),
+        ('"fingerprint": "', '"fingerprint": "0', "its lines are not those that were written"),
+        ('"file": "a.tar"', '"file": "../a.tar"', "'../a.tar' is not a file name"),
+        ('"file": "a.tar"', '"file": ".."', "'..' is not a file name"),
+        ('"bytes": 10240', '"bytes": "10240"', "bytes, sha256, samples, index or largest of 'a.tar' is of another type"),
+        ('"bytes": 10240', '"bytes": -1', "bytes, sha256, samples, index or largest of 'a.tar' has another value"),
+        ('"bytes": 10240', '"bytes": 1e99', "is of another type"),
+        ('"largest": [100, 10]', '"largest": [100]', "ValueError not enough values"),
+        ('"largest": [100, 10]', '"largest": 100', "is of another type"),
+        ('"index": "', '"index": "0', "has another value"),
+        ('"samples": 2, "fingerprint"', '"samples": 5, "fingerprint"', "it says 5 samples and lists 2"),
+        ('"shards": [', '"shards": 3, "": [', "TypeError its shards are a int"),
+        ('"checksum"', '"other"', "KeyError 'checksum'"),
+    ],
+)
+def test_a_damaged_line_of_the_present_form_says_what_is_wrong(tmp_path: Path, written: str, instead: str, message: str) -> None:
+    write_manifest(manifest(shard()), tmp_path)
+    text = (tmp_path / "manifest.json").read_text()
+    assert text.count(written) == 1
+    assert len(read_manifest(tmp_path)) == 2
+    (tmp_path / "manifest.json").write_text(text.replace(written, instead))
     with pytest.raises(DataError, match=message):
         read_manifest(tmp_path)
 

@@ -86,7 +86,7 @@ def test_a_key_in_two_shards_is_named(folder: Path) -> None:
     manifest = read_manifest(folder)
     (folder / "copy.tar").write_bytes((folder / "shard-000000.tar").read_bytes())
     copy = type(manifest.shards[0])(
-        file="copy.tar", size=manifest.shards[0].size, sha256=manifest.shards[0].sha256, members=manifest.shards[0].members
+        file="copy.tar", size=manifest.shards[0].size, sha256=manifest.shards[0].sha256, members=manifest.shards[0].members.load()
     )
     write_manifest(Manifest(shards=(*manifest.shards, copy)), folder)
     (fault,) = verify_shards(folder)

@@ -112,7 +112,7 @@ def test_shards_are_cached_in_the_background_and_then_no_longer_asked_for(server
 
 
 def test_names_in_the_cache_hash_the_whole_url_and_the_version() -> None:
-    from multimodal.data.shards.manifest import Members
+    from multimodal.data.shards.members import Members
 
     shard = type("S", (), {"sha256": "a" * 64, "size": 5, "members": Members})()
     names = {cached_name(url, shard) for url in ("http://a/x.tar", "http://b/x.tar", "http://a/x.tar?v=2", "http://a/y/../x.tar")}

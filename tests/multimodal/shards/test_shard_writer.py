@@ -35,7 +35,7 @@ def test_what_is_written_is_read_back_sample_by_sample(tmp_path: Path) -> None:
 
 def test_the_folder_holds_the_shards_and_their_manifest_and_nothing_else(tmp_path: Path) -> None:
     made_shards(tmp_path / "out")
-    assert sorted(os.listdir(tmp_path / "out")) == ["manifest.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["manifest.json", *(f"shard-00000{n}.{kind}" for n in range(3) for kind in ("idx", "tar"))]
 
 
 def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_the_same_source_gives_the_same_bytes_for_any_number_of_workers(tmp_path
     for workers in (1, 2, 5):
         write_shards(made_source(30), tmp_path / str(workers), samples_per_shard=4, workers=workers)
     assert files(tmp_path / "1") == files(tmp_path / "2") == files(tmp_path / "5")
-    assert len(files(tmp_path / "1")) == 9
+    assert len(files(tmp_path / "1")) == 17
 
 
 def test_pictures_in_files_pass_as_they_are_whatever_their_names(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_folder_with_anything_in_it_is_refused_and_left_alone(tmp_path: Path) 
     made_shards(tmp_path / "done")
     before = files(tmp_path / "done")
     with pytest.raises(
-        ConfigError, match=r"the folder .*done is not empty: it holds 'manifest.json' \(4 files\); give a new folder, or empty it"
+        ConfigError, match=r"the folder .*done is not empty: it holds 'manifest.json' \(7 files\); give a new folder, or empty it"
     ):
         made_shards(tmp_path / "done")
     assert files(tmp_path / "done") == before
@@ -182,7 +182,7 @@ def test_an_empty_folder_is_used_and_stays_when_the_writing_fails(tmp_path: Path
         write_shards(ListSource([]), tmp_path)
     assert list(tmp_path.iterdir()) == []
     made_shards(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_a_writing_killed_while_the_shards_get_their_names_leaves_none_to_a_smal
             made_shards(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.tar"))) == 3
     made_shards(tmp_path / "out", samples_per_shard=10)
-    assert sorted(os.listdir(tmp_path / "out")) == ["manifest.json", "shard-000000.tar"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["manifest.json", "shard-000000.idx", "shard-000000.tar"]
 
 
 def _interrupt(*_: object) -> None:
