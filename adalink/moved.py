@@ -65,7 +65,8 @@ _CONTENT = {
     "multimodal.data.shards.reader": "multimodal.shards multimodal.shard_files multimodal.shard_record",
     "multimodal.data.shards.writer": "multimodal.shard_writer multimodal.shard_job multimodal.tar_write",
     "multimodal.data.shards.check": "multimodal.shard_check",
-    "multimodal.data.shards.storage": "multimodal.shard_cache multimodal.remote multimodal.http_files multimodal.fsspec_files",
+    "multimodal.data.shards.cache": "multimodal.shard_cache",
+    "multimodal.data.shards.storage": "multimodal.remote multimodal.http_files multimodal.fsspec_files",
     "multimodal.data.feature_cache.format": "multimodal.feature_cache.contents multimodal.feature_cache.shard",
     "multimodal.data.feature_cache.reader": "multimodal.feature_cache.manifest multimodal.feature_cache.binding "
     "multimodal.feature_cache.cache multimodal.feature_cache.match",

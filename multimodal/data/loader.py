@@ -21,7 +21,21 @@ from multimodal.batches.prepared import Prepared, joined
 from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
 from multimodal.data.inputs import CachedFeatures, read_pixels
-from multimodal.data.order import BucketedOrder, Order, OrderChoice, fingerprint_of, order_note, order_of, texts_fingerprint_of, windows_of
+from multimodal.data.order import (
+    BucketedOrder,
+    Order,
+    OrderChoice,
+    fingerprint_of,
+    innermost,
+    order_note,
+    order_of,
+    reading_plan,
+    sets_of,
+    texts_fingerprint_of,
+    windows_of,
+)
+from multimodal.data.shards.ahead import Ahead, check_room
+from multimodal.data.shards.reader import ShardSource
 from multimodal.data.workers import made_in_order
 from multimodal.sample import BadSample, BadSamples, DamagedSample, Sample, SampleSource, lengths_of
 from multimodal.template import Text
@@ -72,8 +86,19 @@ class _Positions:
     ) -> None:
         self.source, self.order, self.seed, self.texts, self.encoder = source, order, seed, texts, encoder
         self.arrange, self.preprocess, self.patches = arrange, preprocess, patches
+        self._ahead: tuple[Ahead, ...] = ()
+
+    def follow(self, rank: int, world: int, batch_size: int) -> None:
+        """From now on shards on servers are fetched as this rank reads them. Raises ConfigError where their cache is too small for that."""
+        sets = map(innermost, sets_of(self.source))
+        plans = zip(sets, reading_plan(self.order, rank, world, batch_size), strict=True)
+        found = [one.follow(plan) for one, plan in plans if plan is not None and isinstance(one, ShardSource)]
+        self._ahead = tuple(ahead for ahead in found if ahead is not None)
+        check_room(self._ahead)
 
     def __getitem__(self, position: int) -> _Item | BadSample:
+        for ahead in self._ahead:
+            ahead.at(position)
         index = self.order.sample(position)
         try:
             sample = self.source[index]
@@ -192,6 +217,7 @@ class TrainLoader:
         self._batch_size, self._workers, self._rank, self._world = batch_size, workers, rank, world
         self._position = 0
         self.end: int | None = None  # the stream's, where it has one: its last steps are then smaller
+        positions.follow(rank, world, batch_size)
 
     def __iter__(self) -> Iterator[Loaded]:
         """The next `steps` steps. Raises DataError where a worker process dies, or a shard is gone."""
@@ -243,6 +269,7 @@ class TrainLoader:
                 hint = ": were captions, questions or answers edited since?" if name == "data" else ""
                 raise CheckpointError(f"{words} was {found} and is {given}{hint}")
         self._position = int(state["position"])
+        self._positions.follow(self._rank, self._world, self._batch_size)
 
 
 def train_loader(

@@ -19,7 +19,7 @@ from multimodal.sample import DamagedSample, Measure, Sample, SampleSource, leng
 
 __all__ = [
     "BucketedOrder", "MixedOrder", "MixedSet", "Mixture", "Order", "OrderChoice", "Reading", "SampleOrder", "fingerprint_of",
-    "order_note", "order_of", "reading_plan", "set_sizes", "shard_sizes_of", "texts_fingerprint_of", "windows_of",
+    "innermost", "order_note", "order_of", "reading_plan", "set_sizes", "sets_of", "shard_sizes_of", "texts_fingerprint_of", "windows_of",
 ]  # fmt: skip
 
 
@@ -344,7 +344,7 @@ def windows_of(source: SampleSource, choice: OrderChoice, window: int) -> tuple[
 
     Raises ConfigError where there are no shards to read in a row.
     """
-    in_shards = [one if shard_sizes_of(one) is not None else None for one in _sets_of(source)]
+    in_shards = [one if shard_sizes_of(one) is not None else None for one in sets_of(source)]
     if choice == "shards" and not any(in_shards):
         raise ConfigError("train.order is shards, and the data is not in shards: write it with `adalink shards from`, or set train.order to global")
     return tuple(window if one is not None and (choice == "shards" or (choice == "auto" and _is_remote(one))) else 0 for one in in_shards)
@@ -355,7 +355,7 @@ def order_of(source: SampleSource, seed: int, windows: Sequence[int] = (), *, pa
 
     parts, step   as in `ShardOrder`, of a set alone: a mixture's positions are not those of its sets, so each rank reads all of a window
     """
-    sets = _sets_of(source)
+    sets = sets_of(source)
     windows = windows or (0,) * len(sets)
     # Another seed for each set: sets of one size would else be read in step.
     seeds = [seed + 1 + k for k in range(len(sets))] if isinstance(source, Mixture) else [seed]
@@ -377,11 +377,17 @@ def order_note(order: Order) -> str:
     return f"order: shards in a drawn order, the samples of {each} shuffled together" + (f", in each of {parts} parts of a step" if parts > 1 else "")
 
 
-def _sets_of(source: SampleSource) -> Sequence[SampleSource]:
+def sets_of(source: SampleSource) -> Sequence[SampleSource]:
+    """The sets of a mixture; of any other data set itself."""
     return source.sources if isinstance(source, Mixture) else (source,)
 
 
-def _is_remote(source: SampleSource) -> bool:
+def innermost(source: SampleSource) -> SampleSource:
+    """The data set that others are made of by choosing some of its samples or decoding them otherwise."""
     while (inner := getattr(source, "source", None)) is not None:
         source = inner
-    return any(isinstance(place, str) for place in getattr(source, "places", ())[:1])
+    return source
+
+
+def _is_remote(source: SampleSource) -> bool:
+    return any(isinstance(place, str) for place in getattr(innermost(source), "places", ())[:1])

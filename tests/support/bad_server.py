@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -16,11 +19,20 @@ from shared import PATIENCE
 
 
 class Server:
-    """faults: by file name, what happens to the next requests for it: a status, or a word that `_Handler` knows; then all is well again."""
+    """faults: by file name, what happens to the next requests for it: a status, or a word that `_Handler` knows; then all is well again.
+
+    latency   seconds before each answer
+    rate      bytes per second of all connections together; 0: as fast as it goes
+    sent      bytes of each file that were sent
+    """
+
+    latency, rate = 0.0, 0.0
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.faults, self.asked, self.connections = folder, dict[str, list[int | str]](), Counter[str](), 0
         self.headers: list[dict[str, str]] = []
+        self.sent = Counter[str]()
+        self._free, self._lock = 0.0, threading.Lock()
         outer = self
 
         class Bound(_Handler):
@@ -31,8 +43,17 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
 
 
+    def pause(self, size: int) -> None:
+        """Until so many bytes more may be sent."""
+        with self._lock:
+            self._free = max(self._free, time.monotonic()) + size / self.rate
+            wait = self._free - time.monotonic()
+        time.sleep(max(0.0, wait))
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
     server_state: Server
 
     def setup(self) -> None:
@@ -44,6 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
         name = self.path.partition("?")[0].removeprefix("/")
         state.asked[name] += 1
         state.headers.append(dict(self.headers.items()))
+        if state.latency:
+            time.sleep(state.latency)
         path = state.folder / name
         faults = state.faults.get(name, [])
         fault: Any = faults.pop(0) if faults else None
@@ -54,15 +77,17 @@ class _Handler(BaseHTTPRequestHandler):
         elif isinstance(fault, str) and fault.startswith("moved:"):
             self._send(302, b"", {"Location": fault.removeprefix("moved:")})
         else:
-            self._file(path.read_bytes(), fault)
+            self._file(path, fault)
 
-    def _file(self, data: bytes, fault: str | None) -> None:
-        size = len(data)
+    def _file(self, path: Path, fault: str | None) -> None:
+        size = path.stat().st_size
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        status, headers = 200, {}
+        status, headers, first, last = 200, {}, 0, size - 1
         if found and fault != "no ranges":
             first, last = int(found[1]), min(int(found[2]), size - 1)
-            data, status, headers = data[first : last + 1], 206, {"Content-Range": f"bytes {first}-{last}/{size + (fault == 'other size')}"}
+            status, headers = 206, {"Content-Range": f"bytes {first}-{last}/{size + (fault == 'other size')}"}
+        with path.open("rb") as file:
+            data = os.pread(file.fileno(), last + 1 - first, first)
         if fault == "stall":
             self.connection.recv(1)  # until the client has had enough
             self.close_connection = True
@@ -71,6 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "few":  # sends less than was asked for, and says so
             self._send(status, data[: len(data) // 2], headers)
+        elif fault == "reset":
+            self._send(status, data[: len(data) // 2], headers, len(data))
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()  # with a reset, whatever the client has read
+            self.close_connection = True
         elif fault == "hang up":
             self.close_connection = True
         elif fault == "flipped":
@@ -83,7 +113,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(data) if length is None else length)}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        piece = 2**16 if self.server_state.rate else max(1, len(data))
+        for at in range(0, len(data), piece):
+            if self.server_state.rate:
+                self.server_state.pause(len(data[at : at + piece]))
+            self.wfile.write(data[at : at + piece])
+            self.server_state.sent[self.path.partition("?")[0].removeprefix("/")] += len(data[at : at + piece])
 
     def log_message(self, *arguments: Any) -> None:
         """Nothing."""

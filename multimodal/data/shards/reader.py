@@ -20,14 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adalink.errors import DataError
+from multimodal.data.shards.ahead import Ahead, Plan
+from multimodal.data.shards.cache import ShardCache
 from multimodal.data.shards.index import ShardLimits, open_remote_set, open_shard_set
 from multimodal.data.shards.members import PARTS, UNKNOWN_CRC, Members, Place, Shard, ShardTable, StoredMembers, text_sizes
-from multimodal.data.shards.storage import FsspecFiles, HttpFiles, RemoteFiles, RemoteSettings, ShardCache, is_url, redacted
+from multimodal.data.shards.storage import RemoteFiles, RemoteSettings, is_url, redacted, remote_files
 from multimodal.sample import BadSample, DamagedSample, Measure, Question, Sample
 
 __all__ = [
     "LocalShards", "Record", "RemoteShards", "ShardSource", "Span", "decode_caption", "decode_record", "encode_record",
-    "remote_files", "shard_key",
+    "shard_key",
 ]  # fmt: skip
 
 
@@ -187,11 +189,6 @@ def _span(row: object) -> Span:
 _OPEN_FILES = 256  # per process; a set may have more shards than a process may have open files
 
 
-def remote_files(url: str, settings: RemoteSettings) -> RemoteFiles:
-    """Who reads this URL."""
-    return HttpFiles(settings) if url.lower().startswith(("http://", "https://")) else FsspecFiles(settings)
-
-
 class RemoteShards:
     """Shards by URL: from the cache where they are in it, else by ranges."""
 
@@ -199,11 +196,19 @@ class RemoteShards:
 
     def __init__(self, files: RemoteFiles, settings: RemoteSettings, shards: Mapping[str, Shard]) -> None:
         self._files, self._local = files, LocalShards()
-        self._cache = ShardCache(settings.cache, settings.cache_bytes, files, dict(shards)) if settings.cache is not None else None
+        self._cache = ShardCache(settings, files, shards) if settings.cache is not None else None
+        self._finder: Ahead | ShardCache | None = self._cache
+
+    def follow(self, plan: Plan, places: Sequence[str]) -> Ahead | None:
+        """Fetch shards as a stream reads them, where there is a cache; `places`: by shard number. Raises ConfigError where it is too small."""
+        if self._cache is None:
+            return None
+        self._finder = ahead = Ahead(self._cache, places, plan, self._local.close)
+        return ahead
 
     def read(self, place: str, offset: int, size: int) -> bytes:
         """Exactly `size` bytes; raises DataError."""
-        path = self._cache.find(place) if self._cache is not None else None
+        path = self._finder.find(place) if self._finder is not None else None
         if path is not None:
             with suppress(DataError):  # another process has put the file out
                 return self._local.read(path, offset, size)
@@ -402,6 +407,13 @@ class ShardSource:
         if zlib.crc32(data) != place.crc:
             raise DataError(f"an image from byte {place.offset} on is not what was written; fetch or write the shard again")
         return data
+
+    def follow(self, plan: Plan) -> Ahead | None:
+        """Fetch shards in the order of a stream, which from now on says `at(position)` before each sample; None where all of them are at hand.
+
+        Raises ConfigError where the cache is smaller than one window of the order.
+        """
+        return self._files.follow(plan, [str(place) for place in self.places]) if isinstance(self._files, RemoteShards) else None
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """Bytes of each sample's txt member, or of its json where it has none, from the manifest: the same wherever the shards lie."""

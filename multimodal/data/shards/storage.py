@@ -1,30 +1,26 @@
-"""Files on servers: which names are URLs, how they are read over HTTP or by fsspec, and whole shards on the local disk."""
+"""Files on servers: which names are URLs, and how they are read over HTTP or by fsspec."""
 
 from __future__ import annotations
 
 import base64
-import fcntl
-import hashlib
 import http.client
 import logging
 import os
-import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
 from adalink.errors import ConfigError, DataError
-from multimodal.data.shards.members import Shard
 
 __all__ = [
-    "FsspecFiles", "HttpFiles", "Passing", "RemoteFiles", "RemoteSettings", "ShardCache", "beside", "cached_name", "is_url",
-    "patiently", "redacted", "unsigned",
+    "FsspecFiles", "HttpFiles", "Passing", "RemoteFiles", "RemoteSettings", "beside", "is_url", "once_in_a_while", "patiently",
+    "redacted", "remote_files", "scrubbed", "unsigned",
 ]  # fmt: skip
 
 
@@ -43,23 +39,31 @@ _PROOF = re.compile(
     re.IGNORECASE,
 )
 _LONGEST_WAIT = 30.0  # seconds between two attempts
+_SILENCE = 60.0  # seconds between two lines of the log about one server
+_LOG = logging.getLogger("adalink")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteSettings:
-    """How shards on servers are read."""
+    """How shards on servers are read.
+
+    The cache is shared by all processes of a machine, and the numbers hold for all of them together.
+    """
 
     cache: Path | None = None  # a folder for whole shards; none: each sample is read from the server each time
     cache_bytes: int = 50 * 2**30  # most that the folder may hold
+    ahead: int = 2  # windows of shards that are fetched before they are read, as far as the cache has room
+    connections: int = 8  # most shards that are fetched at a time
     attempts: int = 6  # of one read, with pauses that double
     first_wait: float = 0.5  # seconds before the second attempt: 0.5, 1, 2, 4, 8 are 15.5 in all
     timeout: float = 30.0  # seconds without a byte after which an attempt has failed
 
     def __post_init__(self) -> None:
         """Check what a caller can get wrong."""
-        if self.attempts < 1 or self.cache_bytes < 0 or not self.first_wait >= 0 or not self.timeout > 0:
+        if min(self.attempts, self.connections) < 1 or min(self.cache_bytes, self.ahead) < 0 or not self.first_wait >= 0 or not self.timeout > 0:
             raise ConfigError(
-                f"{self}: attempts are 1 or more, cache_bytes and first_wait 0 or more, and the timeout is a positive number of seconds"
+                f"{self}: attempts are 1 or more, and so are connections; cache_bytes, ahead and first_wait are 0 or more, and the timeout is a "
+                "positive number of seconds"
             )
 
 
@@ -78,13 +82,18 @@ class RemoteFiles(Protocol):
         """The whole file, of moderate size."""
         ...
 
+    def pieces(self, url: str, offset: int, size: int) -> Generator[bytes]:
+        """The bytes from `offset` to the end of a file of `size`, as they come, at one attempt: raises Passing as well."""
+        ...
+
 
 class Passing(Exception):
     """A failure that another attempt may not meet; the text completes `the file URL cannot be read: `."""
 
-    def __init__(self, what: str, wait: float = 0.0) -> None:
+    def __init__(self, what: str, wait: float = 0.0, is_silence: bool = False) -> None:
         super().__init__(what)
         self.wait = wait  # seconds that the server asked for
+        self.is_silence = is_silence  # whether no byte came in time
 
 
 def patiently(read: Callable[[], T], url: str, settings: RemoteSettings) -> T:
@@ -94,6 +103,8 @@ def patiently(read: Callable[[], T], url: str, settings: RemoteSettings) -> T:
         try:
             return read()
         except Passing as error:
+            if attempt > 1:
+                once_in_a_while(url, f"reading waits for {redacted(url)}: {error} (attempt {attempt} of {settings.attempts})")
             if attempt == settings.attempts:
                 spent = time.monotonic() - started
                 raise DataError(
@@ -103,6 +114,18 @@ def patiently(read: Callable[[], T], url: str, settings: RemoteSettings) -> T:
             time.sleep(min(max(wait, error.wait), _LONGEST_WAIT))
             wait *= 2
     raise AssertionError("there is at least one attempt")
+
+
+_NAMED: dict[str, float] = {}  # when a server was last named in the log
+
+
+def once_in_a_while(url: str, sentence: str) -> None:
+    """A warning about a server, unless there was one in the last minute: thousands of reads may wait for the same reason."""
+    place = _host(urlsplit(url).netloc)
+    now = time.monotonic()
+    if now - _NAMED.get(place, -_SILENCE) >= _SILENCE:
+        _NAMED[place] = now
+        _LOG.warning("adalink: %s", sentence)
 
 
 def is_url(name: str) -> bool:
@@ -126,7 +149,29 @@ def unsigned(url: str) -> str:
 def redacted(url: str) -> str:
     """The URL for a message: without password and query, which may be secrets."""
     parts = urlsplit(url)
-    return urlunsplit(SplitResult(parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return urlunsplit(SplitResult(parts.scheme, _host(parts.netloc), parts.path, "", ""))
+
+
+def scrubbed(text: object, url: str) -> str:
+    """What a library reports about a URL, for a message: every URL in it `redacted`, and what is secret in this one replaced by `***`."""
+    found = _IN_TEXT.sub(lambda match: redacted(match[0]), str(text))
+    parts = urlsplit(url)
+    login = parts.netloc.rpartition("@")[0]
+    values = [pair.partition("=")[2] for pair in parts.query.split("&")]
+    secrets = {parts.query, parts.fragment, login, *login.split(":", 1)[1:], *(value for value in values if len(value) > 3)}
+    for secret in sorted({form for each in secrets if each for form in (each, unquote(each), quote(each, safe=""))}, key=len, reverse=True):
+        found = found.replace(secret, "***")
+    return found
+
+
+_IN_TEXT = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", re.IGNORECASE)
+
+
+def _host(netloc: str) -> str:
+    """Host and port. A password with `?`, `#` or `/` in it ends the host early: what is then no port is a part of the password."""
+    host = netloc.rpartition("@")[2]
+    name, colon, port = host.rpartition(":")
+    return f"{name}:***" if colon and port and not port.isdecimal() and not host.endswith("]") else host
 
 
 # ----------------------------------------
@@ -137,6 +182,8 @@ _MOVED = (301, 302, 303, 307, 308)
 _MOST_MOVES = 5
 _TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 _MOST_WHOLE = 2**31  # bytes of a file that is read at once, such as a manifest
+_MOST_ERROR = 2**16  # bytes of a page about an error that are read to use the connection again
+_PIECE = 2**20  # bytes that are read at a time from a connection
 
 
 @dataclass(frozen=True)
@@ -145,6 +192,8 @@ class _Answer:
     reason: str
     headers: Mapping[str, str]
     body: bytes
+    response: http.client.HTTPResponse
+    parts: SplitResult  # of the URL that answered
 
 
 class HttpFiles:
@@ -169,19 +218,33 @@ class HttpFiles:
         """The whole file, of moderate size."""
         return patiently(lambda: self._get(url, {}, _MOST_WHOLE).body, url, self._settings)
 
+    def pieces(self, url: str, offset: int, size: int) -> Generator[bytes]:
+        """One request for the rest of the file: latency is paid once, however many bytes there are."""
+        answer = self._get(url, {"Range": f"bytes={offset}-{size - 1}"}, None)
+        try:
+            if (found := _ranged(answer, url, offset)) != size:
+                raise DataError(f"{redacted(url)} has {found} bytes, and the manifest says {size}: it was replaced; write the manifest again")
+            while offset < size:
+                with self._named(url):
+                    data = answer.response.read(min(_PIECE, size - offset))
+                if not data:
+                    raise Passing(f"the connection ended with {size - offset} bytes to come")
+                offset += len(data)
+                yield data
+        finally:
+            if not answer.response.isclosed():
+                self._close(answer.parts)
+
     def _range(self, url: str, offset: int, size: int) -> tuple[bytes, int]:
         """The bytes, and how many the whole file has."""
         answer = self._get(url, {"Range": f"bytes={offset}-{offset + size - 1}"}, size)
-        found = re.fullmatch(r"bytes ([0-9]{1,19})-[0-9]+/([0-9]{1,19})", answer.headers.get("content-range", ""))
-        if answer.status != 206 or found is None or int(found[1]) != offset:
-            raise DataError(
-                f"{redacted(url)} is on a server that reads no ranges (it answered {answer.status}); copy the shards to a disk, or to another server"
-            )
+        whole = _ranged(answer, url, offset)
         if len(answer.body) != size:
             raise Passing(f"{len(answer.body)} of {size} bytes came")
-        return answer.body, int(found[2])
+        return answer.body, whole
 
-    def _get(self, url: str, headers: Mapping[str, str], size: int) -> _Answer:
+    def _get(self, url: str, headers: Mapping[str, str], size: int | None) -> _Answer:
+        """size: of the body, which is read; None: it is left to be read where the server gives it."""
         at = url
         for _ in range(_MOST_MOVES + 1):
             answer = self._once(at, headers, size)
@@ -193,28 +256,38 @@ class HttpFiles:
             return _checked(answer, url)
         raise DataError(f"{redacted(url)} is moved on more than {_MOST_MOVES} times; give the URL of the shards themselves")
 
-    def _once(self, url: str, headers: Mapping[str, str], size: int) -> _Answer:
+    def _once(self, url: str, headers: Mapping[str, str], size: int | None) -> _Answer:
         parts = urlsplit(url)
         connection = self._connection(parts)
         is_used = connection.sock is not None
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         try:
-            connection.request("GET", target, headers={"Accept-Encoding": "identity", **_login(parts), **headers})
-            response = connection.getresponse()
-            body = response.read(size + 1)  # a server that ignores the range may send a whole shard
-            if response.length:  # more of it, or the end of a connection that broke
-                self._close(parts)
-                if len(body) < size:
-                    raise Passing(f"{len(body)} of {len(body) + response.length} bytes came")
-        except TimeoutError as error:
+            with self._named(url):
+                connection.request("GET", target, headers={"Accept-Encoding": "identity", **_login(parts), **headers})
+                response = connection.getresponse()
+                is_left = size is None and response.status == 206
+                most = _MOST_ERROR if size is None else size
+                body = b"" if is_left else response.read(most + 1)  # a server that ignores the range may send a whole shard
+        except Passing as error:
             self._close(parts)
-            raise Passing(f"nothing came for {self._settings.timeout:g} s") from error
-        except (OSError, http.client.HTTPException) as error:
-            self._close(parts)
-            if is_used:  # servers close connections that rest for a while
+            if is_used and not error.is_silence:  # servers close connections that rest for a while
                 return self._once(url, headers, size)
-            raise Passing(f"{type(error).__name__} {error}".strip()) from error
-        return _Answer(response.status, response.reason, {name.lower(): value for name, value in response.getheaders()}, body)
+            raise
+        if response.length and not is_left:  # more of it, or the end of a connection that broke
+            self._close(parts)
+            if len(body) < most:
+                raise Passing(f"{len(body)} of {len(body) + response.length} bytes came")
+        return _Answer(response.status, response.reason, {name.lower(): value for name, value in response.getheaders()}, body, response, parts)
+
+    @contextmanager
+    def _named(self, url: str) -> Iterator[None]:
+        """What a connection raises, as Passing; the error itself, which may hold the URL, is not part of it."""
+        try:
+            yield
+        except TimeoutError:
+            raise Passing(f"nothing came for {self._settings.timeout:g} s", is_silence=True) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Passing(scrubbed(f"{type(error).__name__} {error}", url).strip()) from None
 
     def _connection(self, parts: SplitResult) -> http.client.HTTPConnection:
         if getattr(self._local, "process", None) != os.getpid():  # those of a parent process are the parent's
@@ -230,6 +303,16 @@ class HttpFiles:
         connection = self._local.open.pop((parts.scheme, parts.netloc), None)
         if connection is not None:
             connection.close()
+
+
+def _ranged(answer: _Answer, url: str, offset: int) -> int:
+    """Bytes of the whole file, by the answer to a request for a range from `offset` on. Raises DataError where it is none."""
+    found = re.fullmatch(r"bytes ([0-9]{1,19})-[0-9]+/([0-9]{1,19})", answer.headers.get("content-range", ""))
+    if answer.status != 206 or found is None or int(found[1]) != offset:
+        raise DataError(
+            f"{redacted(url)} is on a server that reads no ranges (it answered {answer.status}); copy the shards to a disk, or to another server"
+        )
+    return int(found[2])
 
 
 def _checked(answer: _Answer, url: str) -> _Answer:
@@ -254,56 +337,84 @@ def _login(parts: SplitResult) -> Mapping[str, str]:
 
 
 # ----------------------------------------
-# Files wherever fsspec reads: s3://, gs://, hf:// and others, each with a package of its own.
+# Files wherever fsspec reads: s3://, gs://, az://, hf:// and others, each with a package of its own.
 
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
+_BLOCK = 2**24  # bytes of one read of a file that is read whole: a store's latency is then a small part of it
+_DENIED = re.compile("credential|authenti[cf]|forbidden|unauthori[sz]ed|access ?denied", re.IGNORECASE)
 
 
 class FsspecFiles:
-    """Reads URLs through fsspec, which keeps its own connections for each process."""
+    """Reads URLs through fsspec. One file system for each process and bucket, shared by its threads, so that connections stay open."""
 
     def __init__(self, settings: RemoteSettings) -> None:
         self._settings = settings
+        self._open: dict[tuple[int, str], Any] = {}
+
+    def __reduce__(self) -> tuple[type[FsspecFiles], tuple[RemoteSettings]]:
+        return FsspecFiles, (self._settings,)  # a worker process opens its own
 
     def size(self, url: str) -> int:
         """Bytes of a file."""
-        return int(self._patiently(url, lambda files, path: files.size(path)))
+        return patiently(lambda: int(self._act(url, "size")), url, self._settings)
 
     def read(self, url: str, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset` on."""
-
-        def read(files: Any, path: str) -> bytes:
-            data: bytes = files.cat_file(path, start=offset, end=offset + size)
-            if len(data) != size:
-                raise Passing(f"{len(data)} of {size} bytes came")
-            return data
-
-        found: bytes = self._patiently(url, read)
-        return found
+        return patiently(lambda: self._range(url, offset, size), url, self._settings) if size else b""
 
     def whole(self, url: str) -> bytes:
         """The whole file, of moderate size."""
-        found: bytes = self._patiently(url, lambda files, path: files.cat_file(path))
-        return found
+        return patiently(lambda: bytes(self._act(url, "cat_file")), url, self._settings)
 
-    def _patiently(self, url: str, act: Any) -> Any:
-        files, path = _opened(url)
+    def pieces(self, url: str, offset: int, size: int) -> Generator[bytes]:
+        """Requests for 16 MiB, one after the other."""
+        for at in range(offset, size, _BLOCK):
+            yield self._range(url, at, min(_BLOCK, size - at))
 
-        def once() -> Any:
-            try:
-                return act(files, path)
-            except (FileNotFoundError, IsADirectoryError) as error:
-                raise DataError(f"{redacted(url)} is not there; check the URL, or put the file there again") from error
-            except PermissionError as error:
-                raise DataError(f"{redacted(url)} may not be read ({error}); are the credentials set as {_package(url)} wants them?") from error
-            except OSError as error:
-                raise Passing(f"{type(error).__name__} {error}".strip()) from error
+    def _range(self, url: str, offset: int, size: int) -> bytes:
+        data: bytes = self._act(url, "cat_file", start=offset, end=offset + size)
+        if len(data) != size:
+            raise Passing(f"{len(data)} of {size} bytes came")
+        return data
 
-        return patiently(once, url, self._settings)
+    def _act(self, url: str, what: str, **arguments: int) -> Any:
+        """What a file system's function gives; what it raises becomes a sentence without the URL's secrets."""
+        files, path = self._opened(url)
+        try:
+            return getattr(files, what)(path, **arguments)
+        except (FileNotFoundError, IsADirectoryError):
+            raise DataError(f"{redacted(url)} is not there; check the URL, or put the file there again") from None
+        except Exception as error:  # each store's package raises errors of its own
+            stated = scrubbed(f"{type(error).__name__} {error}", url).strip()
+            if isinstance(error, PermissionError) or (not isinstance(error, OSError) and _DENIED.search(stated)):
+                stated = scrubbed(error, url).strip()
+                raise DataError(f"{redacted(url)} may not be read ({stated}); are the credentials set as {_package(url)} wants them?") from None
+            raise Passing(stated) from None
+
+    def _opened(self, url: str) -> tuple[Any, str]:
+        place = os.getpid(), urlsplit(url)._replace(path="", fragment="").geturl()
+        if place not in self._open:
+            self._open[place] = _opened(url, self._settings)[0]
+        return self._open[place], self._open[place]._strip_protocol(url)
 
 
-def _opened(url: str) -> tuple[Any, str]:
+def _options(url: str, settings: RemoteSettings) -> dict[str, Any]:
+    """What makes a store's package read whole shards fast: enough connections, our timeout, no cache of blocks, and attempts left to us."""
+    scheme = url.partition("://")[0].lower()
+    if scheme in ("s3", "s3a"):
+        config = {"max_pool_connections": 2 * settings.connections, "connect_timeout": settings.timeout, "read_timeout": settings.timeout}
+        # With one request at a time for each file it asks for no file's size first, which a store may forbid.
+        return {"config_kwargs": {**config, "retries": {"total_max_attempts": 1}}, "default_cache_type": "none", "max_concurrency": 1}
+    if scheme in ("gs", "gcs"):
+        return {"requests_timeout": settings.timeout, "default_cache_type": "none"}
+    if scheme in ("az", "abfs"):
+        timeouts = {"connection_timeout": int(settings.timeout) or 1, "read_timeout": int(settings.timeout) or 1}
+        return {"default_cache_type": "none", **timeouts}
+    return {}
+
+
+def _opened(url: str, settings: RemoteSettings) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
     except ImportError as error:
@@ -311,11 +422,14 @@ def _opened(url: str) -> tuple[Any, str]:
     if "::" in url:  # fsspec would unpack, or read one file by what another says
         raise ConfigError(f"{redacted(url)} is a chain of URLs, which is not supported; give the URL of the folder of shards itself")
     try:
-        files, path = url_to_fs(url)
+        files, path = url_to_fs(url, **_options(url, settings))
     except ImportError as error:
         raise ConfigError(f"{redacted(url)} needs a package that is not here: pip install {_package(url)}") from error
     except ValueError as error:
-        raise ConfigError(f"{redacted(url)} is of a kind that is not known ({error}); give a folder, or an http, https, s3, gs or hf URL") from error
+        stated = scrubbed(error, url)
+        raise ConfigError(f"{redacted(url)} is of a kind that is not known ({stated}); give a folder, or an http, https, s3, gs, az or hf URL") from None
+    if _package(url) == "s3fs":
+        files.retries = 1  # it would try five times, without a word
     return files, path
 
 
@@ -324,138 +438,6 @@ def _package(url: str) -> str:
     return _PACKAGES.get(scheme, f"the fsspec package for {scheme}")
 
 
-# ----------------------------------------
-# Whole shards on the local disk, fetched in the background while their first samples are read from the server.
-#
-# A run reads all its shards evenly, so putting one out to take another in gains nothing: shards of this set stay until the folder is full, and
-# the rest is read from the server. Shards of other sets make room, the least recently used first.
-
-
-_CHUNK = 2**23  # bytes of one read from the server
-_LOG = logging.getLogger("adalink")
-_NOT_CACHED = "adalink: %s is not stored in the cache %s: %s"
-
-
-def cached_name(url: str, shard: Shard) -> str:
-    """The name of a shard in the cache: a sha256 of its URL, and the beginning of its own, so that a new version is another file.
-
-    A signature in the URL does not count, since each new one would be another file; where the shard's own sha256 is not known it does, since
-    what looks like a signature may say which file is meant.
-    """
-    place = unsigned(url) if shard.sha256 else url
-    return f"{hashlib.sha256(place.encode()).hexdigest()}-{shard.sha256[:16] or shard.size}.tar"
-
-
-class ShardCache:
-    """A folder that several processes share; each file in it is whole, and was compared with its sha256 in the manifest."""
-
-    def __init__(self, folder: Path, max_bytes: int, files: RemoteFiles, shards: dict[str, Shard]) -> None:
-        """shards: by URL, all of the set. Raises DataError where the folder cannot be made."""
-        self._folder, self._max_bytes, self._files, self._shards = folder, max_bytes, files, shards
-        self._names = {url: cached_name(url, shard) for url, shard in shards.items()}
-        self._wanted: queue.SimpleQueue[str] | None = None
-        self._process, self._asked, self._lock = os.getpid(), set[str](), threading.Lock()
-        self._discarded = set[str]()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"the cache {folder} cannot be made ({error.strerror}); give another folder as the data set's cache, or none") from error
-
-    def __reduce__(self) -> tuple[type[ShardCache], tuple[Path, int, RemoteFiles, dict[str, Shard]]]:
-        return ShardCache, (self._folder, self._max_bytes, self._files, self._shards)
-
-    def find(self, url: str) -> Path | None:
-        """The shard's file; None, and the shard is fetched in the background, where it is not there yet."""
-        path = self.path(url)
-        if path.exists():
-            return path
-        self._ask(url)
-        return None
-
-    def path(self, url: str) -> Path:
-        """Where the shard's file is, or would be."""
-        return self._folder / self._names[url]
-
-    def discard(self, url: str) -> bool:
-        """Remove a file whose samples are damaged; whether there was one. The first time it is fetched again when it is next asked for."""
-        with self._lock:
-            if url not in self._discarded:
-                self._discarded.add(url)
-                self._asked.discard(url)
-        try:
-            self.path(url).unlink()
-        except OSError:
-            return False
-        return True
-
-    def fetch(self, url: str) -> None:
-        """Fetch a shard now, if there is room and no other process has; what stands in the way is logged in one sentence."""
-        shard, name = self._shards[url], self._names[url]
-        with self._alone():
-            if (self._folder / name).exists() or not self._make_room(shard.size):
-                return
-            part = self._folder / f".{name}.part"
-            try:
-                _fetch(self._files, url, shard, part)
-                part.replace(self._folder / name)
-            except OSError as error:
-                _LOG.warning(_NOT_CACHED, redacted(url), self._folder, f"{error.strerror}; its samples are read from the server; is the disk full?")
-            except DataError as error:
-                _LOG.warning(_NOT_CACHED, redacted(url), self._folder, error)
-            finally:
-                with suppress(OSError):
-                    part.unlink()
-
-    def _ask(self, url: str) -> None:
-        """Once for each shard and process; a thread of a parent process does not live in its forked children."""
-        with self._lock:
-            if self._process != os.getpid() or self._wanted is None:
-                self._process, self._asked, self._wanted = os.getpid(), set(), queue.SimpleQueue()
-                threading.Thread(target=self._fetch_all, args=(self._wanted,), daemon=True, name="shard cache").start()
-            if url not in self._asked:
-                self._asked.add(url)
-                self._wanted.put(url)
-
-    def _fetch_all(self, wanted: queue.SimpleQueue[str]) -> None:
-        while True:
-            self.fetch(wanted.get())
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One fetch at a time on a machine: the bound then holds, and what lies half written is nobody's."""
-        lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for left in self._folder.glob(".*.part"):
-                left.unlink(missing_ok=True)
-            yield
-        finally:
-            os.close(lock)
-
-    def _make_room(self, size: int) -> bool:
-        """Whether the folder holds the bound with `size` more bytes; other sets' shards are removed for that."""
-        own = set(self._names.values())
-        held = {path: path.stat() for path in self._folder.glob("*.tar")}
-        total = size + sum(status.st_size for status in held.values())
-        others = sorted((path for path in held if path.name not in own), key=lambda path: max(held[path].st_atime, held[path].st_mtime))
-        if total - sum(held[path].st_size for path in others) > self._max_bytes:
-            return False
-        while total > self._max_bytes:
-            path = others.pop(0)
-            path.unlink(missing_ok=True)
-            total -= held[path].st_size
-        return True
-
-
-def _fetch(files: RemoteFiles, url: str, shard: Shard, part: Path) -> None:
-    """Writes the shard, and compares it with the manifest's sha256 where that is known."""
-    digest = hashlib.sha256()
-    with part.open("wb") as file:
-        for at in range(0, shard.size, _CHUNK):
-            data = files.read(url, at, min(_CHUNK, shard.size - at))
-            digest.update(data)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    if shard.sha256 and digest.hexdigest() != shard.sha256:
-        raise DataError("it is not what its manifest says, by its sha256; its samples are checked one by one, and the damaged ones are skipped")
+def remote_files(url: str, settings: RemoteSettings) -> RemoteFiles:
+    """Who reads this URL."""
+    return HttpFiles(settings) if url.lower().startswith(("http://", "https://")) else FsspecFiles(settings)

@@ -14,9 +14,10 @@ from made_shards import everything, made_shards, made_source
 from shared import PATIENCE
 
 from adalink.errors import DataError
+from multimodal.data.shards.cache import ShardCache
 from multimodal.data.shards.manifest import read_manifest
-from multimodal.data.shards.reader import ShardSource, remote_files
-from multimodal.data.shards.storage import RemoteSettings, ShardCache
+from multimodal.data.shards.reader import ShardSource
+from multimodal.data.shards.storage import RemoteSettings, remote_files
 from multimodal.data.shards.writer import write_shards
 
 
@@ -39,7 +40,7 @@ def test_shards_that_do_not_fit_on_the_disk_are_read_from_the_server(disk: Path,
     with served(tmp_path / "web") as server, caplog.at_level(logging.WARNING, logger="adalink"):
         settings = RemoteSettings(attempts=2, first_wait=0.01, timeout=PATIENCE, cache=disk / "cache", cache_bytes=2**30)
         shards = {f"{server.url}/set/{shard.file}": shard for shard in read_manifest(tmp_path / "web" / "set").shards}
-        cache = ShardCache(disk / "cache", 2**30, remote_files(server.url, settings), shards)
+        cache = ShardCache(settings, remote_files(server.url, settings), shards)
         for url in shards:
             cache.fetch(url)
         assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [

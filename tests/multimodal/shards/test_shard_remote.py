@@ -19,9 +19,10 @@ from made_shards import everything, flip, made_shards
 from shared import PATIENCE
 
 from adalink.errors import ConfigError, DataError
+from multimodal.data.shards.cache import ShardCache, cached_name
 from multimodal.data.shards.manifest import read_manifest
 from multimodal.data.shards.reader import ShardSource
-from multimodal.data.shards.storage import HttpFiles, RemoteSettings, ShardCache, cached_name
+from multimodal.data.shards.storage import HttpFiles, RemoteSettings
 from multimodal.sample import DamagedSample
 
 FAST = RemoteSettings(attempts=2, first_wait=0.01, timeout=PATIENCE)
@@ -150,7 +151,7 @@ def test_a_new_signature_is_the_same_file_in_the_cache_and_another_object_never_
 
 def caches(server: Server, folder: Path, size: int) -> tuple[ShardCache, list[str]]:
     shards = {f"{server.url}/set/{shard.file}": shard for shard in read_manifest(server.folder / "set").shards}
-    return ShardCache(folder, size, HttpFiles(FAST), shards), list(shards)
+    return ShardCache(replace(FAST, cache=folder, cache_bytes=size), HttpFiles(FAST), shards), list(shards)
 
 
 def test_the_cache_holds_its_bound_keeps_its_own_and_puts_others_out_oldest_first(server: Server, tmp_path: Path) -> None:
@@ -238,13 +239,14 @@ def test_a_disk_that_is_full_while_caching_is_one_sentence_and_every_sample_is_r
             cache, urls = caches(server, tmp_path / "cache", 2**30)
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
             cache.fetch(urls[0])
+            if list((tmp_path / "cache").glob(".*.part")):
+                os._exit(2)  # what is useless takes room that others need
         os._exit(0 if everything(source(server, tmp_path / "cache")) == expected else 1)
     assert os.waitpid(pid, 0)[1] == 0
     lines = printed.read_text().splitlines()
     assert len(lines) == 1
     assert lines[0].endswith(f"is not stored in the cache {tmp_path / 'cache'}: File too large; its samples are read from the server; is the disk full?")
     assert retained(tmp_path / "cache") == []
-    assert not list((tmp_path / "cache").glob(".*.part"))
 
 
 def test_several_processes_fetch_each_shard_once(server: Server, tmp_path: Path) -> None:
@@ -302,6 +304,9 @@ class Failing:
     def __init__(self, error: OSError) -> None:
         self.error = error
 
+    def _strip_protocol(self, url: str) -> str:
+        return url.partition("://")[2]
+
     def size(self, path: str) -> int:
         raise self.error
 
@@ -314,6 +319,6 @@ class Failing:
 def test_what_fsspec_raises_becomes_a_sentence(error: OSError, stated: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from multimodal.data.shards import storage as fsspec_files
 
-    monkeypatch.setattr(fsspec_files, "_opened", lambda url: (Failing(error), "b"))
+    monkeypatch.setattr(fsspec_files, "_opened", lambda url, settings: (Failing(error), "b"))
     with pytest.raises(DataError, match=stated):
         fsspec_files.FsspecFiles(FAST).size("s3://a/b")
