@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +50,7 @@ class ShardOrder:
         part = position % self.step * self.parts // self.step
         samples = self._parts.get(part)
         if samples is None:
-            samples = self._parts[part] = self._shuffled(self._window, part)
+            samples = self._parts[part] = self.samples_of(self._window, part)
         return int(samples[self._place(part, position) - self._place(part, self._first)])
 
     def window(self, position: int) -> int:
@@ -56,16 +58,30 @@ class ShardOrder:
         epoch, place = divmod(position, self.n_samples)
         return epoch * self.n_windows + int(np.searchsorted(self._epoch(epoch)[1], place, side="right"))
 
-    def shards_of(self, window: int, parts: range | None = None) -> NDArray[np.int64]:
+    def shards_of(self, window: int, parts: Sequence[int] | None = None) -> NDArray[np.int64]:
         """int64 [shards]: the numbers of a window's shards, as they come; of some of its parts alone where they are given."""
         shards = self._shards(window)
-        return shards if parts is None else shards[self._cut(window, parts)[1] > 0]
+        return shards if parts is None else shards[np.any([self._cut(window, part)[1] > 0 for part in parts], axis=0)]
+
+    def samples_of(self, window: int, part: int = 0) -> NDArray[np.int64]:
+        """int64 [samples]: those of one part of a window, in the order of its positions."""
+        before, sizes = self._cut(window, part)
+        read = sizes > 0
+        starts, sizes = (self._starts[self._shards(window)] + before)[read], sizes[read]
+        samples = np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+        return samples[permutation(len(samples), drawn_seed(self.seed, f"window {window} part {part}"))]
 
     def parts_of(self, rank: int, world: int, batch_size: int) -> range:
-        """The parts that one of `world` ranks reads: all of them where a step is of another size than the order was made for."""
-        if batch_size * world != self.step:
-            return range(self.parts)
-        return range(rank * self.parts // world, -(-(rank + 1) * self.parts // world))
+        """The parts that one of `world` ranks reads, and perhaps others between them.
+
+        Of steps of the size that the order was made for, its machine's; of steps of another size those that its positions come to.
+        """
+        apart = math.gcd(self.step, world * batch_size)  # positions of a rank come again in each step so far from each other
+        places = np.unique(np.arange(rank * batch_size, (rank + 1) * batch_size) % apart)
+        every = places[:, None] + np.arange(0, self.step, apart)
+        parts = np.unique(every * self.parts // self.step)
+        spaces = set(np.diff(parts).tolist())
+        return range(int(parts[0]), int(parts[-1]) + 1, spaces.pop() if len(spaces) == 1 else 1)
 
     def state(self) -> dict[str, object]:
         """What the order is a function of, as JSON; of the shards' sizes a check sum."""
@@ -106,22 +122,14 @@ class ShardOrder:
         """Positions of one part before this one."""
         return self._below(part + 1, position) - self._below(part, position)
 
-    def _cut(self, window: int, parts: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of each shard of a window, int64 [shards]: samples of it before these parts, and in them; 0 or less where it is not in them."""
+    def _cut(self, window: int, part: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of each shard of a window, int64 [shards]: samples of it before this part, and in it; 0 or less where it is not in it."""
         bounds = self._bounds(window)
-        first, end = (self._below(part, bounds[1]) - self._below(part, bounds[0]) for part in (parts.start, parts.stop))
+        first, end = (self._below(each, bounds[1]) - self._below(each, bounds[0]) for each in (part, part + 1))
         sizes = self._sizes[self._shards(window)]
         ends = np.cumsum(sizes)
         before: NDArray[np.int64] = np.maximum(first - ends + sizes, 0)
         return before, np.minimum(ends, end) - np.maximum(ends - sizes, first)
-
-    def _shuffled(self, window: int, part: int) -> NDArray[np.int64]:
-        """int64 [samples]: those of one part of a window."""
-        before, sizes = self._cut(window, range(part, part + 1))
-        read = sizes > 0
-        starts, sizes = (self._starts[self._shards(window)] + before)[read], sizes[read]
-        samples = np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-        return samples[permutation(len(samples), drawn_seed(self.seed, f"window {window} part {part}"))]
 
 
 # ----------------------------------------
