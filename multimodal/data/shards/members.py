@@ -378,7 +378,10 @@ class _Places(Sequence[Place]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, number: int) -> Place:  # type: ignore[override]
+    def __getitem__(self, number: Any) -> Any:
+        """A place, or a list of them for a slice."""
+        if isinstance(number, slice):
+            return [self[each] for each in range(len(self))[number]]
         row = self._table.rows[range(len(self))[number]]
         folder: ShardFolder = self._table.folders[row["folder"]]
         return folder.place(row["file"].decode("utf-8", "surrogateescape"))

@@ -36,6 +36,7 @@ def test_places_sizes_and_bytes_of_shards_are_those_on_disk_in_the_order_of_the_
     written = made_shards(tmp_path)
     source = ShardSource(tmp_path)
     assert [str(place) for place in source.places] == [str(tmp_path / f"shard-00000{n}.tar") for n in range(3)]
+    assert list(source.places[1:]) == [source.places[1], source.places[-1]]
     assert (source.shard_sizes.dtype, source.shard_sizes.tolist()) == (np.int64, [4, 4, 2])
     assert source.shard_bytes.tolist() == [Path(place).stat().st_size for place in source.places]
     assert [source[index].key for index in (3, 4, 7, 8)] == [written[index].key for index in (3, 4, 7, 8)]
