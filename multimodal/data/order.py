@@ -390,4 +390,4 @@ def innermost(source: SampleSource) -> SampleSource:
 
 
 def _is_remote(source: SampleSource) -> bool:
-    return any(isinstance(place, str) for place in getattr(innermost(source), "places", ())[:1])
+    return isinstance(next(iter(getattr(innermost(source), "places", ())), None), str)
