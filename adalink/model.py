@@ -44,12 +44,11 @@ from adalink.checkpoint.folder import (
 from adalink.checkpoint.start import Start, seeded, start_of_new
 from adalink.edit import Adapter, Method, execution_device
 from adalink.errors import ConfigError, names_of
-from adalink.tokens import BASE_ROW, TokenMap, uploaded
+from adalink.tokens import AUTO, BASE_NAME, BASE_ROW, TokenMap, uploaded
 
 __all__ = ["BASE_NAME", "ActiveAdapter", "AdaptedModel", "get_adalink_model"]
 
 DEFAULT = "default"
-BASE_NAME = "__base__"  # a row that no adapter serves, as the field writes it
 
 
 def get_adalink_model(model: nn.Module, methods: Mapping[str, Method] | Method, *, modules_to_save: Sequence[str] = ()) -> AdaptedModel:
@@ -350,8 +349,9 @@ class AdaptedModel(nn.Module):
 
     def _new(self, name: str, methods: Mapping[str, Method], modules_to_save: Sequence[str]) -> Adapter:
         """An adapter that is not attached yet, so that nothing has to be undone where it cannot be used."""
-        if not name.isidentifier() or name == BASE_NAME or hasattr(self.adapters, name):  # a ModuleDict has attributes of its own: `keys`
-            raise ConfigError(f"the adapter's name is {name!r}: give an identifier that is not one of {list(self.adapters)}, nor a method of dictionaries")
+        if not name.isidentifier() or name in (BASE_NAME, AUTO) or hasattr(self.adapters, name):  # a ModuleDict has attributes of its own: `keys`
+            taken = f"one of {list(self.adapters)}, nor {AUTO}, nor a method of dictionaries"
+            raise ConfigError(f"the adapter's name is {name!r}: give an identifier that is not {taken}")
         adapter = Adapter(methods, self.anatomy, copied(self.base, self.anatomy, names_of("modules_to_save", modules_to_save)))
         check_trains(self.base, self.anatomy, adapter, self.image_ids)
         return adapter.beside(self.base, self.anatomy)

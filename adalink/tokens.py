@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adalink.errors import ConfigError
 
 __all__ = [
-    "ANSWER", "BASE_ROW", "DOMAIN_NAMES", "IMAGE", "OTHER", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "TokenMap", "Tokens", "counted",
+    "ANSWER", "AUTO", "BASE_NAME", "BASE_ROW", "DOMAIN_NAMES", "IMAGE", "OTHER", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "TokenMap", "Tokens", "counted",
     "is_autocast", "uploaded", "without_autocast",
 ]  # fmt: skip
 
@@ -33,6 +33,8 @@ OTHER = 15  # what is neither text nor image in an existing model: the tokens of
 
 DOMAIN_NAMES = {"text": TEXT, "answer": ANSWER, "image": IMAGE, "prompt": PROMPT, "prefix": PREFIX, "percept": PERCEPT}
 BASE_ROW = -1  # a row that no adapter serves
+BASE_NAME = "__base__"  # the same, as the field writes it
+AUTO = "auto"  # a row whose adapter a router chooses
 T = TypeVar("T")
 
 

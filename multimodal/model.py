@@ -13,17 +13,18 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap
 from adalink.attachment.attachment import without_dropout
+from adalink.attachment.inputs import Route
 from adalink.checkpoint.folder import local_folder, upload
 from adalink.errors import ConfigError
 from adalink.model import ActiveAdapter
-from multimodal.batches.collate import Batch, collate, stacked
+from multimodal.batches.collate import Batch
 from multimodal.batches.packing import Ways
 from multimodal.batches.tokenize import RowEncoder
 from multimodal.data.images.decode import ImageOrFile
@@ -38,19 +39,20 @@ from multimodal.existing.conversation import Prompt, asked_of
 from multimodal.existing.inputs import give_inputs
 from multimodal.existing.load import load_existing
 from multimodal.existing.rows import ConversationRows
-from multimodal.existing.tower import ModelTower, read_images
+from multimodal.existing.tower import ModelTower
 from multimodal.existing.trial import tried_ways
 from multimodal.existing.words import NO_BUDGET
 from multimodal.generation.generate import written_texts
-from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
+from multimodal.generation.routing import Routing, asked_names, generated, load_router, routes
+from multimodal.generation.settings import GenerationChoice, GenerationSettings
 from multimodal.language import Language, LanguageUse, load_language
 from multimodal.loss.answer_head import AnswerHead, answer_loss, chosen_answers, load_head, new_head, pooled_state, save_head, use_for
 from multimodal.loss.language_loss import LanguageLoss
 from multimodal.sample import SampleSource
-from multimodal.template import Template
+from multimodal.template import Template, saved_template
 
 __all__ = [
-    "TrainedParts", "VisionLanguageModel", "load_composed", "save_composed", "saved_template", "trained_summary",
+    "TrainedParts", "VisionLanguageModel", "load_composed", "save_composed", "trained_summary",
 ]  # fmt: skip
 
 
@@ -71,13 +73,6 @@ def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, A
         model.connectors.save(folder, model.seeing_part)
     if model.head is not None:
         save_head(folder, model.head)
-
-
-def saved_template(task: Mapping[str, Any]) -> Template | None:
-    """The words that a saved adapter's config holds; None where it holds none."""
-    if not {"prompt", "target"} <= set(task):
-        return None
-    return Template(**{name: task[name] for name in ("prompt", "target", "system", "raw") if name in task})
 
 
 def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, activate: bool = True, allow_other_base: bool = False) -> Adapter:
@@ -198,6 +193,7 @@ class VisionLanguageModel(nn.Module):
             self.adapted = AdaptedModel(language.model, inputs=inputs, parts=parts)
         self.language_loss = LanguageLoss(self.adapted)
         self.heads = nn.ModuleDict()  # by adapter, where it chooses its answers
+        self.routing: Routing | None = None  # what chooses adapters for rows that name "auto"
 
     @classmethod
     def compose(
@@ -260,7 +256,7 @@ class VisionLanguageModel(nn.Module):
         prompts: Prompt | Sequence[Prompt] = "",
         *,
         settings: GenerationSettings | None = None,
-        adapter_names: Sequence[str | None] | None = None,
+        adapter_names: Sequence[str | None] | Literal["auto"] | None = None,
         max_new_tokens: int | None = None,
         num_beams: int | None = None,
         length_penalty: float | None = None,
@@ -273,21 +269,13 @@ class VisionLanguageModel(nn.Module):
         settings: those that the adapter was saved with, where none are given; an adapter made here has the defaults. `max_new_tokens` and
         the other numbers stand in place of theirs.
         adapter_names: one for each row, "__base__" for none; without them the active adapter serves all. Each row is worded by its own
-        adapter's template and has its own adapter's slots. Raises ConfigError for an unknown name, for lists of unequal length, and where
-        adapters that were saved with different settings serve one call without settings, and for a conversation that the model cannot read;
-        DataError for an image that cannot be read.
+        adapter's template and has its own adapter's slots. "auto", for a row or in place of them all: the router chooses (see `load_router`).
+        Raises ConfigError for an unknown name, for lists of unequal length, and where adapters that were saved with different settings serve
+        one call without settings, and for a conversation that the model cannot read; DataError for an image that cannot be read.
         """
         asked = asked_of(images, prompts)
         choice = GenerationChoice(max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=length_penalty)
-        serving = self.adapted.serving(len(asked), adapter_names)  # refuses unknown names before anything runs
-        if not asked:
-            return []
-        read, about = read_images(self.tower, [beside for beside, _ in asked])
-        names = [self.adapted.active] * len(serving.slots) if adapter_names is None else adapter_names
-        encoders = {name: self.row_encoder(BASE_NAME if name is None else name) for name in set(names)}
-        rows = [encoders[name].prompt(prompt, read[i]) for name, (_, prompt), i in zip(names, asked, about, strict=True)]
-        batch = collate(rows, about, stacked(read), kind="pixels", side="left", pad_id=self.language.tokenizer.pad_token_id)
-        return self.generate_batch(batch.to(self.device), choice.over(settings or self._generation_of(names)), adapter_names)
+        return generated(self, asked, asked_names(self.adapted.active, len(asked), adapter_names), choice, settings)
 
     @torch.no_grad()
     def generate_batch(self, batch: Batch, settings: GenerationSettings, adapter_names: Sequence[str | None] | None = None) -> list[str]:
@@ -407,6 +395,18 @@ class VisionLanguageModel(nn.Module):
         """
         return load_composed(self, folder, name, activate=activate, allow_other_base=allow_other_base)
 
+    def load_router(self, folder: str | Path, *, allow_other_base: bool = False) -> Routing:
+        """Add the adapters of a router's folder (`adalink route`), each under its name; rows that name "auto" are routed from then on.
+
+        Raises as `load_adapter`, and CheckpointError where an adapter is not as it was when the router was made.
+        """
+        self.routing = load_router(self, folder, allow_other_base=allow_other_base)
+        return self.routing
+
+    def route(self, images: ImageOrFile | Sequence[ImageOrFile | Sequence[ImageOrFile]], prompts: Prompt | Sequence[Prompt] = "") -> list[Route]:
+        """Which adapter the router gives each row of `generate`, with its weights and how sure it is; `adapter_names` takes them as names."""
+        return routes(self, asked_of(images, prompts))
+
     def delete_adapter(self, name: str) -> None:
         """Take an adapter away; the others stay as they are. Where it was the active one, none is."""
         self.adapted.delete_adapter(name)
@@ -481,14 +481,6 @@ class VisionLanguageModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print how many parameters the active adapter trains, and their share of all; and what is trained in the encoder and in the head."""
         print(trained_summary(self))
-
-    def _generation_of(self, names: Sequence[str | None]) -> GenerationSettings:
-        """The settings that the adapters of all rows were saved with."""
-        found = {saved_generation(self.adapted.tasks.get(name or "", {})): name for name in names if name != BASE_NAME}
-        if len(found) > 1:
-            listed = " and ".join(str(name) for name in found.values())
-            raise ConfigError(f"the adapters {listed} were saved with different generation settings: give `settings` for this call")
-        return next(iter(found), GenerationSettings())
 
     def _head(self, name: str | None) -> AnswerHead | None:
         return dict(self.heads.items()).get(name or "")  # type: ignore[return-value]  # a ModuleDict holds modules

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from adalink.errors import ConfigError
 
-__all__ = ["Filled", "Template", "Text"]
+__all__ = ["Filled", "Template", "Text", "saved_template"]
 
 MARKERS = ("<image>", "<bos>", "<eos>")
 FIELD = re.compile(r"\{(\w*)\}")
@@ -89,3 +91,10 @@ class Template:
     def target_parts(self, text: str) -> list[str]:
         """The target in order: markers, and `Filled` pieces of text."""
         return [part if part in MARKERS else Filled.of(part, "text", text) for part in _SPLIT.split(self.target) if part]
+
+
+def saved_template(task: Mapping[str, Any]) -> Template | None:
+    """The words that a saved adapter's config holds; None where it holds none."""
+    if not {"prompt", "target"} <= set(task):
+        return None
+    return Template(**{name: task[name] for name in ("prompt", "target", "system", "raw") if name in task})

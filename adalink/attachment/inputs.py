@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from adalink.edit import Slots
 from adalink.errors import ConfigError
 from adalink.tokens import ANSWER, IMAGE, PAD, PERCEPT, TEXT, TokenMap, uploaded
 
-__all__ = ["PER_TOKEN", "Call", "Reserved", "Rows", "given_ids", "n_choices", "slots_inside"]
+__all__ = ["PER_TOKEN", "Call", "Reserved", "Route", "Rows", "given_ids", "n_choices", "slots_inside"]
 
 
 # ----------------------------------------
@@ -147,6 +147,25 @@ def _own(reserved: Reserved, output: Any) -> Any:
 
 
 NOT_WITH_SLOTS = ("inputs_embeds", "past_key_values", "cache_position", "logits_to_keep")
+
+
+class Route(str):
+    """The name of the adapter that serves a row, which is a name like any other, and why.
+
+    weights   adapter -> its weight; one of 1.0 where one adapter serves, none where the frozen model does
+    cosine    to the nearest example that a router knows
+    margin    how far the best adapter is ahead of the next (`adalink.lifecycle.route`)
+    """
+
+    __slots__ = ("cosine", "margin", "weights")
+    weights: Mapping[str, float]
+    cosine: float
+    margin: float
+
+    def __new__(cls, name: str, weights: Mapping[str, float], *, cosine: float = 1.0, margin: float = 1.0) -> Self:
+        made = super().__new__(cls, name)
+        made.weights, made.cosine, made.margin = dict(weights), cosine, margin
+        return made
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
         "embedding_lora": Entry("lifecycle.export", "EMBEDDING_LORA", "write a text-only AdaLink as a LoRA of the word embedding that peft loads"),
         "embeds": Entry("lifecycle.export", "EMBEDS", "write prompts as embeddings, for an engine that serves the frozen model"),
     },
+    "route": Entry("lifecycle.route", "ROUTE", "write a router that finds the adapter of a request by its image and its question"),
     "bench": Entry("bench", "BENCH", "measure how fast this machine trains and answers, beside other libraries"),
     "data": {
         "look": Entry("data", "LOOK", "what a data set holds: counts, lengths, duplicates, oddities, a page to browse"),

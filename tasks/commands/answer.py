@@ -14,7 +14,7 @@ from tasks.data.reader import IMAGE_ENDINGS
 from tasks.runs.help import comments_as_help
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
 
-__all__ = ["ASK", "CAPTION", "SERVE", "add_allow_other_base", "images_and_questions", "images_of"]
+__all__ = ["ASK", "CAPTION", "SERVE", "add_allow_other_base", "images_and_questions", "images_of", "named_adapters"]
 
 LOADED = ("model", "encoder", "language_model", "allow_other_base")  # what a command may say of an adapter's frozen parts
 CAPTIONED_AT_ONCE = 16  # images; thousands may be given
@@ -147,15 +147,16 @@ def _serve(values: Any, plain: Any) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError(f"`adalink serve` needs the package {error.name}: pip install 'adalink[serve]'") from None
     settings = ServeSettings(**{name: values[name] for name in ServeSettings.__dataclass_fields__})
-    run_server(settings, _adapters(values.adapter))
+    run_server(settings, named_adapters(values.adapter))
 
 
-def _adapters(given: list[str]) -> dict[str, Path]:
+def named_adapters(given: Sequence[str], option: str = "--adapter") -> dict[str, Path]:
+    """The folders, or files, of NAME=DIR by their names. Raises ConfigError for another form, and for a name that comes twice."""
     adapters: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         if not (equals and name and folder):
-            raise ConfigError(f"--adapter is {text!r}: expected NAME=DIR, such as caption=runs/flickr8k/adapter")
+            raise ConfigError(f"{option} is {text!r}: expected NAME=DIR, such as caption=runs/flickr8k/adapter")
         if name in adapters:
             raise ConfigError(f"two adapters are called {name}: give each a name of its own")
         adapters[name] = Path(folder)
@@ -171,9 +172,9 @@ ASK = Command(_add_ask, _ask, ('adalink ask --adapter runs/vqa/adapter photograp
 SERVE = Command(
     _add_serve, _serve,
     first=(
-        "adapter", "host", "port", "base", "model", "encoder", "language_model", "allow_other_base", "generation.max_new_tokens", "generation.num_beams",
-        "batching.size", "batching.tokens", "limits.in_flight", "limits.body_bytes", "limits.images", "limits.new_tokens", "access.api_keys", "access.hosts",
-        "access.adapters_folder",
+        "adapter", "router", "host", "port", "base", "model", "encoder", "language_model", "allow_other_base", "generation.max_new_tokens",
+        "generation.num_beams", "batching.size", "batching.tokens", "limits.in_flight", "limits.body_bytes", "limits.images", "limits.new_tokens",
+        "access.api_keys", "access.hosts", "access.adapters_folder",
     ),
     examples=(
         "adalink serve --adapter caption=runs/first/adapter vqa=runs/vqa/adapter --port 8001",

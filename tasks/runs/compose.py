@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,15 @@ from multimodal.existing.load import load_existing
 from multimodal.existing.tower import ModelTower
 from multimodal.language import Language, LanguageUse, load_language
 from multimodal.loss.answer_head import use_for
-from multimodal.model import VisionLanguageModel, saved_template
+from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
 from multimodal.sample import SampleSource, counted
-from multimodal.template import Template
+from multimodal.template import Template, saved_template
 from tasks.runs.config import Parts, RunConfig
 from tasks.scenes.parts import part_folder
 
 __all__ = [
-    "compose", "composed_tower", "existing_tower", "features_to_learn", "features_to_log", "found_part", "frozen_model", "load_adapted",
+    "adapters_on", "compose", "composed_tower", "existing_tower", "features_to_learn", "features_to_log", "found_part", "frozen_model", "load_adapted",
     "located", "log", "read_saved", "size_of",
 ]  # fmt: skip
 
@@ -108,6 +108,20 @@ def load_adapted(
     loaded = frozen_model(parts, template=template, layer=config.task["layer"], use=use_for(config.task))
     loaded.load_adapter(folder, "default", allow_other_base=allow_other_base)
     return loaded, dict(config.task)
+
+
+def adapters_on(
+    folders: Mapping[str, Path], *, encoder: str | None = None, language_model: str | None = None, model: str | None = None, allow_other_base: bool = False
+) -> VisionLanguageModel:
+    """The frozen parts that the first adapter names, unless others are given, with all adapters on them under their names."""
+    config = read_saved(next(iter(folders.values())))
+    template = saved_template(config.task)
+    assert template is not None
+    parts = Parts(model=model, encoder=encoder, language_model=language_model).over(Parts.of(config.base, config.task))
+    loaded = frozen_model(parts, template=template, layer=config.task["layer"], use=use_for(config.task))
+    for name, folder in folders.items():
+        loaded.load_adapter(folder, name, activate=False, allow_other_base=allow_other_base)
+    return loaded
 
 
 # ----------------------------------------

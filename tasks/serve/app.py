@@ -21,6 +21,9 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 
 from adalink import BASE_NAME
+from adalink.attachment.inputs import Route
+from adalink.errors import DataError
+from adalink.tokens import AUTO
 from multimodal.data.images.decode import ImageLimits
 from multimodal.data.images.processes import Decoders, n_cores
 from multimodal.model import VisionLanguageModel
@@ -158,14 +161,18 @@ async def _chat(service: Service, request: Request) -> Response:
     body = await request.body()
     with service.worker.waiting.arriving():
         asked = read_json(body, ChatRequest) if len(body) < SMALL else await service.in_thread(lambda: read_json(body, ChatRequest))
-        with service.served.using(asked.model) as card:
+        with contextlib.ExitStack() as using:
+            card, route, images = using.enter_context(service.served.using(asked.model)), None, None
+            if service.model.routing is not None and card.name == AUTO:
+                route, images = await _route(service, asked, card)
+                card = using.enter_context(service.served.using(route))
             question = await service.in_thread(lambda: service.reader.question(asked, card))
-            images = await asyncio.gather(*(service.image(source) for source in question.sources))
-            ask = await service.in_thread(lambda: service.reader.ask(question, images, request.state.owner))
+            images = images or await asyncio.gather(*(service.image(source) for source in question.sources))
+            ask = await service.in_thread(lambda: service.reader.ask(question, images, request.state.owner, route))
             job = Job(ask, streams=bool(asked.stream))
             service.worker.waiting.put(job)
     service.metrics.n_accepted += 1
-    reply = Reply(asked.model, question.text, question.n_unread, question.system)
+    reply = Reply(asked.model, question.text, question.n_unread, question.system, None if route is None else route.weights)
     if asked.stream:
         include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         events = _stream(service, job, reply, include_usage=include_usage)
@@ -180,6 +187,18 @@ async def _chat(service: Service, request: Request) -> Response:
     service.metrics.status(asked.model, 200)
     service.metrics.answer(asked.model, answer)
     return JSONResponse(reply.whole(answer))
+
+
+async def _route(service: Service, asked: ChatRequest, card: Card) -> tuple[Route, list[ServedImage]]:
+    """Which adapter serves a request for the model `auto`, and its images. Raises Refused for one like no example, where the router refuses such."""
+    text, sources = await service.in_thread(lambda: service.reader.to_route(asked, card))
+    images = await asyncio.gather(*(service.image(source) for source in sources))
+    route = await asyncio.wrap_future(service.worker.route(text, images))
+    assert service.model.routing is not None
+    try:
+        return service.model.routing.checked(route, "the request"), images
+    except DataError as error:
+        raise Refused(400, str(error), field="messages", code="no_route") from None
 
 
 async def _end_of(job: Job, request: Request) -> Answer | Exception | None:
@@ -359,7 +378,7 @@ class Service:
         decoders = Decoders(n_cores(), ImageLimits(max_bytes=limits.image_bytes, max_pixels=limits.pixels), limits.decode_seconds)
         served = Served(model, worker)
         metrics.waiting.set_function(lambda: len(worker.waiting.jobs))
-        metrics.models.set_function(lambda: len(served.cards) - 1)
+        metrics.models.set_function(lambda: sum(name not in (BASE_NAME, AUTO) for name in served.cards))
         return Service(
             model=model,
             settings=settings,

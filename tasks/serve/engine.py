@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from adalink import BASE_NAME, TokenMap
+from adalink.attachment.inputs import Route
 from adalink.attachment.recompute import may_share_prompts, needs_whole_sequence, reads_later_tokens
 from adalink.errors import ConfigError
 from multimodal.batches.collate import Batch, collate, stacked
@@ -41,6 +44,15 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ToRoute:
+    """A request whose adapter a router chooses."""
+
+    prompt: str
+    images: tuple[ServedImage, ...]
+    future: Future[Route]
+
+
 class Worker:
     """Takes jobs from `waiting` into the running batch, between two tokens; what changes the model is run there too, on the same thread.
 
@@ -54,6 +66,7 @@ class Worker:
         self.features = FeatureLRU(model, limits.cached_images, limits.feature_bytes)
         self.prompts = PromptCache(limits.prompt_bytes)
         self.running = Running(model, self.features, self.prompts)
+        self._to_route: queue.SimpleQueue[ToRoute] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
 
     @property
@@ -82,6 +95,27 @@ class Worker:
 
         self.waiting.put_errand(run, after)
         return future
+
+    def route(self, prompt: str, images: Sequence[ServedImage]) -> Future[Route]:
+        """Which adapter serves a request; those that wait for theirs are routed together, between two tokens, and their images encoded for all that follows."""
+        future: Future[Route] = Future()
+        self._to_route.put(ToRoute(prompt, tuple(images), future))
+        self.waiting.put_errand(self._route_all)
+        return future
+
+    def _route_all(self) -> None:
+        taken: list[ToRoute] = []
+        with contextlib.suppress(queue.Empty):  # an earlier errand may have taken all
+            while True:
+                taken.append(self._to_route.get_nowait())
+        try:
+            routing, (images, about) = self.model.routing, self.features.of([one.images for one in taken])
+            assert routing is not None
+            for one, route in zip(taken, routing.routes(images, about, [one.prompt for one in taken]) if taken else [], strict=True):
+                one.future.set_result(route)
+        except BaseException as error:
+            for one in taken:
+                one.future.set_exception(error)
 
     def join(self, jobs: Sequence[Job]) -> None:
         """Add jobs to the running batch; where that fails, they get the error, and those that run already are not touched."""

@@ -22,7 +22,9 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from adalink import BASE_NAME, AdaptedModel
+from adalink.attachment.inputs import Route
 from adalink.errors import AdalinkError, ConfigError, DataError
+from adalink.tokens import AUTO
 from multimodal.batches.prepared import joined
 from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
@@ -115,8 +117,8 @@ class Card:
 
     @property
     def asks(self) -> bool:
-        """Whether its template has a place for a question."""
-        return "{question}" in self.encoder.template.prompt
+        """Whether its template has a place for a question; some adapter's has that a router may choose."""
+        return self.name == AUTO or "{question}" in self.encoder.template.prompt
 
 
 class Served:
@@ -133,6 +135,8 @@ class Served:
         self.prepare: Callable[[Image.Image], Any] = model.tower.preprocess if self._processor is None else Preparing(self._processor.copied())
         self._language = replace(model.language, tokenizer=copy.deepcopy(model.language.tokenizer) if self._processor is None else self._processor.tokenizer)
         self.cards: dict[str, Card] = {name: self._card(name) for name in [*model.adapted.adapters, BASE_NAME]}
+        if model.routing is not None:
+            self.cards.setdefault(AUTO, Card(AUTO, "", self.cards[BASE_NAME].encoder))
         self._changing: set[str] = set()
 
     @contextlib.contextmanager
@@ -161,8 +165,10 @@ class Served:
 
     async def unload(self, name: str) -> None:
         """Serve an adapter no more, once its requests are answered."""
-        if name not in self.cards or name == BASE_NAME:
-            there = ", ".join(other for other in self.cards if other != BASE_NAME) or "none"
+        if self.model.routing is not None and name in self.model.routing.router.names:
+            raise Refused(409, f"the adapter {name!r} is one of those that the router chooses among: start a server without it", field="model", code="routed")
+        if name not in self.cards or name in (BASE_NAME, AUTO):
+            there = ", ".join(other for other in self.cards if other not in (BASE_NAME, AUTO)) or "none"
             raise Refused(404, f"there is no adapter {name!r} to take away: there are {there}", field="model", code="model_not_found")
         card = self.cards.pop(name)
         with self._busy(name):
@@ -295,11 +301,15 @@ class Reader:
             system=None if not request.has_instructions else "read" if reads_turns else NO_PLACE,
         )  # fmt: skip
 
-    def ask(self, question: Question, images: Sequence[ServedImage], owner: str = "") -> Ask:
-        """What is asked, with its images. Raises Refused."""
+    def to_route(self, request: ChatRequest, card: Card) -> tuple[str, tuple[Source, ...]]:
+        """What a router reads of a request: the question, and where its images are. Raises Refused."""
+        return self._text(request, card), self._sources(request, card)
+
+    def ask(self, question: Question, images: Sequence[ServedImage], owner: str = "", route: Route | None = None) -> Ask:
+        """What is asked, with its images; route: the name of its adapter where a router chose it. Raises Refused."""
         row = question.row or self._row(question.card, question.prompt, joined([image.prepared for image in images]), question.settings)
         return Ask(
-            adapter=question.card.name, row=row, images=tuple(images) or self._blank, settings=question.settings, stop=question.stop,
+            adapter=route or question.card.name, row=row, images=tuple(images) or self._blank, settings=question.settings, stop=question.stop,
             sampling=question.sampling, owner=owner,
         )  # fmt: skip
 
@@ -333,7 +343,7 @@ class Reader:
         if not isinstance(last, UserMessage):
             raise Refused(400, f"messages[{at}].role is {last.role!r}, expected the last message to be the user's", field=f"messages[{at}].role")
         question = " ".join(part.text for part in last.parts if isinstance(part, TextPart)).strip()
-        if card.asks and not question and card.name != BASE_NAME:
+        if card.asks and not question and card.name not in (BASE_NAME, AUTO):
             raise Refused(400, f"the model {card.name} answers questions, and the last message has none: add a text part", field=f"messages[{at}].content")
         return question
 

@@ -157,6 +157,7 @@ class Waiting:
         self.errands: list[tuple[str, Callable[[], None]]] = []
         self.n_arriving = 0
         self._free_since, self._n_last = 0.0, 0  # when the batch before ended, and its rows, whose clients may ask again at once
+        self._was_busy = True  # a batch was taken since the model was last free
         self._changed = threading.Condition()
         self._closed = False
 
@@ -190,8 +191,8 @@ class Waiting:
         None once it is closed and all jobs are done.
         """
         with self._changed:
-            if not running:
-                self._free_since = time.perf_counter()
+            if not running and self._was_busy:  # an errand is none of a batch
+                self._free_since, self._was_busy = time.perf_counter(), False
             while True:
                 self.jobs = [job for job in self.jobs if not job.cancelled]
                 waited_for = {job.ask.adapter for job in (*self.jobs, *running)}
@@ -204,7 +205,7 @@ class Waiting:
                 left = self._patience(batch, len(running)) if batch else None
                 if left is not None and left <= 0:
                     self.jobs = [job for job in self.jobs if job not in batch]
-                    self._n_last = len(running) + len(batch)
+                    self._n_last, self._was_busy = len(running) + len(batch), True
                     return batch
                 if running:
                     return []

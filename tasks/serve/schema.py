@@ -224,12 +224,14 @@ class Reply:
     question   what the adapter was asked; None where its template has no place for a question
     n_unread   messages that are not read: of a composed model all besides the last
     system     what became of the instructions of a system message; None where there are none
+    routed     the weights of the adapters that a router chose, none where the frozen model serves; None where no router was asked
     """
 
     model: str
     question: str | None
     n_unread: int
     system: str | None = None
+    routed: Mapping[str, float] | None = None
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -262,6 +264,7 @@ class Reply:
             "waited_ms": round(1000 * answer.waited, 1),
             "generated_ms": round(1000 * answer.generated, 1),
             "batch_rows": answer.n_rows,
+            **({} if self.routed is None else {"routed": {name: round(weight, 4) for name, weight in self.routed.items()}}),
         }
 
 

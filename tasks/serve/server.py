@@ -15,10 +15,11 @@ import yaml
 
 from adalink import AdaptedModel
 from adalink.errors import CheckpointError, ConfigError
+from adalink.lifecycle.route import read_router
 from multimodal.data.images.processes import start_early
 from multimodal.existing.budget import ImageTokens
-from multimodal.model import VisionLanguageModel, saved_template
-from multimodal.template import Template
+from multimodal.model import VisionLanguageModel
+from multimodal.template import Template, saved_template
 from tasks.captioning import Captioning
 from tasks.runs.compose import frozen_model
 from tasks.runs.config import Parts
@@ -80,12 +81,13 @@ class _Announced(uvicorn.Server):
 
 def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> VisionLanguageModel:
     """The frozen parts of the base, or of the first adapter, with all adapters on them, each under its name. Raises ConfigError as `check_served`."""
-    for folder in adapters.values():
+    routed = {} if settings.router is None else read_router(settings.router).folders
+    for folder in (*adapters.values(), *routed.values()):
         check_served(folder)
-    if settings.base is None and settings.model and not adapters:
+    if settings.base is None and settings.model and not (adapters or routed):
         known, template, layer = Parts(model=settings.model), Captioning().template, -1
     else:
-        known, template, layer = _base(settings.base) if settings.base is not None else _parts_of(next(iter(adapters.values()), None))
+        known, template, layer = _base(settings.base) if settings.base is not None else _parts_of(next(iter([*adapters.values(), *routed.values()]), None))
     given = Parts(model=settings.model, encoder=settings.encoder, language_model=settings.language_model)
     parts = given.over(known)
     if parts.model is not None:  # by itself it reads a conversation as it is
@@ -93,6 +95,8 @@ def served_model(settings: ServeSettings, adapters: Mapping[str, Path]) -> Visio
     model = frozen_model(parts, template=template, layer=layer)
     for name, folder in adapters.items():
         model.load_adapter(folder, name, allow_other_base=settings.allow_other_base)
+    if settings.router is not None:
+        model.load_router(settings.router, allow_other_base=settings.allow_other_base)
     return model
 
 

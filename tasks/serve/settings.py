@@ -90,6 +90,7 @@ class ServeSettings:
     model: str | None = None  # where the model that sees already is, if not where the config or the adapter says
     encoder: str | None = None  # where the encoder is, if not where the config or the adapter says
     language_model: str | None = None  # where the language model is, if not where the config or the adapter says
+    router: Path | None = None  # a folder of `adalink route`: its adapters are served too, and requests for the model `auto` by the one that fits
     allow_other_base: bool = False  # load adapters that are given at the start though a frozen part is not as it was when they were trained
     generation: GenerationChoice = field(default_factory=GenerationChoice)  # what a request gets that does not say; without it, what the adapter was saved with
     batching: Batching = field(default_factory=Batching)

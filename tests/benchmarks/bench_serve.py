@@ -1,11 +1,11 @@
 """Load tests of `adalink serve` on loopback, each a row of RESULTS.md.
 
-    PYTHONPATH=.:tests:tests/tasks/serve python tests/benchmarks/bench_serve.py mixing      # mixed batches against one adapter at a time
-    PYTHONPATH=.:tests:tests/tasks/serve python tests/benchmarks/bench_serve.py wide        # the same, with a language model of 85 M random weights
-    PYTHONPATH=.:tests:tests/tasks/serve python tests/benchmarks/bench_serve.py varied      # the same again, with texts of 4 to 64 tokens
-    PYTHONPATH=.:tests:tests/tasks/serve python tests/benchmarks/bench_serve.py reload      # adapters come and go under load
-    PYTHONPATH=.:tests:tests/tasks/serve python tests/benchmarks/bench_serve.py end         # SIGTERM under load
-    PYTHONPATH=.:tests:tests/tasks/serve python tests/benchmarks/bench_serve.py bad         # 10,000 bad requests
+    PYTHONPATH=.:tests/support:tests/tasks/support python tests/benchmarks/bench_serve.py mixing      # mixed batches against one adapter at a time
+    PYTHONPATH=.:tests/support:tests/tasks/support python tests/benchmarks/bench_serve.py wide        # the same, with a language model of 85 M random weights
+    PYTHONPATH=.:tests/support:tests/tasks/support python tests/benchmarks/bench_serve.py varied      # the same again, with texts of 4 to 64 tokens
+    PYTHONPATH=.:tests/support:tests/tasks/support python tests/benchmarks/bench_serve.py reload      # adapters come and go under load
+    PYTHONPATH=.:tests/support:tests/tasks/support python tests/benchmarks/bench_serve.py end         # SIGTERM under load
+    PYTHONPATH=.:tests/support:tests/tasks/support python tests/benchmarks/bench_serve.py bad         # 10,000 bad requests
 
 What follows is given to the servers: `varied --limits.prompt_bytes 0` for servers that read each prompt anew. The frozen parts are those that
 ship with the package; adapters have random weights, which cost what trained ones do.
