@@ -221,9 +221,11 @@ class TokenMap:
 
     def cut(self, rows: Tensor, length: int, present: frozenset[int]) -> TokenMap:
         """The map of some rows, int64 [b], of which the first tokens alone are read. present: the domains that occur there."""
-        inputs = {name: value[rows] for name, value in self.inputs.items()}
+        inputs = self.inputs if self.entry is not None else {name: value[rows] for name, value in self.inputs.items()}
+        entry = None if self.entry is None else self.entry[rows, :length]
         host = None if self.host is None else self.host.cut(rows, length)
-        return replace(self, domain=self.domain[rows, :length], row=self.row[rows], inputs=inputs, present=present, host=host, indices=None)
+        domain, row = self.domain[rows, :length], self.row[rows]
+        return replace(self, domain=domain, row=row, inputs=inputs, present=present, entry=entry, host=host, indices=None)
 
     def window(self, batch: int, start: int, length: int, visible: int) -> Tokens:
         """Tokens [start, start + length) of `batch` rows, with `visible` keys; rows are repeated for beams.

@@ -20,6 +20,7 @@ from multimodal.batches.collate import FLEX, Batch
 from multimodal.batches.prefix_sharing import ModelCall, calls_of, check_packed
 from multimodal.loss.hidden_states import LowerStates
 from multimodal.loss.savings import Activations, LastLayer
+from multimodal.loss.teachers import Followed
 
 __all__ = ["Finish", "LanguageLoss", "WordHead", "read_word_head", "targets_at_once", "word_loss"]
 
@@ -201,12 +202,15 @@ class WordHead:
 
     def loss(self, call: Callable[..., Any], arguments: Mapping[str, Any], source: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """float []: cross entropy summed over targets. call: the model, or what runs it; source and target: int64 [B, M], see Batch."""
+        hidden, head, finish = self.states(call, arguments, source)
+        return word_loss(hidden, target, head, finish, weight)[0]
+
+    def states(self, call: Callable[..., Any], arguments: Mapping[str, Any], source: Tensor) -> tuple[Tensor, nn.Module, Finish]:
+        """float [B, M, D]: what a head is given at the sources, and that head: or the model's logits, which need none."""
         if not self._is_apart():
-            logits = torch.take_along_dim(call(**arguments).logits, source[..., None], 1)
-            return word_loss(logits, target, nn.Identity(), Finish(), weight)[0]
+            return torch.take_along_dim(call(**arguments).logits, source[..., None], 1), nn.Identity(), Finish()
         assert self.finish is not None
-        hidden = torch.take_along_dim(self.hidden(call, arguments), source[..., None], 1)
-        return word_loss(hidden, target, self.module, self.finish, weight)[0]
+        return torch.take_along_dim(self.hidden(call, arguments), source[..., None], 1), self.module, self.finish
 
     def hidden(self, call: Callable[..., Any], arguments: Mapping[str, Any]) -> Tensor:
         """float [B, T, D]: what the head is given in a call, without the head's work."""
@@ -269,8 +273,9 @@ def _candidates(config: Any) -> list[Finish]:
 class LanguageLoss:
     """Runs an adapted language model on batches.
 
-    call   what runs the model: itself, or a compiled form of it
-    lower  the cached states of texts, which replace the layers below them; whole rows are then read at once
+    call      what runs the model: itself, or a compiled form of it
+    lower     the cached states of texts, which replace the layers below them; whole rows are then read at once
+    followed  adapters whose words are learnt in the place of the targets' own; None: the targets'
     """
 
     def __init__(self, adapted: AdaptedModel) -> None:
@@ -278,6 +283,7 @@ class LanguageLoss:
         self.call: Callable[..., Any] = adapted.base
         self.last_layer = LastLayer(adapted)
         self.lower: LowerStates | None = None
+        self.followed: Followed | None = None
 
     @cached_property
     def head(self) -> WordHead:
@@ -307,7 +313,10 @@ class LanguageLoss:
         return f"attention: {kind}, {how}"
 
     def __call__(self, batch: Batch, token_map: TokenMap) -> Tensor:
-        """float []: cross entropy summed over the batch's targets. Raises ConfigError for packed rows that an adapter would mix."""
+        """float []: cross entropy summed over the batch's targets, or the divergence from what is followed.
+
+        Raises ConfigError for packed rows that an adapter would mix.
+        """
         adapted = self.adapted
         if batch.segment is not None and adapted.active:
             check_packed(adapted.active_adapter(), batch.domain, batch.segment, batch.token_image)
@@ -317,11 +326,29 @@ class LanguageLoss:
             torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs gave in the step before may be overwritten
         else:
             _ = self.activations  # likewise, and before the last layer is shortened
-        total = torch.zeros((), device=batch.ids.device)
-        for one in calls_of(adapted, batch, token_map):
+        calls = calls_of(adapted, batch, token_map)
+        total, taught = torch.zeros((), device=batch.ids.device), self._taught(batch, token_map, len(calls))
+        for number, one in enumerate(calls):
             with one.bound(adapted), self._asked(one) as source, self._started(batch, token_map):
-                total = total + head.loss(self.call, one.arguments, source, one.target)
+                if self.followed is None:
+                    total = total + head.loss(self.call, one.arguments, source, one.target)
+                else:
+                    hidden, own, finish = head.states(self.call, one.arguments, source)
+                    total = total + self.followed.loss(hidden, taught[number], one.target, own, finish, targets_at_once(_vocabulary(own)))
         return total
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch, token_map: TokenMap, n_calls: int) -> list[Tensor]:
+        """float [2 B, M, D] for each of the batch's calls: what the head is given for the rows of both teachers."""
+        if self.followed is None:
+            return []
+        batch = replace(batch, shared_prefix=None) if n_calls == 1 else batch
+        rows, own_map = self.followed.rows(self.adapted, batch, token_map)
+        found = []
+        for one in calls_of(self.adapted, rows, own_map):
+            with one.bound(self.adapted), self._asked(one) as source:
+                found.append(self.head.states(self.call, one.arguments, source)[0])
+        return found
 
     @property
     def _is_eager(self) -> bool:

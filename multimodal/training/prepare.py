@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,19 +14,22 @@ from torch.distributed.fsdp import FSDPModule
 from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, Adapter, Anatomy, TokenMap
 from adalink.attachment.attachment import without_dropout
 from adalink.attachment.slots import ReadAll, lowest_edit
+from adalink.checkpoint.folder import AdapterConfig
+from adalink.checkpoint.start import digest_of
 from adalink.errors import AttachError, ConfigError
 from multimodal.batches.collate import FLEX, Batch, collate
-from multimodal.batches.prefix_sharing import REFUSALS, agree, calls_of, unadapted
+from multimodal.batches.prefix_sharing import REFUSALS, agree, calls_of, gates_of, mixes_texts, unadapted
 from multimodal.batches.tokenize import Row
 from multimodal.loss.answer_head import AnswerHead
 from multimodal.loss.hidden_states import LayersBelow, LowerStates
-from multimodal.model import VisionLanguageModel
+from multimodal.loss.teachers import Followed
+from multimodal.model import VisionLanguageModel, saved_template
 from multimodal.processes import process_state
-from multimodal.training.settings import Compile, TrainSettings
+from multimodal.training.settings import Compile, Teachers, TrainSettings
 
 __all__ = [
-    "CompiledModel", "compiled", "first_layer", "hidden_state_model", "training_form", "mean_loss", "new_optimizer", "offloaded", "parameter_groups",
-    "starts_exactly",
+    "CompiledModel", "compiled", "first_layer", "following", "hidden_state_model", "training_form", "mean_loss", "new_optimizer", "offloaded",
+    "parameter_groups", "starts_exactly",
 ]  # fmt: skip
 
 
@@ -203,15 +207,81 @@ def _scores(adapted: AdaptedModel, batch: Batch, token_map: TokenMap) -> Tensor:
     return scores.flatten(0, 1) if batch.decoder_ids is not None else scores[batch.attention_mask == 1]
 
 
+# ----------------------------------------
+# A model whose active adapter learns from two saved ones, which are on it for as long.
+
+
+TEACHERS = ("teacher_old", "teacher_new")  # the names of their adapters
+
+
+@contextlib.contextmanager
+def following(model: VisionLanguageModel, teachers: Teachers) -> Iterator[None]:
+    """Inside the block the active adapter follows the teachers. Raises ConfigError where it cannot, CheckpointError for teachers of another base."""
+    loss, folders = model.language_loss, teachers.folders
+    if folders is None:
+        yield
+        return
+    added: dict[str, Adapter] = {}
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ConfigError("train.teachers puts adapters of their own on the frozen model, and FSDP2 splits it over processes: train with DDP")
+    if model.head is not None or model.changes_features:
+        what = "chooses among answers" if model.head is not None else "trains what encodes images"
+        raise ConfigError(f"train.teachers aligns words that are written about the same features, and this model {what}: train it without teachers")
+    configs = [AdaptedModel.read_config(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        _refuse_other_words(model, folder, config, configs[1])
+    try:
+        for name, folder in zip(TEACHERS, folders, strict=True):
+            added[name] = model.load_adapter(folder, name, activate=False)
+            _refuse_other_rows(model, name, added[name], folder)
+        old, new = (digest_of(adapter.tensors()) for adapter in added.values())
+        loss.followed = Followed(names=TEACHERS, digests=(old, new), mask=teachers.mask, kl=teachers.kl, labels=teachers.labels)
+        yield
+    finally:
+        loss.followed = None
+        for name in added:
+            model.delete_adapter(name)
+
+
+def _refuse_other_words(model: VisionLanguageModel, folder: Path, config: AdapterConfig, new: AdapterConfig) -> None:
+    """Raise ConfigError for a teacher whose texts are not those that the student reads."""
+    if config.task.get("answers"):
+        raise ConfigError(f"the teacher {folder} chooses among answers, and train.teachers aligns words that are written: give one that writes")
+    task, other = config.task.get("task"), model.adapted.task.get("task", new.task.get("task"))
+    if task != other:
+        raise ConfigError(f"the teacher {folder} was trained for {task}, and what it teaches for {other}: give teachers of one task")
+    words, own = saved_template(config.task), model.template_of(model.adapted.active or "")
+    if words is not None and words != own:
+        raise ConfigError(f"the teacher {folder} was trained with {words}, and this run with {own}: its words would not align; give one with the same template")
+
+
+def _refuse_other_rows(model: VisionLanguageModel, name: str, teacher: Adapter, folder: Path) -> None:
+    """Raise ConfigError for a teacher that cannot read the rows that are made for the student."""
+    student = model.adapted.active_adapter()
+    theirs, own = ([(slot.domain, slot.count) for slot in adapter.slots] for adapter in (teacher, student))
+    if theirs != own:
+        raise ConfigError(
+            f"the teacher {folder} reserves {sum(n for _, n in theirs)} positions in a row and this adapter {sum(n for _, n in own)}, of the kinds "
+            f"{[kind for kind, _ in theirs]} and {[kind for kind, _ in own]}: give teachers with the same bridge and prompts"
+        )
+    if (mixes_texts(teacher), gates_of(teacher)) != (mixes_texts(student), gates_of(student)):
+        raise ConfigError(f"the teacher {folder} and this adapter differ in whether they read a row as a whole: give a teacher of the same kind of method")
+    if model.connectors is not None and model.connectors.has_own(name):
+        raise ConfigError(f"the teacher {folder} has a connector of its own, so it reads other vectors of an image: give one with the frozen connector")
+
+
 @contextlib.contextmanager
 def training_form(model: VisionLanguageModel, settings: TrainSettings, n_images: int) -> Iterator[None]:
-    """Inside the block the model is compiled, or caches the states of its texts, where the settings ask for it. Raises ConfigError where it cannot."""
+    """Inside the block the model has the form that the settings ask for: compiled, with cached states of its texts, with teachers.
+
+    Raises ConfigError where it cannot.
+    """
     kind = getattr(model.language.model.config.get_text_config(), "_attn_implementation", None)
     if kind == FLEX and model.device.type == "cpu":
         raise ConfigError("base: attention is flex_attention, which has no backward pass on a CPU: give sdpa, or leave it out")
     if settings.offload != "no" and model.device.type == "cpu":
         raise ConfigError(f"train.offload is {settings.offload}, which spares the memory of a GPU, and this model trains on a CPU: leave it out")
-    with compiled(model, settings.compile), hidden_state_model(model, settings.states_gib, n_images):
+    with following(model, settings.teachers), compiled(model, settings.compile), hidden_state_model(model, settings.states_gib, n_images):
         yield
 
 
@@ -221,15 +291,16 @@ def mean_loss(model: VisionLanguageModel, batches: Iterable[Batch]) -> float | N
 
     Every process gives its own part of the batches, and gets the whole loss.
     """
-    state, lower, call = process_state(), model.language_loss.lower, model.language_loss.call
+    state, loss = process_state(), model.language_loss
+    before = (loss.lower, loss.call, loss.followed)
     total = torch.zeros(2, dtype=torch.float64)  # loss, targets
-    model.language_loss.lower, model.language_loss.call = None, model.adapted.base  # neither cached nor compiled for
+    loss.lower, loss.call, loss.followed = None, model.adapted.base, None  # neither cached nor compiled for, and no teacher's words
     try:
         with without_dropout(model):
             for batch in batches:
                 total += torch.tensor([float(model(batch)) * batch.n_targets, batch.n_targets], dtype=torch.float64)
     finally:
-        model.language_loss.lower, model.language_loss.call = lower, call
+        loss.lower, loss.call, loss.followed = before
     if state.num_processes > 1:
         shared = total.float().to(state.device)  # some devices have no float64
         torch.distributed.all_reduce(shared)

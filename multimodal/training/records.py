@@ -133,6 +133,7 @@ def run_facts(model: VisionLanguageModel, settings: TrainSettings) -> dict[str, 
         **({"connector_methods": _methods(parts.connector.methods)} if parts.connector is not None else {}),
         **({"modules_to_save": sorted(parts.edits.copies)} if parts.edits.copies else {}),
         "template": template.saved(),
+        **({"teachers": model.language_loss.followed.digests} if model.language_loss.followed is not None else {}),
         "answers": hashlib.sha256("\n".join(head.answers).encode()).hexdigest()[:16] if head is not None else "",
     }
     return json.loads(json.dumps({"train": dataclasses.asdict(settings), "model": made}, default=str))  # type: ignore[no-any-return]

@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from adalink.errors import ConfigError, check_tuples
 
-__all__ = ["Compile", "TrainSettings"]
+__all__ = ["Compile", "Teachers", "TrainSettings"]
 
 Compile = Literal["no", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]  # torch.compile's own modes, or none
 MAX_SEED = 2**40  # an epoch's seed is a million times this, and a generator takes 63 bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teachers:
+    """Two saved adapters that the trained one follows, so that it breaks less of what worked (MUSCLE); none: it learns the texts."""
+
+    old: Path | None = None  # the adapter folder of the version that people use
+    new: Path | None = None  # the adapter folder of its successor, whose weights the training starts from
+    mask: Literal["new", "student"] = "new"  # whose greedy word, where it is not the text's, calls for the old one
+    kl: Literal["teacher_student", "student_teacher"] = "teacher_student"  # KL(teacher || student), or the other way round
+    labels: float = 0.0  # weight of the ordinary loss beside
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        if (self.old is None) != (self.new is None):
+            given, missing = ("old", "new") if self.new is None else ("new", "old")
+            raise ConfigError(f"train.teachers.{given} is given and train.teachers.{missing} is not: give both adapter folders, or neither")
+        if not 0 <= self.labels < math.inf:
+            raise ConfigError(f"train.teachers.labels is {self.labels}: give a weight of 0 or more")
+
+    @property
+    def folders(self) -> tuple[Path, Path] | None:
+        """Those of old and new; None where there are no teachers."""
+        return None if self.old is None or self.new is None else (self.old, self.new)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +75,7 @@ class TrainSettings:
     patience: int = 0  # stop after this many measurements without a better one; needs measure_every; 0: never
     bad_samples: int = 10  # samples that may be skipped before the run stops
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # also log to these
+    teachers: Teachers = field(default_factory=Teachers)  # two saved adapters to follow in the place of the texts
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
@@ -79,6 +105,9 @@ class TrainSettings:
             raise ConfigError(f"train.states_gib is {self.states_gib}: give a number of GiB, such as half of the memory that is free")
         if self.compile != "no" and self.states_gib:
             raise ConfigError(f"train.compile is {self.compile} and train.states_gib {self.states_gib}: one graph holds every layer, so choose one")
+        if self.teachers.folders is not None and (self.compile != "no" or self.states_gib):
+            name = f"compile is {self.compile}" if self.compile != "no" else f"states_gib {self.states_gib}"
+            raise ConfigError(f"train.{name} and train.teachers are given: what they save is of one adapter, and three read each text; leave one out")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"train.betas is {self.betas}: both are from 0 to below 1")
 

@@ -154,14 +154,14 @@ def check_training(
     parameters = {**TrainedParts.of(model).parameters(), **(also_trained or {})}
     parameter_groups(parameters, settings)
     with training_form(model, settings, 0):
-        pass
+        own = run_facts(model, settings)
     if settings.precision == "no" and any(weight.dtype == torch.float16 for weight in model.adapted.base.parameters()):
         warnings.warn(_NOT_SCALED, stacklevel=2)
     checkpoint = latest_checkpoint(folder / "checkpoints") if resume else None
     if checkpoint is not None:
         facts = read_state(checkpoint, parameters)[0].get("facts", {})
         with _continued(checkpoint):
-            refuse_another_model(facts, run_facts(model, settings))
+            refuse_another_model(facts, own)
 
 
 @contextlib.contextmanager
@@ -228,7 +228,7 @@ class _Run:
             raise ConfigError(f"FSDP2 cannot split quantised weights ({quantised[0]}): train with DDP, or leave `quantise` under `base` out")
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
         self.trained_so_far, self.best, self.ended_by = trained_so_far, best, 0
-        self.bare, self.facts = model, run_facts(model, settings)
+        self.bare = model
         self.is_due = False  # a line of the log: of a step that learns nothing it waits for the next
         self.first = self.read = 0  # the run's first step, and the samples that all processes had read before it
         # The first step whose loss was not finite, negative where it was infinite; asked for seldom, since asking waits for the device.
@@ -379,7 +379,7 @@ class _Run:
         self.accelerator.print(f"resumed after step {first} of {n_steps}, from {checkpoint}")
         if facts is None:
             self.accelerator.print("an earlier version wrote that checkpoint, so its settings cannot be compared with these")
-        elif changed := changed_settings(facts, self.facts):
+        elif changed := changed_settings(facts, run_facts(self.bare, self.settings)):
             self.accelerator.print(f"settings that are not those of the checkpoint: {'; '.join(changed)}")
 
     def _loss(self, batch: Batch | None, n_targets: float) -> torch.Tensor:
@@ -403,7 +403,7 @@ class _Run:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
             states = {"data": self.loader.state_dict(), "learnt": self.trained_so_far.state_dict(), "best": self.best.state_dict()}
-            extra: dict[str, Any] = {"stream": self._stream(), **states, "facts": self.facts, "scaler": scaler}
+            extra: dict[str, Any] = {"stream": self._stream(), **states, "facts": run_facts(self.bare, self.settings), "scaler": scaler}
             write_state(self.folder / "checkpoints", step, tensors, extra, self.settings.keep)
         self.accelerator.wait_for_everyone()
 

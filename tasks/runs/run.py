@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from adalink import AdaptedModel, Method
 from adalink.errors import AdalinkError, ConfigError, DataError
 from adalink.files import write_whole
 from multimodal.data.images.decode import decode_image
@@ -103,10 +104,14 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
     `compose`, `add_adapter` and `answer_vocabulary` do.
     """
     task = config.chosen_task()
-    methods = chosen_methods(config.methods, needs_one=config.connector == "frozen")
+    start = config.train.teachers.new
+    methods = chosen_methods(config.methods, needs_one=config.connector == "frozen" and start is None)
     template = task.words_for(config.parts.model is not None, _asks_as_written(source))
     model = frozen_model(config.parts, template=template, layer=config.layer, use="read" if config.n_answers else "write")
     torch.manual_seed(config.train.seed)  # here, so that the adapter's start depends on nothing that was drawn before
+    if start is not None:
+        _start_from(model, start, config, methods)
+        return model, task.texts
     model.add_adapter("default", methods, connector=config.connector, connector_methods=config.methods_on_connector)
     if config.encoder_methods:
         model.add_vision_adapter(config.encoder_methods)
@@ -115,6 +120,24 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
     vocabulary = answer_vocabulary(config.vqa, source)
     model.add_answer_head(vocabulary.answers)
     return model, vocabulary.texts
+
+
+def _start_from(model: VisionLanguageModel, folder: Path, config: RunConfig, methods: Mapping[str, Method]) -> None:
+    """Put a saved adapter on the model, whose training goes on from its weights. Raises ConfigError where the config asks for another one."""
+    if config.n_answers or config.encoder_methods or config.connector != "frozen" or config.methods_on_connector:
+        raise ConfigError("train.teachers aligns words about the same features: leave vqa.answers, vision_methods, connector and connector_methods out")
+    saved = AdaptedModel.read_config(folder)
+    if methods and methods != saved.methods:
+        raise ConfigError(
+            f"the training starts from {folder}, whose methods are {', '.join(saved.methods)} with settings of their own, and the config's are others: "
+            "give `methods: {}`, or the config of that run"
+        )
+    if saved.task.get("task") != config.task:
+        raise ConfigError(f"the training starts from {folder}, which was trained for {saved.task.get('task')}, and the config's task is {config.task}")
+    own = model.template
+    model.load_adapter(folder, "default")
+    if (words := model.template_of("default")) != own:
+        raise ConfigError(f"the training starts from {folder}, which was trained with {words}, and the config has {own}: give the template of that run")
 
 
 def _asks_as_written(source: SampleSource) -> bool:
