@@ -212,7 +212,7 @@ class Adapter(nn.Module):
             raise ConfigError("an adapter needs at least one method, got none: give for instance AdaLink(rank=16, modalities=('text',))")
         if COPIES in methods:
             raise ConfigError(f"a method is called {COPIES!r}, which names the trained copies of modules: give it another name")
-        self.methods = dict(methods)
+        self.methods, self.anatomy = dict(methods), anatomy
         reserved = {name: method.slots(anatomy) for name, method in methods.items()}
         self.slots = tuple(sorted((slot for slots in reserved.values() for slot in slots), key=_place_in_row))
         _check_slots(reserved)

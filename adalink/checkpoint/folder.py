@@ -25,8 +25,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from adalink.checkpoint.compressed import COMPRESSED_FILE, ZERO, read_compressed
 from adalink.checkpoint.fingerprint import FrozenPart, differences, part_from_json, part_to_json
-from adalink.checkpoint.start import Start, digest_of, start_from_json
+from adalink.checkpoint.start import Start, digest_of, redrawn, start_from_json
 from adalink.edit import COPIES, Adapter, Method
 from adalink.errors import CheckpointError, ConfigError
 from adalink.files import write_whole
@@ -50,7 +51,7 @@ def local_folder(folder: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # ships with transformers
 
     try:
-        return Path(snapshot_download(folder, allow_patterns=["*.json", "*.safetensors", "README.md"]))
+        return Path(snapshot_download(folder, allow_patterns=["*.json", "*.safetensors", "*.compressed", "README.md"]))
     except Exception as error:  # of the hub's client, of the HTTP library that it happens to use, of the disk
         raise ConfigError(f"{folder} is neither a folder nor an adapter on the hub ({type(error).__name__}): check the name") from error
 
@@ -193,10 +194,14 @@ def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
     write_adapter(folder, adapter.tensors(), config, adapter.n_parameters())
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig, n_trained: Mapping[str, int] | None = None) -> None:
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig, n_trained: Mapping[str, int] | None = None, *, compressed: bytes | None = None
+) -> None:
     """Write an adapter folder; each file appears whole or not at all, the config last. A README.md that is not an adapter's own stays.
 
-    n_trained: trained parameters of each method, for the model card; all that the tensors hold where none are given.
+    n_trained   trained parameters of each method, for the model card; all that the tensors hold where none are given
+    compressed  codes of the tensors, which are written in their place (`adalink.checkpoint.compressed`)
+
     Raises CheckpointError for a folder that holds an adapter of peft.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,10 +209,13 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: AdapterCo
         raise CheckpointError(f"{folder} holds an adapter of the peft library, whose {WEIGHTS_FILE} would be overwritten: save to another folder")
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     config = dataclasses.replace(config, weights=digest_of(stored))
-    write_whole(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
+    if compressed is None:
+        write_whole(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
+    else:
+        write_whole(folder / COMPRESSED_FILE, compressed)
     if not (folder / CARD_FILE).exists() or is_file_with(folder / CARD_FILE, CARD_MARK):
         write_whole(folder / CARD_FILE, _card(n_trained or _counts(stored), config).encode())
-    write_whole(folder / CONFIG_FILE, (json.dumps(config_to_json(config), indent=2) + "\n").encode())
+    write_whole(folder / CONFIG_FILE, (json.dumps(config_to_json(config), indent=2 if compressed is None else None) + "\n").encode())
     if is_file_with(folder / PEFT_CONFIG_FILE, '"methods"'):
         (folder / PEFT_CONFIG_FILE).unlink()  # an earlier version's
 
@@ -233,9 +241,14 @@ def read_config(folder: Path) -> AdapterConfig:
         raise CheckpointError(f"{path} is not an adapter config ({error}): was it changed by hand, or cut off?") from None
 
 
-def stored_tensors(folder: Path) -> tuple[Path, Mapping[str, Tensor]]:
-    """The file that holds a folder's weights, and its tensors by name. Raises CheckpointError where it is missing or damaged."""
+def stored_tensors(folder: Path, adapter: Adapter | None = None) -> tuple[Path, Mapping[str, Tensor]]:
+    """The file that holds a folder's weights, and its tensors by name. Raises CheckpointError where it is missing or damaged.
+
+    adapter: of the folder's methods on its frozen model, of which a compressed folder's start is drawn again.
+    """
     path = folder / WEIGHTS_FILE
+    if not path.exists() and (folder / COMPRESSED_FILE).is_file():
+        return folder / COMPRESSED_FILE, _decompressed(folder, adapter)
     try:
         if not (folder / CONFIG_FILE).is_file() and (folder / TRAINER_FILE).is_file() and (found := _trainers(folder)):
             return folder / TRAINER_FILE, found.tensors
@@ -246,9 +259,23 @@ def stored_tensors(folder: Path) -> tuple[Path, Mapping[str, Tensor]]:
         raise CheckpointError(f"{path} is damaged ({error}): copy or train it again") from None
 
 
+def _decompressed(folder: Path, adapter: Adapter | None) -> Mapping[str, Tensor]:
+    path = folder / COMPRESSED_FILE
+    compressed, start = read_compressed(path), read_config(folder).start
+    if compressed.start == ZERO:
+        return compressed.weights(None, path)
+    if start is None or start.digest != compressed.start:
+        named = start and start.digest
+        raise CheckpointError(f"{path} holds changes of the start {compressed.start}, and its config names {named}: compress the adapter again")
+    if adapter is None:
+        raise CheckpointError(f"{path} holds changes of a start that is drawn on the frozen model: decompress it first (`adalink decompress`)")
+    drawn = redrawn(start, lambda: Adapter(adapter.methods, adapter.anatomy, adapter.copies))
+    return compressed.weights({name: tensor.detach().cpu() for name, tensor in drawn.tensors().items()}, path)
+
+
 def load_weights(folder: Path, adapter: Adapter) -> None:
     """Copy the folder's tensors into the adapter. Strict: a missing, unknown or misshapen tensor is a CheckpointError, and nothing is loaded."""
-    path, stored = stored_tensors(folder)
+    path, stored = stored_tensors(folder, adapter)
     wanted = adapter.tensors()
     if set(stored) != set(wanted):
         missing, unknown = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))

@@ -73,14 +73,15 @@ class Flat:
         return {name: value.reshape(shape).to(dtype) for name, value, shape, dtype in described}
 
 
-def read_flat(folder: str | Path) -> Flat:
+def read_flat(folder: str | Path, frozen: AdaptedModel | None = None) -> Flat:
     """The weights of an adapter folder or hub name. Warns where they are not those that its config has the digest of.
 
+    frozen: the frozen model that it was trained on, which a compressed folder is read with.
     Raises CheckpointError where it is damaged, or holds tensors of no method of its config, or values that are not finite.
     """
     path = local_folder(folder)
     config = read_config(path)
-    file, stored = stored_tensors(path)
+    file, stored = stored_tensors(path, None if frozen is None else _new(config, frozen))
     known = {*config.methods, *([COPIES] if config.modules_to_save else [])}
     if {name.split(".", 1)[0] for name in stored} != known:
         unknown = sorted(name for name in stored if name.split(".", 1)[0] not in known)
@@ -107,13 +108,16 @@ def start_of(folder: str | Path, frozen: AdaptedModel, states: tuple[Tensor, ...
     if config.start is None:
         why = "was made of other adapters" if config.derived else "names no start; it was saved by an earlier version, or its weights were drawn elsewhere"
         raise CheckpointError(f"the adapter in {folder} {why}, so how far its training moved it is not known: use an operation that needs no start")
-    copies, methods = config.modules_to_save, config.methods
     try:
-        adapter = redrawn(config.start, lambda: Adapter(methods, frozen.anatomy, copied(frozen.base, frozen.anatomy, copies)), states)
+        adapter = redrawn(config.start, lambda: _new(config, frozen), states)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    stored = stored_tensors(path)[1]
+    stored = stored_tensors(path, adapter)[1]
     return Flat.of({name: tensor.to(stored[name].dtype) for name, tensor in adapter.tensors().items()})
+
+
+def _new(config: AdapterConfig, frozen: AdaptedModel) -> Adapter:
+    return Adapter(config.methods, frozen.anatomy, copied(frozen.base, frozen.anatomy, config.modules_to_save))
 
 
 def check_alike(flats: Mapping[str, Flat]) -> None:

@@ -62,7 +62,7 @@ class Entry:
 COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
     "demo": Entry("demo", "DEMO", "train and evaluate both tasks on the embedded scenes, offline"),
     "train": Entry("train", "TRAIN", "train an adapter, evaluate it, write its report"),
-    "evaluate": Entry("train", "EVALUATE", "evaluate a saved adapter: results.json in the official format, metrics.json, report.html"),
+    "evaluate": Entry("train", "EVALUATE", "evaluate a saved adapter: official results.json, metrics.json, report.html"),
     "features": Entry("train", "FEATURES", "write the encoder's features of a run's images once; runs then read them"),
     "compose": Entry("plan", "COMPOSE", "what would be built of two frozen parts and methods, and its memory; loads nothing"),
     "methods": Entry("plan", "METHODS_LIST", "every method: what it computes, where it edits, its settings, what it trains"),
@@ -86,6 +86,8 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
         "embeds": Entry("lifecycle.export", "EMBEDS", "write prompts as embeddings, for an engine that serves the frozen model"),
     },
     "route": Entry("lifecycle.route", "ROUTE", "write a router that finds the adapter of a request by its image and its question"),
+    "compress": Entry("lifecycle.compress", "COMPRESS", "write an adapter in a few bits a weight, which every command reads"),
+    "decompress": Entry("lifecycle.compress", "DECOMPRESS", "write a compressed adapter as an ordinary one"),
     "bench": Entry("bench", "BENCH", "measure how fast this machine trains and answers, beside other libraries"),
     "data": {
         "look": Entry("data", "LOOK", "what a data set holds: counts, lengths, duplicates, oddities, a page to browse"),

@@ -33,8 +33,8 @@ from tasks.runs.config import Parts, RunConfig
 from tasks.scenes.parts import part_folder
 
 __all__ = [
-    "adapters_on", "compose", "composed_tower", "existing_tower", "features_to_learn", "features_to_log", "found_part", "frozen_model", "load_adapted",
-    "located", "log", "read_saved", "size_of",
+    "adapters_on", "compose", "composed_tower", "existing_tower", "features_to_learn", "features_to_log", "found_part", "frozen_model", "frozen_of",
+    "load_adapted", "located", "log", "read_saved", "size_of",
 ]  # fmt: skip
 
 
@@ -73,6 +73,9 @@ def _existing(name: str, base: BaseSettings) -> tuple[Language, Any]:
     return dataclasses.replace(language, model=language.model.to(process_state().device), name=located(name)), processor
 
 
+_TASK = {"task", "prompt", "target", "layer"}
+
+
 def found_part(name: str) -> str | Path:
     """The folder of an embedded part, other names as they are. Raises ConfigError for an embedded part that there is not."""
     prefix, _, part = name.partition(":")  # not by the entry point: a checkout that is not installed has none
@@ -82,7 +85,7 @@ def found_part(name: str) -> str | Path:
 def read_saved(folder: Path) -> AdapterConfig:
     """The config of an adapter that `adalink train` saved: it names both frozen parts and the task. Raises CheckpointError for another one."""
     config = AdaptedModel.read_config(folder)
-    if "language_model" not in config.base or not {"task", "prompt", "target", "layer"} <= set(config.task):
+    if "language_model" not in config.base or not set(config.task) >= _TASK:
         raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no frozen parts with a task")
     return config
 
@@ -101,11 +104,8 @@ def load_adapted(
     The frozen parts are those that the adapter names unless others are given; others than it was trained on are refused, or allowed by name.
     """
     config = read_saved(folder)
-    known = Parts.of(config.base, config.task)
-    template = saved_template(config.task)
-    assert template is not None
-    parts = Parts(model=model, encoder=encoder, language_model=language_model, image_tokens=image_tokens or ImageTokens(), base=base).over(known)
-    loaded = frozen_model(parts, template=template, layer=config.task["layer"], use=use_for(config.task))
+    given = Parts(model=model, encoder=encoder, language_model=language_model, image_tokens=image_tokens or ImageTokens(), base=base)
+    loaded = _frozen_of(config, given)
     loaded.load_adapter(folder, "default", allow_other_base=allow_other_base)
     return loaded, dict(config.task)
 
@@ -115,13 +115,24 @@ def adapters_on(
 ) -> VisionLanguageModel:
     """The frozen parts that the first adapter names, unless others are given, with all adapters on them under their names."""
     config = read_saved(next(iter(folders.values())))
-    template = saved_template(config.task)
-    assert template is not None
-    parts = Parts(model=model, encoder=encoder, language_model=language_model).over(Parts.of(config.base, config.task))
-    loaded = frozen_model(parts, template=template, layer=config.task["layer"], use=use_for(config.task))
+    loaded = _frozen_of(config, Parts(model=model, encoder=encoder, language_model=language_model))
     for name, folder in folders.items():
         loaded.load_adapter(folder, name, activate=False, allow_other_base=allow_other_base)
     return loaded
+
+
+def frozen_of(folder: Path, *, encoder: str | None = None, language_model: str | None = None, model: str | None = None) -> AdaptedModel:
+    """The frozen model of a saved adapter with nothing on it, on which its start is drawn again. Parts as in `load_adapted`."""
+    config = AdaptedModel.read_config(folder)
+    if set(config.task) >= _TASK:
+        return _frozen_of(read_saved(folder), Parts(model=model, encoder=encoder, language_model=language_model)).adapted
+    return AdaptedModel(load_language(found_part(model or language_model or config.base["language_model"].name)).model)
+
+
+def _frozen_of(config: AdapterConfig, given: Parts) -> VisionLanguageModel:
+    template = saved_template(config.task)
+    assert template is not None
+    return frozen_model(given.over(Parts.of(config.base, config.task)), template=template, layer=config.task["layer"], use=use_for(config.task))
 
 
 # ----------------------------------------
