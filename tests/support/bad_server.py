@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(data) if length is None else length)}.items():
             self.send_header(name, value)
         self.end_headers()
-        piece = 2**16 if self.server_state.rate else max(1, len(data))
+        piece = 2**12 if 0 < self.server_state.rate < 2**24 else 2**18 if self.server_state.rate else max(1, len(data))
         for at in range(0, len(data), piece):
             if self.server_state.rate:
                 self.server_state.pause(len(data[at : at + piece]))

@@ -70,31 +70,37 @@ class Ahead:
     When it ends, however it ends, another takes its place; parts of shards are gone on with. The rest of the group waits for files to appear.
     """
 
-    def __init__(self, cache: ShardCache, urls: Sequence[str], plan: Plan, close: Callable[[Path], object]) -> None:
-        """urls: of the set's shards, by number. close: called with files that this process needs no more. Raises ConfigError as `check_room`."""
+    def __init__(self, cache: ShardCache, sizes: NDArray[np.int64], plan: Plan, close: Callable[[Path], object]) -> None:
+        """sizes: int64 [shards], in bytes. close: called with files that this process needs no more. Raises ConfigError as `check_room`."""
         self.cache, self.plan = cache, plan
-        self._urls, self._close = urls, close
-        self._group = hashlib.sha256(repr((plan.order.state(), len(urls), cache.path(urls[0]).name, cache.path(urls[-1]).name)).encode()).hexdigest()[:16]
+        self._sizes, self._close, self._urls = sizes, close, list(cache.shards)
+        ends = [cache.path(self._urls[number]).name for number in (0, -1)]
+        self._group = hashlib.sha256(repr((plan.order.state(), len(sizes), ends)).encode()).hexdigest()[:16]
         self._lock = threading.Lock()
         self._process, self._windows, self._now = -1, range(0), dict[str, Path]()
         check_room([self])
 
-    def __reduce__(self) -> tuple[type[Ahead], tuple[ShardCache, Sequence[str], Plan, Callable[[Path], object]]]:
-        return Ahead, (self.cache, self._urls, self.plan, self._close)  # a worker process starts its own
+    def __reduce__(self) -> tuple[type[Ahead], tuple[ShardCache, NDArray[np.int64], Plan, Callable[[Path], object]]]:
+        return Ahead, (self.cache, self._sizes, self.plan, self._close)  # a worker process starts its own
 
     @property
     def needed_bytes(self) -> int:
         """Of a window of the largest shards; two parts may share a shard."""
-        sizes = sorted((self.cache.shards[url].size for url in self._urls), reverse=True)
         order, n_parts = self.plan.order, len(self.plan.parts)
-        return sum(sizes[: order.window_shards * n_parts + (order.parts > n_parts)])
+        most = order.window_shards * n_parts + (order.parts > n_parts)
+        return int(np.sort(self._sizes)[::-1][:most].sum())
 
     def at(self, position: int) -> None:
         """The sample at this position of the stream is read next."""
         windows = self.plan.windows(position)
         if windows != self._windows or self._process != os.getpid():
             with self._lock:
-                self._move(windows)
+                try:
+                    self._move(windows)
+                except OSError as error:  # not even a name can be written; files that are there are read
+                    self._windows, self._now = windows, {}
+                    stated = f"{error.strerror}; samples that are not in it are read from the server; is the disk full?"
+                    _LOG.warning("adalink: the cache %s cannot be written: %s", self.cache.folder, stated)
 
     def find(self, url: str) -> Path | None:
         """The shard's file, as soon as it is there; None where it must be read from the server."""
@@ -124,13 +130,14 @@ class Ahead:
         self._fetcher.wake.set()
 
     def _start(self) -> None:
-        self._process, self._now = os.getpid(), {}
-        path = self.cache.folder / READERS / f"{self._process}-{uuid.uuid4().hex[:8]}.json"
+        self._now = {}
+        path = self.cache.folder / READERS / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.json"
         held = hold(path)
         assert held is not None
         self._file, self._fetcher = held, _Fetcher(self.cache, self._urls, self.plan.order, self._group)
         self._thread = threading.Thread(target=self._fetcher.run, daemon=True, name="shards ahead")
         self._thread.start()
+        self._process = os.getpid()
         weakref.finalize(self, _end, held, path, self._fetcher).atexit = False  # the end of the process says the same
 
 

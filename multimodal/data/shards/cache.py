@@ -155,13 +155,13 @@ class ShardCache:
     """A folder that several processes share; each file in it is whole, and was compared with its sha256 in the manifest."""
 
     def __init__(self, settings: RemoteSettings, files: RemoteFiles, shards: Mapping[str, Shard]) -> None:
-        """shards: by URL, all of the set. Raises DataError where the folder cannot be made."""
+        """shards: by URL, all of the set in its order. Raises DataError where the folder cannot be made."""
         assert settings.cache is not None
         self.folder, self.settings, self.shards = settings.cache, settings, shards
         self._files = files
         self._wanted: queue.SimpleQueue[str] | None = None
         self._process, self._asked, self._lock = os.getpid(), set[str](), threading.Lock()
-        self._discarded = set[str]()
+        self._discarded, self._paths = set[str](), dict[str, Path]()
         try:
             (self.folder / READERS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -180,7 +180,10 @@ class ShardCache:
 
     def path(self, url: str) -> Path:
         """Where the shard's file is, or would be."""
-        return self.folder / cached_name(url, self.shards[url])
+        path = self._paths.get(url)
+        if path is None:
+            path = self._paths[url] = self.folder / cached_name(url, self.shards[url])
+        return path
 
     def failure(self, url: str) -> Path:
         """The file that says why the shard is not stored."""
@@ -189,7 +192,7 @@ class ShardCache:
     @cached_property
     def names(self) -> Mapping[str, str]:
         """The URLs of the set's shards by their names in the folder."""
-        return {cached_name(url, shard): url for url, shard in self.shards.items()}
+        return {self.path(url).name: url for url in self.shards}
 
     def discard(self, url: str) -> bool:
         """Remove a file whose samples are damaged; whether there was one. The first time it is fetched again when it is next asked for."""

@@ -9,7 +9,7 @@ import re
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -199,11 +199,11 @@ class RemoteShards:
         self._cache = ShardCache(settings, files, shards) if settings.cache is not None else None
         self._finder: Ahead | ShardCache | None = self._cache
 
-    def follow(self, plan: Plan, places: Sequence[str]) -> Ahead | None:
-        """Fetch shards as a stream reads them, where there is a cache; `places`: by shard number. Raises ConfigError where it is too small."""
+    def follow(self, plan: Plan, sizes: NDArray[np.int64]) -> Ahead | None:
+        """Fetch shards as a stream reads them, where there is a cache; sizes: bytes of each. Raises ConfigError where it is too small."""
         if self._cache is None:
             return None
-        self._finder = ahead = Ahead(self._cache, places, plan, self._local.close)
+        self._finder = ahead = Ahead(self._cache, sizes, plan, self._local.close)
         return ahead
 
     def read(self, place: str, offset: int, size: int) -> bytes:
@@ -224,6 +224,22 @@ class RemoteShards:
         path = self._cache.path(place)
         was_read, now = self._local.close(path), _identity(path)
         return self._cache.discard(place) if was_read in (None, now) else True
+
+
+class _ByUrl(Mapping[str, Shard]):
+    """The shards of a set on a server, made when they are asked for."""
+
+    def __init__(self, table: ShardTable) -> None:
+        self._table = table
+
+    def __getitem__(self, url: str) -> Shard:
+        return self._table[self._table.by_place[url]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table.by_place)
+
+    def __len__(self) -> int:
+        return len(self._table)
 
 
 class LocalShards:
@@ -358,7 +374,7 @@ class ShardSource:
         if isinstance(shards, str) and is_url(shards):
             files = remote_files(shards, remote)
             found = open_remote_set(shards, files, limits, remote.cache)
-            self._files = RemoteShards(files, remote, {str(url): shard for url, shard in zip(found.paths, found.manifest.shards, strict=True)})
+            self._files = RemoteShards(files, remote, _ByUrl(found.manifest.table))
         else:
             found = open_shard_set(Path(shards) if isinstance(shards, str) else shards, limits)
             self._files = LocalShards()
@@ -413,7 +429,7 @@ class ShardSource:
 
         Raises ConfigError where the cache is smaller than one window of the order.
         """
-        return self._files.follow(plan, [str(place) for place in self.places]) if isinstance(self._files, RemoteShards) else None
+        return self._files.follow(plan, self.shard_bytes) if isinstance(self._files, RemoteShards) else None
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """Bytes of each sample's txt member, or of its json where it has none, from the manifest: the same wherever the shards lie."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import logging
+import math
 import os
 import re
 import threading
@@ -226,7 +227,7 @@ class HttpFiles:
                 raise DataError(f"{redacted(url)} has {found} bytes, and the manifest says {size}: it was replaced; write the manifest again")
             while offset < size:
                 with self._named(url):
-                    data = answer.response.read(min(_PIECE, size - offset))
+                    data = answer.response.read1(min(_PIECE, size - offset))  # what there is
                 if not data:
                     raise Passing(f"the connection ended with {size - offset} bytes to come")
                 offset += len(data)
@@ -258,7 +259,8 @@ class HttpFiles:
 
     def _once(self, url: str, headers: Mapping[str, str], size: int | None) -> _Answer:
         parts = urlsplit(url)
-        connection = self._connection(parts)
+        with self._named(url):
+            connection = self._connection(parts)
         is_used = connection.sock is not None
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         try:
@@ -286,6 +288,8 @@ class HttpFiles:
             yield
         except TimeoutError:
             raise Passing(f"nothing came for {self._settings.timeout:g} s", is_silence=True) from None
+        except (http.client.InvalidURL, UnicodeError):
+            raise DataError(f"{redacted(url)} cannot be asked for: a URL has a host, a port and ASCII letters; write others as %20 and so on") from None
         except (OSError, http.client.HTTPException) as error:
             raise Passing(scrubbed(f"{type(error).__name__} {error}", url).strip()) from None
 
@@ -374,6 +378,8 @@ class FsspecFiles:
 
     def _range(self, url: str, offset: int, size: int) -> bytes:
         data: bytes = self._act(url, "cat_file", start=offset, end=offset + size)
+        if len(data) > size:
+            raise DataError(f"{redacted(url)} is on a server that reads no ranges; copy the shards to a disk, or to another server")
         if len(data) != size:
             raise Passing(f"{len(data)} of {size} bytes came")
         return data
@@ -387,7 +393,8 @@ class FsspecFiles:
             raise DataError(f"{redacted(url)} is not there; check the URL, or put the file there again") from None
         except Exception as error:  # each store's package raises errors of its own
             stated = scrubbed(f"{type(error).__name__} {error}", url).strip()
-            if isinstance(error, PermissionError) or (not isinstance(error, OSError) and _DENIED.search(stated)):
+            passes = isinstance(error, (TimeoutError, ConnectionError))
+            if isinstance(error, PermissionError) or (not passes and _DENIED.search(stated)):
                 stated = scrubbed(error, url).strip()
                 raise DataError(f"{redacted(url)} may not be read ({stated}); are the credentials set as {_package(url)} wants them?") from None
             raise Passing(stated) from None
@@ -400,17 +407,19 @@ class FsspecFiles:
 
 
 def _options(url: str, settings: RemoteSettings) -> dict[str, Any]:
-    """What makes a store's package read whole shards fast: enough connections, our timeout, no cache of blocks, and attempts left to us."""
-    scheme = url.partition("://")[0].lower()
+    """What makes a store's package read whole shards fast: enough connections, our timeout, and attempts left to us where it can be told.
+
+    Only ranges are read, which no package caches.
+    """
+    scheme, seconds = url.partition("://")[0].lower(), settings.timeout
     if scheme in ("s3", "s3a"):
-        config = {"max_pool_connections": 2 * settings.connections, "connect_timeout": settings.timeout, "read_timeout": settings.timeout}
-        # With one request at a time for each file it asks for no file's size first, which a store may forbid.
-        return {"config_kwargs": {**config, "retries": {"total_max_attempts": 1}}, "default_cache_type": "none", "max_concurrency": 1}
+        config = {"max_pool_connections": 2 * settings.connections, "connect_timeout": seconds, "read_timeout": seconds}
+        # With one request at a time for each file it does not ask for a file's size first, which a store may forbid.
+        return {"config_kwargs": {**config, "retries": {"total_max_attempts": 1}}, "max_concurrency": 1}
     if scheme in ("gs", "gcs"):
-        return {"requests_timeout": settings.timeout, "default_cache_type": "none"}
+        return {"requests_timeout": seconds}
     if scheme in ("az", "abfs"):
-        timeouts = {"connection_timeout": int(settings.timeout) or 1, "read_timeout": int(settings.timeout) or 1}
-        return {"default_cache_type": "none", **timeouts}
+        return {"connection_timeout": math.ceil(seconds), "read_timeout": math.ceil(seconds)}
     return {}
 
 
@@ -439,5 +448,9 @@ def _package(url: str) -> str:
 
 
 def remote_files(url: str, settings: RemoteSettings) -> RemoteFiles:
-    """Who reads this URL."""
+    """Who reads this URL. Raises ConfigError where it is none."""
+    try:
+        urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"the URL of the shards cannot be understood ({error}); check its host, which has brackets where it is an IPv6 address") from None
     return HttpFiles(settings) if url.lower().startswith(("http://", "https://")) else FsspecFiles(settings)

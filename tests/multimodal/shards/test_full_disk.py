@@ -14,8 +14,10 @@ from made_shards import everything, made_shards, made_source
 from shared import PATIENCE
 
 from adalink.errors import DataError
+from multimodal.data.order import reading_plan
 from multimodal.data.shards.cache import ShardCache
 from multimodal.data.shards.manifest import read_manifest
+from multimodal.data.shards.order import ShardOrder
 from multimodal.data.shards.reader import ShardSource
 from multimodal.data.shards.storage import RemoteSettings, remote_files
 from multimodal.data.shards.writer import write_shards
@@ -47,6 +49,27 @@ def test_shards_that_do_not_fit_on_the_disk_are_read_from_the_server(disk: Path,
             "No space left on device; its samples are read from the server; is the disk full?"
         ] * len(shards)
         assert everything(ShardSource(server.url + "/set", remote=settings)) == everything(local)
+    assert not list((disk / "cache").glob("*.tar"))
+
+
+def test_windows_of_shards_that_do_not_fit_on_the_disk_are_read_from_the_server(disk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made_shards(tmp_path / "web" / "set")
+    local = ShardSource(tmp_path / "web" / "set")
+    order = ShardOrder(local.shard_sizes, 2, 0)
+    with served(tmp_path / "web") as server, caplog.at_level(logging.WARNING, logger="adalink"):
+        found = ShardSource(server.url + "/set", remote=RemoteSettings(attempts=2, first_wait=0.01, timeout=PATIENCE, cache=disk / "cache"))
+        plan = reading_plan(order)[0]
+        assert plan is not None
+        ahead = found.follow(plan)
+        assert ahead is not None
+        for position in range(20):
+            ahead.at(position)
+            assert found[order.sample(position)] == local[order.sample(position)]
+    assert {record.getMessage().rpartition(": ")[2] for record in caplog.records} <= {
+        "No space left on device; its samples are read from the server; is the disk full?",
+        "No space left on device; samples that are not in it are read from the server; is the disk full?",
+    }
+    assert caplog.records
     assert not list((disk / "cache").glob("*.tar"))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from bad_server import Server, served, until
 from shared import PATIENCE
 
 from adalink.errors import ConfigError, DataError
-from multimodal.data.shards.storage import HttpFiles, RemoteSettings, beside, is_url, redacted
+from multimodal.data.shards import storage
+from multimodal.data.shards.storage import HttpFiles, Passing, RemoteSettings, beside, is_url, redacted, remote_files, scrubbed
 
 FAST = RemoteSettings(attempts=3, first_wait=0.01, timeout=PATIENCE)
 HASTY = RemoteSettings(attempts=3, first_wait=0.01, timeout=0.3)  # where the server stalls
@@ -127,13 +130,60 @@ def test_a_name_and_a_password_are_sent_and_not_shown(server: Server) -> None:
     assert server.headers[-1]["Authorization"] == "Basic bWU6c0BjcnQ="
 
 
+SECRETS = ("us3r", "p4ss", "s1gn", "t0k3n", "fr4g")
+LEAKS: tuple[int | str, ...] = (404, 403, 410, 418, 500, 503, "short", "few", "reset", "hang up", "stall", "no ranges", "moved:ftp://us3r:p4ss@x/y?sig=s1gn#fr4g", "moved:/a.tar?token=t0k3n")
+
+
+@pytest.mark.parametrize("fault", LEAKS)
+def test_no_secret_of_a_url_is_in_a_message_a_log_or_a_traceback(
+    server: Server, fault: int | str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_NAMED", {})
+    server.faults["a.tar"] = [fault] * 30
+    url = server.url.replace("http://", "http://us3r:p4ss@") + "/a.tar?X-Amz-Signature=s1gn&token=t0k3n#fr4g"
+    files = HttpFiles(HASTY)
+    acts: list[Callable[[], object]] = [lambda: files.size(url), lambda: files.read(url, 10, 20), lambda: files.whole(url), lambda: list(files.pieces(url, 0, 1024))]
+    found = []
+    with caplog.at_level(logging.DEBUG):
+        for act in acts:
+            try:
+                act()
+            except (DataError, Passing) as error:
+                found.append("".join(traceback.format_exception(error)))
+    assert server.headers[-1]["Authorization"] == "Basic dXMzcjpwNHNz"  # the secrets were used
+    assert len(found) >= 2
+    assert all("127.0.0.1" in text for text in found if "DataError" in text)
+    assert [secret for secret in SECRETS if secret in "".join(found) + caplog.text] == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://us3r:p4ss@127.0.0.1:t0k3n/a.tar", "http://us3r:p4ss@127.0.0.1:1/a b?sig=s1gn", "http://us3r:p4ss@127.0.0.1:1/\u00e9?sig=s1gn",
+     "http://us3r:p4ss?t0k3n@127.0.0.1/a.tar", "http://us3r:p4ss@127.0.0.1:1/a.tar?sig=s1gn#fr4g", "nokind://us3r:p4ss@x/a?sig=s1gn",
+     "http://[us3r:p4ss@x/a.tar?sig=s1gn"],
+)  # fmt: skip
+def test_a_url_that_nobody_can_ask_for_is_one_sentence_without_its_secrets(url: str) -> None:
+    with pytest.raises((ConfigError, DataError)) as raised:
+        remote_files(url, FAST).size(url)
+    text = "".join(traceback.format_exception(raised.value))
+    assert [secret for secret in SECRETS[1:] if secret in text] == []
+    assert "\n" not in str(raised.value)
+
+
+def test_what_a_library_says_of_a_url_is_scrubbed() -> None:
+    url = "s3://us3r:p4%2Fss@b/x?X-Amz-Signature=s1gn%3D&token=t0k3n#fr4g"
+    text = "GET https://b.s3.com/x?X-Amz-Signature=s1gn%3D failed: '/x?X-Amz-Signature=s1gn%3D&token=t0k3n' of us3r:p4/ss, s1gn= and fr4g"
+    assert scrubbed(text, url) == "GET https://b.s3.com/x failed: '/x?***' of ***, *** and ***"
+    assert scrubbed("nothing to hide", url) == "nothing to hide"
+
+
 def test_urls_are_told_from_paths_and_joined_before_their_query() -> None:
     assert [is_url(name) for name in ("http://a/b", "S3://a", "hf://datasets/x", "pipe:touch x", "/a/b", "a//b", "C:\\x")] == [True, True, True] + [False] * 4
     assert beside("https://h/set/?sig=1", "a.tar") == "https://h/set/a.tar?sig=1"
     assert redacted("https://u:p@h:8/x?y#z") == "https://h:8/x"
 
 
-@pytest.mark.parametrize("fields", [{"attempts": 0}, {"cache_bytes": -1}, {"timeout": 0.0}, {"first_wait": float("nan")}])
+@pytest.mark.parametrize("fields", [{"attempts": 0}, {"cache_bytes": -1}, {"timeout": 0.0}, {"first_wait": float("nan")}, {"connections": 0}, {"ahead": -1}])
 def test_senseless_settings_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="attempts are 1 or more"):
         RemoteSettings(**fields)  # type: ignore[arg-type]
