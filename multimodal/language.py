@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ __all__ = ["LANGUAGE_ADVICE", "Language", "LanguageUse", "family_of", "load_lang
 
 LanguageUse = Literal["write", "read"]
 """What a language model is for: to write text, or to be read by a head that chooses an answer. Encoder-only models (BERT) can only be read."""
+
+NOWHERE: Mapping[str, Any] = {}
 
 LANGUAGE_ADVICE = "give a local folder in transformers format or a hub id such as 'facebook/opt-125m'"
 
@@ -83,11 +86,15 @@ class Language:
 
 
 def load_language(
-    name_or_folder: str | Path, *, dtype: torch.dtype | None = None, use: LanguageUse = "write", precision: Precision = AS_SAVED
+    name_or_folder: str | Path, *, dtype: torch.dtype | None = None, use: LanguageUse = "write", precision: Precision = AS_SAVED,
+    placing: Mapping[str, Any] = NOWHERE,
 ) -> Language:
     """The frozen language model of a local folder or of a hub id, `org/name` or `org/name@revision`.
 
-    dtype: of the weights; None keeps what the files hold. precision: how they are held, and the attention's kernel.
+    dtype      of the weights; None keeps what the files hold
+    precision  how they are held, and the attention's kernel
+    placing    what `from_pretrained` is given to spread them over devices (`BaseSettings.placing`)
+
     Raises ConfigError for a name or folder that leads to no language model for this use, DataError for damaged or missing weights.
     """
     folder = existing_folder(name_or_folder)
@@ -96,7 +103,7 @@ def load_language(
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     family, options = family_of(config, use, str(name_or_folder))
     with loading("language model", name_or_folder, "see that the folder holds model.safetensors"), quiet():
-        options |= precision.loading
+        options |= {**precision.loading, **placing}
         model, info = family.from_pretrained(name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True, **options)
     if info["missing_keys"]:
         raise DataError(

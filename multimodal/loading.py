@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -20,7 +21,9 @@ from torch import nn
 from adalink.checkpoint.precision import cast
 from adalink.errors import AdalinkError, ConfigError, DataError
 
-__all__ = ["PARTS", "existing_folder", "freeze", "hub_or_disk", "loading", "nearest", "quiet", "split_revision"]
+__all__ = ["PARTS", "existing_folder", "freeze", "hub_or_disk", "is_spread", "loading", "nearest", "on_device", "quiet", "split_revision"]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 # ----------------------------------------
@@ -58,6 +61,25 @@ def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
     module.eval().requires_grad_(False)
     if dtype is not None:
         cast(module, dtype)
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether the module, or a part of it, was placed by a device map: then accelerate brings its weights and inputs where they belong."""
+    return any(vars(part).get("hf_device_map") for part in module.modules())
+
+
+def on_device(module: Module, device: torch.device) -> Module:
+    """The module with its weights on the device; parts that a device map has placed stay where they are."""
+    if not is_spread(module):
+        return module.to(device)
+    if not vars(module).get("hf_device_map"):
+        for child in module.children():
+            on_device(child, device)
+        for values in (module._parameters, module._buffers):
+            for value in values.values():
+                if value is not None:
+                    value.data = value.data.to(device)
+    return module
 
 
 PARTS = "adalink.parts"  # the group of entry points by which an installed package names the frozen parts that it ships with

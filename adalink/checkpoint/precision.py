@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from adalink.errors import ConfigError
@@ -22,6 +22,7 @@ __all__ = [
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantiser = Literal["auto", "none", "int8", "nf4", "fp8"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
+DeviceMap = Literal["none", "auto", "balanced", "balanced_low_0", "sequential"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +79,37 @@ class BaseSettings:
 
     language_model: Precision = field(default_factory=Precision)
     encoder: Precision = field(default_factory=Precision)
+    device_map: DeviceMap = "none"  # spread a model that no device holds, in one process: over the GPUs, then memory, then disk; how accelerate fills them
+    max_memory: dict[str, str] = field(default_factory=dict)  # of each device at most, such as {0: 20GiB, cpu: 60GiB}; needs device_map
+    offload_folder: str = ""  # where weights lie that no memory holds; empty: ./offload
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        if self.device_map not in get_args(DeviceMap):
+            raise ConfigError(f"base.device_map is {self.device_map!r}: give one of {', '.join(get_args(DeviceMap))}")
+        if self.device_map == "none" and self.max_memory:
+            raise ConfigError("base.max_memory bounds what a device holds of a model that is spread, and base.device_map is none: give device_map: auto")
+        own = self.language_model
+        if self.device_map != "none" and (own.dtype != "auto" or own.quantiser or self.encoder.quantiser):
+            raise ConfigError(
+                "base.device_map places weights as the checkpoint has them, and base casts or quantises them after that: leave dtype and quantise out, "
+                "or give a checkpoint that is stored so"
+            )
 
     def __bool__(self) -> bool:
         return self != BaseSettings()
 
     def over(self, known: BaseSettings) -> BaseSettings:
-        """These where they are given, else those that are known."""
-        return BaseSettings(language_model=self.language_model.over(known.language_model), encoder=self.encoder.over(known.encoder))
+        """These where they are given, else those that are known. Where weights lie is of this machine, and never known from an adapter."""
+        return replace(self, language_model=self.language_model.over(known.language_model), encoder=self.encoder.over(known.encoder))
+
+    @property
+    def placing(self) -> dict[str, Any]:
+        """What transformers' `from_pretrained` takes of it to spread the weights."""
+        if self.device_map == "none":
+            return {}
+        memory = {int(name) if name.isdecimal() else name: size for name, size in self.max_memory.items()}
+        return {"device_map": self.device_map, "offload_folder": self.offload_folder or "offload", **({"max_memory": memory} if memory else {})}
 
     @staticmethod
     def of(language_model: str, encoder: str = "") -> BaseSettings:

@@ -246,15 +246,14 @@ def _attention(base: Any, batch: Batch, start: int) -> Any:
         return batch.attention_mask
     is_padding = batch.attention_mask == 0
     config = base.config.get_text_config()
-    dtype = _computed_in(base)
+    dtype = _computed_in(base, is_padding.device.type)
     return packed_attention(
         config._attn_implementation, windows(config), segment, is_padding, batch.position, dtype, start, batch.token_image, batch.block
     )
 
 
-def _computed_in(base: Any) -> torch.dtype:
+def _computed_in(base: Any, device: str) -> torch.dtype:
     """The dtype of the model's queries: a mask in another one would be cast in each layer, and each cast stored for the backward pass."""
-    device = base.device.type
     is_cast = torch.is_autocast_enabled(device) and base.dtype != torch.float64  # which autocast leaves alone
     return torch.get_autocast_dtype(device) if is_cast else base.dtype
 
@@ -287,7 +286,7 @@ def trial_call(adapted: AdaptedModel) -> ModelCall:
     """Two rows, one padded, that ask for their tokens in no order, and for one of them twice."""
     texts = (((1, 2, 3, 4, 5, 6, 7, 8), (6, 2, 2, 0)), ((1, 5, 3, 7, 8), (3, 4, 1, 0)))
     rows = [Row(ids, (TEXT, *(ANSWER,) * (len(ids) - 1)), source, source) for ids, source in texts]
-    batch = collate(rows, [0, 0], torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0).to(next(adapted.base.parameters()).device)
+    batch = collate(rows, [0, 0], torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0).to(adapted.device)
     (call,) = calls_of(adapted, batch, unadapted(batch))
     return call
 
@@ -315,7 +314,7 @@ NEAR = 0.05  # of the scores' norm: bfloat16 rounds by 0.01, what is wrong is of
 @torch.no_grad()
 def packs_exactly(adapted: AdaptedModel) -> bool:
     """Whether two short texts get the same scores in one row and apart. Runs the model on twenty tokens, without its adapters."""
-    whole = _batch(0).to(next(adapted.base.parameters()).device)
+    whole = _batch(0).to(adapted.device)
     packed = Row((1, 2, 3, 4, 5, 6, 7, 8), (TEXT,) * SHARED + (ANSWER,) * 5, segment=(0, 0, 0, 1, 1, 1, 2, 2), position=(0, 1, 2, 3, 4, 5, 3, 4))
     together = collate([packed], [0], torch.zeros(1, 1, 1), kind="patches", side="right", pad_id=0).to(whole.ids.device)
     is_text = whole.attention_mask[:, SHARED:] == 1
@@ -328,7 +327,7 @@ def packs_exactly(adapted: AdaptedModel) -> bool:
 @torch.no_grad()
 def forks_exactly(adapted: AdaptedModel) -> bool:
     """Whether two short texts get the same scores forked and apart. Runs the model on twenty tokens, without its adapters."""
-    whole, forked = (_batch(shared_prefix).to(next(adapted.base.parameters()).device) for shared_prefix in (0, SHARED))
+    whole, forked = (_batch(shared_prefix).to(adapted.device) for shared_prefix in (0, SHARED))
     is_text = whole.attention_mask[:, SHARED:] == 1
     try:
         apart, after = (_scores(adapted, batch)[:, -is_text.shape[1] :][is_text].float() for batch in (whole, forked))

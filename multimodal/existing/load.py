@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from adalink import Anatomy
 from adalink.attachment.existing import image_token_ids
 from adalink.checkpoint.precision import UNCHANGED, WITH_ENCODER, BaseSettings, Precision, settle
+from adalink.edit import execution_device
 from adalink.errors import ConfigError, DataError
 from multimodal.existing.words import Processor
 from multimodal.language import Language, settle_tokens
@@ -63,9 +64,9 @@ def is_existing(name_or_folder: str | Path) -> bool:
 def example_of(language: Language, processor: Any, image: Image.Image) -> dict[str, Any]:
     """The arguments of a call about one image and a word, with `input_ids` int64 [1, T], on the model's device and in its precision."""
     marks = Processor(processor, image_token_ids(language.model), ()).marks(1)
-    first = next(language.model.parameters())
+    device, dtype = execution_device(language.model, ""), next(language.model.parameters()).dtype
     found = processor(text=[marks + "a"], images=[image], return_tensors="pt")
-    return {name: value.to(first.device, first.dtype if value.is_floating_point() else None) for name, value in found.items()}
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in found.items()}
 
 
 _PROCESSOR_ADVICE = "put the model's processor files (processor_config.json, preprocessor_config.json, tokenizer.json) beside its config.json"
@@ -93,7 +94,7 @@ def _loaded(name_or_folder: str | Path, dtype: torch.dtype | None, weights: bool
         with loading("vision-language model", name_or_folder, "see that its config.json is whole"), quiet(), torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config, dtype=dtype or config.dtype or torch.float32).eval().requires_grad_(False), processor
     with loading("vision-language model", name_or_folder, "see that the folder holds model.safetensors"), quiet():
-        options: dict[str, Any] = {"revision": revision, "dtype": dtype or "auto", **base.language_model.loading}
+        options: dict[str, Any] = {"revision": revision, "dtype": dtype or "auto", **base.language_model.loading, **base.placing}
         model, info = AutoModelForImageTextToText.from_pretrained(name, config=config, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise DataError(

@@ -16,6 +16,7 @@ from adalink import AdaptedModel, Adapter, Anatomy, FrozenPart, Slots, TokenMap
 from adalink.attachment.existing import image_token_ids
 from adalink.attachment.vision import attach_vision, read_vision
 from adalink.checkpoint.fingerprint import Sketch, part_of
+from adalink.edit import execution_device
 from adalink.errors import ConfigError, DataError
 from multimodal.batches.collate import Batch
 from multimodal.batches.prefix_sharing import REFUSALS
@@ -250,7 +251,7 @@ class ModelTower:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.language.model.parameters()).device
+        return execution_device(self.language.model, "")
 
     @property
     def _dtype(self) -> torch.dtype:

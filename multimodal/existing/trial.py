@@ -59,7 +59,7 @@ class _Trial:
     def check_vectors(self, pixels: Prepared) -> None:
         """Raise ConfigError where the model's scores with its image's vectors are not those of its own call with the image."""
         base: Any = self.adapted.base
-        device, name = next(base.parameters()).device, f"'{self.tower.name}', a {type(base).__name__}"
+        device, name = self.adapted.device, f"'{self.tower.name}', a {type(base).__name__}"
         try:
             given = self._logits(self.prompt, self.image)
             own = base(**self._own_arguments(device, pixels)).logits[0]
@@ -137,7 +137,7 @@ class _Trial:
         batch = collate(
             arranged, [0] * len(arranged), ImageBatch(samples=(image,)), kind="patches", side="right", pad_id=self.rows.placeholder,
         )  # fmt: skip
-        return batch.to(next(self.adapted.base.parameters()).device)
+        return batch.to(self.adapted.device)
 
     def _token_map(self, batch: Batch) -> TokenMap:
         token_map = TokenMap(batch.domain, torch.full_like(batch.image, BASE_ROW), serving=frozenset(), entry=batch.token_image)

@@ -69,7 +69,7 @@ def new_head(adapted: AdaptedModel, answers: Sequence[str]) -> AnswerHead:
     base: Any = adapted.base
     if base.config.is_encoder_decoder:
         raise ConfigError(f"{type(base).__name__} is an encoder-decoder, and a head chooses an answer from one stack: give {READER_ADVICE}")
-    return AnswerHead(answers, state_width(base)).to(next(base.parameters()).device)
+    return AnswerHead(answers, state_width(base)).to(adapted.device)
 
 
 def pooled_state(adapted: AdaptedModel, language: Language, batch: Batch, token_map: TokenMap) -> Tensor:

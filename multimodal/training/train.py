@@ -25,6 +25,7 @@ from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Loaded, Texts, TrainLoader, new_batches
 from multimodal.data.order import Mixture, shard_sizes_of, windows_of
 from multimodal.data.workers import dead_workers_named
+from multimodal.loading import is_spread, on_device
 from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.progress import StepProgress
 from multimodal.sample import BadSample, BadSamples, SampleSource, counted
@@ -107,7 +108,7 @@ def train(
     one_way = deterministic(settings.deterministic)
     with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_named(), one_way:
         torch.manual_seed(settings.seed)
-        model.to(accelerator.device).train()  # one that was loaded is in eval mode
+        on_device(model, accelerator.device).train()  # one that was loaded is in eval mode
         check_training(model, settings, folder, resume=resume, also_trained=also_trained)
         if patches is None and settings.features == "fill":
             raise ConfigError("train.features is fill, and no folder is given to fill: give patches, a FeatureWriter")
@@ -226,6 +227,10 @@ class _Run:
             raise ConfigError("FSDP2 splits the encoder over processes, so its features cannot be filled in while training: run `adalink features` first")
         if accelerator.is_fsdp2 and (quantised := quantised_names(model)):
             raise ConfigError(f"FSDP2 cannot split quantised weights ({quantised[0]}): train with DDP, or leave `quantise` under `base` out")
+        if is_spread(model) and accelerator.num_processes > 1:
+            raise ConfigError(
+                f"base.device_map spreads the model over all devices, and {accelerator.num_processes} processes were started: start one, or leave it out"
+            )
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
         self.trained_so_far, self.best, self.ended_by = trained_so_far, best, 0
         self.bare = model
@@ -238,7 +243,7 @@ class _Run:
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.host = host_group(accelerator)
         self.model: nn.Module
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer, device_placement=[not is_spread(model), True])
         # FSDP2 puts parameters of its own in their places.
         self.parameters |= dict(model.adapted.active_adapter().named_parameters())
         self.log = RunLog(folder, budget=settings.bad_samples, is_main=accelerator.is_main_process)

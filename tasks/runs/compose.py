@@ -24,6 +24,7 @@ from multimodal.existing.budget import ImageTokens
 from multimodal.existing.load import load_existing
 from multimodal.existing.tower import ModelTower
 from multimodal.language import Language, LanguageUse, load_language
+from multimodal.loading import on_device
 from multimodal.loss.answer_head import use_for
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
@@ -43,8 +44,8 @@ def compose(
 ) -> VisionLanguageModel:
     """The composed model, on this process's device; `scenes:encoder` and `scenes:language` are the parts that ship with the package."""
     tower = composed_tower(encoder, layer, base)
-    language = load_language(found_part(language_model), use=use, precision=base.language_model)
-    return VisionLanguageModel(tower, dataclasses.replace(language, name=located(language_model)), template).to(process_state().device)
+    language = load_language(found_part(language_model), use=use, precision=base.language_model, placing=base.placing)
+    return on_device(VisionLanguageModel(tower, dataclasses.replace(language, name=located(language_model)), template), process_state().device)
 
 
 def frozen_model(parts: Parts, *, template: Template, layer: int = -1, use: LanguageUse = "write") -> VisionLanguageModel:
@@ -70,7 +71,7 @@ def existing_tower(name: str, image_tokens: ImageTokens, base: BaseSettings = UN
 
 def _existing(name: str, base: BaseSettings) -> tuple[Language, Any]:
     language, processor = load_existing(name, base=base)
-    return dataclasses.replace(language, model=language.model.to(process_state().device), name=located(name)), processor
+    return dataclasses.replace(language, model=on_device(language.model, process_state().device), name=located(name)), processor
 
 
 _TASK = {"task", "prompt", "target", "layer"}

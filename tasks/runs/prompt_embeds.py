@@ -44,7 +44,7 @@ def text_prompt_embeds(model: AdaptedModel, language: Language, prompts: Sequenc
     found, tokens = [], TextTokens(language.tokenizer)
     for prompt in prompts:
         row = tokens.whole(prompt) if isinstance(prompt, str) else list(prompt)
-        ids = torch.tensor([row], device=next(model.base.parameters()).device)
+        ids = torch.tensor([row], device=model.device)
         call = Call.make(model.base, model.anatomy, {"input_ids": ids}, model.serving(1), model.image_ids, "left")
         found.append(prompt_embeds(model, call.arguments["input_ids"], call.token_map)[0])
     return found

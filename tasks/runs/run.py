@@ -59,7 +59,7 @@ def refuse_taken(out: Path, *, resume: bool) -> None:
         raise ConfigError(f"the run folder {out} is there already: give another `out`, or --resume to go on with it")
 
 
-_SILENT = (None, False, 0, "", "auto")  # values of a setting that changes nothing
+_SILENT = (None, False, 0, "", "auto", "none", {})  # values of a setting that changes nothing
 
 
 def changed_config(file: Path, config_text: str) -> list[str]:
