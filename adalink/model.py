@@ -25,7 +25,8 @@ from adalink.anatomy import Anatomy, InputSpec
 from adalink.attachment.attach import attach
 from adalink.attachment.attachment import Attachment, without_dropout
 from adalink.attachment.existing import check_images_known, check_trains, image_token_ids, writes_without_reading, written_domains
-from adalink.attachment.inputs import Call, Rows, given_ids, n_choices
+from adalink.attachment.inputs import Call, Route, Rows, given_ids, n_choices
+from adalink.attachment.mixture import Mixture
 from adalink.attachment.modules_to_save import ServedCopies, copied
 from adalink.attachment.recompute import with_exact_cache
 from adalink.checkpoint.fingerprint import FrozenPart, part_of, sketch_of_states
@@ -172,9 +173,24 @@ class AdaptedModel(nn.Module):
         self.tasks[name], self._origins[name] = dict(config.task), (config.start, config.derived)
         return adapter
 
+    def add_mixture(self, names: Sequence[str]) -> None:
+        """Let several adapters serve a row together, under the name `auto`, each by a weight of the row's `Route`; they stay as they are.
+
+        Raises ConfigError for an unknown name, for adapters that cannot be mixed, and where there is a mixture.
+        """
+        if self._mixture is not None:
+            raise ConfigError(f"this model has a mixture of {', '.join(self._mixture.names)} already: delete {AUTO!r} first")
+        for name in names:
+            self._index(name)
+        before = self.active
+        self._add(AUTO, Mixture({name: self._adapter(name) for name in names}, self._n_ever))
+        self._activate(before)
+
     def delete_adapter(self, name: str) -> None:
-        """Take an adapter away; the others stay as they are. Where it was the active one, none is."""
+        """Take an adapter away; the others stay as they are. Where it was the active one, none is. Raises ConfigError for one of a mixture."""
         self._index(name)
+        if self._mixture is not None and name in self._mixture.names:
+            raise ConfigError(f"the adapter {name} is one of a mixture, which would serve without it: delete {AUTO!r} first")
         self._serve({self.indices[other]: self._adapter(other) for other in self.adapters if other != name})
         del self.adapters[name], self.indices[name]
         for known in (self.tasks, self._origins, self._resting):
@@ -183,7 +199,7 @@ class AdaptedModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """Delete every adapter and give the frozen model back, bit for bit as it came. This object serves nothing any more."""
-        for name in list(self.adapters):
+        for name in reversed(list(self.adapters)):  # a mixture before what it is of
             self.delete_adapter(name)
         self.attachment.detach()
         return self.base
@@ -214,8 +230,8 @@ class AdaptedModel(nn.Module):
 
     @property
     def adapter_names(self) -> list[str]:
-        """The names of all adapters, in the order in which they came."""
-        return list(self.adapters)
+        """The names of all adapters, in the order in which they came; a mixture of them is none."""
+        return [name for name in self.adapters if name != AUTO]
 
     @property
     def task(self) -> dict[str, Any]:
@@ -270,7 +286,7 @@ class AdaptedModel(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """uint8 [N]: in the state dict, what the adapters' tensors are of, as JSON: the config of each adapter's folder."""
-        return configs_to_tensor({name: self._config_of(name) for name in self.adapters}, self.active)
+        return configs_to_tensor({name: self._config_of(name) for name in self.adapters if name != AUTO}, self.active)
 
     def set_extra_state(self, state: object) -> None:
         """Nothing: the adapters that a state dict is loaded into are there already."""
@@ -287,7 +303,8 @@ class AdaptedModel(nn.Module):
         indices = tuple(BASE_ROW if name is None else self._index(name) for name in chosen)
         alike = len(set(indices)) == 1
         row = torch.full((n_rows,), indices[0], device=self.device) if alike else uploaded(indices, self.device)
-        return Rows(row, indices, frozenset(indices) - {BASE_ROW}, tuple(() if name is None else self._adapter(name).slots for name in chosen))
+        slots = tuple(() if name is None else self._adapter(name).slots for name in chosen)
+        return Rows(row, indices, frozenset(indices) - {BASE_ROW}, slots, self._weights(chosen))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the active adapter's folder: config, weights, model card."""
@@ -322,6 +339,17 @@ class AdaptedModel(nn.Module):
         trained, frozen = sum(counts.values()), also_frozen + sum(parameter.numel() for parameter in self.base.parameters())
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         return f"trained: {trained:,} || all: {trained + frozen:,} || trained share: {100 * trained / (trained + frozen):.4f} % ({parts})"
+
+    def _weights(self, names: Sequence[str | None]) -> Tensor | None:
+        """float64 [B, K]: of the rows that a mixture serves, zeros of the others; None where it serves none."""
+        if (mixture := self._mixture) is None or not any(name == AUTO and isinstance(name, Route) for name in names):
+            return None
+        return torch.tensor([mixture.weights_of(name if name == AUTO else None) for name in names], dtype=torch.float64).to(self.device)
+
+    @property
+    def _mixture(self) -> Mixture | None:
+        found = dict(self.adapters.items()).get(AUTO)
+        return found if isinstance(found, Mixture) else None
 
     def _call(self, arguments: Mapping[str, Any], names: Sequence[str | None] | None, side: Literal["left", "right"]) -> Call:
         check_images_known(self.base, self.anatomy, arguments, self.image_ids)

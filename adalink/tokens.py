@@ -74,6 +74,7 @@ class Tokens:
     # The tokens of the whole call and int64 [B, T], where these are among them, after at(): what is drawn for a token is drawn once.
     origin: tuple[Tokens, Tensor] | None = None
     entry: Tensor | None = None
+    weights: Tensor | None = None  # as in TokenMap
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """What `make` gives, made once for all edits of the call. It must save nothing for a backward pass: layers that run again do not make it again."""
@@ -124,7 +125,7 @@ class Tokens:
             inputs = self.inputs if self.entry is not None else {name: value[rows] for name, value in self.inputs.items()}
             self.parts[adapter] = replace(
                 self, domain=self.domain[rows], ordinal=self.ordinal[rows], row=self.row[rows], position=position, keys=self.keys[rows], inputs=inputs,
-                entry=None if self.entry is None else self.entry[rows],
+                entry=None if self.entry is None else self.entry[rows], weights=None if self.weights is None else self.weights[rows],
                 memo={}, drawn={}, serving=frozenset({adapter}), rows_of={}, parts={}, elsewhere={},
                 origin=None if self.origin is None else (self.origin[0].of(adapter), self.origin[1][rows]),
             )  # fmt: skip
@@ -135,7 +136,8 @@ class Tokens:
         if self.domain.device == device:
             return self
         if device not in self.elsewhere:
-            moved = {name: value.to(device) for name in ("domain", "ordinal", "row", "position", "keys", "entry") if (value := getattr(self, name)) is not None}
+            names = ("domain", "ordinal", "row", "position", "keys", "entry", "weights")
+            moved = {name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
             self.elsewhere[device] = replace(
                 self, **moved, inputs={name: value.to(device) for name, value in self.inputs.items()}, memo={}, parts={}, elsewhere={},
                 rows_of={adapter: rows.to(device) for adapter, rows in self.rows_of.items()},
@@ -181,6 +183,7 @@ class TokenMap:
                                slots of its own, whose ordinals start anew. None: inputs have one entry for each row
     host       what the frozen model itself is given with these tokens beside their ids, for whoever calls it; edits do not see it
     indices    `row`, as the host knows it: then nobody waits for the device to find an adapter's rows. None: it is not known there
+    weights    float [B, K]: where several adapters serve a row together (`adalink.attachment.mixture`), how much each does. None: no row is such
     """
 
     domain: Tensor
@@ -192,6 +195,7 @@ class TokenMap:
     entry: Tensor | None = None
     host: Host | None = None
     indices: tuple[int, ...] | None = None
+    weights: Tensor | None = None
     # int64 [B, T]: how many tokens of the same domain precede each token in its row. [5, 5, 0, 5] -> [0, 1, 0, 2]
     ordinal: Tensor = field(init=False, repr=False)
     # int64 [B, 1]: tokens of the generated domain inside the prompt; the first generated token's ordinal
@@ -224,8 +228,8 @@ class TokenMap:
         inputs = self.inputs if self.entry is not None else {name: value[rows] for name, value in self.inputs.items()}
         entry = None if self.entry is None else self.entry[rows, :length]
         host = None if self.host is None else self.host.cut(rows, length)
-        domain, row = self.domain[rows, :length], self.row[rows]
-        return replace(self, domain=domain, row=row, inputs=inputs, present=present, entry=entry, host=host, indices=None)
+        domain, row, weights = self.domain[rows, :length], self.row[rows], None if self.weights is None else self.weights[rows]
+        return replace(self, domain=domain, row=row, inputs=inputs, present=present, entry=entry, host=host, indices=None, weights=weights)
 
     def window(self, batch: int, start: int, length: int, visible: int) -> Tokens:
         """Tokens [start, start + length) of `batch` rows, with `visible` keys; rows are repeated for beams.
@@ -262,6 +266,7 @@ class TokenMap:
             end=end,
             rows_of={adapter: _beams_of(rows, beams) for adapter, rows in self.rows_of.items()},
             entry=None if self.entry is None else repeated(self._entries(visible)),
+            weights=None if self.weights is None else repeated(self.weights),
         )
 
     def first_of(self, domain: int, batch: int, end: int, visible: int) -> Tokens:

@@ -308,7 +308,8 @@ class VisionLanguageModel(nn.Module):
         rows = self.adapted.serving(len(batch.ids), adapter_names)
         if isinstance(self.tower, ModelTower):
             names = {self.adapted.active} if adapter_names is None else {None if name == BASE_NAME else name for name in adapter_names}
-            return self.tower.token_map(batch, TokenMap(batch.domain, rows.row, serving=rows.serving, entry=batch.token_image, indices=rows.indices), names)
+            plain = TokenMap(batch.domain, rows.row, serving=rows.serving, entry=batch.token_image, indices=rows.indices, weights=rows.weights)
+            return self.tower.token_map(batch, plain, names)
         retained = batch.taps if batch.patches is None else batch.patches
         if retained is not None and self.tower.adapter is not None:
             raise ConfigError("the batch holds cached features, and this model's encoder has trained weights: collate it with pixels")
@@ -318,7 +319,7 @@ class VisionLanguageModel(nn.Module):
         inputs = {"image": features[entries, :n_patches]} if n_patches else {}
         if features.shape[1] > n_patches:
             inputs["image_taps"] = features[entries, n_patches:]
-        return TokenMap(batch.domain, rows.row, inputs, serving=rows.serving, entry=batch.token_image, indices=rows.indices)
+        return TokenMap(batch.domain, rows.row, inputs, serving=rows.serving, entry=batch.token_image, indices=rows.indices, weights=rows.weights)
 
     def batches(
         self,

@@ -170,12 +170,16 @@ class Route(str):
 
 @dataclass(frozen=True)
 class Rows:
-    """The adapters of a batch's rows: int64 [B] for the edits, the same for the host, those that serve a row, and the slots that each reserves."""
+    """The adapters of a batch's rows: int64 [B] for the edits, the same for the host, those that serve a row, and the slots that each reserves.
+
+    weights   as in TokenMap
+    """
 
     row: Tensor
     indices: tuple[int, ...]
     serving: frozenset[int]
     slots: tuple[tuple[Slots, ...], ...]
+    weights: Tensor | None = None
 
     @property
     def has_slots(self) -> bool:
@@ -212,7 +216,7 @@ class Call:
         is_written = has_words and not writes_apart and (anatomy.attention == "causal" or hasattr(model, "generate"))  # elsewhere a label only marks
         flat = {name: _flat(value) for name, value in arguments.items()}
         domain, present = domains(model, ids, flat if is_written else {**flat, "labels": None}, image_ids)
-        plain = TokenMap(domain, rows.row, present=present, serving=rows.serving, indices=rows.indices)
+        plain = TokenMap(domain, rows.row, present=present, serving=rows.serving, indices=rows.indices, weights=rows.weights)
         if not rows.has_slots:
             return Call(plain, arguments)
         _check_one_reader(model, arguments, has_words, writes_apart)
@@ -247,7 +251,7 @@ class Call:
             raise ConfigError(
                 "an adapter of this batch puts slots into its rows, and this model's rows are what it writes itself: use an adapter without slots"
             )
-        return Call(TokenMap(domain, rows.row, present=frozenset({TEXT, ANSWER}), serving=rows.serving, indices=rows.indices), arguments)
+        return Call(TokenMap(domain, rows.row, present=frozenset({TEXT, ANSWER}), serving=rows.serving, indices=rows.indices, weights=rows.weights), arguments)
 
     @contextlib.contextmanager
     def around(self, model: nn.Module, anatomy: Anatomy) -> Iterator[None]:

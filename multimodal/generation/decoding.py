@@ -332,6 +332,7 @@ class Decoding:
             serving=None if before.serving is None or token_map.serving is None else before.serving | token_map.serving,
             host=None if before.host is None else before.host.beside(token_map.host),
             indices=None if before.indices is None or token_map.indices is None else before.indices + token_map.indices,
+            weights=_weights_beside(before, token_map),
         )
         self._set(states, beside, joined)
         return scores
@@ -356,7 +357,8 @@ class Decoding:
         row, indices = now.row[chosen], None if now.indices is None else tuple(now.indices[i] for i in rows)
         serving = None if now.serving is None else now.serving & frozenset(row.tolist() if indices is None else indices)
         host = None if now.host is None else now.host.after(chosen)
-        self._set(states, beside, TokenMap(now.domain[chosen, n_empty:], row, inputs, serving=serving, host=host, indices=indices))
+        weights = None if now.weights is None else now.weights[chosen]
+        self._set(states, beside, TokenMap(now.domain[chosen, n_empty:], row, inputs, serving=serving, host=host, indices=indices, weights=weights))
 
     def _now(self) -> TokenMap:
         """The map with the tokens that were generated since it was made."""
@@ -392,6 +394,14 @@ def _beside(old: Mapping[nn.Module, Tensor], n_old: int, new: Mapping[nn.Module,
         parts = [part.get(edit, like.new_zeros(n, *like.shape[1:])) for part, n in ((old, n_old), (new, n_new))]
         joined[edit] = torch.cat(parts)
     return joined
+
+
+def _weights_beside(old: TokenMap, new: TokenMap) -> Tensor | None:
+    """The weights of the rows of both; zeros for those of a map that has none."""
+    found = [one.weights for one in (old, new) if one.weights is not None]
+    if not found:
+        return None
+    return torch.cat([found[0].new_zeros(len(one.row), found[0].shape[1]) if one.weights is None else one.weights for one in (old, new)])
 
 
 def _padded(value: Tensor, length: int, padding: int) -> Tensor:

@@ -96,6 +96,8 @@ def load_router(model: Any, folder: str | Path, *, allow_other_base: bool = Fals
             model.load_adapter(path, name, activate=False, allow_other_base=allow_other_base)
             loaded.append(name)
         check_members(model, saved.router.names)
+        if saved.router.settings.top != 1:
+            _mix(model, saved.router.names)
     except BaseException:
         for name in loaded:
             model.delete_adapter(name)
@@ -110,6 +112,20 @@ def check_members(model: Any, names: Sequence[str]) -> None:
         raise ConfigError(f"the adapter {choosing[0]} chooses among answers, and a routed row is written: route among others")
     if model.tower.adapter is not None:
         raise ConfigError("the encoder has trained weights, and a router reads features of a frozen one: route among adapters of the language model alone")
+
+
+def _mix(model: Any, names: Sequence[str]) -> None:
+    """Let the adapters serve rows together. Raises ConfigError where these have other words, or a connector of their own, and as `add_mixture`."""
+    worded = {name: (model.template_of(name), saved_generation(model.adapted.tasks.get(name, {}))) for name in names}
+    if other := [name for name in names if worded[name] != worded[names[0]]]:
+        raise ConfigError(
+            f"the adapters {names[0]} and {other[0]} were trained with other templates or generation settings, and a mixed row has one: let one adapter "
+            "serve each row (--top 1)"
+        )
+    if own := [name for name in names if model.connectors is not None and model.connectors.has_own(name)]:
+        raise ConfigError(f"the adapter {own[0]} has a connector of its own, so it cannot be mixed with others: let one adapter serve each row (--top 1)")
+    model.adapted.add_mixture(names)
+    model.adapted.tasks[AUTO] = {**model.adapted.tasks.get(names[0], {}), "task": ""}
 
 
 # ----------------------------------------

@@ -15,6 +15,7 @@ TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from adalink import AdaptedModel
     from multimodal.model import VisionLanguageModel
     from multimodal.sample import Sample, SampleSource
 
@@ -32,6 +33,7 @@ def route(
     centers: int = 8,
     unknown: Literal["base", "refuse"] = "base",
     depth: Literal[1, 2] = 1,
+    prune: float = 0.0,
     seed: int = 0,
     link: bool = False,
     encoder: str | None = None,
@@ -51,6 +53,7 @@ def route(
         centers: How many prototypes an adapter has.
         unknown: What becomes of a row that is like none of the examples; base leaves it to the frozen model, refuse is an error.
         depth: How many layers the gate has.
+        prune: The share of what training changed that is taken back in the copies, the smallest changes of each tensor; 0.9 in E-WEMoE, 0 for none.
         seed: Of which examples are held out, which question of an image is taken, the prototypes and the gate's start.
         link: Leave the adapters where they are, and write their paths.
         encoder: Where the encoder is, if not where the first adapter says.
@@ -69,19 +72,35 @@ def route(
         raise ConfigError(f"--adapter names {len(folders)} adapters, and a router chooses among two or more: give --adapter NAME=DIR NAME=DIR")
     if stray := [name for name in configs if name not in folders]:
         raise ConfigError(f"--data names {stray[0]}, and the adapters are {', '.join(folders)}: give each data set the name of its adapter")
-    if examples < 2:
-        raise ConfigError(f"--examples is {examples}: give 2 or more")
+    if examples < 2 or not 0 <= prune < 1 or (prune and link):
+        raise ConfigError(f"--examples is {examples} and --prune {prune:g}{' with --link' * link}: give 2 or more, and from 0 to less than 1 of copies alone")
     with new_folder(out) as folder:
         served = adapters_on(folders, encoder=encoder, language_model=language_model, model=model, allow_other_base=allow_other_base)
         check_members(served, tuple(folders))
         rows = {name: _rows(served, name, path, configs.get(name), examples, seed) for name, path in folders.items()}
         router = Router.fit(rows, settings)
         if not link:
-            folders = {name: shutil.copytree(path, folder / "members" / name) for name, path in folders.items()}
+            folders = {name: _copied(path, folder / "members" / name, prune, served.adapted) for name, path in folders.items()}
         write_router(folder, router, folders)
     for name in router.names:
         print(f"{name}: {len(rows[name]):,} examples; of those held out {100 * router.right[name]:.1f} % are routed right")
     print(f"wrote {out}: a router by {by} over {len(folders)} adapters; `adalink serve --router {out}` answers requests for the model `auto`")
+
+
+def _copied(source: Path, out: Path, share: float, frozen: AdaptedModel) -> Path:
+    """A copy of an adapter folder, or the adapter without the smallest of its differences to its start. Raises CheckpointError as `start_of`."""
+    import torch
+
+    from adalink.checkpoint.folder import read_config
+    from adalink.lifecycle.flat import derived_from, read_flat, start_of, write_derived
+    from adalink.lifecycle.route import pruned
+
+    if not share:
+        return Path(shutil.copytree(source, out))
+    flat, start = read_flat(source), start_of(source, frozen)
+    change = torch.cat([pruned((flat.vector - start.vector)[part], share) for part in flat.parts().values()])
+    write_derived(out, read_config(source), flat.over(start.vector + change), derived_from("route", {str(source): flat}, {"prune": share}))
+    return out
 
 
 def _rows(model: VisionLanguageModel, name: str, adapter: Path, config: Path | None, n: int, seed: int) -> Tensor:

@@ -172,6 +172,41 @@ def encoded_rows(model: VisionLanguageModel, photos: Sequence[Any]) -> tuple[Any
     return encoded(model, stacked([model.tower.preprocess(photo) for photo in photos])), list(range(len(photos)))
 
 
+def soft_model(top: int = 0) -> VisionLanguageModel:
+    """Two adapters with the same words, a router that mixes them, and images that each has in part."""
+    model = compose("opt")
+    for seed, name in enumerate(("left", "right")):
+        excite(model.add_adapter(name, METHODS["asks"]).double(), seed)
+    rows = {"left": features_of(model, PHOTOS[:6], [""] * 6), "right": features_of(model, PHOTOS[2:], [""] * 6)}
+    model.routing = Routing(Router.fit(rows, RouteSettings(top=top)), RowFeatures(model.language, model.tower))
+    model.adapted.add_mixture(["left", "right"])
+    return model
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_rows_that_adapters_serve_together_are_in_a_batch_what_they_are_alone(beams: int) -> None:
+    model, settings = soft_model(), GenerationSettings(max_new_tokens=8, num_beams=beams)
+    routes = model.route(PHOTOS, "")
+    assert {str(route) for route in routes} == {"auto"}
+    assert all(0 < route.weights["left"] < 1 and sum(route.weights.values()) == pytest.approx(1) for route in routes)
+    auto = model.generate(PHOTOS, "", settings=settings, adapter_names="auto")
+    names = ["auto", "left", "auto", BASE_NAME, "auto", "auto", "right", "auto"]
+    mixed = model.generate(PHOTOS, "", settings=settings, adapter_names=names)
+    for i in range(8):
+        (alone,) = model.generate([PHOTOS[i]], "", settings=settings, adapter_names=["auto"])
+        assert auto[i] == alone
+        assert (mixed[i] == alone) or names[i] != "auto"
+    assert auto != model.generate(PHOTOS, "", settings=settings, adapter_names=["left"] * 8)  # the control
+
+
+def test_adapters_with_other_words_are_not_mixed(tmp_path: Path) -> None:
+    folder = written(routed_model(top=0), tmp_path)
+    model = compose("opt")
+    with pytest.raises(ConfigError, match="the adapters asks and captions were trained with other templates or generation settings"):
+        model.load_router(folder)
+    assert (model.adapter_names, model.routing) == ([], None)
+
+
 # ----------------------------------------
 # The folder, and what is refused.
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from cli_run import RECIPES, adalink, refused
 from served import photo, save_adapters
 
+from adalink import AdaptedModel
 from adalink.errors import CheckpointError, ConfigError
+from adalink.lifecycle.flat import read_flat, start_of
 from adalink.lifecycle.route import read_router
 from multimodal.data.images.decode import decode_image
 from tasks.commands.lifecycle.route import example_rows
@@ -83,6 +86,20 @@ def test_questions_that_a_data_set_lacks_are_no_examples(adapters: Path) -> None
     assert len(example_rows(model, samples[1:2], "vqa", 9, 0)) == 0
 
 
+def test_pruned_copies_hold_a_tenth_of_what_training_changed(adapters: Path, tmp_path: Path) -> None:
+    done = command(adapters, tmp_path / "out", "--prune", "0.9")
+    assert done.code == 0, done.err
+    model = adapters_on({"cap": adapters / "cap"})
+    whole, copy = read_flat(adapters / "cap"), read_flat(tmp_path / "out" / "members" / "cap")
+    start = start_of(adapters / "cap", model.adapted)
+    for name, part in whole.parts().items():
+        change, left = ((flat.vector - start.vector)[part] for flat in (whole, copy))
+        assert torch.equal(left != 0, change.abs() > change.abs().quantile(0.9)), name
+        torch.testing.assert_close(left[left != 0], change[left != 0], atol=1e-7, rtol=0)
+    assert AdaptedModel.read_config(tmp_path / "out" / "members" / "cap").derived["settings"] == {"prune": 0.9}
+    served_model(ServeSettings(router=tmp_path / "out"), {})
+
+
 def test_bad_input_is_one_sentence_and_writes_nothing(adapters: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     two = ("--adapter", f"cap={adapters / 'cap'}", f"vqa={adapters / 'vqa'}")
@@ -95,6 +112,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(adapters: Path, tmp_path: 
     assert "names no task with data.train" in refused(adalink("route", *two, "--data", f"cap={tmp_path / 'odd.yaml'}", "--out", out))
     assert "is no adapter folder" in refused(command(adapters, out, vqa=str(tmp_path)))
     assert "the nearest prototype has no weights" in refused(command(adapters, out, "--by", "prototypes", "--top", "2"))
+    assert "--prune 0.9 with --link: give" in refused(command(adapters, out, "--prune", "0.9", "--link", "true"))
+    assert "--prune 1: give" in refused(command(adapters, out, "--prune", "1"))
     assert "--examples is 1" in refused(command(adapters, out, "--examples", "1"))
     assert not out.exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,20 @@ def test_a_request_like_no_example_goes_to_the_frozen_model_or_is_refused(routed
             assert (reply.status_code, reply.json()["error"]["code"]) == (400, "no_route")
             assert "the request is like none of the examples of cap, vqa" in reply.json()["error"]["message"]
         assert ask(client, "vqa", ASKED[0], 0).status_code == 200  # by name as ever
+
+
+def test_requests_that_adapters_serve_together_keep_their_weights_while_others_come_and_go(model: VisionLanguageModel, adapters: Path, tmp_path: Path) -> None:
+    seen = example_rows(model, SOURCE, "captioning", 40, 0)
+    write_router(tmp_path, Router.fit({"cap": seen[:30], "cap_b": seen[10:]}, RouteSettings(top=0)), {name: adapters / name for name in ("cap", "cap_b")})
+    mixing = served_model(ServeSettings(router=tmp_path), {})
+    lengths = [2 + 3 * (i % 4) for i in range(12)]
+    with client_of(mixing) as client, ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(lambda i: ask(client, "auto" if i % 3 else "cap", "", i, max_tokens=lengths[i]).json(), range(12)))
+    texts = [mixing.generate([decode_image(photo(i))], "", adapter_names=["auto" if i % 3 else "cap"], max_new_tokens=lengths[i])[0] for i in range(12)]
+    assert [reply["choices"][0]["message"]["content"] for reply in replies] == texts
+    routed = [reply["adalink"]["routed"] for i, reply in enumerate(replies) if i % 3]
+    assert all(set(weights) == {"cap", "cap_b"} and sum(weights.values()) == pytest.approx(1, abs=1e-3) for weights in routed if weights)
+    assert len({str(weights) for weights in routed}) > 4  # each has its own
 
 
 def test_what_is_wrong_with_a_request_for_auto_is_named_as_for_others(client: TestClient) -> None:
