@@ -407,7 +407,7 @@ class FsspecFiles:
 
 
 def _options(url: str, settings: RemoteSettings) -> dict[str, Any]:
-    """What makes a store's package read whole shards fast: enough connections, our timeout, and attempts left to us where it can be told.
+    """What makes a store's package read whole shards fast: enough connections, our timeout, and no attempts of its own where they can be turned off.
 
     Only ranges are read, which no package caches.
     """
