@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,8 @@ from adalink.errors import BudgetError, ConfigError, DataError, check_tuples
 from multimodal.progress import progress
 
 __all__ = [
-    "BadSample", "BadSamples", "counted", "DamagedSample", "Decode", "Measure", "Question", "Sample", "SampleSource", "TextLengths",
-    "lengths_of", "measured",
+    "BadSample", "BadSamples", "counted", "DamagedSample", "Decode", "Lengths", "Measure", "Question", "Sample", "SampleSource", "TextLengths",
+    "lengths_digest", "lengths_of", "measured",
 ]  # fmt: skip
 
 
@@ -107,11 +108,25 @@ Measure = Callable[[Sample], int]
 """The tokens of the longest row that is made of a sample's texts; its image is not looked at."""
 
 
+class Lengths(Protocol):
+    """int64 [samples]: an array, or what reads them where they are asked for; `np.asarray` gives all."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: NDArray[np.int64], /) -> NDArray[np.int64]: ...
+
+
+def lengths_digest(lengths: Lengths) -> str:
+    """The sha256 of all of them; where they are not in memory, the one that was noted when they were written."""
+    noted: str | None = getattr(lengths, "sha256", None)
+    return noted or hashlib.sha256(np.asarray(lengths).tobytes()).hexdigest()
+
+
 @runtime_checkable
 class TextLengths(Protocol):
     """A data set that can say how long its texts are without reading its images."""
 
-    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+    def text_lengths(self, measure: Measure) -> Lengths:
         """int64 [samples]: what `measure` says where the texts are in memory; else their bytes, which follow the tokens roughly.
 
         A function of the data (and of `measure`) alone, because the order of a training stream depends on it. Raises ConfigError where a
@@ -120,7 +135,7 @@ class TextLengths(Protocol):
         ...
 
 
-def lengths_of(source: SampleSource, measure: Measure) -> NDArray[np.int64]:
+def lengths_of(source: SampleSource, measure: Measure) -> Lengths:
     """int64 [samples]: how long each sample's texts are. Raises ConfigError where the data set cannot say it."""
     if isinstance(source, TextLengths):
         return source.text_lengths(measure)

@@ -14,7 +14,7 @@ from PIL import Image
 from adalink.errors import ConfigError
 from multimodal.data.images.decode import decode_image
 from multimodal.data.order import fingerprint_of, shard_sizes_of, texts_fingerprint_of
-from multimodal.sample import BadSample, Measure, Sample, SampleSource, lengths_of
+from multimodal.sample import BadSample, Lengths, Measure, Sample, SampleSource, lengths_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ class Drafted:
         """Raises what the set raises."""
         return replace(self.source[index], decode="draft")
 
-    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
+    def text_lengths(self, measure: Measure) -> Lengths:
         """The set's own."""
         return lengths_of(self.source, measure)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from adalink.errors import ConfigError
 from multimodal.data.shards.order import ShardOrder, drawn_seed, epoch_permutation, permutation
-from multimodal.sample import DamagedSample, Measure, Sample, SampleSource, lengths_of
+from multimodal.sample import DamagedSample, Lengths, Measure, Sample, SampleSource, lengths_digest, lengths_of
 
 __all__ = [
     "BucketedOrder", "MixedOrder", "MixedSet", "Mixture", "Order", "OrderChoice", "Reading", "SampleOrder", "fingerprint_of",
@@ -129,9 +129,9 @@ class BucketedOrder:
     lengths   int64 [samples]: only their order matters
     """
 
-    def __init__(self, order: Order, lengths: NDArray[np.int64], *, seed: int, pool: int, batch: int) -> None:
+    def __init__(self, order: Order, lengths: Lengths, *, seed: int, pool: int, batch: int) -> None:
         self.order, self.lengths, self.seed, self.pool, self.batch = order, lengths, seed, pool, batch
-        self._digest = hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
+        self._digest = lengths_digest(lengths)[:16]
         self._first = self._end = -1
         self._samples: list[int] = []
 
@@ -282,7 +282,7 @@ class Mixture:
 
     def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
         """As `multimodal.sample.TextLengths`; sets whose lengths differ, or are measured in other units, mostly come in batches of their own."""
-        return np.concatenate([lengths_of(source, measure) for source in self.sources])
+        return np.concatenate([np.asarray(lengths_of(source, measure)) for source in self.sources])
 
 
 @runtime_checkable

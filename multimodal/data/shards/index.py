@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
-from tqdm import tqdm
 
 from adalink.errors import ConfigError, DataError
-from adalink.files import write_whole
 from multimodal.data.images.format import ENDINGS
-from multimodal.data.shards.manifest import MANIFEST, Known, Manifest, find_shards, parse_manifest, read_manifest, refuse_unfinished
-from multimodal.data.shards.members import (
-    ABSENT,
-    PARTS,
-    UNKNOWN_CRC,
-    LocalFolder,
-    Members,
-    Part,
-    Place,
-    Shard,
-    ShardTable,
-    StoredMembers,
-    decode_index,
-    find_twice,
-    index_name,
-    mapped,
-)
-from multimodal.data.shards.storage import RemoteFiles, beside, redacted
+from multimodal.data.shards.members import ABSENT, PARTS, UNKNOWN_CRC, Members, Part, Shard
 from multimodal.sample import BadSample
 
 __all__ = [
-    "IndexedShard", "RemoteFolder", "ShardLimits", "ShardSet", "TarMember", "index_shard", "index_shards", "open_remote_set", "open_shard_set",
-    "scan_tar", "split_name",
+    "IndexedShard", "ShardLimits", "TarMember", "index_shard", "scan_tar", "split_name",
 ]  # fmt: skip
 
 
@@ -306,181 +282,3 @@ def _members(samples: Mapping[str, Mapping[Part, TarMember]]) -> Members:
 
 def _place(member: TarMember | None) -> tuple[int, int, int]:
     return ABSENT if member is None else (member.offset, member.size, UNKNOWN_CRC)
-
-
-# ----------------------------------------
-# The tar files of a data set and what is in them: from the manifest where there is one, else from the tar headers.
-
-
-_ASKED = 256  # shards of a set on a server whose sizes are asked for at its opening: all of a small set, some of a large one
-_ASKED_AT_ONCE = 16
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ShardSet:
-    """Shards that were found whole, as far as opening them looks."""
-
-    manifest: Manifest
-
-    @property
-    def paths(self) -> Sequence[Place]:
-        """Where each shard is."""
-        return self.manifest.table.places
-
-
-@dataclass(frozen=True)
-class RemoteFolder:
-    """A folder by URL. An index is one request, and one for all processes of a machine where there is a cache."""
-
-    url: str
-    files: RemoteFiles
-    cache: Path | None = None
-
-    def place(self, file: str) -> str:
-        """The URL of the tar file."""
-        return beside(self.url, quote(file))
-
-    def index(self, shard: Shard) -> Members:
-        """Reads the file and compares it with the manifest. Raises DataError."""
-        url = beside(self.url, quote(index_name(shard.file)))
-        assert isinstance(shard.members, StoredMembers)
-        if self.cache is None:
-            return decode_index(self.files.whole(url), redacted(url), shard)
-        path = self.cache / "indexes" / f"{shard.members.digest}.idx"
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(path):
-            with suppress(DataError):
-                return decode_index(mapped(path), str(path), shard)
-            data = self.files.whole(url)
-            members = decode_index(data, redacted(url), shard)
-            with suppress(DataError):  # on a full disk it is asked for again
-                write_whole(path, data)
-        return members
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """One process of a machine fetches a file, and the others wait: a lock on one byte of a file, which the name of what is fetched chooses."""
-    lock = None
-    try:
-        with suppress(OSError):  # no such folder, or a file system without locks
-            lock = os.open(path.with_name(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.lockf(lock, fcntl.LOCK_EX, 1, int(path.name[:7], 16))
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def open_remote_set(folder: str, files: RemoteFiles, limits: ShardLimits, cache: Path | None = None) -> ShardSet:
-    """The shards that the manifest in the folder of a URL names. cache: a folder for indexes.
-
-    A shard that is missing or of another size raises an error now; of more than 256 shards, 256 are asked for, and the others compared with
-    their check sums as they are read. Raises DataError as `open_shard_set` does, and where there is no manifest.
-    """
-    name = beside(folder, MANIFEST)
-    manifest = parse_manifest(files.whole(name), redacted(name), RemoteFolder(folder, files, cache))
-    numbers = range(0, len(manifest.table), -(-len(manifest.table) // _ASKED) or 1)
-    urls = [str(manifest.table.places[number]) for number in numbers]
-    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        sizes = tqdm(pool.map(files.size, urls), total=len(urls), unit="shard", desc="opening shards", disable=None, leave=False)
-        for number, url, size in zip(numbers, urls, sizes, strict=True):
-            _check_size(redacted(url), size, manifest.table.rows["size"].item(number))
-    return _set(manifest.table, limits, manifest.known)
-
-
-def open_shard_set(shards: Path | Sequence[Path], limits: ShardLimits) -> ShardSet:
-    """A folder of shards, or tar files by name (which may lie in several folders, and may be part of a set with a manifest).
-
-    `manifest.skipped` is what this opening left out; what was left out when the set was written counted then.
-    Raises DataError where a shard is missing or of another size than its manifest says, is not whole, or shares a key with another.
-    """
-    if not isinstance(shards, Path):
-        return _listed(shards, limits, dict.fromkeys(path.parent for path in shards))
-    refuse_unfinished(shards)
-    if not (shards / MANIFEST).exists():
-        return index_shards(shards, limits)
-    manifest = read_manifest(shards)
-    _check_sizes(manifest.table)
-    return _set(manifest.table, limits, manifest.known)
-
-
-def index_shards(folder: Path, limits: ShardLimits) -> ShardSet:
-    """The tar files of a folder by their headers alone, whatever a manifest says. Raises DataError as `open_shard_set` does."""
-    return _listed(find_shards(folder), limits, ())
-
-
-def _listed(paths: Sequence[Path], limits: ShardLimits, folders: Iterable[Path]) -> ShardSet:
-    """Tar files in this order: those that a manifest in one of the folders names, and others, which are indexed now."""
-    if not paths:
-        raise DataError("the list of shards is empty; give at least one tar file")
-    manifests = [read_manifest(folder) for folder in folders if (folder / MANIFEST).exists()]
-    tables = [manifest.table for manifest in manifests]
-    numbers: dict[Place, int] = {place: number for number, place in enumerate(place for table in tables for place in table.places)}
-    new = [path for path in dict.fromkeys(paths) if path not in numbers]
-    found = [index_shard(path, limits) for path in tqdm(new, unit="shard", desc="indexing shards", disable=None, leave=False)]
-    tables += [ShardTable.of([one.shard], LocalFolder(path.parent)) for path, one in zip(new, found, strict=True)]
-    numbers |= {path: len(numbers) + each for each, path in enumerate(new)}
-    chosen = [numbers[path] for path in paths]
-    table = ShardTable.joined(tables).chosen(chosen)
-    _check_sizes(table)
-    known = manifests[0].known if len(tables) == 1 and manifests else None
-    is_unique = known is not None and len(set(chosen)) == len(chosen)
-    if chosen != list(range(len(numbers))):
-        known = None
-    ignored = sum((Counter(one.ignored) for one in found), Counter[str]())
-    return _set(table, limits, known, is_unique=is_unique, skipped=[bad for one in found for bad in one.skipped], ignored=ignored)
-
-
-def _set(
-    table: ShardTable,
-    limits: ShardLimits,
-    known: Known | None,
-    *,
-    is_unique: bool = False,
-    skipped: Sequence[BadSample] = (),
-    ignored: Mapping[str, int] | None = None,
-) -> ShardSet:
-    """is_unique: whether keys are known to be; they are in a whole set that is known."""
-    within, over = _within(table, limits)
-    twice = find_twice(within) if known is None and not is_unique else None
-    if twice is not None:
-        key, one, other = twice
-        raise DataError(f"the shards {within.places[one]} and {within.places[other]} both have the key {key!r}; keys must be unique in a data set")
-    return ShardSet(manifest=Manifest(shards=within, skipped=(*skipped, *over), ignored=ignored or {}, known=None if over else known))
-
-
-def _check_sizes(table: ShardTable) -> None:
-    """Raises DataError where a file is missing or of another size."""
-    for place, expected in zip(tqdm(table.places, unit="shard", desc="opening shards", disable=None, leave=False), table.rows["size"].tolist(), strict=True):
-        try:
-            size = os.stat(place).st_size
-        except OSError as error:
-            raise DataError(f"the shard {place}, which {MANIFEST} names, cannot be opened: {error.strerror}; write or fetch it again") from error
-        _check_size(str(place), size, expected)
-
-
-def _check_size(name: str, size: int, expected: int) -> None:
-    if size != expected:
-        raise DataError(f"the shard {name} has {size} bytes, and {MANIFEST} says {expected}; write or fetch it again")
-
-
-def _within(table: ShardTable, limits: ShardLimits) -> tuple[ShardTable, list[BadSample]]:
-    """The samples whose members obey the limits, and the others. Indexes of shards that have none of the others are not read."""
-    retained: dict[int, Members] = {}
-    skipped = []
-    for number in np.flatnonzero((table.rows["largest"] > (limits.max_image_bytes, limits.max_text_bytes)).any(axis=1)).tolist():
-        members, name = table[number].members, _name(table.places[number])
-        image, text = members.table[:, 0, 1], members.table[:, 1:, 1].max(axis=1, initial=0)
-        over = (image > limits.max_image_bytes) | (text > limits.max_text_bytes)
-        for index in np.flatnonzero(over).tolist():
-            reason = "too many bytes" if image[index] > limits.max_image_bytes else "too much text"
-            detail = f"{members.key(index)!r} of {name} has members of {image[index]} and {text[index]} bytes"
-            skipped.append(BadSample(key=members.key(index), reason=reason, detail=detail))
-        retained[number] = members.only(~over)
-    return table.with_members(retained) if retained else table, skipped
-
-
-def _name(place: Place) -> str:
-    return redacted(place) if isinstance(place, str) else str(place)

@@ -112,7 +112,7 @@ def known_of(shards: Sequence[Shard]) -> Known:
     for shard in shards:
         members = shard.members.load() if isinstance(shard.members, StoredMembers) else shard.members
         _add_to(content, shard, members)
-        lengths.update(text_sizes(members).tobytes())
+        lengths.update(text_sizes(members.table).tobytes())
     return Known(content.hexdigest(), lengths.hexdigest())
 
 

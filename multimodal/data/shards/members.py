@@ -61,6 +61,13 @@ class Members:
         self.ends = np.cumsum([len(key) for key in encoded], dtype=np.int64)
         self.table = table.reshape(len(encoded), len(PARTS), 3)
 
+    @classmethod
+    def of(cls, packed_keys: Buffer, ends: NDArray[np.int64], table: NDArray[np.int64]) -> Members:
+        """From what it holds."""
+        members = cls.__new__(cls)
+        members.packed_keys, members.ends, members.table = packed_keys, ends, table
+        return members
+
     def only(self, retained: NDArray[np.bool_]) -> Members:
         """The samples at which `retained` is true."""
         return Members([self.key(index) for index in np.flatnonzero(retained).tolist()], self.table[retained])
@@ -116,9 +123,9 @@ class StoredMembers(Members):
         return StoredMembers, (self.samples, self._largest, self.digest, self.load)
 
 
-def text_sizes(members: Members) -> NDArray[np.int64]:
-    """int64 [n]: bytes of each sample's txt member, or of its json where it has none."""
-    sizes: NDArray[np.int64] = members.table[..., 1]
+def text_sizes(table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [n]: bytes of each sample's txt member, or of its json where it has none. table: as that of `Members`."""
+    sizes: NDArray[np.int64] = table[..., 1]
     return np.where(sizes[:, 2] >= 0, sizes[:, 2], sizes[:, 1])
 
 
@@ -195,10 +202,8 @@ def decode_index(data: Buffer, name: str, shard: Shard) -> Members:
             f"the index {name} disagrees with its shard: it is of {n} samples in {head[3]} bytes, and manifest.json says {stored.samples} in {shard.size}, "
             "or another sha256; index the shards again"
         )
-    members = Members.__new__(Members)
-    members.table = np.frombuffer(data, "<i8", n * 9, _HEAD.size).reshape(n, len(PARTS), 3)
-    members.ends = np.frombuffer(data, "<i8", n, _HEAD.size + 72 * n)
-    members.packed_keys = memoryview(data)[len(data) - key_bytes :]
+    table = np.frombuffer(data, "<i8", n * 9, _HEAD.size).reshape(n, len(PARTS), 3)
+    members = Members.of(memoryview(data)[len(data) - key_bytes :], np.frombuffer(data, "<i8", n, _HEAD.size + 72 * n), table)
     try:
         check_places(members.table, shard.size, shard.file)
         _check_keys(members)
@@ -365,10 +370,31 @@ class ShardTable(Sequence[Shard]):
         """Where each shard is."""
         return _Places(self)
 
+    @property
+    def by_place(self) -> Mapping[str, Shard]:
+        """The shards by the names of their places, made when they are asked for."""
+        return _ByPlace(self)
+
+
+class _ByPlace(Mapping[str, Shard]):
+    def __init__(self, table: ShardTable) -> None:
+        self._table = table
+
     @cached_property
-    def by_place(self) -> Mapping[str, int]:
-        """The name of a place -> the number of its shard."""
-        return {str(place): number for number, place in enumerate(self.places)}
+    def _numbers(self) -> dict[str, int]:
+        return {str(place): number for number, place in enumerate(self._table.places)}
+
+    def __reduce__(self) -> tuple[type[_ByPlace], tuple[ShardTable]]:
+        return _ByPlace, (self._table,)
+
+    def __getitem__(self, place: str) -> Shard:
+        return self._table[self._numbers[place]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._table)
 
 
 class _Places(Sequence[Place]):

@@ -9,7 +9,7 @@ import re
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from adalink.errors import DataError
 from multimodal.data.shards.ahead import Ahead, Plan
 from multimodal.data.shards.cache import ShardCache
-from multimodal.data.shards.index import ShardLimits, open_remote_set, open_shard_set
-from multimodal.data.shards.members import PARTS, UNKNOWN_CRC, Members, Place, Shard, ShardTable, StoredMembers, text_sizes
-from multimodal.data.shards.storage import RemoteFiles, RemoteSettings, is_url, redacted, remote_files
-from multimodal.sample import BadSample, DamagedSample, Measure, Question, Sample
+from multimodal.data.shards.index import ShardLimits
+from multimodal.data.shards.members import PARTS, UNKNOWN_CRC, Place, Shard
+from multimodal.data.shards.opening import OpenIndexes, StoredLengths, open_shards, shard_places
+from multimodal.data.shards.storage import RemoteFiles, RemoteSettings, redacted
+from multimodal.sample import BadSample, DamagedSample, Lengths, Measure, Question, Sample
 
 __all__ = [
     "LocalShards", "Record", "RemoteShards", "ShardSource", "Span", "decode_caption", "decode_record", "encode_record",
@@ -226,22 +227,6 @@ class RemoteShards:
         return self._cache.discard(place) if was_read in (None, now) else True
 
 
-class _ByUrl(Mapping[str, Shard]):
-    """The shards of a set on a server, made when they are asked for."""
-
-    def __init__(self, table: ShardTable) -> None:
-        self._table = table
-
-    def __getitem__(self, url: str) -> Shard:
-        return self._table[self._table.by_place[url]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._table.by_place)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-
 class LocalShards:
     """Files open for reading at an offset, the first opened closed first; safe between threads and after a fork.
 
@@ -309,50 +294,13 @@ class _OpenFile:
             os.close(self.number)
 
 
-_MAPPED, _MOST_MAPPED = 2**26, 2**8  # bytes and number of the indexes that are open in one process; each takes an open file
-
-
-class _Touched:
-    """Shard number -> its members and its place. Indexes are read when they are first asked for; the first that were read leave first.
-
-    No lock where a shard is found, as in `LocalShards`; an index that leaves the table stays open for as long as somebody reads from it.
-    """
-
-    def __init__(self, table: ShardTable) -> None:
-        self.table = table
-        self._open: dict[int, tuple[Members, Place]] = {}
-        self._sizes: dict[int, int] = {}  # bytes of those that are not in memory anyway
-        self._bytes, self._lock = 0, Lock()
-
-    def __reduce__(self) -> tuple[type[_Touched], tuple[ShardTable]]:
-        return _Touched, (self.table,)  # a worker process maps its own
-
-    def __getitem__(self, number: int) -> tuple[Members, Place]:
-        return self._open.get(number) or self._opened(number)
-
-    def _opened(self, number: int) -> tuple[Members, Place]:
-        """Raises DataError where the index cannot be read."""
-        members = self.table[number].members
-        loaded = members.load() if isinstance(members, StoredMembers) else members
-        with self._lock:
-            if loaded is not members and number not in self._sizes:
-                self._sizes[number] = int(loaded.table.nbytes + loaded.ends.nbytes) + len(loaded.packed_keys)
-                self._bytes += self._sizes[number]
-            found = self._open[number] = loaded, self.table.places[number]
-            while len(self._sizes) > 1 and (self._bytes > _MAPPED or len(self._sizes) > _MOST_MAPPED):
-                first = next(iter(self._sizes))
-                self._bytes -= self._sizes.pop(first)
-                del self._open[first]
-        return found
-
-
 LIMITS = ShardLimits()
 REMOTE = RemoteSettings()
 _GAP = 2**16  # bytes between two members up to which one read is cheaper than two
 
 
 class ShardSource:
-    """The samples of a folder of shards, of a list of tar files, or of a URL with a manifest beside its shards, in the manifest's order.
+    """The samples of a folder of shards, of a URL with a manifest beside its shards, or of a list of these and of tar files, in their order.
 
     With a manifest, opening compares each file's size with it, and each read is compared with its crc32. Tar files without one
     (img2dataset's, or any that webdataset reads) are indexed by one look at their headers; `adalink shards img2dataset` writes the
@@ -368,25 +316,21 @@ class ShardSource:
 
     item_ids: tuple[int, ...] = ()
 
-    def __init__(self, shards: Path | str | Sequence[Path], *, limits: ShardLimits = LIMITS, remote: RemoteSettings = REMOTE) -> None:
+    def __init__(self, shards: Path | str | Sequence[Path | str], *, limits: ShardLimits = LIMITS, remote: RemoteSettings = REMOTE) -> None:
         """Raises DataError where a shard is missing, cut or damaged, where two have one key, and where no sample is left."""
-        self._files: Any  # reads at places: of files, or of URLs
-        if isinstance(shards, str) and is_url(shards):
-            files = remote_files(shards, remote)
-            found = open_remote_set(shards, files, limits, remote.cache)
-            self._files = RemoteShards(files, remote, _ByUrl(found.manifest.table))
-        else:
-            found = open_shard_set(Path(shards) if isinstance(shards, str) else shards, limits)
-            self._files = LocalShards()
-        table = found.manifest.table
-        self._touched = _Touched(table)
+        found = open_shards(shard_places([shards] if isinstance(shards, (Path, str)) else shards), limits, remote)
+        table = found.table
+        # reads at places: of files, or of URLs
+        self._files: Any = LocalShards() if found.files is None else RemoteShards(found.files, remote, table.by_place)
+        self._touched = OpenIndexes(table)
         self.places: Sequence[Place] = table.places
         self.shard_sizes: NDArray[np.int64] = table.rows["samples"].astype(np.int64)
         self.shard_bytes: NDArray[np.int64] = table.rows["size"].astype(np.int64)
         self._ends = array("q", np.cumsum(self.shard_sizes).tolist())  # its elements are read one by one, for which NumPy is slow
-        self.problems = found.manifest.skipped
-        self.ignored = found.manifest.ignored
-        self.fingerprint = found.manifest.fingerprint
+        self.problems = found.problems
+        self.ignored = found.ignored
+        self.fingerprint = found.fingerprint
+        self._lengths_digest = found.known.lengths if found.known is not None else ""
         if len(self) == 0:
             first = f"; {len(self.problems)} cannot be used, the first because {self.problems[0].detail}" if self.problems else ""
             raise DataError(f"the shards in {_folder(self.places[0])} hold no sample{first}")
@@ -396,12 +340,8 @@ class ShardSource:
 
     def __getitem__(self, index: int) -> Sample:
         """Raises DamagedSample, and DataError where the shard is missing or cut since it was opened."""
-        at = index + len(self) if index < 0 else index
-        if not 0 <= at < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        number = bisect_right(self._ends, at)
+        number, row = self.shard_of(index)
         members, path = self._touched[number]
-        row = at - self._ends[number] + len(members)
         key, places = members.key(row), members.table[row].tolist()
         parts, damaged = self._read(path, places)
         if damaged is not None and self._files.forget(path):
@@ -411,9 +351,17 @@ class ShardSource:
             detail = f"the {part} of {key!r} in {_name(path)}, from byte {start} on, is not what was written; fetch or write the shard again"
             raise DamagedSample(BadSample(key=key, reason="damaged bytes", detail=detail))
         try:
-            return _sample(key, at, parts, lambda place: self._further(path, place))
+            return _sample(key, index % len(self), parts, lambda place: self._further(path, place))
         except DataError as error:
             raise DamagedSample(BadSample(key=key, reason="damaged text", detail=f"{key!r} of {_name(path)}: {error}")) from error
+
+    def shard_of(self, index: int) -> tuple[int, int]:
+        """The number of the shard that holds a sample, and the sample's number in it. Raises IndexError."""
+        at = index + len(self) if index < 0 else index
+        if not 0 <= at < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = bisect_right(self._ends, at)
+        return number, at - (self._ends[number - 1] if number else 0)
 
     def _further(self, path: Any, place: Span) -> bytes:
         """The bytes of an image after the first. Raises DataError."""
@@ -431,9 +379,10 @@ class ShardSource:
         """
         return self._files.follow(plan, self.shard_bytes) if isinstance(self._files, RemoteShards) else None
 
-    def text_lengths(self, measure: Measure) -> NDArray[np.int64]:
-        """Bytes of each sample's txt member, or of its json where it has none, from the manifest: the same wherever the shards lie."""
-        return np.concatenate([text_sizes(shard.members) for shard in self._touched.table])
+    def text_lengths(self, measure: Measure) -> Lengths:
+        """Bytes of each sample's txt member, or of its json where it has none, from the indexes: the same wherever the shards lie."""
+        lengths = StoredLengths(self._touched, self.shard_sizes, self._lengths_digest)
+        return lengths if self._lengths_digest else np.asarray(lengths)
 
     def _read(self, path: Place, places: Sequence[tuple[int, int, int]]) -> tuple[dict[str, bytes], tuple[str, int] | None]:
         """The sample's parts, those that lie together in one read; and a part whose bytes are not those that were written, with its start.

@@ -17,10 +17,10 @@ import pytest
 from bad_server import served
 from made_shards import ListSource, as_first_form, everything, flip, made_sample, made_shards, tar_of
 
-from adalink.errors import DataError
-from multimodal.data.shards import index as index_module
+from adalink.errors import ConfigError, DataError
+from multimodal.data.order import BucketedOrder, SampleOrder
 from multimodal.data.shards import members as members_module
-from multimodal.data.shards import reader as reader_module
+from multimodal.data.shards import opening
 from multimodal.data.shards.check import verify_shards, write_indexes
 from multimodal.data.shards.manifest import read_manifest, write_manifest
 from multimodal.data.shards.members import (
@@ -37,7 +37,7 @@ from multimodal.data.shards.members import (
 from multimodal.data.shards.reader import ShardSource
 from multimodal.data.shards.storage import RemoteSettings
 from multimodal.data.shards.writer import write_shards
-from multimodal.sample import DamagedSample, Sample
+from multimodal.sample import DamagedSample, Sample, lengths_digest
 
 BEFORE = Path(__file__).parents[2] / "fixtures" / "before" / "shards"
 TABLE = np.array([[[512, 100, 7], [1536, 10, 8], [-1, -1, -1]], [[2560, 0, 0], [-1, -1, -1], [3072, 5, -1]]])
@@ -64,7 +64,7 @@ def test_an_index_is_read_as_it_was_written_and_shares_the_memory_of_its_file(tm
     assert (found.table.tolist(), list(found.all_keys()), found.key(1), found.largest) == (TABLE.tolist(), ["1", "é\0\n"], "é\0\n", (100, 10))
     assert not found.table.flags.writeable
     assert not found.table.flags.owndata
-    assert text_sizes(found).tolist() == [10, 5]
+    assert text_sizes(found.table).tolist() == [10, 5]
     empty = store_index(replace(shard, members=Members((), np.empty((0, 3, 3), dtype=np.int64))), tmp_path)
     assert (list(empty.members.all_keys()), empty.members.largest, len(empty.members.table)) == ([], (0, 0), 0)
 
@@ -83,7 +83,7 @@ def test_opening_reads_no_index_and_a_sample_reads_its_own(tmp_path: Path) -> No
 def test_indexes_are_bounded_in_bytes_and_every_sample_is_right_while_they_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = made_shards(tmp_path, 40, 4)
     one = len(encode_index(read_manifest(tmp_path).shards[0]))
-    monkeypatch.setattr(reader_module, "_MAPPED", 3 * one)
+    monkeypatch.setattr(opening, "_MAPPED", 3 * one)
     source = ShardSource(tmp_path)
     for index in [(start * 7) % 40 for start in range(80)]:
         assert source[index] == written[index]
@@ -96,13 +96,13 @@ def test_indexes_are_bounded_in_bytes_and_every_sample_is_right_while_they_come_
 def test_a_manifest_of_the_first_form_is_read_with_the_same_fingerprint_which_an_upgrade_retains(tmp_path: Path) -> None:
     written = made_shards(tmp_path / "a")
     present = ShardSource(tmp_path / "a")
-    fingerprint, lengths = present.fingerprint, present.text_lengths(len).tolist()  # type: ignore[arg-type]
+    fingerprint, lengths = present.fingerprint, np.asarray(present.text_lengths(len)).tolist()  # type: ignore[arg-type]
     shutil.copytree(tmp_path / "a", tmp_path / "whole")
     as_first_form(tmp_path / "a")
     older = ShardSource(tmp_path / "a")
     assert everything(older) == written.samples
     assert fingerprint == older.fingerprint == old_fingerprint(tmp_path / "a")
-    assert older.text_lengths(len).tolist() == lengths  # type: ignore[arg-type]
+    assert np.asarray(older.text_lengths(len)).tolist() == lengths  # type: ignore[arg-type]
     assert write_indexes(tmp_path / "a") == 3
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
@@ -307,7 +307,7 @@ def test_an_index_on_a_server_is_one_request_and_one_for_a_machine_with_a_cache(
 
 def test_of_many_shards_on_a_server_some_are_asked_for_at_the_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_shards(tmp_path / "web" / "set", 20, 2)
-    monkeypatch.setattr(index_module, "_ASKED", 4)
+    monkeypatch.setattr(opening, "_ASKED", 4)
     with served(tmp_path / "web") as server:
         found = ShardSource(server.url + "/set", remote=FAST)
         assert [number for number in range(10) if server.asked[f"set/shard-{number:06d}.tar"]] == [0, 3, 6, 9]
@@ -321,3 +321,56 @@ def test_a_sample_knows_nothing_of_the_form_of_its_manifest(tmp_path: Path) -> N
     samples: list[Sample] = everything(ShardSource(tmp_path))
     as_first_form(tmp_path)
     assert everything(ShardSource(tmp_path)) == samples
+
+
+def test_lengths_of_texts_are_read_shard_by_shard_and_their_check_sum_is_the_manifests(tmp_path: Path) -> None:
+    made_shards(tmp_path, 40, 4)
+    source = ShardSource(tmp_path)
+    lengths = source.text_lengths(len)  # type: ignore[arg-type]
+    whole = np.concatenate([text_sizes(shard.members.table) for shard in read_manifest(tmp_path).shards])
+    assert source._touched._open == {}
+    assert lengths[np.array([9, 8, 1, 9])].tolist() == whole[[9, 8, 1, 9]].tolist()
+    assert sorted(source._touched._open) == [0, 2]
+    assert lengths[np.empty(0, dtype=np.int64)].tolist() == []
+    assert (len(lengths), np.asarray(lengths).tolist()) == (40, whole.tolist())
+    assert lengths_digest(lengths) == hashlib.sha256(whole.tobytes()).hexdigest() == lengths_digest(whole)
+    stored, in_memory = (BucketedOrder(SampleOrder(40, 3), each, seed=3, pool=3, batch=4) for each in (lengths, whole))
+    assert [stored.sample(position) for position in range(100)] == [in_memory.sample(position) for position in range(100)]
+    assert stored.state() == in_memory.state()
+
+
+def test_patterns_name_folders_and_tar_files(tmp_path: Path) -> None:
+    for name in ("set-08", "set-09", "set-10"):
+        write_shards(ListSource([made_sample(n, f"{name}/{n}") for n in range(3)]), tmp_path / name, samples_per_shard=2)
+
+    def keys(*names: Path | str) -> list[str]:
+        return [sample.key for sample in everything(ShardSource(names))]
+
+    every = [f"set-{n}/{k}" for n in ("08", "09", "10") for k in range(3)]
+    for pattern in ("set-*", "set-{08..10}", "set-{08..10}/shard-{000000..000001}.tar", "set-*/*.tar", "set-??/*"):
+        assert keys(str(tmp_path / pattern)) == every
+    assert keys(str(tmp_path / "set-1*"), tmp_path / "set-08" / "shard-000001.tar") == [*every[6:], every[2]]
+    (tmp_path / "set-08").rename(tmp_path / "{08..10}[1]")
+    assert keys(tmp_path / "{08..10}[1]") == keys(str(tmp_path / "{08..10}[1]")) == every[:3]  # a name that is there is no pattern
+    with pytest.raises(ConfigError, match=r"no folder and no tar file matches the shards '.*/x\*'; check the path and the pattern"):
+        keys(str(tmp_path / "x*"))
+    with pytest.raises(ConfigError, match=r"the range \{10\.\.08\} of the shards .*set-\{10\.\.08\} ends before it begins"):
+        keys(str(tmp_path / "set-{10..08}"))
+
+
+def test_lists_of_urls_are_folders_and_single_shards_of_them(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_shards(ListSource([made_sample(n, f"{name}{n}") for n in range(4)]), tmp_path / "web" / name, samples_per_shard=2)
+    with served(tmp_path / "web") as server:
+
+        def keys(*names: str) -> list[str]:
+            return [sample.key for sample in everything(ShardSource([f"{server.url}/{name}" for name in names], remote=FAST))]
+
+        assert keys("b", "a") == ["b0", "b1", "b2", "b3", "a0", "a1", "a2", "a3"]
+        assert keys("a/shard-{000000..000001}.tar", "b/shard-000001.tar") == ["a0", "a1", "a2", "a3", "b2", "b3"]
+        with pytest.raises(DataError, match=r"http://.*/a/shard-000002.tar is not in the manifest of its folder; check the name"):
+            keys("a/shard-000002.tar?token=secret")
+        with pytest.raises(ConfigError, match=r"http://[^?]*/\*\.tar would need a list of what is on the server: give a range"):
+            keys("*.tar?token=secret")
+        with pytest.raises(ConfigError, match="the shards of one set are read from disks and web servers: give several sets, with mix"):
+            ShardSource([server.url + "/a", tmp_path / "web" / "b"], remote=FAST)

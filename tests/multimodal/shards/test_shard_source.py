@@ -12,6 +12,7 @@ import pytest
 from made_shards import ListSource, everything, flip, image, made_sample, made_shards, made_source, tar_of
 
 from adalink.errors import DataError
+from multimodal.data.shards import opening
 from multimodal.data.shards import reader as shard_files_module
 from multimodal.data.shards.index import ShardLimits
 from multimodal.data.shards.manifest import read_manifest
@@ -168,7 +169,7 @@ def test_a_source_pickles_small(tmp_path: Path) -> None:
 
 def test_more_shards_than_open_files_are_read_from_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_files_module, "_OPEN_FILES", 2)
-    monkeypatch.setattr(shard_files_module, "_MOST_MAPPED", 2)
+    monkeypatch.setattr(opening, "_MOST_MAPPED", 2)
     written = write_and_give(tmp_path, 12)
     source = ShardSource(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
