@@ -12,7 +12,9 @@ from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaL
 from adalink import TokenMap
 from adalink.attachment.attachment import Attachment
 from adalink.attachment.recompute import may_share_prompts, needs_whole_sequence
+from adalink.errors import ConfigError
 from multimodal.batches.collate import Batch
+from multimodal.batches.prefix_sharing import has_row_cache
 from multimodal.generation.decoding import Decoding, check_room, cuts_of, last_cut, may_decode, prefill
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.language import Language
@@ -28,6 +30,10 @@ def written_texts(language: Language, attachment: Attachment, batch: Batch, toke
     transformers' own generation runs, on rows that share nothing.
     """
     check_room(language, batch.ids.shape[1], settings)
+    if settings.cache == "static":
+        _check_static(language, attachment, token_map)
+        with attachment.bind(token_map):
+            return generated_texts(language, batch, run_generation(language, batch, settings))
     may_share = may_share_prompts(attachment, token_map)
     if settings.num_beams == 1 and may_decode(language.model, attachment, token_map):
         return _texts(language, _greedy(language, attachment, batch, token_map, settings.max_new_tokens, may_share=may_share))
@@ -69,6 +75,7 @@ def run_generation(
         length_penalty=settings.length_penalty,
         do_sample=False,
         use_cache=use_cache,
+        **({"cache_implementation": "static"} if settings.cache == "static" and cache is None and use_cache else {}),
         **({} if cache is None else {"past_key_values": cache}),  # beams refuse one that is None
         stopping_criteria=stopping,
         logits_processor=processors,
@@ -77,6 +84,13 @@ def run_generation(
         synced_gpus=False,  # where weights are split, transformers would else wait at each token for processes that generate other rows
     )
     return ids
+
+
+def _check_static(language: Language, attachment: Attachment, token_map: TokenMap) -> None:
+    """Raises ConfigError where a model has no static cache that is exact for these adapters."""
+    if not has_row_cache(language.model) or not may_decode(language.model, attachment, token_map):
+        kind = type(language.model).__name__
+        raise ConfigError(f"generation.cache is static, and {kind} with this adapter has no such cache that is exact: leave it at auto")
 
 
 def _generate(model: Any, **arguments: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from adalink.errors import CheckpointError, ConfigError
 
@@ -18,9 +18,12 @@ class GenerationSettings:
     max_new_tokens: int = 30  # eP-ALM's captions; VQA answers end sooner by themselves
     num_beams: int = 1  # 1 is greedy; 3 in eP-ALM, 5 in most captioning papers; a weak adapter does worse with more (tests/benchmarks/RESULTS.md)
     length_penalty: float = 1.0  # of beams: above 1 prefers longer texts
+    cache: Literal["auto", "static"] = "auto"  # static: keys and values in memory of one size, which transformers compiles into CUDA graphs on a GPU
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
+        if self.cache not in ("auto", "static"):
+            raise ConfigError(f"generation.cache is {self.cache!r}: give auto or static")
         if self.max_new_tokens < 1 or self.num_beams < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens} and num_beams {self.num_beams}: give 1 or more of each")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from composed import FAMILIES, N_POSITIONS, compose, excite, patches
@@ -16,6 +18,7 @@ from multimodal.generation.generate import GenerationSettings, generated_texts, 
 from multimodal.model import VisionLanguageModel
 
 QUESTIONS = ["is it red ?", "is it a big red ball ?", "is it ?", "", "is it a cube ?"]
+CACHES: tuple[Literal["auto", "static"], ...] = ("auto", "static")
 METHODS = {
     "bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text")), "prompt": Prompt(length=3, init_std=0.5),
 }  # fmt: skip
@@ -50,6 +53,27 @@ def test_a_text_does_not_depend_on_the_batch_it_is_generated_in(family: str, bea
         collate([model.row_encoder().prompt(q) for q in QUESTIONS], range(5), patches(5, seed=8), kind="patches", side="left", pad_id=0), settings
     )
     assert other_pictures != together  # and the images are looked at
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+def test_a_static_cache_gives_the_same_texts(family: str) -> None:
+    model = model_of(family)
+    batch = collate([model.row_encoder().prompt(q) for q in QUESTIONS], range(5), patches(5), kind="patches", side="left", pad_id=0)
+    seen = []
+    model.language.model.register_forward_hook(lambda module, args, kwargs, output: seen.append(type(kwargs["past_key_values"]).__name__), with_kwargs=True)
+    for beams in (1, 3):
+        texts = {cache: model.generate_batch(batch, GenerationSettings(max_new_tokens=7, num_beams=beams, cache=cache)) for cache in CACHES}
+        assert texts["static"] == texts["auto"]
+    assert {"DynamicCache", "StaticCache"} <= set(seen)
+
+
+def test_a_static_cache_is_refused_where_none_is_exact() -> None:
+    model = model_of("t5")
+    batch = collate([model.row_encoder().prompt("is it red ?")], [0], patches(1), kind="patches", side="left", pad_id=0)
+    with pytest.raises(ConfigError, match=r"generation\.cache is static, and T5ForConditionalGeneration with this adapter has no such cache that is exact: leave"):
+        model.generate_batch(batch, GenerationSettings(cache="static"))
+    with pytest.raises(ConfigError, match=r"generation\.cache is 'paged': give auto or static"):
+        GenerationSettings(cache="paged")  # type: ignore[arg-type]
 
 
 def test_no_more_than_the_new_tokens_are_generated_and_an_end_ends_it() -> None:
