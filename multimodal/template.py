@@ -24,6 +24,7 @@ class Text:
     turns    the earlier turns of the conversation, for a model that sees already: (role, text), role is user or assistant, or system for the first
     places   for each image that is read, where it stands: (number of its turn, the question's being the last; how many letters of that come before
              it). None: every image of the sample, before the text of the user's first turn
+    weight   of its loss in the batch's mean, above 0; 1 for a text of people
     """
 
     question: str
@@ -31,6 +32,7 @@ class Text:
     scores: tuple[tuple[int, float], ...] | None = None
     turns: tuple[tuple[str, str], ...] = ()
     places: tuple[tuple[int, int], ...] | None = None
+    weight: float = 1.0
 
 
 class Filled(str):

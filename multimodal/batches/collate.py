@@ -223,6 +223,7 @@ class Batch:
     kind         int64 [B, T]        the processor's token types, where it gives them
     block        int64 [B, T]        tokens of one block read each other, later ones too; -1 for those of none; None where no token reads a later one
     rope         int64 [3, B, T]     positions in time, height and width; None where the model counts tokens
+    weight       float [B, M]        of each target in the loss; None where all are 1
     score        float [B, M]        where a head chooses the answer: what each target, the number of an answer, would score; padding too
     n_targets    what the loss is divided by; the batch's own number of targets (of rows, where a head chooses) unless a training loop knows better
     keys         of the I images
@@ -243,6 +244,7 @@ class Batch:
     patches: Tensor | None = None
     taps: Tensor | None = None
     decoder_ids: Tensor | None = None
+    weight: Tensor | None = None
     score: Tensor | None = None
     prepared: ImageBatch | None = None
     vector: Tensor | None = None
@@ -285,6 +287,7 @@ def collate(
     # With a decoder, sources are positions in decoder_ids, which start at the left on either side.
     shift = [0 if row.decoder_ids else offset for row, offset in zip(rows, left, strict=True)]
     scores = [row.score for row in rows if row.score is not None]
+    weights = [row.weights for row in rows] if any(row.weight for row in rows) else []
     prepared, given = (images, None) if isinstance(images, ImageBatch) else (None, images)
     return Batch(
         ids=_padded([row.ids for row in rows], pad_id, left),
@@ -292,14 +295,15 @@ def collate(
         source=_padded([tuple(s + offset for s in row.source) for row, offset in zip(rows, shift, strict=True)], 0),
         target=_padded([row.target for row in rows], NO_TARGET),
         image=torch.tensor(image, dtype=torch.int64),
-        n_targets=sum(len(row.target) if row.score is None else 1 for row in rows),
+        n_targets=sum(map(sum, weights)) if weights else sum(len(row.target) if row.score is None else 1 for row in rows),
+        weight=_padded(weights, 0, dtype=torch.float32) if weights else None,
         pixels=given if kind == "pixels" else None,
         patches=given if kind == "patches" else None,
         taps=given if kind == "taps" else None,
         position=_padded([row.position or tuple(range(len(row.ids))) for row in rows], 0, left),
         segment=_padded([row.segment or (0,) * len(row.ids) for row in rows], 0, left) if any(row.segment for row in rows) else None,
         token_image=_padded([row.token_image for row in rows], 0, left) if rows[0].token_image else None,
-        shared_prefix=shared_prefix_of(rows, image) if side == "right" else None,
+        shared_prefix=shared_prefix_of(rows, image) if side == "right" and not weights else None,
         decoder_ids=_padded([row.decoder_ids for row in rows], pad_id) if rows[0].decoder_ids else None,
         score=_padded(scores, 0, dtype=torch.float32) if scores else None,
         prepared=prepared,

@@ -181,9 +181,10 @@ def pack_rows(rows: Sequence[Row], trained: frozenset[int] = NOTHING) -> Sequenc
         segment += [number] * (len(row.ids) - shared)
         position += range(shared, len(row.ids))
     target = tuple(t for row in rows for t in row.target)
-    packed = Row(tuple(ids), tuple(domain), tuple(source), target, segment=tuple(segment), position=tuple(position), shared_prefix=shared_prefix)
+    weight = tuple(w for row in rows for w in row.weights) if any(row.weight for row in rows) else ()
+    packed = Row(tuple(ids), tuple(domain), tuple(source), target, segment=tuple(segment), position=tuple(position), weight=weight)
     whole: dict[str, Any] = {name: tuple(values) for name, values in beside.items()}
-    return [replace(packed, **whole)]
+    return [replace(packed, shared_prefix=shared_prefix, **whole)]
 
 
 def pack_answers(rows: Sequence[Row]) -> Sequence[Row]:
@@ -281,6 +282,7 @@ def _joined(parts: Sequence[tuple[int, Row]]) -> Row:
             domain=joined.domain + row.domain,
             source=joined.source + tuple(source + start for source in row.source),
             target=joined.target + row.target,
+            weight=joined.weights + row.weights if joined.weight or row.weight else (),
             segment=joined.segment + (row.segment or (0,) * n),
             position=joined.position + (row.position or tuple(range(n))),
             token_image=joined.token_image + (number,) * n,

@@ -182,6 +182,7 @@ class Row:
     kind         [T]        the processor's token types; empty likewise
     block        [T]        tokens of one block read each other, later ones too; -1 for those of none; empty where no token reads a later one
     rope         [T]        each token's positions in time, height and width; empty where the model counts tokens
+    weight       [M]        of each target in the loss; empty where all are 1
     score        [M]        where a head chooses the answer: what each target, the number of an answer, would score; there are no sources then
     """
 
@@ -199,6 +200,12 @@ class Row:
     kind: tuple[int, ...] = ()
     block: tuple[int, ...] = ()
     rope: tuple[tuple[int, int, int], ...] = ()
+    weight: tuple[float, ...] = ()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of each target, ones where none are given."""
+        return self.weight or (1.0,) * len(self.target)
 
 
 class RowEncoder:

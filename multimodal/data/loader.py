@@ -134,7 +134,7 @@ class _Positions:
         """The rows of a sample, which in a composed model do not depend on its image; raises TextTooLong. n_images: black ones, where it is None."""
         is_blank = self.encoder.reads_images and image is None
         about = joined([self._blank] * n_images) if is_blank and isinstance(self._blank, Prepared) else image
-        return tuple(self.arrange([self.encoder.row(text, about) for text in texts]))
+        return tuple(self.arrange([_weighted(self.encoder.row(text, about), text.weight) for text in texts]))
 
     @cached_property
     def _blank(self) -> Tensor | Prepared:
@@ -157,6 +157,10 @@ class _Positions:
             return sum(max(len(row.ids) + len(row.decoder_ids) for row in rows) for rows in made) // len(draws)
         except TextTooLong:
             return 0
+
+
+def _weighted(row: Row, weight: float) -> Row:
+    return row if weight == 1 else replace(row, weight=(weight,) * len(row.target))
 
 
 class _Steps:

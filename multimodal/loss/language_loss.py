@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adalink import BASE_ROW, AdaptedModel, TokenMap
 from adalink.attachment.existing import NO_LABEL
+from adalink.errors import ConfigError
 from multimodal.batches.collate import FLEX, Batch
 from multimodal.batches.prefix_sharing import ModelCall, calls_of, check_packed
 from multimodal.loss.hidden_states import LowerStates
@@ -313,13 +314,15 @@ class LanguageLoss:
         return f"attention: {kind}, {how}"
 
     def __call__(self, batch: Batch, token_map: TokenMap) -> Tensor:
-        """float []: cross entropy summed over the batch's targets, or the divergence from what is followed.
+        """float []: cross entropy summed over the batch's targets, each times its weight, or the divergence from what is followed.
 
-        Raises ConfigError for packed rows that an adapter would mix.
+        Raises ConfigError for packed rows that an adapter would mix, and for weights where something is followed.
         """
         adapted = self.adapted
         if batch.segment is not None and adapted.active:
             check_packed(adapted.active_adapter(), batch.domain, batch.segment, batch.token_image)
+        if batch.weight is not None and self.followed is not None:
+            raise ConfigError("the batch's texts have weights, and train.teachers follows words in the place of texts: give one of them")
         batch = batch if self.lower is None else replace(batch, shared_prefix=None)
         head = self.head  # before a map is bound: to be read, it runs the model
         if not self._is_eager:
@@ -331,7 +334,7 @@ class LanguageLoss:
         for number, one in enumerate(calls):
             with one.bound(adapted), self._asked(one) as source, self._started(batch, token_map):
                 if self.followed is None:
-                    total = total + head.loss(self.call, one.arguments, source, one.target)
+                    total = total + head.loss(self.call, one.arguments, source, one.target, batch.weight)
                 else:
                     hidden, own, finish = head.states(self.call, one.arguments, source)
                     total = total + self.followed.loss(hidden, taught[number], one.target, own, finish, targets_at_once(_vocabulary(own)))
@@ -349,6 +352,17 @@ class LanguageLoss:
             with one.bound(self.adapted), self._asked(one) as source:
                 found.append(self.head.states(self.call, one.arguments, source)[0])
         return found
+
+    def of_rows(self, batch: Batch, token_map: TokenMap) -> Tensor:
+        """float [B]: cross entropy summed over the targets of each row, which is one text's."""
+        head = self.head
+        (one,) = calls_of(self.adapted, replace(batch, shared_prefix=None), token_map)
+        with one.bound(self.adapted), self._asked(one) as source:
+            hidden, own, finish = head.states(self.call, one.arguments, source)
+        scores = finish(own(hidden))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).flatten(0, 1)
+        losses = nn.functional.cross_entropy(scores, one.target.flatten(), ignore_index=NO_LABEL, reduction="none")
+        return losses.view_as(one.target).sum(1)
 
     @property
     def _is_eager(self) -> bool:

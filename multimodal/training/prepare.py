@@ -23,8 +23,9 @@ from multimodal.batches.tokenize import Row
 from multimodal.loss.answer_head import AnswerHead
 from multimodal.loss.hidden_states import LayersBelow, LowerStates
 from multimodal.loss.teachers import Followed
-from multimodal.model import VisionLanguageModel, saved_template
+from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
+from multimodal.template import saved_template
 from multimodal.training.settings import Compile, Teachers, TrainSettings
 
 __all__ = [

@@ -63,6 +63,7 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
     "demo": Entry("demo", "DEMO", "train and evaluate both tasks on the embedded scenes, offline"),
     "train": Entry("train", "TRAIN", "train an adapter, evaluate it, write its report"),
     "evaluate": Entry("train", "EVALUATE", "evaluate a saved adapter: official results.json, metrics.json, report.html"),
+    "selftrain": Entry("lifecycle.selftrain", "SELFTRAIN", "train from few labels and many images without, in sessions"),
     "features": Entry("train", "FEATURES", "write the encoder's features of a run's images once; runs then read them"),
     "compose": Entry("plan", "COMPOSE", "what would be built of two frozen parts and methods, and its memory; loads nothing"),
     "methods": Entry("plan", "METHODS_LIST", "every method: what it computes, where it edits, its settings, what it trains"),

@@ -288,7 +288,7 @@ def _underscored(argument: str) -> str:
 # ----------------------------------------
 # A data set that is one path: `--data.train captions.csv` is `--data.train.path captions.csv`, in a config file too.
 
-_DATA_SETS = ("--data.train", "--data.val", "--val", "--search", "--data")
+_DATA_SETS = ("--data.train", "--data.val", "--val", "--search", "--data", "--unlabelled")
 _SETTINGS = (".yaml", ".yml")  # such a file holds settings of a data set, and is none
 
 

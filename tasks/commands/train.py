@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from tasks.data.sources import Opened
     from tasks.runs.run import Evaluation
 
-__all__ = ["EVALUATE", "FEATURES", "TRAIN", "Sweep", "results_table", "swept"]
+__all__ = ["EVALUATE", "FEATURES", "TRAIN", "Sweep", "config_text", "results_table", "run_config", "swept"]
 
 
 def _train(values: Any, plain: Any) -> None:
     from tasks.runs.run import train_run
 
-    evaluation = train_run(_config(values), _config_text(plain.as_dict()), resume=values.resume)
+    evaluation = train_run(run_config(values), config_text(plain.as_dict()), resume=values.resume)
     _display(evaluation, values.out)
 
 
@@ -59,7 +59,7 @@ def _evaluate(values: Any, plain: Any) -> None:
     # The config of the run names the run's own folder, whose metrics and report stay what the training made them.
     out = values.out if values.out is not None and values.out.resolve() != run else values.adapter.parent / "evaluation"
     settings = settings_of(values.adapter, values)
-    text = _config_text({**plain.as_dict(), **{name: settings[name] for name in SAVED}})
+    text = config_text({**plain.as_dict(), **{name: settings[name] for name in SAVED}})
     _display(evaluate_run(RunConfig(**settings), text, values.adapter, out, values.submission, allow_other_base=values.allow_other_base), out)
 
 
@@ -97,12 +97,13 @@ def _add_evaluate(parser: Any) -> None:
     parser.add_class_arguments(Submission, "submission")
 
 
-def _config(values: Any) -> RunConfig:
+def run_config(values: Any) -> RunConfig:
+    """The settings of a run, of a command's parsed values."""
     names = RunConfig.__dataclass_fields__
     return RunConfig(**{name: values[name] for name in names})
 
 
-def _config_text(plain: Mapping[str, Any]) -> str:
+def config_text(plain: Mapping[str, Any]) -> str:
     """The settings as they were used, as YAML that `--config` reads again, from any folder: paths are absolute."""
     content = {name: value for name, value in plain.items() if name in RunConfig.__dataclass_fields__}
     return yaml.safe_dump(_plain(content), sort_keys=False)

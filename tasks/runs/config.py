@@ -26,7 +26,7 @@ TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
 if TYPE_CHECKING:
     from adalink import FrozenPart, Method
 
-__all__ = ["Data", "Methods", "Parts", "RunConfig", "check_groups", "chosen_methods", "class_paths", "setting_names"]
+__all__ = ["Data", "Methods", "Parts", "RunConfig", "SelfTraining", "check_groups", "chosen_methods", "class_paths", "setting_names"]
 
 # One optional setting for each method there is, so that types and errors come from the method's own dataclass. Types are texts, which are read when
 # arguments are parsed: a method needs torch, and help does not.
@@ -190,6 +190,29 @@ class RunConfig:
         """The task with its settings."""
         tasks: Mapping[str, Task] = {"captioning": self.captioning, "vqa": self.vqa}
         return tasks[self.task]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTraining:
+    """How an adapter trains the next one on images without labels (LiST)."""
+
+    sessions: int = 3  # trainings after the first one, which learns from the labelled images alone
+    share: float = 0.5  # of the images in a training stream, those with texts of the teacher; 0: none
+    weights: Literal["meta", "confidence", "none"] = "meta"  # meta: confident texts, by what they are worth to held-out labels; none: all texts alike
+    keep: float = 0.5  # the most confident share of the teacher's texts that is learned from at most
+    precision: float = 0.9  # of answers, learn from those as confident as held-out ones of which this share is right
+    held_out: float = 0.2  # share of the labelled images that no session learns from: they weigh texts and choose the session
+    patience: int = 2  # stop after so many sessions that are no better on the held-out images
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.sessions < 1 or self.patience < 1:
+            raise ConfigError(f"selftrain.sessions is {self.sessions} and selftrain.patience {self.patience}: give 1 or more")
+        if not 0 <= self.share < 1 or not 0 <= self.keep <= 1 or not 0 < self.precision <= 1 or not 0 < self.held_out < 1:
+            raise ConfigError(
+                f"selftrain.share is {self.share}, keep {self.keep}, precision {self.precision} and held_out {self.held_out}: "
+                "give shares from 0 to 1, and leave some labelled images to learn from"
+            )
 
 
 def setting_names() -> list[str]:

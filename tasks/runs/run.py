@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def refuse_taken(out: Path, *, resume: bool) -> None:
         raise ConfigError(f"the run folder {out} is there already: give another `out`, or --resume to go on with it")
 
 
-_SILENT = (None, False, 0, "", "auto", "none", {})  # values of a setting that changes nothing
+_SILENT: tuple[object, ...] = (None, False, 0, "", "auto", "none", {})  # values of a setting that changes nothing
 
 
 def changed_config(file: Path, config_text: str) -> list[str]:
@@ -183,8 +183,10 @@ class Evaluation:
     warning: str
 
 
-def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> Evaluation:
+def train_run(config: RunConfig, config_text: str, *, resume: bool = False, texts_of: Callable[[Texts], Texts] = lambda texts: texts) -> Evaluation:
     """Train, save, evaluate with and without the right images, and write the report into the run folder.
+
+    texts_of   what is learned in the place of the task's texts of a sample, such as the same with weights
 
     Raises ConfigError where the config names no run folder or no training data, or the folder is taken.
     """
@@ -213,8 +215,8 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False) -> E
         _log(before[UNTRAINED].note)
         measurement = _Measurement(model, images, task, texts, config)
         trained = train(
-            model, opened.source, texts, config.train, folder, resume=resume, patches=features, known_bad=opened.problems, measure=measurement.metrics,
-            judged_by=before[UNTRAINED].headline, samples=measurement.samples,
+            model, opened.source, texts_of(texts), config.train, folder, resume=resume, patches=features, known_bad=opened.problems,
+            measure=measurement.metrics, judged_by=before[UNTRAINED].headline, samples=measurement.samples,
         )  # fmt: skip
         _log_skipped("training", trained.bad)
         best = "weights of step {}, the best of the run by {} ({:.2f})".format(*trained.best) if trained.best else ""
