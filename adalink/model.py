@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -164,6 +165,8 @@ class AdaptedModel(nn.Module):
         path = local_folder(folder)
         config = read_config(path)
         config.check_base(self._parts(config.modules_to_save), str(folder), allow_other_base=allow_other_base)
+        if config.derived.get("verb") == "port" and config.derived["settings"]["measured"] is None:
+            warnings.warn(f"the adapter in {folder} was ported to this model and never measured on it: port it with --data", stacklevel=2)
         adapter = self._new(name, config.methods, config.modules_to_save).eval()
         load_weights(path, adapter)
         before = self.active

@@ -34,8 +34,8 @@ from tasks.runs.config import Parts, RunConfig
 from tasks.scenes.parts import part_folder
 
 __all__ = [
-    "adapters_on", "compose", "composed_tower", "existing_tower", "features_to_learn", "features_to_log", "found_part", "frozen_model", "frozen_of",
-    "load_adapted", "located", "log", "read_saved", "size_of",
+    "adapters_on", "compose", "composed_tower", "existing_tower", "features_to_learn", "features_to_log", "found_part", "frozen_for", "frozen_model",
+    "frozen_of", "is_of_task", "load_adapted", "located", "log", "read_saved", "size_of",
 ]  # fmt: skip
 
 
@@ -74,7 +74,9 @@ def _existing(name: str, base: BaseSettings) -> tuple[Language, Any]:
     return dataclasses.replace(language, model=on_device(language.model, process_state().device), name=located(name)), processor
 
 
-_TASK = {"task", "prompt", "target", "layer"}
+def is_of_task(config: AdapterConfig) -> bool:
+    """Whether an adapter's config names a task and its words, as those that `adalink train` saves do."""
+    return "language_model" in config.base and {"task", "prompt", "target", "layer"} <= set(config.task)
 
 
 def found_part(name: str) -> str | Path:
@@ -86,7 +88,7 @@ def found_part(name: str) -> str | Path:
 def read_saved(folder: Path) -> AdapterConfig:
     """The config of an adapter that `adalink train` saved: it names both frozen parts and the task. Raises CheckpointError for another one."""
     config = AdaptedModel.read_config(folder)
-    if "language_model" not in config.base or not set(config.task) >= _TASK:
+    if not is_of_task(config):
         raise CheckpointError(f"the adapter in {folder} was not saved by `adalink train`: it names no frozen parts with a task")
     return config
 
@@ -106,7 +108,7 @@ def load_adapted(
     """
     config = read_saved(folder)
     given = Parts(model=model, encoder=encoder, language_model=language_model, image_tokens=image_tokens or ImageTokens(), base=base)
-    loaded = _frozen_of(config, given)
+    loaded = frozen_for(config, given)
     loaded.load_adapter(folder, "default", allow_other_base=allow_other_base)
     return loaded, dict(config.task)
 
@@ -116,7 +118,7 @@ def adapters_on(
 ) -> VisionLanguageModel:
     """The frozen parts that the first adapter names, unless others are given, with all adapters on them under their names."""
     config = read_saved(next(iter(folders.values())))
-    loaded = _frozen_of(config, Parts(model=model, encoder=encoder, language_model=language_model))
+    loaded = frozen_for(config, Parts(model=model, encoder=encoder, language_model=language_model))
     for name, folder in folders.items():
         loaded.load_adapter(folder, name, activate=False, allow_other_base=allow_other_base)
     return loaded
@@ -125,12 +127,13 @@ def adapters_on(
 def frozen_of(folder: Path, *, encoder: str | None = None, language_model: str | None = None, model: str | None = None) -> AdaptedModel:
     """The frozen model of a saved adapter with nothing on it, on which its start is drawn again. Parts as in `load_adapted`."""
     config = AdaptedModel.read_config(folder)
-    if set(config.task) >= _TASK:
-        return _frozen_of(read_saved(folder), Parts(model=model, encoder=encoder, language_model=language_model)).adapted
+    if is_of_task(config):
+        return frozen_for(read_saved(folder), Parts(model=model, encoder=encoder, language_model=language_model)).adapted
     return AdaptedModel(load_language(found_part(model or language_model or config.base["language_model"].name)).model)
 
 
-def _frozen_of(config: AdapterConfig, given: Parts) -> VisionLanguageModel:
+def frozen_for(config: AdapterConfig, given: Parts) -> VisionLanguageModel:
+    """The frozen parts that a saved adapter's config names, or those that are given, as one model."""
     template = saved_template(config.task)
     assert template is not None
     return frozen_model(given.over(Parts.of(config.base, config.task)), template=template, layer=config.task["layer"], use=use_for(config.task))

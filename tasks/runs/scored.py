@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from multimodal.generation.settings import GenerationSettings, saved_generation
 from multimodal.model import VisionLanguageModel
 from tasks.captioning import Captioning
 from tasks.data.sources import DataConfig
+from tasks.evaluation.compare import Comparison, compare_answers, compare_captions
 from tasks.evaluation.evaluate import ReadImages, is_graded, predict, read_images
+from tasks.metrics.bootstrap import Resampling
 from tasks.runs.compose import load_adapted
 from tasks.task import Score, Task
-from tasks.vqa import Vqa
+from tasks.vqa import Vqa, graded_question
 
 __all__ = ["Answers", "ScoredAdapter"]
 
@@ -52,14 +55,31 @@ class ScoredAdapter:
         Raises as `load_adapted`; DataError where nothing of the data set can be used or scored.
         """
         loaded, saved = load_adapted(adapter, encoder=encoder, language_model=language_model, model=model)
+        return cls.of(loaded, saved, data)
+
+    @classmethod
+    def of(cls, loaded: VisionLanguageModel, saved: Mapping[str, Any], data: DataConfig) -> ScoredAdapter:
+        """The same of a model with its adapter, and what the adapter's config says of its task.
+
+        Raises ConfigError where it was trained for none, DataError where nothing of the data set can be used or scored.
+        """
         tasks: Mapping[str, Task] = {"captioning": Captioning(), "vqa": Vqa()}
         if saved["task"] not in tasks:
-            raise ConfigError(f"the adapter in {adapter} was trained for {saved['task']}, which is not scored: give one of {', '.join(tasks)}")
+            raise ConfigError(f"the adapter was trained for {saved['task']}, which is not scored: give one of {', '.join(tasks)}")
         opened, task = data.open(), tasks[saved["task"]]
         if not is_graded(task, opened.source):
             raise DataError("the data set has nothing that people wrote, so no score can be had from it: give a validation split, not a test split")
         encoded = pixel_table(opened.source, loaded.tower.preprocess, label="reading") if loaded.changes_features else encode_all(loaded, opened.source)
         return cls(model=loaded, images=read_images(opened, encoded), task=task, settings=saved_generation(saved))
+
+    def compared(self, before: Answers, after: Answers, resampling: Resampling) -> Comparison:
+        """What two models wrote about the same items, side by side. Raises DataError where one of them left some out."""
+        samples = [self.images.source[index] for index in range(len(self.images.source))]
+        if self.task.name == "captioning":
+            people = {sample.image_id: sample.captions for sample in samples if sample.image_id in after.texts}
+            return compare_captions(before.texts, after.texts, people, resampling=resampling)
+        asked = [graded_question(question) for sample in samples for question in sample.questions if question.question_id in after.texts]
+        return compare_answers(before.texts, after.texts, asked, resampling=resampling)
 
     def answers(self, weights: Mapping[str, Tensor] | None = None) -> Answers:
         """With the weights that the adapter has, or with others of the same names, which it then keeps."""

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from adalink.lifecycle.flat import Flat
     from tasks.runs.scored import ScoredAdapter
 
-__all__ = ["COMPRESS", "DECOMPRESS", "compress_adapter", "decompress_adapter"]
+__all__ = ["CLASSES", "COMPRESS", "DECOMPRESS", "compress_adapter", "add_folder", "decompress_adapter"]
 
 KEEPS = (0.05, 0.1, 0.2, 0.3, 0.5)  # what a search tries: the paper's values
 ALPHAS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+CLASSES = (f"{DataConfig.__module__}.{DataConfig.__qualname__}",)  # that settings may be
 TRIES_FILE = "search.json"
 
 
@@ -128,18 +129,15 @@ def decompress_adapter(*, adapter: Path, out: Path, encoder: str | None = None, 
     print(f"wrote {out}: {_bytes(out):,} bytes of weights")
 
 
+def add_folder(parser: Any, function: Callable[..., None], *without: str) -> None:
+    """The arguments of a function, the adapter folder first and without a name; but not those `without`."""
+    comments_as_help(DataConfig)
+    parser.add_argument("adapter", type=Path, metavar="DIR", help="the adapter folder")
+    parser.add_function_arguments(function, skip={"adapter", *without})
+
+
 def _of_folder(function: Callable[..., None], *examples: str) -> Command:
-    """A command whose first argument is an adapter folder, without a name."""
-
-    def add(parser: Any) -> None:
-        comments_as_help(DataConfig)
-        parser.add_argument("adapter", type=Path, metavar="DIR", help="the adapter folder")
-        parser.add_function_arguments(function, skip={"adapter"})
-
-    def run(values: Any, plain: Any) -> None:
-        function(**dict(vars(values)))
-
-    return Command(add, run, examples)
+    return Command(lambda parser: add_folder(parser, function), lambda values, plain: function(**dict(vars(values))), examples, classes=CLASSES)
 
 
 COMPRESS = _of_folder(

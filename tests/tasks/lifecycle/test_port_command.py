@@ -1,0 +1,128 @@
+"""`adalink port`: an updated language model takes a saved adapter where words and scores allow it; else nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_run import adalink, refused
+from scenes_adapters import trained_adapter
+
+from adalink.checkpoint.compressed import COMPRESSED_FILE
+from adalink.checkpoint.folder import CONFIG_FILE, WEIGHTS_FILE
+from multimodal.data.images.decode import decode_image
+from multimodal.language import load_language
+from tasks.commands.lifecycle.port import REPORT_FILE
+from tasks.runs.compose import load_adapted
+from tasks.runs.ported import ALONE, OLD, PORTED
+from tasks.scenes.dataset import Scenes
+from tasks.scenes.parts import language_folder
+
+OLD_BASE = ("--old", "scenes:language")
+DATA = ("--data.scenes", "val/8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fixture's caption adapter: CIDEr 160.7 on 200 scenes."""
+    return trained_adapter(tmp_path_factory.mktemp("adapters"), "captioning")[0]
+
+
+@pytest.fixture(scope="module")
+def updates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Language models like the embedded one: the same, a little further, destroyed; and one whose words are in another order."""
+    made, top = {}, tmp_path_factory.mktemp("updates")
+    for name, eps in {"same": 0.0, "further": 0.01, "destroyed": 1.0, "permuted": 0.0}.items():
+        made[name] = shutil.copytree(language_folder(), top / name)
+        model, generator = load_language(made[name]).model, torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(eps * parameter.std() * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+        model.save_pretrained(made[name])
+    file = made["permuted"] / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    first, second = [word for word, token in words.items() if token in (40, 41)]
+    words[first], words[second] = words[second], words[first]
+    file.write_text(json.dumps(content))
+    return made
+
+
+def test_a_port_onto_the_same_base_changes_what_the_adapter_is_bound_to_alone(folder: Path, updates: dict[str, Path], tmp_path: Path) -> None:
+    done = adalink("port", folder, "--language_model", updates["same"], *OLD_BASE, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "the weights are those of the old model, rounded to another precision at most" in done.out
+    assert (tmp_path / "out" / WEIGHTS_FILE).read_bytes() == (folder / WEIGHTS_FILE).read_bytes()
+    was, now = (json.loads((one / CONFIG_FILE).read_text()) for one in (folder, tmp_path / "out"))
+    assert now.pop("derived")["settings"] == {"from": {role: part["fingerprint"] for role, part in was["base"].items()}, "measured": None}
+    assert now["base"]["language_model"].pop("name") == str(updates["same"])
+    was["base"]["language_model"].pop("name")
+    assert now == was
+    images = [decode_image(image) for sample in (Scenes(split="val", size=2)[index] for index in range(2)) for image in sample.images]
+    own, _ = load_adapted(folder)
+    with pytest.warns(UserWarning, match="was ported to this model and never measured on it"):
+        ported, _ = load_adapted(tmp_path / "out")
+    stored = own.adapted.active_adapter().tensors()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in ported.adapted.active_adapter().tensors().items())
+    assert own.generate(images, [""] * 2) == ported.generate(images, [""] * 2)
+
+
+def test_an_update_is_measured_and_the_folder_says_what_was_found(folder: Path, updates: dict[str, Path], tmp_path: Path) -> None:
+    small, out = tmp_path / "small", tmp_path / "out"
+    assert adalink("compress", folder, "--out", small, "--start", "zero").code == 0
+    done = adalink("port", small, "--language_model", updates["further"], *OLD_BASE, *DATA, "--out", out, "--most_negative_flips", "1")
+    assert done.code == 0, done.err
+    assert (out / COMPRESSED_FILE).read_bytes() == (small / COMPRESSED_FILE).read_bytes()
+    report, settings = json.loads((out / REPORT_FILE).read_text()), json.loads((out / CONFIG_FILE).read_text())["derived"]["settings"]
+    scores = report["scores"]["scores"]
+    assert list(scores) == [OLD, ALONE, PORTED]
+    assert scores[OLD] > 100 > 60 > scores[ALONE]
+    assert report["scores"]["gain_interval"][0] > 0
+    assert settings["measured"] == {**report["scores"], "sentence": report["sentence"]}
+    assert f"{scores[PORTED]:.2f} with the ported adapter" in done.out
+    assert report["sentence"] in done.out
+    assert 0.009 < report["drift"][0]["relative"] < 0.02
+    assert f"{report['drift'][0]['name']}" in done.out
+    evaluated = adalink("evaluate", "--adapter", out, "--data.val.scenes", "val/8", "--out", tmp_path / "evaluation")
+    assert evaluated.code == 0, evaluated.err
+    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert "never measured" not in evaluated.err
+    refusal = refused(adalink("evaluate", "--adapter", out, "--language_model", "scenes:language", "--data.val.scenes", "val/8", "--out", tmp_path / "no"))
+    assert "but this one is scenes:language" in refusal
+
+
+def test_a_base_that_was_destroyed_is_refused_with_three_and_accepted_by_name(folder: Path, updates: dict[str, Path], tmp_path: Path) -> None:
+    given = ("port", folder, "--language_model", updates["destroyed"], *OLD_BASE, *DATA, "--out", tmp_path / "out")
+    done = adalink(*given)
+    assert done.code == 3
+    assert "the ported adapter is not surely better than the new base alone: CIDEr" in done.err
+    assert list(tmp_path.iterdir()) == []
+    accepted = adalink(*given, "--accept", "true")
+    assert accepted.code == 0, accepted.err
+    assert "accepted: the ported adapter is not surely better" in accepted.out
+    card = (tmp_path / "out" / "README.md").read_text()
+    scores = json.loads((tmp_path / "out" / REPORT_FILE).read_text())["scores"]["scores"]
+    assert "accepted: the ported adapter is not surely better" in card
+    assert all(str(value) in card for value in scores.values())
+
+
+def test_flips_above_the_limit_are_refused_with_three(folder: Path, updates: dict[str, Path], tmp_path: Path) -> None:
+    given = ("port", folder, "--language_model", updates["destroyed"], *OLD_BASE, *DATA, "--out", tmp_path / "out")
+    assert adalink(*given, "--most_negative_flips", "0.01").code == 3
+    assert "give a share from 0 to 1" in refused(adalink(*given, "--most_negative_flips", "2"))
+    assert "give --old and --data" in refused(adalink("port", folder, "--language_model", updates["same"], "--most_negative_flips", "0.1", "--out", tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused_ends_with_two_and_leaves_nothing(folder: Path, updates: dict[str, Path], tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
+    assert "the new base is not given" in refused(adalink("port", folder, *out))
+    assert "2 of " in (sentence := refused(adalink("port", folder, "--language_model", updates["permuted"], *OLD_BASE, *out)))
+    assert f"token ids mean other words in {updates['permuted']} (first: 40 " in sentence
+    assert "was trained with another tokenizer" in refused(adalink("port", folder, "--language_model", updates["permuted"], *out))
+    assert "was trained on the language model scenes:language" in refused(adalink("port", folder, "--language_model", updates["same"], "--old", updates["further"], *out))
+    assert "was trained on a composed model" in refused(adalink("port", folder, "--model", updates["same"], *out))
+    assert list(tmp_path.iterdir()) == []
