@@ -92,7 +92,7 @@ class _Positions:
         """From now on shards on servers are fetched as this rank reads them. Raises ConfigError where their cache is too small for that."""
         sets = map(innermost, sets_of(self.source))
         plans = zip(sets, reading_plan(self.order, rank, world, batch_size), strict=True)
-        found = [one.follow(plan) for one, plan in plans if plan is not None and isinstance(one, ShardSource)]
+        found = [one.follow(plan) for one, plan in plans if isinstance(one, ShardSource)]
         self._ahead = tuple(ahead for ahead in found if ahead is not None)
         check_room(self._ahead)
 

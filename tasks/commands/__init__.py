@@ -100,6 +100,7 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
         "to": Entry("shards", "TO", "write any data set, shards too, as parquet"),
         "img2dataset": Entry("shards", "IMG2DATASET", "write the manifest of shards that img2dataset made"),
         "check": Entry("shards", "CHECK", "check every byte of shards against their manifest"),
+        "plan": Entry("shards", "PLAN", "what reading a large set from a store needs, and how fast it can be; reads nothing"),
     },
     "launch": Entry("launch", "LAUNCH", "run a command on several GPUs or nodes, with accelerate's launcher"),
     "doctor": Entry("doctor", "DOCTOR", "what is installed, which device and kernels are used, and what is missing"),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tasks.data.arrow.write import WrittenParquet
     from tasks.data.sources import DataConfig, Opened
 
-__all__ = ["CHECK", "FROM", "IMG2DATASET", "TO", "shards_check", "shards_from", "shards_img2dataset", "shards_to"]
+__all__ = ["CHECK", "FROM", "IMG2DATASET", "PLAN", "TO", "shards_check", "shards_from", "shards_img2dataset", "shards_to"]
 
 _FAULTS_DISPLAYED = 10
 
@@ -154,6 +154,47 @@ def _to(values: Any, plain: Any) -> None:
     shards_to(data_set_of(values, _WITHOUT), **writing)
 
 
+_NUMBERS = {  # of a plan, with units
+    "samples": ("samples", None, "images of the set, such as 400M"),
+    "bytes": ("sample_bytes", "100KB", "mean size of a sample, image and texts"),
+    "bandwidth": ("bandwidth", "1.25GB/s", "from the store to each machine, in a second"),
+    "disk": ("disk", "2GB/s", "of each machine, reading and writing together, in a second"),
+    "rate": ("rate", "inf", "images that a rank trains in a second; inf: not known"),
+    "decode": ("decode", "100", "images that a worker process decodes in a second"),
+}
+_COUNTS = {
+    "samples_per_shard": (1000, "images in one shard"),
+    "ranks": (8, "processes that train"),
+    "ranks_per_node": (8, "of them on one machine"),
+    "batch_size": (16, "images of each rank in a step"),
+    "workers": (8, "worker processes of each rank"),
+    "window": (16, "as train.window"),
+    "ahead": (2, "windows that are fetched before they are read"),
+    "connections": (8, "shards that a machine fetches at a time"),
+}
+
+
+def _add_plan(parser: Any) -> None:
+    for name, (_, default, about) in _NUMBERS.items():
+        parser.add_argument(f"--{name}", default=default, required=default is None, help=about)
+    for name, (count, about) in _COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, default=count, help=about)
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds from a request to its first byte")
+    parser.add_argument("--apart", type=bool, default=True, help="machines read shards of their own: not where sets are mixed or bucket_pool is set")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _plan(values: Any, plain: Any) -> None:
+    """Print what both orders need, and how fast they are."""
+    from tasks.planning.shards import ReadingSetup, parsed_number, plan_reading, reading_as_json, reading_as_text
+
+    given: dict[str, Any] = {name: values[name] for name in (*_COUNTS, "latency", "apart")}
+    given |= {field: parsed_number(str(values[name])) for name, (field, _, _) in _NUMBERS.items()}
+    setup = ReadingSetup(**{**given, "samples": int(given["samples"])})
+    plans = plan_reading(setup, "shards"), plan_reading(setup, "global")
+    print(reading_as_json(setup, plans) if values.json else reading_as_text(setup, plans))
+
+
 FROM = Command(
     _add_from, _from,
     ("adalink shards from photographs --out shards/photographs", "adalink shards from captions.csv --images images --out shards/train"),
@@ -162,6 +203,11 @@ FROM = Command(
 TO = Command(
     _add_to, _to, ("adalink shards to shards/train --out train.parquet", "adalink shards to captions.csv --images images --out parquet/train"),
     first=("path", "out", "images", "columns", "format", "split", "samples_per_file", "bad_samples"),
+)  # fmt: skip
+PLAN = Command(
+    _add_plan, _plan,
+    ("adalink shards plan --samples 400M --bytes 100KB --ranks 1024 --bandwidth 1.25GB/s",
+     "adalink shards plan --samples 12M --bytes 80KB --ranks 8 --latency 0.1 --rate 300 --json"),
 )  # fmt: skip
 IMG2DATASET = Command.of(shards_img2dataset, "adalink shards img2dataset --shards downloaded --bad-samples 100")
 CHECK = Command.of(shards_check, "adalink shards check --shards shards/train", "adalink shards check --shards shards/older --upgrade true")

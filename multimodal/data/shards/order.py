@@ -58,6 +58,10 @@ class ShardOrder:
         epoch, place = divmod(position, self.n_samples)
         return epoch * self.n_windows + int(np.searchsorted(self._epoch(epoch)[1], place, side="right"))
 
+    def first_position(self, window: int) -> int:
+        """The first position of a window."""
+        return self._bounds(window)[0]
+
     def shards_of(self, window: int, parts: Sequence[int] | None = None) -> NDArray[np.int64]:
         """int64 [shards]: the numbers of a window's shards, as they come; of some of its parts alone where they are given."""
         shards = self._shards(window)
@@ -98,7 +102,7 @@ class ShardOrder:
         found = self._epochs.get(epoch)
         if found is None:
             shards = epoch_permutation(len(self._sizes), self.seed, epoch)
-            found = shards, np.cumsum(np.add.reduceat(self._sizes[shards], self._borders[:-1]))
+            found = shards, np.cumsum(np.add.reduceat(np.take(self._sizes, shards), self._borders[:-1]))
             self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: found}  # a new one, since threads may read the one before
         return found
 

@@ -200,9 +200,10 @@ class RemoteShards:
         self._cache = ShardCache(settings, files, shards) if settings.cache is not None else None
         self._finder: Ahead | ShardCache | None = self._cache
 
-    def follow(self, plan: Plan, sizes: NDArray[np.int64]) -> Ahead | None:
+    def follow(self, plan: Plan | None, sizes: NDArray[np.int64]) -> Ahead | None:
         """Fetch shards as a stream reads them, where there is a cache; sizes: bytes of each. Raises ConfigError where it is too small."""
-        if self._cache is None:
+        self._finder = self._cache
+        if self._cache is None or plan is None:
             return None
         self._finder = ahead = Ahead(self._cache, sizes, plan, self._local.close)
         return ahead
@@ -372,10 +373,10 @@ class ShardSource:
             raise DataError(f"an image from byte {place.offset} on is not what was written; fetch or write the shard again")
         return data
 
-    def follow(self, plan: Plan) -> Ahead | None:
+    def follow(self, plan: Plan | None) -> Ahead | None:
         """Fetch shards in the order of a stream, which from now on says `at(position)` before each sample; None where all of them are at hand.
 
-        Raises ConfigError where the cache is smaller than one window of the order.
+        plan: None where the stream's order does not say what it reads next. Raises ConfigError where the cache is smaller than one window of the order.
         """
         return self._files.follow(plan, self.shard_bytes) if isinstance(self._files, RemoteShards) else None
 
