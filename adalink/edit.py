@@ -6,6 +6,7 @@ Every method answers three questions: where in depth (a port), where in the sequ
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -18,7 +19,7 @@ from adalink.errors import AttachError, ConfigError
 from adalink.tokens import DOMAIN_NAMES, N_DOMAINS, PERCEPT, PREFIX, Tokens
 
 __all__ = [
-    "COPIES", "EMBEDDING", "Adapter", "Edit", "FrozenModule", "Joint", "Method", "Placement", "Port", "ReadsFrozen", "Slots", "execution_device",
+    "COPIES", "EMBEDDING", "Adapter", "Edit", "FixedLinear", "FrozenModule", "Joint", "Method", "Placement", "Port", "ReadsFrozen", "Slots", "execution_device",
     "joins", "read_frozen", "tied_names", "weight_of",
 ]  # fmt: skip
 
@@ -77,6 +78,34 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 def _device(device: int | str | torch.device) -> torch.device:
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+# ----------------------------------------
+# A matrix that is drawn once for all adapters, and never trained.
+
+
+class FixedLinear(nn.Module):
+    """x W^T + b, where W [R, D] is drawn from a seed that its key gives, whatever the run's seed is, and b is 0 (None without a bias).
+
+    Both are buffers: a folder holds them, no optimizer does, and adapters of one key have the same.
+    std: of the normal draw; None: torch's own uniform one for linears, within 1 / sqrt(D).
+    """
+
+    def __init__(self, key: str, width: int, rank: int, *, bias: bool = False, std: float | None = None) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.register_buffer("weight", torch.empty(rank, width))
+        self.register_buffer("bias", torch.zeros(rank) if bias else None)
+        if self.weight.is_meta:
+            return
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{key}.{rank}.{width}".encode()).digest()[:7], "big"))
+        drawn = torch.empty(rank, width, device="cpu", dtype=torch.float32)
+        drawn = drawn.normal_(0, std, generator=generator) if std else drawn.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+        self.weight.copy_(drawn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class Port(NamedTuple):

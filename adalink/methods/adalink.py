@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
-from adalink.edit import EMBEDDING, Placement, Slots
+from adalink.edit import EMBEDDING, FixedLinear, Placement, Slots
 from adalink.errors import ConfigError, check_tuples
 from adalink.tokens import ANSWER, IMAGE, TEXT, Tokens
 
@@ -27,18 +27,21 @@ ACTIVATIONS = {"identity": nn.Identity, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Bottleneck(nn.Module):
-    """h + up(act(down(h))). It starts as the identity: up is zero. Parameters: 2 D R, and D + R with a bias."""
+    """h + up(act(down(h))). It starts as the identity: up is zero. Parameters: 2 D R, and D + R with a bias.
 
-    def __init__(self, width: int, rank: int, activation: Literal["identity", "gelu", "relu"], bias: bool) -> None:
+    fixed: the key of a down projection that is not trained, and the same in every adapter of that key; None: it is trained.
+    """
+
+    def __init__(self, width: int, rank: int, activation: Literal["identity", "gelu", "relu"], bias: bool, fixed: str | None = None) -> None:
         super().__init__()
-        self.down = nn.Linear(width, rank, bias=bias)
+        self.down = nn.Linear(width, rank, bias=bias) if fixed is None else FixedLinear(fixed, width, rank, bias=bias, std=0.02)
         self.act = ACTIVATIONS[activation]()
         self.up = nn.Linear(rank, width, bias=bias)
-        nn.init.normal_(self.down.weight, std=0.02)
+        if fixed is None:
+            nn.init.normal_(self.down.weight, std=0.02)
         nn.init.zeros_(self.up.weight)
-        if bias:
-            nn.init.zeros_(self.down.bias)
-            nn.init.zeros_(self.up.bias)
+        for linear in (self.down, self.up) if bias else ():
+            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]  # both have one
 
     def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
         return h + self.up(self.act(self.down(h)))
@@ -61,6 +64,7 @@ class AdaLink:
     activation: Literal["identity", "gelu", "relu"] = "identity"
     bias: bool = False
     scope: Literal["prompt", "all"] = "all"  # prompt: generated tokens keep their raw embeddings, as serving engines need it
+    frozen_down: bool = False  # L-LoRA: down is drawn once for all adapters and not trained, so that sums of adapters are exact; give a higher rate
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
@@ -85,6 +89,9 @@ class AdaLink:
         text = (TEXT, ANSWER) if self.scope == "all" else (TEXT,)
         domains = {"text": text, "image": (IMAGE,)}
         return [
-            Placement(modality, EMBEDDING, Bottleneck(anatomy.width, self.rank, self.activation, self.bias), domains[modality])
+            Placement(modality, EMBEDDING, self._edit(modality, anatomy.width), domains[modality])
             for modality in self.modalities
         ]
+
+    def _edit(self, modality: str, width: int) -> Bottleneck:
+        return Bottleneck(width, self.rank, self.activation, self.bias, f"adalink.{modality}" if self.frozen_down else None)

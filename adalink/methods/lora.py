@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
-from adalink.edit import Placement, Port, Slots
+from adalink.edit import FixedLinear, Placement, Port, Slots
 from adalink.errors import ConfigError, check_tuples
 from adalink.methods.targets import (
     Target,
@@ -34,15 +34,20 @@ __all__ = ["LoRA", "LowRank"]
 
 
 class LowRank(nn.Module):
-    """h + scale * up(down(x)) + bias. It starts as the identity: up and bias are zero. down is A [R, D_in], up is B [D_out, R]."""
+    """h + scale * up(down(x)) + bias. It starts as the identity: up and bias are zero. down is A [R, D_in], up is B [D_out, R].
 
-    def __init__(self, target: Target, rank: int, scale: float, bias: bool, dropout: TokenDropout) -> None:
+    fixed: the key of a down projection that is not trained, and the same in every adapter of that key; None: it is trained.
+    """
+
+    def __init__(self, target: Target, rank: int, scale: float, bias: bool, dropout: TokenDropout, fixed: str | None = None) -> None:
         super().__init__()
         self.target, self.scale, self.dropout = target, scale, dropout
-        self.down = nn.Linear(target.linear.n_in, rank, bias=False)
+        n_in = target.linear.n_in
+        self.down = nn.Linear(n_in, rank, bias=False) if fixed is None else FixedLinear(fixed, n_in, rank)
         self.up = nn.Linear(rank, target.width, bias=False)
         self.bias = nn.Parameter(torch.zeros(target.width)) if bias else None  # not scaled
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        if fixed is None:
+            nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.up.weight)
 
     def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
@@ -87,6 +92,7 @@ class LoRA:
     exclude: tuple[str, ...] = ()  # linears that are left alone, named as targets are
     exclude_layers: tuple[int, ...] = ()  # layers that are left alone, counted from 0
     dropout: float | Mapping[str, float] = 0.0  # share of a group's tokens without its change, drawn once for all layers
+    frozen_down: bool = False  # L-LoRA: down is drawn once for all adapters and not trained, so that sums of adapters are exact; give a higher rate
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
@@ -123,4 +129,5 @@ class LoRA:
         rank = for_group(self.rank, group)
         divisor = rank if self.scaling == "standard" else math.sqrt(rank)
         has_bias = self.bias == "all" or (self.bias == "auto" and target.linear.has_bias)
-        return LowRank(target, rank, for_group(self.multiplier, group) * for_group(self.alpha, group) / divisor, has_bias, dropout)
+        scale = for_group(self.multiplier, group) * for_group(self.alpha, group) / divisor
+        return LowRank(target, rank, scale, has_bias, dropout, f"lora.{group}.{target.role}" if self.frozen_down else None)

@@ -142,7 +142,8 @@ def run_facts(model: VisionLanguageModel, settings: TrainSettings) -> dict[str, 
 def refuse_another_model(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raises CheckpointError where a checkpoint's model was made of something else; a checkpoint without these facts was written by an earlier version."""
     was, now = flat(found.get("model", {})), flat(own["model"])
-    if was and (different := [name for name in {**was, **now} if was.get(name) != now.get(name)]):
+    # A setting that came since the checkpoint was written is off where it changes nothing.
+    if was and (different := [name for name in {**was, **now} if was.get(name) != now.get(name) and (name in was or now[name])]):
         name = different[0]
         others = f", and {', '.join(different[1:4])} differ too" if len(different) > 1 else ""
         raise CheckpointError(f"{name} was {was.get(name)!r} and is {now.get(name)!r}{others}")

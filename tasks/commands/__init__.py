@@ -80,6 +80,7 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
         "vqa": Entry("compare", "COMPARE_VQA", "compare two files of answers"),
     },
     "runs": Entry("compare", "RUNS", "list the runs in a folder and below it"),
+    "merge": Entry("lifecycle.merge", "MERGE", "merge saved adapters into one: exactly, or by their weights"),
     "export": {
         "folded": Entry("lifecycle.export", "FOLDED", "write the language model with a text-only AdaLink in its embedding table"),
         "merged": Entry("lifecycle.export", "MERGED", "write the language model with a LoRA for all tokens in its weights"),

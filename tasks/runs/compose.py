@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adalink import AdaptedModel
 from adalink.checkpoint.folder import AdapterConfig
 from adalink.checkpoint.precision import UNCHANGED, BaseSettings
 from adalink.errors import CheckpointError, ConfigError
+from adalink.lifecycle.flat import Flat, start_of
 from multimodal.data.feature_cache.encode import encode_all, opened_writer, pixel_table, write_features
 from multimodal.data.feature_cache.format import AnyContents, all_contents, as_size, needed_contents
 from multimodal.data.feature_cache.reader import UNFINISHED, is_finished, matching_features
@@ -35,7 +38,7 @@ from tasks.scenes.parts import part_folder
 
 __all__ = [
     "adapters_on", "compose", "composed_tower", "existing_tower", "features_to_learn", "features_to_log", "found_part", "frozen_for", "frozen_model",
-    "frozen_of", "is_of_task", "load_adapted", "located", "log", "read_saved", "size_of",
+    "frozen_of", "is_of_task", "load_adapted", "located", "log", "read_saved", "saved_start", "size_of",
 ]  # fmt: skip
 
 
@@ -137,6 +140,21 @@ def frozen_for(config: AdapterConfig, given: Parts) -> VisionLanguageModel:
     template = saved_template(config.task)
     assert template is not None
     return frozen_model(given.over(Parts.of(config.base, config.task)), template=template, layer=config.task["layer"], use=use_for(config.task))
+
+
+def saved_start(folder: str | Path) -> Flat:
+    """The weights that a saved adapter started from, drawn again on the frozen parts that it names.
+
+    Those are composed from the start's seed, as runs of earlier versions drew adapters after that. torch's generator is then as it was.
+    Raises CheckpointError where the parts that are found are others, or the start cannot be drawn again.
+    """
+    config = AdaptedModel.read_config(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0 if config.start is None else config.start.seed)
+        frozen = frozen_of(Path(folder))
+        state = torch.get_rng_state()
+    config.check_base(frozen.parts, str(folder))
+    return start_of(folder, frozen, (state,))
 
 
 # ----------------------------------------
