@@ -31,11 +31,14 @@ __all__ = [
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """The values of a parameter, by its dotted name: from where the model's own loader keeps them, if the parameter itself is empty.
 
+    One that is split over processes is gathered: each of them asks for it.
+
     Raises AttachError where nothing keeps them.
     """
     parameter = model.get_parameter(name)
     if not parameter.is_meta:
-        return parameter.detach()
+        value = parameter.detach()
+        return value.full_tensor() if hasattr(value, "full_tensor") else value  # a DTensor's
     path = name.split(".")
     for depth in reversed(range(len(path))):
         inside = ".".join(path[depth:])

@@ -436,6 +436,7 @@ def by_port(model: nn.Module, stack: nn.Module, adapters: Mapping[int, Adapter])
                 check_reach(stack)
             if placement.port.side == "mask":
                 check_attention(stack)
+            _check_whole(stack.get_submodule(placement.port.module), placement)
             read_frozen(placement, stack.get_submodule(placement.port.module))
             at[placement.port].append((index, placement))
     return {port: sorted(placed, key=lambda item: isinstance(item[1].edit, HideKeys) or item[1].domains == (PREFIX,)) for port, placed in at.items()}
@@ -451,6 +452,15 @@ def _check_port(stack: nn.Module, port: Port) -> None:
         f"port '{port.module}' is not in this model; names ending in {last}: {', '.join(near[:4]) or 'none'}"
         + (f" and {len(near) - 4} more" if len(near) > 4 else "")
     )
+
+
+def _check_whole(module: nn.Module, placement: Placement) -> None:
+    """Of a linear that tensor parallelism splits, each process has a part of the inputs or of the outputs."""
+    if isinstance(module, nn.Linear) and type(module.weight).__name__ == "DTensor" and any(part.is_shard() for part in module.weight.placements):  # type: ignore[operator]
+        raise AttachError(
+            f"{placement.port.module} is split over processes by tensor parallelism, and {placement.role} edits it whole: choose methods at the embedding "
+            "or after layers (AdaLink, prompts, bridges, bottleneck, eP-ALM), or load the model without tp_plan"
+        )
 
 
 def _refuse_compiled(model: nn.Module) -> None:
