@@ -36,9 +36,9 @@ __all__ = ["Chosen", "DataConfig", "Opened", "open_mix", "open_shards", "place_o
 # Shards as a config names them, a folder or a URL; and several data sets mixed by weight.
 
 
-def open_shards(place: str, remote: RemoteSettings) -> tuple[SampleSource, tuple[BadSample, ...]]:
-    """The samples of a folder or a URL, and those that are known to be bad."""
-    source = ShardSource(place, remote=remote)
+def open_shards(places: str | Path | Sequence[str], remote: RemoteSettings) -> tuple[SampleSource, tuple[BadSample, ...]]:
+    """The samples of a folder or a URL, or of several, and those that are known to be bad."""
+    source = ShardSource(places, remote=remote)
     return source, tuple(source.problems)
 
 
@@ -113,7 +113,9 @@ class DataConfig:
     vqav2: Path | None = None  # the folder of VQAv2's official questions and annotations; needs split
     split: str | None = None  # karpathy: train, restval, val or test; vqav2: train, val, test or test-dev; several as in train+restval
     image_name: str | None = None  # file name of an image where the annotations hold none: COCO_val2014_{image_id:012d}.jpg
-    shards: str | Path | None = None  # webdataset shards: a folder, or the http, https, s3, gs or hf URL of one
+    shards: str | Path | list[str] | None = (
+        None  # webdataset shards: a folder, or its http, https, s3, gs or hf URL; or a list of folders and tar files, with * and {000..123}
+    )
     mix: dict[str, int] | None = (
         None  # several data sets, path or URL: weight, for instance {coco: 3, vqa.parquet: 1}, three of each four images coco's
     )
@@ -194,7 +196,7 @@ class DataConfig:
         if self.scenes is not None:
             source = _scenes(self.scenes)
         elif self.shards is not None or self._is_remote:
-            source, problems = open_shards(str(self.shards or self.path), self._remote())
+            source, problems = open_shards(str(self.path) if self.shards is None else self.shards, self._remote())
         elif self.mix is not None:
             source, problems = open_mix(self.mix, self._remote(), self.decode)
         else:
@@ -243,7 +245,7 @@ def saved_data(settings: Mapping[str, object]) -> DataConfig:
     hints = typing.get_type_hints(DataConfig)
     if unknown := [name for name in settings if name not in hints]:
         raise ConfigError(f"a data set has no setting {unknown[0]!r}: was the config written by another version?")
-    is_path = {name for name, hint in hints.items() if Path in typing.get_args(hint)}
+    is_path = {name for name, hint in hints.items() if Path in typing.get_args(hint) and str not in typing.get_args(hint)}  # a str may be a URL
     return DataConfig(**{name: Path(str(value)) if name in is_path and value is not None else value for name, value in settings.items()})  # type: ignore[arg-type]
 
 

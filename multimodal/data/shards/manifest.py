@@ -129,7 +129,7 @@ def write_manifest(manifest: Manifest, folder: Path) -> Manifest:
         "samples": len(manifest),
         "fingerprint": known.fingerprint,
         "lengths": known.lengths,
-        "checksum": _checksum(rows, known),
+        "checksum": _checksum(shards, known),
         "skipped": [bad.to_row() for bad in manifest.skipped],
         "ignored": dict(manifest.ignored),
     }
@@ -138,8 +138,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> Manifest:
     return Manifest(shards=shards, skipped=manifest.skipped, ignored=manifest.ignored, known=known)
 
 
-def _checksum(rows: Sequence[Row], known: Known) -> str:
-    return hashlib.sha256(repr((known.fingerprint, known.lengths, *rows)).encode()).hexdigest()
+def _checksum(shards: ShardTable, known: Known) -> str:
+    return hashlib.sha256(f"{known.fingerprint} {known.lengths} {shards.rows.dtype.itemsize}\n".encode() + shards.rows.tobytes()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -173,7 +173,7 @@ def parse_manifest(data: bytes, name: str, folder: ShardFolder) -> Manifest:
             ignored={str(suffix): int(count) for suffix, count in found["ignored"].items()},
             known=known,
         )
-        if len(np.unique(shards.rows["file"])) != len(shards):
+        if len(set(shards.rows["file"].tolist())) != len(shards):
             raise ValueError("it names a shard twice")
         if len(manifest) != found["samples"]:
             raise ValueError(f"it says {found['samples']} samples and lists {len(manifest)}")
@@ -186,10 +186,10 @@ def _table(found: Mapping[str, object], folder: ShardFolder) -> tuple[ShardTable
     entries = found["shards"]
     if not isinstance(entries, list):
         raise TypeError(f"its shards are a {type(entries).__name__}")
-    rows, known = list(map(row_from_json, entries)), Known(str(found["fingerprint"]), str(found["lengths"]))
-    if _checksum(rows, known) != found["checksum"]:
+    shards, known = ShardTable.of_rows(list(map(row_from_json, entries)), folder), Known(str(found["fingerprint"]), str(found["lengths"]))
+    if _checksum(shards, known) != found["checksum"]:
         raise ValueError("its lines are not those that were written, by its check sum")
-    return ShardTable.of_rows(rows, folder), known
+    return shards, known
 
 
 def row_as_json(row: Row) -> dict[str, object]:
@@ -263,6 +263,7 @@ def workplace(out: Path) -> Iterator[Path]:
         _take_back(out)
         yield out / WRITING
     except AdalinkError:
+        _take_back(out)  # shards that have their names already, where the disk is full before the manifest
         shutil.rmtree(out / WRITING, ignore_errors=True)
         if new:
             with suppress(OSError):

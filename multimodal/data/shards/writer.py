@@ -129,8 +129,10 @@ class ShardJob:
         made_of = _MadeOf()
         try:
             with path.open("wb", buffering=_BUFFER) as file:
-                written = self._write(path.name, file, indices, made_of)
+                shard, skipped = self._write(path.name, file, indices, made_of)
+                file.flush()
                 os.fsync(file.fileno())
+            written = WrittenShard(row=row_of(store_index(shard, self.work)), skipped=skipped)
             _write_entry(path, made_of.digest(), written)
         except OSError as error:
             raise DataError(f"the shard {path} cannot be written: {error.strerror or error}; is the disk full?") from error
@@ -148,7 +150,7 @@ class ShardJob:
         except DamagedSample as error:
             return error.bad
 
-    def _write(self, name: str, file: BinaryIO, indices: range, made_of: _MadeOf) -> WrittenShard:
+    def _write(self, name: str, file: BinaryIO, indices: range, made_of: _MadeOf) -> tuple[Shard, tuple[BadSample, ...]]:
         tar = TarFile(file)
         keys: dict[str, None] = {}
         places, skipped = [], []
@@ -173,8 +175,7 @@ class ShardJob:
                 self._advance(1, skipped[-1:])
         tar.end()
         members = Members(keys, np.asarray(places, dtype=np.int64))
-        shard = store_index(Shard(file=name, size=tar.size, sha256=tar.sha256, members=members), self.work)
-        return WrittenShard(row=row_of(shard), skipped=tuple(skipped))
+        return Shard(file=name, size=tar.size, sha256=tar.sha256, members=members), tuple(skipped)
 
     def _add(self, tar: TarFile, key: str, sample: Sample) -> tuple[tuple[int, int, int], ...]:
         """The places of image, json and txt in the tar file. The json says where further images lie, which are written before it."""

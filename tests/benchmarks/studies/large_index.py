@@ -4,7 +4,7 @@
 
 Each part runs in a process of its own: `opening` (seconds of a core, of the clock to the first sample, memory), `finding` (a position of an
 epoch to its sample's place), `workers` (memory of every process while worker processes read samples in the order of shards), and `first form`,
-the opening of a manifest that holds all places, at a hundredth of the size. The folder is removed at the end; with --keep it is used again.
+the opening of a manifest that holds all places, of a hundredth of the shards. The folder is removed at the end; with --keep it is used again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,17 +72,17 @@ def memory(process: int | str = "self") -> dict[str, float]:
 
 def opening(folder: Path) -> dict[str, float]:
     """One process that opens the set and reads one sample."""
-    before, clock, core = memory()["resident"], time.perf_counter(), time.process_time()
+    before, clock, begun = memory()["resident"], time.perf_counter(), time.process_time()
     source = ShardSource(folder)
-    opened, core = time.perf_counter() - clock, time.process_time() - core
+    opened, core = time.perf_counter() - clock, time.process_time() - begun
     source[len(source) * 2 // 3]
-    first = time.perf_counter() - clock
+    first = {"first sample": time.perf_counter() - clock, "first sample, core": time.process_time() - begun}
     now = memory()["resident"]
-    return {"core seconds": core, "seconds": opened, "first sample": first, "MiB before": before, "MiB": now, "samples": len(source)}
+    return {"core seconds": core, "seconds": opened, **first, "MiB before": before, "MiB": now, "samples": len(source)}
 
 
 def finding(folder: Path, window: int, tries: int = 2000) -> dict[str, float]:
-    """Milliseconds from a position to its sample's shard and place, in the order of shards: of one epoch, and each of another epoch."""
+    """Milliseconds of a core from a position to its sample's shard and place, in the order of shards: of one epoch, and each of another."""
     source = ShardSource(folder)
     order = order_of(source, 0, (window,))
     draws = np.random.default_rng(0)
@@ -89,9 +90,9 @@ def finding(folder: Path, window: int, tries: int = 2000) -> dict[str, float]:
     for name, epochs in (("one epoch", np.full(tries, 3)), ("any epoch", draws.integers(0, 1000, tries))):
         taken = []
         for position in (epochs * len(source) + draws.integers(0, len(source), tries)).tolist():
-            start = time.perf_counter()
+            start = time.thread_time()
             source.shard_of(order.sample(position))
-            taken.append(1000 * (time.perf_counter() - start))
+            taken.append(1000 * (time.thread_time() - start))
         found |= {f"{name}, median": float(np.median(taken)), f"{name}, 99 %": float(np.quantile(taken, 0.99)), f"{name}, most": max(taken)}
     return found
 
@@ -127,9 +128,10 @@ def workers(folder: Path, window: int, n_workers: int, batches: int = 400) -> di
     return {"bare": bare, "trainer": memory(), "workers": len(last), "most of a worker": rates, "samples": read}
 
 
-def first_form(folder: Path, shards: int) -> dict[str, float]:
-    """Opening the first so many shards by a manifest of the first form."""
+def first_form(folder: Path, shards: int) -> int:
+    """Gives the first so many shards, in a folder of their own, a manifest of the first form."""
     older = folder / "older"
+    shutil.rmtree(older, ignore_errors=True)
     older.mkdir()
     lines = []
     for shard in read_manifest(folder).table.chosen(range(shards)):
@@ -139,11 +141,10 @@ def first_form(folder: Path, shards: int) -> dict[str, float]:
         line = {"file": shard.file, "bytes": shard.size, "sha256": shard.sha256, "samples": len(shard.members)}
         lines.append(line | {"keys": list(shard.members.all_keys())} | columns)
     head = {"format": "adalink shards 1", "samples": sum(line["samples"] for line in lines), "skipped": [], "ignored": {}}
-    (older / "manifest.json").write_text(json.dumps(head | {"shards": lines}))
-    return opening(older)
+    return (older / "manifest.json").write_text(json.dumps(head | {"shards": lines}))
 
 
-def apart(name: str, *arguments: object) -> dict[str, float]:
+def apart(name: str, *arguments: object) -> Any:
     """What a function of this file gives, in a process of its own that has imported nothing else."""
     code = f"import json, sys; from pathlib import Path; import large_index as here; print(json.dumps(here.{name}{arguments!r}))"
     code = code.replace("PosixPath", "Path")
@@ -151,8 +152,7 @@ def apart(name: str, *arguments: object) -> dict[str, float]:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     if ran.returncode:
         raise RuntimeError(ran.stderr)
-    found: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
-    return found
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def measured(folder: Path, shards: int, samples: int, *, window: int, n_workers: int) -> dict[str, dict[str, float]]:
@@ -160,12 +160,13 @@ def measured(folder: Path, shards: int, samples: int, *, window: int, n_workers:
     if not (folder / "manifest.json").exists():
         with multiprocessing.get_context("fork").Pool(1) as pool:
             pool.apply(make, (folder, shards, samples))
-    opening(folder)  # warms the disk's cache
+    apart("first_form", folder, max(1, shards // 100))
+    apart("opening", folder)  # warms the disk's cache
     return {
         "opening": apart("opening", folder),
         "finding": apart("finding", folder, window),
         "workers": apart("workers", folder, window, n_workers),
-        "first form": apart("first_form", folder, max(1, shards // 100)),
+        "first form": apart("opening", folder / "older"),
     }
 
 

@@ -6,16 +6,18 @@ import logging
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from bad_server import served
-from made_shards import everything, made_shards, made_source
+from made_shards import as_first_form, everything, made_shards, made_source
 from shared import PATIENCE
 
 from adalink.errors import DataError
 from multimodal.data.order import reading_plan
 from multimodal.data.shards.cache import ShardCache
+from multimodal.data.shards.check import write_indexes
 from multimodal.data.shards.manifest import read_manifest
 from multimodal.data.shards.order import ShardOrder
 from multimodal.data.shards.reader import ShardSource
@@ -23,17 +25,53 @@ from multimodal.data.shards.storage import RemoteSettings, remote_files
 from multimodal.data.shards.writer import write_shards
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a disk of 8 KiB, less than one shard."""
-    folder = tmp_path / "disk"
+@contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[Path]:
+    """A folder on a disk of so many KiB, in pages of four."""
     folder.mkdir()
-    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", folder], capture_output=True, check=False).returncode:
+    size = f"size={kib}k"
+    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", folder], capture_output=True, check=False).returncode:
         pytest.skip("no right to mount a small disk here")
     try:
         yield folder
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 8 KiB, less than one shard."""
+    with small_disk(tmp_path / "disk", 8) as folder:
+        yield folder
+
+
+def test_a_writing_is_whole_or_leaves_nothing_wherever_the_disk_ends(tmp_path: Path) -> None:
+    """In a tar file, in an index, in the notes of a shard, in the manifest: three shards of three pages each, and a page for each of the others."""
+    ended = []
+    for kib in (8, 12, 16, 24, 36, 48, 60, 64, 68, 200):
+        with small_disk(tmp_path / str(kib), kib) as disk:
+            try:
+                write_shards(made_source(10), disk / "out", samples_per_shard=4, workers=1)
+                ended.append("whole")
+            except DataError as error:
+                ended.append(str(error))
+            left = everything(ShardSource(disk / "out")) if (disk / "out").exists() else []
+            assert left == (made_source(10).samples if ended[-1] == "whole" else [])
+    assert ended[-1] == "whole"
+    assert {one.partition(" cannot")[0].rpartition(".")[2] for one in ended} >= {"tar", "idx", "json", "whole"}
+    assert [one for one in ended if not one.endswith(("whole", "is the disk full?", "is its folder there, writable and not full?"))] == []
+
+
+def test_a_set_whose_indexes_do_not_fit_stays_as_it_was(tmp_path: Path) -> None:
+    made_shards(tmp_path / "set")
+    fingerprint = ShardSource(tmp_path / "set").fingerprint
+    as_first_form(tmp_path / "set")
+    with small_disk(tmp_path / "disk", 48) as disk:  # ten pages of the set, and one or two indexes
+        shutil.copytree(tmp_path / "set", disk / "set")
+        with pytest.raises(DataError, match=r"shard-00000\d.idx cannot be written: No space left on device; is its folder there, writable and not full"):
+            write_indexes(disk / "set")
+        found = ShardSource(disk / "set")
+        assert (found.fingerprint, everything(found)) == (fingerprint, made_source(10).samples)
 
 
 def test_shards_that_do_not_fit_on_the_disk_are_read_from_the_server(disk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -374,3 +374,16 @@ def test_lists_of_urls_are_folders_and_single_shards_of_them(tmp_path: Path) -> 
             keys("*.tar?token=secret")
         with pytest.raises(ConfigError, match="the shards of one set are read from disks and web servers: give several sets, with mix"):
             ShardSource([server.url + "/a", tmp_path / "web" / "b"], remote=FAST)
+
+
+def test_the_study_of_a_large_set_runs_at_a_small_size(tmp_path: Path) -> None:
+    from studies import large_index
+
+    large_index.make(tmp_path, 12, 20)
+    opened = large_index.opening(tmp_path)
+    assert opened["samples"] == 240
+    assert set(large_index.finding(tmp_path, 4, 20)) == {f"{which} epoch, {what}" for which in ("one", "any") for what in ("median", "99 %", "most")}
+    large_index.first_form(tmp_path, 3)
+    assert large_index.opening(tmp_path / "older")["samples"] == 60
+    found = large_index.workers(tmp_path, 4, 2, batches=4)
+    assert (found["workers"], found["samples"]) == (2, 4 * 64)

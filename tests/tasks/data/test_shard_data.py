@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from bad_server import Server, served
 from cli_run import refused, train
-from made_shards import everything, made_shards, tar_of
+from made_shards import ListSource, everything, made_sample, made_shards, tar_of
 from safetensors.torch import load_file
 
-from adalink.errors import ConfigError
+from adalink.errors import ConfigError, DataError
 from multimodal.data.order import Mixture
 from multimodal.data.shards.reader import ShardSource
 from multimodal.data.shards.writer import write_shards
 from tasks.commands.shards import shards_img2dataset
-from tasks.data.sources import DataConfig
+from tasks.data.sources import DataConfig, saved_data
 from tasks.scenes.dataset import Scenes
 
 FEW = ("--train.steps", "3", "--train.batch_size", "2", "--data.val.scenes", "val/2", "--generation.max_new_tokens", "2", "--data.train.scenes", "null")
@@ -88,6 +88,18 @@ def test_a_folder_may_be_given_as_text_or_path(tmp_path: Path) -> None:
     made_shards(tmp_path / "set")
     for place in (str(tmp_path / "set"), tmp_path / "set"):
         assert everything(DataConfig(shards=place).open().source) == everything(ShardSource(tmp_path / "set"))
+
+
+def test_a_list_of_shards_is_one_set_and_a_saved_config_gives_it_again(tmp_path: Path) -> None:
+    for name in "ab":
+        write_shards(ListSource([made_sample(n, f"{name}{n}") for n in range(4)]), tmp_path / name, samples_per_shard=2)
+    places = [str(tmp_path / "b" / "shard-{000001..000001}.tar"), str(tmp_path / "[a]")]
+    for config in (DataConfig(shards=places), saved_data({"shards": places})):
+        assert [sample.key for sample in everything(config.open().source)] == ["b2", "b3", "a0", "a1", "a2", "a3"]
+    for name in ("shards", "path"):
+        assert getattr(saved_data({name: "https://host/set"}), name) == "https://host/set"  # a Path would lose a slash
+    with pytest.raises(DataError, match="the list of shards is empty"):
+        DataConfig(shards=[]).open()
 
 
 @pytest.mark.parametrize(
