@@ -35,6 +35,7 @@ class GenerationChoice:
     max_new_tokens: int | None = None  # most tokens of a text
     num_beams: int | None = None  # 1 is greedy
     length_penalty: float | None = None  # of beams: above 1 prefers longer texts
+    cache: Literal["auto", "static"] | None = None  # static: of one size, compiled into CUDA graphs on a GPU
 
     def over(self, settings: GenerationSettings) -> GenerationSettings:
         """The settings with what was chosen in their place. Raises ConfigError as they do."""
