@@ -9,6 +9,7 @@ import sys
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,17 +34,25 @@ OWN_SENTENCES = {"adalink/moved.py", "tasks/scenes/texts.py"}  # earlier names; 
 KEYS = {"pictures in a step"}  # of checkpoints
 
 
+@cache
+def tree_of(path: Path) -> tuple[ast.Module, list[ast.AST]]:
+    """A file as Python reads it, and every node of it: made once for all tests."""
+    tree = ast.parse(path.read_text())
+    return tree, list(ast.walk(tree))
+
+
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """(module, whether at the top of the file)."""
-    tree = ast.parse(path.read_text())
+    tree, nodes = tree_of(path)
     guarded = {child for node in tree.body if isinstance(node, ast.If) for child in ast.walk(node)}  # if TYPE_CHECKING
-    for node in ast.walk(tree):
+    at_top = set(tree.body) - guarded
+    for node in nodes:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
             names = [node.module or ""]
         for name in names:
-            yield name, node in tree.body and node not in guarded
+            yield name, node in at_top
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -70,7 +79,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 def needs(path: Path) -> set[str]:
     """The modules of the three packages that a file imports anywhere: at its top, in a function, or for type checks alone."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in tree_of(path)[1]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -121,8 +130,8 @@ def test_a_folder_shows_one_idea() -> None:
     assert len(FILES) <= MOST_FILES
 
 
-def names_of(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+def names_of(path: Path) -> Iterator[str]:
+    for node in tree_of(path)[1]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.arg):
@@ -135,7 +144,7 @@ def names_of(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_are_the_fields(path: Path) -> None:
-    names = {*names_of(ast.parse(path.read_text())), path.stem}
+    names = {*names_of(path), path.stem}
     assert sorted(name for name in names - OF_FORMATS if NICKNAMES & {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}) == []
 
 
@@ -150,9 +159,8 @@ def test_sentences_are_in_the_fields_words(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_small(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= MOST_LINES
-    for node in ast.walk(ast.parse(text)):
+    assert path.read_text().count("\n") <= MOST_LINES
+    for node in tree_of(path)[1]:
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
             docstring = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.body[0].lineno - 1
@@ -161,7 +169,7 @@ def test_files_and_functions_are_small(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_name_in_all_is_there_and_every_module_says_what_it_is(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)[0]
     assert not tree.body or ast.get_docstring(tree), "a module begins with a sentence that says what it holds"
     declared = [node for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"]
     for node in declared:

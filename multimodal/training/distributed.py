@@ -33,7 +33,7 @@ from multimodal.training.settings import TrainSettings
 
 __all__ = [
     "Agreed", "StopSignal", "agree", "check_trackers", "deterministic", "gathered", "host_group", "interrupts_noted", "n_nodes", "opened_accelerator",
-    "sigterm_noted", "step_seed", "take_off", "together",
+    "seed_all", "sigterm_noted", "step_seed", "take_off", "together",
 ]  # fmt: skip
 
 
@@ -106,6 +106,11 @@ def gathered(accelerator: Accelerator, items: list[T]) -> list[T]:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of one step's random numbers on one rank, so that they go on after a resume with any number of processes."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8]) >> 1
+
+
+def seed_all(seed: int) -> None:
+    """As torch.manual_seed, which queues a call with its stack for each kind of device that is not there: every step would leave some KiB behind."""
+    (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
 
 
 def check_trackers(settings: TrainSettings) -> None:

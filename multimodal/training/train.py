@@ -38,6 +38,7 @@ from multimodal.training.distributed import (
     interrupts_noted,
     n_nodes,
     opened_accelerator,
+    seed_all,
     sigterm_noted,
     step_seed,
     take_off,
@@ -107,7 +108,7 @@ def train(
     windows_of(source, settings.order, settings.window)  # refuses an order that the data does not have, before any image is read
     one_way = deterministic(settings.deterministic)
     with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_named(), one_way:
-        torch.manual_seed(settings.seed)
+        seed_all(settings.seed)
         on_device(model, accelerator.device).train()  # one that was loaded is in eval mode
         check_training(model, settings, folder, resume=resume, also_trained=also_trained)
         if patches is None and settings.features == "fill":
@@ -283,7 +284,7 @@ class _Run:
         self.trained_so_far.check(self.log.bad)
         if not agreed.n_targets:
             return None
-        torch.manual_seed(step_seed(self.settings.seed, step, self.accelerator.process_index))
+        seed_all(step_seed(self.settings.seed, step, self.accelerator.process_index))
         for peak, parameters in zip(self.peaks, self.optimizer.param_groups, strict=True):
             parameters["lr"] = peak * rate
         world = self.accelerator.num_processes

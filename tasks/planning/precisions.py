@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adalink import Anatomy
 from adalink.checkpoint.precision import Precision, cast, chosen_linears, packed_bytes, some_linears
@@ -34,23 +33,25 @@ def weight_bytes(module: nn.Module, quantiser: str, name: str = "", linears: Cal
     Raises ConfigError where no layer can be quantised.
     """
     chosen = {f"{path}.weight" for path in some_linears(module, name, linears)} if quantiser else set()
-    return {
-        path: packed_bytes(quantiser, weight) if path in chosen else weight.numel() * weight.element_size() for path, weight in module.named_parameters()
-    }
+    return {path: _bytes(weight, quantiser if path in chosen else "") for path, weight in module.named_parameters()}
 
 
 def bytes_by_precision(module: nn.Module, names: Collection[str] | None = None) -> dict[str, int]:
     """Precision, as `bfloat16 nf4` -> bytes of the weights that `names` names, or of all; for the precisions that they can have."""
+    weights = dict(module.named_parameters())
+    weights = {path: weights[path] for path in (weights if names is None else names)}
+    linears = {f"{path}.weight" for path in chosen_linears(module)} & weights.keys()
     found = {}
-    for text in PRECISIONS:
-        precision, drawn = Precision.of(text), copy.deepcopy(module)  # on the meta device: no weights are copied
-        cast_as(drawn, precision)
-        counted = set(dict(drawn.named_parameters()) if names is None else names)
-        linears = {path for path in chosen_linears(drawn) if f"{path}.weight" in counted}
+    for precision in map(Precision.of, PRECISIONS):
         if linears or not precision.quantiser:
-            sizes = weight_bytes(drawn, precision.quantiser, linears=linears.__contains__)
-            found[text] = sum(sizes[path] for path in sizes.keys() & counted)
+            dtype = getattr(torch, precision.dtype)
+            drawn = {path: torch.empty_like(weight, dtype=dtype if weight.is_floating_point() else None, device="meta") for path, weight in weights.items()}
+            found[str(precision)] = sum(_bytes(weight, precision.quantiser if path in linears else "") for path, weight in drawn.items())
     return found
+
+
+def _bytes(weight: Tensor, quantiser: str) -> int:
+    return packed_bytes(quantiser, weight) if quantiser else weight.numel() * weight.element_size()
 
 
 def gathered_bytes(model: Any, whole: int) -> int:

@@ -8,21 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL.Image import Image
 
 from adalink.files import write_whole
-from tasks.report.page import policy, thumbnail
+from tasks.report.page import FOLDER, policy, templates, thumbnail
 from tasks.report.svg import Point, draw_many
 
 __all__ = [
     "DifferenceRow", "FlipCard", "FlipPage", "FlipSection", "RunsPage", "Series", "render_changed", "render_runs",
     "write_flip_page", "write_runs_page",
 ]  # fmt: skip
-
-
-FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +82,8 @@ def write_flip_page(page: FlipPage, path: Path) -> None:
 
 def render_changed(page: FlipPage) -> str:
     """The page as HTML: the same text for the same page."""
-    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     style = Markup((FOLDER / "page.css").read_text("utf-8"))
-    return environment.get_template("flips.html.j2").render(
+    return templates(FOLDER).get_template("flips.html.j2").render(
         page=page, style=style, policy=policy(style), thumbnail=thumbnail, counted=lambda people: Counter(people).most_common()
     )
 
@@ -132,10 +127,9 @@ def write_runs_page(page: RunsPage, path: Path) -> None:
 
 def render_runs(page: RunsPage) -> str:
     """The page as HTML: the same text for the same page."""
-    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     n_runs = max((len(series) for series in page.series.values()), default=0)
     style = Markup((FOLDER / "page.css").read_text("utf-8") + _KEY + "".join(map(_series_style, range(n_runs))))
-    return environment.get_template("runs.html.j2").render(page=page, style=style, policy=policy(style), draw=draw_many)
+    return templates(FOLDER).get_template("runs.html.j2").render(page=page, style=style, policy=policy(style), draw=draw_many)
 
 
 def _series_style(i: int) -> str:

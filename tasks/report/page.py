@@ -15,6 +15,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from io import BytesIO
 from numbers import Real
 from pathlib import Path
@@ -193,6 +194,12 @@ FOLDER = Path(__file__).parent
 MOST_KEYS = 50  # keys of skipped samples printed for one reason; the log names them all
 
 
+@cache
+def templates(folder: Path) -> Environment:
+    """The page templates of a folder: each is compiled when it is first used, and once."""
+    return Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """Values over training steps: (step, value) pairs; a value may be NaN or infinite and is then a gap."""
@@ -297,13 +304,10 @@ def write_report(report: Report, path: Path) -> None:
 
 def render(report: Report) -> str:
     """The page as HTML: the same text for the same report."""
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    style, script = Markup((FOLDER / "page.css").read_text("utf-8")), Markup(environment.get_template("page.js.j2").render())
+    style, script = Markup((FOLDER / "page.css").read_text("utf-8")), Markup(templates(FOLDER).get_template("page.js.j2").render())
     values = [row.values for row in report.rows]
     verdicts = _verdicts(report.cards)
-    return environment.get_template("page.html.j2").render(
+    return templates(FOLDER).get_template("page.html.j2").render(
         report=report,
         style=style,
         script=script,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from adalink.errors import ConfigError
@@ -19,7 +18,7 @@ from multimodal.sample import BadSample
 from tasks.data.look.facts import ODD, Facts, listed, the_oddest
 from tasks.data.look.scan import Seen, spread_over
 from tasks.report.page import FOLDER as REPORT
-from tasks.report.page import Thumbnail, policy
+from tasks.report.page import Thumbnail, policy, templates
 from tasks.report.svg import draw_bars
 
 __all__ = ["MOST_BYTES", "check_place", "chosen_samples", "render", "side_for", "write_page"]
@@ -136,15 +135,12 @@ def _bars(facts: Facts) -> list[_Bars]:
 
 def render(facts: Facts, chosen: Sequence[Seen], small: Sequence[Sequence[Thumbnail]], *, title: str) -> str:
     """The page as HTML: the same text for the same facts. small: the thumbnails of each chosen sample."""
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     style = Markup((REPORT / "page.css").read_text("utf-8") + (FOLDER / "look.css").read_text("utf-8"))
     script = Markup((FOLDER / "look.js").read_text("utf-8"))
     images: Mapping[int, Sequence[Thumbnail]] = {one.number: images for one, images in zip(chosen, small, strict=True)}
     by_number = {one.number: one for one in facts.seen}
     parts = {part.name: part for part in facts.parts}
-    return environment.get_template("look.html.j2").render(
+    return templates(FOLDER).get_template("look.html.j2").render(
         title=title, facts=facts, parts=parts, style=style, script=script, policy=policy(style, script), generator=Markup(_GENERATOR),
         bars=_bars(facts), draw=draw_bars, chosen=chosen, answers=[answer for answer, _ in facts.answers.most_common(200)],
         oddest=[(one, by_number[one.number], images.get(one.number, ())) for one in the_oddest(facts.odd)],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import adalink_made
 import pytest
 import torch
-from adalink_case import Case
+from adalink_case import Case, runs_in
 from double import arithmetic
 from shared import covering, fixtures, fixtures_root
 from torch import Tensor
@@ -24,6 +25,11 @@ ON_ALL = pytest.mark.parametrize("name", NAMES)
 @cache
 def case(name: str) -> Case:
     return Case.read(FILES[name]) if name in FILES else adalink_made.made(**adalink_made.SETTINGS[name])
+
+
+def results_of(name: str) -> Iterable[str]:
+    """The names of a case's results; one that is made here is made when a test of it runs."""
+    return case(name).tensors if name in FILES else adalink_made.result_names(**adalink_made.SETTINGS[name])
 
 
 def run(c: Case, model: Any, row: Tensor, *adapters: Adapter) -> tuple[Tensor, Tensor]:
@@ -56,7 +62,7 @@ def computed_in(c: Case) -> Any:
     return arithmetic(difference)
 
 
-RUNS = [(name, ".".join(what)) for name in NAMES for what in case(name).runs()]
+RUNS = [(name, ".".join(what)) for name in NAMES for what in runs_in(results_of(name))]
 SAMPLE = [*((name, what) for name, what in RUNS if name in FILES), *covering((run for run in RUNS if run[0] not in FILES), each=3)]
 
 
@@ -85,7 +91,7 @@ def test_embeddings_logits_loss_and_gradients_equal_the_reference(name: str, wha
             assert not c.is_bridged
 
 
-@pytest.mark.parametrize(("name", "variant"), [(name, key.split(".")[0]) for name in NAMES for key in case(name).tensors if key.endswith(".lookup_table")])
+@pytest.mark.parametrize(("name", "variant"), [(name, key.split(".")[0]) for name in NAMES for key in results_of(name) if key.endswith(".lookup_table")])
 def test_the_lookup_table_equals_the_module(name: str, variant: str) -> None:
     c = case(name)
     model: Any = c.model()
@@ -94,7 +100,7 @@ def test_the_lookup_table_equals_the_module(name: str, variant: str) -> None:
     close(edit.lookup_table(model.get_input_embeddings().weight), c.tensors[f"{variant}.lookup_table"])
 
 
-@pytest.mark.parametrize(("name", "variant"), [(name, key.split(".")[0]) for name in NAMES for key in case(name).tensors if key.endswith("mixed_tasks.logits")])
+@pytest.mark.parametrize(("name", "variant"), [(name, key.split(".")[0]) for name in NAMES for key in results_of(name) if key.endswith("mixed_tasks.logits")])
 def test_mixed_tasks_in_one_batch_equal_the_reference(name: str, variant: str) -> None:
     c = case(name)
     modalities = c.trained(variant, "all")
@@ -105,13 +111,19 @@ def test_mixed_tasks_in_one_batch_equal_the_reference(name: str, variant: str) -
     close(real(c, logits), real(c, c.tensors[f"{variant}.mixed_tasks.logits"]))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "out.base.logits" in case(name).tensors])
+@pytest.mark.parametrize("name", [name for name in NAMES if "out.base.logits" in results_of(name)])
 def test_without_a_row_of_its_own_the_model_is_the_frozen_one(name: str) -> None:
     c = case(name)
     with computed_in(c)(), torch.no_grad():
         model = c.model()
         adapter = c.adapter(model, c.tasks()[0], *c.runs()[0], c.trained(*c.runs()[0]))
         close(run(c, model, zeros(c) - 1, adapter)[1], c.tensors["out.base.logits"])
+
+
+@pytest.mark.parametrize("name", adalink_made.SETTINGS)
+def test_a_case_that_is_made_has_the_results_that_its_parameters_name(name: str) -> None:
+    names = case(name).tensors
+    assert set(results_of(name)) == {key for key in names if key.endswith((".loss", ".lookup_table", "mixed_tasks.logits")) or key == "out.base.logits"}
 
 
 def test_pictures_are_not_taken_for_embeddings_of_the_text_and_frequencies_not_for_exact_ones() -> None:

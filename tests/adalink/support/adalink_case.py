@@ -7,7 +7,7 @@ it already; they stand before the text, or in place of tokens that the file mark
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,7 @@ class Case(FixtureFile):
 
     def runs(self) -> list[tuple[str, str]]:
         """(variant, scope) of every result with a loss."""
-        return [(name.split(".")[0], name.split(".")[1]) for name in sorted(self.tensors) if re.fullmatch(r"[^.]+\.[^.]+\.loss", name)]
+        return runs_in(self.tensors)
 
     def model(self) -> Any:
         weights = {name: value for name, value in self.under("w.").items() if name.startswith(OF_THE_MODEL)}
@@ -179,6 +179,11 @@ class Case(FixtureFile):
             labels = self.tensors["in.labels"]
             given["decoder_input_ids"] = self.tensors.get("in.decoder_input_ids", nn.functional.pad(labels[:, :-1].clamp(min=0), (1, 0), value=0))
         return given
+
+
+def runs_in(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(variant, scope) of every result with a loss, of results with these names."""
+    return [(name.split(".")[0], name.split(".")[1]) for name in sorted(names) if re.fullmatch(r"[^.]+\.[^.]+\.loss", name)]
 
 
 def _note(name: str | None) -> tuple[str, str]:

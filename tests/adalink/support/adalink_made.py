@@ -74,6 +74,12 @@ def made(
         return Case(spec, {name: value.detach() for name, value in (weights | inputs | _results(spec, weights, inputs, modalities, projector, frequencies)).items()})
 
 
+def result_names(*, modalities: tuple[str, ...] = ("image", "text"), **settings: object) -> set[str]:
+    """What the results of such a case are named, without making it: a test's parameters need no more."""
+    losses = {f"{variant}.{scope}.loss" for variant in VARIANTS for scope in ("all", "prompt")}
+    return losses | {"out.base.logits", "linear.mixed_tasks.logits"} | ({"linear.lookup_table"} if modalities == ("text",) else set())
+
+
 def _shapes(rank: int) -> list[tuple[str, str, tuple[int, ...]]]:
     return [("down", "weight", (rank, WIDTH)), ("down", "bias", (rank,)), ("up", "weight", (WIDTH, rank)), ("up", "bias", (WIDTH,))]
 
