@@ -293,7 +293,8 @@ def _write_labels(config: RunConfig, bare: Opened, settings: SelfTraining, sessi
     _write_lines(config.out / f"left_out_{session}.jsonl", rows[False])
     _write_lines(_labels(config.out, session), rows[True])
     n = len(rows[True])
-    log(f"session {session}: {n:,} of {counted(len(found), 'text')} of the teacher are learned from; {len(chosen) - n:,} confident ones are worth nothing")
+    worthless = f"; {len(chosen) - n:,} confident ones are worth nothing" if len(chosen) > n else ""
+    log(f"session {session}: {n:,} of {counted(len(found), 'text')} of the teacher are learned from{worthless}")
 
 
 def _read(model: VisionLanguageModel, opened: Opened, config: RunConfig) -> ReadImages:
@@ -339,7 +340,13 @@ def _limit(model: VisionLanguageModel, found: Sequence[Guess], task: Task, setti
     held = _read(model, DataConfig(path=config.out / "held_out.jsonl").open(), config)
     own = _guesses(model, held, task, config)
     items = task.score({one.item: one.text for one in own}, held.source).items
-    return max(at_best, confident_at([one.confidence(task.name) for one in own], [items[one.item] >= ANSWER_IS_RIGHT for one in own], settings.precision))
+    surely = confident_at([one.confidence(task.name) for one in own], [items[one.item] >= ANSWER_IS_RIGHT for one in own], settings.precision)
+    if surely == float("inf"):
+        log(
+            f"of the held-out answers {100 * settings.precision:g} % are right at no confidence, so no answer of the teacher is learned from: lower "
+            "selftrain.precision, or label more images"
+        )
+    return max(at_best, surely)
 
 
 def _unlike(found: Sequence[Guess], n_all: int) -> list[Guess]:

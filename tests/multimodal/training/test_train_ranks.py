@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import rank_jobs
 import torch
+from composed import excite
 from made_shards import made_source
 from quantiser import find_torchao
 from ranks import Machine
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from multimodal.data.shards.writer import write_shards
+from multimodal.training.settings import Teachers
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,20 @@ def test_two_processes_equal_one_on_a_quantised_model_which_fsdp2_refuses(machin
     assert "FSDP2 cannot split quantised weights (" in split.ended(6)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert difference(state(tmp_path / "two", 3), state(tmp_path / "one", 3)) < 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_with_teachers_equal_one(machine: Machine, tmp_path: Path) -> None:
+    for seed, name in enumerate(("old", "new")):
+        made = rank_jobs.model()
+        excite(made.adapted.active_adapter(), seed + 2)
+        made.save_pretrained(tmp_path / name, task={"task": "vqa"})
+    job = {"kept": True, "steps": 6, "checkpoint_every": 6, "teachers": Teachers(old=tmp_path / "old", new=tmp_path / "new")}
+    group = machine.start(2, rank_jobs.several, [{"folder": tmp_path / "two", **job}])
+    machine.start(1, rank_jobs.several, [{"folder": tmp_path / "one", **job, "batch_size": 4}]).ended()
+    group.ended()
+    assert difference(state(tmp_path / "two", 6), state(tmp_path / "one", 6)) < 1e-8
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-10)
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
