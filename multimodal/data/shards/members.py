@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from adalink.errors import DataError
 from adalink.files import write_whole
 
 __all__ = [
-    "Buffer", "LocalFolder", "Members", "Part", "Place", "Shard", "ShardFolder", "ShardTable", "StoredMembers", "check_places", "decode_index",
+    "Buffer", "Compared", "LocalFolder", "Members", "Part", "Place", "Shard", "ShardFolder", "ShardTable", "StoredMembers", "check_places", "decode_index",
     "encode_index", "find_twice", "index_name", "store_index", "text_sizes",
 ]  # fmt: skip
 
@@ -41,6 +42,10 @@ UNKNOWN_CRC = -1
 Place = Path | str
 """Where a shard is: a file, or the URL of one."""
 Buffer = bytes | memoryview
+
+
+Compared = set[int]
+"""Seals of index files that were compared with their manifest: where a file is open anew and has not changed, that is not done again."""
 
 
 class Members:
@@ -98,11 +103,11 @@ class Members:
 class StoredMembers(Members):
     """Those of an index file, which is read when more than their number is asked for.
 
-    load     reads the file; raises DataError
+    load     reads the file; raises DataError. It may be given `Compared`
     digest   the sha256 of the file
     """
 
-    def __init__(self, samples: int, largest: tuple[int, int], digest: str, load: Callable[[], Members]) -> None:
+    def __init__(self, samples: int, largest: tuple[int, int], digest: str, load: Callable[..., Members]) -> None:
         self.samples, self.digest, self.load, self._largest = samples, digest, load, largest
 
     def __len__(self) -> int:
@@ -119,7 +124,7 @@ class StoredMembers(Members):
         self.__dict__.update(vars(self.load()))
         return self.__dict__[name]
 
-    def __reduce__(self) -> tuple[type[StoredMembers], tuple[int, tuple[int, int], str, Callable[[], Members]]]:
+    def __reduce__(self) -> tuple[type[StoredMembers], tuple[int, tuple[int, int], str, Callable[..., Members]]]:
         return StoredMembers, (self.samples, self._largest, self.digest, self.load)
 
 
@@ -181,18 +186,20 @@ def store_index(shard: Shard, folder: Path) -> Shard:
     return Shard(file=shard.file, size=shard.size, sha256=shard.sha256, members=stored)
 
 
-def decode_index(data: Buffer, name: str, shard: Shard) -> Members:
+def decode_index(data: Buffer, name: str, shard: Shard, seal: int = 0, compared: Compared | None = None) -> Members:
     """The members in an index file that is the one that the manifest names; they share the memory of `data`.
 
     name    of the file, for messages
     shard   what the manifest says, with StoredMembers
+    seal    as `mapped` gives it, which is added to `compared`
 
     Raises DataError where the file is cut, damaged, of a newer version, of another shard, or not the one that the manifest names.
     """
     stored = shard.members
     assert isinstance(stored, StoredMembers)
-    head = _checked_head(data, name)
-    if hashlib.sha256(data).hexdigest() != stored.digest:
+    head, seal = _checked_head(data, name), hash((seal, stored.digest, shard.size))
+    is_known = compared is not None and seal in compared
+    if not is_known and hashlib.sha256(data).hexdigest() != stored.digest:
         if zlib.crc32(memoryview(data)[_HEAD.size :]) != head[5]:
             raise DataError(f"the index {name} is damaged, by its check sum; {_MEND}")
         raise DataError(f"the index {name} is not the one that manifest.json names: it, or its shard, was replaced since; fetch or write the set again")
@@ -204,11 +211,15 @@ def decode_index(data: Buffer, name: str, shard: Shard) -> Members:
         )
     table = np.frombuffer(data, "<i8", n * 9, _HEAD.size).reshape(n, len(PARTS), 3)
     members = Members.of(memoryview(data)[len(data) - key_bytes :], np.frombuffer(data, "<i8", n, _HEAD.size + 72 * n), table)
+    if is_known:
+        return members
     try:
         check_places(members.table, shard.size, shard.file)
         _check_keys(members)
     except ValueError as error:
         raise DataError(f"the index {name} is damaged: {error}; {_MEND}") from error
+    if compared is not None:
+        compared.add(seal)
     return members
 
 
@@ -243,7 +254,7 @@ class ShardFolder(Protocol):
         """Of a shard."""
         ...
 
-    def index(self, shard: Shard) -> Members:
+    def index(self, shard: Shard, compared: Compared | None = None) -> Members:
         """What the index of a shard with StoredMembers holds. Raises DataError."""
         ...
 
@@ -258,23 +269,27 @@ class LocalFolder:
         """The tar file."""
         return self.path / file
 
-    def index(self, shard: Shard) -> Members:
+    def index(self, shard: Shard, compared: Compared | None = None) -> Members:
         """Maps the file and compares it with the manifest. Raises DataError."""
-        path = self.path / index_name(shard.file)
-        return decode_index(mapped(path), str(path), shard)
+        path = f"{self.path}/{index_name(shard.file)}"
+        data, seal = mapped(path)
+        return decode_index(data, path, shard, seal, compared)
 
     def members(self, *row: Any) -> StoredMembers:
         """Of a row of a `ShardTable`, without its folder."""
         return _stored(self, *row)
 
 
-def mapped(path: Path) -> Buffer:
-    """The bytes of a file, without reading them. Raises DataError where it cannot be opened."""
+def mapped(path: str) -> tuple[Buffer, int]:
+    """The bytes of a file, without reading them, and a number that changes with the file. Raises DataError where it cannot be opened."""
     try:
-        with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except ValueError:  # a file of no bytes cannot be mapped
-        return b""
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(file)
+            data = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_READ)) if status.st_size else b""  # no bytes cannot be mapped
+        finally:
+            os.close(file)
+        return data, hash((status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
     except OSError as error:
         raise DataError(f"the index {path} cannot be opened: {error.strerror}; {_MEND}") from error
 
@@ -283,8 +298,8 @@ def _stored(folder: ShardFolder, file: str, size: int, sha256: str, samples: int
     return StoredMembers(samples, largest, digest, partial(_load, folder, file, size, sha256, samples, digest, largest))
 
 
-def _load(folder: ShardFolder, file: str, size: int, sha256: str, *row: Any) -> Members:
-    return folder.index(Shard(file=file, size=size, sha256=sha256, members=_stored(folder, file, size, sha256, *row)))
+def _load(folder: ShardFolder, file: str, size: int, sha256: str, *row: Any, compared: Compared | None = None) -> Members:
+    return folder.index(Shard(file=file, size=size, sha256=sha256, members=_stored(folder, file, size, sha256, *row)), compared)
 
 
 # ----------------------------------------

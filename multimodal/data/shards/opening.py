@@ -26,6 +26,7 @@ from adalink.files import write_whole
 from multimodal.data.shards.index import ShardLimits, index_shard
 from multimodal.data.shards.manifest import MANIFEST, Known, Manifest, find_shards, parse_manifest, read_manifest, refuse_unfinished
 from multimodal.data.shards.members import (
+    Compared,
     LocalFolder,
     Members,
     Place,
@@ -93,35 +94,61 @@ def _counted(name: str) -> list[str]:
 # Folders on servers.
 
 
+_SHARE = 32  # of the cache's bound one part is for indexes: they have about a thousandth of the bytes of their shards
+
+
 @dataclass(frozen=True)
 class RemoteFolder:
     """A folder by URL. An index is one request, and one for all processes of a machine where there is a cache."""
 
     url: str
     files: RemoteFiles
-    cache: Path | None = None
+    settings: RemoteSettings
 
     def place(self, file: str) -> str:
         """The URL of the tar file."""
         return beside(self.url, quote(file))
 
-    def index(self, shard: Shard) -> Members:
+    def index(self, shard: Shard, compared: Compared | None = None) -> Members:
         """Reads the file and compares it with the manifest. Raises DataError."""
         url = beside(self.url, quote(index_name(shard.file)))
         assert isinstance(shard.members, StoredMembers)
-        if self.cache is None:
+        if self.settings.cache is None:
             return decode_index(self.files.whole(url), redacted(url), shard)
-        path = self.cache / "indexes" / f"{shard.members.digest}.idx"
+        path = self.settings.cache / "indexes" / f"{shard.members.digest}.idx"
+        if (found := _cached(path, shard, compared)) is not None:
+            return found
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(path):
-            with suppress(DataError):
-                return decode_index(mapped(path), str(path), shard)
+            if (found := _cached(path, shard, compared)) is not None:
+                return found
             data = self.files.whole(url)
             members = decode_index(data, redacted(url), shard)
             with suppress(DataError):  # on a full disk it is asked for again
                 write_whole(path, data)
+            if shard.members.digest < "08":  # one of 32 looks at the others: a list of a hundred thousand names takes a while
+                _make_room(path.parent, self.settings.cache_bytes // _SHARE)
         return members
+
+
+def _cached(path: Path, shard: Shard, compared: Compared | None) -> Members | None:
+    with suppress(DataError):
+        data, seal = mapped(str(path))
+        return decode_index(data, str(path), shard, seal, compared)
+    return None
+
+
+def _make_room(folder: Path, most: int) -> None:
+    """Removes the indexes that were written first, until three quarters of so many bytes are left. Who has one mapped goes on with it."""
+    with suppress(OSError):
+        files = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in os.scandir(folder) if entry.name.endswith(".idx"))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files if total > most else ():
+            if total <= most * 3 // 4:
+                break
+            os.unlink(path)
+            total -= size
 
 
 @contextmanager
@@ -239,7 +266,7 @@ class _Gathered:
         if isinstance(folder, str):
             assert self._files is not None
             name = beside(folder, MANIFEST)
-            return parse_manifest(self._files.whole(name), redacted(name), RemoteFolder(folder, self._files, self._remote.cache))
+            return parse_manifest(self._files.whole(name), redacted(name), RemoteFolder(folder, self._files, self._remote))
         refuse_unfinished(folder)
         return read_manifest(folder) if (folder / MANIFEST).exists() else None
 
@@ -351,6 +378,7 @@ class OpenIndexes:
         self.table = table
         self._open: dict[int, tuple[Members, Place]] = {}
         self._sizes: dict[int, int] = {}  # bytes of those that are not in memory anyway
+        self._compared: Compared = set()
         self._bytes, self._lock = 0, Lock()
 
     def __reduce__(self) -> tuple[type[OpenIndexes], tuple[ShardTable]]:
@@ -362,7 +390,7 @@ class OpenIndexes:
     def _opened(self, number: int) -> tuple[Members, Place]:
         """Raises DataError where the index cannot be read."""
         members = self.table[number].members
-        loaded = members.load() if isinstance(members, StoredMembers) else members
+        loaded = members.load(compared=self._compared) if isinstance(members, StoredMembers) else members
         with self._lock:
             if loaded is not members and number not in self._sizes:
                 self._sizes[number] = int(loaded.table.nbytes + loaded.ends.nbytes) + len(loaded.packed_keys)

@@ -305,6 +305,49 @@ def test_an_index_on_a_server_is_one_request_and_one_for_a_machine_with_a_cache(
             ShardSource(server.url + "/set?token=secret", remote=FAST)[4]
 
 
+def test_cached_indexes_are_bounded_and_the_first_written_leave_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "indexes"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.idx").write_bytes(bytes(100))
+        os.utime(folder / f"{number}.idx", (number, number))
+    (folder / ".lock").write_bytes(bytes(1000))
+    opening._make_room(folder, 800)
+    assert len(list(folder.glob("*.idx"))) == 8
+    opening._make_room(folder, 799)
+    assert sorted(path.name for path in folder.glob("*.idx")) == [f"{number}.idx" for number in range(3, 8)]
+    opening._make_room(tmp_path / "absent", 0)
+    written = made_shards(tmp_path / "web" / "set", 40, 1)
+    looked: list[int] = []
+    monkeypatch.setattr(opening, "_make_room", lambda folder, most, real=opening._make_room: looked.append(most) or real(folder, most))
+    with served(tmp_path / "web") as server:
+        found = ShardSource(server.url + "/set", remote=replace(FAST, cache=tmp_path / "cache", cache_bytes=32 * 400))
+        assert [everything(found) for _ in range(2)] == [written.samples] * 2
+    digests = [str(row) for row in read_manifest(tmp_path / "web" / "set").table.rows["index"].astype(str)]
+    assert looked == [400] * sum(digest < "08" for digest in digests)
+
+
+def test_an_index_that_was_compared_is_opened_again_as_it_is_and_one_that_changed_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = made_shards(tmp_path)
+    monkeypatch.setattr(opening, "_MOST_MAPPED", 1)
+    source = ShardSource(tmp_path)
+    compared: list[int] = []
+    monkeypatch.setattr(members_module, "check_places", lambda table, size, file: compared.append(len(table)))
+    for _ in range(3):
+        assert everything(source) == written.samples
+    assert compared == [4, 4, 2]
+    data = (tmp_path / "shard-000001.idx").read_bytes()
+    (tmp_path / "shard-000001.idx").write_bytes(data)
+    os.utime(tmp_path / "shard-000001.idx", (1, 1))
+    assert everything(source) == written.samples
+    assert compared == [4, 4, 2, 4]
+    flip(tmp_path / "shard-000002.idx", 100)
+    os.utime(tmp_path / "shard-000002.idx", (1, 1))
+    assert source[0] == written[0]
+    with pytest.raises(DataError, match=r"shard-000002.idx is damaged, by its check sum"):
+        source[8]
+
+
 def test_of_many_shards_on_a_server_some_are_asked_for_at_the_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_shards(tmp_path / "web" / "set", 20, 2)
     monkeypatch.setattr(opening, "_ASKED", 4)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from made_shards import ListSource, everything, image, made_sample, made_shards, made_source
+from made_shards import ListSource, everything, flip, image, made_sample, made_shards, made_source
 from shared import ROOT
 
 from adalink.errors import BudgetError, ConfigError, DataError
@@ -234,6 +235,14 @@ def test_what_an_interrupted_writing_left_is_used_only_where_it_still_fits(tmp_p
     (work / "000001.json").write_text("{")
     made_shards(tmp_path / "cut")
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+    for damage in (lambda path: path.unlink(), lambda path: os.truncate(path, 100), lambda path: flip(path, 200)):
+        out = tmp_path / "index"
+        work = interrupted(out)
+        damage(work / "000000.idx")
+        made_shards(out)
+        assert files(out) == files(tmp_path / "whole")
+        shutil.rmtree(out)
 
     interrupted(tmp_path / "sizes")
     made_shards(tmp_path / "sizes", samples_per_shard=3)
