@@ -280,6 +280,13 @@ class Adapter(nn.Module):
         """Everything that a folder stores of it, by name: trained parameters, a shared one once, and buffers that never change."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
+    def fix(self, method: str) -> None:
+        """Make the parameters of a method buffers: a folder holds them as before, and no optimizer does."""
+        for module in self.get_submodule(method).modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+
     def n_parameters(self) -> dict[str, int]:
         """Trained parameters of each method and of the copies, a shared one counted once."""
         counts = dict.fromkeys([*self.methods, *([COPIES] if self.copies else [])], 0)

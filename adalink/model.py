@@ -246,6 +246,15 @@ class AdaptedModel(nn.Module):
         self.tasks[self._active()] = dict(task)
 
     @property
+    def start(self) -> Start | None:
+        """What the active adapter's weights were before any training; None where no seed gives them."""
+        return self._origins.get(self.active or "", (None, {}))[0]
+
+    @start.setter
+    def start(self, start: Start | None) -> None:
+        self._origins[self._active()] = start, {}
+
+    @property
     def device(self) -> torch.device:
         """Where the frozen model begins."""
         return execution_device(self.base, f"{self.anatomy.stack}.{self.anatomy.embedding}".lstrip("."))

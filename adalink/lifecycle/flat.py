@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from adalink.attachment.modules_to_save import copied
-from adalink.checkpoint.folder import AdapterConfig, local_folder, read_config, stored_tensors, write_adapter
+from adalink.checkpoint.folder import AdapterConfig, load_weights, local_folder, read_config, stored_tensors, write_adapter
 from adalink.checkpoint.start import digest_of, redrawn
 from adalink.edit import COPIES, Adapter
 from adalink.errors import CheckpointError, ConfigError
 from adalink.files import new_folder
+from adalink.lifecycle.stack import check_settings
 from adalink.model import AdaptedModel
 
-__all__ = ["Flat", "check_alike", "derived_from", "parts_beside", "read_flat", "start_of", "write_derived"]
+__all__ = ["Flat", "begin_with", "check_alike", "derived_from", "fix_method", "parts_beside", "read_flat", "start_of", "write_derived"]
 
 BESIDE = {"vision": "an adapted encoder", "connector": "an adapted connector", "answer_head.safetensors": "an answer head"}
 
@@ -153,3 +154,39 @@ def write_derived(out: Path, config: AdapterConfig, flat: Flat | Mapping[str, Te
 def parts_beside(folder: str | Path) -> list[str]:
     """What an adapter folder holds beside the adapter itself, in words: an adapted encoder, an answer head."""
     return [what for name, what in BESIDE.items() if (local_folder(folder) / name).exists()]
+
+
+def begin_with(model: AdaptedModel, folder: str | Path) -> None:
+    """Give the active adapter the weights of a saved one, whose start is then its own.
+
+    Raises ConfigError where it has other methods, CheckpointError where the saved one is of another base, or damaged.
+    """
+    path = local_folder(folder)
+    config = read_config(path)
+    config.check_base(model.parts, str(folder))
+    check_settings({"the config": model.active_adapter().methods, str(folder): config.methods}, {})
+    load_weights(path, model.active_adapter())
+    model.start = config.start
+
+
+def fix_method(model: AdaptedModel, method: str, folder: str | Path) -> None:
+    """Give one method of the active adapter the weights of a saved adapter, and train them no more: no seed gives this start.
+
+    Raises ConfigError where one of them has no such method, or no method is left to train; CheckpointError as `begin_with`.
+    """
+    adapter, config = model.active_adapter(), read_config(local_folder(folder))
+    for owner, methods in (("the config", adapter.methods), (str(folder), config.methods)):
+        if method not in methods:
+            raise ConfigError(f"the method {method} is to be frozen, and {owner} has {', '.join(methods)}: give methods that both have")
+    config.check_base(model.parts, str(folder))
+    check_settings({"the config": {method: adapter.methods[method]}, str(folder): {method: config.methods[method]}}, {})
+    stored, own = read_flat(folder, model).tensors(), {name: tensor for name, tensor in adapter.tensors().items() if name.startswith(f"{method}.")}
+    theirs = {name: tensor for name, tensor in stored.items() if name.startswith(f"{method}.")}
+    check_alike({"the config": Flat.of(own), str(folder): Flat.of(theirs)})
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(theirs[name])
+    adapter.fix(method)
+    model.start = None
+    if not any(True for _ in adapter.parameters()):
+        raise ConfigError(f"the method {method} is to be frozen, and nothing else is trained: add a method")

@@ -69,12 +69,12 @@ def check_settings(methods: Mapping[str, Mapping[str, Method]], free: Mapping[ty
     for folder, other in others:
         kinds = [{name: type(method).__name__ for name, method in found.items()} for found in (one, other)]
         if kinds[0] != kinds[1]:
-            raise ConfigError(f"{first} has the methods {_listed(kinds[0])} and {folder} {_listed(kinds[1])}: merge adapters of the same methods")
+            raise ConfigError(f"{first} has the methods {_listed(kinds[0])} and {folder} {_listed(kinds[1])}: give adapters of the same methods")
         for name, method in one.items():
             for field in dataclasses.fields(method):  # type: ignore[arg-type]  # every method is a dataclass
                 mine, theirs = getattr(method, field.name), getattr(other[name], field.name)
                 if mine != theirs and field.name not in OF_TRAINING | free.get(type(method), frozenset()):
-                    raise ConfigError(f"{name}.{field.name} is {mine!r} in {first} and {theirs!r} in {folder}: merge adapters that compute the same function")
+                    raise ConfigError(f"{name}.{field.name} is {mine!r} in {first} and {theirs!r} in {folder}: give adapters that compute the same function")
 
 
 def _of(name: str, tensors: Tensors) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from adalink.attachment.slots import ReadAll, lowest_edit
 from adalink.checkpoint.folder import AdapterConfig
 from adalink.checkpoint.start import digest_of
 from adalink.errors import AttachError, ConfigError
+from adalink.lifecycle.flat import Flat, check_alike, read_flat
 from multimodal.batches.collate import FLEX, Batch, collate
 from multimodal.batches.prefix_sharing import REFUSALS, agree, calls_of, gates_of, mixes_texts, unadapted
 from multimodal.batches.tokenize import Row
@@ -29,7 +30,7 @@ from multimodal.template import saved_template
 from multimodal.training.settings import Compile, Teachers, TrainSettings
 
 __all__ = [
-    "CompiledModel", "compiled", "first_layer", "following", "hidden_state_model", "training_form", "mean_loss", "new_optimizer", "offloaded",
+    "CompiledModel", "Pull", "compiled", "first_layer", "following", "hidden_state_model", "training_form", "mean_loss", "new_optimizer", "offloaded",
     "parameter_groups", "starts_exactly",
 ]  # fmt: skip
 
@@ -307,6 +308,36 @@ def mean_loss(model: VisionLanguageModel, batches: Iterable[Batch]) -> float | N
         torch.distributed.all_reduce(shared)
         total = shared.double().cpu()
     return float(total[0] / total[1]) if total[1] else None
+
+
+# ----------------------------------------
+# A training that stays near earlier adapters, so that it can be merged with them (MOS, arXiv 2412.09441).
+
+
+class Pull:
+    """Moves the active adapter's trained weights a share of the way to the mean of saved adapters: w = (1 - share) w + share mean.
+
+    Called after an optimizer step, whose state it does not touch. The mean is computed once, in float64. Evaluation changes nothing, other than in the
+    released code, which pulls in every forward pass.
+    """
+
+    def __init__(self, model: VisionLanguageModel, folders: Sequence[Path], share: float) -> None:
+        """Raises ConfigError under FSDP2; CheckpointError for folders of another base, or of other tensors than the adapter has."""
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            raise ConfigError("train.pull_towards moves whole weights, and FSDP2 splits them over processes: train with DDP")
+        adapter, self.share = model.adapted.active_adapter(), share
+        flats = {str(folder): read_flat(folder, model.adapted) for folder in folders}
+        for folder in flats:
+            AdaptedModel.read_config(folder).check_base(model.adapted.parts, folder)
+        check_alike({"the adapter that is trained": Flat.of(adapter.tensors()), **flats})
+        first = next(iter(flats.values()))
+        mean, parts = torch.stack([flat.vector for flat in flats.values()]).mean(0), first.parts()
+        self._pairs = [(one, mean[parts[name]].reshape(one.shape).to(one)) for name, one in adapter.named_parameters()]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for parameter, mean in self._pairs:
+            parameter.mul_(1 - self.share).add_(mean, alpha=self.share)
 
 
 # ----------------------------------------

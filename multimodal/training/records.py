@@ -15,8 +15,10 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from adalink.checkpoint.start import digest_of
 from adalink.errors import CheckpointError, DataError
 from adalink.files import write_whole
+from adalink.lifecycle.flat import read_flat
 from multimodal.data.order import set_sizes
 from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.sample import BadSample, BadSamples, SampleSource
@@ -134,6 +136,8 @@ def run_facts(model: VisionLanguageModel, settings: TrainSettings) -> dict[str, 
         **({"modules_to_save": sorted(parts.edits.copies)} if parts.edits.copies else {}),
         "template": template.saved(),
         **({"teachers": model.language_loss.followed.digests} if model.language_loss.followed is not None else {}),
+        **({"fixed": digest_of(fixed)} if (fixed := dict(parts.edits.named_buffers())) else {}),
+        **({"pull_towards": [read_flat(folder, model.adapted).digest for folder in settings.pull_towards]} if settings.pull_towards else {}),
         "answers": hashlib.sha256("\n".join(head.answers).encode()).hexdigest()[:16] if head is not None else "",
     }
     return json.loads(json.dumps({"train": dataclasses.asdict(settings), "model": made}, default=str))  # type: ignore[no-any-return]

@@ -76,6 +76,9 @@ class TrainSettings:
     bad_samples: int = 10  # samples that may be skipped before the run stops
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # also log to these
     teachers: Teachers = field(default_factory=Teachers)  # two saved adapters to follow in the place of the texts
+    frozen: dict[str, Path] = field(default_factory=dict)  # methods that are not trained, each with the adapter folder that has its weights
+    pull_towards: tuple[Path, ...] = ()  # saved adapters of the same methods: after each step the weights move towards their mean (MOS)
+    pull: float = 0.1  # the share of that way
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
@@ -108,6 +111,8 @@ class TrainSettings:
         if self.teachers.folders is not None and (self.compile != "no" or self.states_gib):
             name = f"compile is {self.compile}" if self.compile != "no" else f"states_gib {self.states_gib}"
             raise ConfigError(f"train.{name} and train.teachers are given: what they save is of one adapter, and three read each text; leave one out")
+        if not 0 <= self.pull < 1:
+            raise ConfigError(f"train.pull is {self.pull}: give 0 or more and less than 1, the share of the way to the mean that a step takes")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"train.betas is {self.betas}: both are from 0 to below 1")
 

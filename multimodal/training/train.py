@@ -44,7 +44,7 @@ from multimodal.training.distributed import (
     take_off,
     together,
 )
-from multimodal.training.prepare import new_optimizer, offloaded, parameter_groups, training_form
+from multimodal.training.prepare import Pull, new_optimizer, offloaded, parameter_groups, training_form
 from multimodal.training.records import LoggedSamples, RunLog, TrainedSoFar, changed_settings, refuse_another_model, run_facts, track
 from multimodal.training.settings import TrainSettings
 from multimodal.training.state import BEST, Best, latest_checkpoint, load_state, read_state, state_tensors, write_state
@@ -155,6 +155,7 @@ def check_training(
     check_trackers(settings)
     parameters = {**TrainedParts.of(model).parameters(), **(also_trained or {})}
     parameter_groups(parameters, settings)
+    _pull(model, settings)
     with training_form(model, settings, 0):
         own = run_facts(model, settings)
     if settings.precision == "no" and any(weight.dtype == torch.float16 for weight in model.adapted.base.parameters()):
@@ -173,6 +174,11 @@ def _continued(checkpoint: Path) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint} cannot be continued exactly: {error}; resume with the config and the data of its run") from None
+
+
+def _pull(model: VisionLanguageModel, settings: TrainSettings) -> Pull | None:
+    """What moves the weights towards those of saved adapters after each step; None where nothing does."""
+    return Pull(model, settings.pull_towards, settings.pull) if settings.pull_towards and settings.pull else None
 
 
 def _loader(
@@ -240,6 +246,7 @@ class _Run:
         # The first step whose loss was not finite, negative where it was infinite; asked for seldom, since asking waits for the device.
         self.broken = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self.parameters = {**TrainedParts.of(model).parameters(), **also_trained}
+        self.pull = _pull(model, settings)
         optimizer = new_optimizer(self.parameters, settings)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.host = host_group(accelerator)
@@ -299,6 +306,8 @@ class _Run:
         if self.settings.clip:
             self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
         self.optimizer.step()
+        if self.pull is not None:
+            self.pull()
         self.optimizer.zero_grad()
         loss: torch.Tensor = self.accelerator.reduce(torch.stack(losses).sum(), "sum")
         self.broken += ((self.broken == 0) & ~loss.isfinite()) * torch.where(loss.isinf(), -1, 1) * (step + 1)

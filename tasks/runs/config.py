@@ -123,6 +123,7 @@ class RunConfig:
     base: BaseSettings = field(default_factory=BaseSettings)  # precision, quantisation and attention of the frozen parts
     data: Data
     methods: Methods
+    start: Path | None = None  # a saved adapter with these methods, whose weights the training begins with; none: new weights
     vision_methods: Methods = field(default_factory=Methods)  # methods inside the encoder, trained with the others; its features are then never cached
     connector: ConnectorChoice = "frozen"  # of `model`; trained: all weights of what runs between its tower and its words, as a copy in the adapter
     connector_methods: Methods = field(default_factory=Methods)  # of `model`: methods on its connector's linears: lora, hira, ia3, bitfit
@@ -151,6 +152,9 @@ class RunConfig:
         if not self.model:
             refuse_connector(self.connector, self.methods_on_connector)
         refuse_both(self.connector, self.methods_on_connector)
+        if self.train.teachers.folders is not None and (self.start is not None or self.train.frozen):
+            given = "start" if self.start is not None else "train.frozen"
+            raise ConfigError(f"{given} and train.teachers were given, and a training with teachers begins with the new one's weights: leave {given} out")
 
     def check_features(self) -> None:
         """Raise ConfigError where cached features are asked for in two ways, or of an encoder or a connector that changes."""

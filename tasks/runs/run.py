@@ -16,6 +16,7 @@ import yaml
 from adalink import AdaptedModel, Method
 from adalink.errors import AdalinkError, ConfigError, DataError
 from adalink.files import write_whole
+from adalink.lifecycle.flat import begin_with, fix_method
 from multimodal.data.images.decode import decode_image
 from multimodal.data.loader import Batches, Texts
 from multimodal.model import TrainedParts, VisionLanguageModel
@@ -113,6 +114,10 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
         _start_from(model, start, config, methods)
         return model, task.texts
     model.add_adapter("default", methods, connector=config.connector, connector_methods=config.methods_on_connector)
+    if config.start is not None:
+        begin_with(model.adapted, config.start)
+    for name, folder in config.train.frozen.items():
+        fix_method(model.adapted, name, folder)
     if config.encoder_methods:
         model.add_vision_adapter(config.encoder_methods)
     if not config.n_answers:
