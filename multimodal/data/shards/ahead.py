@@ -35,7 +35,7 @@ class Windows(Protocol):
     window_shards: int  # most shards of one, for each part
     parts: int  # of a step, which machines read
 
-    def shards_of(self, window: int, parts: range | None = None) -> NDArray[np.int64]:
+    def shards_of(self, window: int, parts: Sequence[int] | None = None) -> NDArray[np.int64]:
         """int64 [shards]: the numbers of a window's shards, or of those that some parts read."""
         ...
 
@@ -85,9 +85,9 @@ class Ahead:
 
     @property
     def needed_bytes(self) -> int:
-        """Of a window of the largest shards; two parts may share a shard."""
-        order, n_parts = self.plan.order, len(self.plan.parts)
-        most = order.window_shards * n_parts + (order.parts > n_parts)
+        """Of a window of the largest shards; parts that follow each other share a shard, and others take one more each."""
+        order, parts = self.plan.order, self.plan.parts
+        most = order.window_shards * len(parts) + (order.parts > len(parts)) * (1 if parts.step == 1 else len(parts))
         return int(np.sort(self._sizes)[::-1][:most].sum())
 
     def at(self, position: int) -> None:
@@ -126,7 +126,7 @@ class Ahead:
         self._now, self._windows = now, windows
         names = frozenset(path.name for path in now.values())
         parts = self.plan.parts
-        self.cache.reads(self._file, Reader(self._group, (windows.start, windows.stop - 1), (parts.start, parts.stop), names))
+        self.cache.reads(self._file, Reader(self._group, (windows.start, windows.stop - 1), tuple(parts), names))
         self._fetcher.wake.set()
 
     def _start(self) -> None:
@@ -197,7 +197,7 @@ class _Fetcher:
         if not readers:
             return
         low, high = min(reader.windows[0] for reader in readers), max(reader.windows[1] for reader in readers)
-        parts = range(min(reader.parts[0] for reader in readers), max(reader.parts[1] for reader in readers))
+        parts = sorted(set().union(*(reader.parts for reader in readers)))
         soon = set[str]()
         for window in range(low, high + self._cache.settings.ahead + 1):
             urls = [self._urls[shard] for shard in self._order.shards_of(window, parts).tolist()]

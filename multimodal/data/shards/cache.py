@@ -107,13 +107,13 @@ class Reader:
 
     group     equal for all processes that read one set in one order
     windows   of the order, the first and the last
-    parts     of each step that it reads, the first and the one after the last
+    parts     of each step that it reads
     names     of files
     """
 
     group: str
     windows: tuple[int, int]
-    parts: tuple[int, int]
+    parts: tuple[int, ...]
     names: frozenset[str]
 
 
@@ -125,7 +125,7 @@ def live_readers(folder: Path) -> list[Reader]:
             text = path.read_bytes()
             if is_held(path) and text:  # without text it has only begun
                 group, windows, parts, names = json.loads(text)
-                found.append(Reader(group, (windows[0], windows[1]), (parts[0], parts[1]), frozenset(names)))
+                found.append(Reader(group, (windows[0], windows[1]), tuple(parts), frozenset(names)))
             elif not is_held(path):
                 path.unlink()
     return found

@@ -1,7 +1,7 @@
 """How good an order by windows of shards is, and what it costs to ask: beside all samples shuffled, without a byte of data.
 
     PYTHONPATH=.:tests/support python tests/benchmarks/studies/shard_order.py quality
-    PYTHONPATH=.:tests/support python tests/benchmarks/studies/shard_order.py cluster [--shards 100000]
+    PYTHONPATH=.:tests/support python tests/benchmarks/studies/shard_order.py cluster [--shards 100000 --samples 1000]
     PYTHONPATH=.:tests/support python tests/benchmarks/studies/shard_order.py position
 
 `quality` takes a sorted set, each shard with a label of its own, and asks how its labels spread over batches and how far one epoch's places
@@ -28,16 +28,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["quality", "cluster", "position"])
     parser.add_argument("--shards", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1000, help="of a shard")
     values = parser.parse_args()
     if values.what == "quality":
-        quality(values.shards or 1000)
+        quality(values.shards or 1000, values.samples)
     elif values.what == "cluster":
-        cluster(values.shards or 100_000)
+        cluster(values.shards or 100_000, values.samples)
     else:
-        position(values.shards or 100_000)
+        position(values.shards or 100_000, values.samples)
 
 
-def quality(n_shards: int, each: int = 1000, batch: int = 256) -> None:
+def quality(n_shards: int, each: int, batch: int = 256) -> None:
     """Markdown: a row for each order."""
     sizes = np.full(n_shards, each)
     orders: dict[str, Epoch] = {"global": lambda epoch: epoch_permutation(n_shards * each, 0, epoch)}
@@ -85,10 +86,11 @@ def spread(labels: NDArray[np.int64], batch: int, n_labels: int) -> float:
     return total / number
 
 
-def cluster(n_shards: int) -> None:
+def cluster(n_shards: int, each: int) -> None:
     """An epoch of 1,024 ranks on 128 machines, to its end, and to its middle and on with 120 machines."""
-    own, sizes = Cluster(128, 8, 8, 16), np.full(n_shards, 1000)
-    for after in (own, Cluster(120, 8, 8, 16)):
+    batch = max(1, 16 * each // 1000)
+    own, sizes = Cluster(128, 8, 8, batch), np.full(n_shards, each)
+    for after in (own, Cluster(120, 8, 8, batch)):
         order, started = ShardOrder(sizes, 16, 0, parts=128, step=own.step), time.perf_counter()
         first = read_through(order, sizes, own, 0, int(sizes.sum()) // own.step // 2)
         rest = read_through(order, sizes, after, first.end, (int(sizes.sum()) - first.end) // after.step)
@@ -96,24 +98,25 @@ def cluster(n_shards: int) -> None:
         later = np.concatenate([order.shards_of(order.n_windows + extra) for extra in range(rest.held + own.ahead)])
         times = rest.fetched.copy()
         times[:, later] = 0  # fetched for the next epoch too
-        window = max(len(order.shards_of(0, parts_of(order, after, node))) for node in range(after.nodes))
+        parts = [parts_of(order, after, node) for node in range(after.nodes)]
+        window = max(len(order.shards_of(number, own_parts)) for number in range(order.n_windows) for own_parts in parts)
         print(
             f"{own.nodes} machines, then {after.nodes}: {len(read):,} samples in {n_shards:,} shards, {first.steps} and {rest.steps} steps of every rank; "
             f"each sample is read {read.max()} times at most, {first.number + rest.number:,} in all, {int((read == 0).sum()):,} are left for the next step; "
             f"a machine fetches a shard {max(first.fetched.max(), times.max())} times at most, all together {(first.fetched > 0).sum() / n_shards:.3f} and "
-            f"{(times > 0).sum() / n_shards:.3f} times; a machine holds {rest.cached / 1000:,.0f} shards at most, "
+            f"{(times > 0).sum() / n_shards:.3f} times; a machine holds {rest.cached / each:,.0f} shards at most, "
             f"{(rest.held + own.ahead)} windows of {window} are {(rest.held + own.ahead) * window:,}; {time.perf_counter() - started:.0f} s",
             flush=True,
         )
 
 
-def position(n_shards: int) -> None:
+def position(n_shards: int, each: int) -> None:
     """Processor time to find a position in an epoch that was not asked for, in one that was, and to read its sample."""
-    order = ShardOrder(np.full(n_shards, 1000), 16, 0)
+    order = ShardOrder(np.full(n_shards, each), 16, 0)
     order.window(0)  # torch is imported late
     asks: dict[str, list[float]] = {"new epoch": [], "known epoch": [], "its sample (a new window)": [], "the next sample": []}
     for epoch in range(1, 50):
-        at = epoch * n_shards * 1000 + epoch * 12345
+        at = epoch * n_shards * each + epoch * 12345
         for (_, times), ask in zip(asks.items(), (order.window, order.window, order.sample, order.sample), strict=True):
             started = time.thread_time()
             ask(at)

@@ -20,6 +20,7 @@ from multimodal.data.inputs import Drafted
 from multimodal.data.loader import TrainLoader, train_loader
 from multimodal.data.order import MixedSet, Mixture, reading_plan, shard_sizes_of
 from multimodal.data.shards.reader import ShardSource
+from multimodal.data.shards.storage import RemoteSettings
 from multimodal.data.shards.writer import write_shards
 from multimodal.sample import Sample, SampleSource
 from tasks.data.sources import Chosen
@@ -197,3 +198,38 @@ def test_a_shard_is_read_in_one_window_of_an_epoch(shards: Path) -> None:
     assert plan is not None
     for position, shard in enumerate(source.read):
         assert [window for window in range(plan.order.n_windows) if shard in plan.shards_of(window)] == list(plan.windows(position))
+
+
+def test_a_machine_of_another_number_fetches_the_parts_that_its_ranks_come_to(tmp_path: Path) -> None:
+    """Four machines made the order, two go on with steps of half the size: each reads every second part, and fetches half of the shards."""
+    write_shards(made_source(192), tmp_path / "set", samples_per_shard=4)
+    whole, state = read(ShardSource(tmp_path / "set"), 0, batch_size=2, world=4, nodes=4, window=3)
+    expected, _ = read(ShardSource(tmp_path / "set"), 192, batch_size=2, world=4, nodes=4, window=3)
+    read_by = []
+    for rank in range(2):
+        with served(tmp_path / "set") as server:
+            source = ShardSource(server.url, remote=RemoteSettings(cache=tmp_path / f"cache{rank}", ahead=0))
+            one = loader(source, 48, batch_size=2, rank=rank, world=2, nodes=2, window=3, order="auto")
+            one.load_state_dict(state)
+            server.asked.clear()  # of opening, which looks at each shard's size
+            read_by.append([keys([step]) for step in one])
+            fetched = [name for name in server.asked if name.endswith(".tar")]
+            assert 24 <= len(fetched) <= 24 + 4 * 3  # four windows, and where two parts meet each reads the shard
+            assert max(server.asked[name] for name in fetched) == 1
+    assert whole == []
+    assert [key for step in zip(*read_by, strict=True) for both in step for key in both] == expected
+
+
+def test_a_stream_that_goes_on_as_it_was_fetches_as_it_was(shards: Path, tmp_path: Path) -> None:
+    with served(shards) as server:
+        source = ShardSource(server.url, remote=RemoteSettings(cache=tmp_path / "cache"))
+        state = loader(ShardSource(shards), order="global").state_dict()
+        one = loader(source, order="auto")
+        assert [id(ahead.plan.order) for ahead in one._positions._ahead] == [id(one._positions.order)]
+        one.load_state_dict(state)
+        assert one._positions._ahead == ()
+        assert keys(list(one)) == keys(list(loader(ShardSource(shards), order="global")))
+        again = loader(source, order="auto")
+        again.load_state_dict(loader(ShardSource(shards)).state_dict())
+        assert [id(ahead.plan.order) for ahead in again._positions._ahead] == [id(again._positions.order)]
+        assert keys(list(again)) == keys(list(loader(ShardSource(shards))))
