@@ -107,6 +107,20 @@ def test_what_is_refused_ends_with_two_and_leaves_nothing(folder: Path, small: P
     assert adalink("compress", cut, "--out", out, "--start", "zero").code == 0  # which is offered for it
 
 
+@pytest.mark.parametrize("method", ["stack", "average"])
+def test_a_merge_of_compressed_adapters_is_that_of_what_they_decompress_to(folder: Path, small: Path, tmp_path: Path, method: str) -> None:
+    for out, given in (("signs", ("--method", "ternary")), ("int8", ("--method", "int8"))):
+        assert adalink("compress", folder, "--out", tmp_path / out, *given).code == 0
+        assert adalink("decompress", tmp_path / out, "--out", tmp_path / f"plain-{out}").code == 0
+    merged = {}
+    for prefix in ("", "plain-"):
+        done = adalink("merge", tmp_path / f"{prefix}signs", tmp_path / f"{prefix}int8", "--method", method, "--out", tmp_path / f"{prefix}merged")
+        assert done.code == 0, done.err
+        merged[prefix] = load_file(tmp_path / f"{prefix}merged" / WEIGHTS_FILE)
+    assert merged[""].keys() == merged["plain-"].keys()
+    assert all(torch.equal(tensor, merged["plain-"][name]) for name, tensor in merged[""].items())
+
+
 @pytest.mark.slow
 def test_a_trained_caption_adapter_is_nearly_as_good_in_four_bits_and_not_where_its_start_is_taken_for_zeros(tmp_path: Path) -> None:
     folder, start = trained_adapter(tmp_path, "captioning")
