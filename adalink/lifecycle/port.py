@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from adalink.attachment.modules_to_save import copied
 from adalink.checkpoint.compressed import COMPRESSED_FILE, read_compressed
 from adalink.checkpoint.fingerprint import TOLERANCES, FrozenPart
-from adalink.checkpoint.folder import WEIGHTS_FILE, AdapterConfig, read_config, stored_tensors
+from adalink.checkpoint.folder import CONFIG_FILE, PEFT_CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, is_file_with, read_config, stored_tensors
+from adalink.checkpoint.peft_format import from_peft
 from adalink.edit import Adapter, weight_of
 from adalink.errors import AttachError, CheckpointError, ConfigError
 from adalink.lifecycle.flat import parts_beside
 from adalink.model import AdaptedModel
 
-__all__ = ["MOST_SCALE", "Base", "Drift", "PortReport", "drift_of", "port"]
+__all__ = ["MOST_SCALE", "Base", "Drift", "PortReport", "drift_of", "is_of_peft", "port"]
 
 MOST_SCALE = 2.0  # the root mean square of one embedding table over that of the other
 _STRUCTURE = re.compile(r"(^|\.)(num_hidden_layers|num_layers|n_layers?|hidden_size|n_embd|d_model)$")
@@ -90,7 +91,7 @@ def port(folder: Path, new: Base, *, old: Base | None = None, accept: bool = Fal
 
     Raises CheckpointError where the adapter does not fit the new base, or means another thing there; the sentence names both sides.
     """
-    config = read_config(folder)
+    config = _config_of_peft(folder, new, old) if is_of_peft(folder) else read_config(folder)
     own = {name: base.adapted._parts(config.modules_to_save) for name, base in (("new", new), ("old", old)) if base is not None}
     if missing := config.base.keys() - own["new"].keys():
         found, here = _listed(config.base), _listed(own["new"])
@@ -98,7 +99,9 @@ def port(folder: Path, new: Base, *, old: Base | None = None, accept: bool = Fal
     if old is not None:
         config.check_base(own["old"], str(folder))
     _check_beside(folder, config, own["new"])
-    _check_structure(folder, config, new, old)
+    _check_size(folder, config, new, old)
+    if not is_of_peft(folder):  # whose reader has checked it
+        _check_tensors(folder, config, new)
     checks = (
         *_checked_words(config, new, old), *_checked_images(config, new, old), *_checked_scale(new, old, accept=accept), *_settings(config, new, old)
     )  # fmt: skip
@@ -162,7 +165,22 @@ def _check_beside(folder: Path, config: AdapterConfig, now: Mapping[str, FrozenP
         )
 
 
-def _check_structure(folder: Path, config: AdapterConfig, new: Base, old: Base | None) -> None:
+def is_of_peft(folder: Path) -> bool:
+    """Whether a folder holds an adapter of the peft library."""
+    return not (folder / CONFIG_FILE).exists() and is_file_with(folder / PEFT_CONFIG_FILE, '"peft_type"')
+
+
+def _config_of_peft(folder: Path, new: Base, old: Base | None) -> AdapterConfig:
+    """What a folder of peft would say of itself on the old base."""
+    if old is None:
+        raise CheckpointError(f"{folder} is of the peft library, whose folders name no tokenizer: give the model it was trained on (--old)")
+    try:
+        return AdapterConfig(from_peft(folder, new.adapted.base).methods, {"language_model": old.part})
+    except CheckpointError as error:
+        raise CheckpointError(f"the adapter in {folder} has no place in {new.part.name}: {error}") from error
+
+
+def _check_size(folder: Path, config: AdapterConfig, new: Base, old: Base | None) -> None:
     anatomy, name = new.adapted.anatomy, new.part.name
     size = f"{name} has {len(anatomy.layers)} layers of width {anatomy.width}"
     if old is not None and (was := old.adapted.anatomy) and (len(was.layers), was.width) != (len(anatomy.layers), anatomy.width):
@@ -174,6 +192,11 @@ def _check_structure(folder: Path, config: AdapterConfig, new: Base, old: Base |
                 f"the adapter in {folder} was trained on a model with {setting} {known[setting]}, and {name} has {new.part.config[setting]}: "
                 "train an adapter on the new model"
             )
+
+
+def _check_tensors(folder: Path, config: AdapterConfig, new: Base) -> None:
+    anatomy, name = new.adapted.anatomy, new.part.name
+    size = f"{name} has {len(anatomy.layers)} layers of width {anatomy.width}"
     try:
         adapter = Adapter(config.methods, anatomy, copied(new.adapted.base, anatomy, config.modules_to_save))
     except (AttachError, ConfigError) as error:
@@ -246,7 +269,7 @@ def _checked_images(config: AdapterConfig, new: Base, old: Base | None) -> Itera
 
 def _checked_scale(new: Base, old: Base | None, *, accept: bool) -> Iterator[str]:
     if old is None:
-        yield "warning: without the old model the scale of the embedding table and the drift of the weights are not compared"
+        yield "warning: without the old model, ids of special tokens, the chat template, the embedding table's scale and the drift are not compared"
         return
     was, now = (float(base.table.double().square().mean().sqrt()) for base in (old, new))
     sentence = f"the embedding table of {old.part.name} has a root mean square of {was:.3g}, and that of {new.part.name} of {now:.3g}"

@@ -52,7 +52,6 @@ def port_adapter(
         accept: Write it though the embedding table has another scale, or the scores speak against it; the folder says so.
         resamples: Draws for the bootstrap intervals.
     """
-    from adalink.checkpoint.folder import read_config
     from adalink.files import new_folder
     from adalink.lifecycle.port import port
     from tasks.evaluation.flip_rates import check_limit
@@ -64,7 +63,6 @@ def port_adapter(
         check_limit(most_negative)
         if old is None or data is None:
             raise ConfigError("--most_negative_flips compares the old base with the new one on data: give --old and --data")
-    config = read_config(adapter)
     own = "model" if model else "language_model"
     new_model, new = _loaded(adapter, given)
     old_model, before = (None, None) if old is None else _loaded(adapter, {own: old})
@@ -81,33 +79,43 @@ def port_adapter(
             sentence = _sentence(scores, most_negative, accept)
             _write(folder, adapter, report, new, {**scores.document(), "sentence": sentence})
             (folder / REPORT_FILE).write_text(json.dumps({**report.as_json(), "scores": scores.document(), "sentence": sentence}, indent=1) + "\n")
-    print(f"{sentence}\nwrote {out}: the adapter {adapter} on {_names(report)}, trained on {', '.join(part.name for part in config.base.values())}")
+    print(f"{sentence}\nwrote {out}: the adapter {adapter} on {' and '.join(part.name for part in report.config.base.values())}")
 
 
 def _loaded(adapter: Path, given: dict[str, str | None]) -> tuple[VisionLanguageModel | None, Base]:
     """The frozen parts that the adapter names, or those that are given in their place."""
     from adalink.checkpoint.folder import read_config
+    from adalink.lifecycle.port import is_of_peft
     from multimodal.language import load_language
     from tasks.runs.compose import found_part, frozen_for, is_of_task
     from tasks.runs.config import Parts
     from tasks.runs.ported import base_of, base_of_language
 
-    config = read_config(adapter)
-    if is_of_task(config):
-        loaded = frozen_for(config, Parts(**given))  # type: ignore[arg-type]  # names of parts
-        return loaded, base_of(loaded)
-    name = given.get("model") or given.get("language_model") or config.base["language_model"].name
+    name = given.get("model") or given.get("language_model")
+    if name is None or not is_of_peft(adapter):
+        config = read_config(adapter)
+        if is_of_task(config):
+            loaded = frozen_for(config, Parts(**given))  # type: ignore[arg-type]  # names of parts
+            return loaded, base_of(loaded)
+        name = name or config.base["language_model"].name
     return None, base_of_language(load_language(found_part(name)))
 
 
 def _write(folder: Path, adapter: Path, report: PortReport, new: Base, measured: dict[str, Any] | None) -> None:
+    """The adapter's files, bound to the new base; of a LoRA of peft by the name alone, which is all that its folder has."""
     from dataclasses import replace
 
     from adalink.checkpoint.compressed import COMPRESSED_FILE
-    from adalink.checkpoint.folder import read_config, write_adapter
+    from adalink.checkpoint.folder import PEFT_CONFIG_FILE, WEIGHTS_FILE, read_config, write_adapter
     from adalink.lifecycle.compress import copy_beside
     from adalink.lifecycle.flat import derived_from, read_flat
+    from adalink.lifecycle.port import is_of_peft
 
+    if is_of_peft(adapter):
+        content = json.loads((adapter / PEFT_CONFIG_FILE).read_text())
+        (folder / PEFT_CONFIG_FILE).write_text(json.dumps({**content, "base_model_name_or_path": new.part.name}, indent=2) + "\n")
+        (folder / WEIGHTS_FILE).write_bytes((adapter / WEIGHTS_FILE).read_bytes())
+        return
     if not (folder / "README.md").exists():
         copy_beside(adapter, folder)
     flat, codes = read_flat(adapter, new.adapted), adapter / COMPRESSED_FILE
@@ -151,10 +159,6 @@ def _drift_lines(report: PortReport) -> list[str]:
     mean = sum(one.relative for one in report.drift) / len(report.drift)
     rows = [("weight", "drift"), *((one.name, f"{one.relative:.4f}") for one in report.drift[:N_LISTED]), (f"mean of {len(report.drift)}", f"{mean:.4f}")]
     return aligned(rows)
-
-
-def _names(report: PortReport) -> str:
-    return " and ".join(part.name for part in report.config.base.values())
 
 
 def _add(parser: Any) -> None:

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from quantiser import find_torchao
 from safetensors.torch import load_file
 from shared import fixtures
 from tiny import INPUTS, excite, tiny
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adalink import AdaLink, AdaptedModel, Bridge, FrozenPart, LoRA, Method
+from adalink import AdaLink, AdaptedModel, Bridge, FrozenPart, LoRA, Method, to_peft
 from adalink.checkpoint.fingerprint import Sketch
 from adalink.checkpoint.folder import read_config
+from adalink.checkpoint.precision import Precision, settle
 from adalink.errors import CheckpointError
 from adalink.lifecycle.port import Base, drift_of, port
 
@@ -241,3 +243,52 @@ def test_an_old_base_that_is_not_the_adapters_is_refused(tmp_path: Path) -> None
     old = base_of(tiny("llama"))
     with pytest.raises(CheckpointError, match="was trained on the language model"):
         port(saved(tmp_path / "a", old), base_of(moved()), old=base_of(moved(eps=0.1)))
+
+
+def test_an_update_that_unties_the_head_has_a_drift_of_its_own(tmp_path: Path) -> None:
+    old, model = base_of(tiny("gpt2")), tiny("gpt2")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(1.5 * model.lm_head.weight.detach())
+    found = {one.name: one.relative for one in drift_of(old, base_of(model))}
+    assert found["lm_head.weight"] == pytest.approx(0.5)
+    assert found["transformer.wte.weight"] == 0
+
+
+def test_drift_of_quantised_weights_is_that_of_the_values_that_they_stand_for() -> None:
+    find_torchao()
+    old, model = base_of(tiny("llama")), tiny("llama").float()
+    settle(model, Precision(quantise="int8"), "tiny")
+    found = {one.name: one.relative for one in drift_of(old, base_of(model))}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    plain = tiny("llama").get_parameter(name)
+    expected = (model.get_parameter(name).dequantize().double() - plain).norm() / plain.norm()
+    assert found[name] == pytest.approx(float(expected), rel=1e-9)
+    assert 0 < found[name] < 0.01
+
+
+# ----------------------------------------
+# A LoRA of peft.
+
+
+def of_peft(folder: Path) -> tuple[Path, Base]:
+    old = base_of(tiny("llama"))
+    adapter = old.adapted.add_adapter("one", {"lora": LoRA(rank=2, groups={"all": ("all",)})})
+    excite(adapter)
+    to_peft(adapter, old.adapted.base, folder)
+    old.adapted.delete_adapter("one")
+    return folder, old
+
+
+def test_a_lora_of_peft_is_checked_beside_the_old_base(tmp_path: Path) -> None:
+    folder, old = of_peft(tmp_path / "peft")
+    new = base_of(moved())
+    report = port(folder, new, old=old)
+    assert report.config.base == {"language_model": new.part}
+    assert report.drift == drift_of(old, new)
+    with pytest.raises(CheckpointError, match=r"is of the peft library, whose folders name no tokenizer: give the model it was trained on \(--old\)"):
+        port(folder, new)
+    with pytest.raises(CheckpointError, match="2 of 60 token ids mean other words"):
+        port(folder, swapped(moved()), old=old)
+    with pytest.raises(CheckpointError, match=r"has no place in LlamaForCausalLM: .*layers\.1\."):
+        port(folder, base_of(tiny("llama", n_layers=1)), old=old)

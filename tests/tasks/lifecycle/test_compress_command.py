@@ -16,11 +16,15 @@ from adalink.checkpoint.compressed import COMPRESSED_FILE
 from adalink.checkpoint.folder import CONFIG_FILE, WEIGHTS_FILE
 from adalink.lifecycle.compress import coded
 from adalink.lifecycle.flat import read_flat
+from multimodal.data.images.decode import decode_image
 from tasks.captioning import Captioning
 from tasks.commands.lifecycle.compress import TRIES_FILE
 from tasks.data.sources import DataConfig
 from tasks.runs.compose import compose, load_adapted
 from tasks.runs.scored import ScoredAdapter
+from tasks.scenes.dataset import Scenes
+from tasks.serve.server import served_model
+from tasks.serve.settings import ServeSettings
 
 VAL = ("--data.val.scenes", "val/3", "--generation.max_new_tokens", "4")
 
@@ -58,6 +62,11 @@ def test_every_command_reads_a_compressed_folder_as_what_it_decompresses_to(smal
     model, _ = load_adapted(small)
     stored = load_file(tmp_path / "plain" / WEIGHTS_FILE)
     assert all(torch.equal(stored[name], tensor) for name, tensor in model.adapted.active_adapter().tensors().items())
+    served = served_model(ServeSettings(), {"small": small, "plain": tmp_path / "plain"})
+    images = [decode_image(sample.images[0]) for sample in (Scenes(split="val", size=2)[index] for index in range(2))]
+    texts = served.generate([image for image in images for _ in "ab"], [""] * 4, adapter_names=["small", "plain"] * 2, max_new_tokens=6)
+    assert texts[::2] == texts[1::2]
+    assert len(set(texts)) == 2
     for folder in (small, tmp_path / "plain"):
         done = adalink("evaluate", "--adapter", folder, "--out", tmp_path / f"of-{folder.name}", *VAL)
         assert done.code == 0, done.err

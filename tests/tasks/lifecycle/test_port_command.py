@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from cli_run import adalink, refused
+from peft import PeftModel
 from scenes_adapters import trained_adapter
 
+from adalink import AdaptedModel, LoRA, from_peft, to_peft
 from adalink.checkpoint.compressed import COMPRESSED_FILE
 from adalink.checkpoint.folder import CONFIG_FILE, WEIGHTS_FILE
 from multimodal.data.images.decode import decode_image
@@ -133,3 +135,33 @@ def test_what_is_refused_ends_with_two_and_leaves_nothing(folder: Path, updates:
     assert "was trained on the language model scenes:language" in refused(adalink("port", folder, "--language_model", updates["same"], "--old", updates["further"], *out))
     assert "was trained on a composed model" in refused(adalink("port", folder, "--model", updates["same"], *out))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lora_of_peft_is_ported_and_peft_loads_it(updates: dict[str, Path], tmp_path: Path) -> None:
+    language = load_language(language_folder())
+    model = AdaptedModel(language.model)
+    torch.manual_seed(0)
+    adapter = model.add_adapter("one", LoRA(rank=2, groups={"all": ("all",)}))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    to_peft(adapter, model.base, tmp_path / "peft")
+    given = ("port", tmp_path / "peft", "--language_model", updates["further"], "--out", tmp_path / "out")
+    assert "give the model it was trained on (--old)" in refused(adalink(*given))
+    assert "names no task, so --data cannot be scored" in refused(adalink(*given, *OLD_BASE, *DATA))
+    assert not (tmp_path / "out").exists()
+    done = adalink(*given, *OLD_BASE)
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / WEIGHTS_FILE).read_bytes() == (tmp_path / "peft" / WEIGHTS_FILE).read_bytes()
+    was, now = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("peft", "out"))
+    assert now.pop("base_model_name_or_path") == str(updates["further"])
+    was.pop("base_model_name_or_path")
+    assert now == was
+    ids = torch.arange(5, 25)[None]
+    newer = load_language(updates["further"]).model
+    with torch.no_grad():
+        own = from_peft(tmp_path / "out", newer)
+        theirs = PeftModel.from_pretrained(load_language(updates["further"]).model, tmp_path / "out").eval()(input_ids=ids).logits
+        ours = AdaptedModel(newer)
+        ours.add_adapter("one", own.methods).load_state_dict(own.state_dict())
+        assert torch.allclose(ours(input_ids=ids).logits, theirs, atol=1e-5)
