@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from adalink import AdaptedModel, Adapter
+from adalink.attachment.modules_to_save import copied
 from adalink.errors import ScoreError
 from adalink.lifecycle.port import Base
 from multimodal.existing.tower import ModelTower
@@ -60,7 +60,8 @@ class PortScores:
     @property
     def _gain(self) -> Difference:
         headline = self.answers[PORTED].score.headline
-        return next(row for row in self.gained.differences if row.name == headline)
+        found = next((row for row in self.gained.differences if row.name == headline), self.gained.differences[0])  # of answers: all of them, then types
+        return replace(found, name=headline)
 
     def sentence(self, most_negative: float | None = None) -> str:
         """What the scores say in one sentence. Raises ScoreError where the adapter is not surely better than the new base alone, or breaks too much.
@@ -100,7 +101,7 @@ class PortScores:
 def port_scores(ported: ScoredAdapter, old: ScoredAdapter | None, *, resampling: Resampling | None = None) -> PortScores:
     """The scores of a ported adapter, of the new base without it, and of the old base with it.
 
-    A composed model sees nothing without its adapter, so alone it has an untrained one, as the first row of every report has.
+    The new base alone has an untrained adapter, as the first row of every report: a composed model sees nothing without one.
     """
     resampling = resampling or Resampling()
     found = {} if old is None else {OLD: old.answers()}
@@ -112,16 +113,15 @@ def port_scores(ported: ScoredAdapter, old: ScoredAdapter | None, *, resampling:
 
 
 def _alone(scored: ScoredAdapter) -> Answers:
+    """With the adapter's methods as they start; copies of modules as the new base has them. The model then has the adapter again."""
     adapted = scored.model.adapted
-    if "encoder" not in adapted.parts:
-        with adapted.disable_adapter():
-            return scored.answers()
-    own = {name: tensor.detach().clone() for name, tensor in adapted.active_adapter().tensors().items()}
+    adapter = adapted.active_adapter()
+    own = {name: tensor.detach().clone() for name, tensor in adapter.tensors().items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        untrained = Adapter(adapted.active_adapter().methods, adapted.anatomy)
+        untrained = Adapter(adapter.methods, adapted.anatomy, copied(adapted.base, adapted.anatomy, tuple(adapter.copies)))
     found = scored.answers(untrained.tensors())
-    with contextlib.suppress(KeyError), torch.no_grad():
-        for name, tensor in adapted.active_adapter().tensors().items():
+    with torch.no_grad():
+        for name, tensor in adapter.tensors().items():
             tensor.copy_(own[name])
     return found

@@ -11,14 +11,17 @@ import torch
 from cli_run import adalink, refused
 from peft import PeftModel
 from scenes_adapters import trained_adapter
+from tiny_llava import save_llava
 
-from adalink import AdaptedModel, LoRA, from_peft, to_peft
+from adalink import AdaLink, AdaptedModel, LoRA, from_peft, to_peft
 from adalink.checkpoint.compressed import COMPRESSED_FILE
 from adalink.checkpoint.folder import CONFIG_FILE, WEIGHTS_FILE
 from multimodal.data.images.decode import decode_image
 from multimodal.language import load_language
+from tasks.captioning import WORDS
 from tasks.commands.lifecycle.port import REPORT_FILE
-from tasks.runs.compose import load_adapted
+from tasks.runs.compose import frozen_model, load_adapted
+from tasks.runs.config import Parts
 from tasks.runs.ported import ALONE, OLD, PORTED
 from tasks.scenes.dataset import Scenes
 from tasks.scenes.parts import language_folder
@@ -165,3 +168,30 @@ def test_a_lora_of_peft_is_ported_and_peft_loads_it(updates: dict[str, Path], tm
         ours = AdaptedModel(newer)
         ours.add_adapter("one", own.methods).load_state_dict(own.state_dict())
         assert torch.allclose(ours(input_ids=ids).logits, theirs, atol=1e-5)
+
+
+def test_answers_are_scored_too_and_a_model_that_sees_already_is_ported_whole(updates: dict[str, Path], tmp_path: Path) -> None:
+    folder, _ = trained_adapter(tmp_path, "vqa")
+    done = adalink("port", folder, "--language_model", updates["further"], "--data.scenes", "val/4", *OLD_BASE, "--out", tmp_path / "out", "--accept", "true")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "out" / REPORT_FILE).read_text())["scores"]
+    assert found["metric"] == "accuracy"
+    assert found["items"] == 20
+    assert min(found["scores"][OLD], found["scores"][PORTED]) > found["scores"][ALONE]
+    save_llava(tmp_path / "llava")
+    model = frozen_model(Parts(model=str(tmp_path / "llava")), template=WORDS)
+    model.add_adapter("default", AdaLink(rank=2, modalities=("image", "text")))
+    with torch.no_grad():
+        for parameter in model.adapted.active_adapter().parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    generation = {"max_new_tokens": 3, "num_beams": 1, "length_penalty": 1.0}
+    model.save_pretrained(tmp_path / "seeing", task={"task": "captioning", "generation": generation})
+    model.adapted.base.get_input_embeddings().weight.data.mul_(1.01)
+    shutil.copytree(tmp_path / "llava", tmp_path / "newer")
+    model.adapted.base.save_pretrained(tmp_path / "newer")
+    given = ("port", tmp_path / "seeing", "--model", tmp_path / "newer", "--old", tmp_path / "llava", "--out", tmp_path / "ported")
+    done = adalink(*given, "--data.scenes", "val/2", "--accept", "true")
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "ported" / REPORT_FILE).read_text())
+    assert [one["name"] for one in report["drift"] if one["relative"] > 1e-6] == ["model.language_model.embed_tokens.weight"]
+    assert list(report["scores"]["scores"]) == [OLD, ALONE, PORTED]
