@@ -12,12 +12,13 @@ demo: $(READY)
 	rm -rf runs/demo
 	HF_HUB_OFFLINE=1 $(VENV)/bin/adalink demo --out runs/demo
 
+# Bytecode is written, wherever PYTHONDONTWRITEBYTECODE is set: pytest rewrites every test file's assertions, which takes each process seconds.
 test: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=20
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=20
 
 # The slow tests too: every method on every family, where `make test` runs a sample that covers each of them.
 test-all: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=20 -m "slow or not slow"
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=20 -m "slow or not slow"
 
 # The tests that compare numbers, as processors without AVX-512 and without AVX2 would round them, and with more threads. The two share the cases of a test.
 NUMBERS := tests/test_invariants.py tests/adalink/methods tests/adalink/existing/test_existing*.py tests/adalink/test_fold.py \

@@ -19,7 +19,7 @@ def _in_double() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", every_other(PACKED, shift=1, hard=HARD))
 def test_packed_texts_equal_separate_ones(name: str) -> None:
     model = adapted(name)
     arrange, note = arrangement(model.base, model.active_adapter())
@@ -41,7 +41,7 @@ def test_pictures_that_share_rows_equal_separate_ones(name: str) -> None:
     check_equal(gradients(model, batch), gradients(model, batch_of(separate_rows, slots_of(model), texts)))
 
 
-@pytest.mark.parametrize("name", FORKED)
+@pytest.mark.parametrize("name", every_other(FORKED, hard=[*HARD, *(name for name in FORKED if name not in PACKED)]))
 def test_forked_texts_equal_separate_ones(name: str) -> None:
     model = adapted(name)
     assert may_fork(model.base)

@@ -121,9 +121,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder / "whole", weights(folder / "run", folder / "whole")
 
 
-@pytest.mark.parametrize("killed_at", [1, 2, 3, 4])
+@pytest.mark.parametrize("killed_at", [1, pytest.param(2, marks=pytest.mark.slow), 3, 4])
 def test_interrupted_and_resumed_filling_is_exact(killed_at: int, unbroken: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
-    """Three steps are an epoch. The third is the one that images of both epochs are in. The folder is there when the run goes on, or gone."""
+    """Three steps are an epoch, whose second is as its first. The third is the one that images of both epochs are in. The folder is there when the run goes on, or gone."""
     whole, expected = unbroken
     killed = tmp_path / "killed"
     with pytest.raises(Killed):

@@ -81,10 +81,9 @@ def test_scores_after_a_shared_prompt_are_those_after_a_whole_one(method: str, f
     assert not torch.allclose(shared[0], shared[5], rtol=0, atol=1e-3)  # the control: images differ
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("method", NOT_SHARED)
-def test_rows_that_read_what_follows_share_nothing_and_are_answered_alike(method: str, beams: int) -> None:
-    model, settings = compose("llama"), GenerationSettings(max_new_tokens=6, num_beams=beams)
+@pytest.mark.parametrize(("method", "beams"), covering(product(NOT_SHARED, ("1", "3")), each=1))
+def test_rows_that_read_what_follows_share_nothing_and_are_answered_alike(method: str, beams: str) -> None:
+    model, settings = compose("llama"), GenerationSettings(max_new_tokens=6, num_beams=int(beams))
     excite(model.add_adapter("one", NOT_SHARED[method]).double())
     excite(model.add_adapter("two", METHODS["adalink"]).double(), 2)
     names, about, which = ["one"] * 5 + ["two"], [0, 0, 0, 1, 1, 0], [0, 1, 2, 3, 4, 0]
@@ -92,7 +91,7 @@ def test_rows_that_read_what_follows_share_nothing_and_are_answered_alike(method
     with tokens_read(model) as calls:
         texts = model.generate_batch(batch, settings, names)
     assert texts == alone(model, names, about, which, settings)
-    assert calls[0] == batch.ids.numel() * beams
+    assert calls[0] == batch.ids.numel() * int(beams)
 
 
 def test_a_slot_that_several_layers_read_has_no_cache_and_is_answered_alike() -> None:

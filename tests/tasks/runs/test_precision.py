@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cli_run import refused, train
+from fastapi.testclient import TestClient
 from quantiser import find_torchao
+from served import QUESTIONS, messages, photo, save_adapters
 from tiny import tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -20,12 +23,15 @@ from adalink import AdaLink
 from adalink.checkpoint.fingerprint import part_of
 from adalink.checkpoint.precision import BaseSettings, Precision, settle
 from adalink.errors import ConfigError
+from multimodal.data.images.decode import decode_image
 from multimodal.language import load_language
 from multimodal.training.settings import TrainSettings
 from multimodal.training.train import check_training
 from tasks.captioning import Captioning
-from tasks.runs.compose import compose, load_adapted
+from tasks.runs.compose import adapters_on, compose, load_adapted
 from tasks.scenes.parts import language_folder
+from tasks.serve.app import Service, make_app
+from tasks.serve.settings import ServeSettings
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTISERS = ("int8", "nf4", "fp8")
@@ -99,6 +105,20 @@ def test_a_run_on_a_quantised_base_is_saved_loaded_and_resumed(tmp_path: Path) -
     last.rmdir()
     assert train("captioning", tmp_path / "run", *base, "--resume").code == 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_server_on_a_quantised_base_answers_as_generate(tmp_path: Path) -> None:
+    find_torchao()
+    saved = save_adapters(tmp_path, BaseSettings(language_model=Precision(quantise="nf4"), encoder=Precision(quantise="int8")))
+    model = adapters_on({name: tmp_path / name for name in ("cap", "vqa")})  # as `adalink serve` loads them: in the precision of the first folder
+    assert any(type(module.weight.data).__name__ == "NF4Tensor" for module in model.language.model.modules() if isinstance(module, nn.Linear))
+    cases = [(name, question, index) for name, question in (("cap", ""), ("vqa", QUESTIONS[0])) for index in (0, 1, 2)]
+    alone = [saved.generate([decode_image(photo(index))], [question], adapter_names=[name])[0] for name, question, index in cases]
+    with TestClient(make_app(Service.of(model, ServeSettings())), base_url="http://localhost") as client, ThreadPoolExecutor(len(cases)) as clients:
+        bodies = [{"model": name, "messages": messages(question, photo(index))} for name, question, index in cases]
+        replies = list(clients.map(lambda body: client.post("/v1/chat/completions", json=body).json(), bodies))
+    assert [reply["choices"][0]["message"]["content"] for reply in replies] == alone
+    assert len(set(alone)) > 2  # the control: adapters and images differ
 
 
 def test_an_adapter_of_the_checkpoint_s_precision_loads_on_another_and_a_sentence_says_so(tmp_path: Path) -> None:

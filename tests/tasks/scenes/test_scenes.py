@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 from collections import Counter, defaultdict
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -84,6 +85,7 @@ def test_captions_vary_in_words_and_order(val: Scenes) -> None:
     assert starts.most_common(1)[0][1] < 0.6 * len(texts)
 
 
+@cache
 def _asked(split: str, n: int) -> list[tuple[str, str, str]]:
     """(answer type, question, most common answer), without the images."""
     scenes = Scenes(split=split, size=n)  # type: ignore[arg-type]
@@ -106,7 +108,7 @@ def test_the_text_of_a_question_tells_little_of_its_answer() -> None:
 
 def test_yes_and_no_are_even_whatever_the_question_begins_with() -> None:
     stated: dict[str, Counter[str]] = defaultdict(Counter)
-    for kind, text, answer in _asked("train", 4000):
+    for kind, text, answer in _asked("train", 6000):
         if kind == "yes/no":
             stated[" ".join(text.split()[:2])][answer] += 1
             stated[re.sub(r"^is the (\w+) .*", r"\1", text)][answer] += 1

@@ -22,6 +22,7 @@ from forked import Forked, forked
 from shared import PATIENCE, ROOT
 
 from adalink import AdaLink, Bridge
+from adalink.checkpoint.precision import UNCHANGED, BaseSettings
 from multimodal.model import VisionLanguageModel
 from tasks.captioning import Captioning
 from tasks.runs.compose import compose
@@ -32,9 +33,9 @@ TASKS = {"cap": Captioning(), "cap_b": Captioning(), "vqa": Vqa(), "vqa_b": Vqa(
 QUESTIONS = ("is it red?", "how many large balls are in the image?", "what is in the middle?", "what colour is the star?")
 
 
-def save_adapters(folder: Path) -> VisionLanguageModel:
-    """Four adapters with random weights in folders by their names; the model that has them all comes back."""
-    model = compose("scenes:encoder", "scenes:language", template=Captioning().template)
+def save_adapters(folder: Path, base: BaseSettings = UNCHANGED) -> VisionLanguageModel:
+    """Four adapters with random weights in folders by their names; the model that has them all comes back. base: the precision of its frozen parts."""
+    model = compose("scenes:encoder", "scenes:language", template=Captioning().template, base=base)
     for seed, (name, task) in enumerate(TASKS.items()):
         torch.manual_seed(seed)
         methods = {"bridge": Bridge(kind="mlp", hidden=64, init_scale=8.0), "adalink": AdaLink(rank=8, modalities=("image", "text"))}
