@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from adalink.attachment.inputs import Route
-from adalink.checkpoint.folder import CONFIG_FILE, PEFT_CONFIG_FILE, WEIGHTS_FILE
+from adalink.checkpoint.compressed import COMPRESSED_FILE
+from adalink.checkpoint.folder import CONFIG_FILE, PEFT_CONFIG_FILE, TRAINER_FILE, WEIGHTS_FILE
 from adalink.errors import CheckpointError, ConfigError
 from adalink.files import write_whole
 from adalink.tokens import AUTO, BASE_NAME
@@ -164,7 +165,7 @@ class Router:
     names    of the adapters, in the order of the alphabet: the first wins a tie
     centres  float64 [C, F], unit
     owner    int64 [C]: whose centre each is
-    floors   float64 [K]: the cosine to an adapter's centres that 99 of 100 of its own rows reach; a row below all of them is like none
+    floors   float64 [K]: a cosine to an adapter's centres that hardly a row of its own is below; a row below all of them is like none
     gate     None by prototypes
     right    the share of rows that were held out and routed right, by adapter; NaN where none were
     """
@@ -205,7 +206,7 @@ class Router:
     def cosines(self, row: Tensor) -> Tensor:
         """float64 [K]: of a row [F], to the nearest centre of each adapter."""
         every = (self.centres * _unit(row.double())).sum(1)
-        return torch.stack([every[self.owner == i].max() for i in range(len(self.names))])
+        return torch.full((len(self.names),), -torch.inf, dtype=torch.float64).scatter_reduce(0, self.owner, every, "amax")
 
     def scores(self, row: Tensor) -> Tensor:
         """float64 [K], the greatest wins: weights that sum to one with a gate, cosines with prototypes."""
@@ -228,8 +229,12 @@ class Router:
 
 
 def _floor(cosines: Tensor, held: Tensor) -> Tensor:
-    """float64 []: what 99 of 100 rows reach, also of those [B] that the centres were not made of."""
-    return torch.stack([cosines[part].quantile(0.01) for part in (~held, held) if part.any()]).min()
+    """float64 []: below the cosine that 99 of 100 rows reach, also of those [B] that the centres were not made of, by as much as that is below the median.
+
+    At the 99 of 100 itself every hundredth good row would be lost, while rows of random words and pixels lie far below.
+    """
+    found = [cosines[part].quantile(torch.tensor([0.01, 0.5], dtype=torch.float64)) for part in (~held, held) if part.any()]
+    return torch.stack([2 * low - middle for low, middle in found]).min()
 
 
 def _held_out(n: int, seed: int) -> Tensor:
@@ -254,12 +259,11 @@ class SavedRouter:
 
 
 def adapter_digest(folder: Path) -> str:
-    """The sum of an adapter folder's config and weights. Raises CheckpointError where they cannot be read."""
-    config = CONFIG_FILE if (folder / CONFIG_FILE).is_file() else PEFT_CONFIG_FILE  # as an earlier version called it
-    try:
-        return hashlib.sha256(b"".join(hashlib.sha256((folder / name).read_bytes()).digest() for name in (config, WEIGHTS_FILE))).hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{folder} is no adapter folder: {error.strerror} ({Path(str(error.filename)).name})") from None
+    """The sum of an adapter folder's config and weights, in whichever of its forms. Raises CheckpointError where there are none."""
+    found = [folder / name for name in (CONFIG_FILE, PEFT_CONFIG_FILE, WEIGHTS_FILE, COMPRESSED_FILE, TRAINER_FILE) if (folder / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{folder} is no adapter folder: it has neither a config nor weights; was it moved?")
+    return hashlib.sha256(b"".join(path.name.encode() + hashlib.sha256(path.read_bytes()).digest() for path in found)).hexdigest()
 
 
 def write_router(out: Path, router: Router, folders: Mapping[str, Path]) -> None:

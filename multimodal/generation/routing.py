@@ -40,21 +40,21 @@ class RowFeatures:
         self._n_patches = getattr(tower, "n_patches", None)
 
     @torch.no_grad()
-    def of(self, images: Tensor | ImageBatch, about: Sequence[int], questions: Sequence[str]) -> Tensor:
-        """float64 [B, F], unit rows. images: encoded; about: which of them each row is about; questions: without a template's words."""
-        given: Any = [sample.vectors for sample in images.samples] if isinstance(images, ImageBatch) else images[:, : self._n_patches]
-        seen = [self._image(vectors) for vectors in given]
-        return torch.stack([self._row(seen[i], question) for i, question in zip(about, questions, strict=True)])
+    def of(self, images: Any, about: Sequence[int], questions: Sequence[str]) -> Tensor:
+        """float64 [B, F], unit rows. images: a Tensor or an ImageBatch, encoded; about: which each row is about; questions: without a template's words."""
+        is_one = isinstance(images, Tensor)  # else each image has vectors of its own number
+        given: Any = images[:, : self._n_patches].cpu() if is_one else [sample.vectors.cpu() for sample in images.samples]
+        seen = [self._image(vectors.double()) for vectors in given]
+        ids = [self._tokens.ids((question.strip(),), "") if question.strip() else [] for question in questions]
+        words = self._words(torch.tensor([token for row in ids for token in row], dtype=torch.int64, device=self._words.weight.device)).cpu().double()
+        return torch.stack([self._row(seen[i], own) for i, own in zip(about, words.split([len(row) for row in ids]), strict=True)])
 
     def _image(self, vectors: Tensor) -> Tensor:
         """float64 [Dv] of [N, Dv]; zeros of no image."""
-        vectors = vectors.cpu().double()
         return _unit(nn.functional.layer_norm(vectors, vectors.shape[1:]).sum(0))
 
-    def _row(self, seen: Tensor, question: str) -> Tensor:
-        ids = self._tokens.ids((question.strip(),), "") if question.strip() else []
-        words = self._words(torch.tensor(ids, device=self._words.weight.device)).cpu().double().sum(0) if ids else torch.zeros(self._words.weight.shape[1])
-        return _unit(torch.cat([seen, _unit(words.double()), torch.tensor([0.0 if ids else 1.0], dtype=torch.float64)]))
+    def _row(self, seen: Tensor, words: Tensor) -> Tensor:
+        return _unit(torch.cat([seen, _unit(words.sum(0)), torch.tensor([float(not len(words))], dtype=torch.float64)]))
 
 
 def _unit(vector: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ from tasks.serve.access import BodyGuard, Keys, OriginGuard, check_json
 from tasks.serve.engine import Worker
 from tasks.serve.errors import Refused
 from tasks.serve.images import RemoteImages, Upload, Uploads
-from tasks.serve.request import Card, Reader, Served, Source, read_json
-from tasks.serve.scheduler import Answer, Job, ServedImage
+from tasks.serve.request import Card, Question, Reader, Served, Source, read_json
+from tasks.serve.scheduler import Answer, Ask, Job, ServedImage
 from tasks.serve.schema import ChatRequest, LoadRequest, Reply, event
 from tasks.serve.settings import ServeSettings
 
@@ -162,17 +162,11 @@ async def _chat(service: Service, request: Request) -> Response:
     with service.worker.waiting.arriving():
         asked = read_json(body, ChatRequest) if len(body) < SMALL else await service.in_thread(lambda: read_json(body, ChatRequest))
         with contextlib.ExitStack() as using:
-            card, route, images = using.enter_context(service.served.using(asked.model)), None, None
-            if service.model.routing is not None and card.name == AUTO:
-                route, images = await _route(service, asked, card)
-                card = using.enter_context(service.served.using(route))
-            question = await service.in_thread(lambda: service.reader.question(asked, card))
-            images = images or await asyncio.gather(*(service.image(source) for source in question.sources))
-            ask = await service.in_thread(lambda: service.reader.ask(question, images, request.state.owner, route))
+            question, ask = await _read(service, asked, using, request.state.owner)
             job = Job(ask, streams=bool(asked.stream))
             service.worker.waiting.put(job)
     service.metrics.n_accepted += 1
-    reply = Reply(asked.model, question.text, question.n_unread, question.system, None if route is None else route.weights)
+    reply = Reply(asked.model, question.text, question.n_unread, question.system, ask.adapter.weights if isinstance(ask.adapter, Route) else None)
     if asked.stream:
         include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         events = _stream(service, job, reply, include_usage=include_usage)
@@ -187,6 +181,23 @@ async def _chat(service: Service, request: Request) -> Response:
     service.metrics.status(asked.model, 200)
     service.metrics.answer(asked.model, answer)
     return JSONResponse(reply.whole(answer))
+
+
+async def _read(service: Service, asked: ChatRequest, using: contextlib.ExitStack, owner: str) -> tuple[Question, Ask]:
+    """What a request asks, of the adapter that it names or that the router chooses, which stays until `using` ends. Raises Refused."""
+    reader, card = service.reader, using.enter_context(service.served.using(asked.model))
+    if service.model.routing is None or card.name != AUTO:
+        question = await service.in_thread(lambda: reader.question(asked, card))
+        images = await asyncio.gather(*(service.image(source) for source in question.sources))
+        return question, await service.in_thread(lambda: reader.ask(question, images, owner))
+    route, known = await _route(service, asked, card)
+    chosen = using.enter_context(service.served.using(route))
+
+    def read() -> tuple[Question, Ask]:
+        question = reader.question(asked, chosen)
+        return question, reader.ask(question, known, owner, route)
+
+    return await service.in_thread(read)
 
 
 async def _route(service: Service, asked: ChatRequest, card: Card) -> tuple[Route, list[ServedImage]]:

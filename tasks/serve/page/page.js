@@ -153,6 +153,13 @@ async function fill({ article, question, asked }, models) {
   await Promise.all(fresh.map((model, i) => answer(cards[i], model, question)));
 }
 
+// The adapters that a router chose, with their weights where there are several.
+function servedBy(routed) {
+  if (!routed) return "";
+  const names = Object.keys(routed);
+  return `, by ${names.length > 1 ? names.map((name) => `${name} ${routed[name].toFixed(2)}`).join(" and ") : (names[0] ?? "no adapter")}`;
+}
+
 async function answer(card, model, question) {
   const said = card.querySelector(".said");
   const started = performance.now();
@@ -169,7 +176,8 @@ async function answer(card, model, question) {
       }
       if (chunk.adalink) {
         const others = chunk.adalink.batch_rows - 1;
-        card.querySelector(".time").textContent = `${passed()}${others ? `, with ${others} ${others === 1 ? "other" : "others"} in its batch` : ""}`;
+        const by = servedBy(chunk.adalink.routed);
+        card.querySelector(".time").textContent = `${passed()}${by}${others ? `, with ${others} ${others === 1 ? "other" : "others"} in its batch` : ""}`;
       }
     }
     if (!text) {

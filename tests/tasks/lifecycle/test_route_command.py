@@ -6,12 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from cli_run import RECIPES, adalink, refused
+from PIL import Image
 from served import photo, save_adapters
 
 from adalink import AdaptedModel
@@ -98,6 +100,29 @@ def test_pruned_copies_hold_a_tenth_of_what_training_changed(adapters: Path, tmp
         torch.testing.assert_close(left[left != 0], change[left != 0], atol=1e-7, rtol=0)
     assert AdaptedModel.read_config(tmp_path / "out" / "members" / "cap").derived["settings"] == {"prune": 0.9}
     served_model(ServeSettings(router=tmp_path / "out"), {})
+
+
+def test_a_compressed_adapter_is_routed_to_as_any(adapters: Path, tmp_path: Path) -> None:
+    assert adalink("compress", adapters / "vqa", "--out", tmp_path / "small").code == 0
+    done = command(adapters, tmp_path / "out", vqa=str(tmp_path / "small"))
+    assert done.code == 0, done.err
+    model = served_model(ServeSettings(router=tmp_path / "out"), {})
+    assert model.generate([decode_image(photo(0))], [ASKED[0]], adapter_names="auto") == model.generate([decode_image(photo(0))], [ASKED[0]], adapter_names=["vqa"])
+    (tmp_path / "out" / "members" / "vqa" / "adapter_model.compressed").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="the adapter vqa in"):
+        read_router(tmp_path / "out")
+
+
+def test_rows_of_random_pixels_and_words_are_like_no_example(adapters: Path, tmp_path: Path) -> None:
+    assert command(adapters, tmp_path / "out", "--link", "true").code == 0
+    model, draw = served_model(ServeSettings(router=tmp_path / "out"), {}), Random(0)
+    words = [word for word in model.language.tokenizer.get_vocab() if word.isalpha()]
+    images = [Image.frombytes("RGB", (48, 48), draw.randbytes(48 * 48 * 3)) for _ in range(40)]
+    questions = [" ".join(draw.choices(words, k=6)) for _ in images]
+    assert model.route(images, questions).count("__base__") >= 38
+    scenes = [Scenes(split="val", size=40)[i] for i in range(40)]
+    known = model.route([decode_image(sample.image) for sample in scenes], [sample.questions[0].text for sample in scenes])  # type: ignore[arg-type]
+    assert known.count("vqa") >= 38  # the control
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(adapters: Path, tmp_path: Path) -> None:
