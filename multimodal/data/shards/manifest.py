@@ -8,6 +8,7 @@ and it can only name files in its own folder.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -139,7 +141,9 @@ def write_manifest(manifest: Manifest, folder: Path) -> Manifest:
 
 
 def _checksum(shards: ShardTable, known: Known) -> str:
-    return hashlib.sha256(f"{known.fingerprint} {known.lengths} {shards.rows.dtype.itemsize}\n".encode() + shards.rows.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{known.fingerprint} {known.lengths} {shards.rows.dtype.itemsize}\n".encode())
+    digest.update(shards.rows.view(np.uint8))
+    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -155,7 +159,7 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(data: bytes, name: str, folder: ShardFolder) -> Manifest:
     """The manifest that a file holds; raises DataError where it is damaged or of another version. folder: where its shards are."""
     try:
-        found = json.loads(data)
+        found = _document(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"the manifest {name} is not JSON: {error}; index the shards again") from error
     stated = found.get("format") if isinstance(found, dict) else found
@@ -182,11 +186,34 @@ def parse_manifest(data: bytes, name: str, folder: ShardFolder) -> Manifest:
     return manifest
 
 
-def _table(found: Mapping[str, object], folder: ShardFolder) -> tuple[ShardTable, Known]:
-    entries = found["shards"]
-    if not isinstance(entries, list):
+_LINES, _END, _AT_ONCE = b'"shards": [\n', b"]}\n", 2**18  # bytes of lines that are read together
+
+
+def _document(data: bytes) -> Any:
+    """The JSON. Where lines of the present form stand as they were written, `shards` gives them some at a time: as objects they take thrice the memory."""
+    start = data.find(_LINES)
+    if start >= 0 and data.endswith(b"\n" + _END):
+        head = json.loads(data[:start] + b'"shards": []}')
+        if head.get("format") == _FORMAT:
+            return head | {"shards": _entries(data, start + len(_LINES))}
+    return json.loads(data)
+
+
+def _entries(data: bytes, start: int) -> Iterator[list[Any]]:
+    file = io.BytesIO(data)
+    file.seek(start)
+    while lines := file.readlines(_AT_ONCE):
+        if lines[-1] == _END:
+            lines.pop()
+        yield json.loads(b"[" + b"".join(lines).strip().removesuffix(b",") + b"]")
+
+
+def _table(found: Mapping[str, Any], folder: ShardFolder) -> tuple[ShardTable, Known]:
+    entries, known = found["shards"], Known(str(found["fingerprint"]), str(found["lengths"]))
+    if not isinstance(entries, (list, Iterator)):
         raise TypeError(f"its shards are a {type(entries).__name__}")
-    shards, known = ShardTable.of_rows(list(map(row_from_json, entries)), folder), Known(str(found["fingerprint"]), str(found["lengths"]))
+    some = [ShardTable.of_rows(list(map(row_from_json, each)), folder).rows for each in ([entries] if isinstance(entries, list) else entries)]
+    shards = ShardTable(np.concatenate(some), [folder], {})
     if _checksum(shards, known) != found["checksum"]:
         raise ValueError("its lines are not those that were written, by its check sum")
     return shards, known

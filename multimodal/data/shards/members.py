@@ -344,6 +344,8 @@ class ShardTable(Sequence[Shard]):
     @classmethod
     def joined(cls, tables: Sequence[ShardTable]) -> ShardTable:
         """One after the other."""
+        if len(tables) == 1:
+            return tables[0]
         starts = np.cumsum([0, *map(len, tables)]).tolist()
         folders: list[ShardFolder] = []
         parts = []

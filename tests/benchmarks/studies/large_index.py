@@ -14,6 +14,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def opening(folder: Path) -> dict[str, float]:
     source[len(source) * 2 // 3]
     first = {"first sample": time.perf_counter() - clock, "first sample, core": time.process_time() - begun}
     now = memory()["resident"]
-    return {"core seconds": core, "seconds": opened, **first, "MiB before": before, "MiB": now, "samples": len(source)}
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"core seconds": core, "seconds": opened, **first, "MiB before": before, "MiB": now, "MiB at most": most, "samples": len(source)}
 
 
 def finding(folder: Path, window: int, tries: int = 2000) -> dict[str, float]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from adalink.errors import DataError
+from multimodal.data.shards import manifest as manifest_module
 from multimodal.data.shards.manifest import Manifest, read_manifest, write_manifest
 from multimodal.data.shards.members import Members, Shard, find_twice
 from multimodal.sample import BadSample
@@ -167,6 +168,27 @@ def test_a_damaged_line_of_the_present_form_says_what_is_wrong(tmp_path: Path, w
     (tmp_path / "manifest.json").write_text(text.replace(written, instead))
     with pytest.raises(DataError, match=message):
         read_manifest(tmp_path)
+
+
+def test_lines_are_read_some_at_a_time_and_another_layout_of_the_same_json_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = manifest(*(shard(f"{'x' * number}.tar", (f"{number}a", f"{number}b")) for number in range(1, 30)))
+    write_manifest(written, tmp_path)
+    assert same(read_manifest(tmp_path), written)
+    for at_once in (1, 300, 2**18):
+        monkeypatch.setattr(manifest_module, "_AT_ONCE", at_once)
+        assert same(read_manifest(tmp_path), written)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
+    assert same(read_manifest(tmp_path), written)
+    path.write_text(path.read_text()[:-3])
+    with pytest.raises(DataError, match="is not JSON"):
+        read_manifest(tmp_path)
+    write_manifest(written, tmp_path)
+    path.write_text(path.read_text().replace('"}', '}', 1).replace('"bytes"', 'bytes', 1))
+    with pytest.raises(DataError, match=r"is damaged: JSONDecodeError|is not JSON"):
+        read_manifest(tmp_path)
+    write_manifest(Manifest(shards=()), tmp_path)
+    assert len(read_manifest(tmp_path)) == 0
 
 
 def test_a_missing_manifest_and_one_that_is_not_json_say_so(tmp_path: Path) -> None:

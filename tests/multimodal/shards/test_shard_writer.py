@@ -222,8 +222,9 @@ def test_an_interrupted_writing_looks_unfinished_and_goes_on_with_the_same_resul
 
 
 def interrupted(out: Path) -> Path:
+    """In the third shard, after two whole ones."""
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Interrupted(made_source(10).samples, 9), out, samples_per_shard=4)
+        write_shards(Interrupted(made_source(10).samples, 9), out, samples_per_shard=4, workers=1)
     return out / ".writing"
 
 
