@@ -30,7 +30,7 @@ VARIANTS = [(mask, kl) for mask in ("new", "student") for kl in ("teacher_studen
 OTHERS = {"old": 16, "new": 3}  # ranks of the teachers
 ARRANGED = {"apart": (separate_rows, 0), "forked": (fork_rows, 0), "packed": (pack_rows, 0), "joined": (pack_rows, 60)}
 WAYS = [
-    pytest.param(family, way, marks=() if family == "llama" or (family, way) in (("gpt2", "forked"), ("gemma2", "packed")) else pytest.mark.slow)
+    pytest.param(family, way, marks=() if (family, way) in (("gpt2", "forked"), ("llama", "packed"), ("llama", "joined")) else pytest.mark.slow)
     for family in FORKED for way in ARRANGED if way in ("apart", "forked") or family in PACKED
 ]  # fmt: skip
 FOLLOWED = Followed(names=("old", "new"), digests=("", ""))

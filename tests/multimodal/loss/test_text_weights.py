@@ -43,7 +43,7 @@ def rowwise(model: AdaptedModel) -> tuple[Batch, Tensor]:
     return batch, LanguageLoss(model).of_rows(batch, token_map(model, batch))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way == "packed" else pytest.mark.slow) for way in WAYS])
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_batch_is_the_weighted_sum_of_its_texts(family: str, way: str) -> None:
     model = adapted(family)

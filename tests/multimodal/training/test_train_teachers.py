@@ -92,6 +92,7 @@ def test_the_loss_on_validation_data_is_that_of_the_texts(teachers: Teachers) ->
     assert mean_loss(model, batches) == plain
 
 
+@pytest.mark.slow
 def test_packed_rows_in_rows_of_several_images_learn_what_separate_rows_learn(teachers: Teachers, tmp_path: Path) -> None:
     packed = trained(tmp_path / "packed", teachers, student(teachers), features="memory")
     joined = trained(tmp_path / "joined", teachers, student(teachers), features="memory", row_tokens=400)
@@ -100,6 +101,7 @@ def test_packed_rows_in_rows_of_several_images_learn_what_separate_rows_learn(te
     assert max(float((value - weights(accumulated)[name]).abs().max()) for name, value in weights(packed).items()) < 1e-8
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_model_has_teachers_too(tmp_path: Path) -> None:
     methods = {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"))}
     own = Teachers(old=saved(tmp_path / "old", 1, methods, family="t5"), new=saved(tmp_path / "new", 2, methods, family="t5"))

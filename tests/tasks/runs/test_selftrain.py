@@ -131,6 +131,7 @@ def test_sessions_are_runs_and_their_labels_are_a_file_to_look_at(whole: Path) -
         assert set(yaml.safe_load((whole / str(session) / "config.yaml").read_text())["data"]["train"]["mix"].values()) == {50}
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_in_a_session_goes_on_with_the_same_labels_bit_for_bit(whole: Path, tmp_path: Path) -> None:
     again = tmp_path / "run"
     shutil.copytree(whole, again)
@@ -143,7 +144,8 @@ def test_a_run_that_ended_in_a_session_goes_on_with_the_same_labels_bit_for_bit(
     assert all(torch.equal(value, weights(whole / "2")[name]) for name, value in weights(again / "2").items())
 
 
-@pytest.mark.parametrize("more", [("--selftrain.share", "0"), pytest.param(("--selftrain.keep", "0"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [("--selftrain.share", "0"), ("--selftrain.keep", "0")])
 def test_without_texts_of_the_teacher_a_session_is_the_supervised_training(whole: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     done = selftrained(tmp_path / "run", *more, "--selftrain.sessions", "1")
     assert done.code == 0, done
