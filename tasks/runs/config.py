@@ -202,7 +202,7 @@ class SelfTraining:
 
     sessions: int = 3  # trainings after the first one, which learns from the labelled images alone
     share: float = 0.5  # of the images in a training stream, those with texts of the teacher; 0: none
-    weights: Literal["meta", "confidence", "none"] = "meta"  # meta: confident texts, by what they are worth to held-out labels; none: all texts alike
+    weights: Literal["confidence", "meta", "none"] = "confidence"  # confident texts alike; meta: by what each is worth to held-out labels; none: every text
     keep: float = 0.5  # the most confident share of the teacher's texts that is learned from at most
     precision: float = 0.9  # of answers, learn from those as confident as held-out ones of which this share is right
     held_out: float = 0.2  # share of the labelled images that no session learns from: they weigh texts and choose the session

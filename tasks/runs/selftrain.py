@@ -4,7 +4,8 @@ LiST (Wang et al. 2022, arXiv 2110.06274), for texts that are written. A session
 
     teacher    the adapter of the session before; of session 0, which learns from the labelled images alone
     labels     what the teacher writes about the unlabelled images, those that it is confident of
-    weights    of each of these texts: max(0, <gradient of its loss, gradient of the loss of labelled images that nothing learned from>), scaled to a mean of 1
+    weights    1 for each of these texts; or, as the paper has it, max(0, <gradient of its loss, gradient of the loss of held-out labelled images>), scaled to
+               a mean of 1
     student    a new adapter, trained on the labelled images and the weighted texts; the next teacher
 
 Each session is an ordinary run folder. What it learned from is a table beside it, one line a text, to look at and to edit before the next session.

@@ -106,7 +106,7 @@ def weights(run: Path) -> dict[str, Tensor]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All sessions of answers; nothing is sure after two steps, so every text is taken that is worth something."""
     out = tmp_path_factory.mktemp("self") / "run"
-    done = selftrained(out, "--selftrain.precision", "0.01", "--selftrain.keep", "1")
+    done = selftrained(out, "--selftrain.precision", "0.01", "--selftrain.keep", "1", "--selftrain.weights", "meta")
     assert done.code == 0, done
     assert "best on the held-out labels: session" in done.out
     return out
@@ -138,7 +138,7 @@ def test_a_run_that_ended_in_a_session_goes_on_with_the_same_labels_bit_for_bit(
     shutil.rmtree(again / "2")
     labels = (again / "labels_2.jsonl").read_text()
     (again / "labels_2.jsonl").unlink()
-    done = selftrained(again, "--selftrain.precision", "0.01", "--selftrain.keep", "1")
+    done = selftrained(again, "--selftrain.precision", "0.01", "--selftrain.keep", "1", "--selftrain.weights", "meta")
     assert done.code == 0, done
     assert (again / "labels_2.jsonl").read_text() == labels
     assert all(torch.equal(value, weights(whole / "2")[name]) for name, value in weights(again / "2").items())

@@ -60,6 +60,7 @@ def test_a_config_without_methods_has_those_of_the_new_version(versions: dict[st
         (("--vqa.answers", "4"), "train.teachers aligns words about the same features: leave vqa.answers"),
         (("--vqa.template.prompt", "<image><bos>q: {question} a:"), "give the template of that run"),
         (("--train.teachers.new", "absent"), "absent"),
+        (("--start", "runs/other/adapter"), "a training with teachers begins with the new one's weights: leave start out"),
         (("--train.compile", "default"), "three read each text; leave one out"),
     ],
 )
