@@ -47,9 +47,11 @@ def quality(n_shards: int, each: int, batch: int = 256) -> None:
     orders["windows of 16, 8 machines"] = whole(ShardOrder(sizes, 16, 0, parts=8, step=batch))
     print("| order | rank correlation | neighbours' distance | labels in a batch | spread of a batch | of 16 batches | of 256 |\n|---|---|---|---|---|---|---|")
     base = {n: spread(orders["global"](0) // each, n * batch, n_shards) for n in (1, 16, 256)}
+    orders["windows of 1, the set not sorted (control)"] = orders["windows of 1"]
+    mixed = np.random.default_rng(0).permutation(np.arange(n_shards * each) // each)
     for name, epoch in orders.items():
         first, second = epoch(0), epoch(1)
-        labels = first // each
+        labels = mixed[first] if "not sorted" in name else first // each
         n_labels = np.mean([len(np.unique(labels[at : at + batch])) for at in range(0, len(labels) - batch, batch * 7)])
         ratios = [spread(labels, n * batch, n_shards) / base[n] for n in (1, 16, 256)]
         print(f"| {name} | {correlation(first, second):+.4f} | {distance(first, second):.3f} | {n_labels:.1f} | {' | '.join(f'{one:.2f}' for one in ratios)} |")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -126,6 +126,7 @@ def plans(sizes: list[int]) -> dict[str, tuple[Order, int]]:
 
 
 @pytest.mark.parametrize("name", list(plans([1])))
+@settings(max_examples=30)
 @given(sizes=some_sizes)
 def test_what_is_read_at_a_position_is_in_the_windows_that_the_plan_says(name: str, sizes: list[int]) -> None:
     order, number = plans(sizes)[name]
