@@ -162,7 +162,7 @@ class Shard:
 
 _FORMAT = b"adalink index 1\n"
 _HEAD = struct.Struct("<16sQQQ32sQ")
-_MEND = "fetch it again, or run `adalink shards check --upgrade`"
+_MEND = "fetch it again, or run `adalink shards check --upgrade true`"
 
 
 def index_name(file: str) -> str:

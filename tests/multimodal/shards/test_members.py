@@ -128,7 +128,7 @@ def of_another_set(path: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut": (cut, r"shard-000001.idx is cut or damaged: it has \d+ bytes, and its head says \d+; fetch it again, or run `adalink shards check --upgrade`"),
+    "cut": (cut, r"shard-000001.idx is cut or damaged: it has \d+ bytes, and its head says \d+; fetch it again, or run `adalink shards check --upgrade true`"),
     "cut in its head": (lambda path: os.truncate(path, 79), "shard-000001.idx is cut: it has 79 bytes, and its head alone 80"),
     "of no bytes": (lambda path: os.truncate(path, 0), "shard-000001.idx is cut: it has 0 bytes"),
     "a bit in its places": (lambda path: flip(path, 100), "shard-000001.idx is damaged, by its check sum; fetch it again"),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_shards import everything, flip, image, made_shards, tar_of
+from made_shards import as_first_form, everything, flip, image, made_shards, tar_of
 from shared import shared
 
 from adalink.errors import BudgetError, ConfigError, DataError
@@ -167,6 +167,28 @@ def test_a_check_names_the_first_faults_and_counts_the_others(tmp_path: Path, ca
         path.unlink()
     with pytest.raises(DataError, match=r"12 things are wrong with the shards in .*shard-000009.tar cannot be read: .*; and 2 more"):
         shards_check(shards=tmp_path)
+
+
+def test_a_set_of_the_first_form_is_upgraded_and_one_of_a_newer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_shards(tmp_path)
+    samples, fingerprint = everything(ShardSource(tmp_path)), ShardSource(tmp_path).fingerprint
+    as_first_form(tmp_path)
+    (tmp_path / "shard-000001.tar").rename(tmp_path / "away")
+    assert main(["shards", "check", "--shards", str(tmp_path)]) == 2
+    (tmp_path / "away").rename(tmp_path / "shard-000001.tar")
+    capsys.readouterr()
+    for written in ("3 indexes", "0 indexes"):
+        assert main(["shards", "check", "--shards", str(tmp_path), "--upgrade", "true"]) == 0
+        assert capsys.readouterr().out == f"wrote {written} in {tmp_path}\nthe shards in {tmp_path} are what their manifest says\n"
+    assert (everything(ShardSource(tmp_path)), ShardSource(tmp_path).fingerprint) == (samples, fingerprint)
+    (tmp_path / "shard-000001.idx").unlink()
+    assert main(["shards", "check", "--shards", str(tmp_path)]) == 2
+    assert "shard-000001.idx cannot be opened: No such file or directory; fetch it again, or run `adalink shards check --upgrade true`" in capsys.readouterr().err
+    assert main(["shards", "check", "--shards", str(tmp_path), "--upgrade", "true"]) == 0
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("adalink shards 2", "adalink shards 3"))
+    assert main(["shards", "check", "--shards", str(tmp_path), "--upgrade", "true"]) == 2
+    assert "is of a newer version: its format is 'adalink shards 3'" in capsys.readouterr().err
 
 
 def test_real_captions_and_questions_survive_the_way_through_shards(tmp_path: Path) -> None:
