@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(0)
         if command.bare is not None:
             return command.bare(rest)
-        arguments = _with_paths([_underscored(argument) for argument in rest])
+        arguments = _with_paths(words, [_underscored(argument) for argument in rest])
         if words == ["train"]:
             from tasks.commands.train import swept
 
@@ -144,7 +144,7 @@ def parsed(arguments: Sequence[str]) -> tuple[Command, Any, Any]:
     words, entry, rest = _divided(list(arguments))
     if isinstance(entry, Mapping):
         raise ConfigError(f"{' '.join(arguments)!r} names no command: expected one of {', '.join(entry)}")
-    return _parsed(words, entry.load(), _with_paths([_underscored(argument) for argument in rest]))
+    return _parsed(words, entry.load(), _with_paths(words, [_underscored(argument) for argument in rest]))
 
 
 def _parsed(words: Sequence[str], command: Command, arguments: list[str]) -> tuple[Command, Any, Any]:
@@ -288,17 +288,18 @@ def _underscored(argument: str) -> str:
 # ----------------------------------------
 # A data set that is one path: `--data.train captions.csv` is `--data.train.path captions.csv`, in a config file too.
 
-_DATA_SETS = ("--data.train", "--data.val", "--val", "--search", "--data", "--unlabelled")
+_DATA_SETS = ("--data.train", "--data.val", "--val", "--unlabelled")
+_DATA_SETS_OF = {"compress": ("--search",), "port": ("--data",)}  # what is another thing elsewhere
 _SETTINGS = (".yaml", ".yml")  # such a file holds settings of a data set, and is none
 
 
-def _with_paths(arguments: Sequence[str]) -> list[str]:
+def _with_paths(words: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """The arguments with `.path` after the name of a data set that is given by its path alone."""
-    found = []
+    found, names = [], (*_DATA_SETS, *_DATA_SETS_OF.get("".join(words), ()))
     for at, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         value = value if equals else arguments[at + 1] if at + 1 < len(arguments) else ""
-        found.append(f"{name}.path{argument[len(name) :]}" if name in _DATA_SETS and _is_path(value) else argument)
+        found.append(f"{name}.path{argument[len(name) :]}" if name in names and _is_path(value) else argument)
     return found
 
 

@@ -97,7 +97,7 @@ def _copied(source: Path, out: Path, share: float, frozen: AdaptedModel) -> Path
 
     if not share:
         return Path(shutil.copytree(source, out))
-    flat, start = read_flat(source), start_of(source, frozen)
+    flat, start = read_flat(source, frozen), start_of(source, frozen)
     change = torch.cat([pruned((flat.vector - start.vector)[part], share) for part in flat.parts().values()])
     write_derived(out, read_config(source), flat.over(start.vector + change), derived_from("route", {str(source): flat}, {"prune": share}))
     return out

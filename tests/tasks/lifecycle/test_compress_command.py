@@ -19,6 +19,7 @@ from adalink.lifecycle.flat import read_flat
 from multimodal.data.images.decode import decode_image
 from tasks.captioning import Captioning
 from tasks.commands.lifecycle.compress import TRIES_FILE
+from tasks.commands.parser import parsed
 from tasks.data.sources import DataConfig
 from tasks.runs.compose import compose, load_adapted
 from tasks.runs.scored import ScoredAdapter
@@ -143,3 +144,9 @@ def test_a_trained_caption_adapter_is_nearly_as_good_in_four_bits_and_not_where_
     assert shares["int4"] > 0.97
     assert shares["ternary"] > 0.85
     assert shares["zero"] < 0.6
+
+
+def test_a_data_set_is_given_by_its_path_where_an_option_names_one() -> None:
+    assert parsed(["compress", "a", "--out", "b", "--search", "x.csv"])[2].search.path == "x.csv"
+    assert parsed(["port", "a", "--out", "b", "--language_model", "c", "--data", "x.csv"])[2].data.path == "x.csv"
+    assert parsed(["merge", "a", "b", "--out", "c", "--search", "x"])[2].search == [Path("x")]  # the control: there it names runs
