@@ -100,11 +100,11 @@ def port(folder: Path, new: Base, *, old: Base | None = None, accept: bool = Fal
         config.check_base(own["old"], str(folder))
     _check_beside(folder, config, own["new"])
     _check_size(folder, config, new, old)
-    if not is_of_peft(folder):  # whose reader has checked it
-        _check_tensors(folder, config, new)
     checks = (
         *_checked_words(config, new, old), *_checked_images(config, new, old), *_checked_scale(new, old, accept=accept), *_settings(config, new, old)
     )  # fmt: skip
+    if not is_of_peft(folder):  # whose reader has checked it
+        _check_tensors(folder, config, new)
     drift = () if old is None else drift_of(old, new)
     if drift and all(one.is_rounding for one in drift):
         checks = (*checks, "the weights are those of the old model, rounded to another precision at most")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from adalink.errors import CheckpointError
 from tasks.commands import Command
 from tasks.data.sources import DataConfig
 from tasks.runs.help import comments_as_help
@@ -69,7 +70,10 @@ def compress_adapter(
     scored = None if search is None else ScoredAdapter.load(adapter, search, **parts)
     origin = None
     if start == "drawn":
-        origin = start_of(adapter, frozen_of(adapter, **parts) if scored is None else scored.model.adapted)
+        try:
+            origin = start_of(adapter, frozen_of(adapter, **parts) if scored is None else scored.model.adapted)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}, or --start zero, which loses more") from None
     tries: list[dict[str, Any]] = []
     if scored is not None:
         tries, (keep, alpha) = _searched(scored, flat, origin, keeps, alphas)

@@ -112,7 +112,9 @@ def test_what_is_refused_ends_with_two_and_leaves_nothing(folder: Path, small: P
     (cut / CONFIG_FILE).write_text(json.dumps({name: value for name, value in old.items() if name != "start"}))
     (cut / COMPRESSED_FILE).unlink()
     (cut / WEIGHTS_FILE).write_bytes((folder / WEIGHTS_FILE).read_bytes())
-    assert "names no start" in refused(adalink("compress", cut, "--out", out))
+    sentence = refused(adalink("compress", cut, "--out", out))
+    assert "names no start" in sentence
+    assert "or --start zero, which loses more" in sentence
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut"]
     assert adalink("compress", cut, "--out", out, "--start", "zero").code == 0  # which is offered for it
 
