@@ -71,10 +71,10 @@ def save(folder: Path, methods: Mapping[str, Method], seed: int = 0, family: str
     return folder
 
 
-def edits(folder: Path, family: str) -> Callable[[str, Tensor, Any, Tensor], Tensor]:
-    """What an adapter in float64 makes at a port of h, of the port's input x."""
+def edits(folder: Path, family: str, dtype: torch.dtype = torch.float64) -> Callable[[str, Tensor, Any, Tensor], Tensor]:
+    """What an adapter makes at a port of h, of the port's input x."""
     config, anatomy = read_config(folder), Anatomy.read(tiny(family), INPUTS)
-    adapter = Adapter(config.methods, anatomy).double()
+    adapter = Adapter(config.methods, anatomy).to(dtype)
     for name, value in adapter.tensors().items():
         value.data.copy_(read_flat(folder).tensors()[name])
 
@@ -95,6 +95,7 @@ def test_a_stacked_adapter_is_the_weighted_sum_at_every_port(kind: str, family: 
     folders = [save(tmp_path / str(n), EXACT_METHODS[kind](n), seed=n, family=family, start=n) for n in (0, 1)]
     merge(folders, SUM).write(tmp_path / "merged")
     one, two, both = (edits(folder, family) for folder in (*folders, tmp_path / "merged"))
+    rounded = [edits(folder, family, torch.float32) for folder in (*folders, tmp_path / "merged")]
     ids, domain, _ = rows()
     tokens, generator = token_map(domain).window(len(ids), 0, domain.shape[1], domain.shape[1]), torch.Generator().manual_seed(5)
     anatomy = Anatomy.read(tiny(family), INPUTS)
@@ -106,6 +107,8 @@ def test_a_stacked_adapter_is_the_weighted_sum_at_every_port(kind: str, family: 
         outputs = [at(port, h, tokens, x) for at in (one, two, both)]
         torch.testing.assert_close(outputs[2], 0.6 * outputs[0] + 0.4 * outputs[1], rtol=0, atol=1e-10)
         assert not torch.allclose(outputs[2], outputs[0])
+        in_float32 = [at(port, h.float(), tokens, x.float()) for at in rounded]
+        torch.testing.assert_close(in_float32[2], 0.6 * in_float32[0] + 0.4 * in_float32[1], rtol=1e-5, atol=1e-5)
     model = model_of(family)
     model.load_adapter(tmp_path / "merged", "merged")  # an ordinary folder
 
@@ -249,8 +252,7 @@ def test_a_stacked_lora_loads_in_peft_as_pefts_own_cat(tmp_path: Path) -> None:
     ours = PeftModel.from_pretrained(tiny("llama"), tmp_path / "peft")
     theirs = PeftModel.from_pretrained(tiny("llama"), tmp_path / "peft0", adapter_name="a0")
     theirs.load_adapter(tmp_path / "peft1", "a1")
-    for kind in ("cat", "linear"):
-        theirs.add_weighted_adapter(["a0", "a1"], [0.6, 0.4], kind, combination_type=kind) if kind == "cat" else None
+    theirs.add_weighted_adapter(["a0", "a1"], [0.6, 0.4], "cat", combination_type="cat")
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     wanted, found = theirs.get_submodule(name).get_delta_weight("cat"), ours.get_submodule(name).get_delta_weight("default")
     torch.testing.assert_close(found.double(), wanted.double(), rtol=0, atol=1e-6)  # folders of float32

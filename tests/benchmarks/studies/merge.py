@@ -1,6 +1,6 @@
 """Two adapters of one frozen model merged by every method, each scored on both tasks, beside the two alone and a row each.
 
-    python tests/benchmarks/studies/merge.py --adapters CAPTIONING VQA --start_seed 0 --rows rows.jsonl --limit 100
+    python tests/benchmarks/studies/merge.py --adapters CAPTIONING VQA --rows rows.jsonl --limit 100
 
 A merge is a line of --rows as soon as it is scored, with every text; merges that stand there are not scored again. Differences are paired, over
 images and questions. Share = (score - start) / (score of the own adapter - start). Weights and scales are those of the table, not searched: so each
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--adapters", nargs=2, required=True, metavar="DIR", help="of the captioning run and of the VQA run")
     parser.add_argument("--configs", nargs=2, default=["tasks/scenes/captioning.yaml", "tasks/scenes/vqa.yaml"])
-    parser.add_argument("--start_seed", type=int, help="of folders that name no start: the seed of their runs; one of a digest that they name is not needed")
+    parser.add_argument("--start_seed", type=int, help="the seed that the frozen parts are composed after, where a run drew its adapter after that")
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=0, help="validation scenes; 0: as the configs say")
     parser.add_argument("--merges", default="", help="only merges whose name has this; comma separated")
