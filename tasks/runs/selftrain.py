@@ -36,6 +36,7 @@ from multimodal.data.feature_cache.encode import encode_all
 from multimodal.data.images.decode import read_image_bytes
 from multimodal.data.loader import Texts
 from multimodal.model import VisionLanguageModel
+from multimodal.processes import process_state
 from multimodal.progress import progress
 from multimodal.sample import BadSample, Sample, SampleSource, counted
 from multimodal.template import Text
@@ -44,7 +45,7 @@ from tasks.evaluation.compare import ANSWER_IS_RIGHT
 from tasks.evaluation.evaluate import ReadImages, predict, read_images
 from tasks.runs.compose import load_adapted, log
 from tasks.runs.config import Data, RunConfig, SelfTraining
-from tasks.runs.run import train_run
+from tasks.runs.run import refuse_taken, train_run
 from tasks.task import TRAINED, Task
 
 __all__ = ["Guess", "confident_at", "meta_weights", "selftrain_run"]
@@ -104,6 +105,7 @@ def selftrain_run(config: RunConfig, unlabelled: DataConfig, settings: SelfTrain
     assert config.out is not None
     assert config.data.train is not None
     out, task = config.out, config.chosen_task()
+    refuse_taken(out, resume=(out / "held_out.jsonl").exists())
     labelled, bare = config.data.train.open(), unlabelled.open()
     bare = _without_labelled(bare, labelled)
     _refuse_data(labelled, bare, config.data.val.open(), task)
@@ -116,9 +118,10 @@ def selftrain_run(config: RunConfig, unlabelled: DataConfig, settings: SelfTrain
         own = _session(config, session, settings.share)
         if not (out / str(session) / "metrics.json").exists():
             train_run(own, text_of(own), resume=(out / str(session)).exists(), texts_of=Weighted.reading(_labels(out, session)))
+            process_state().wait_for_everyone()  # one process writes the run's metrics
         reached.append(_reached(config, session, out))
         write_whole(out / SESSIONS_FILE, (json.dumps(reached, indent=1) + "\n").encode())
-        if best_of(reached) + settings.patience < session:
+        if best_of(reached) + settings.patience <= session < settings.sessions:
             log(f"{settings.patience} sessions were no better on the held-out images than session {best_of(reached)}: the training ends")
             break
     return reached

@@ -176,3 +176,9 @@ def test_captions_are_labelled_too(tmp_path: Path) -> None:
 def test_what_cannot_teach_itself_is_one_sentence_and_writes_nothing(more: tuple[str, ...], sentence: str, tmp_path: Path) -> None:
     assert sentence in refused(selftrained(tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert f"the run folder {tmp_path} is there already" in refused(selftrained(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
