@@ -142,7 +142,7 @@ def write_manifest(manifest: Manifest, folder: Path) -> Manifest:
 
 def _checksum(shards: ShardTable, known: Known) -> str:
     digest = hashlib.sha256(f"{known.fingerprint} {known.lengths} {shards.rows.dtype.itemsize}\n".encode())
-    digest.update(shards.rows.view(np.uint8))
+    digest.update(shards.rows.view(np.uint8).data)
     return digest.hexdigest()
 
 
