@@ -26,6 +26,7 @@ from adalink.errors import DataError
 from adalink.tokens import AUTO
 from multimodal.data.images.decode import ImageLimits
 from multimodal.data.images.processes import Decoders, n_cores
+from multimodal.generation.routing import Routing, RowFeatures
 from multimodal.model import VisionLanguageModel
 from tasks.serve.access import BodyGuard, Keys, OriginGuard, check_json
 from tasks.serve.engine import Worker
@@ -190,24 +191,28 @@ async def _read(service: Service, asked: ChatRequest, using: contextlib.ExitStac
         question = await service.in_thread(lambda: reader.question(asked, card))
         images = await asyncio.gather(*(service.image(source) for source in question.sources))
         return question, await service.in_thread(lambda: reader.ask(question, images, owner))
-    route, known = await _route(service, asked, card)
-    chosen = using.enter_context(service.served.using(route))
-
-    def read() -> tuple[Question, Ask]:
-        question = reader.question(asked, chosen)
-        return question, reader.ask(question, known, owner, route)
-
-    return await service.in_thread(read)
-
-
-async def _route(service: Service, asked: ChatRequest, card: Card) -> tuple[Route, list[ServedImage]]:
-    """Which adapter serves a request for the model `auto`, and its images. Raises Refused for one like no example, where the router refuses such."""
-    text, sources = await service.in_thread(lambda: service.reader.to_route(asked, card))
+    text, sources = await service.in_thread(lambda: reader.to_route(asked, card))
     images = await asyncio.gather(*(service.image(source) for source in sources))
-    route = await asyncio.wrap_future(service.worker.route(text, images))
+
+    def read(route: Route | None) -> tuple[Question, Ask] | None:
+        """Of the adapter of a route, which is not taken away; None where it is not known, and the images are to be encoded first."""
+        if (found := route or reader.route(text, images)) is None:
+            return None
+        question = reader.question(asked, service.served.cards[_checked(service, found)])
+        return question, reader.ask(question, images, owner, found)
+
+    if (done := await service.in_thread(lambda: read(None))) is None:
+        route = await asyncio.wrap_future(service.worker.route(text, images))
+        done = await service.in_thread(lambda: read(route))
+    assert done is not None
+    return done
+
+
+def _checked(service: Service, route: Route) -> Route:
+    """The route. Raises Refused for that of a request like no example, where the router refuses such."""
     assert service.model.routing is not None
     try:
-        return service.model.routing.checked(route, "the request"), images
+        return service.model.routing.checked(route, "the request")
     except DataError as error:
         raise Refused(400, str(error), field="messages", code="no_route") from None
 
@@ -397,7 +402,10 @@ class Service:
             worker=worker,
             served=served,
             uploads=Uploads(limits.upload_bytes),
-            reader=Reader(model, limits, settings.generation, served.prepare, features=worker.features.get, decode=decoders.decode),
+            reader=Reader(
+                model, limits, settings.generation, served.prepare, features=worker.features.get, decode=decoders.decode,
+                routing=None if model.routing is None else Routing(model.routing.router, RowFeatures(served.language, model.tower)),
+            ),
             keys=Keys(access.api_keys),
             admin_keys=Keys(access.admin_keys or access.api_keys),
             decoders=decoders,

@@ -25,6 +25,7 @@ from adalink import BASE_NAME, AdaptedModel
 from adalink.attachment.inputs import Route
 from adalink.errors import AdalinkError, ConfigError, DataError
 from adalink.tokens import AUTO
+from multimodal.batches.collate import stacked
 from multimodal.batches.prepared import joined
 from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
@@ -33,6 +34,7 @@ from multimodal.existing.conversation import Prompt, Turn
 from multimodal.existing.rows import ConversationRows
 from multimodal.existing.tower import ModelTower, Preparing
 from multimodal.generation.decoding import check_room
+from multimodal.generation.routing import Routing
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.model import VisionLanguageModel
 from tasks.serve.engine import Worker
@@ -133,7 +135,7 @@ class Served:
         # A tokenizer of their own: requests are read while the generation thread decodes with the model's.
         self._processor = model.tower.processor.copied() if isinstance(model.tower, ModelTower) else None
         self.prepare: Callable[[Image.Image], Any] = model.tower.preprocess if self._processor is None else Preparing(self._processor.copied())
-        self._language = replace(model.language, tokenizer=copy.deepcopy(model.language.tokenizer) if self._processor is None else self._processor.tokenizer)
+        self.language = replace(model.language, tokenizer=copy.deepcopy(model.language.tokenizer) if self._processor is None else self._processor.tokenizer)
         self.cards: dict[str, Card] = {name: self._card(name) for name in [*model.adapted.adapters, BASE_NAME]}
         if model.routing is not None:
             self.cards.setdefault(AUTO, Card(AUTO, "", self.cards[BASE_NAME].encoder))
@@ -207,7 +209,7 @@ class Served:
         template, tower = self.model.template_of(name), self.model.tower
         if isinstance(tower, ModelTower):
             return Card(name, task, tower.row_encoder(template, slots, self._processor))
-        return Card(name, task, RowEncoder(template, self._language, slots))
+        return Card(name, task, RowEncoder(template, self.language, slots))
 
 
 # ----------------------------------------
@@ -261,6 +263,7 @@ class Reader:
     prepare    an image, to what the tower takes; raises DataError
     features   of an image that was seen before, by the sum of its bytes
     decode     an image; raises BadImage
+    routing    what chooses adapters, with a tokenizer of its own; None without a router
     """
 
     def __init__(
@@ -272,8 +275,10 @@ class Reader:
         *,
         features: Callable[[str], Any],
         decode: Callable[[bytes], Image.Image],
+        routing: Routing | None = None,
     ) -> None:
         self.model = model
+        self.routing = routing
         self.limits = limits
         self.default = default
         self.prepare = prepare
@@ -304,6 +309,14 @@ class Reader:
     def to_route(self, request: ChatRequest, card: Card) -> tuple[str, tuple[Source, ...]]:
         """What a router reads of a request: the question, and where its images are. Raises Refused."""
         return self._text(request, card), self._sources(request, card)
+
+    def route(self, prompt: str, images: Sequence[ServedImage]) -> Route | None:
+        """Which adapter serves a request about images that were seen before; None where one was not, and is to be encoded first."""
+        features = [image.features for image in images if image.features is not None]
+        if self.routing is None or len(features) < len(images):
+            return None
+        with self._tokenizing:
+            return self.routing.routes(stacked([joined(features) if self._several else features[0]]), [0], [prompt])[0]
 
     def ask(self, question: Question, images: Sequence[ServedImage], owner: str = "", route: Route | None = None) -> Ask:
         """What is asked, with its images; route: the name of its adapter where a router chose it. Raises Refused."""
