@@ -73,7 +73,8 @@ def compress(
     """
     config, flat = read_config(folder), source_of(folder)
     done = coded(flat, start, method=method, keep=keep, alpha=alpha)
-    settings = {"method": method, **({"keep": keep, "alpha": alpha} if method == "ternary" else {}), "start": ZERO if start is None else "drawn"}
+    of_signs = {"keep": keep, "alpha": alpha, "changed": done.density} if method == "ternary" else {}
+    settings = {"method": method, **of_signs, "start": ZERO if start is None else "drawn"}
     with new_folder(out) as part:
         copy_beside(folder, part)
         write_adapter(part, done.weights, dataclasses.replace(config, derived=derived_from("compress", {str(folder): flat}, settings)), compressed=done.content)

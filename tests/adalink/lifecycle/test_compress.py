@@ -21,10 +21,10 @@ from torch import Tensor
 
 from adalink import AdaLink, AdaptedModel, Bridge, LoRA, Method
 from adalink.checkpoint.compressed import COMPRESSED_FILE, Code, decode_signs, encode_signs, read_compressed
-from adalink.checkpoint.folder import CONFIG_FILE, WEIGHTS_FILE
+from adalink.checkpoint.folder import CONFIG_FILE, WEIGHTS_FILE, read_config
 from adalink.errors import CheckpointError, ConfigError
 from adalink.lifecycle.compress import coded, compress, decompress, size_of_change, strongest
-from adalink.lifecycle.flat import read_flat, start_of
+from adalink.lifecycle.flat import read_flat, start_of, write_derived
 
 # ----------------------------------------
 # The authors' functions.
@@ -256,3 +256,14 @@ def test_scales_that_float16_does_not_hold_are_in_float32(model: AdaptedModel, f
     for factor in (1e-7, 1e7):
         far = flat.over(start.vector + factor * (flat.vector - start.vector))
         assert coded(far, start, method="int8").error < 0.02
+
+
+def test_the_folder_says_the_true_share_where_many_changes_are_as_large(folder: Path, tmp_path: Path) -> None:
+    flat = read_flat(folder)
+    change = torch.zeros_like(flat.vector)
+    change[::4] = 0.5  # a quarter of the weights, each by as much, of which half are asked for
+    write_derived(tmp_path / "ties", read_config(folder), flat.over(change), {})
+    done = compress(tmp_path / "ties", tmp_path / "small", method="ternary", keep=0.125, start=None)
+    share = float((change != 0).double().mean())
+    assert done.density == share
+    assert read_config(tmp_path / "small").derived["settings"]["changed"] == share
