@@ -456,7 +456,8 @@ def _check_port(stack: nn.Module, port: Port) -> None:
 
 def _check_whole(module: nn.Module, placement: Placement) -> None:
     """Of a linear that tensor parallelism splits, each process has a part of the inputs or of the outputs."""
-    if isinstance(module, nn.Linear) and type(module.weight).__name__ == "DTensor" and any(part.is_shard() for part in module.weight.placements):  # type: ignore[operator]
+    weight: Any = module.weight if isinstance(module, nn.Linear) else None
+    if type(weight).__name__ == "DTensor" and any(part.is_shard() for part in weight.placements):
         raise AttachError(
             f"{placement.port.module} is split over processes by tensor parallelism, and {placement.role} edits it whole: choose methods at the embedding "
             "or after layers (AdaLink, prompts, bridges, bottleneck, eP-ALM), or load the model without tp_plan"

@@ -69,7 +69,8 @@ def changes(domain: list[list[int]], method: DePT, up: float = 1.0) -> Tensor:
     edit: Any = method.place(Anatomy.read(tiny("opt")))[1].edit.double()
     nn.init.normal_(edit.up, std=up)
     map_ = TokenMap(torch.tensor(domain), torch.zeros(len(domain), dtype=torch.int64))
-    tokens = map_.window(*map_.domain.shape[:1], 0, map_.domain.shape[1], map_.domain.shape[1])
+    n_rows, length = map_.domain.shape
+    tokens = map_.window(n_rows, 0, length, length)
     h = torch.zeros(*map_.domain.shape, 32).double()
     return torch.where(tokens.select((TEXT,), 0), edit(h, tokens, h), h)
 
