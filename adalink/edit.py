@@ -97,7 +97,7 @@ class FixedLinear(nn.Module):
     def __init__(self, key: str, width: int, rank: int, *, bias: bool = False, std: float | None = None) -> None:
         super().__init__()
         self.weight: Tensor
-        self.bias: Tensor | None
+        self.bias: Any  # a tensor, or None; as in nn.Linear, whose type leaves the None out
         self.register_buffer("weight", torch.empty(rank, width))
         self.register_buffer("bias", torch.zeros(rank) if bias else None)
         if self.weight.is_meta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from adalink import AdaLink, AdaptedModel, LoRA, Method
 from adalink.checkpoint.folder import read_config, write_adapter
+from adalink.checkpoint.start import Start
 from adalink.errors import CheckpointError
 from adalink.lifecycle.flat import read_flat, start_of
 from adalink.lifecycle.merge import MergeSettings, merge
@@ -137,6 +139,6 @@ def test_the_fixed_half_is_in_the_folder_and_in_no_count(tmp_path: Path) -> None
     assert configs[0].start.digest == configs[1].start.digest  # type: ignore[union-attr]
     flat = read_flat(tmp_path / "one")
     changed = {**flat.tensors(), "adalink.text.down.weight": flat.tensors()["adalink.text.down.weight"] + 1}
-    write_adapter(tmp_path / "two", changed, configs[1].__class__(**{**vars(configs[1]), "start": configs[1].start.__class__(2, "0" * 16)}))
+    write_adapter(tmp_path / "two", changed, dataclasses.replace(configs[1], start=Start(2, "0" * 16)))
     with pytest.raises(CheckpointError, match=r"the frozen halves differ \(digests \w{16} and \w{16}\): their sums are not exact; use --method stack"):
         merge([tmp_path / "one", tmp_path / "two"], MergeSettings(method="average"))

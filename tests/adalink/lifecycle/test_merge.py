@@ -342,7 +342,7 @@ def bad(folder: Path, methods: Mapping[str, Method] | None = None, **changes: An
 
 
 HERE = Path()
-GELU = {"bridge": Bridge(kind="mlp", hidden=5), "adalink": AdaLink(rank=2, modalities=("image",), activation="gelu", bias=True)}
+GELU: dict[str, Method] = {"bridge": Bridge(kind="mlp", hidden=5), "adalink": AdaLink(rank=2, modalities=("image",), activation="gelu", bias=True)}
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (bad(HERE, start=1), {"method": "average"}, r"start from different weights \(seed 0 and seed 1\): weights can only be merged from one start; use --method stack"),
     (bad(HERE, start=1), {"method": "pcb"}, r"start from different weights"),

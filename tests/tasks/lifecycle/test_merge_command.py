@@ -13,7 +13,7 @@ from cli_run import adalink, refused
 from safetensors.torch import load_file, save_file
 from shared import fixtures
 
-from adalink import AdaLink, Bridge
+from adalink import AdaLink, Bridge, Method
 from adalink.checkpoint.folder import read_config
 from adalink.lifecycle.flat import read_flat
 from adalink.lifecycle.merge import MergeSettings
@@ -29,7 +29,7 @@ def succeeded(*arguments: object) -> str:
     return done.out
 
 
-METHODS = {"bridge": Bridge(kind="mlp", hidden=16, init_scale=8.0), "adalink": AdaLink(rank=2, modalities=("image", "text"))}
+METHODS: dict[str, Method] = {"bridge": Bridge(kind="mlp", hidden=16, init_scale=8.0), "adalink": AdaLink(rank=2, modalities=("image", "text"))}
 
 
 @pytest.fixture(scope="module")
