@@ -25,6 +25,7 @@ __all__ = ["Ahead", "Plan", "Windows", "check_room"]
 _LOG = logging.getLogger("adalink")
 _POLL = 0.05  # seconds between two looks at what the machine's processes read
 _GLANCE = 0.002  # seconds until the second look for a shard that a sample waits for; later ones come more and more slowly
+_AGAIN = 1.0  # seconds until a cache without room, or connections, is looked at again though this run reads the same windows
 _TURN = 0.25  # seconds between two attempts to be the one that fetches
 
 
@@ -169,6 +170,7 @@ class _Fetcher:
         self._fetching = set[str]()
         self._tried = set[int]()  # windows whose earlier failures do not count any more
         self._stuck_since: float | None = None
+        self._full: tuple[float, object] = (0.0, None)  # when the cache last had no room, and what was read then
         self._used, self._next = -1, np.empty(0, dtype=np.int64)
         self._began = time.time()
         self.stop, self.wake = threading.Event(), threading.Event()
@@ -196,6 +198,10 @@ class _Fetcher:
             return
         if not readers:
             return
+        seen = sorted((reader.windows, reader.parts) for reader in readers), len(self._fetching)
+        if self._full[1] == seen and time.monotonic() - self._full[0] < _AGAIN:
+            return
+        self._full = time.monotonic(), None
         low, high = min(reader.windows[0] for reader in readers), max(reader.windows[1] for reader in readers)
         parts = sorted(set().union(*(reader.parts for reader in readers)))
         soon = set[str]()
@@ -208,6 +214,7 @@ class _Fetcher:
             soon |= {self._cache.path(url).name for url in urls}
             for url in urls:
                 if not self._begin(url, window, soon, is_needed=window <= high):
+                    self._full = time.monotonic(), seen
                     return
 
     def _begin(self, url: str, window: int, soon: set[str], *, is_needed: bool) -> bool:

@@ -184,7 +184,7 @@ _MOST_MOVES = 5
 _TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 _MOST_WHOLE = 2**31  # bytes of a file that is read at once, such as a manifest
 _MOST_ERROR = 2**16  # bytes of a page about an error that are read to use the connection again
-_PIECE = 2**20  # bytes that are read at a time from a connection
+_PIECE = 2**17 - 64  # bytes that are read at a time from a connection: for more the allocator asks the system for new pages each time
 
 
 @dataclass(frozen=True)
