@@ -23,7 +23,8 @@ from multimodal.data.shards.storage import redacted
 __all__ = ["Ahead", "Plan", "Windows", "check_room"]
 
 _LOG = logging.getLogger("adalink")
-_POLL = 0.05  # seconds between two looks at what the machine's processes read
+_POLL = 0.02  # seconds between two looks at what the machine's processes read, where a look takes less than a twentieth of that
+_LONGEST = 0.05  # seconds between two looks for a shard that a sample waits for
 _GLANCE = 0.002  # seconds until the second look for a shard that a sample waits for; later ones come more and more slowly
 _AGAIN = 1.0  # seconds until a cache without room, or connections, is looked at again though this run reads the same windows
 _TURN = 0.25  # seconds between two attempts to be the one that fetches
@@ -114,7 +115,7 @@ class Ahead:
             if self.cache.failure(url).exists() or not self._thread.is_alive():
                 return None
             time.sleep(wait)
-            wait = min(2 * wait, _POLL)
+            wait = min(2 * wait, _LONGEST)
         return path
 
     def _move(self, windows: range) -> None:
@@ -181,8 +182,9 @@ class _Fetcher:
             while not self.stop.is_set():
                 lock = hold(self._cache.folder / READERS / f"{self._group}.lock", wait=False)
                 while lock is not None and not self.stop.is_set():
+                    began = time.monotonic()
                     self._look()
-                    self.wake.wait(_POLL)
+                    self.wake.wait(max(_POLL, 20 * (time.monotonic() - began)))
                     self.wake.clear()
                 if lock is not None:
                     lock.close()

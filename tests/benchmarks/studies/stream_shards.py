@@ -1,8 +1,9 @@
 """Training data from a slow server beside the same data on the local disk: samples per second, and bytes that are downloaded for an epoch.
 
-    PYTHONPATH=.:tests/support:tests/benchmarks python tests/benchmarks/studies/stream_shards.py [--samples 4000] [--repetitions 3]
+    PYTHONPATH=.:tests/support:tests/benchmarks python tests/benchmarks/studies/stream_shards.py [--samples 32000] [--repetitions 3]
+    STREAM_WAIT=0.001 PYTHONPATH=... python tests/benchmarks/studies/stream_shards.py
 
-The server runs in a process of its own, waits 50 ms before each answer, and sends 200 MB/s over all connections together. The cache holds 5 % of
+With STREAM_WAIT a sample is not decoded, its worker process waits so many seconds: then other work on the processors decides little. The server runs in a process of its own, waits 50 ms before each answer, and sends 200 MB/s over all connections together. The cache holds 5 % of
 the set. All readers decode JPEGs with one function in two worker processes and give the same batches. LitData and webdataset are measured where
 they are installed: LitData reads its own format from the same server, with a downloader of its own kind (a whole chunk in one request) and its
 cache bound at the same bytes; webdataset reads each shard through curl, as it does by default, and has no cache. Readers take turns; `after the
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import shutil
 import statistics
@@ -43,25 +45,31 @@ from multimodal.data.shards.writer import write_shards
 from multimodal.data.workers import made_in_order
 from multimodal.sample import Sample
 
-BATCH, WORKERS, PER_SHARD, WINDOW, DISTINCT = 16, 2, 25, 3, 100
+BATCH, WORKERS, PER_SHARD, WINDOW, DISTINCT = 4, 2, 200, 3, 100
+
+
+_WAIT = float(os.environ.get("STREAM_WAIT", "0"))  # seconds in place of decoding; worker processes of all readers see it
 
 
 def as_image(data: bytes) -> Any:
-    """float32 [3, 224, 224] of a JPEG, as the preprocessing of a ViT makes it."""
+    """float32 [3, 224, 224] of a JPEG, as the preprocessing of a ViT makes it; with `--wait` nothing, after so long."""
+    if _WAIT:
+        time.sleep(_WAIT)
+        return np.zeros(1, dtype=np.float32)
     image = decode_image(data).resize((224, 224), Image.Resampling.BICUBIC)
     return ((np.asarray(image, dtype=np.float32) / 255 - 0.5) / 0.5).transpose(2, 0, 1)
 
 
 class Images:
-    """JPEGs of 320 x 240, of which a hundred differ."""
+    """JPEGs of 160 x 120, of which a hundred differ."""
 
     def __init__(self, n: int) -> None:
         self.n, self.files = n, [self.drawn(number) for number in range(DISTINCT)]
 
     def drawn(self, number: int) -> bytes:
         out = io.BytesIO()
-        noise = np.random.default_rng(number).integers(0, 256, size=(120, 160, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((320, 240), Image.Resampling.BICUBIC).save(out, format="JPEG", quality=80)
+        noise = np.random.default_rng(number).integers(0, 256, size=(60, 80, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((160, 120), Image.Resampling.BICUBIC).save(out, format="JPEG", quality=80)
         return out.getvalue()
 
     def __len__(self) -> int:
@@ -149,7 +157,7 @@ def ours(place: Path | str, remote: RemoteSettings, epochs: int) -> Iterator[int
 
 
 def webdataset(places: list[str], epochs: int) -> Iterator[int]:
-    """Shards in a drawn order, each streamed, and a buffer of 75 samples to shuffle in (as many as a window has)."""
+    """Shards in a drawn order, each streamed, and a buffer of 1,000 samples to shuffle in."""
     for _ in range(epochs):
         for images, _ in plain_webdataset(places, as_image, BATCH, WORKERS):  # type: ignore[arg-type]
             yield len(images)
@@ -163,6 +171,7 @@ def litdata(place: str, cache: Path, most: int, epochs: int) -> Iterator[int]:
 
     class Http(downloader.Downloader):
         def download_file(self, remote: str, local: str) -> None:
+            os.makedirs(os.path.dirname(local), exist_ok=True)
             if not os.path.exists(local):
                 temporary = self._temp_download_path(local)
                 with urllib.request.urlopen(remote) as answer, open(temporary, "wb") as file:
@@ -217,7 +226,7 @@ def measured(batches: Iterator[int], samples: int, epochs: int, sent: Callable[[
         if done >= samples * len(marks):
             marks.append(sent())
     assert done == samples * epochs, (done, samples, epochs)
-    return Passed((done - skipped) / (time.perf_counter() - after), tuple(b - a for a, b in zip(marks, marks[1:], strict=False)), first)
+    return Passed((done - skipped) / (time.perf_counter() - after), tuple(b - a for a, b in itertools.pairwise(marks)), first)
 
 
 def run(given: argparse.Namespace, folder: Path) -> None:
@@ -237,6 +246,8 @@ def run(given: argparse.Namespace, folder: Path) -> None:
         with contextlib.suppress(ImportError):
             write_litdata(images, folder / "web" / "lit")
             readers["LitData, server"] = partial(litdata, f"{server.url}/lit", cache, most, given.epochs)
+        chosen = [name for name in readers if "local" in name or not given.readers or any(part in name for part in given.readers)]
+        readers = {name: readers[name] for name in chosen}
         found: dict[str, list[Passed]] = {name: [] for name in readers}
         for _ in range(given.repetitions):
             for name, reader in readers.items():
@@ -255,9 +266,10 @@ def run(given: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     """Run all of it in a temporary folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--samples", type=int, default=4000)
+    parser.add_argument("--samples", type=int, default=32000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--readers", nargs="*", default=[], help="parts of the names of some; none: all")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds")
     parser.add_argument("--rate", type=float, default=200e6, help="bytes per second")
     torch.set_num_threads(1)
