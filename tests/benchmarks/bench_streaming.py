@@ -1,7 +1,7 @@
 """Training data from a slow server beside the same data on the local disk: samples per second, and bytes that are downloaded for an epoch.
 
-    PYTHONPATH=.:tests/support:tests/benchmarks python tests/benchmarks/studies/stream_shards.py [--samples 32000] [--repetitions 3]
-    STREAM_WAIT=0.001 PYTHONPATH=... python tests/benchmarks/studies/stream_shards.py
+    PYTHONPATH=.:tests/support:tests/benchmarks python tests/benchmarks/bench_streaming.py [--samples 32000] [--repetitions 3]
+    STREAM_WAIT=0.001 PYTHONPATH=... python tests/benchmarks/bench_streaming.py
 
 With STREAM_WAIT a sample is not decoded, its worker process waits so many seconds: then other work on the processors decides little. The server runs in a process of its own, waits 50 ms before each answer, and sends 200 MB/s over all connections together. The cache holds 5 % of
 the set. All readers decode JPEGs with one function in two worker processes and give the same batches. LitData and webdataset are measured where
