@@ -21,7 +21,7 @@ test-all: $(READY)
 	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=20 -m "slow or not slow"
 
 # The tests that compare numbers, as processors without AVX-512 and without AVX2 would round them, and with more threads. The two share the cases of a test.
-NUMBERS := tests/test_invariants.py tests/adalink/methods tests/adalink/existing/test_existing*.py tests/adalink/test_fold.py \
+NUMBERS := tests/test_invariants.py tests/adalink/methods tests/adalink/existing/test_existing*.py tests/adalink/lifecycle/test_fold.py tests/adalink/lifecycle/test_merge*.py \
 	tests/multimodal/batches/test_packing*.py tests/multimodal/batches/test_joined_rows.py tests/multimodal/loss/test_last_layer.py \
 	tests/multimodal/loss/test_word_*.py tests/multimodal/generation/test_decoding.py tests/multimodal/generation/test_generate.py \
 	tests/multimodal/encoders/test_vision*.py tests/multimodal/existing/test_family*.py tests/multimodal/training/test_train.py \
