@@ -108,7 +108,7 @@ IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep", "lora", "lora_qu
 # A graph takes seconds, of LoRA on every linear fifteen. These four have every kind of edit: UniPELT gates a bottleneck, a prefix and LoRA, and BitFit's
 # edit is that of `deep`. Each method alone is slow, and there the backward pass is made a graph as well.
 COMPILED = (("all_at_once", "eager"), ("epalm_leaks", "aot_eager"), ("unipelt_apl", "eager"), ("ia3", "eager"))
-COMPILED_ALONE = ("adalink", "bitfit", "bottleneck", "epalm", "gated_adalink", "hira", "ia3", "lora", "prefix_mlp", "unipelt_apl")
+COMPILED_ALONE = ("adalink", "bitfit", "bottleneck", "dept", "epalm", "gated_adalink", "hira", "ia3", "lora", "prefix_mlp", "unipelt_apl")
 HALF = {torch.bfloat16: (0.015, 0.04), torch.float16: (0.002, 0.02)}  # how far logits and gradients may be off, as shares of their norms
 T5_HALF = {torch.bfloat16: (0.015, 0.2), torch.float16: (0.002, 0.1)}  # its attention has no scale: of random weights it is all but a choice of one
 HARD = ("all_at_once", "epalm_late", "lora_query_value")  # every port at once; rows that read each other; linears that one weight holds together

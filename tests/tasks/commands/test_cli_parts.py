@@ -182,7 +182,7 @@ def test_what_a_run_generated_with_is_saved_with_its_adapter_and_the_command_lin
     adapter = runs / "captioning" / "adapter"
     config = adapter / "adalink_config.json"
     saved = json.loads(config.read_text())
-    assert saved["task"]["generation"] == {"max_new_tokens": 3, "num_beams": 1, "length_penalty": 1.0}
+    assert saved["task"]["generation"] == {"max_new_tokens": 3, "num_beams": 1, "length_penalty": 1.0, "cache": "auto"}
     saved["task"]["generation"] |= {"num_beams": 3, "later": True}  # a setting of a later version is passed over
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     (copy / config.name).write_text(json.dumps(saved))
@@ -202,7 +202,7 @@ def test_what_a_run_generated_with_is_saved_with_its_adapter_and_the_command_lin
         assert set(used) == {GenerationSettings(max_new_tokens=3, num_beams=beams)}
         used.clear()
         settings = yaml.safe_load((tmp_path / f"out{beams}" / "config.yaml").read_text())
-        assert settings["generation"] == {"max_new_tokens": 3, "num_beams": beams, "length_penalty": 1.0}
+        assert settings["generation"] == {"max_new_tokens": 3, "num_beams": beams, "length_penalty": 1.0, "cache": "auto"}
         assert (settings["task"], settings["encoder"], settings["language_model"]) == ("captioning", "scenes:encoder", "scenes:language")
     VisionLanguageModel.from_pretrained(copy, encoder=encoder_folder(), language_model=language_folder()).generate([Image.open(photo).convert("RGB")], [""])
     assert used == [GenerationSettings(max_new_tokens=3, num_beams=3)]

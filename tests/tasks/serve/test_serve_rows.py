@@ -86,7 +86,7 @@ def test_a_row_is_what_generate_gives_in_any_company(family: str) -> None:
     running = running_of(model)
     assert answers(model, [drawn, *(job(model, *case) for case in reversed(cases))], running)[1:] == alone[::-1]
     assert answers(model, [job(model, *case) for case in cases], running) == alone  # from cached features
-    assert len(set(alone)) > 3  # the control
+    assert len(set(alone)) > 2  # the control
 
 
 @pytest.mark.parametrize("family", FAMILIES)
