@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -340,14 +340,15 @@ def shard_sizes_of(source: SampleSource) -> NDArray[np.int64] | None:
 def windows_of(source: SampleSource, choice: OrderChoice, window: int) -> tuple[int, ...]:
     """For each set of a data set the shards that are shuffled together; 0: all its samples are.
 
-    choice   auto: `shards` where shards are read from a server, else `global`; of a mixture, each set for itself
+    choice   auto: `shards` where shards are read from a server and its cache, if it has one, holds a window; else `global`; of a mixture, each set
+             for itself
 
     Raises ConfigError where there are no shards to read in a row.
     """
     in_shards = [one if shard_sizes_of(one) is not None else None for one in sets_of(source)]
     if choice == "shards" and not any(in_shards):
         raise ConfigError("train.order is shards, and the data is not in shards: write it with `adalink shards from`, or set train.order to global")
-    return tuple(window if one is not None and (choice == "shards" or (choice == "auto" and _is_remote(one))) else 0 for one in in_shards)
+    return tuple(window if one is not None and (choice == "shards" or (choice == "auto" and _reads_in_a_row(one, window))) else 0 for one in in_shards)
 
 
 def order_of(source: SampleSource, seed: int, windows: Sequence[int] = (), *, parts: int = 1, step: int = 1) -> Order:
@@ -389,5 +390,9 @@ def innermost(source: SampleSource) -> SampleSource:
     return source
 
 
-def _is_remote(source: SampleSource) -> bool:
-    return isinstance(next(iter(getattr(innermost(source), "places", ())), None), str)
+def _reads_in_a_row(source: SampleSource, window: int) -> bool:
+    """Whether the shards are on a server, and a window of the largest fits into their cache."""
+    inner: Any = innermost(source)
+    if not isinstance(next(iter(getattr(inner, "places", ())), None), str):
+        return False
+    return inner.cache_bytes is None or int(np.sort(inner.shard_bytes)[-window:].sum()) <= inner.cache_bytes

@@ -47,7 +47,7 @@ class TrainSettings:
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 16  # images in each process and micro-batch
     accumulation: int = 1  # micro-batches in one optimizer step
-    order: Literal["auto", "global", "shards"] = "auto"  # shuffle all samples (global), or read shards in a row (shards); auto: shards for URLs
+    order: Literal["auto", "global", "shards"] = "auto"  # shuffle all samples, or read shards in a row; auto: shards for URLs whose cache holds a window
     window: int = 16  # with order: shards, the number of shards whose samples are shuffled together, for each machine
     bucket_pool: int = 0  # batches within which images with texts of similar length are grouped, for less padding; 0: off
     row_tokens: int = 0  # most tokens of a row that several images share, for less padding; on a CPU two or three images a row are fastest; 0: off

@@ -313,6 +313,7 @@ class ShardSource:
     places        where each shard is: a file, or a URL
     shard_sizes   int64 [shards]: samples of each, in that order; the set's indices count through one shard after the other
     shard_bytes   int64 [shards]: the size of each
+    cache_bytes   most that the cache of shards on servers holds; None without one
     """
 
     item_ids: tuple[int, ...] = ()
@@ -327,6 +328,7 @@ class ShardSource:
         self.places: Sequence[Place] = table.places
         self.shard_sizes: NDArray[np.int64] = table.rows["samples"].astype(np.int64)
         self.shard_bytes: NDArray[np.int64] = table.rows["size"].astype(np.int64)
+        self.cache_bytes = None if remote.cache is None else remote.cache_bytes
         self._ends = array("q", np.cumsum(self.shard_sizes).tolist())  # its elements are read one by one, for which NumPy is slow
         self.problems = found.problems
         self.ignored = found.ignored

@@ -114,6 +114,10 @@ def test_auto_is_shards_for_servers_and_global_for_disks_each_set_of_a_mixture_f
         assert loader(remote, order="auto").order_note == "order: shards in a drawn order, the samples of 2 shuffled together"
         assert loader(remote, order="auto", world=4, nodes=2).order_note.endswith("shuffled together, in each of 2 parts of a step")
         assert loader(cases[-1][0], order="auto").order_note == "order: shards in a drawn order, the samples of [0, 2, 0] of the sets (0: all) shuffled together"
+        bytes_of_two = int(np.sort(remote.shard_bytes)[-2:].sum())
+        for room, note in ((bytes_of_two, "order: shards"), (bytes_of_two - 1, "order: global")):  # a cache that holds no window
+            cached = ShardSource(server.url, remote=RemoteSettings(cache=shards.parent / "cache", cache_bytes=room))
+            assert loader(cached, order="auto").order_note.startswith(note)
     assert loader(local, order="auto").order_note == "order: global, all samples are shuffled together"
 
 
