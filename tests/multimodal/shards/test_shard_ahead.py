@@ -222,7 +222,7 @@ def test_a_server_that_stalls_is_named_once_in_a_while_and_one_that_is_dead_ends
         server.faults[name] = ["stall"] * 3
     with caplog.at_level(logging.WARNING, logger="adalink"):
         assert stream[0] == expected(web, range(1))[0]
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [text for text in (record.getMessage() for record in caplog.records) if server.url in text]
     assert [line for line in lines if "nothing came for 0.5 s (attempt 2 of 6)" in line] == lines
     assert len(lines) == 1  # though each of three shards waited three times
     server.faults.clear()
@@ -282,7 +282,8 @@ def test_a_cache_that_cannot_be_written_is_one_sentence_and_every_sample_is_read
     (tmp_path / "cache").touch()
     with caplog.at_level(logging.WARNING, logger="adalink"):
         assert [stream[position] for position in range(WINDOW * EACH)] == expected(web, range(WINDOW * EACH))
-    assert {record.getMessage() for record in caplog.records} == {
+    of_this_cache = {message for record in caplog.records if str(tmp_path) in (message := record.getMessage())}  # threads of other tests may still fetch
+    assert of_this_cache == {
         f"adalink: the cache {tmp_path / 'cache'} cannot be written: Not a directory; samples that are not in it are read from the server; is the disk full?"
     }
 
