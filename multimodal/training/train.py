@@ -110,7 +110,7 @@ def train(
     with opened_accelerator(settings, model, folder) as accelerator, sigterm_noted() as stop, dead_workers_named(), one_way:
         seed_all(settings.seed)
         on_device(model, accelerator.device).train()  # one that was loaded is in eval mode
-        check_training(model, settings, folder, resume=resume, also_trained=also_trained)
+        facts = check_training(model, settings, folder, resume=resume, also_trained=also_trained)
         if patches is None and settings.features == "fill":
             raise ConfigError("train.features is fill, and no folder is given to fill: give patches, a FeatureWriter")
         if measure is None and (settings.keep_best or settings.patience):
@@ -120,7 +120,7 @@ def train(
         if patches is not None and not isinstance(patches, FeatureWriter):
             _refuse_all_bad(patches)
         loader = _loader(accelerator, model, source, texts, settings, patches)
-        run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), loader, stop, TrainedSoFar(source), Best(settings, judged_by))
+        run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), loader, stop, TrainedSoFar(source), Best(settings, judged_by), facts)
         first, n_steps = run.restore(len(source)) if resume else (0, settings.n_steps(len(source), accelerator.num_processes))
         run.log.skip(known_bad)
         if settings.checkpointing:
@@ -146,8 +146,10 @@ def train(
 
 def check_training(
     model: VisionLanguageModel, settings: TrainSettings, folder: Path, *, resume: bool = False, also_trained: Mapping[str, nn.Parameter] | None = None
-) -> None:
-    """Refuse, before any image is read, what a training with these settings would refuse; warn of a base in float16 whose loss is not scaled.
+) -> Mapping[str, Any]:
+    """Refuse, before any image is read, what a training with these settings would refuse; what the run is a function of (`run_facts`) comes back.
+
+    Warns of a base in float16 whose loss is not scaled.
 
     Raises ConfigError for learning rates of methods that are not there, trackers that are not installed, and settings that the model does not
     support; CheckpointError where the run to go on with trained another model.
@@ -165,6 +167,7 @@ def check_training(
         facts = read_state(checkpoint, parameters)[0].get("facts", {})
         with _continued(checkpoint):
             refuse_another_model(facts, own)
+    return own
 
 
 @contextlib.contextmanager
@@ -222,6 +225,7 @@ class _Run:
         stop: StopSignal,
         trained_so_far: TrainedSoFar,
         best: Best,
+        facts: Mapping[str, Any],
     ) -> None:
         if also_trained and accelerator.is_fsdp2:
             raise ConfigError("FSDP2 trains adapters alone, and also_trained names other weights: train those with DDP")
@@ -240,7 +244,7 @@ class _Run:
             )
         self.accelerator, self.settings, self.folder, self.loader, self.stop = accelerator, settings, folder, loader, stop
         self.trained_so_far, self.best, self.ended_by = trained_so_far, best, 0
-        self.bare = model
+        self.bare, self.facts = model, facts
         self.is_due = False  # a line of the log: of a step that learns nothing it waits for the next
         self.first = self.read = 0  # the run's first step, and the samples that all processes had read before it
         # The first step whose loss was not finite, negative where it was infinite; asked for seldom, since asking waits for the device.
@@ -394,7 +398,7 @@ class _Run:
         self.accelerator.print(f"resumed after step {first} of {n_steps}, from {checkpoint}")
         if facts is None:
             self.accelerator.print("an earlier version wrote that checkpoint, so its settings cannot be compared with these")
-        elif changed := changed_settings(facts, run_facts(self.bare, self.settings)):
+        elif changed := changed_settings(facts, self.facts):
             self.accelerator.print(f"settings that are not those of the checkpoint: {'; '.join(changed)}")
 
     def _loss(self, batch: Batch | None, n_targets: float) -> torch.Tensor:
@@ -418,7 +422,7 @@ class _Run:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
             states = {"data": self.loader.state_dict(), "learnt": self.trained_so_far.state_dict(), "best": self.best.state_dict()}
-            extra: dict[str, Any] = {"stream": self._stream(), **states, "facts": run_facts(self.bare, self.settings), "scaler": scaler}
+            extra: dict[str, Any] = {"stream": self._stream(), **states, "facts": self.facts, "scaler": scaler}
             write_state(self.folder / "checkpoints", step, tensors, extra, self.settings.keep)
         self.accelerator.wait_for_everyone()
 
