@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
-from adalink.edit import Placement, Port, Slots
+from adalink.edit import Placement, Slots
 from adalink.errors import AttachError, check_tuples
-from adalink.methods.targets import Target, TokenDropout, added, checked_groups, domains_of, dropouts, every_token, find_targets
+from adalink.methods.targets import Target, TokenDropout, added, at_outputs, checked_groups, dropouts, every_token, find_targets
 from adalink.tokens import Tokens, without_autocast
 
 __all__ = ["BitFit", "Shift"]
@@ -71,8 +71,4 @@ class BitFit:
             names = sorted({target.linear.name.rsplit(".", 1)[-1] for target in found})
             raise AttachError(f"BitFit finds no bias: none of {', '.join(names)} has one in this model: set force_bias to give them one")
         by_group = dropouts("BitFit", self.dropout, self.groups)
-        return [
-            Placement(f"{group}.{target.role}", Port(target.linear.name, "output"), Shift(target, by_group[group]), domains_of(domains))
-            for group, domains in self.groups.items()
-            for target in targets
-        ]
+        return at_outputs(self.groups, targets, lambda group, target: Shift(target, by_group[group]))

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adalink.anatomy import Anatomy
-from adalink.edit import FrozenModule, Placement, Port, Slots
+from adalink.edit import FrozenModule, Placement, Slots
 from adalink.errors import AttachError, ConfigError, check_tuples
 from adalink.methods.targets import (
     Target,
     TokenDropout,
+    at_outputs,
     checked_groups,
-    domains_of,
     dropouts,
     every_token,
     find_targets,
@@ -107,12 +107,4 @@ class HiRA:
         """One edit for each group and target, at the linear's output."""
         targets = find_targets(anatomy, self.targets, self.exclude, self.exclude_layers)
         by_group = dropouts("HiRA", self.dropout, self.groups)
-
-        def edit(group: str, target: Target) -> Hadamard:
-            return Hadamard(target, for_group(self.rank, group), by_group[group])
-
-        return [
-            Placement(f"{group}.{target.role}", Port(target.linear.name, "output"), edit(group, target), domains_of(domains))
-            for group, domains in self.groups.items()
-            for target in targets
-        ]
+        return at_outputs(self.groups, targets, lambda group, target: Hadamard(target, for_group(self.rank, group), by_group[group]))

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
-from adalink.edit import FixedLinear, Placement, Port, Slots
+from adalink.edit import FixedLinear, Placement, Slots
 from adalink.errors import ConfigError, check_tuples
 from adalink.methods.targets import (
     Target,
     TokenDropout,
     added,
+    at_outputs,
     checked_groups,
-    domains_of,
     dropouts,
     every_token,
     find_targets,
@@ -119,11 +119,7 @@ class LoRA:
         """One edit for each group and target, at the linear's output."""
         targets = find_targets(anatomy, self.targets, self.exclude, self.exclude_layers)
         by_group = dropouts("LoRA", self.dropout, self.groups)
-        return [
-            Placement(f"{group}.{target.role}", Port(target.linear.name, "output"), self._edit(group, target, by_group[group]), domains_of(domains))
-            for group, domains in self.groups.items()
-            for target in targets
-        ]
+        return at_outputs(self.groups, targets, lambda group, target: self._edit(group, target, by_group[group]))
 
     def _edit(self, group: str, target: Target, dropout: TokenDropout) -> LowRank:
         rank = for_group(self.rank, group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy, Linear
+from adalink.edit import Placement, Port
 from adalink.errors import AttachError, ConfigError
 from adalink.tokens import ANSWER, DOMAIN_NAMES, N_DOMAINS, TEXT, Tokens, is_autocast
 
 __all__ = [
-    "DOMAINS", "Target", "TokenDropout", "added", "checked_groups", "domains_of", "dropouts", "every_token", "find_targets", "for_group",
-    "layers_left", "per_group",
+    "DOMAINS", "Target", "TokenDropout", "added", "at_outputs", "checked_groups", "domains_of", "dropouts", "every_token", "find_targets",
+    "for_group", "layers_left", "per_group",
 ]  # fmt: skip
 
 
@@ -137,6 +138,15 @@ def _would_have_worked(anatomy: Anatomy) -> str:
     last = sorted({linear.name.rsplit(".", 1)[-1] for linear in anatomy.linears})
     by_part = [*(PARTS if anatomy.projections else ()), *([DOWN] if list(_down(anatomy)) else [])]
     return f"its linears are named {', '.join(last)}; all" + (f", {', '.join(by_part)}" if by_part else "") + " work too"
+
+
+def at_outputs(groups: Mapping[str, Iterable[str]], targets: Sequence[Target], edit: Callable[[str, Target], nn.Module]) -> list[Placement]:
+    """One edit for each group and target, at the linear's output."""
+    return [
+        Placement(f"{group}.{target.role}", Port(target.linear.name, "output"), edit(group, target), domains_of(domains))
+        for group, domains in groups.items()
+        for target in targets
+    ]
 
 
 # ----------------------------------------
