@@ -11,7 +11,7 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 
-__all__ = ["locked", "new_folder", "write_whole"]
+__all__ = ["locked", "new_folder", "refuse_full", "write_whole"]
 
 
 # ----------------------------------------
@@ -37,14 +37,19 @@ def write_whole(path: Path, content: bytes) -> None:
             beside.unlink()
 
 
+def refuse_full(out: Path) -> None:
+    """Raise ConfigError where `out` holds something already, or is a file."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already: give another --out, or remove it")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes it once everything is written; nothing is left where that fails.
 
     Raises ConfigError where `out` holds something already, or the folder cannot be made.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already: give another --out, or remove it")
+    refuse_full(out)
     part = out.with_name(f".{out.name}.part")
     try:
         part.mkdir(parents=True, exist_ok=False)

@@ -431,21 +431,20 @@ def by_port(model: nn.Module, stack: nn.Module, adapters: Mapping[int, Adapter])
     at: dict[Port, list[tuple[int, Placement]]] = defaultdict(list)
     for index, adapter in adapters.items():
         for placement in adapter.placements:
-            _check_port(stack, placement.port)
+            module = _module_at(stack, placement.port)
             if placement.domains == (PREFIX,) and placement.port.side == "output":
                 check_reach(stack)
             if placement.port.side == "mask":
                 check_attention(stack)
-            _check_whole(stack.get_submodule(placement.port.module), placement)
-            read_frozen(placement, stack.get_submodule(placement.port.module))
+            _check_whole(module, placement)
+            read_frozen(placement, module)
             at[placement.port].append((index, placement))
     return {port: sorted(placed, key=lambda item: isinstance(item[1].edit, HideKeys) or item[1].domains == (PREFIX,)) for port, placed in at.items()}
 
 
-def _check_port(stack: nn.Module, port: Port) -> None:
+def _module_at(stack: nn.Module, port: Port) -> nn.Module:
     with contextlib.suppress(AttributeError):
-        stack.get_submodule(port.module)
-        return
+        return stack.get_submodule(port.module)
     last = port.module.rsplit(".", 1)[-1]
     near = [name for name, _ in stack.named_modules() if name.endswith(last)]
     raise AttachError(

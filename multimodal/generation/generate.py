@@ -14,7 +14,6 @@ from adalink.attachment.attachment import Attachment
 from adalink.attachment.recompute import may_share_prompts, needs_whole_sequence
 from adalink.errors import ConfigError
 from multimodal.batches.collate import Batch
-from multimodal.batches.prefix_sharing import has_row_cache
 from multimodal.generation.decoding import Decoding, check_room, cuts_of, last_cut, may_decode, prefill
 from multimodal.generation.settings import GenerationChoice, GenerationSettings, saved_generation
 from multimodal.language import Language
@@ -88,7 +87,7 @@ def run_generation(
 
 def _check_static(language: Language, attachment: Attachment, token_map: TokenMap) -> None:
     """Raises ConfigError where a model has no static cache that is exact for these adapters."""
-    if not has_row_cache(language.model) or not may_decode(language.model, attachment, token_map):
+    if not may_decode(language.model, attachment, token_map):
         kind = type(language.model).__name__
         raise ConfigError(f"generation.cache is static, and {kind} with this adapter has no such cache that is exact: leave it at auto")
 

@@ -121,7 +121,5 @@ def _alone(scored: ScoredAdapter) -> Answers:
         torch.manual_seed(0)
         untrained = Adapter(adapter.methods, adapted.anatomy, copied(adapted.base, adapted.anatomy, tuple(adapter.copies)))
     found = scored.answers(untrained.tensors())
-    with torch.no_grad():
-        for name, tensor in adapter.tensors().items():
-            tensor.copy_(own[name])
+    scored.give(own)
     return found

@@ -81,11 +81,15 @@ class ScoredAdapter:
         asked = [graded_question(question) for sample in samples for question in sample.questions if question.question_id in after.texts]
         return compare_answers(before.texts, after.texts, asked, resampling=resampling)
 
+    @torch.no_grad()
+    def give(self, weights: Mapping[str, Tensor]) -> None:
+        """The adapter then has these weights, by the names of its tensors."""
+        own = self.model.adapted.active_adapter().tensors()
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+
     def answers(self, weights: Mapping[str, Tensor] | None = None) -> Answers:
         """With the weights that the adapter has, or with others of the same names, which it then keeps."""
-        own = self.model.adapted.active_adapter().tensors()
-        with torch.no_grad():
-            for name, tensor in (weights or {}).items():
-                own[name].copy_(tensor)
+        self.give(weights or {})
         texts = predict(self.model, self.images.source, self.task, self.images.patches, settings=self.settings).texts
         return Answers(texts=texts, score=self.task.score(texts, self.images.source))

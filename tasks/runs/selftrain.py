@@ -107,8 +107,8 @@ def selftrain_run(config: RunConfig, unlabelled: DataConfig, settings: SelfTrain
     out, task = config.out, config.chosen_task()
     refuse_taken(out, resume=(out / "held_out.jsonl").exists())
     labelled, bare = config.data.train.open(), unlabelled.open()
-    bare = _without_labelled(bare, labelled)
-    _refuse_data(labelled, bare, config.data.val.open(), task)
+    bare, seen = _without_labelled(bare, labelled)
+    _refuse_data(labelled, bare, seen, config.data.val.open(), task)
     out.mkdir(parents=True, exist_ok=True)
     _write_shots(labelled.source, settings, config, out)
     reached: list[dict[str, Any]] = []
@@ -140,28 +140,31 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f"{name} is given, and self-training learns texts that a teacher writes: leave it out")
 
 
-def _refuse_data(labelled: Opened, bare: Opened, val: Opened, task: Task) -> None:
-    """Raise DataError for too few labels, nothing to ask, and images that are evaluated on among those that are learned from."""
+def _refuse_data(labelled: Opened, bare: Opened, seen: Sequence[str | None], val: Opened, task: Task) -> None:
+    """Raise DataError for too few labels, nothing to ask, and images that are evaluated on among those that are learned from.
+
+    seen: the digest of each unlabelled image
+    """
     if len(labelled.source) < FEWEST:
         raise DataError(f"self-training needs {FEWEST} labelled images or more, and data.train has {len(labelled.source)}: label some more")
     if not any(task.asked(bare.source[i]) for i in range(len(bare.source))):
         raise DataError("the unlabelled data has no question, and the task vqa needs them: give images with questions, or the task captioning")
-    evaluated = {_digest(val.source[i]) for i in range(len(val.source))} - {None}
-    both = [bare.source[i].key for i in range(len(bare.source)) if _digest(bare.source[i]) in evaluated]
+    evaluated = {*_digests(val.source)} - {None}
+    both = [bare.source[i].key for i, digest in enumerate(seen) if digest in evaluated]
     if both:
         raise DataError(f"{len(both)} of the unlabelled images are in data.val too (first: {both[0]}), which then would measure nothing: leave them out")
 
 
-def _without_labelled(bare: Opened, labelled: Opened) -> Opened:
-    """The unlabelled images without those that have labels already. Raises DataError where none is left."""
-    known = {_digest(labelled.source[i]) for i in range(len(labelled.source))}
-    left = [i for i in range(len(bare.source)) if _digest(bare.source[i]) not in known]
+def _without_labelled(bare: Opened, labelled: Opened) -> tuple[Opened, list[str | None]]:
+    """The unlabelled images without those that have labels already, and the digest of each. Raises DataError where none is left."""
+    known, every = {*_digests(labelled.source)}, _digests(bare.source)
+    left = [i for i, digest in enumerate(every) if digest not in known]
     if not left:
         raise DataError("every unlabelled image is in data.train too, so there is nothing to label: give other images")
     if len(left) == len(bare.source):
-        return bare
+        return bare, every
     log(f"{counted(len(bare.source) - len(left), 'unlabelled image')} in data.train too, and left out")
-    return replace(bare, source=Chosen(bare.source, left))
+    return replace(bare, source=Chosen(bare.source, left)), [every[i] for i in left]
 
 
 def _bytes(sample: Sample) -> bytes | None:
@@ -180,9 +183,10 @@ def _png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def _digest(sample: Sample) -> str | None:
-    data = _bytes(sample)
-    return None if data is None else hashlib.sha256(data).hexdigest()
+def _digests(source: SampleSource) -> list[str | None]:
+    """Of each image; None where it cannot be read."""
+    files = (_bytes(source[i]) for i in range(len(source)))
+    return [None if data is None else hashlib.sha256(data).hexdigest() for data in files]
 
 
 # ----------------------------------------

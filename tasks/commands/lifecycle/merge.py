@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from adalink.errors import ConfigError
-from adalink.files import write_whole
+from adalink.files import refuse_full, write_whole
 from tasks.commands import Command
 
 TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
@@ -73,8 +73,7 @@ def merge_adapters(
     settings = MergeSettings(method=method, weights=tuple(weights), scale=scale, keep=keep, scope=scope, rank=rank, seed=seed)
     frozen, starts = cache(lambda folder: frozen_of(Path(folder))), cache(saved_start)
     sources = read_sources(list(folders), frozen)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already: give another --out, or remove it")
+    refuse_full(out)
     found = ""
     if search:
         searched = Search([source.folder for source in sources], settings, starts, frozen, [_run_config(file) for file in search])
