@@ -360,7 +360,7 @@ class AdaptedModel(nn.Module):
 
     @property
     def _mixture(self) -> Mixture | None:
-        found = dict(self.adapters.items()).get(AUTO)
+        found = self.adapters._modules.get(AUTO)
         return found if isinstance(found, Mixture) else None
 
     def _call(self, arguments: Mapping[str, Any], names: Sequence[str | None] | None, side: Literal["left", "right"]) -> Call:

@@ -101,26 +101,26 @@ def _limit(run: SavedRun, right_from: float | None) -> float:
 
 
 def nfr_of_many(
-    folders: Sequence[Path], *, scorer: VqaScorer | None = None, right_from: float | None = None, margin: float = 0.0, resamples: int = 1000,
-    most_negative: float | None = None, by_estimate: bool = False,
+    runs: Sequence[SavedRun], asked: Mapping[int, Asked], scorer: VqaScorer | None = None, right_from: float | None = None
 ) -> list[list[float]]:
-    """Negative flip rates of several runs on the same items: row before, column after.
-
-    most_negative: judges every later run beside the first (see `FlipRates.check`). Raises DataError for runs on other items.
-    """
-    from tasks.evaluation.compare import read_run, right_items
+    """Negative flip rates of several runs on the same items: row before, column after."""
+    from tasks.evaluation.compare import right_items
     from tasks.evaluation.flip_rates import nfr_matrix
+
+    chosen: VqaScorer = "official" if runs[0].task == "captioning" else _scorer(runs, scorer)
+    limit = _limit(runs[0], right_from)
+    return nfr_matrix([right_items(run, asked, chosen, limit) for run in runs], len(asked))
+
+
+def _read_many(folders: Sequence[Path]) -> tuple[list[SavedRun], Mapping[int, Asked]]:
+    """Several runs, and what all of them were asked. Raises DataError for runs on other items."""
+    from tasks.evaluation.compare import read_run
 
     runs = [read_run(folder) for folder in folders]
     asked = _same_items(runs[0], runs[1])
     for run in runs[2:]:
         _same_items(runs[0], run)
-    chosen: VqaScorer = "official" if runs[0].task == "captioning" else _scorer(runs, scorer)
-    limit = _limit(runs[0], right_from)
-    for run in runs[1:] if most_negative is not None else ():
-        found = _comparison(runs[0], run, asked, scorer, Resampling(n_resamples=resamples), right_from, margin)
-        _checked(found, most_negative, by_estimate, f"{run.folder}: ")
-    return nfr_matrix([right_items(run, asked, chosen, limit) for run in runs], len(asked))
+    return runs, asked
 
 
 def _checked(comparison: Comparison, most_negative: float | None, by_estimate: bool, where: str = "") -> None:
@@ -309,18 +309,21 @@ def _compare_runs(values: Any, plain: Any) -> None:
 def _print_many(folders: Sequence[Path], report: Path, values: Any, at_end: str) -> None:
     from tasks.runs.table import compare_many, many_json, many_table
 
-    options = {name: getattr(values, name) for name in ("scorer", "right_from", "resamples", "by_estimate")}
+    saved: list[SavedRun] = []
+    asked: Mapping[int, Asked] = {}
     matrix, why = None, ""
     try:
-        matrix = nfr_of_many(folders, **options)
+        saved, asked = _read_many(folders)
+        matrix = nfr_of_many(saved, asked, values.scorer, values.right_from)
     except (ConfigError, DataError) as error:
         why = f"no flips between these runs: {error}"
         if values.most_negative_flips is not None:
             raise
     runs = compare_many(folders, report, matrix)
     print(many_json(runs, matrix) if values.json else "\n".join(filter(None, (many_table(runs, matrix), why, at_end))))
-    if values.most_negative_flips is not None:
-        nfr_of_many(folders, **options, most_negative=values.most_negative_flips)
+    for run in saved[1:] if values.most_negative_flips is not None else ():  # each later run beside the first
+        found = _comparison(saved[0], run, asked, values.scorer, Resampling(n_resamples=values.resamples), values.right_from, 0.0)
+        _checked(found, values.most_negative_flips, values.by_estimate, f"{run.folder}: ")
 
 
 def _list_runs(values: Any, plain: Any) -> None:
