@@ -19,8 +19,8 @@ from adalink.errors import AttachError, ConfigError
 from adalink.tokens import DOMAIN_NAMES, N_DOMAINS, PERCEPT, PREFIX, Tokens
 
 __all__ = [
-    "COPIES", "EMBEDDING", "Adapter", "Edit", "FixedLinear", "FrozenModule", "Joint", "Method", "Placement", "Port", "ReadsFrozen", "Slots", "execution_device",
-    "joins", "read_frozen", "tied_names", "weight_of",
+    "COPIES", "EMBEDDING", "Adapter", "Compact", "Edit", "FixedLinear", "FrozenModule", "Joint", "Method", "Placement", "Port", "ReadsFrozen", "Slots",
+    "Written", "execution_device", "joins", "read_frozen", "tied_names", "weight_of",
 ]  # fmt: skip
 
 
@@ -226,6 +226,21 @@ class Method(Protocol):
 
     def place(self, anatomy: Anatomy) -> Sequence[Placement]:
         """New edits, and where they go."""
+
+
+class Written(NamedTuple):
+    """A method as a folder has it: `tensors`, by their whole names, are those of a new adapter in which `method` has the same name."""
+
+    method: Method
+    tensors: Mapping[str, Tensor]
+
+
+@runtime_checkable
+class Compact(Protocol):
+    """A method that a folder has in another form than training: without what training has closed, for instance."""
+
+    def written(self, name: str, adapter: Adapter) -> Written:
+        """What a folder has of the adapter's method of this name. Edits computed from it are those of the adapter, to rounding."""
 
 
 class Adapter(nn.Module):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from adalink.checkpoint.compressed import COMPRESSED_FILE, ZERO, read_compressed
 from adalink.checkpoint.fingerprint import FrozenPart, differences, part_from_json, part_to_json
 from adalink.checkpoint.start import Start, digest_of, redrawn, start_from_json
-from adalink.edit import COPIES, Adapter, Method
+from adalink.edit import COPIES, Adapter, Compact, Method
 from adalink.errors import CheckpointError, ConfigError
 from adalink.files import write_whole
 from adalink.methods import METHODS
@@ -190,8 +190,17 @@ class AdapterConfig:
 
 
 def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
-    """Write the folder of an adapter. See `write_adapter`."""
-    write_adapter(folder, adapter.tensors(), config, adapter.n_parameters())
+    """Write the folder of an adapter, its compact methods as they are written (`adalink.edit.Compact`). See `write_adapter`."""
+    tensors, methods, counts = adapter.tensors(), dict(config.methods), adapter.n_parameters()
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for name, method in config.methods.items():
+        if isinstance(method, Compact):
+            methods[name], own = method.written(name, adapter)
+            tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")} | dict(own)
+            counts[name] = sum(tensor.numel() for tensor in own.values())
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        config = dataclasses.replace(config, start=None)  # no seed draws a part of it
+    write_adapter(folder, tensors, dataclasses.replace(config, methods=methods), counts)
 
 
 def write_adapter(
