@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,21 @@ from adalink.checkpoint.folder import AdapterConfig
 from adalink.checkpoint.start import digest_of
 from adalink.errors import AttachError, ConfigError
 from adalink.lifecycle.flat import Flat, check_alike, read_flat
+from adalink.methods.budgets.schedule import Schedule, Scheduled
 from multimodal.batches.collate import FLEX, Batch, collate
 from multimodal.batches.prefix_sharing import REFUSALS, agree, calls_of, gates_of, mixes_texts, unadapted
 from multimodal.batches.tokenize import Row
 from multimodal.loss.answer_head import AnswerHead
 from multimodal.loss.hidden_states import LayersBelow, LowerStates
 from multimodal.loss.teachers import Followed
-from multimodal.model import VisionLanguageModel
+from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.processes import process_state
 from multimodal.template import saved_template
 from multimodal.training.settings import Compile, Teachers, TrainSettings
 
 __all__ = [
-    "CompiledModel", "Pull", "compiled", "first_layer", "following", "hidden_state_model", "training_form", "mean_loss", "new_optimizer", "offloaded",
-    "parameter_groups", "starts_exactly",
+    "CompiledModel", "Pull", "Schedules", "compiled", "first_layer", "following", "hidden_state_model", "training_form", "mean_loss", "new_optimizer",
+    "offloaded", "parameter_groups", "starts_exactly",
 ]  # fmt: skip
 
 
@@ -338,6 +339,64 @@ class Pull:
     def __call__(self) -> None:
         for parameter, mean in self._pairs:
             parameter.mul_(1 - self.share).add_(mean, alpha=self.share)
+
+
+class Schedules(Schedule):
+    """Those of all trained methods, in the language model, the encoder and the connector, as one; false where no method has one."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        """Raises ConfigError under FSDP2."""
+        trained = TrainedParts.of(model)
+        self._all = {
+            f"{place}{name}": method.schedule(name, adapter)
+            for place, adapter in (("", trained.edits), ("vision.", trained.vision), ("connector.", trained.connector))
+            for name, method in ({} if adapter is None else adapter.methods).items()
+            if adapter is not None and isinstance(method, Scheduled)
+        }
+        if self._all and any(isinstance(module, FSDPModule) for module in model.modules()):
+            raise ConfigError(f"the schedule of {next(iter(self._all))} reads whole weights, and FSDP2 splits them over processes: train with DDP")
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def begin(self, n_steps: int, seed: int) -> None:
+        """All of them."""
+        for one in self._all.values():
+            one.begin(n_steps, seed)
+
+    def before_step(self, step: int, loss: Callable[[], float]) -> None:
+        """All of them."""
+        for one in self._all.values():
+            one.before_step(step, loss)
+
+    def loss(self, step: int) -> Tensor | None:
+        """The sum of theirs."""
+        found = [loss for one in self._all.values() if (loss := one.loss(step)) is not None]
+        return torch.stack(found).sum() if found else None
+
+    def after_backward(self, step: int) -> None:
+        """All of them."""
+        for one in self._all.values():
+            one.after_backward(step)
+
+    def after_step(self, step: int) -> None:
+        """All of them."""
+        for one in self._all.values():
+            one.after_step(step)
+
+    def end(self) -> None:
+        """All of them."""
+        for one in self._all.values():
+            one.end()
+
+    def state(self) -> dict[str, Tensor]:
+        """Theirs, by the method's name and their own, on the CPU."""
+        return {f"{name}.{key}": value.detach().cpu().contiguous() for name, one in self._all.items() for key, value in one.state().items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Each its own."""
+        for name, one in self._all.items():
+            one.load_state({key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")})
 
 
 # ----------------------------------------

@@ -20,13 +20,14 @@ from adalink.errors import CheckpointError, ConfigError, DataError
 from multimodal.training.settings import TrainSettings
 
 __all__ = [
-    "BEST", "Best", "latest_checkpoint", "load_state", "put_whole", "read_state", "save_state", "state_tensors", "whole",
+    "BEST", "SCHEDULE", "Best", "latest_checkpoint", "load_state", "put_whole", "read_state", "save_state", "state_tensors", "whole",
     "write_state",
 ]  # fmt: skip
 
 
 PREFIX = "step_"
 BEST = "best."  # tensors of a checkpoint that are the best weights so far
+SCHEDULE = "schedule."  # and those of the methods' schedules
 
 
 def save_state(
@@ -110,11 +111,14 @@ def load_state(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimiz
     return content
 
 
-def read_state(checkpoint: Path, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What was given as `extra`, with `step`, and the best weights by name; nothing is changed. Raises CheckpointError as `load_state`."""
+def read_state(checkpoint: Path, parameters: Mapping[str, nn.Parameter], kind: str = BEST) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What was given as `extra`, with `step`, and the tensors of a kind (BEST, SCHEDULE) by name; nothing is changed.
+
+    Raises CheckpointError as `load_state`.
+    """
     tensors, content = _read(checkpoint)
     _check_weights(checkpoint, tensors, parameters)
-    return content, {name.removeprefix(BEST): tensor for name, tensor in tensors.items() if name.startswith(BEST)}
+    return content, {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
 
 
 @torch.no_grad()

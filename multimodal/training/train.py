@@ -44,10 +44,10 @@ from multimodal.training.distributed import (
     take_off,
     together,
 )
-from multimodal.training.prepare import Pull, new_optimizer, offloaded, parameter_groups, training_form
+from multimodal.training.prepare import Pull, Schedules, mean_loss, new_optimizer, offloaded, parameter_groups, training_form
 from multimodal.training.records import LoggedSamples, RunLog, TrainedSoFar, changed_settings, refuse_another_model, run_facts, track
 from multimodal.training.settings import TrainSettings
-from multimodal.training.state import BEST, Best, latest_checkpoint, load_state, read_state, state_tensors, write_state
+from multimodal.training.state import BEST, SCHEDULE, Best, latest_checkpoint, load_state, read_state, state_tensors, write_state
 
 __all__ = ["Trained", "check_training", "train"]
 
@@ -121,7 +121,7 @@ def train(
             _refuse_all_bad(patches)
         loader = _loader(accelerator, model, source, texts, settings, patches)
         run = _Run(accelerator, model, settings, folder, dict(also_trained or {}), loader, stop, TrainedSoFar(source), Best(settings, judged_by), facts)
-        first, n_steps = run.restore(len(source)) if resume else (0, settings.n_steps(len(source), accelerator.num_processes))
+        first, n_steps = run.begin(len(source), resume)
         run.log.skip(known_bad)
         if settings.checkpointing:
             model.adapted.attachment.checkpoint_layers()
@@ -258,6 +258,7 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(model, optimizer, device_placement=[not is_spread(model), True])
         # FSDP2 puts parameters of its own in their places.
         self.parameters |= dict(model.adapted.active_adapter().named_parameters())
+        self.schedules = Schedules(model)
         self.log = RunLog(folder, budget=settings.bad_samples, is_main=accelerator.is_main_process)
         if settings.trackers:
             accelerator.init_trackers("adalink", init_kwargs={"wandb": {"dir": str(folder)}})  # TensorBoard's files lie in FOLDER/adalink
@@ -283,6 +284,7 @@ class _Run:
                 self.after(step + 1, n_steps, loss, displayed)
                 if self.best.is_over:
                     break
+        self.schedules.end()
         return n_steps
 
     def step(self, group: list[Loaded], step: int, n_steps: int) -> torch.Tensor | None:
@@ -299,19 +301,28 @@ class _Run:
         for peak, parameters in zip(self.peaks, self.optimizer.param_groups, strict=True):
             parameters["lr"] = peak * rate
         world = self.accelerator.num_processes
+        if self.schedules:
+            self.schedules.before_step(step, lambda: self._loss_now(group[0].batch))
         losses = []
         for i, loaded in enumerate(group):
-            with self.accelerator.no_sync(self.model) if i < len(group) - 1 else contextlib.nullcontext():
+            is_last = i == len(group) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 # DDP averages gradients over ranks, so each rank divides by its share of the targets.
                 with offloaded(self.bare) if self.settings.offload != "no" else contextlib.nullcontext():
                     part = self._loss(loaded.batch, agreed.n_targets / world)
-                self.accelerator.backward(part)
+                added = self.schedules.loss(step) if is_last else None
+                self.accelerator.backward(part if added is None else part + added)
             losses.append(part.detach() / world)
+        if self.schedules:
+            self.accelerator.unscale_gradients()
+            self.schedules.after_backward(step)
         if self.settings.clip:
             self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
         self.optimizer.step()
         if self.pull is not None:
             self.pull()
+        if not self.optimizer.step_was_skipped:  # as where float16's gradients were too large
+            self.schedules.after_step(step)
         self.optimizer.zero_grad()
         loss: torch.Tensor = self.accelerator.reduce(torch.stack(losses).sum(), "sum")
         self.broken += ((self.broken == 0) & ~loss.isfinite()) * torch.where(loss.isinf(), -1, 1) * (step + 1)
@@ -362,6 +373,15 @@ class _Run:
             by, saved = "Ctrl-C" if self.ended_by == signal.SIGINT else "SIGTERM", self.folder / "checkpoints"
             raise TerminatedError(f"ended by {by} after step {step} of {n_steps}, which is saved in {saved}: go on with --resume", 128 + self.ended_by)
 
+    def begin(self, n_samples: int, resume: bool) -> tuple[int, int]:
+        """The steps that were taken and the run's last one; the methods' schedules go on from there. Raises ConfigError, and as `restore`."""
+        first, n_steps = self.restore(n_samples) if resume else (0, self.settings.n_steps(n_samples, self.accelerator.num_processes))
+        self.schedules.begin(n_steps, self.settings.seed)
+        if first and (checkpoint := latest_checkpoint(self.folder / "checkpoints")) is not None:
+            with _continued(checkpoint):
+                self.schedules.load_state(read_state(checkpoint, self.parameters, SCHEDULE)[1])
+        return first, n_steps
+
     def restore(self, n_samples: int) -> tuple[int, int]:
         """The step that the newest checkpoint was written after (0 where there is none), and the run's last step.
 
@@ -406,6 +426,10 @@ class _Run:
             return self.model(self.loader.blank().to(self.accelerator.device)) * 0.0  # type: ignore[no-any-return]
         return self.model(replace(batch.to(self.accelerator.device), n_targets=n_targets))  # type: ignore[no-any-return]
 
+    def _loss_now(self, batch: Batch | None) -> float:
+        """The mean loss per target of a batch over all processes, without dropout; 0 where it has no target."""
+        return mean_loss(self.bare, () if batch is None else (batch.to(self.accelerator.device),)) or 0.0
+
     def _refuse_broken(self) -> None:
         if at := int(self.broken):
             what = "infinite" if at < 0 else "not a number"
@@ -414,6 +438,7 @@ class _Run:
     def _save(self, step: int) -> None:
         tensors = state_tensors(self.parameters, self.optimizer.optimizer)
         tensors |= {f"{BEST}{name}": weight for name, weight in self.best.tensors().items()}
+        tensors |= {f"{SCHEDULE}{name}": value for name, value in self.schedules.state().items()}
         if broken := [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
             raise ConfigError(
                 f"after step {step} {len(broken)} of {len(tensors)} tensors hold values that are not finite, such as {broken[0]}: no checkpoint is written, "
