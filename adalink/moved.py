@@ -28,6 +28,7 @@ _CONTENT = {
     "adalink.attachment.inputs": "adalink.call adalink.reserve adalink.stack_slots",
     "adalink.attachment.existing": "adalink.existing",
     "adalink.methods.epalm": "adalink.methods.inject",
+    "adalink.methods.prompts.prompt": "adalink.methods.prompt",
     "adalink.methods.unipelt": "adalink.methods.gated",
     "adalink.methods.targets": "adalink.targets adalink.groups adalink.token_dropout",
     "adalink.checkpoint.folder": "adalink.hub adalink.as_transformers",

@@ -14,13 +14,13 @@ from adalink.methods.adalink import AdaLink
 from adalink.methods.bitfit import BitFit
 from adalink.methods.bottleneck import Bottleneck
 from adalink.methods.bridge import Bridge
-from adalink.methods.dept import DePT
 from adalink.methods.epalm import EPALM
 from adalink.methods.hira import HiRA
 from adalink.methods.ia3 import IA3
 from adalink.methods.lora import LoRA
 from adalink.methods.prefix import Prefix
-from adalink.methods.prompt import Prompt
+from adalink.methods.prompts.dept import DePT
+from adalink.methods.prompts.prompt import Prompt
 from adalink.methods.unipelt import Gated, UniPELT
 from adalink.model import BASE_NAME, AdaptedModel, get_adalink_model
 from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT, TEXT, TokenMap, Tokens

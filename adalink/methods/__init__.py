@@ -12,15 +12,15 @@ class _Methods(UserDict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if isinstance(place := super().__getitem__(name), str):
-            file, _, kind = place.partition(".")
+            file, _, kind = place.rpartition(".")
             self.data[name] = getattr(import_module(f"{__name__}.{file}"), kind)
         return super().__getitem__(name)
 
 
 METHODS = _Methods({
-    "adalink": "adalink.AdaLink", "bitfit": "bitfit.BitFit", "bottleneck": "bottleneck.Bottleneck", "bridge": "bridge.Bridge", "dept": "dept.DePT",
+    "adalink": "adalink.AdaLink", "bitfit": "bitfit.BitFit", "bottleneck": "bottleneck.Bottleneck", "bridge": "bridge.Bridge", "dept": "prompts.dept.DePT",
     "epalm": "epalm.EPALM", "gated": "unipelt.Gated", "hira": "hira.HiRA", "ia3": "ia3.IA3", "lora": "lora.LoRA", "prefix": "prefix.Prefix",
-    "prompt": "prompt.Prompt", "unipelt": "unipelt.UniPELT",
+    "prompt": "prompts.prompt.Prompt", "unipelt": "unipelt.UniPELT",
 })  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import EMBEDDING, Placement, Slots
 from adalink.errors import ConfigError, check_tuples
-from adalink.methods.prompt import Table
+from adalink.methods.prompts.prompt import Table
 from adalink.tokens import IMAGE, PROMPT, TEXT, Tokens, without_autocast
 
 __all__ = ["ByPlace", "DePT"]
