@@ -1,4 +1,6 @@
-"""Where modules were in version 0.1: their old paths can be imported for one version more, with a DeprecationWarning that names the new one."""
+"""Where modules were in version 0.1: their old paths can be imported for one version more, with a DeprecationWarning that names the new one. So can
+old names of fields be given.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,14 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from types import ModuleType
+from typing import Any
 
-__all__ = ["find_moved"]
+__all__ = ["find_moved", "rename_field"]
 
 # New module -> the modules whose content it has now.
 _CONTENT = {
@@ -194,3 +199,18 @@ def find_moved() -> None:
     """From here on, old paths are found."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
+
+
+def rename_field(kind: Any, old: str, new: str) -> None:
+    """From here on a dataclass's field `new` is taken and given by its name in version 0.1 as well, which is `old`."""
+    made = kind.__init__
+
+    @wraps(made)
+    def init(self: object, *values: object, **fields: object) -> None:
+        if old in fields:  # beside the new name only by dataclasses.replace
+            warnings.warn(f"{kind.__name__}.{old} is now {new}; the old name goes with the next version", DeprecationWarning, stacklevel=2)
+            fields[new] = fields.pop(old)
+        made(self, *values, **fields)
+
+    kind.__init__ = init
+    setattr(kind, old, property(attrgetter(new), doc=f"`{new}`, by its name in version 0.1."))

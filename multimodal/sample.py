@@ -1,4 +1,4 @@
-"""One image with all its texts: what a data set yields, before any model sees it; and the samples that could not be used."""
+"""One image or clip with all its texts: what a data set yields, before any model sees it; and the samples that could not be used."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from adalink.errors import BudgetError, ConfigError, DataError, check_tuples
+from adalink.moved import rename_field
 from multimodal.progress import progress
 
 __all__ = [
-    "BadSample", "BadSamples", "counted", "DamagedSample", "Decode", "Lengths", "Measure", "Question", "Sample", "SampleSource", "TextLengths",
-    "lengths_digest", "lengths_of", "measured",
+    "BadSample", "BadSamples", "counted", "DamagedSample", "Decode", "Lengths", "Measure", "MediaKind", "Question", "Sample", "SampleSource",
+    "TextLengths", "lengths_digest", "lengths_of", "measured",
 ]  # fmt: skip
 
 
 Decode = Literal["exact", "draft"]  # draft: JPEGs at a fraction of their size (multimodal.data.inputs.Drafted)
+MediaKind = Literal["image", "video", "audio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +52,23 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """ONE image with ALL its texts; where `image` is None texts alone, for a model that sees already.
+    """ONE image or clip with ALL its texts; where `media` is None texts alone, for a model that sees already.
 
     key        unique in its data set; what logs and reports name
     image_id   the id in the official result files
-    image      encoded bytes (from a shard), a PIL image, or the path of a file, also as text; decoded by `multimodal.data.images.decode.decode_image`
+    media      encoded bytes (from a shard), a PIL image, or the path of a file, also as text; an image is decoded by
+               `multimodal.data.images.decode.decode_image`
+    kind       image, video or audio; a clip is bytes or a path
     decode     how, where an encoder is to see it
     further    other images that its texts are about too, after the first, for a model that sees already and reads several
 
-    Raises DataError for an image of another type.
+    Raises DataError for media of another type.
     """
 
     key: str
     image_id: int
-    image: bytes | str | Path | Image.Image | None
+    media: bytes | str | Path | Image.Image | None
+    kind: MediaKind = "image"
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
     decode: Decode = "exact"
@@ -77,16 +82,23 @@ class Sample:
                 f"the image of sample {self.key!r} is a {wrong[0]}: give the path of a file, the bytes of one, or a PIL image "
                 "(Image.fromarray makes one of an array)"
             )
+        if self.kind not in get_args(MediaKind):
+            raise DataError(f"the kind of sample {self.key!r} is {self.kind!r}: give image, video or audio")
+        if self.kind != "image" and (self.further or isinstance(self.media, Image.Image)):
+            raise DataError(f"sample {self.key!r} is of the kind {self.kind} and holds images: give one clip, as the path of a file or the bytes of one")
 
     @property
     def images(self) -> tuple[bytes | str | Path | Image.Image, ...]:
-        """All of them, in their order."""
-        return () if self.image is None else (self.image, *self.further)
+        """All of them, in their order; a clip is one."""
+        return () if self.media is None else (self.media, *self.further)
 
     @property
     def file(self) -> str:
-        """The name of the image's file; empty where the image is none of its own."""
-        return Path(self.image).name if isinstance(self.image, (str, Path)) else ""
+        """The name of the image's or clip's file; empty where it is none of its own."""
+        return Path(self.media).name if isinstance(self.media, (str, Path)) else ""
+
+
+rename_field(Sample, "image", "media")
 
 
 class SampleSource(Protocol):

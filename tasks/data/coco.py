@@ -39,7 +39,7 @@ def read_coco_captions(*, images: Path, annotations: Path, image_name: str | Non
                 BadSample(key=str(image_id), reason="no text", detail=f"image {image_id} ({file_name}) has no caption", file=file_name)
             )
         else:
-            samples.append(Sample(key=str(image_id), image_id=image_id, image=path, captions=tuple(captions[image_id])))
+            samples.append(Sample(key=str(image_id), image_id=image_id, media=path, captions=tuple(captions[image_id])))
     return FileSource(samples, problems, read_from=annotations, item_ids=files)
 
 
@@ -58,7 +58,7 @@ def read_coco_images(*, images: Path, annotations: Path, image_name: str | None 
         if path is None:
             problems.append(_missing(image_id, images / file_name))
         else:
-            samples.append(Sample(key=str(image_id), image_id=image_id, image=path))
+            samples.append(Sample(key=str(image_id), image_id=image_id, media=path))
     return FileSource(samples, problems, read_from=annotations, item_ids=files)
 
 

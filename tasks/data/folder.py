@@ -36,7 +36,7 @@ def read_caption_folder(*, images: Path) -> FileSource:
         try:
             captions = _captions(text) if text is not None else ()
             if captions:
-                samples.append(Sample(key=key, image_id=number, image=path, captions=captions))
+                samples.append(Sample(key=key, image_id=number, media=path, captions=captions))
             else:
                 beside = (text or path.with_suffix(".txt")).name
                 problems.append(BadSample(key=key, reason="no text", detail=f"{path} has no caption in {beside}"))

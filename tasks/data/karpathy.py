@@ -51,7 +51,7 @@ def read_karpathy(file: Path, images: Path, split: str) -> FileSource:
                 BadSample(key=key, reason="no text", detail=f"image {key} ({image.names[-1]}) has no caption", file=image.names[-1])
             )
         else:
-            samples.append(Sample(key=key, image_id=image.image_id, image=path, captions=image.captions))
+            samples.append(Sample(key=key, image_id=image.image_id, media=path, captions=image.captions))
     return FileSource(samples, problems, read_from=file, item_ids=(image.image_id for image in described))
 
 

@@ -118,7 +118,7 @@ class RowSource:
         return Sample(
             key=self._key(index),
             image_id=parts.image_id if self._has_ids and isinstance(parts.image_id, int) else index,
-            image=images[0] if images else None,
+            media=images[0] if images else None,
             further=tuple(images[1:]),
             captions=parts.captions,
             questions=tuple(self._questions(parts, index)),

@@ -80,7 +80,7 @@ class TableSource:
         return Sample(
             key=key,
             image_id=named if self._has_ids and isinstance(named, int) else number,
-            image=images[0] if images else None,
+            media=images[0] if images else None,
             further=tuple(images[1:]),
             captions=tuple(caption for one in parts for caption in one.captions),
             questions=tuple(self._questions(parts, members)),

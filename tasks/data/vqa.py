@@ -47,7 +47,7 @@ def read_vqa(*, images: Path, questions: Path, annotations: Path | None, image_n
         elif not of_image:
             problems.append(BadSample(key=key, reason="no text", detail=f"image {image_id} ({path.name}) has no question", file=path.name))
         else:
-            samples.append(Sample(key=key, image_id=image_id, image=path, questions=tuple(of_image)))
+            samples.append(Sample(key=key, image_id=image_id, media=path, questions=tuple(of_image)))
     return FileSource(samples, problems, read_from=questions, item_ids=asked)
 
 

@@ -169,10 +169,10 @@ def _without_labelled(bare: Opened, labelled: Opened) -> tuple[Opened, list[str 
 
 def _bytes(sample: Sample) -> bytes | None:
     """The image as its file has it; None where it cannot be read."""
-    if sample.image is None:
+    if sample.media is None:
         return None
     try:
-        return read_image_bytes(sample.image) if not isinstance(sample.image, Image.Image) else _png(sample.image)
+        return read_image_bytes(sample.media) if not isinstance(sample.media, Image.Image) else _png(sample.media)
     except DataError:
         return None
 
@@ -220,7 +220,7 @@ def _image_file(sample: Sample, out: Path) -> str | None:
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
         try:
-            os.link(sample.image if isinstance(sample.image, (str, Path)) else "", file)
+            os.link(sample.media if isinstance(sample.media, (str, Path)) else "", file)
         except OSError:  # another disk, or no file
             write_whole(file, data)
     return f"images/{file.name}"

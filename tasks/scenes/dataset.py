@@ -64,7 +64,7 @@ class Scenes:
         return Sample(
             key=f"{self.split}/{index:06d}",
             image_id=image_id,
-            image=b"",
+            media=b"",
             captions=captions(scene, self._lot(index, "captions")),
             questions=questions(scene, self._lot(index, "questions"), image_id=image_id),
         )
@@ -82,4 +82,4 @@ class Scenes:
 @lru_cache(maxsize=4096)  # epochs, evaluations and tasks ask for the same samples
 def _drawn(split: Split, seed: int, index: int) -> Sample:
     scenes = Scenes(split=split, size=index + 1, seed=seed)
-    return replace(scenes._texts(index), image=png(scenes.scene(index), scenes._lot(index, "picture")))
+    return replace(scenes._texts(index), media=png(scenes.scene(index), scenes._lot(index, "picture")))

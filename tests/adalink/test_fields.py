@@ -26,7 +26,7 @@ TEXTS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "bottleneck layers": (lambda value: Bottleneck(width=1, exclude_layers=value), "11", "the bottleneck's exclude_layers is the text '11'"),
     "prefix layers": (lambda value: Prefix(length=1, form="table", exclude_layers=value), "1", "the prefix's exclude_layers is the text '1'"),
     "eP-ALM layers": (lambda value: EPALM(layers=value, n_taps=1, connector="shared"), "12", "eP-ALM's layers is the text '12'"),
-    "captions": (lambda value: Sample(key="a", image_id=1, image=b"", captions=value), "a dog", "sample 'a''s captions is the text 'a dog'"),
+    "captions": (lambda value: Sample(key="a", image_id=1, media=b"", captions=value), "a dog", "sample 'a''s captions is the text 'a dog'"),
     "answers": (lambda value: Question(question_id=7, text="?", answers=value), "yes", "question 7's answers is the text 'yes'"),
     "trackers": (lambda value: TrainSettings(epochs=1, trackers=value), "wandb", "train's trackers is the text 'wandb'"),
 }

@@ -430,7 +430,7 @@ def _sample(key: str, index: int, parts: Mapping[str, bytes], further: Callable[
     return Sample(
         key=record.key if record.key is not None and record.key != key and shard_key(record.key) == key else key,
         image_id=index if record.image_id is None else record.image_id,
-        image=parts["image"],
+        media=parts["image"],
         captions=captions,
         questions=record.questions,
         further=tuple(map(further, record.further)),

@@ -179,9 +179,9 @@ class ShardJob:
 
     def _add(self, tar: TarFile, key: str, sample: Sample) -> tuple[tuple[int, int, int], ...]:
         """The places of image, json and txt in the tar file. The json says where further images lie, which are written before it."""
-        if sample.image is None:
+        if sample.media is None:
             raise BadImage("no image", f"sample {sample.key!r} has no image, and shards hold images with their texts: train from its file")
-        image, kind = self._image(sample.image)
+        image, kind = self._image(sample.media)
         further = [self._image(one) for one in sample.further]
         places = [Span(tar.add(f"{key}.{n}.{kind}", data), len(data), zlib.crc32(data)) for n, (data, kind) in enumerate(further, 1)]
         record = encode_record(sample, places)
@@ -211,11 +211,11 @@ class _MadeOf:
 
     def add(self, sample: Sample | BadSample) -> None:
         stamp: object = None
-        if isinstance(sample, Sample) and isinstance(sample.image, Image.Image):
-            sample = replace(sample, image=read_image_bytes(sample.image))
-        if isinstance(sample, Sample) and isinstance(sample.image, (str, Path)):
+        if isinstance(sample, Sample) and isinstance(sample.media, Image.Image):
+            sample = replace(sample, media=read_image_bytes(sample.media))
+        if isinstance(sample, Sample) and isinstance(sample.media, (str, Path)):
             with suppress(OSError, ValueError):
-                status = os.stat(sample.image)
+                status = os.stat(sample.media)
                 stamp = status.st_size, status.st_mtime_ns
         self._sha256.update(repr((sample, stamp)).encode("utf-8", "backslashreplace"))
 

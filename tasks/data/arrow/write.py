@@ -200,7 +200,7 @@ def sample_of(row: Mapping[str, Any]) -> Sample:
     return Sample(
         key=row["key"],
         image_id=row["image_id"],
-        image=None if row["image"] is None else row["image"]["bytes"],
+        media=None if row["image"] is None else row["image"]["bytes"],
         further=tuple(image["bytes"] for image in row["further"]),
         captions=tuple(row["captions"]),
         questions=tuple(
