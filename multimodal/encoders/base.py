@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adalink.errors import ConfigError
+from multimodal.sample import MediaKind
 
 __all__ = ["Encoder", "Features", "FinalNorm", "Grid", "Layout", "Loaded", "Preprocess", "Stage", "from_map", "read_layout"]
 
@@ -59,6 +60,7 @@ class Preprocess:
     """An encoder's own preprocessing, without its weights: small to pickle, so worker processes can hold it."""
 
     transform: Callable[[Image.Image], Tensor]
+    kind: MediaKind = "image"
 
     def __call__(self, image: Image.Image) -> Tensor:
         """float32[3, H, W] of an image of any mode and size."""

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from adalink import FrozenPart
 from adalink.checkpoint.fingerprint import Sketch, part_of
+from multimodal.encoders.base import Preprocess
+from multimodal.encoders.clips import ClipPreprocess
 from multimodal.encoders.tower import VisionTower
 from multimodal.language import Language
 
-__all__ = ["encoder_part", "language_part", "processor_digest", "test_image", "tokenizer_digest"]
+__all__ = ["encoder_part", "language_part", "processor_digest", "test_image", "test_pixels", "tokenizer_digest"]
 
 N_VALUES = 64  # of each sketch
 OF_CLASSES = re.compile(r"_class$|_type$|version|auto_map|name_or_path")  # settings of a processor that change no image
@@ -32,7 +35,7 @@ def encoder_part(tower: VisionTower) -> FrozenPart:
     part = dataclasses.replace(part_of(tower, name=tower.name), processor=processor_digest(tower.preprocess))
     if tower.adapter is not None:
         return part
-    pixels = tower.preprocess(test_image())
+    pixels = test_pixels(tower.preprocess)
     with torch.autocast(next(tower.encoder.parameters()).device.type, enabled=False):
         features = tower.encode(pixels[None]).joined
     return dataclasses.replace(part, sketches={"pixels": Sketch.of(pixels, N_VALUES), "features": Sketch.of(features, N_VALUES)})
@@ -60,8 +63,17 @@ def processor_digest(preparing: Any) -> str:
     for inside in ("transform", "processor", "image_processor"):
         own = getattr(own, inside, own)
     to_dict = getattr(own, "to_dict", None)
-    content = {name: value for name, value in to_dict().items() if not OF_CLASSES.search(name)} if callable(to_dict) else re.sub(r" at 0x\w+", "", repr(own))
+    content: Any = re.sub(r" at 0x\w+", "", repr(own))
+    if callable(to_dict):
+        content = {name: value for name, value in to_dict().items() if not OF_CLASSES.search(name)}
+    if isinstance(preparing, ClipPreprocess):
+        content = [content, preparing.n_frames, preparing.rate]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def test_pixels(preprocess: Preprocess) -> Tensor:
+    """The test image as an encoder's preprocessing makes it, or of an encoder of clips its own."""
+    return preprocess.probe() if isinstance(preprocess, ClipPreprocess) else preprocess(test_image())
 
 
 def test_image() -> Image.Image:

@@ -18,19 +18,19 @@ from multimodal.loading import existing_folder, loading, quiet, split_revision
 __all__ = ["DrawnEncoder", "draw_encoder", "load_encoder"]
 
 
-def load_encoder(spec: str | Path, dtype: torch.dtype | None) -> Loaded:
-    """The encoder of a local folder, `timm:NAME`, `open_clip:MODEL/TAG`, `hf:ID`, or any other hub id of transformers (dtype: see there)."""
+def load_encoder(spec: str | Path, dtype: torch.dtype | None, frames: int | None = None) -> Loaded:
+    """The encoder of a local folder, `timm:NAME`, `open_clip:MODEL/TAG`, `hf:ID`, or any other hub id of transformers (dtype and frames: see there)."""
     folder = existing_folder(spec)
     if folder is not None:
-        return _load(_library_of(folder), folder, dtype)
+        return _load(_library_of(folder), folder, dtype, frames)
     library, _, name = str(spec).partition(":")
     if library not in ("timm", "open_clip"):
         name = name if library == "hf" else str(spec)
         library = "timm" if name.startswith("timm/") else "hf"
-    return _load(library, name, dtype)
+    return _load(library, name, dtype, frames)
 
 
-def _load(library: str, spec: str | Path, dtype: torch.dtype | None) -> Loaded:
+def _load(library: str, spec: str | Path, dtype: torch.dtype | None, frames: int | None) -> Loaded:
     if library == "timm":
         from multimodal.encoders.timm import load_timm
 
@@ -41,7 +41,7 @@ def _load(library: str, spec: str | Path, dtype: torch.dtype | None) -> Loaded:
         return load_open_clip(spec)
     from multimodal.encoders.transformers import load_transformers
 
-    return load_transformers(spec, dtype)
+    return load_transformers(spec, dtype, frames)
 
 
 def _library_of(folder: Path) -> str:

@@ -16,13 +16,16 @@ from adalink.checkpoint.folder import AdapterConfig, load_weights, read_config, 
 from adalink.checkpoint.precision import AS_SAVED, Precision, settle
 from adalink.errors import ConfigError
 from multimodal.encoders.base import Encoder, Features, Loaded, Preprocess, Stage, read_layout
+from multimodal.encoders.clips import ClipPreprocess
 from multimodal.encoders.load import load_encoder
 from multimodal.loading import freeze, loading
 
 __all__ = ["VisionTower", "has_vision_adapter", "load_tower", "load_vision_adapter", "new_vision_adapter", "save_vision_adapter"]
 
 
-def load_tower(spec: str | Path, *, layer: int = -1, dtype: torch.dtype | None = None, precision: Precision = AS_SAVED) -> VisionTower:
+def load_tower(
+    spec: str | Path, *, layer: int = -1, dtype: torch.dtype | None = None, precision: Precision = AS_SAVED, frames: int | None = None
+) -> VisionTower:
     """The frozen tower that `spec` names.
 
     spec    a local folder in the format of transformers, timm or open_clip; `timm:vit_base_patch16_224.augreg_in21k`;
@@ -30,10 +33,13 @@ def load_tower(spec: str | Path, *, layer: int = -1, dtype: torch.dtype | None =
     layer   which block the patches come from, counted from the end: -1 the final features, -2 the block before (Context-PEFT)
     dtype   of the weights and the features; None keeps what the files hold
     precision   how the weights are held; its attention is not for encoders
+    frames  of a video encoder: how many each clip has; its embeddings of time are resized to so many. None: as its config says
 
     Raises ConfigError for a name or folder that leads to no encoder, DataError for damaged weights.
     """
-    loaded = load_encoder(spec, dtype)
+    loaded = load_encoder(spec, dtype, frames)
+    if frames is not None and loaded.preprocess.kind != "video":
+        raise ConfigError(f"frames is {frames}, and the encoder '{spec}' takes {loaded.preprocess.kind}, which has none: leave it out")
     freeze(loaded.encoder, dtype)
     tower = VisionTower(loaded, name=str(spec), layer=layer)
     if precision.attention != "auto":
@@ -51,7 +57,7 @@ class VisionTower(nn.Module):
     layer       the block that the patches come from, counted from the end
     n_layers    L of `Features.pooled`: the number of blocks, or 1 where the widths of the blocks differ
     n_retained      how many vectors of width Dv an image's features are, joined: N + L, or N where pooled ones have another width
-    preprocess  PIL image -> float32[3, H, W]; holds no weights, so it is cheap to send to worker processes
+    preprocess  PIL image -> float32[3, H, W], or a clip -> a tensor of one shape; holds no weights, so it is cheap to send to worker processes
     """
 
     def __init__(self, loaded: Loaded, *, name: str, layer: int = -1) -> None:
@@ -112,7 +118,7 @@ class VisionTower(nn.Module):
             return self(pixels)  # type: ignore[no-any-return]
 
     def forward(self, pixels: Tensor) -> Features:
-        """Features of `pixels` float[B, 3, H, W] as `preprocess` makes them, in the dtype of the tower; without gradient unless it is adapted.
+        """Features of `pixels` float[B, 3, H, W], or of clips, as `preprocess` makes them, in the dtype of the tower; without gradient unless it is adapted.
 
         patches, layer = -1: the final features after the encoder's final norm, also where the encoder norms its CLS token only (CLIP);
             not normed where the encoder averages its patches before that norm. layer < -1: the block's output without the norm.
@@ -153,7 +159,9 @@ def _pool(stage: Stage) -> Tensor:
 
 
 def _example(preprocess: Preprocess, name: str) -> Tensor:
-    """float32[1, 3, H, W] of an image with structure. Raises ConfigError where two images do not come out at one size."""
+    """float32[1, 3, H, W] of an image with structure, or of a clip. Raises ConfigError where two images or clips do not come out at one size."""
+    if isinstance(preprocess, ClipPreprocess):
+        return preprocess.probe()[None]
     wide = Image.linear_gradient("L").resize((640, 400))
     pixels = preprocess(Image.merge("RGB", [wide, wide.transpose(Image.Transpose.FLIP_TOP_BOTTOM), wide]))
     high = preprocess(Image.new("RGB", (300, 500)))

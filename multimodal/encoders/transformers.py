@@ -14,14 +14,15 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from adalink.errors import ConfigError, DataError
 from multimodal.encoders.base import Grid, Loaded, Preprocess, Stage
+from multimodal.encoders.clips import FAMILIES, load_clips
 from multimodal.loading import loading, quiet, split_revision
 
 __all__ = ["TransformersEncoder", "load_transformers"]
 
-def load_transformers(spec: str | Path, dtype: torch.dtype | None) -> Loaded:
-    """The encoder of a local folder or of a hub id, `org/name` or `org/name@revision`.
+def load_transformers(spec: str | Path, dtype: torch.dtype | None, frames: int | None = None) -> Loaded:
+    """The encoder of a local folder or of a hub id, `org/name` or `org/name@revision`. frames: of a video encoder's clips; None: as its config says.
 
-    Raises ConfigError for a name that leads to no encoder of images, DataError for damaged or missing weights.
+    Raises ConfigError for a name that leads to no encoder of images or clips, DataError for damaged or missing weights.
     """
     name, revision = (str(spec), None) if Path(spec).is_dir() else split_revision(str(spec))
     advice = "give a local folder, a hub id such as 'google/vit-base-patch16-224', 'timm:NAME' or 'open_clip:MODEL/TAG'"
@@ -37,9 +38,13 @@ def load_transformers(spec: str | Path, dtype: torch.dtype | None) -> Loaded:
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
             name, config=config, revision=revision, dtype=dtype or "auto", output_loading_info=True
         )
+    if config.model_type in FAMILIES:
+        _refuse_missing(spec, info["missing_keys"])
+        return load_clips(spec, name, revision, model, frames)
     if model.main_input_name != "pixel_values":
         raise ConfigError(
-            f"'{spec}' is of model type '{config.model_type}' with the input {model.main_input_name}, expected one that takes pixel_values; {advice}"
+            f"'{spec}' is of model type '{config.model_type}' with the input {model.main_input_name}, expected one that takes pixel_values; {advice}, "
+            f"or an encoder of clips ({', '.join(FAMILIES)})"
         )
     _refuse_missing(spec, info["missing_keys"])
     with loading("image preprocessing of", spec, "put the encoder's preprocessor_config.json beside its config.json"), quiet():

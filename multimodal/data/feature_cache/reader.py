@@ -26,7 +26,7 @@ from multimodal.batches.prepared import Prepared
 from multimodal.data.feature_cache.format import ABSENT, MEND, AnyContents, ShardFile, contents_from
 from multimodal.data.images.decode import ImageOrFile
 from multimodal.data.order import fingerprint_of
-from multimodal.encoders.bound_parts import test_image
+from multimodal.encoders.bound_parts import test_pixels
 from multimodal.encoders.tower import VisionTower
 from multimodal.existing.tower import ModelTower
 from multimodal.sample import BadSample, DamagedSample, Sample, SampleSource
@@ -105,7 +105,7 @@ def bind(tower: VisionTower | ModelTower, source: SampleSource) -> Binding:
     if isinstance(tower, ModelTower):
         weights, sketches, processor = tower.language.model, tower.sketches(), tower.processor.settings()
     else:
-        pixels = tower.preprocess(test_image())
+        pixels = test_pixels(tower.preprocess)
         weights, processor = tower, {}
         sketches = {"pixels": Sketch.of(pixels), "features": Sketch.of(tower.encode(pixels[None]).joined)}
     return Binding(
