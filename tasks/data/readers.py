@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
 from multimodal.data.shards.reader import ShardSource
-from tasks.data import benchmarks, coco, conversations, folder, karpathy, parquet, table, vqa
+from tasks.data import benchmarks, coco, conversations, folder, parquet, table, vqa
 from tasks.data.reader import Found, Given, Reader, ReadSource
 from tasks.data.rows import is_row_file
 
@@ -22,7 +22,7 @@ _SHARDS = Reader(
 READERS: tuple[Reader, ...] = (
     _SHARDS,
     coco.READER,
-    karpathy.READER,
+    coco.KARPATHY,
     vqa.READER,
     *benchmarks.READERS,
     folder.IMAGEFOLDER,

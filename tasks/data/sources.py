@@ -19,9 +19,8 @@ from multimodal.data.shards.reader import ShardSource
 from multimodal.data.shards.storage import RemoteSettings, is_url, redacted
 from multimodal.sample import BadSample, Decode, Measure, Sample, SampleSource, counted, lengths_of
 from tasks.data.benchmarks import BenchmarkSource
-from tasks.data.coco import read_coco_captions, read_coco_images
+from tasks.data.coco import read_coco_captions, read_coco_images, read_karpathy
 from tasks.data.files import FileSource, loaded_once
-from tasks.data.karpathy import read_karpathy
 from tasks.data.parquet import RowSource
 from tasks.data.reader import Given, Official, ReadSource
 from tasks.data.readers import open_path

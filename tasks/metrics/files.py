@@ -11,9 +11,8 @@ from pathlib import Path
 from adalink.errors import ConfigError, DataError
 from adalink.files import write_whole
 from tasks.data.benchmarks import Benchmark, benchmark_questions, find_benchmark
-from tasks.data.coco import is_caption
+from tasks.data.coco import is_caption, read_karpathy_images
 from tasks.data.files import Rows, answer_marks, integer, read_annotation_file, text, text_lines
-from tasks.data.karpathy import read_karpathy_images
 from tasks.data.reader import Official
 from tasks.metrics.vqa import GradedQuestion, QuestionId, VqaScorer, refuse, refuse_repeated
 

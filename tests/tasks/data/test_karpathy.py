@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adalink.errors import ConfigError, DataError
-from tasks.data.karpathy import read_karpathy
+from tasks.data.coco import read_karpathy
 from tasks.data.sources import DataConfig
 
 
