@@ -362,7 +362,7 @@ class VisionLanguageModel(nn.Module):
 
         Of a model that sees already the adapter may have a connector of its own; the frozen one serves the other adapters.
         connector          trained: a copy of all its weights is trained
-        connector_methods  on the linears of the connector: LoRA, HiRA, IA3, BitFit
+        connector_methods  on the linears of the connector: LoRA, AdaLoRA, HiRA, IA3, BitFit
 
         Raises ConfigError where both are given, or the model has no such connector.
         """

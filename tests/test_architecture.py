@@ -184,6 +184,6 @@ def test_the_public_surface_is_what_it_was_meant_to_be() -> None:
     import adalink
 
     assert set(adalink.METHODS) == {
-        "adalink", "bitfit", "bottleneck", "bridge", "dept", "epalm", "gated", "hira", "ia3", "lora", "prefix", "prompt", "unipelt",
+        "adalink", "adalora", "bitfit", "bottleneck", "bridge", "dept", "epalm", "gated", "hira", "ia3", "lora", "prefix", "prompt", "unipelt",
     }  # fmt: skip
     assert [name for name in adalink.__all__ if not hasattr(adalink, name)] == []

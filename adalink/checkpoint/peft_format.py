@@ -1,4 +1,4 @@
-"""LoRA and HiRA folders of the peft library: read one as the same method on every token, or write such an adapter for peft to load.
+"""LoRA, AdaLoRA and HiRA folders of the peft library: read one as the same method on every token, or write such an adapter for peft to load.
 
     adapter = from_peft("their-lora", model)        # attach(model, adapter), or, with its copies of modules (a classifier's head):
     model.add_adapter(name, adapter.methods, modules_to_save=tuple(adapter.copies)).load_state_dict(adapter.state_dict())
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.attachment.modules_to_save import copied
 from adalink.checkpoint.folder import CONFIG_FILE, PEFT_CONFIG_FILE, WEIGHTS_FILE
-from adalink.edit import Adapter, Placement
+from adalink.edit import Adapter, Method, Placement
 from adalink.errors import CheckpointError, ConfigError
 from adalink.files import write_whole
+from adalink.methods.budgets.adalora import AdaLoRA, Triplet
 from adalink.methods.hira import Hadamard, HiRA
 from adalink.methods.lora import LoRA, LowRank
-from adalink.methods.targets import DOMAINS
+from adalink.methods.targets import DOMAINS, find_targets
 
 __all__ = ["from_peft", "renamings", "to_peft", "write_peft"]
 
@@ -65,15 +66,17 @@ READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_
 SILENT = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
-    "hira_dropout", "init_weights",
+    "hira_dropout", "init_weights", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
 }  # fmt: skip
+KINDS = {"LORA": "a LoRA", "ADALORA": "an AdaLoRA", "HIRA": "a HiRA"}
 STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others (PiSSA, OLoRA, CorDA, LoftQ) start by changing the frozen weights
-TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_([AB])\.(weight|bias)|hira_([AB]))")
-Tensors = Mapping[str, Mapping[str, Tensor]]  # linear -> `A.weight`, `B.weight`, `B.bias`
+NOT_OF_ADALORA = {"alpha_pattern", "use_rslora", "lora_bias"}  # of READ
+TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:lora|hira)_([ABE])(?:\.(weight|bias))?")
+Tensors = Mapping[str, Mapping[str, Tensor]]  # linear -> `A.weight`, `B.weight`, `B.bias`; of AdaLoRA `E.weight` too
 
 
 def from_peft(folder: str | Path, model: nn.Module) -> Adapter:
-    """A LoRA or HiRA of peft as an adapter for every token of the model. One method for each rank and alpha that occurs.
+    """A LoRA, AdaLoRA or HiRA of peft as an adapter for every token of the model. One method for each rank and alpha that occurs, of AdaLoRA one.
 
     model: the frozen model, of the class that it was trained on. Its modules may have had other names then: those that transformers
     knows are read. Its dropout, which acts in peft's training alone, is not taken over.
@@ -83,18 +86,9 @@ def from_peft(folder: str | Path, model: nn.Module) -> Adapter:
     path = Path(folder)
     config, anatomy = _config(path), Anatomy.read(model)
     copies = copied(model, anatomy, [name for name in config.get("modules_to_save") or () if _has_module(model, name)])
-    tensors, written = _tensors(path, model, anatomy, copies)
-    alike: dict[tuple[int, float, bool], list[str]] = defaultdict(list)
-    for linear, parts in tensors.items():
-        names = (f"{anatomy.stack}.{linear}".lstrip("."), written[linear])
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, names, config.get("lora_alpha", 0))
-        alike[len(parts["A.weight"]), alpha, "B.bias" in parts].append(linear)
-    scaling: Any = "rank_stabilized" if config.get("use_rslora") else "standard"
-    methods = {
-        f"{config['peft_type'].lower()}{i or ''}": HiRA(rank=rank, targets=_short(anatomy, linears)) if config["peft_type"] == "HIRA"
-        else LoRA(rank=rank, alpha=alpha, bias="all" if bias else "none", targets=_short(anatomy, linears), scaling=scaling)
-        for i, ((rank, alpha, bias), linears) in enumerate(alike.items())
-    }  # fmt: skip
+    needed = {"A.weight", "B.weight"} | ({"E.weight"} if config["peft_type"] == "ADALORA" else set())
+    tensors, written = _tensors(path, model, anatomy, copies, needed)
+    methods = {"adalora": _adalora(config, anatomy, tensors)} if config["peft_type"] == "ADALORA" else _low_rank(config, anatomy, tensors, written)
     dtypes = {value.dtype for parts in tensors.values() for value in parts.values()}
     adapter = Adapter(methods, anatomy, copies).to(torch.float64 if torch.float64 in dtypes else torch.float32)
     with torch.no_grad():
@@ -103,35 +97,95 @@ def from_peft(folder: str | Path, model: nn.Module) -> Adapter:
     return adapter
 
 
-def to_peft(adapter: Adapter, model: nn.Module, folder: str | Path) -> None:
-    """Write a LoRA or a HiRA on every token as a folder that peft loads. Ranks and scales may differ from linear to linear.
+def _low_rank(config: Mapping[str, Any], anatomy: Anatomy, tensors: Tensors, written: Mapping[str, str]) -> dict[str, Method]:
+    """A LoRA, or a HiRA, for each rank and alpha that occurs."""
+    alike: dict[tuple[int, float, bool], list[str]] = defaultdict(list)
+    for linear, parts in tensors.items():
+        names = (f"{anatomy.stack}.{linear}".lstrip("."), written[linear])
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, names, config.get("lora_alpha", 0))
+        alike[len(parts["A.weight"]), alpha, "B.bias" in parts].append(linear)
+    scaling: Any = "rank_stabilized" if config.get("use_rslora") else "standard"
+    return {
+        f"{config['peft_type'].lower()}{i or ''}": HiRA(rank=rank, targets=_short(anatomy, linears)) if config["peft_type"] == "HIRA"
+        else LoRA(rank=rank, alpha=alpha, bias="all" if bias else "none", targets=_short(anatomy, linears), scaling=scaling)
+        for i, ((rank, alpha, bias), linears) in enumerate(alike.items())
+    }  # fmt: skip
+
+
+def _adalora(config: Mapping[str, Any], anatomy: Anatomy, tensors: Tensors) -> AdaLoRA:
+    """The ranks are what the file has; the scale is that of the rank before training."""
+    by_name = {target.linear.name: f"all.{target.role}" for target in find_targets(anatomy, ("all",))}
+    return AdaLoRA(
+        init_rank=config.get("init_r", 12), target_rank=config.get("target_r", 8), alpha=config["lora_alpha"], beta1=config.get("beta1", 0.85),
+        beta2=config.get("beta2", 0.85), orthogonality=config.get("orth_reg_weight", 0.5), targets=_short(anatomy, list(tensors)),
+        ranks={by_name[linear]: len(parts["A.weight"]) for linear, parts in tensors.items() if len(parts["A.weight"])},
+    )  # fmt: skip
+
+
+def to_peft(adapter: Adapter, model: nn.Module, folder: str | Path, *, as_lora: bool = False) -> None:
+    """Write a LoRA, an AdaLoRA or a HiRA on every token as a folder that peft loads. Ranks and scales may differ from linear to linear.
+
+    as_lora: an AdaLoRA as a LoRA with the same change, for engines that know no AdaLoRA.
 
     Raises ConfigError for an adapter that holds anything else, since peft knows no token domains.
     """
     stack = Anatomy.read(model).stack
-    edits = {f"{stack}.{placement.port.module}".lstrip("."): _for_peft(placement) for placement in adapter.placements}
+    edits = {f"{stack}.{placement.port.module}".lstrip("."): _for_peft(placement, as_lora) for placement in adapter.placements}
     if len(edits) < len(adapter.placements) or len({type(edit) for edit in edits.values()}) > 1:
         raise ConfigError("peft has one LoRA or HiRA for each linear, and this adapter has two groups on one, or both: export an adapter with one group")
-    low_rank = {name: edit for name, edit in edits.items() if isinstance(edit, LowRank)}
+    kind = type(next(iter(edits.values()), None))
+    tensors, settings = (_written_adalora if kind is Triplet else _written_hira if kind is Hadamard else _written_lora)(adapter, edits)
+    transposed = any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in edits)
+    write_peft(folder, adapter, model, tensors, target_modules=list(edits), fan_in_fan_out=transposed, **settings)
+
+
+Written = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by peft's names, and settings of peft's config
+PREFIX = "base_model.model."
+
+
+def _written_lora(adapter: Adapter, edits: Mapping[str, Any]) -> Written:
+    """The first linear's rank and alpha are the config's, and those of others patterns."""
     ranks = {name: len(edit.down.weight) for name, edit in edits.items()}
-    r = next(iter(ranks.values())) if low_rank else max(ranks.values())  # peft gives every linear of a HiRA one rank: zeros fill it
-    has_bias, alphas = any(edit.bias is not None for edit in low_rank.values()), {name: edit.scale * len(edit.down.weight) for name, edit in low_rank.items()}
-    prefix, suffix = ("lora_", ".weight") if low_rank else ("hira_", "")
+    alphas = {name: edit.scale * ranks[name] for name, edit in edits.items()}
+    r, alpha = next(iter(ranks.values()), 0), next(iter(alphas.values()), 0.0)
+    has_bias = any(edit.bias is not None for edit in edits.values())
     tensors: dict[str, Tensor] = {}
     for name, edit in edits.items():
-        key = f"base_model.model.{name}.{prefix}"
-        fill = 0 if low_rank else r - ranks[name]
-        tensors |= {f"{key}A{suffix}": nn.functional.pad(edit.down.weight, (0, 0, 0, fill)), f"{key}B{suffix}": nn.functional.pad(edit.up.weight, (0, fill))}
-        if has_bias and isinstance(edit, LowRank):  # peft scales it
-            tensors[f"{key}B.bias"] = torch.zeros(edit.target.width) if edit.bias is None else edit.bias / edit.scale
-    alpha = next(iter(alphas.values()), 0.0)
-    write_peft(
-        folder, adapter, model, tensors, r=r, target_modules=list(edits),
-        fan_in_fan_out=any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in edits),
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != r} if low_rank else {},
-        **({"lora_alpha": alpha, "lora_bias": has_bias, "alpha_pattern": {name: one for name, one in alphas.items() if one != alpha}} if low_rank
-           else {"peft_type": "HIRA"}),
-    )  # fmt: skip
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": edit.down.weight, f"{PREFIX}{name}.lora_B.weight": edit.up.weight}
+        if has_bias:  # peft scales it
+            tensors[f"{PREFIX}{name}.lora_B.bias"] = torch.zeros(edit.target.width) if edit.bias is None else edit.bias / edit.scale
+    patterns = {"rank_pattern": {name: rank for name, rank in ranks.items() if rank != r}, "alpha_pattern": {k: v for k, v in alphas.items() if v != alpha}}
+    return tensors, {"r": r, "lora_alpha": alpha, "lora_bias": has_bias, **patterns}
+
+
+def _written_hira(adapter: Adapter, edits: Mapping[str, Any]) -> Written:
+    """peft gives every linear of a HiRA one rank: zeros fill it."""
+    r = max(len(edit.down.weight) for edit in edits.values())
+    tensors: dict[str, Tensor] = {}
+    for name, edit in edits.items():
+        fill = r - len(edit.down.weight)
+        tensors[f"{PREFIX}{name}.hira_A"] = nn.functional.pad(edit.down.weight, (0, 0, 0, fill))
+        tensors[f"{PREFIX}{name}.hira_B"] = nn.functional.pad(edit.up.weight, (0, fill))
+    return tensors, {"r": r, "rank_pattern": {}, "peft_type": "HIRA"}
+
+
+def _written_adalora(adapter: Adapter, edits: Mapping[str, Any]) -> Written:
+    """Of each linear the triplets that are left: peft scales by the rank before training. Raises ConfigError for two AdaLoRA of other scales."""
+    methods = [method for method in adapter.methods.values() if isinstance(method, AdaLoRA)]
+    if len({(method.init_rank, method.alpha) for method in methods}) > 1:
+        raise ConfigError("peft has one AdaLoRA in an adapter, and this one has several of other scales: export it as a LoRA (as_lora=True)")
+    left = {name: edit.value.detach().nonzero()[:, 0] for name, edit in edits.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, edit in edits.items():
+        rows = left[name]
+        parts = {"A": edit.down.weight[rows], "E": edit.value[rows, None], "B": edit.up.weight[:, rows]}
+        tensors |= {f"{PREFIX}{name}.lora_{part}": value for part, value in parts.items()}
+    own = methods[0]
+    return tensors, {
+        "peft_type": "ADALORA", "init_r": own.init_rank, "target_r": own.target_rank, "lora_alpha": own.alpha, "total_step": own.total or 1,
+        "beta1": own.beta1, "beta2": own.beta2, "orth_reg_weight": own.orthogonality, "deltaT": own.interval,
+        "rank_pattern": {f"{name}.lora_E": [i < len(rows) for i in range(own.init_rank)] for name, rows in left.items()},
+    }  # fmt: skip
 
 
 def write_peft(folder: str | Path, adapter: Adapter, model: nn.Module, tensors: Mapping[str, Tensor], **settings: Any) -> None:
@@ -143,7 +197,7 @@ def write_peft(folder: str | Path, adapter: Adapter, model: nn.Module, tensors: 
     name = getattr(getattr(model, "config", None), "name_or_path", "") or None
     config = {
         "peft_type": "LORA", "task_type": _task_type(model), "inference_mode": True, "modules_to_save": list(adapter.copies) or None,
-        "base_model_name_or_path": name, **({} if "peft_type" in settings else {"lora_dropout": 0.0, "bias": "none"}), **settings,
+        "base_model_name_or_path": name, **({} if settings.get("peft_type") == "HIRA" else {"lora_dropout": 0.0, "bias": "none"}), **settings,
     }  # fmt: skip
     path = Path(folder)
     if (path / CONFIG_FILE).exists():
@@ -175,13 +229,14 @@ def _config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON ({error}): was it cut off?") from None
     config = config if isinstance(config, dict) else {}
     kind = config.get("peft_type")
-    if kind not in ("LORA", "HIRA") or (kind == "LORA" and not isinstance(config.get("lora_alpha"), int | float)):
-        raise CheckpointError(f"{path} is of the peft type {kind!r}, and only a LORA with its lora_alpha, or a HIRA, can be read")
+    if kind not in ("LORA", "ADALORA", "HIRA") or (kind != "HIRA" and not isinstance(config.get("lora_alpha"), int | float)):
+        raise CheckpointError(f"{path} is of the peft type {kind!r}, and only a LORA or ADALORA with its lora_alpha, or a HIRA, can be read")
     if config.get("init_lora_weights", True) not in STARTS:
         raise CheckpointError(f"{path} has init_lora_weights {config['init_lora_weights']!r}, which changes the frozen weights: convert it with peft first")
-    other = {name for name, value in config.items() if value and name not in READ | SILENT | {"init_lora_weights"} and (name, value) != ("bias", "none")}
+    known = (READ - NOT_OF_ADALORA if kind == "ADALORA" else READ) | SILENT | {"init_lora_weights"}
+    other = {name for name, value in config.items() if value and name not in known and (name, value) != ("bias", "none")}
     if other:
-        named = f"{path} uses {', '.join(sorted(other))} of peft, which a {'LoRA' if kind == 'LORA' else 'HiRA'} here does not have"
+        named = f"{path} uses {', '.join(sorted(other))} of peft, which {KINDS[kind]} here does not have"
         raise CheckpointError(f"{named}: its results would not be the same")
     return config
 
@@ -191,8 +246,13 @@ def _has_module(model: nn.Module, name: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for path, _ in model.named_modules())
 
 
-def _tensors(folder: Path, model: nn.Module, anatomy: Anatomy, copies: Mapping[str, nn.Module]) -> tuple[Tensors, Mapping[str, str]]:
-    """The tensors of each linear, and the linear's name in the file, which is an older one of the same module in some; copies are filled."""
+def _tensors(
+    folder: Path, model: nn.Module, anatomy: Anatomy, copies: Mapping[str, nn.Module], needed: set[str]
+) -> tuple[Tensors, Mapping[str, str]]:
+    """The tensors of each linear, and the linear's name in the file, which is an older one of the same module in some; copies are filled.
+
+    needed: what each linear must have.
+    """
     path = folder / WEIGHTS_FILE
     try:
         stored = load_file(path)
@@ -215,10 +275,10 @@ def _tensors(folder: Path, model: nn.Module, anatomy: Anatomy, copies: Mapping[s
         linear = found and (linear_of.get(found[1]) or linear_of.get(renamed(found[1])))
         if not found or not linear:
             raise CheckpointError(f"{path} holds {key}, which is no LoRA or HiRA of a linear inside the layers under {anatomy.stack or 'the model'}")
-        tensors[linear][f"{found[2] or found[4]}.{found[3] or 'weight'}"], written[linear] = value, found[1]
-    incomplete = [linear for linear, parts in tensors.items() if not {"A.weight", "B.weight"} <= set(parts)]
+        tensors[linear][f"{found[2]}.{found[3] or 'weight'}"], written[linear] = value, found[1]
+    incomplete = [linear for linear, parts in tensors.items() if not needed <= set(parts)]
     if incomplete or not tensors:
-        raise CheckpointError(f"{path} lacks A or B of {', '.join(incomplete) or 'every linear'}: copy it again")
+        raise CheckpointError(f"{path} lacks {'A, B or E' if 'E.weight' in needed else 'A or B'} of {', '.join(incomplete) or 'every linear'}: copy it again")
     return tensors, written
 
 
@@ -232,22 +292,27 @@ def _copy_into(parameter: Tensor, value: Tensor, name: str, path: Path) -> None:
 
 def _fill(placement: Placement, parts: Mapping[str, Tensor], path: Path) -> None:
     edit = placement.edit
-    assert isinstance(edit, LowRank | Hadamard)
+    assert isinstance(edit, LowRank | Hadamard | Triplet)
     bias = edit.bias if isinstance(edit, LowRank) else None
     wanted = {"A.weight": edit.down.weight, "B.weight": edit.up.weight, **({"B.bias": bias} if bias is not None else {})}
+    wanted |= {"E.weight": edit.value[:, None]} if isinstance(edit, Triplet) else {}
     for name, parameter in wanted.items():
         value = parts[name] * edit.scale if name == "B.bias" and isinstance(edit, LowRank) else parts[name]  # peft scales the bias with the rest
         _copy_into(parameter, value, f"{name} of {placement.port.module}", path)
 
 
-def _for_peft(placement: Placement) -> LowRank | Hadamard:
+def _for_peft(placement: Placement, as_lora: bool) -> LowRank | Hadamard | Triplet:
     edit = placement.edit
-    if not isinstance(edit, LowRank | Hadamard) or set(placement.domains) != set(DOMAINS["all"]) or edit.target.width != edit.target.linear.n_out:
+    if (
+        not isinstance(edit, LowRank | Hadamard | Triplet)
+        or set(placement.domains) != set(DOMAINS["all"])
+        or edit.target.width != edit.target.linear.n_out
+    ):
         raise ConfigError(
-            f"{placement.role} is no LoRA or HiRA of a whole linear on every token, and nothing else can be written for peft: export an adapter of "
+            f"{placement.role} is no LoRA, AdaLoRA or HiRA of a whole linear on every token, and nothing else can be written for peft: export an adapter of "
             "LoRA(groups={'all': ('all',)}, ...) alone"
         )
-    return edit
+    return edit.as_lora() if as_lora and isinstance(edit, Triplet) else edit
 
 
 def _by_pattern(patterns: Mapping[str, float], names: Sequence[str], default: float) -> float:

@@ -18,6 +18,7 @@ from adalink.checkpoint.peft_format import write_peft
 from adalink.edit import Adapter, Method, Placement, execution_device, weight_of
 from adalink.errors import AttachError, ConfigError
 from adalink.methods.adalink import AdaLink, Bottleneck
+from adalink.methods.budgets.adalora import AdaLoRA, Triplet
 from adalink.methods.hira import Hadamard, HiRA
 from adalink.methods.lora import LoRA, LowRank
 from adalink.model import AdaptedModel
@@ -54,9 +55,10 @@ def _edits_text_alike(method: AdaLink) -> bool:
 
 
 def check_mergeable(methods: Mapping[str, Method]) -> None:
-    """Raise ConfigError, before anything is loaded, for methods that are more than a LoRA or a HiRA; an adapter of trained copies alone has none."""
+    """Raise ConfigError, before anything is loaded, for more than a LoRA, an AdaLoRA or a HiRA; an adapter of trained copies alone has none."""
     if methods:
-        method = _check_only(methods, HiRA if HiRA in map(type, methods.values()) else LoRA, "merged")
+        kinds = list(map(type, methods.values()))
+        method = _check_only(methods, next((kind for kind in (HiRA, AdaLoRA) if kind in kinds), LoRA), "merged")
         if isinstance(method, HiRA) and len(method.groups) > 1:
             raise ConfigError(f"HiRA with one group can be merged, and this one has {', '.join(method.groups)}: keep it beside the model")
 
@@ -93,13 +95,13 @@ def fold_embedding(model: nn.Module, adapter: Adapter) -> None:
 
 
 def merge_linears(model: nn.Module, adapter: Adapter) -> None:
-    """Add s B A to the weight of every linear that a LoRA edits (W * (B A) where it is HiRA), and its bias to the linear's.
+    """Add s B A to the weight of every linear that a LoRA or AdaLoRA edits (W * (B A) where it is HiRA), and its bias to the linear's.
 
     The model has no adapter attached to it.
 
     Trained copies of modules are written over the modules themselves.
 
-    Exact to rounding for an adapter that is LoRA or HiRA alone whose groups each edit every token of the model: `all`, or `text` in a model that
+    Exact to rounding for an adapter that is LoRA, AdaLoRA or HiRA alone whose groups each edit every token of the model: `all`, or `text` in a model that
     reads nothing else. Of an encoder-decoder model the encoder is merged, since its linears are what was edited.
 
     Raises ConfigError where that is not so: another method, a group for some tokens, a bias for a linear that has none; AttachError for a
@@ -114,7 +116,8 @@ def merge_linears(model: nn.Module, adapter: Adapter) -> None:
     write_copies(model, adapter)
     with torch.no_grad():
         for placement, linear in placed:
-            _merge(placement.edit, linear)  # type: ignore[arg-type]  # checked above
+            edit = placement.edit
+            _merge(edit.as_lora() if isinstance(edit, Triplet) else edit, linear)  # type: ignore[arg-type]  # checked above
 
 
 def is_tied(model: nn.Module) -> bool:

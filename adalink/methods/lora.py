@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from adalink.methods.targets import (
 )
 from adalink.tokens import Tokens
 
-__all__ = ["LoRA", "LowRank"]
+__all__ = ["LoRA", "LowRank", "joint"]
 
 
 class LowRank(nn.Module):
@@ -56,23 +56,36 @@ class LowRank(nn.Module):
             change = change + self.bias
         return h + self.target.spread(self.dropout(change, tokens))
 
+    @property
+    def factor(self) -> float:
+        """What A x is multiplied by."""
+        return self.scale
+
     def joins(self, other: object) -> bool:
         """Whatever its rank, scale and target."""
         return isinstance(other, LowRank)
 
     def joint(self, edits: Sequence[LowRank], h: Tensor, tokens: Tokens, x: Tensor, shares: Sequence[Tensor]) -> Tensor:
-        """One pair of matrices for all: shares are taken where a token has R numbers, not D. See `adalink.edit.Joint`."""
-        shares = [edit.dropout(share, tokens) for edit, share in zip(edits, shares, strict=True)]
-        downs = [edit.down.weight for edit in edits]
-        middle = nn.functional.linear(x, downs[0] if len(edits) == 1 else torch.cat(downs))
-        scaled = [(share * edit.scale).expand(-1, -1, len(down)) for edit, share, down in zip(edits, shares, downs, strict=True)]
-        parts = [middle * (scaled[0] if len(edits) == 1 else torch.cat(scaled, -1))]
-        rows = [edit.target.spread(edit.up.weight.T) for edit in edits]
-        for edit, share in zip(edits, shares, strict=True):
-            if edit.bias is not None:
-                parts.append(share)
-                rows.append(edit.target.spread(edit.bias[None]))
-        return added(h, parts, rows)
+        """See `adalink.edit.Joint`."""
+        return joint(edits, h, tokens, x, shares)
+
+
+def joint(edits: Sequence[Any], h: Tensor, tokens: Tokens, x: Tensor, shares: Sequence[Tensor]) -> Tensor:
+    """h + sum over edits of share * (up(factor * down(x)) + bias), as one pair of matrices: shares are taken where a token has R numbers, not D.
+
+    factor: of each edit a number, or one for each rank [R]. Edits drop tokens of their own. See `adalink.edit.Joint`.
+    """
+    shares = [edit.dropout(share, tokens) for edit, share in zip(edits, shares, strict=True)]
+    downs = [edit.down.weight for edit in edits]
+    middle = nn.functional.linear(x, downs[0] if len(edits) == 1 else torch.cat(downs))
+    scaled = [(share * edit.factor).expand(-1, -1, len(down)) for edit, share, down in zip(edits, shares, downs, strict=True)]
+    parts = [middle * (scaled[0] if len(edits) == 1 else torch.cat(scaled, -1))]
+    rows = [edit.target.spread(edit.up.weight.T) for edit in edits]
+    for edit, share in zip(edits, shares, strict=True):
+        if edit.bias is not None:
+            parts.append(share)
+            rows.append(edit.target.spread(edit.bias[None]))
+    return added(h, parts, rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -348,10 +348,10 @@ class Schedules(Schedule):
         """Raises ConfigError under FSDP2."""
         trained = TrainedParts.of(model)
         self._all = {
-            f"{place}{name}": method.schedule(name, adapter)
+            f"{place}{name}": one
             for place, adapter in (("", trained.edits), ("vision.", trained.vision), ("connector.", trained.connector))
             for name, method in ({} if adapter is None else adapter.methods).items()
-            if adapter is not None and isinstance(method, Scheduled)
+            if adapter is not None and isinstance(method, Scheduled) and type(one := method.schedule(name, adapter)) is not Schedule
         }
         if self._all and any(isinstance(module, FSDPModule) for module in model.modules()):
             raise ConfigError(f"the schedule of {next(iter(self._all))} reads whole weights, and FSDP2 splits them over processes: train with DDP")

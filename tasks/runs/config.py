@@ -126,7 +126,7 @@ class RunConfig:
     start: Path | None = None  # a saved adapter with these methods, whose weights the training begins with; none: new weights
     vision_methods: Methods = field(default_factory=Methods)  # methods inside the encoder, trained with the others; its features are then never cached
     connector: ConnectorChoice = "frozen"  # of `model`; trained: all weights of what runs between its tower and its words, as a copy in the adapter
-    connector_methods: Methods = field(default_factory=Methods)  # of `model`: methods on its connector's linears: lora, hira, ia3, bitfit
+    connector_methods: Methods = field(default_factory=Methods)  # of `model`: methods on its connector's linears: lora, adalora, hira, ia3, bitfit
     layer: int = -1  # which encoder block the features come from: -1 the last, with its norm; -2 the one before, as Context-PEFT has it
     captioning: Captioning = field(default_factory=Captioning)  # settings of the task, where it is captioning
     vqa: Vqa = field(default_factory=Vqa)  # settings of the task, where it is vqa

@@ -58,4 +58,7 @@ class Scheduled(Protocol):
     """A method that has a schedule."""
 
     def schedule(self, name: str, adapter: Adapter) -> Schedule:
-        """A new one for a training of `adapter`, in which the method is called `name`: its placements' roles begin with `name.`."""
+        """A new one for a training of `adapter`, in which the method is called `name`: its placements' roles begin with `name.`.
+
+        A plain `Schedule` where there is nothing to do, as for a method that is not trained.
+        """

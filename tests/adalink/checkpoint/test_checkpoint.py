@@ -250,7 +250,7 @@ def test_methods_survive_json(method: Any) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"method": "dora", "rank": 2}, "there is no method 'dora': give one of adalink, bitfit"),
+    ({"method": "dora", "rank": 2}, "there is no method 'dora': give one of adalink, adalora, bitfit"),
     ({"method": "adalink", "rank": 2, "modalities": ["text"], "alpha": 1}, "adalink has no setting alpha: its settings are activation, bias, frozen_down, modalities, rank, scope"),
     ({"method": "adalink", "rank": 2}, "adalink needs the setting modalities, which has no default"),
     ({"method": "bridge", "kind": "conv"}, "the bridge's kind is 'conv'"),

@@ -1,4 +1,4 @@
-"""LoRA and HiRA folders, both ways, against the peft library itself."""
+"""LoRA, AdaLoRA and HiRA folders, both ways, against the peft library itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from existing_models import existing
-from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, HiraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import excite, rows, run, tiny
 from torch import Tensor, nn
 
-from adalink import TEXT, AdaptedModel, Adapter, Anatomy, BitFit, HiRA, LoRA, TokenMap, attach
+from adalink import TEXT, AdaLoRA, AdaptedModel, Adapter, Anatomy, BitFit, HiRA, LoRA, TokenMap, attach
 from adalink.checkpoint.peft_format import from_peft, to_peft
 from adalink.errors import CheckpointError, ConfigError
 
@@ -26,7 +26,8 @@ def theirs(family: str, folder: Path, **settings: Any) -> Tensor:
     """Saves a peft LoRA, or a HiRA, in the folder; its model's logits."""
     torch.manual_seed(0)
     kind = settings.pop("kind", LoraConfig)
-    config = kind(**{"r": 4, **({"lora_alpha": 8} if kind is LoraConfig else {}), "target_modules": "all-linear", **settings})
+    rank = {"init_r": 4, "target_r": 2, "total_step": 9} if kind is AdaLoraConfig else {"r": 4}
+    config = kind(**{**rank, **({} if kind is HiraConfig else {"lora_alpha": 8}), "target_modules": "all-linear", **settings})
     model = get_peft_model(tiny(family), config).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -57,6 +58,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "one layer": ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}),
     "biases": ("opt", {"lora_bias": True, "target_modules": ["q_proj", "fc2"]}),
     "another start": ("llama", {"init_lora_weights": "gaussian"}),
+    "AdaLoRA": ("llama", {"kind": AdaLoraConfig, "lora_alpha": 7}),
+    "AdaLoRA, a linear with a transposed weight": ("gpt2", {"kind": AdaLoraConfig, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "HiRA": ("llama", {"kind": HiraConfig}),
     "HiRA, a linear with a transposed weight": ("gpt2", {"kind": HiraConfig, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
 }
@@ -128,7 +131,28 @@ def test_it_is_one_adapter_of_many_and_is_saved_as_such(tmp_path: Path) -> None:
     assert all(torch.equal(value, read.state_dict()[name].float()) for name, value in again.state_dict().items())
 
 
-EXPORTS: dict[str, tuple[str, list[LoRA | HiRA]]] = {
+def test_an_adalora_whose_budget_peft_has_spent_gives_pefts_logits(tmp_path: Path) -> None:
+    config = AdaLoraConfig(init_r=4, target_r=1, lora_alpha=8, total_step=6, tfinal=2, target_modules=["q_proj", "fc2"])
+    model: Any = get_peft_model(tiny("opt"), config).double()
+    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]  # and not peft's ranknum, which requires a gradient too
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    for step in range(6):
+        optimizer.zero_grad()
+        run(model.base_model.model, IDS, MASK).square().mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+    with torch.no_grad():
+        expected = run(model.eval().base_model.model, IDS, MASK)
+    model.save_pretrained(tmp_path)
+    sizes = [len(value) for name, value in load_file(tmp_path / "adapter_model.safetensors").items() if name.endswith("lora_E")]
+    assert sum(sizes) == 4
+    assert min(sizes) == 0  # a linear without a triplet
+    read = from_peft(tmp_path, tiny("opt"))
+    close(ours(tiny("opt"), read), expected)
+    assert [len(placement.edit.value) for placement in read.placements] == [n for n in sizes if n]  # type: ignore[arg-type]
+
+
+EXPORTS: dict[str, tuple[str, list[LoRA | HiRA | AdaLoRA]]] = {
     "llama": ("llama", [LoRA(groups={"all": ("all",)}, rank=4, alpha=3.5, multiplier=0.5)]),
     "gpt2": ("gpt2", [LoRA(groups={"all": ("all",)}, rank=2, alpha=4, scaling="rank_stabilized", exclude_layers=(0,))]),
     "two ranks, some biases": (
@@ -138,19 +162,20 @@ EXPORTS: dict[str, tuple[str, list[LoRA | HiRA]]] = {
             LoRA(groups={"all": ("all",)}, rank=3, alpha=1, targets=("fc1",), exclude_layers=(1,)),
         ],
     ),
+    "AdaLoRA": ("opt", [AdaLoRA(init_rank=3, target_rank=2, alpha=5, targets=("q_proj", "fc1"), ranks={"all.0.q_proj": 2, "all.1.q_proj": 3, "all.1.fc1": 1})]),
     "an encoder": ("t5", [LoRA(groups={"all": ("all",)}, rank=2, alpha=4)]),
     "HiRA of two ranks": ("gpt2", [HiRA(rank=2, targets=("c_attn",)), HiRA(rank=3, targets=("c_fc",))]),
 }
 
 
-@pytest.mark.parametrize("name", EXPORTS)
-def test_an_exported_lora_gives_our_logits_in_peft_and_comes_back(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "as_lora"), [*((name, False) for name in EXPORTS), ("AdaLoRA", True)])
+def test_an_exported_lora_gives_our_logits_in_peft_and_comes_back(name: str, as_lora: bool, tmp_path: Path) -> None:
     family, methods = EXPORTS[name]
     model = tiny(family)
     adapter = Adapter({f"lora{i}": method for i, method in enumerate(methods)}, Anatomy.read(model)).double()
     excite(adapter)
     expected = ours(model, adapter)
-    to_peft(adapter, model, tmp_path)
+    to_peft(adapter, model, tmp_path, as_lora=as_lora)
     loaded = PeftModel.from_pretrained(tiny(family), tmp_path, autocast_adapter_dtype=False).double().eval()
     with torch.no_grad():
         close(run(loaded.base_model.model, IDS, MASK), expected)
@@ -161,8 +186,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True}, "uses use_dora of peft, which a LoRA here does not have"),
     ({"modules_to_save": ["lm_head"]}, r"lacks base_model\.model\.lm_head\.weight of the modules that its config names in modules_to_save"),
     ({"bias": "all", "trainable_token_indices": [1]}, "uses bias, trainable_token_indices of peft"),
-    ({"peft_type": "IA3"}, "is of the peft type 'IA3', and only a LORA with its lora_alpha, or a HIRA, can be read"),
-    ({"lora_alpha": None}, "is of the peft type 'LORA', and only a LORA with its lora_alpha, or a HIRA, can be read"),
+    ({"peft_type": "IA3"}, "is of the peft type 'IA3', and only a LORA or ADALORA with its lora_alpha, or a HIRA, can be read"),
+    ({"lora_alpha": None}, "is of the peft type 'LORA', and only a LORA or ADALORA with its lora_alpha, or a HIRA, can be read"),
     ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa', which changes the frozen weights: convert it with peft first"),
 ]
 
@@ -213,7 +238,7 @@ def test_what_peft_cannot_hold_is_not_exported(tmp_path: Path) -> None:
             to_peft(Adapter(methods, Anatomy.read(model)), model, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    refused(model, r"l.text.0.q_proj is no LoRA or HiRA of a whole linear on every token", l=LoRA(groups={"text": ("text",)}, rank=2, alpha=2))
-    refused(model, r"b.all.0.q_proj is no LoRA or HiRA of a whole linear", l=lora, b=BitFit(groups={"all": ("all",)}, force_bias=True))
-    refused(gpt2, r"l.all.0.c_attn.query is no LoRA or HiRA of a whole linear", l=LoRA(groups={"all": ("all",)}, rank=2, alpha=2, targets=("query",)))
+    refused(model, r"l.text.0.q_proj is no LoRA, AdaLoRA or HiRA of a whole linear on every token", l=LoRA(groups={"text": ("text",)}, rank=2, alpha=2))
+    refused(model, r"b.all.0.q_proj is no LoRA, AdaLoRA or HiRA of a whole linear", l=lora, b=BitFit(groups={"all": ("all",)}, force_bias=True))
+    refused(gpt2, r"l.all.0.c_attn.query is no LoRA, AdaLoRA or HiRA of a whole linear", l=LoRA(groups={"all": ("all",)}, rank=2, alpha=2, targets=("query",)))
     refused(model, "this adapter has two groups on one, or both: export an adapter with one group", a=lora, b=copy.copy(lora))

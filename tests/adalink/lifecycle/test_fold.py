@@ -11,7 +11,7 @@ from tiny import EXACT, VOCABULARY, excite, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from adalink import AdaLink, AdaptedModel, BitFit, HiRA, LoRA, Method, Prompt
+from adalink import AdaLink, AdaLoRA, AdaptedModel, BitFit, HiRA, LoRA, Method, Prompt
 from adalink.errors import AttachError, ConfigError
 from adalink.lifecycle.export import check_foldable, check_mergeable, fold_embedding, is_tied, merge_linears, untie
 
@@ -122,8 +122,9 @@ def test_a_merged_lora_gives_the_adapters_logits(family: str, targets: tuple[str
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_merged_hira_gives_the_adapters_logits(family: str, tmp_path: Path) -> None:
-    model, expected = adapted(family, HiRA(rank=2, targets=("query", "down")))
+@pytest.mark.parametrize("method", [HiRA(rank=2, targets=("query", "down")), AdaLoRA(init_rank=3, target_rank=2, targets=("query", "down"))], ids=["hira", "adalora"])
+def test_a_merged_hira_or_adalora_gives_the_adapters_logits(family: str, method: Method, tmp_path: Path) -> None:
+    model, expected = adapted(family, method)
     adapter, base = model.active_adapter(), model.unload()
     raw = logits(base, family)
     merge_linears(base, adapter)

@@ -237,7 +237,7 @@ def test_every_method_acts_on_its_linears_or_is_refused() -> None:
             assert name not in model.adapter_names
         else:
             taken.append(name)
-    assert sorted(taken) == ["bitfit", "hira", "lora"]
+    assert sorted(taken) == ["adalora", "bitfit", "hira", "lora"]
 
 
 def test_what_a_connector_cannot_have_is_refused() -> None:

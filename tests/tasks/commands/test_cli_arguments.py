@@ -137,7 +137,7 @@ VALUES = [
     ("methods.adalink.modalities", ["text", "text"], "AdaLink's modalities are ['text', 'text']"),
     ("methods.bridge.hidden", -1, "the bridge's hidden width is -1"),
     ("methods.prompt", {"length": 0, "init_std": 0.1}, "the prompt's length is 0"),
-    ("methods", {}, "the config names no method: under `methods:`, give one or more of adalink, bitfit, "),
+    ("methods", {}, "the config names no method: under `methods:`, give one or more of adalink, adalora, bitfit, "),
     ("captioning.template", {"prompt": "an image of"}, "the prompt template 'an image of' has 0 places for the image"),
     ("captioning.template", {"prompt": "<image>", "target": "x"}, "the target template 'x' must hold {text}"),
     ("captioning.captions_per_image", -1, "captions_per_image is -1"),
