@@ -33,7 +33,7 @@ from multimodal.training.settings import TrainSettings
 
 __all__ = [
     "Agreed", "StopSignal", "agree", "check_trackers", "deterministic", "gathered", "host_group", "interrupts_noted", "n_nodes", "opened_accelerator",
-    "seed_all", "sigterm_noted", "step_seed", "take_off", "together",
+    "rewrapped", "seed_all", "sigterm_noted", "step_seed", "take_off", "together",
 ]  # fmt: skip
 
 
@@ -150,6 +150,14 @@ def opened_accelerator(settings: TrainSettings, model: nn.Module, folder: Path) 
         if is_other or not before:
             AcceleratorState._reset_state()
             AcceleratorState._shared_state.update(before)
+
+
+def rewrapped(model: nn.Module) -> nn.Module:
+    """A model that waits for gradients of the weights that have one now: DDP finds out when it is made. Other models come back as they are."""
+    if not isinstance(model, DistributedDataParallel):
+        return model
+    places: dict[str, Any] = {"device_ids": model.device_ids, "output_device": model.output_device, "process_group": model.process_group}
+    return DistributedDataParallel(model.module, **places, broadcast_buffers=model.broadcast_buffers, gradient_as_bucket_view=model.gradient_as_bucket_view)
 
 
 @contextlib.contextmanager

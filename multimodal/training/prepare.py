@@ -338,7 +338,8 @@ class Pull:
     @torch.no_grad()
     def __call__(self) -> None:
         for parameter, mean in self._pairs:
-            parameter.mul_(1 - self.share).add_(mean, alpha=self.share)
+            if parameter.requires_grad:  # else it stands still in this stage
+                parameter.mul_(1 - self.share).add_(mean, alpha=self.share)
 
 
 class Schedules(Schedule):
@@ -415,17 +416,24 @@ def new_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSetting
 def parameter_groups(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> list[dict[str, Any]]:
     """One group per method, or part of one (`dept.soft`), with a rate of its own and per kind: matrices decay, vectors do not.
 
-    Raises ConfigError for a rate of what is not among the parameters.
+    `peaks` of a group is its highest rate in each of the run's stages, None where it stands still. Raises ConfigError for a rate, or a stage, of what
+    is not among the parameters.
     """
     rates = settings.learning_rates
-    if unknown := sorted(key for key in rates if not any(f"{name}.".startswith(f"{key}.") for name in parameters)):
-        methods = sorted({name.split(".", 1)[0] for name in parameters})
-        raise ConfigError(f"train.learning_rates names {', '.join(unknown)}, and this adapter's methods are {', '.join(methods)}")
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    staged = {name: None for stage in settings.stages for name in stage.trains}
+    for setting, keys in (("learning_rates", sorted(rates)), ("stages", staged)):
+        if unknown := [key for key in keys if not any(f"{name}.".startswith(f"{key}.") for name in parameters)]:
+            methods = sorted({name.split(".", 1)[0] for name in parameters})
+            raise ConfigError(f"train.{setting} names {', '.join(unknown)}, and this adapter's methods are {', '.join(methods)}")
+    groups: dict[tuple[tuple[float | None, ...], bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         named = max((key for key in rates if f"{name}.".startswith(f"{key}.")), key=len, default="")  # the nearest
-        rate = rates.get(named, settings.learning_rate)
-        groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+        peaks = tuple(
+            None if stage and not stage.names(name) else rates.get(named, (stage and stage.learning_rate) or settings.learning_rate)
+            for stage in settings.staged
+        )
+        groups.setdefault((peaks, parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": group, "lr": rate, "weight_decay": settings.weight_decay if is_matrix else 0.0} for (rate, is_matrix), group in groups.items()
+        {"params": group, "lr": peaks[0] or 0.0, "weight_decay": settings.weight_decay if is_matrix else 0.0, "peaks": peaks}
+        for (peaks, is_matrix), group in groups.items()
     ]

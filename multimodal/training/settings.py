@@ -9,7 +9,7 @@ from typing import Literal
 
 from adalink.errors import ConfigError, check_tuples
 
-__all__ = ["Compile", "Teachers", "TrainSettings"]
+__all__ = ["Compile", "Stage", "Teachers", "TrainSettings"]
 
 Compile = Literal["no", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]  # torch.compile's own modes, or none
 MAX_SEED = 2**40  # an epoch's seed is a million times this, and a generator takes 63 bits
@@ -37,6 +37,33 @@ class Teachers:
     def folders(self) -> tuple[Path, Path] | None:
         """Those of old and new; None where there are no teachers."""
         return None if self.old is None or self.new is None else (self.old, self.new)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of the steps in which some methods train and the others stand still (PT-PEFT, arXiv 2411.00029)."""
+
+    trains: tuple[str, ...]  # methods or parts of them, named as in train.learning_rates: bridge, prefix, connector, vision, head
+    steps: int | None = None  # how many; the last stage may leave it out, and takes the rest
+    share: float | None = None  # in place of steps, a share of the run's
+    learning_rate: float | None = None  # highest learning rate in this stage, in place of train.learning_rate
+    optimizer: Literal["keep", "new"] = "keep"  # whether what trained in the stage before goes on with its optimizer's state and its schedule
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        check_tuples(self, "a stage's")
+        if not self.trains:
+            raise ConfigError("a stage of train.stages trains nothing: give under `trains` the names of one or more methods, such as [prefix]")
+        if self.steps is not None and self.share is not None:
+            raise ConfigError(f"a stage of train.stages has steps: {self.steps} and share: {self.share}, which both say how long it is: give one of them")
+        if (self.steps or 0) < 0 or not 0 <= (self.share or 0.0) <= 1:
+            raise ConfigError(f"a stage of train.stages has steps: {self.steps} and share: {self.share}: give 0 steps or more, or a share from 0 to 1")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"a stage of train.stages has learning_rate: {self.learning_rate}: give a positive rate")
+
+    def names(self, parameter: str) -> bool:
+        """Whether a parameter is of what trains here."""
+        return any(f"{parameter}.".startswith(f"{name}.") for name in self.trains)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +106,7 @@ class TrainSettings:
     frozen: dict[str, Path] = field(default_factory=dict)  # methods that are not trained, each with the adapter folder that has its weights
     pull_towards: tuple[Path, ...] = ()  # saved adapters of the same methods: after each step the weights move towards their mean (MOS)
     pull: float = 0.1  # the share of that way
+    stages: tuple[Stage, ...] = ()  # what trains in which part of the steps, such as [{trains: [prefix], share: 0.5}, {trains: [prefix, lora]}]; none: all
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
@@ -115,6 +143,40 @@ class TrainSettings:
             raise ConfigError(f"train.pull is {self.pull}: give 0 or more and less than 1, the share of the way to the mean that a step takes")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"train.betas is {self.betas}: both are from 0 to below 1")
+        if self.stages:
+            self._check_stages()
+
+    def _check_stages(self) -> None:
+        """Raise ConfigError for stages that are not as long as the run. Stages that all say their steps say those of the run, where it does not itself."""
+        *first, last = self.stages
+        if self.patience and len(self.stages) > 1:
+            raise ConfigError(f"train.patience is {self.patience}, which ends a run before its later train.stages: give 0, or one stage")
+        if any(stage.steps is stage.share is None for stage in first):
+            raise ConfigError("train.stages has a stage without steps and share that is not the last, which alone takes the rest: say how long it is")
+        steps, shares = ([value for stage in self.stages if (value := getattr(stage, name)) is not None] for name in ("steps", "share"))
+        is_open = last.steps is last.share is None
+        if steps and shares:
+            raise ConfigError("train.stages counts some stages in steps and others in shares: count all of them alike")
+        if steps and not is_open and not self.steps:
+            object.__setattr__(self, "steps", sum(steps))
+        if steps and not self.steps:
+            raise ConfigError("train.stages counts steps, and how many are left for the last stage train.epochs does not say: give train.steps, or shares")
+        total, unit, found = (self.steps, "steps", sum(steps)) if steps else (1, "of the run", sum(shares))
+        if found > total + 1e-9 or (not is_open and found < total - 1e-9):
+            raise ConfigError(f"train.stages add up to {found:g} {unit}, and the run has {total}: give stages that add up to it, or none for the last")
+
+    @property
+    def staged(self) -> tuple[Stage | None, ...]:
+        """The stages that last a step or more; one, of everything, where there are none: None."""
+        return tuple(stage for stage in self.stages if stage.steps != 0 and stage.share != 0) or (None,)
+
+    def stage_ends(self, n_steps: float) -> list[float]:
+        """After how many steps of a run of so many each of `staged` ends."""
+        ends = [0.0]
+        for stage in self.staged[:-1]:
+            assert stage is not None
+            ends.append(ends[-1] + (stage.share or 0.0) * n_steps if stage.steps is None else ends[-1] + stage.steps)
+        return [*map(round, ends[1:]), n_steps]
 
     def n_steps(self, n_samples: int, world: int) -> int:
         """Optimizer steps of the whole run: every image is read at least `epochs` times."""

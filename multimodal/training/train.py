@@ -38,6 +38,7 @@ from multimodal.training.distributed import (
     interrupts_noted,
     n_nodes,
     opened_accelerator,
+    rewrapped,
     seed_all,
     sigterm_noted,
     step_seed,
@@ -47,6 +48,7 @@ from multimodal.training.distributed import (
 from multimodal.training.prepare import Pull, Schedules, mean_loss, new_optimizer, offloaded, parameter_groups, training_form
 from multimodal.training.records import LoggedSamples, RunLog, TrainedSoFar, changed_settings, refuse_another_model, run_facts, track
 from multimodal.training.settings import TrainSettings
+from multimodal.training.stages import Stages
 from multimodal.training.state import BEST, SCHEDULE, Best, latest_checkpoint, load_state, read_state, state_tensors, write_state
 
 __all__ = ["Trained", "check_training", "train"]
@@ -157,6 +159,10 @@ def check_training(
     check_trackers(settings)
     parameters = {**TrainedParts.of(model).parameters(), **(also_trained or {})}
     parameter_groups(parameters, settings)
+    if idle := sorted({name.split(".", 1)[0] for name in parameters if not any(stage is None or stage.names(name) for stage in settings.staged)}):
+        warnings.warn(f"no stage of train.stages trains {', '.join(idle)}, so it stays as it begins", stacklevel=2)
+    if settings.stages and Schedules(model):
+        raise ConfigError("train.stages and a method with a schedule of its own were given, and both say what trains when: leave one of them out")
     _pull(model, settings)
     with training_form(model, settings, 0):
         own = run_facts(model, settings)
@@ -252,10 +258,10 @@ class _Run:
         self.parameters = {**TrainedParts.of(model).parameters(), **also_trained}
         self.pull = _pull(model, settings)
         optimizer = new_optimizer(self.parameters, settings)
-        self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.host = host_group(accelerator)
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(model, optimizer, device_placement=[not is_spread(model), True])
+        self.stages = Stages(settings, self.optimizer.optimizer, drops=accelerator.is_fsdp2)
         # FSDP2 puts parameters of its own in their places.
         self.parameters |= dict(model.adapted.active_adapter().named_parameters())
         self.schedules = Schedules(model)
@@ -268,7 +274,8 @@ class _Run:
     ) -> int:
         """Take the steps from `first` on; the last one comes back, which may be earlier than `n_steps` where patience ends the run."""
         every, judges = self.settings.measure_every, self.settings.keep_best or self.settings.patience > 0
-        with contextlib.closing(StepProgress(first=first, last=n_steps, is_visible=self.accelerator.is_main_process)) as displayed:
+        progress = StepProgress(first=first, last=n_steps, is_visible=self.accelerator.is_main_process)
+        with contextlib.closing(self.stages), contextlib.closing(progress) as displayed:
             for step, group in enumerate(_groups(iter(self.loader), self.settings.accumulation), start=first):
                 loss = self.step(group, step, n_steps)
                 displayed.step()
@@ -292,14 +299,14 @@ class _Run:
         agreed = agree(self.accelerator, group, self.stop.number, self.trained_so_far.ends, self.host)
         self.ended_by = agreed.stop
         self.log.skip(agreed.bad)
-        rate = self.rate(step, n_steps)
+        progress = self.progress(step, n_steps)
         self.trained_so_far.add(agreed)
         self.trained_so_far.check(self.log.bad)
         if not agreed.n_targets:
             return None
         seed_all(step_seed(self.settings.seed, step, self.accelerator.process_index))
-        for peak, parameters in zip(self.peaks, self.optimizer.param_groups, strict=True):
-            parameters["lr"] = peak * rate
+        if self.stages.enter(*progress):
+            self.model = rewrapped(self.model)
         world = self.accelerator.num_processes
         if self.schedules:
             self.schedules.before_step(step, lambda: self._loss_now(group[0].batch))
@@ -313,6 +320,7 @@ class _Run:
                 added = self.schedules.loss(step) if is_last else None
                 self.accelerator.backward(part if added is None else part + added)
             losses.append(part.detach() / world)
+        self.stages.drop()
         if self.schedules:
             self.accelerator.unscale_gradients()
             self.schedules.after_backward(step)
@@ -328,16 +336,16 @@ class _Run:
         self.broken += ((self.broken == 0) & ~loss.isfinite()) * torch.where(loss.isinf(), -1, 1) * (step + 1)
         return loss
 
-    def rate(self, step: int, n_steps: int) -> float:
-        """The share of the peak rate at a step: a function of the samples that were read, so that it goes on where it was with any number of processes.
+    def progress(self, step: int, n_steps: int) -> tuple[float, float]:
+        """How many steps of how many are done, for learning rates and stages: in samples read, so that it goes on where it was with any number of processes.
 
-        Where the run is given in steps, of those. Steps without anything to learn do not move it.
+        Where the run is given in steps, in those. Steps without anything to learn do not move it.
         """
         size = self._stream()[_STEP_SIZE]
         if self.settings.steps:
-            return self.settings.rate(step - self.trained_so_far.skipped, n_steps - self.trained_so_far.skipped)
+            return step - self.trained_so_far.skipped, n_steps - self.trained_so_far.skipped
         done = (self.read - self.trained_so_far.skipped_samples) / size + step - self.first
-        return self.settings.rate(done, done + n_steps - step)
+        return done, done + n_steps - step
 
     def measured(self, step: int, metrics: Mapping[str, float], samples: Callable[[], Sequence[LoggedSamples]] | None, displayed: StepProgress) -> None:
         """Log metrics of the validation images, judge them, and show some images to the trackers."""
@@ -362,7 +370,7 @@ class _Run:
             self.is_due = False
             self._refuse_broken()
             value = float(loss)
-            rate = self.optimizer.param_groups[0]["lr"]
+            rate = self.stages.rate
             displayed.logged(step, value, rate)
             self.log.write({"step": step, "loss": value, "rate": rate})
             self.accelerator.log({"loss": value, "rate": rate}, step=step)
@@ -408,6 +416,7 @@ class _Run:
                 raise CheckpointError(f"images in a step was {found[_STEP_SIZE]} and is {own[_STEP_SIZE]}")
             if first > n_steps:
                 raise CheckpointError(f"it was written after step {first}, and this config ends at {n_steps}")
+            self.stages.load_state_dict(content.get("stage", {}), *self.progress(first, n_steps))
         if self.accelerator.scaler is not None and content["scaler"]:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.log.rewind(first)
@@ -447,7 +456,7 @@ class _Run:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
             states = {"data": self.loader.state_dict(), "learnt": self.trained_so_far.state_dict(), "best": self.best.state_dict()}
-            extra: dict[str, Any] = {"stream": self._stream(), **states, "facts": self.facts, "scaler": scaler}
+            extra: dict[str, Any] = {"stream": self._stream(), "stage": self.stages.state_dict(), **states, "facts": self.facts, "scaler": scaler}
             write_state(self.folder / "checkpoints", step, tensors, extra, self.settings.keep)
         self.accelerator.wait_for_everyone()
 

@@ -374,6 +374,10 @@ def one_sentence(message: str, *, known: Sequence[str] = ()) -> str:
     path = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
     if found := re.search(_UNKNOWN, message):
         name = ".".join(value for value in found.groups() if value)
+        if not path and found["option"] and any(whole.startswith(f"{name}.") for whole in known):  # a setting there is, and yet not where it stands
+            from multimodal.training.settings import Stage
+
+            return f"{name} is no setting of an item of train.stages: an item has {', '.join(Stage.__dataclass_fields__)}"
         return _unknown(f"{path}.{name}".strip(".") if found["option"] else name, known)
     if found := re.search(r"unrecognized arguments: (.+)", message):
         return f"{found[1]} stands where nothing more is expected"

@@ -16,7 +16,7 @@ from multimodal.data.inputs import StoredDtype
 from multimodal.existing.budget import ImageTokens
 from multimodal.existing.connector_choice import ConnectorChoice, refuse_both, refuse_connector
 from multimodal.generation.settings import GenerationSettings
-from multimodal.training.settings import TrainSettings
+from multimodal.training.settings import Stage, TrainSettings
 from tasks.captioning import Captioning
 from tasks.data.sources import DataConfig
 from tasks.task import Task
@@ -47,9 +47,9 @@ def chosen_methods(methods: Any, *, needs_one: bool = True) -> dict[str, Method]
 
 
 def class_paths() -> list[str]:
-    """Every name under which a setting may ask for a class (`methods.gated.inner.class_path`): the methods, and a config's own groups."""
+    """Every name under which a setting may ask for a class (`methods.gated.inner.class_path`): the methods, and what lists and tables of settings hold."""
     methods = [f"{module}.{kind.__qualname__}" for kind in METHODS.values() for module in (kind.__module__, "adalink.methods", "adalink")]
-    return [*methods, f"{DataConfig.__module__}.{DataConfig.__qualname__}"]
+    return [*methods, *(f"{kind.__module__}.{kind.__qualname__}" for kind in (DataConfig, Stage))]
 
 
 def _given(methods: Any) -> dict[str, Method]:

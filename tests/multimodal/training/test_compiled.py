@@ -19,7 +19,7 @@ from multimodal.batches.packing import arrangement_of
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Text
 from multimodal.training.prepare import CompiledModel, compiled
-from multimodal.training.settings import TrainSettings
+from multimodal.training.settings import Stage, TrainSettings
 from multimodal.training.train import train
 
 METHODS = {
@@ -74,6 +74,27 @@ def test_loss_and_gradients_are_the_same_from_two_graphs_for_all_lengths(family:
     assert counter.frame_count == 2  # one for the first length, one for any other
 
 
+@pytest.mark.slow
+def test_a_compiled_model_whose_trained_methods_change_has_their_gradients() -> None:
+    """A second stage of a run names more methods than the first."""
+    model = model_of("opt")
+    batch = batch_of(model, 2, packed=True)
+    expected = dict(zip(dict(model.adapted.active_adapter().named_parameters()), gradients(model, batch)[1:], strict=True))
+    later = [one for name, one in model.adapted.active_adapter().named_parameters() if name.startswith("lora.")]
+    model.language_loss.call = CompiledModel(model.adapted, backend=CompileCounterWithBackend("aot_eager"))
+    for learns in (False, True):
+        for one in later:
+            one.requires_grad_(learns)
+        model.zero_grad()
+        model(batch).backward()
+        found = {name: one.grad for name, one in model.adapted.active_adapter().named_parameters()}
+        for name, gradient in found.items():
+            if name.startswith("lora.") and not learns:
+                assert gradient is None
+            else:
+                torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-10)
+
+
 def test_a_model_whose_adapters_changed_since_is_refused() -> None:
     model = model_of("opt")
     batch = batch_of(model, 2, packed=False)
@@ -118,7 +139,8 @@ def test_a_run_in_compiled_form_learns_what_a_plain_one_does(tmp_path: Path) -> 
     found = []
     for mode in ("no", "default"):
         model = model_of("opt")
-        settings = TrainSettings(steps=4, batch_size=2, learning_rate=1e-2, warmup=0.0, compile=mode)  # type: ignore[arg-type]
+        stages = (Stage(trains=("bridge", "adalink"), steps=3), Stage(trains=("lora", "adalink"), steps=3))
+        settings = TrainSettings(stages=stages, batch_size=2, learning_rate=1e-2, warmup=0.0, compile=mode)  # type: ignore[arg-type]
         train(model, Drawn(8), two_texts, settings, tmp_path / mode, measure=None)
         found.append([parameter.detach().clone() for parameter in model.adapted.active_adapter().parameters()])
         assert len(model.generate([Image.new("RGB", (40, 40))], [""])) == 1  # uncompiled, as before

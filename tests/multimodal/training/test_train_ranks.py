@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from multimodal.data.shards.writer import write_shards
-from multimodal.training.settings import Teachers
+from multimodal.training.settings import Stage, Teachers
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +59,20 @@ def test_processes_exchange_no_frozen_buffers_and_agree_on_the_host(machine: Mac
     machine.start(2, rank_jobs.exchanged, tmp_path).ended()
 
 
+# The bridge alone for eight steps, then everything.
+STAGED = {"stages": (Stage(trains=("bridge",), steps=8), Stage(trains=("bridge", "adalink")))}
+
+
 def test_two_processes_equal_one_with_the_same_pictures_in_a_step(machine: Machine, tmp_path: Path) -> None:
     """float64, ragged numbers of targets, accumulation, and seven images that nothing divides."""
     two = [{"folder": tmp_path / "two", "kept": True}, {"folder": tmp_path / "two_accumulated", "kept": True, "batch_size": 1, "accumulation": 2}]
     one = [{"folder": tmp_path / name, "kept": True, "batch_size": 4, "seed": seed} for name, seed in (("one", 0), ("control", 1))]
     seeing = {"sees": SEEING, "connector": "trained", "steps": 6}  # a model that sees already, whose tower runs in every step
     texts = {**seeing, "steps": 3, "checkpoint_every": 3, "without": (0, 1, 2, 4)}  # some texts without an image, at times all of a process
-    two += [{"folder": tmp_path / "two_seeing", **seeing}, {"folder": tmp_path / "two_texts", **texts}]
+    staged = {"kept": True, **STAGED, "steps": 12, "keep": 9}
+    two += [{"folder": tmp_path / "two_seeing", **seeing}, {"folder": tmp_path / "two_texts", **texts}, {"folder": tmp_path / "two_staged", **staged}]
     one += [{"folder": tmp_path / "one_seeing", **seeing, "batch_size": 4}, {"folder": tmp_path / "one_texts", **texts, "batch_size": 4}]
+    one += [{"folder": tmp_path / "one_staged", **staged, "batch_size": 4}]
     groups = [machine.start(2, rank_jobs.several, two), machine.start(1, rank_jobs.several, one)]
     for group in groups:
         group.ended()
@@ -77,6 +83,9 @@ def test_two_processes_equal_one_with_the_same_pictures_in_a_step(machine: Machi
     assert losses(tmp_path / "two_seeing") == pytest.approx(losses(tmp_path / "one_seeing"), rel=1e-12)
     assert difference(state(tmp_path / "two_texts", 3), state(tmp_path / "one_texts", 3)) < 1e-5  # some gradients are near zero, and Adam divides by them
     assert losses(tmp_path / "two_texts") == pytest.approx(losses(tmp_path / "one_texts"), rel=1e-7)
+    assert difference(state(tmp_path / "two_staged", 12), state(tmp_path / "one_staged", 12)) < 1e-10
+    assert losses(tmp_path / "two_staged") == pytest.approx(losses(tmp_path / "one_staged"), rel=1e-12)
+    assert "optimizer.adalink.image.down.weight.step" not in state(tmp_path / "two_staged", 5)  # it stands still
     assert difference(state(tmp_path / "control"), state(tmp_path / "one")) > 1e-3
     assert len(losses(tmp_path / "two")) == 20
 
@@ -88,18 +97,18 @@ def test_ten_steps_a_kill_and_ten_more_are_twenty_bit_for_bit_with_any_number_of
     world: int, before: dict[int, str], machine: Machine, tmp_path: Path
 ) -> None:
     """Images are decoded and encoded in each run, and read by 0, 1 and 2 workers; the unbroken run had one. before: workers -> the family that sees already."""
-    families = dict.fromkeys(before.values())
-    whole = machine.start(world, rank_jobs.several, [{"folder": tmp_path / f"whole{sees}", "workers": 1, "sees": sees} for sees in families])
+    families, more = dict.fromkeys(before.values()), STAGED if set(before.values()) == {""} else {}  # it is killed in the second stage
+    whole = machine.start(world, rank_jobs.several, [{"folder": tmp_path / f"whole{sees}", "workers": 1, "sees": sees, **more} for sees in families])
     killed = {}
     for workers, sees in before.items():
         folder = tmp_path / f"killed{workers}"
-        killed[workers] = machine.start(world, rank_jobs.several, [{"folder": folder, "workers": workers, "held": 19, "sees": sees}])
+        killed[workers] = machine.start(world, rank_jobs.several, [{"folder": folder, "workers": workers, "held": 19, "sees": sees, **more}])
         killed[workers].wait_until(lambda folder=folder: step_of(folder) >= 11)  # type: ignore[misc]
         killed[workers].killed()
         assert not (folder / "checkpoints" / "step_00000020").exists()
         assert (folder / "checkpoints" / "step_00000010").exists()
     whole.ended()
-    again = [{"folder": tmp_path / f"killed{workers}", "workers": (workers + 1) % 3, "resume": True, "sees": before[workers]} for workers in killed]
+    again = [{"folder": tmp_path / f"killed{workers}", "workers": (workers + 1) % 3, "resume": True, "sees": before[workers], **more} for workers in killed]
     machine.start(world, rank_jobs.several, again).ended()
     for workers in killed:
         unbroken = tmp_path / f"whole{before[workers]}"
@@ -256,7 +265,7 @@ WRAPS = {
 
 
 def test_fsdp2_trains_what_ddp_trains_and_its_checkpoint_is_gone_on_with_by_any(machine: Machine, tmp_path: Path) -> None:
-    job = {"kept": True, "steps": 10}
+    job = {"kept": True, "steps": 10, **STAGED}
     seeing = {"sees": SEEING, "steps": 4}
     groups = [machine.start(2, rank_jobs.several, [{"folder": tmp_path / "ddp", **job}, {"folder": tmp_path / "ddp_seeing", **seeing}])]
     for name, wrap in WRAPS.items():

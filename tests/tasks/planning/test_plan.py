@@ -167,6 +167,7 @@ BAD = [
     (("compose", *PARTS, "--methods.adalink", "{rank: 0, modalities: [text]}"), "AdaLink's rank is 0: give 1 or more"),
     (("compose", *PARTS, "--methods.adalnk.rank", "4"), "there is no setting methods.adalnk"),
     (("compose", *PARTS, *ADALINK, "--train.learning_rates", "{lora: 0.1}"), "train.learning_rates names lora, and this adapter's methods are adalink"),
+    (("compose", *PARTS, *ADALINK, "--train.stages", "[{trains: [prefx]}]"), "train.stages names prefx, and this adapter's methods are adalink"),
     (("compose", "--encoder", "scenes:encodr", "--language_model", "scenes:language", *ADALINK), "there is no embedded part 'scenes:encodr'"),
     (("compose", "--encoder", "scenes:encoder", "--language_model", "no-such-lm", *ADALINK), "cannot load the language model 'no-such-lm'"),
     (("compose", *PARTS, "--methods.adalink", "{rank: 4, modalities: [image]}"), "is for image tokens, and rows of this model"),

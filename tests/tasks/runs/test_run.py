@@ -204,6 +204,9 @@ def test_what_needs_no_image_is_refused_before_one_is_encoded(tmp_path: Path, mo
     for option, expected in (
         (("--train.learning_rates", "{lora: 0.1}"), "train.learning_rates names lora"), (("--train.states_gib", "1"), "train.states_gib caches the output of the layers below"),
         (("--train.patience", "2"), "train.patience judges measurements"),
+        (("--train.stages", "[{trains: [prefx]}]"), "train.stages names prefx, and this adapter's methods are adalink, bridge"),
+        (("--train.stages", "[{methods: [prefx]}]"), "methods is no setting of an item of train.stages: an item has trains, steps, share, learning_rate, optimizer"),
+        (("--train.stages", "[{trains: [adalink], steps: 1}, {trains: [bridge], steps: 1}]", "--train.steps", "3"), "train.stages add up to 2 steps, and the run has 3"),
     ):  # fmt: skip
         assert expected in refused(train("captioning", tmp_path / "run", *option, small=OPTIONS))
     assert not (tmp_path / "run").exists()

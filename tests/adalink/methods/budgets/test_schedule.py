@@ -20,7 +20,7 @@ from adalink.errors import CheckpointError, ConfigError
 from adalink.methods.adalink import AdaLink
 from adalink.methods.budgets.schedule import Schedule
 from multimodal.model import VisionLanguageModel
-from multimodal.training.settings import TrainSettings
+from multimodal.training.settings import Stage, TrainSettings
 from multimodal.training.train import train
 
 
@@ -131,3 +131,8 @@ def test_a_run_that_the_schedule_does_not_fit_and_a_state_of_other_groups_are_re
         one.load_state({**state, "more": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"count differ$"):
         one.load_state({"count": torch.zeros(2)})
+
+
+def test_a_schedule_is_refused_beside_stages(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^train\.stages and a method with a schedule of its own were given, and both say what trains when: leave one of them out$"):
+        run(tmp_path, stages=(Stage(trains=("bridge", "adalink"), share=0.5), Stage(trains=("prompt",))))
