@@ -155,7 +155,7 @@ def refuse_another_model(found: Mapping[str, Any], own: Mapping[str, Any]) -> No
 
 def changed_settings(found: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     """`train.learning_rate 0.001 -> 0.0005` for each setting of the training that is another now."""
-    was, now = found.get("train", {}), own["train"]
+    was, now = found.get("train", {}), {name: value for name, value in own["train"].items() if name != "stop_at"}  # changes no step
     return [f"train.{name} {was[name]} -> {now[name]}" for name in now if name in was and was[name] != now[name]]
 
 

@@ -74,6 +74,7 @@ class TrainSettings:
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 16  # images in each process and micro-batch
     accumulation: int = 1  # micro-batches in one optimizer step
+    stop_at: int = 0  # end after this step, in a checkpoint that --resume goes on from as if it had never ended; 0: at the last step
     order: Literal["auto", "global", "shards"] = "auto"  # shuffle all samples, or read shards in a row; auto: shards for URLs whose cache holds a window
     window: int = 16  # with order: shards, the number of shards whose samples are shuffled together, for each machine
     bucket_pool: int = 0  # batches within which images with texts of similar length are grouped, for less padding; 0: off
@@ -114,7 +115,8 @@ class TrainSettings:
         for name in ("batch_size", "accumulation", "checkpoint_every", "keep", "log_every", "window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 1 or more")
-        for name in ("steps", "weight_decay", "clip", "workers", "measure_every", "patience", "bad_samples", "seed", "states_gib", "row_tokens", "bucket_pool"):
+        never_negative = ("steps", "stop_at", "weight_decay", "clip", "workers", "measure_every", "patience", "bad_samples", "seed", "states_gib")
+        for name in (*never_negative, "row_tokens", "bucket_pool"):
             if not getattr(self, name) >= 0:  # also true of a NaN
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 0 or more")
         if (self.keep_best or self.patience) and not self.measure_every:

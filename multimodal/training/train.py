@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ from multimodal.training.state import BEST, SCHEDULE, Best, latest_checkpoint, l
 
 __all__ = ["Trained", "check_training", "train"]
 
+TIMED = slice(5, 25)  # of a process's steps, those whose mean is what a step takes: the first ones warm up
 _STEP_SIZE = "pictures in a step"  # the key that checkpoints have
 _NOT_SCALED = (
     "the language model is in float16 and train.precision is no, so the loss is not scaled and small gradients become 0: "
@@ -66,6 +68,7 @@ class Trained:
 
     skipped   steps without anything to learn, which every sample of was bad: no optimizer step was taken
     best      with train.keep_best, the step that the weights are of, and the metric that was best there; None: the weights are the last
+    step_seconds  the mean of steps 6 to 25 of this process, or of as many of them as there were; None: there were at most 5
     """
 
     steps: int
@@ -73,6 +76,7 @@ class Trained:
     bad: BadSamples
     skipped: int = 0
     best: tuple[int, str, float] | None = None
+    step_seconds: float | None = None
 
 
 def train(
@@ -127,7 +131,8 @@ def train(
         run.log.skip(known_bad)
         if settings.checkpointing:
             model.adapted.attachment.checkpoint_layers()
-        loader.steps = (n_steps - first) * settings.accumulation
+        last = max(first, min(n_steps, settings.stop_at or n_steps))
+        loader.steps = (last - first) * settings.accumulation
         if shard_sizes_of(source) is not None or isinstance(source, Mixture):
             accelerator.print(loader.order_note)
         started = time.perf_counter()
@@ -137,13 +142,13 @@ def train(
                 accelerator.print(model.language_loss.note)  # here, where it is known what is hooked, checkpointed and compiled
             if settings.offload != "no":
                 accelerator.print("activations wait for the backward pass in the host's pinned memory")
-            n_steps = run.learn(first, n_steps, measure, samples)
+            n_steps = run.learn(first, n_steps, last, measure, samples)
         seconds = time.perf_counter() - started
         take_off(model)
         best = run.best.put_back({**TrainedParts.of(model).parameters(), **(also_trained or {})})
         if skipped := run.trained_so_far.skipped:
             accelerator.print(f"{counted(skipped, 'step')} of {n_steps} had nothing to learn, and {'was' if skipped == 1 else 'were'} skipped")
-        return Trained(n_steps, seconds, run.log.bad, skipped, best)
+        return Trained(n_steps, seconds, run.log.bad, skipped, best, mean(timed) if (timed := run.step_times[TIMED]) else None)
 
 
 def check_training(
@@ -252,6 +257,7 @@ class _Run:
         self.trained_so_far, self.best, self.ended_by = trained_so_far, best, 0
         self.bare, self.facts = model, facts
         self.is_due = False  # a line of the log: of a step that learns nothing it waits for the next
+        self.step_times: list[float] = []
         self.first = self.read = 0  # the run's first step, and the samples that all processes had read before it
         # The first step whose loss was not finite, negative where it was infinite; asked for seldom, since asking waits for the device.
         self.broken = torch.zeros((), dtype=torch.int64, device=accelerator.device)
@@ -270,14 +276,19 @@ class _Run:
             accelerator.init_trackers("adalink", init_kwargs={"wandb": {"dir": str(folder)}})  # TensorBoard's files lie in FOLDER/adalink
 
     def learn(
-        self, first: int, n_steps: int, measure: Callable[[], Mapping[str, float]] | None, samples: Callable[[], Sequence[LoggedSamples]] | None
-    ) -> int:
-        """Take the steps from `first` on; the last one comes back, which may be earlier than `n_steps` where patience ends the run."""
+        self, first: int, n_steps: int, last: int, measure: Callable[[], Mapping[str, float]] | None,
+        samples: Callable[[], Sequence[LoggedSamples]] | None,
+    ) -> int:  # fmt: skip
+        """Take the steps from `first` to `last` of `n_steps`; the last one comes back, which may be earlier where patience ends the run."""
         every, judges = self.settings.measure_every, self.settings.keep_best or self.settings.patience > 0
         progress = StepProgress(first=first, last=n_steps, is_visible=self.accelerator.is_main_process)
         with contextlib.closing(self.stages), contextlib.closing(progress) as displayed:
             for step, group in enumerate(_groups(iter(self.loader), self.settings.accumulation), start=first):
+                is_timed = len(self.step_times) < TIMED.stop
+                before = self._clock() if is_timed else 0.0
                 loss = self.step(group, step, n_steps)
+                if is_timed:
+                    self.step_times.append(self._clock() - before)
                 displayed.step()
                 # Before the checkpoint: a run that is killed between the two measures again.
                 if measure is not None and every and ((step + 1) % every == 0 or (judges and step + 1 == n_steps)):
@@ -287,12 +298,18 @@ class _Run:
                     self.measured(step + 1, metrics, samples, displayed)
                     if self.best.is_over:
                         self.accelerator.print(f"{self.settings.patience} measurements were no better than that of step {self.best.step}: the run ends")
-                        n_steps = step + 1
-                self.after(step + 1, n_steps, loss, displayed)
+                        last = step + 1
+                self.after(step + 1, last, loss, displayed)
                 if self.best.is_over:
                     break
         self.schedules.end()
-        return n_steps
+        return last
+
+    def _clock(self) -> float:
+        """Seconds, once the device has done what it was asked: that waits, so few steps are timed."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def step(self, group: list[Loaded], step: int, n_steps: int) -> torch.Tensor | None:
         """One optimizer step over a group of micro-batches; the mean loss per target comes back, over all ranks. None where there is no target."""

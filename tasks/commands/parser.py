@@ -288,7 +288,7 @@ def _underscored(argument: str) -> str:
 # ----------------------------------------
 # A data set that is one path: `--data.train captions.csv` is `--data.train.path captions.csv`, in a config file too.
 
-_DATA_SETS = ("--data.train", "--data.val", "--val", "--unlabelled")
+_DATA_SETS = ("--data.train", "--data.val", "--data.search", "--val", "--unlabelled")
 _DATA_SETS_OF = {"compress": ("--search",), "port": ("--data",)}  # what is another thing elsewhere
 _SETTINGS = (".yaml", ".yml")  # such a file holds settings of a data set, and is none
 

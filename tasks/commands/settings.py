@@ -28,6 +28,7 @@ __all__ = [
 
 SOURCES = ("path", "images", "shards", "mix", "scenes")  # one of them says where a data set is
 SPLITS = ("train", "val")
+DATA_SETS = (*SPLITS, "search")
 
 # What `--help` lists of a run's settings.
 PARTS_FIRST = ("config", "task", "model", "encoder", "language_model")
@@ -42,7 +43,7 @@ METHOD_GROUPS = {"methods": "methods", "vision_methods": "methods inside the enc
 
 _DATA: Any = dataclasses.make_dataclass(
     "DraftData",
-    [(name, Optional[DataConfig], None) for name in SPLITS],  # noqa: UP045 (jsonargparse reads it at run time)
+    [(name, Optional[DataConfig], None) for name in DATA_SETS],  # noqa: UP045 (jsonargparse reads it at run time)
     kw_only=True,
     frozen=True,
 )
@@ -134,7 +135,7 @@ def settings_of(adapter: Path, given: Any) -> dict[str, Any]:
 
 def only_named_data(values: Any) -> None:
     """Leave out, of the parsed settings, data sets that are half given: a recipe says how they are read, the user where they are."""
-    for split in SPLITS:
+    for split in DATA_SETS:
         given = values["data"][split] if values["data"] is not None else None
         if given is not None and all(given[source] is None for source in SOURCES):
             values["data"][split] = None

@@ -122,6 +122,9 @@ class DataConfig:
     cache_gib: float = 50.0  # most that the cache may hold
     scenes: str | None = None  # the embedded data set: SPLIT/SIZE, for instance train/2000
     limit: int = 0  # take the first so many images; 0: all
+    shots: int = 0  # of these, take so many images of a permutation that shots_seed draws, as published few-shot subsets do; 0: all
+    shots_seed: int = 0  # numpy's default_rng(seed).permutation(n)
+    after_shots: int = 0  # with shots: in the place of these, at most so many images that follow them; 0: the shots
     decode: Decode = "exact"  # draft: JPEGs at 1/2, 1/4 or 1/8 of their size where the encoder needs no more; faster, and CHANGES PIXELS (by about 38 dB)
 
     def __post_init__(self) -> None:
@@ -134,6 +137,13 @@ class DataConfig:
         self._check_texts(given[0])
         if self.limit < 0 or not self.cache_gib >= 0:
             raise ConfigError(f"the data set's limit is {self.limit} and its cache_gib {self.cache_gib}: give 0 or more")
+        if min(self.shots, self.shots_seed, self.after_shots) < 0 or (self.after_shots and not self.shots):
+            raise ConfigError(
+                f"the data set's shots is {self.shots}, shots_seed {self.shots_seed} and after_shots {self.after_shots}: give 0 or more, and shots "
+                "with after_shots"
+            )
+        if self.shots and self.mix is not None:
+            raise ConfigError(f"shots is {self.shots} and mix was given, whose weights choose images: leave one out")
         if self.mix is not None and (self.limit or not self.mix or min(self.mix.values()) < 1):
             raise ConfigError(
                 f"mix is {self.mix} and limit {self.limit}: give data sets by path, each with a whole number from 1, and no limit"
@@ -206,9 +216,19 @@ class DataConfig:
         whole = len(source)
         if self.limit:
             source = Chosen(source, range(min(self.limit, whole)))
+        if self.shots:
+            source = Chosen(source, self._shots(len(source)))
         if not len(source):
             raise DataError(f"the data set has no usable sample: {problems[0].detail if problems else self}")
         return Opened(source, problems, item_ids, whole - len(source), sentence, files)
+
+    def _shots(self, n: int) -> list[int]:
+        """The indices of the shots among n samples, or of those that follow. Raises DataError where there are fewer."""
+        if self.shots + bool(self.after_shots) > n:
+            more = " with samples after them" if self.after_shots else ""
+            raise DataError(f"the data set's shots is {self.shots}{more}, and it holds {counted(n, 'sample')}: give fewer shots")
+        drawn: list[int] = np.random.default_rng(self.shots_seed).permutation(n).tolist()
+        return drawn[self.shots : self.shots + self.after_shots] if self.after_shots else drawn[: self.shots]
 
     def _remote(self) -> RemoteSettings:
         return RemoteSettings(cache=self.cache, cache_bytes=int(self.cache_gib * 2**30))

@@ -62,6 +62,7 @@ class Data:
 
     val: DataConfig  # what is evaluated
     train: DataConfig | None = None  # the training data; only `train` needs it
+    search: DataConfig | None = None  # what `adalink search` scores its trials on; none: a share of the training data. Nothing else reads it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,7 @@ def write_metrics(
     trained: Mapping[str, int],
     seconds: float,
     bad: tuple[BadSample, ...],
+    step_seconds: float | None = None,
 ) -> None:
     """Write metrics.json.
 
@@ -79,6 +80,7 @@ def write_metrics(
         "resampling": vars(resampling),
         "trained_parameters": dict(trained),
         "seconds_to_generate": round(seconds, 2),
+        **({} if step_seconds is None else {"step_ms": round(1000 * step_seconds, 3)}),
         "bad_samples": [vars(sample) for sample in bad],
     }
     if note := scores[TRAINED].note if scores else UNSCORED:

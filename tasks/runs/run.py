@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -186,6 +186,7 @@ class Evaluation:
     predictions: Predictions
     seconds: float
     warning: str
+    step_seconds: float | None = None  # of the training
 
 
 def train_run(config: RunConfig, config_text: str, *, resume: bool = False, texts_of: Callable[[Texts], Texts] = lambda texts: texts) -> Evaluation:
@@ -229,7 +230,7 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False, text
             _log(f"the adapter has the {best}")
         config_file.write_text(config_text)  # of a resumed run first here: one that is refused leaves the old one
         model.save_pretrained(folder / "adapter", task={"task": task.name, "generation": asdict(config.generation)})
-        evaluation = _evaluate(model, images, task, config, before)
+        evaluation = replace(_evaluate(model, images, task, config, before), step_seconds=trained.step_seconds)
         _write(folder, model, task, config_text, evaluation, images)
         if is_main():
             n_items = len(evaluation.predictions.texts)
@@ -358,6 +359,7 @@ def _write(folder: Path, model: VisionLanguageModel, task: Task, config_text: st
     task.write_results(folder / "results.json", evaluation.predictions.texts)
     text, trained = evaluation.predictions, TrainedParts.of(model).counts()
     write_metrics(
-        folder / "metrics.json", task, evaluation.scores, items=len(text.texts), trained=trained, seconds=evaluation.seconds, bad=text.bad
+        folder / "metrics.json", task, evaluation.scores, items=len(text.texts), trained=trained, seconds=evaluation.seconds, bad=text.bad,
+        step_seconds=evaluation.step_seconds,
     )  # fmt: skip
     write_run_report(folder, model, task, config_text, evaluation.scores, evaluation.predictions, images.source, warning=evaluation.warning)

@@ -108,6 +108,8 @@ def test_a_list_of_shards_is_one_set_and_a_saved_config_gives_it_again(tmp_path:
      ({"mix": {"a": 0}}, "mix is {'a': 0}"),
      ({"mix": {"a": 1}, "limit": 3}, "and limit 3"),
      ({"mix": {"a": 1}, "scenes": "val/2"}, "needs one of path, images, shards, mix and scenes, got mix, scenes"),
+     ({"scenes": "val/2", "after_shots": 1}, "shots is 0, shots_seed 0 and after_shots 1: give 0 or more, and shots with after_shots"),
+     ({"mix": {"a": 1}, "shots": 1}, "shots is 1 and mix was given, whose weights choose images"),
      ({"scenes": "val/2", "decode": "draft"}, r"decode is 'draft': give exact or draft, which is for JPEGs \(scenes are none\)"),
      ({"shards": "x", "decode": "half"}, "decode is 'half': give exact or draft"),
      ({"scenes": "val/2", "cache": Path("c")}, "the cache c would not be used: it keeps shards from a URL and unpacked parquet, and the data set is scenes"),
@@ -116,3 +118,25 @@ def test_a_list_of_shards_is_one_set_and_a_saved_config_gives_it_again(tmp_path:
 def test_senseless_settings_of_shards_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DataConfig(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [42, 1])
+def test_shots_are_those_of_published_subsets_and_what_follows_overlaps_nothing(seed: int) -> None:
+    from datasets import Dataset
+
+    published = Dataset.from_dict({"row": list(range(60))}).shuffle(seed=seed)["row"]
+    assert list(published) != list(range(60))  # the control
+
+    def keys(**chosen: int) -> list[str]:
+        return [sample.key for sample in everything(DataConfig(scenes="train/60", shots_seed=seed, **chosen).open().source)]
+
+    whole = [sample.key for sample in everything(DataConfig(scenes="train/60").open().source)]
+    assert keys(shots=20) == [whole[row] for row in published[:20]]
+    assert keys(shots=5) == keys(shots=20)[:5]
+    assert keys(shots=20, after_shots=30) == [whole[row] for row in published[20:50]]
+    assert len(keys(shots=50, after_shots=30)) == 10
+    assert set(keys(shots=8, limit=10)) < set(whole[:10])
+    with pytest.raises(DataError, match="shots is 61, and it holds 60 samples: give fewer shots"):
+        keys(shots=61)
+    with pytest.raises(DataError, match="shots is 60 with samples after them, and it holds 60 samples"):
+        keys(shots=60, after_shots=1)

@@ -143,6 +143,18 @@ def test_killed_at_a_random_step_and_resumed_gives_the_weights_of_an_unbroken_ru
     same(machine.run(out, "--resume"), unbroken)
 
 
+def test_a_run_that_stops_at_two_steps_and_goes_on_gives_the_weights_of_an_unbroken_run(machine: Machine, unbroken: Path, tmp_path: Path) -> None:
+    """The learning rates are those of all ten steps: a run of three steps, the control, ends with other weights."""
+    out = tmp_path / "run"
+    machine.run(out, "--train.stop_at", "3")
+    assert steps(out) == [1, 2, 3]
+    stopped, shorter = lines(out), lines(machine.run(tmp_path / "shorter", "--train.steps", "3"))
+    assert stopped == lines(unbroken)[:3]
+    assert stopped != shorter
+    machine.run(out, "--resume", "--train.stop_at", "7")
+    same(machine.run(out, "--resume"), unbroken)
+
+
 def test_killed_twice_with_a_worker_and_resumed_without_one_from_a_table(
     machine: Machine, table: tuple[str, ...], unbroken_table: Path, tmp_path: Path
 ) -> None:
