@@ -46,6 +46,7 @@ from adalink.checkpoint.folder import (
 from adalink.checkpoint.start import Start, seeded, start_of_new
 from adalink.edit import Adapter, Method, execution_device
 from adalink.errors import ConfigError, names_of
+from adalink.methods.budgets.hyper import task_weights
 from adalink.tokens import AUTO, BASE_NAME, BASE_ROW, TokenMap, uploaded
 
 __all__ = ["BASE_NAME", "ActiveAdapter", "AdaptedModel", "get_adalink_model"]
@@ -307,8 +308,11 @@ class AdaptedModel(nn.Module):
         """int64 [B]: which adapter serves each row; the active one where no names are given, none for "__base__" and None."""
         return self.serving(n_rows, names).row
 
-    def serving(self, n_rows: int, names: Sequence[str | None] | None = None) -> Rows:
-        """What a token map says of a batch's adapters: rows, slots of each row, which occur. Raises ConfigError for names that do not fit."""
+    def serving(self, n_rows: int, names: Sequence[str | None] | None = None, tasks: Sequence[str] = ()) -> Rows:
+        """What a token map says of a batch's adapters: rows, slots of each row, which occur. Raises ConfigError for names that do not fit.
+
+        tasks: of each row, where it is known and the active adapter serves all (`adalink.methods.budgets.hyper`).
+        """
         if names is not None and len(names) != n_rows:
             raise ConfigError(f"{len(names)} adapter names were given for {n_rows} rows: give one for each row")
         chosen = [None if name == BASE_NAME else name for name in ([self.active] * n_rows if names is None else names)]
@@ -316,7 +320,8 @@ class AdaptedModel(nn.Module):
         alike = len(set(indices)) == 1
         row = torch.full((n_rows,), indices[0], device=self.device) if alike else uploaded(indices, self.device)
         slots = tuple(() if name is None else self._adapter(name).slots for name in chosen)
-        return Rows(row, indices, frozenset(indices) - {BASE_ROW}, slots, self._weights(chosen))
+        weights = task_weights(self.active_adapter(), tasks, self.device) if tasks and names is None and self.active else self._weights(chosen)
+        return Rows(row, indices, frozenset(indices) - {BASE_ROW}, slots, weights)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the active adapter's folder: config, weights, model card."""

@@ -15,6 +15,7 @@ from adalink.methods.bitfit import BitFit
 from adalink.methods.bottleneck import Bottleneck
 from adalink.methods.bridge import Bridge
 from adalink.methods.budgets.adalora import AdaLoRA
+from adalink.methods.budgets.hyper import Hyper
 from adalink.methods.epalm import EPALM
 from adalink.methods.hira import HiRA
 from adalink.methods.ia3 import IA3
@@ -29,7 +30,7 @@ from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT
 __all__ = [
     "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "AdaLink",
     "AdaLoRA", "AdalinkError", "AdaptedModel", "Adapter", "Anatomy", "AttachError", "Attachment", "BaseSettings", "BitFit", "Bottleneck", "Bridge",
-    "BudgetError", "CheckpointError", "ConfigError", "DataError", "DePT", "Edit", "FrozenPart", "Gated", "HiRA", "InputSpec", "LoRA", "Method",
+    "BudgetError", "CheckpointError", "ConfigError", "DataError", "DePT", "Edit", "FrozenPart", "Gated", "HiRA", "Hyper", "InputSpec", "LoRA", "Method",
     "Placement", "Port", "Precision", "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint",
     "from_peft", "get_adalink_model", "read_vision", "to_peft",
 ]  # fmt: skip

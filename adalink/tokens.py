@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from adalink.errors import ConfigError
+from adalink.errors import AttachError, ConfigError
 
 __all__ = [
     "ANSWER", "AUTO", "BASE_NAME", "BASE_ROW", "DOMAIN_NAMES", "IMAGE", "OTHER", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "TokenMap", "Tokens", "counted",
@@ -145,6 +145,20 @@ class Tokens:
             )  # fmt: skip
         return self.elsewhere[device]
 
+    def of_prompt(self, module: nn.Module, what: str) -> Tensor:
+        """[B, ...]: what a module found when it read the whole prompt, in a call after it. With beams made since, a prompt's rows are repeated.
+
+        Raises AttachError where no prompt is known.
+        """
+        value = (self.retained or {}).get(module)
+        if value is None or len(self.row) % len(value):
+            found = "a cache of which no prompt is known, or a part of a prompt" if value is None else f"{len(self.row)} rows after a prompt of {len(value)}"
+            raise AttachError(
+                f"{what} is read once, from the whole prompt, and this call holds {found}: "
+                "give the model the prompt in one call, and go on with the cache that this call returned"
+            )
+        return value if len(value) == len(self.row) else value.repeat_interleave(len(self.row) // len(value), 0)
+
     def at(self, place: Tensor) -> Tokens:
         """The tokens at these places of the call, int64 [B, M], in this order; one may come twice."""
         domain, ordinal = (torch.take_along_dim(value, place, 1) for value in (self.domain, self.ordinal))
@@ -183,7 +197,8 @@ class TokenMap:
                                slots of its own, whose ordinals start anew. None: inputs have one entry for each row
     host       what the frozen model itself is given with these tokens beside their ids, for whoever calls it; edits do not see it
     indices    `row`, as the host knows it: then nobody waits for the device to find an adapter's rows. None: it is not known there
-    weights    float [B, K]: where several adapters serve a row together (`adalink.attachment.mixture`), how much each does. None: no row is such
+    weights    float [B, K]: where several adapters serve a row together (`adalink.attachment.mixture`), how much each does; of an adapter that has
+               several tasks (`adalink.methods.budgets.hyper`), 1 at the row's. None: no row is such
     """
 
     domain: Tensor

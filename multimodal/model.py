@@ -305,7 +305,7 @@ class VisionLanguageModel(nn.Module):
 
     def token_map(self, batch: Batch, adapter_names: Sequence[str | None] | None = None) -> TokenMap:
         """What the batch's tokens are, with the features of each row's image. Raises ConfigError for cached features of a trained encoder."""
-        rows = self.adapted.serving(len(batch.ids), adapter_names)
+        rows = self.adapted.serving(len(batch.ids), adapter_names, batch.tasks)
         if isinstance(self.tower, ModelTower):
             names = {self.adapted.active} if adapter_names is None else {None if name == BASE_NAME else name for name in adapter_names}
             plain = TokenMap(batch.domain, rows.row, serving=rows.serving, entry=batch.token_image, indices=rows.indices, weights=rows.weights)

@@ -25,6 +25,7 @@ class Text:
     places   for each image that is read, where it stands: (number of its turn, the question's being the last; how many letters of that come before
              it). None: every image of the sample, before the text of the user's first turn
     weight   of its loss in the batch's mean, above 0; 1 for a text of people
+    task     which of several tasks it is of, such as its question type; empty where none is named
     """
 
     question: str
@@ -33,6 +34,7 @@ class Text:
     turns: tuple[tuple[str, str], ...] = ()
     places: tuple[tuple[int, int], ...] | None = None
     weight: float = 1.0
+    task: str = ""
 
 
 class Filled(str):

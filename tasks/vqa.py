@@ -85,7 +85,7 @@ class Vqa:
         """Each answered question with one of its answers."""
         questions = training_questions(self, sample, rng)
         answers = [most_common(question) if self.learn == "common" else rng.choice(question.answers) for question in questions]
-        return [Text(one.text, answer, turns=one.turns, places=one.places) for one, answer in zip(questions, answers, strict=True)]
+        return [Text(one.text, answer, turns=one.turns, places=one.places, task=one.question_type) for one, answer in zip(questions, answers, strict=True)]
 
     def asked(self, sample: Sample) -> Sequence[Asked]:
         """Every question of the image, after the turns before it."""
@@ -180,7 +180,7 @@ class AnswerVocabulary:
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
         """The questions that the task takes, each with the scores of the answers that people gave."""
         questions = training_questions(self.task, sample, rng)
-        return [Text(one.text, most_common(one), self.scores(one), turns=one.turns, places=one.places) for one in questions]
+        return [Text(one.text, most_common(one), self.scores(one), turns=one.turns, places=one.places, task=one.question_type) for one in questions]
 
     def scores(self, question: Question) -> tuple[tuple[int, float], ...]:
         """(number of an answer, its VQA accuracy from above 0 to 1) for the answers that people gave; those outside are no target.

@@ -393,9 +393,9 @@ def _as_it_computes(placement: Placement, h: Tensor, tokens: Tokens, x: Tensor) 
 
 
 def _place_of(placement: Placement, h: Tensor) -> tuple[torch.dtype, torch.device]:
-    """The dtype of an edit's own weights, and where they (or those that it shares) are; those of h where it has none."""
-    device = next((one.device for module in (placement.edit, *placement.shared.values()) for one in module.parameters()), h.device)
-    return next(placement.edit.parameters(), h).dtype, device
+    """The dtype of an edit's own weights, or of those that it shares, and where they are; those of h where it has none."""
+    weight = next((one for module in (placement.edit, *placement.shared.values()) for one in module.parameters()), h)
+    return weight.dtype, weight.device
 
 
 # ----------------------------------------

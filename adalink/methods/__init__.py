@@ -18,10 +18,21 @@ class _Methods(UserDict[str, Any]):
 
 
 METHODS = _Methods({
-    "adalink": "adalink.AdaLink", "adalora": "budgets.adalora.AdaLoRA", "bitfit": "bitfit.BitFit", "bottleneck": "bottleneck.Bottleneck",
-    "bridge": "bridge.Bridge", "dept": "prompts.dept.DePT",
-    "epalm": "epalm.EPALM", "gated": "unipelt.Gated", "hira": "hira.HiRA", "ia3": "ia3.IA3", "lora": "lora.LoRA", "prefix": "prefix.Prefix",
-    "prompt": "prompts.prompt.Prompt", "unipelt": "unipelt.UniPELT",
+    "adalink": "adalink.AdaLink",
+    "adalora": "budgets.adalora.AdaLoRA",
+    "bitfit": "bitfit.BitFit",
+    "bottleneck": "bottleneck.Bottleneck",
+    "bridge": "bridge.Bridge",
+    "dept": "prompts.dept.DePT",
+    "epalm": "epalm.EPALM",
+    "gated": "unipelt.Gated",
+    "hira": "hira.HiRA",
+    "hyper": "budgets.hyper.Hyper",
+    "ia3": "ia3.IA3",
+    "lora": "lora.LoRA",
+    "prefix": "prefix.Prefix",
+    "prompt": "prompts.prompt.Prompt",
+    "unipelt": "unipelt.UniPELT",
 })  # fmt: skip
 
 

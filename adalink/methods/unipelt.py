@@ -50,7 +50,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         if self.mean == "prompt" and not tokens.has_prompt:
-            return self._retained(tokens)
+            return tokens.of_prompt(self, "a gate over the prompt")
         unknown = NOT_OF_THE_PROMPT if self.mean == "prompt" else (PREFIX,)
         counts = ~tokens.among(unknown)  # [B, T, 1]
         opened = torch.sigmoid(nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias))
@@ -59,17 +59,6 @@ class Gate(nn.Module):
         if self.mean == "prompt" and tokens.retained is not None:
             tokens.retained[self] = value
         return value
-
-    def _retained(self, tokens: Tokens) -> Tensor:
-        """What the gate was when the prompt was read. With beams made after that, a prompt's rows are repeated."""
-        value = (tokens.retained or {}).get(self)
-        if value is None or len(tokens.row) % len(value):
-            found = "a cache of which no prompt is known, or a part of a prompt" if value is None else f"{len(tokens.row)} rows after a prompt of {len(value)}"
-            raise AttachError(
-                f"a gate over the prompt is read once, from the whole prompt, and this call holds {found}: "
-                "give the model the prompt in one call, and go on with the cache that this call returned"
-            )
-        return value if len(value) == len(tokens.row) else value.repeat_interleave(len(tokens.row) // len(value), 0)
 
 
 class GatedEdit(nn.Module):

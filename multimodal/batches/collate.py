@@ -227,6 +227,7 @@ class Batch:
     score        float [B, M]        where a head chooses the answer: what each target, the number of an answer, would score; padding too
     n_targets    what the loss is divided by; the batch's own number of targets (of rows, where a head chooses) unless a training loop knows better
     keys         of the I images
+    tasks        of the B rows, where they are named; empty where none is
     is_padded    whether a row is known to be shorter than another, without reading a tensor
     """
 
@@ -252,6 +253,7 @@ class Batch:
     block: Tensor | None = None
     rope: Tensor | None = None
     keys: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     is_padded: bool = False
 
     def to(self, device: torch.device) -> Batch:
@@ -312,6 +314,7 @@ def collate(
         block=_padded([row.block for row in rows], -1, left) if rows[0].block else None,
         rope=torch.stack([_padded([tuple(one[axis] for one in row.rope) for row in rows], 0, left) for axis in range(3)]) if rows[0].rope else None,
         keys=tuple(keys),
+        tasks=tuple(row.task for row in rows) if any(row.task for row in rows) else (),
         is_padded=any(len(row.ids) < length for row in rows),
     )
 

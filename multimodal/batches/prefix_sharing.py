@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, Adapter, TokenMap
 from adalink.anatomy import text_config
 from adalink.errors import ConfigError
+from adalink.methods.budgets.hyper import Tasks
 from adalink.methods.unipelt import Gate
 from multimodal.batches.collate import FLEX, Batch, SharedPrefix, collate, packed_attention
 from multimodal.batches.tokenize import Row
@@ -374,8 +375,9 @@ def check_packed(adapter: Adapter, domain: Tensor, segment: Tensor, token_image:
 
 
 def mixes_texts(adapter: Adapter) -> bool:
-    """Whether tokens depend on later ones, or on all of their row."""
-    return "sequence" in gates_of(adapter) or any(placement.port.side == "cache" for placement in adapter.placements)
+    """Whether tokens depend on later ones, or on all of their row, or a row has one task."""
+    has_task = any(isinstance(module, Tasks) for module in adapter.modules())
+    return has_task or "sequence" in gates_of(adapter) or any(placement.port.side == "cache" for placement in adapter.placements)
 
 
 def gates_of(adapter: Adapter) -> set[str]:

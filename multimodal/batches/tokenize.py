@@ -184,6 +184,7 @@ class Row:
     rope         [T]        each token's positions in time, height and width; empty where the model counts tokens
     weight       [M]        of each target in the loss; empty where all are 1
     score        [M]        where a head chooses the answer: what each target, the number of an answer, would score; there are no sources then
+    task         as in Text
     """
 
     ids: tuple[int, ...]
@@ -201,6 +202,7 @@ class Row:
     block: tuple[int, ...] = ()
     rope: tuple[tuple[int, int, int], ...] = ()
     weight: tuple[float, ...] = ()
+    task: str = ""
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -134,7 +134,7 @@ class _Positions:
         """The rows of a sample, which in a composed model do not depend on its image; raises TextTooLong. n_images: black ones, where it is None."""
         is_blank = self.encoder.reads_images and image is None
         about = joined([self._blank] * n_images) if is_blank and isinstance(self._blank, Prepared) else image
-        return tuple(self.arrange([_weighted(self.encoder.row(text, about), text.weight) for text in texts]))
+        return tuple(self.arrange([_marked(self.encoder.row(text, about), text) for text in texts]))
 
     @cached_property
     def _blank(self) -> Tensor | Prepared:
@@ -159,8 +159,10 @@ class _Positions:
             return 0
 
 
-def _weighted(row: Row, weight: float) -> Row:
-    return row if weight == 1 else replace(row, weight=(weight,) * len(row.target))
+def _marked(row: Row, text: Text) -> Row:
+    """The row with its text's weight and task."""
+    weight = () if text.weight == 1 else (text.weight,) * len(row.target)
+    return replace(row, weight=weight, task=text.task) if weight or text.task else row
 
 
 class _Steps:

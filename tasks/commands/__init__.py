@@ -89,6 +89,7 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
     },
     "route": Entry("lifecycle.route", "ROUTE", "write a router that finds the adapter of a request by its image and its question"),
     "compress": Entry("lifecycle.compress", "COMPRESS", "write an adapter in a few bits a weight, which every command reads"),
+    "materialise": Entry("lifecycle.materialise", "MATERIALISE", "write one task's adapter of a hypernetwork (hyper) as an ordinary one"),
     "port": Entry("lifecycle.port", "PORT", "write an adapter for an updated base, after checks and where its scores are better"),
     "decompress": Entry("lifecycle.compress", "DECOMPRESS", "write a compressed adapter as an ordinary one"),
     "bench": Entry("bench", "BENCH", "measure how fast this machine trains and answers, beside other libraries"),

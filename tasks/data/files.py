@@ -22,7 +22,7 @@ from multimodal.sample import BadSample, Measure, Sample, counted, measured
 
 __all__ = [
     "FileSource", "ImageFolder", "ImageName", "Rows", "annotation_document", "answer_marks", "document_keys", "first_has", "integer", "loaded_once",
-    "no_sample", "once", "read_annotation_file", "text", "text_lines",
+    "no_sample", "once", "read_annotation_file", "read_lines", "text", "text_lines",
 ]  # fmt: skip
 
 
@@ -315,3 +315,11 @@ def text_lines(text: str) -> list[str]:
     (vertical tab, form feed, U+0085, U+2028 and others): texts copied from a web page hold these inside a sentence.
     """
     return [stripped for line in _END.split(text) if (stripped := line.strip())]
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file that are not blank, each a `what`. Raises ConfigError where it cannot be read."""
+    try:
+        return text_lines(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the {what}s {path} cannot be read ({error}): give a text file in UTF-8, one {what} a line") from None

@@ -24,7 +24,7 @@ from tasks.runs.help import comments_as_help
 __all__ = ["Listed", "Setting", "listed_methods", "methods_as_json", "methods_as_text", "methods_on"]
 
 
-EXAMPLE_COUNT, EXAMPLE_NUMBER, EXAMPLE_LAYERS = 4, 1.0, (-2, -1)
+EXAMPLE_COUNT, EXAMPLE_NUMBER, EXAMPLE_LAYERS, EXAMPLE_NAMES = 4, 1.0, (-2, -1), ("one", "two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def _example(hint: Any) -> Any:
         return _example(inner[0])
     if origin is collections.abc.Mapping:
         return {"all": ("all",)}
-    return {int: EXAMPLE_COUNT, float: EXAMPLE_NUMBER, tuple[int, int]: EXAMPLE_LAYERS}.get(hint)
+    return {int: EXAMPLE_COUNT, float: EXAMPLE_NUMBER, tuple[int, int]: EXAMPLE_LAYERS, tuple[str, ...]: EXAMPLE_NAMES}.get(hint)
 
 
 def _type(hint: Any) -> str:

@@ -126,11 +126,12 @@ def export_embeds(
     """
     from adalink import AdaptedModel
     from multimodal.language import load_language
+    from tasks.data.files import read_lines
     from tasks.runs.compose import found_part, load_adapted
     from tasks.runs.prompt_embeds import image_prompt_embeds, text_prompt_embeds
 
     config, images = AdaptedModel.read_config(adapter), images or []
-    texts = _lines(prompts) if prompts is not None else [""] * len(images)
+    texts = read_lines(prompts, "prompt") if prompts is not None else [""] * len(images)
     has_images = "task" in config.task and "prompt" in config.task
     if not texts:
         raise ConfigError("there is nothing to export: give --images, --prompts, or both")
@@ -208,15 +209,6 @@ def _save(language: Language, processor: Any, folder: Path) -> None:
     with quiet(), torch.no_grad():
         model.save_pretrained(folder)
         (processor or language.tokenizer).save_pretrained(folder)
-
-
-def _lines(path: Path) -> list[str]:
-    from tasks.data.files import text_lines
-
-    try:
-        return text_lines(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the prompts {path} cannot be read ({error}): give a text file in UTF-8, one prompt a line") from None
 
 
 FOLDED = Command.of(export_folded, "adalink export folded --adapter runs/first/adapter --out exported")
