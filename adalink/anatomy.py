@@ -13,7 +13,7 @@ from torch import nn
 from adalink.errors import AttachError
 
 __all__ = [
-    "Anatomy", "InputSpec", "Linear", "Part", "Positions", "Projections", "closing_norms", "max_positions", "read_elsewhere",
+    "Anatomy", "FrozenModule", "InputSpec", "Linear", "Part", "Positions", "Projections", "closing_norms", "max_positions", "read_elsewhere",
     "read_projections", "reader_of", "setting", "text_config", "token_ids",
 ]  # fmt: skip
 
@@ -185,6 +185,19 @@ def _parts(config: Any) -> list[Any]:
     return [*([first] if first is not config else []), *nested, *(inner for value in nested for inner in _parts(value))]
 
 
+class FrozenModule:
+    """A frozen module that something reads and does not own: it is in no state dict, and copies of its reader refer to the same one."""
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenModule:
+        return FrozenModule(memo.get(id(self.module), self.module))
+
+    def __reduce__(self) -> tuple[type[FrozenModule], tuple[()]]:
+        return FrozenModule, ()  # another process attaches it anew
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """An input that the edits can read beside the hidden states: `count` vectors of width `width` for each row."""
@@ -231,6 +244,7 @@ class Anatomy:
     reader       dotted name, in the model, of the decoder that reads what the stack gives; None where none does
     images       where an image's features meet the words: `before` the stack, in embeddings that it is given (LLaVA); `inside` it, before its
                  layers (Chameleon, GIT); `across`, read by cross-attention, so that every token is a word (BLIP, IDEFICS)
+    words        the word embedding itself; of no module where none is read
     """
 
     stack: str
@@ -247,6 +261,7 @@ class Anatomy:
     closing: tuple[str, ...] = ()
     reader: str | None = None
     images: Literal["before", "inside", "across"] = "before"
+    words: FrozenModule = field(default_factory=FrozenModule, compare=False, repr=False)
 
     @property
     def layer_width(self) -> int:
@@ -287,6 +302,7 @@ class Anatomy:
             closing=closing_norms(module, names, final_norm),
             reader=reader_of(model, stack),
             images=_images(module, bool(elsewhere)),
+            words=FrozenModule(words),
         )
 
     def linears_named(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:

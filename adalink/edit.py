@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -19,8 +20,8 @@ from adalink.errors import AttachError, ConfigError
 from adalink.tokens import DOMAIN_NAMES, N_DOMAINS, PERCEPT, PREFIX, Tokens
 
 __all__ = [
-    "COPIES", "EMBEDDING", "Adapter", "Compact", "Edit", "FixedLinear", "FrozenModule", "Joint", "Method", "Placement", "Port", "ReadsFrozen", "Slots",
-    "Written", "execution_device", "joins", "read_frozen", "tied_names", "weight_of",
+    "COPIES", "EMBEDDING", "SLOT_PLACES", "Adapter", "Compact", "Edit", "FixedLinear", "Joint", "Method", "Placement", "Port",
+    "ReadsFrozen", "SlotPlace", "Slots", "Written", "execution_device", "joins", "read_frozen", "tied_names", "weight_of",
 ]  # fmt: skip
 
 
@@ -179,25 +180,24 @@ def read_frozen(placement: Placement, module: nn.Module) -> None:
             part.read_frozen(module, placement.port.module)
 
 
-class FrozenModule:
-    """A frozen module that an edit reads and does not own: it is in no state dict, and copies of the edit refer to the same one."""
-
-    def __init__(self, module: nn.Module | None = None) -> None:
-        self.module = module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenModule:
-        return FrozenModule(memo.get(id(self.module), self.module))
-
-    def __reduce__(self) -> tuple[type[FrozenModule], tuple[()]]:
-        return FrozenModule, ()  # another process attaches it anew
+SlotPlace = Literal["start", "before_text", "after_text"]
+SLOT_PLACES = typing.get_args(SlotPlace)
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Positions that a method reserves at the start of every row it serves (image slots: where the template says)."""
+    """Positions that a method reserves in every row it serves (image slots: where the template says).
+
+    start        before everything else, images too
+    before_text  after the images, before the words that follow them
+    after_text   after the prompt, before the answer
+
+    Slots of one domain at several places have the ordinals that they have in the row.
+    """
 
     domain: int
     count: int
+    place: SlotPlace = "start"
 
 
 @dataclass(frozen=True)
@@ -302,6 +302,11 @@ class Adapter(nn.Module):
                 delattr(module, name)
                 module.register_buffer(name, parameter.detach())
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a method of the adapter scores the answers of a list, so that it writes nothing."""
+        return any(getattr(method, "chooses", False) for method in self.methods.values())
+
     def n_parameters(self) -> dict[str, int]:
         """Trained parameters of each method and of the copies, a shared one counted once."""
         counts = dict.fromkeys([*self.methods, *([COPIES] if self.copies else [])], 0)
@@ -310,17 +315,15 @@ class Adapter(nn.Module):
         return counts
 
 
-def _place_in_row(slot: Slots) -> int:
-    """Prefixes first, then percepts, then the rest in the order of the methods."""
-    if slot.domain == PREFIX:
-        return 0
-    return 1 if slot.domain >= PERCEPT else 2
+def _place_in_row(slot: Slots) -> tuple[int, int]:
+    """At each place prefixes first, then percepts, then the rest in the order of the methods."""
+    return SLOT_PLACES.index(slot.place), 0 if slot.domain == PREFIX else 1 if slot.domain >= PERCEPT else 2
 
 
 def _check_slots(reserved: Mapping[str, tuple[Slots, ...]]) -> None:
     taken: dict[int, str] = {}
     for name, slots in reserved.items():
-        for domain in (slot.domain for slot in slots):
+        for domain in dict.fromkeys(slot.domain for slot in slots):
             if domain in taken:
                 known = {number: word for word, number in DOMAIN_NAMES.items()}
                 free = ", ".join(str(number) for number in range(PERCEPT, N_DOMAINS) if number not in taken)

@@ -127,6 +127,8 @@ class AdaptedModel(nn.Module):
         **kwargs: Any,  # transformers' own arguments
     ) -> Any:
         """int64 [B * returned, T']: transformers' own generation on edited activations without dropout, prompt first; kwargs are its own."""
+        served = [name for name, index in self.indices.items() if token_map is None or token_map.serving is None or index in token_map.serving]
+        self.check_writes(served if token_map is not None else [self.active] if adapter_names is None else adapter_names)
         if token_map is not None:
             _check_no_names(adapter_names)
             with without_dropout(self), self.attachment.bind(token_map):
@@ -303,6 +305,14 @@ class AdaptedModel(nn.Module):
 
     def set_extra_state(self, state: object) -> None:
         """Nothing: the adapters that a state dict is loaded into are there already."""
+
+    def check_writes(self, names: Sequence[str | None]) -> None:
+        """Raise ConfigError where the adapter of a row answers from a list."""
+        if choosing := [name for name in names if name and name in self.adapters and name != AUTO and self._adapter(name).chooses]:
+            raise ConfigError(
+                f"the adapter {choosing[0]} answers from a list and writes nothing: give it the list in a VisionLanguageModel (add_answer_head), whose "
+                "generate chooses among it"
+            )
 
     def rows(self, n_rows: int, names: Sequence[str | None] | None = None) -> Tensor:
         """int64 [B]: which adapter serves each row; the active one where no names are given, none for "__base__" and None."""

@@ -23,12 +23,13 @@ from adalink.methods.lora import LoRA
 from adalink.methods.prefix import Prefix
 from adalink.methods.prompts.dept import DePT
 from adalink.methods.prompts.prompt import Prompt
+from adalink.methods.prompts.warp import WARP
 from adalink.methods.unipelt import Gated, UniPELT
 from adalink.model import BASE_NAME, AdaptedModel, get_adalink_model
 from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT, TEXT, TokenMap, Tokens
 
 __all__ = [
-    "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "AdaLink",
+    "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "WARP", "AdaLink",
     "AdaLoRA", "AdalinkError", "AdaptedModel", "Adapter", "Anatomy", "AttachError", "Attachment", "BaseSettings", "BitFit", "Bottleneck", "Bridge",
     "BudgetError", "CheckpointError", "ConfigError", "DataError", "DePT", "Edit", "FrozenPart", "Gated", "HiRA", "Hyper", "InputSpec", "LoRA", "Method",
     "Placement", "Port", "Precision", "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint",

@@ -199,6 +199,8 @@ class TokenMap:
     indices    `row`, as the host knows it: then nobody waits for the device to find an adapter's rows. None: it is not known there
     weights    float [B, K]: where several adapters serve a row together (`adalink.attachment.mixture`), how much each does; of an adapter that has
                several tasks (`adalink.methods.budgets.hyper`), 1 at the row's. None: no row is such
+    segment    int64 [B, T]: where a row holds several texts after what they share (0), which of them a token belongs to, from 1: the ordinals of each
+               go on from what is shared. None: every row is one text
     """
 
     domain: Tensor
@@ -211,6 +213,7 @@ class TokenMap:
     host: Host | None = None
     indices: tuple[int, ...] | None = None
     weights: Tensor | None = None
+    segment: Tensor | None = None
     # int64 [B, T]: how many tokens of the same domain precede each token in its row. [5, 5, 0, 5] -> [0, 1, 0, 2]
     ordinal: Tensor = field(init=False, repr=False)
     # int64 [B, 1]: tokens of the generated domain inside the prompt; the first generated token's ordinal
@@ -232,7 +235,8 @@ class TokenMap:
         if wrong and self.entry is None:
             raise ConfigError(f"inputs {wrong} do not have the token map's {self.row.shape[0]} rows: give one entry for each row")
         slot = self.domain + 1
-        counts = counted(nn.functional.one_hot(slot, N_DOMAINS + 1), None if self.entry is None else self.entry[..., None])
+        entry, segment = (None if value is None else value[..., None] for value in (self.entry, self.segment))
+        counts = counted(nn.functional.one_hot(slot, N_DOMAINS + 1), entry, segment)
         object.__setattr__(self, "ordinal", counts.gather(2, slot[..., None])[..., 0] - 1)
         object.__setattr__(self, "n_generated_before", (self.domain == self.generated).sum(1, keepdim=True))
         several = self.serving if self.serving is not None and len(self.serving) > 1 else ()
@@ -244,7 +248,10 @@ class TokenMap:
         entry = None if self.entry is None else self.entry[rows, :length]
         host = None if self.host is None else self.host.cut(rows, length)
         domain, row, weights = self.domain[rows, :length], self.row[rows], None if self.weights is None else self.weights[rows]
-        return replace(self, domain=domain, row=row, inputs=inputs, present=present, entry=entry, host=host, indices=None, weights=weights)
+        segment = None if self.segment is None else self.segment[rows, :length]
+        return replace(
+            self, domain=domain, row=row, inputs=inputs, present=present, entry=entry, host=host, indices=None, weights=weights, segment=segment
+        )
 
     def window(self, batch: int, start: int, length: int, visible: int) -> Tokens:
         """Tokens [start, start + length) of `batch` rows, with `visible` keys; rows are repeated for beams.
@@ -317,17 +324,25 @@ class TokenMap:
         return torch.cat([self.entry, self.entry[:, -1:].expand(-1, n_new)], 1)[:, :visible]
 
 
-def counted(is_one: Tensor, entry: Tensor | None = None) -> Tensor:
+def counted(is_one: Tensor, entry: Tensor | None = None, segment: Tensor | None = None) -> Tensor:
     """int64 [B, T, ...]: how many tokens are one, up to each and itself among them; counted anew where `entry` changes along the row.
 
-    [1, 0, 1, 1] with entries [4, 4, 4, 5] -> [1, 1, 2, 1].
+    [1, 0, 1, 1] with entries [4, 4, 4, 5] -> [1, 1, 2, 1]. Of a segment above 0, those of segment 0 count, and no other's:
+    [1, 1, 1, 1] with segments [0, 1, 1, 2] -> [1, 2, 3, 2].
     """
     counts = is_one.long().cumsum(1)
-    if entry is None:
-        return counts
-    begins = entry != entry.roll(1, 1)  # a row of one entry begins nowhere, and then nothing is taken off
-    before = torch.where(begins, counts - is_one.long(), 0)
-    return counts - before.cummax(1).values
+
+    def before_last(begins: Tensor) -> Tensor:
+        """How many are one before the last of these places, up to each token. A row without any loses nothing."""
+        return torch.where(begins, counts - is_one.long(), 0).cummax(1).values
+
+    begins = torch.zeros_like(is_one, dtype=torch.bool) if entry is None else entry != entry.roll(1, 1)
+    if segment is None:
+        return counts if entry is None else counts - before_last(begins)
+    changes = begins | (segment != segment.roll(1, 1))
+    is_first = changes & (segment > 0) & (begins | (segment.roll(1, 1) == 0))  # the first text after what is shared
+    other_texts = torch.where(segment > 0, before_last(changes) - before_last(is_first), 0)
+    return counts - before_last(begins) - other_texts
 
 
 def _beams_of(rows: Tensor, beams: int) -> Tensor:

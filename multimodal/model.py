@@ -26,7 +26,7 @@ from adalink.errors import ConfigError
 from adalink.model import ActiveAdapter
 from multimodal.batches.collate import Batch
 from multimodal.batches.packing import Ways
-from multimodal.batches.tokenize import RowEncoder
+from multimodal.batches.tokenize import RowEncoder, in_ids
 from multimodal.data.images.decode import ImageOrFile
 from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Batches, Texts, TrainingTask, new_batches
@@ -111,7 +111,7 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
         config.check_base(parts, str(folder), allow_other_base=allow_other_base)
     local, encoder = local_folder(folder), parts["encoder"]
     vision = load_vision_adapter(local, model.tower, encoder, len(model.adapted.adapters), allow_other_base=allow_other_base)
-    head = load_head(local, model.adapted, config.task["answers"]) if config.task.get("answers") else None
+    head = load_head(local, model.adapted, config.task["answers"], config.methods) if config.task.get("answers") else None
     adapter = model.adapted.load_adapter(local, name, activate=activate, allow_other_base=allow_other_base)
     if head is not None:
         model.heads[name] = head
@@ -224,6 +224,7 @@ class VisionLanguageModel(nn.Module):
         """float []: cross entropy summed over the batch's targets (binary, over answers, with a head), divided by `batch.n_targets`."""
         if self.head is not None:
             return answer_loss(self.head, pooled_state(self.adapted, self.language, batch, self.token_map(batch)), batch)
+        self.adapted.check_writes([self.adapted.active])
         loss = self.language_loss(batch, self.token_map(batch)) / batch.n_targets
         is_unread = batch.prepared is not None and not any(sample.counts for sample in batch.prepared.samples)
         if is_unread and isinstance(self.tower, ModelTower) and self.changes_features and torch.is_grad_enabled():
@@ -288,6 +289,7 @@ class VisionLanguageModel(nn.Module):
             token_map = self.token_map(batch, adapter_names)
             if any(heads := [self._head(name) for name in names]):
                 return chosen_answers(heads, pooled_state(self.adapted, self.language, batch, token_map))
+            self.adapted.check_writes(names)
             return written_texts(self.language, self.adapted.attachment, batch, token_map, settings)
 
     def row_encoder(self, adapter: str | None = None) -> RowEncoder | ConversationRows:
@@ -366,6 +368,7 @@ class VisionLanguageModel(nn.Module):
 
         Raises ConfigError where both are given, or the model has no such connector.
         """
+        methods = in_ids(methods, self.language.tokenizer)
         if self.connectors is None:
             refuse_connector(connector, connector_methods or ())
             return self.adapted.add_adapter(name, methods)
@@ -373,8 +376,9 @@ class VisionLanguageModel(nn.Module):
 
     def add_answer_head(self, answers: Sequence[str]) -> AnswerHead:
         """Let the active adapter choose among these answers, by a new head that is trained with it, instead of writing."""
-        self.adapted.active_adapter()
-        self.heads[self.adapted.active or ""] = head = new_head(self.adapted, answers)
+        methods = self.adapted.active_adapter().methods
+        pieces_of = RowEncoder(self.template_of(self.adapted.active or ""), self.language, ()).answer_pieces
+        self.heads[self.adapted.active or ""] = head = new_head(self.adapted, answers, methods, pieces_of)
         return head
 
     @property

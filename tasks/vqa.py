@@ -176,6 +176,8 @@ class AnswerVocabulary:
 
     task: Vqa
     answers: tuple[str, ...]
+    n_unlisted: int = 0  # questions of which no answer is in the list
+    n_questions: int = 0  # with answers
 
     def texts(self, sample: Sample, rng: random.Random) -> Sequence[Text]:
         """The questions that the task takes, each with the scores of the answers that people gave."""
@@ -183,13 +185,15 @@ class AnswerVocabulary:
         return [Text(one.text, most_common(one), self.scores(one), turns=one.turns, places=one.places, task=one.question_type) for one in questions]
 
     def scores(self, question: Question) -> tuple[tuple[int, float], ...]:
-        """(number of an answer, its VQA accuracy from above 0 to 1) for the answers that people gave; those outside are no target.
+        """(number of an answer, its VQA accuracy from above 0 to 1) for the answers that people gave, the most common first.
+
+        Answers that are not in the list are no target.
 
         Four of ten people or more: 1; three: 0.9; two: 0.6; one: 0.3. Each answer to a question that has too few for that: 1.
         """
         graded = graded_question(question)
         scorer: VqaScorer = "exact" if has_few_answers(graded) else "normalized"
-        given = dict.fromkeys(normalize(clean(answer)) for answer in question.answers)
+        given = [answer for answer, _ in Counter(normalize(clean(answer)) for answer in question.answers).most_common()]
         known = {self._numbers[answer]: answer for answer in given if answer in self._numbers}
         scores = {number: score_answers({question.question_id: answer}, [graded], scorer).overall / 100 for number, answer in known.items()}
         return tuple((number, score) for number, score in scores.items() if score > 0)
@@ -205,14 +209,19 @@ def answer_vocabulary(task: Vqa, source: SampleSource) -> AnswerVocabulary:
     Every answer of every person counts. Reads the whole data set. Raises DataError where it has no answers.
     """
     spelled: dict[str, Counter[str]] = defaultdict(Counter)
+    questions: Counter[frozenset[str]] = Counter()
     for index in progress(range(len(source)), "reading the answers"):
         try:
             sample = source[index]
         except DamagedSample:  # counted where it is trained on
             continue
-        for answer in (clean(answer) for question in sample.questions for answer in question.answers):
-            spelled[normalize(answer)][answer] += 1
+        for given in ([clean(answer) for answer in question.answers] for question in sample.questions if question.answers):
+            questions[frozenset(map(normalize, given))] += 1
+            for answer in given:
+                spelled[normalize(answer)][answer] += 1
     if not spelled:
         raise DataError(f"the {len(source)} training images have no answers to choose among: give VQA data with annotations, or leave out vqa.answers")
     ranked = sorted(spelled, key=lambda answer: (-spelled[answer].total(), answer))[: task.answers]
-    return AnswerVocabulary(task, tuple(min(spelled[answer].items(), key=lambda pair: (-pair[1], pair[0]))[0] for answer in ranked))
+    n_unlisted = sum(n for given, n in questions.items() if given.isdisjoint(ranked))
+    names = tuple(min(spelled[answer].items(), key=lambda pair: (-pair[1], pair[0]))[0] for answer in ranked)
+    return AnswerVocabulary(task, names, n_unlisted, questions.total())

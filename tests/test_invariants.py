@@ -26,6 +26,7 @@ from adalink import (
     PERCEPT,
     PROMPT,
     TEXT,
+    WARP,
     AdaLink,
     AdaLoRA,
     AdaptedModel,
@@ -101,6 +102,7 @@ METHODS_UNDER_TEST = {
     "unipelt_apl": {"unipelt": UniPELT(variant="APL", bottleneck=4, prefix_length=2, prefix_hidden=6, lora_rank=2)},
     "ia3": {"ia3": IA3(groups={"image": ("image",), "shared": ("image", "text")})},
     "dept": {"dept": DePT(length=2, rank=2, max_length=5, init_std=0.5, modalities=("text", "image"))},
+    "warp": {"warp": WARP(start=1, after_text=1, init_std=0.5)},
     "hira": {"hira": HiRA(groups={"image": ("image",), "shared": ("image", "text")}, rank=2)},
     "hyper": {"hyper": Hyper(prototypes=("a", "b"), width=4, size=6)},
     "all_at_once": {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
 from adalink.attachment.existing import NO_LABEL, domains, is_encoder_decoder, padding_mask, placeholder_id, positions
-from adalink.edit import Slots
+from adalink.edit import SLOT_PLACES, Slots
 from adalink.errors import ConfigError
 from adalink.tokens import ANSWER, IMAGE, PAD, PERCEPT, TEXT, TokenMap, uploaded
 
@@ -29,17 +29,18 @@ __all__ = ["PER_TOKEN", "Call", "Reserved", "Route", "Rows", "given_ids", "n_cho
 class Reserved:
     """Where slots and tokens of a batch are once every row has the slots of its own adapter.
 
-    Slots come right before a row's first real token, after its padding. Rows with fewer slots are filled up on the right to be read
-    (each then has the positions that it has alone), on the left to generate (where the next token must follow the last one).
+    Slots come right before a row's first real token, after its padding; before its first word, after its images; or after its prompt, before its
+    answer. Rows with fewer slots are filled up on the right to be read (each then has the positions that it has alone), on the left to
+    generate (where the next token must follow the last one).
 
         mask [0 1 1], 1 slot S;  mask [1 1 1], 2 slots      left:  [. . S a b]  [S S a b c]
                                                             right: [. S a b .]  [S S a b c]
     """
 
-    def __init__(self, mask: Tensor, slots: Sequence[Sequence[Slots]], side: Literal["left", "right"]) -> None:
-        """`mask`: int64 [B, T], 1 where a token is real; `slots`: what the adapter of each row reserves."""
-        kinds = [[slot.domain for slot in row for _ in range(slot.count)] for row in slots]
-        if any(domain in row for row in kinds for domain in (IMAGE, PERCEPT)):
+    def __init__(self, mask: Tensor, slots: Sequence[Sequence[Slots]], side: Literal["left", "right"], domain: Tensor | None = None) -> None:
+        """`mask`: int64 [B, T], 1 where a token is real; `slots`: what the adapter of each row reserves; `domain`: int64 [B, T], None: all is prompt."""
+        kinds = [[slot for slot in row for _ in range(slot.count)] for row in slots]
+        if any(slot.domain in (IMAGE, PERCEPT) for row in kinds for slot in row):
             raise ConfigError(
                 "an adapter with a bridge or with percepts needs images, and plain ids bring none: use a model composed with a vision tower, "
                 "or pass a token_map"
@@ -47,17 +48,25 @@ class Reserved:
         n_slots = max((len(row) for row in kinds), default=0)
         device = mask.device
         self.n_tokens, self.n_slots = mask.shape[1], n_slots
-        self.domains = uploaded([row + [PAD] * (n_slots - len(row)) for row in kinds], device)
+        self.domains = uploaded([[slot.domain for slot in row] + [PAD] * (n_slots - len(row)) for row in kinds], device)
         self.count = uploaded([[len(row)] for row in kinds], device)
-        self.first = (mask.cumsum(1) == 0).sum(1, keepdim=True)  # [B, 1]
-        place = torch.arange(self.n_tokens + n_slots, device=device) - (n_slots - self.count if side == "left" else 0)
-        self.ordinal = place - self.first
-        self.is_slot = (self.ordinal >= 0) & (self.ordinal < self.count)
-        column = torch.where(self.ordinal < 0, place, place - self.count)
-        self.is_token = ~self.is_slot & (column >= 0) & (column < self.n_tokens)
-        self.column = column.clamp(0, self.n_tokens - 1)
-        own = torch.arange(self.n_tokens, device=device)
-        self.place = own + (n_slots - self.count if side == "left" else 0) + self.count * (own >= self.first)
+        starts = _starts(mask, domain)
+        # [B, S]: the column that each slot comes before. No slot, the filler, comes after everything.
+        after = len(SLOT_PLACES)
+        which = uploaded([[SLOT_PLACES.index(slot.place) for slot in row] + [after] * (n_slots - len(row)) for row in kinds], device)
+        before = nn.functional.pad(starts, (0, 1), value=self.n_tokens).gather(1, which) if n_slots else which
+        own, filled = torch.arange(self.n_tokens, device=device), n_slots - self.count if side == "left" else 0
+        self.place = own + filled + (before[:, :, None] <= own).sum(1)
+        is_slot = torch.arange(n_slots, device=device) < self.count
+        whole = self.n_tokens + n_slots
+        at = torch.where(is_slot, before + filled + torch.arange(n_slots, device=device), whole)  # the filler beyond the row, where it is cut off
+        empty = torch.full((len(mask), whole + 1), -1, device=device)
+        self.ordinal = empty.scatter(1, at, torch.arange(n_slots, device=device).expand_as(at))[:, :whole]
+        column = empty.scatter(1, self.place, own.expand_as(self.place))[:, :whole]
+        self.is_slot, self.is_token, self.column = self.ordinal >= 0, column >= 0, column.clamp(min=0)
+        self.first, self.before = starts[:, :1], before
+        # Of the last token of a prompt that slots come after, the last of them says what follows it.
+        self.next_place = self.place + torch.where(starts[:, -1:] == own + 1, (which == after - 1).sum(1, keepdim=True), 0)
 
     def widened(self, value: Tensor, slot: int | Tensor, padding: int) -> Tensor:
         """[B, T] -> [B, T + S]: `slot` (one value, or [B, T + S]) at the slots, `padding` where a row was filled up."""
@@ -69,18 +78,41 @@ class Reserved:
         """int64 [B, T] -> [B, T + S]: the slots have their own domains."""
         if not self.n_slots:
             return domain
-        return self.widened(domain, torch.take_along_dim(self.domains, self.ordinal.clamp(0, self.n_slots - 1), 1), PAD)
+        return self.widened(domain, torch.take_along_dim(self.domains, self.ordinal.clamp(min=0), 1), PAD)
 
     def widened_positions(self, position: Tensor) -> Tensor:
-        """int64 [B, T] -> [B, T + S]: the first slot takes the position of the row's first token, and what follows moves on."""
-        start = torch.take_along_dim(position, self.first.clamp(max=self.n_tokens - 1), 1)
+        """int64 [B, T] -> [B, T + S]: a slot takes the position of the token that it comes before, and what follows moves on."""
+        if not self.n_slots:
+            return position
         own = torch.arange(self.n_tokens, device=position.device)
-        return self.widened(position + self.count * (own >= self.first), start + self.ordinal, 0)
+        n_before = (self.before[:, :, None] <= own).sum(1)
+        # After the last token a slot takes the next position; before the first there is none to go on from.
+        is_first = self.before <= self.first
+        start = torch.take_along_dim(position, torch.where(is_first, self.first.clamp(max=self.n_tokens - 1), self.before.clamp(max=self.n_tokens) - 1), 1)
+        slots = start + torch.where(is_first, 0, 1) + torch.arange(self.n_slots, device=position.device)
+        return self.widened(position + n_before, torch.take_along_dim(slots, self.ordinal.clamp(min=0), 1), 0)
 
-    def own(self, value: Tensor) -> Tensor:
-        """[B, T + S, ...] -> [B, T, ...]: what stands at the row's own tokens; with beams B is a multiple of the rows."""
-        place = self.place.to(value.device).repeat_interleave(len(value) // len(self.place), 0)
+    def own(self, value: Tensor, *, following: bool = False) -> Tensor:
+        """[B, T + S, ...] -> [B, T, ...]: what stands at the row's own tokens; with beams B is a multiple of the rows.
+
+        following: at the last token of a prompt that slots come after, what stands at the last of these.
+        """
+        place = (self.next_place if following else self.place).to(value.device)
+        place = place.repeat_interleave(len(value) // len(place), 0)
         return torch.take_along_dim(value, place.view(*place.shape, *[1] * (value.ndim - 2)), 1)
+
+
+def _starts(mask: Tensor, domain: Tensor | None) -> Tensor:
+    """int64 [B, 3], in the order of SLOT_PLACES: the first real token, the first after the images, and the first of the answer (or of the end)."""
+    n_tokens, own = mask.shape[1], torch.arange(mask.shape[1], device=mask.device)
+    first = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    end = n_tokens - (mask.flip(1).cumsum(1) == 0).sum(1, keepdim=True)
+    if domain is None:
+        return torch.cat([first, first, torch.maximum(first, end)], 1)
+    after_images = torch.where(domain == IMAGE, own + 1, 0).amax(1, keepdim=True)
+    answer = torch.where(domain == ANSWER, own, n_tokens).amin(1, keepdim=True)
+    end = torch.maximum(first, torch.minimum(answer, end))
+    return torch.cat([first, torch.minimum(torch.maximum(first, after_images), end), end], 1)
 
 
 # ----------------------------------------
@@ -194,6 +226,7 @@ class Call:
     reserved      None where no row has slots, and arguments and results are the caller's own
     writes_apart  an encoder-decoder model: labels, logits and generated ids are not for the tokens that the edits see
     inside        what the stack is given in place of the caller's own, where the slots never leave the stack; None where the whole model has them
+    predicts      whether a token's logits say what follows it: those of a prompt's last token are then those of the last slot after it
     """
 
     token_map: TokenMap
@@ -201,6 +234,7 @@ class Call:
     reserved: Reserved | None = None
     writes_apart: bool = False
     inside: Mapping[str, Tensor] | None = None
+    predicts: bool = False
 
     @staticmethod
     def make(
@@ -225,7 +259,8 @@ class Call:
         mask = flat.get("attention_mask")
         if mask is None:
             mask = padding_mask(model, ids, arguments.get("pad_token_id")) if side == "left" else torch.ones_like(ids)
-        reserved, placeholder = Reserved(mask, rows.slots, "right" if writes_apart else side), placeholder_id(model, image_ids)
+        reserved = Reserved(mask, rows.slots, "right" if writes_apart else side, domain)
+        placeholder = placeholder_id(model, image_ids)
         changed = {"input_ids": reserved.widened(ids, placeholder, placeholder), "attention_mask": reserved.widened(mask, 1, 0)}
         for name, (slot, padding) in {**PER_TOKEN, **({} if writes_apart or inside else {"labels": (NO_LABEL, NO_LABEL)})}.items():
             if name not in changed and arguments.get(name) is not None:
@@ -242,7 +277,7 @@ class Call:
         for name in ("max_length", "min_length"):  # of transformers' generation, which counts the prompt
             if arguments.get(name) is not None and not writes_apart:
                 changed[name] = arguments[name] + reserved.n_slots
-        return Call(token_map, {**arguments, **changed}, reserved, writes_apart)
+        return Call(token_map, {**arguments, **changed}, reserved, writes_apart, predicts=anatomy.attention == "causal")
 
     @staticmethod
     def of_writer(domain: Tensor, arguments: Mapping[str, Any], rows: Rows) -> Call:
@@ -272,7 +307,7 @@ class Call:
         for name in ("logits", "last_hidden_state"):
             value = getattr(output, name, None)
             if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == self.reserved.n_tokens + self.reserved.n_slots:
-                setattr(output, name, self.reserved.own(value))
+                setattr(output, name, self.reserved.own(value, following=self.predicts and name == "logits"))
         if getattr(output, "pooler_output", None) is not None:
             output.pooler_output = None
         return output

@@ -204,6 +204,8 @@ def _tokens(h: Tensor, domains: list[int]) -> Tokens:
 def _check(adapter: Adapter) -> None:
     possible = {IMAGE, *(slot.domain for slot in adapter.slots)}
     names = {domain: name for name, domain in DOMAIN_NAMES.items()}
+    if elsewhere := [slot.place for slot in adapter.slots if slot.place != "start"]:
+        raise ConfigError(f"slots are asked for at the place {elsewhere[0]}, and a vision encoder reads no words: leave place at start there")
     for placement in adapter.placements:
         if placement.port.side not in ("embedding", "input", "output"):
             raise ConfigError(f"the edit {placement.role} changes the {placement.port.side} of a language model, which a vision encoder does not have")

@@ -33,6 +33,7 @@ METHODS = _Methods({
     "prefix": "prefix.Prefix",
     "prompt": "prompts.prompt.Prompt",
     "unipelt": "unipelt.UniPELT",
+    "warp": "prompts.warp.WARP",
 })  # fmt: skip
 
 

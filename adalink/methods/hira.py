@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adalink.anatomy import Anatomy
-from adalink.edit import FrozenModule, Placement, Slots
+from adalink.anatomy import Anatomy, FrozenModule
+from adalink.edit import Placement, Slots
 from adalink.errors import AttachError, ConfigError, check_tuples
 from adalink.methods.targets import (
     Target,

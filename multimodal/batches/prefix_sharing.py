@@ -189,7 +189,7 @@ class ModelCall:
 
 def calls_of(adapted: AdaptedModel, batch: Batch, token_map: TokenMap) -> list[ModelCall]:
     """The calls to be made, in this order: the second reads what the first left in its cache."""
-    start = batch.shared_prefix
+    start, token_map = batch.shared_prefix, token_map if batch.segment is None else replace(token_map, segment=batch.segment)
     if start is None:
         return [_whole(adapted.base, batch, token_map)]
     learns = not _is_untouched(adapted, start, token_map)

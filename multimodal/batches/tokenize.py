@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -11,13 +11,15 @@ from typing import Any
 
 from tokenizers import PreTokenizedString
 
-from adalink import ANSWER, IMAGE, TEXT, Slots
+from adalink import ANSWER, IMAGE, TEXT, Method, Slots
 from adalink.anatomy import setting
+from adalink.edit import SLOT_PLACES, SlotPlace
 from adalink.errors import ConfigError, DataError
+from adalink.methods.prompts.prompt import worded
 from multimodal.language import Language
 from multimodal.template import Filled, Template, Text
 
-__all__ = ["Row", "RowEncoder", "TextTokens", "TextTooLong"]
+__all__ = ["Row", "RowEncoder", "TextTokens", "TextTooLong", "in_ids", "slots_at"]
 
 
 # ----------------------------------------
@@ -231,7 +233,7 @@ class RowEncoder:
         self.special = {"<bos>": self.tokenizer.bos_token_id, "<eos>": self.tokenizer.eos_token_id}
         self.placeholder: int = self.tokenizer.pad_token_id
         self.image_slots = sum(slot.count for slot in slots if slot.domain == IMAGE)
-        self.leading = [slot.domain for slot in slots if slot.domain != IMAGE for _ in range(slot.count)]
+        self.slots = slots_at(slots)
 
     reads_turns = False  # nor does it read a conversation
 
@@ -239,15 +241,21 @@ class RowEncoder:
         """The row that a text is generated from. Raises ConfigError where it has no token or is no text, TextTooLong where it has too many."""
         if not isinstance(question, str):
             raise ConfigError(f"a composed model reads one question, and a conversation of {len(question)} turns was given: give the question as a text")
-        ids, domain = [self.placeholder] * len(self.leading), list(self.leading)
+        ids: list[int] = []
+        domain: list[int] = []
+
+        def add(pieces: Sequence[int], kinds: Sequence[int]) -> None:
+            ids.extend(pieces or [self.placeholder] * len(kinds))
+            domain.extend(kinds)
+
+        add((), self.slots["start"])
         for part in self.template.prompt_parts(question):
             if part == "<image>" and not isinstance(part, Filled):
-                ids += [self.placeholder] * self.image_slots
-                domain += [IMAGE] * self.image_slots
+                add((), [IMAGE] * self.image_slots + self.slots["before_text"])
             else:
                 pieces = self._ids(part)
-                ids += pieces
-                domain += [TEXT] * len(pieces)
+                add(pieces, [TEXT] * len(pieces))
+        add((), self.slots["after_text"])
         if not ids:
             raise ConfigError(f"the prompt template {self.template.prompt!r} gives no token at all with this model: add a word or a bridge")
         self._check(len(ids), question, self.max_positions)
@@ -278,6 +286,10 @@ class RowEncoder:
         ids, domain = prompt.ids + target[:-1], prompt.domain + (ANSWER,) * (len(target) - 1)
         return Row(ids, domain, tuple(range(first, first + len(target))), target)
 
+    def answer_pieces(self, answer: str) -> list[int]:
+        """The tokens of an answer as the target words it, without those that begin or end it."""
+        return [id for part in self.template.target_parts(answer) if isinstance(part, Filled) for id in self._ids(part)]
+
     def _ids(self, part: str) -> list[int]:
         if isinstance(part, Filled):
             return self._tokens.ids(part.wording, part.fill)
@@ -287,6 +299,21 @@ class RowEncoder:
     def _check(self, length: int, text: str, limit: int | None) -> None:
         if limit is not None and length > limit:
             raise TextTooLong(f"a text needs {length} tokens with its image, and the language model has {limit} positions: shorten it ({text[:60]!r}...)")
+
+
+def in_ids(methods: Mapping[str, Method] | Method, tokenizer: Any) -> Mapping[str, Method] | Method:
+    """The methods with the ids of the words that they start from. Raises ConfigError for words that do not fit."""
+    tokens = TextTokens(tokenizer)
+
+    def ids_of(text: str) -> list[int]:
+        return tokens.ids((text,), "")
+
+    return {name: worded(method, ids_of) for name, method in methods.items()} if isinstance(methods, Mapping) else worded(methods, ids_of)
+
+
+def slots_at(slots: Sequence[Slots]) -> dict[SlotPlace, list[int]]:
+    """Place in a row -> the domain of each slot there, but for those of images."""
+    return {place: [slot.domain for slot in slots if slot.place == place and slot.domain != IMAGE for _ in range(slot.count)] for place in SLOT_PLACES}
 
 
 def _decoder_start(config: object) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adalink import ANSWER, IMAGE, TEXT, Slots
 from adalink.errors import AdalinkError, ConfigError, DataError
 from multimodal.batches.prepared import NO_IMAGE, Prepared
-from multimodal.batches.tokenize import Row, TextTokens, TextTooLong
+from multimodal.batches.tokenize import Row, TextTokens, TextTooLong, slots_at
 from multimodal.existing.conversation import Prompt, Turn, asked_turns, text_of, user_turn, worded
 from multimodal.existing.words import GRIDS, Processor, first_line
 from multimodal.language import Language
@@ -83,7 +83,7 @@ class ConversationRows:
         self.name, self.tokenizer = language.name, language.tokenizer
         self.max_positions = language.max_positions
         self.end_ids, self.placeholder = language.end_ids, int(language.tokenizer.pad_token_id)
-        self.leading = [slot.domain for slot in slots for _ in range(slot.count)]
+        self.slots = slots_at(slots)
         self.n_answers = 0
         self._ignored: dict[str, bool] = {}
         self._tokens = TextTokens(language.tokenizer)
@@ -204,21 +204,20 @@ class ConversationRows:
             ) from None
 
     def _row(self, ids: list[int], kinds: list[int], n_prompt: int, images: Prepared, text: str, target: Sequence[int] = ()) -> Row:
-        n_lead = len(self.leading)
-        whole, kinds = [self.placeholder] * n_lead + ids, [0] * n_lead + kinds
+        places = [i for i, id in enumerate(ids[:n_prompt]) if id in self.processor.image_ids]
+        vector, domain = [-1] * len(ids), [TEXT] * n_prompt + [ANSWER] * (len(ids) - n_prompt)
+        for number, i in enumerate(places):
+            vector[i], domain[i] = number, IMAGE
+        whole, n_answer = list(ids), len(ids) - n_prompt
+        for at, slots in ((n_prompt, self.slots["after_text"]), (places[-1] + 1 if places else 0, self.slots["before_text"]), (0, self.slots["start"])):
+            for values, filler in ((whole, [self.placeholder]), (kinds, [0]), (vector, [-1])):
+                values[at:at] = filler * len(slots)
+            domain[at:at] = slots
         if self.max_positions is not None and len(whole) > self.max_positions:
             raise TextTooLong(
                 f"a text needs {len(whole)} tokens with its images, and the language model has {self.max_positions} positions: shorten it ({text[:60]!r}...)"
             )
-        n_answer = len(ids) - n_prompt
-        vector, domain = [-1] * len(whole), list(self.leading)
-        n_seen = 0
-        for i, id in enumerate(ids):
-            is_image = id in self.processor.image_ids and i < n_prompt
-            domain.append(IMAGE if is_image else TEXT if i < n_prompt else ANSWER)
-            if is_image:
-                vector[n_lead + i] = n_seen
-                n_seen += 1
+        n_seen = len(places)
         if n_seen < images.n_vectors and len(images.wording) > 1:
             raise ConfigError(
                 f"'{self.name}' cannot read {len(images.wording)} images in one conversation: its template has places for {n_seen} of their "

@@ -261,11 +261,12 @@ def _refuse_other_words(model: VisionLanguageModel, folder: Path, config: Adapte
 def _refuse_other_rows(model: VisionLanguageModel, name: str, teacher: Adapter, folder: Path) -> None:
     """Raise ConfigError for a teacher that cannot read the rows that are made for the student."""
     student = model.adapted.active_adapter()
-    theirs, own = ([(slot.domain, slot.count) for slot in adapter.slots] for adapter in (teacher, student))
+    theirs, own = (adapter.slots for adapter in (teacher, student))
     if theirs != own:
         raise ConfigError(
-            f"the teacher {folder} reserves {sum(n for _, n in theirs)} positions in a row and this adapter {sum(n for _, n in own)}, of the kinds "
-            f"{[kind for kind, _ in theirs]} and {[kind for kind, _ in own]}: give teachers with the same bridge and prompts"
+            f"the teacher {folder} reserves {sum(slot.count for slot in theirs)} positions in a row and this adapter {sum(slot.count for slot in own)}, "
+            f"of the kinds {[slot.domain for slot in theirs]} and {[slot.domain for slot in own]}, or at other places: give teachers with the same bridge "
+            "and prompts"
         )
     if (mixes_texts(teacher), gates_of(teacher)) != (mixes_texts(student), gates_of(student)):
         raise ConfigError(f"the teacher {folder} and this adapter differ in whether they read a row as a whole: give a teacher of the same kind of method")

@@ -146,8 +146,9 @@ def run_facts(model: VisionLanguageModel, settings: TrainSettings) -> dict[str, 
 def refuse_another_model(found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raises CheckpointError where a checkpoint's model was made of something else; a checkpoint without these facts was written by an earlier version."""
     was, now = flat(found.get("model", {})), flat(own["model"])
-    # A setting that came since the checkpoint was written is off where it changes nothing.
-    if was and (different := [name for name in {**was, **now} if was.get(name) != now.get(name) and (name in was or now[name])]):
+    # A setting that came since the checkpoint was written is off where it changes nothing; a prompt's place was the start.
+    known = {name for name, value in now.items() if value and value != "start"} | was.keys()
+    if was and (different := [name for name in {**was, **now} if was.get(name) != now.get(name) and name in known]):
         name = different[0]
         others = f", and {', '.join(different[1:4])} differ too" if len(different) > 1 else ""
         raise CheckpointError(f"{name} was {was.get(name)!r} and is {now.get(name)!r}{others}")

@@ -22,7 +22,7 @@ from adalink.errors import ConfigError, DataError
 from multimodal.encoders.load import draw_encoder
 from multimodal.language import LANGUAGE_ADVICE, Language, LanguageUse, family_of, settle_tokens
 from multimodal.loading import existing_folder, loading, quiet, split_revision
-from multimodal.loss.answer_head import AnswerHead, state_width
+from multimodal.loss.answer_head import AnswerHead, state_width, warp_of
 from multimodal.model import TrainedParts
 
 __all__ = [
@@ -121,7 +121,7 @@ def draw_trained(
     """What a model would train, with shapes and no values; refused where the real adapters would be. n_answers: 0 where texts are written."""
     edits, vision, model = draw_adapter(tower, language, methods), None, tower.module.get_submodule("model")
     with torch.device("meta"):
-        head = AnswerHead([str(number) for number in range(n_answers)], state_width(language.model)) if n_answers else None
+        head = AnswerHead([str(number) for number in range(n_answers)], state_width(language.model), warp_of(methods)) if n_answers else None
         if encoder_methods:
             vision = Adapter(encoder_methods, read_vision(model))
             attach_vision(model, vision).detach()

@@ -150,6 +150,10 @@ class RunConfig:
                 f"{'layer' if self.layer != -1 else 'vqa.answers'} was given with model: a model that sees already has its own features and writes its "
                 "answers; leave it out"
             )
+        choosing = next((name for name, one in _given(self.methods).items() if getattr(one, "chooses", False)), None)
+        if choosing and (self.model or not self.n_answers):
+            how = "leave it out with model, whose answers are written" if self.model else "give task: vqa, and vqa.answers of 2 or more"
+            raise ConfigError(f"the method {choosing} answers from a list: {how}")
         if not self.model:
             refuse_connector(self.connector, self.methods_on_connector)
         refuse_both(self.connector, self.methods_on_connector)

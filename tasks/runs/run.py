@@ -37,12 +37,12 @@ from tasks.evaluation.evaluate import (
     refuse_gaps,
     write_submission,
 )
-from tasks.runs.compose import features_to_learn, features_to_log, frozen_model, load_adapted
+from tasks.runs.compose import features_to_learn, features_to_log, frozen_model, load_adapted, log
 from tasks.runs.config import RunConfig, chosen_methods
 from tasks.runs.conversations import refuse_beyond
 from tasks.runs.results import write_card_metrics, write_metrics, write_run_report
 from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
-from tasks.vqa import answer_vocabulary
+from tasks.vqa import AnswerVocabulary, answer_vocabulary
 
 __all__ = [
     "Evaluation", "changed_config", "evaluate_run", "is_main", "new_model", "refuse_taken", "run_folder", "logged_samples",
@@ -123,8 +123,21 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
     if not config.n_answers:
         return model, task.texts
     vocabulary = answer_vocabulary(config.vqa, source)
-    model.add_answer_head(vocabulary.answers)
+    head = model.add_answer_head(vocabulary.answers)
+    if head.warp is not None:
+        _check_unlisted(vocabulary, head.warp.most_unlisted)
     return model, vocabulary.texts
+
+
+def _check_unlisted(vocabulary: AnswerVocabulary, most: float) -> None:
+    """Say how many questions have no answer in the list, which then teach nothing. Raises DataError where they are too many."""
+    n_unlisted, n_questions = vocabulary.n_unlisted, vocabulary.n_questions
+    log(f"{n_unlisted:,} of {n_questions:,} training questions have no answer among the {len(vocabulary.answers):,} of the list, and teach nothing")
+    if n_unlisted > most * n_questions:
+        raise DataError(
+            f"{n_unlisted:,} of {n_questions:,} training questions have no answer among the {len(vocabulary.answers):,} of the list, more than "
+            f"methods.warp.most_unlisted ({most:g}) allows: raise vqa.answers, or that share"
+        )
 
 
 def _start_from(model: VisionLanguageModel, folder: Path, config: RunConfig, methods: Mapping[str, Method]) -> None:

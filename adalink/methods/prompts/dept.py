@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adalink.anatomy import Anatomy
 from adalink.edit import EMBEDDING, Placement, Slots
 from adalink.errors import ConfigError, check_tuples
-from adalink.methods.prompts.prompt import Table
+from adalink.methods.prompts.prompt import Table, check_words
 from adalink.tokens import IMAGE, PROMPT, TEXT, Tokens, without_autocast
 
 __all__ = ["ByPlace", "DePT"]
@@ -57,9 +57,12 @@ class DePT:
     alpha: float = 8.0  # the change is alpha / sqrt(rank) A B
     modalities: tuple[Literal["text", "image"], ...] = ("text",)  # one pair of matrices each: words of the prompt, patches of the image
     init_std: float = 0.02  # of the prompt's normal start
+    words: tuple[str, ...] | str = ()  # what the prompt starts as in its place, as in `prompt`
+    ids: tuple[tuple[int, ...], ...] = field(default=(), compare=False)  # likewise
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
+        check_words(self, "DePT's")
         check_tuples(self, "DePT's")
         for name in ("length", "rank", "max_length"):
             if getattr(self, name) < 1:
@@ -76,13 +79,13 @@ class DePT:
         return (Slots(PROMPT, self.length),)
 
     def place(self, anatomy: Anatomy) -> Sequence[Placement]:
-        """The prompt, and one pair of matrices per modality, all at the embedding. A place depends on the row: each text has one of its own."""
+        """The prompt, and one pair of matrices per modality, all at the embedding."""
         domains = {"text": (TEXT,), "image": (IMAGE,)}
         scale = self.alpha / math.sqrt(self.rank)
         return [
-            Placement("soft", EMBEDDING, Table(self.length, anatomy.width, self.init_std), (PROMPT,)),
+            Placement("soft", EMBEDDING, Table(self.length, anatomy.width, self.init_std).from_words(self, anatomy), (PROMPT,)),
             *(
-                Placement(modality, EMBEDDING, ByPlace(self.max_length, self.rank, anatomy.width, scale), domains[modality], reads_row=True)
+                Placement(modality, EMBEDDING, ByPlace(self.max_length, self.rank, anatomy.width, scale), domains[modality])
                 for modality in self.modalities
             ),
         ]
