@@ -245,6 +245,7 @@ class Anatomy:
     images       where an image's features meet the words: `before` the stack, in embeddings that it is given (LLaVA); `inside` it, before its
                  layers (Chameleon, GIT); `across`, read by cross-attention, so that every token is a word (BLIP, IDEFICS)
     words        the word embedding itself; of no module where none is read
+    host         the model itself, for methods that build layers of its kind
     """
 
     stack: str
@@ -262,6 +263,7 @@ class Anatomy:
     reader: str | None = None
     images: Literal["before", "inside", "across"] = "before"
     words: FrozenModule = field(default_factory=FrozenModule, compare=False, repr=False)
+    host: FrozenModule = field(default_factory=FrozenModule, compare=False, repr=False)
 
     @property
     def layer_width(self) -> int:
@@ -303,6 +305,7 @@ class Anatomy:
             reader=reader_of(model, stack),
             images=_images(module, bool(elsewhere)),
             words=FrozenModule(words),
+            host=FrozenModule(model),
         )
 
     def linears_named(self, targets: tuple[str, ...]) -> tuple[Linear, ...]:

@@ -113,7 +113,7 @@ class FixedLinear(nn.Module):
 
 
 class Port(NamedTuple):
-    """A named place in the frozen stack. `module` is relative to the stack.
+    """A named place in the frozen stack, or in the decoder that reads it. `module` is relative to the one that `of` names.
 
     embedding   the word embeddings, before any position embedding; also where embeddings are passed in as `inputs_embeds`
     input       the first argument of the module
@@ -126,10 +126,21 @@ class Port(NamedTuple):
     foreseen    as input, and x is what the module would return for it: a norm's input, changed by what reads the norm's output
     distances   what attention adds to its scores for the distance between two tokens (adalink.attachment.slots)
     reader      the mask of the decoder that reads the stack's output; the module's name is empty
+    detached    as input, which the edit reads and does not change; the module is given it without its gradient (adalink.attachment.beside)
+    beside      what the module was called with and what it returned; the edit changes nothing (adalink.attachment.beside)
     """
 
     module: str
-    side: Literal["embedding", "input", "output", "mask", "position", "vectors", "cache", "returned", "foreseen", "distances", "reader"]
+    side: Literal[
+        "embedding", "input", "output", "mask", "position", "vectors", "cache", "returned", "foreseen", "distances", "reader",
+        "detached", "beside",
+    ]  # fmt: skip
+    of: Literal["stack", "reader"] = "stack"
+
+    def path(self, anatomy: Anatomy) -> str:
+        """The dotted name, in the model, of the port's module."""
+        root = anatomy.reader if "reader" in (self.of, self.side) else anatomy.stack
+        return ".".join(filter(None, (root, self.module or (anatomy.embedding if self.side == "embedding" else ""))))
 
 
 EMBEDDING = Port("", "embedding")
@@ -207,6 +218,7 @@ class Placement:
     shared   role -> module that several edits of the method use and none of them owns
     group    what a wrapper (a gate) gives one of to all edits of a group; empty: the edit is a group of its own
     reads_row  whether what the edit does to a token depends on the other tokens of its row (a gate): then each text needs a row of its own
+    whole_call  whether the edit needs every row and token of the call, also rows that others serve, since it takes up what another left for it
     """
 
     role: str
@@ -216,6 +228,7 @@ class Placement:
     shared: Mapping[str, nn.Module] = field(default_factory=dict)
     group: str = ""
     reads_row: bool = False
+    whole_call: bool = False
 
 
 class Method(Protocol):
@@ -281,8 +294,7 @@ class Adapter(nn.Module):
         placed: set[int] = set()
         has_values = any(not parameter.is_meta for parameter in model.parameters())
         for placement in self.placements:
-            stack = anatomy.reader if placement.port.side == "reader" else f"{anatomy.stack}.{placement.port.module or anatomy.embedding}".lstrip(".")
-            device = execution_device(model, stack or "", has_values=has_values)
+            device = execution_device(model, placement.port.path(anatomy), has_values=has_values)
             for module in (placement.edit, *placement.shared.values()):
                 if id(module) not in placed:
                     placed.update(map(id, module.modules()))
@@ -292,8 +304,12 @@ class Adapter(nn.Module):
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a folder stores of it, by name: trained parameters, a shared one once, and buffers that never change."""
-        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        """Everything that a folder stores of it, by name: trained parameters, a shared one once, and buffers that never change.
+
+        Not buffers that a module makes of its settings, such as the frequencies of rotary positions.
+        """
+        made = {f"{path}.{name}".lstrip(".") for path, module in self.named_modules() for name in module._non_persistent_buffers_set}
+        return {**dict(self.named_parameters()), **{name: buffer for name, buffer in self.named_buffers() if name not in made}}
 
     def fix(self, method: str) -> None:
         """Make the parameters of a method buffers: a folder holds them as before, and no optimizer does."""

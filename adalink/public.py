@@ -19,6 +19,7 @@ from adalink.methods.budgets.hyper import Hyper
 from adalink.methods.epalm import EPALM
 from adalink.methods.hira import HiRA
 from adalink.methods.ia3 import IA3
+from adalink.methods.ladder import Ladder
 from adalink.methods.lora import LoRA
 from adalink.methods.prefix import Prefix
 from adalink.methods.prompts.dept import DePT
@@ -31,7 +32,7 @@ from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT
 __all__ = [
     "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "WARP", "AdaLink",
     "AdaLoRA", "AdalinkError", "AdaptedModel", "Adapter", "Anatomy", "AttachError", "Attachment", "BaseSettings", "BitFit", "Bottleneck", "Bridge",
-    "BudgetError", "CheckpointError", "ConfigError", "DataError", "DePT", "Edit", "FrozenPart", "Gated", "HiRA", "Hyper", "InputSpec", "LoRA", "Method",
-    "Placement", "Port", "Precision", "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint",
+    "BudgetError", "CheckpointError", "ConfigError", "DataError", "DePT", "Edit", "FrozenPart", "Gated", "HiRA", "Hyper", "InputSpec", "Ladder", "LoRA",
+    "Method", "Placement", "Port", "Precision", "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint",
     "from_peft", "get_adalink_model", "read_vision", "to_peft",
 ]  # fmt: skip

@@ -60,7 +60,8 @@ class Tokens:
     present: frozenset[int]
     inputs: Mapping[str, Tensor]
     memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)  # of once()
-    drawn: dict[nn.Module, Tensor] = field(default_factory=dict, repr=False)  # by TokenDropout: which tokens keep their change in this call
+    # What an edit leaves for others of the same call: a TokenDropout which tokens keep their change, a ladder its state.
+    drawn: dict[nn.Module, Any] = field(default_factory=dict, repr=False)
     serving: frozenset[int] | None = None  # the adapters that serve a row, known without reading a tensor; None where it is not known
     has_prompt: bool = False  # whether the call holds the whole prompt
     # What an edit keeps of the prompt for the calls after it; lives as long as their cache. None where no such call follows.

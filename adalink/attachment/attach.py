@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy
 from adalink.attachment.attachment import Attachment
+from adalink.attachment.beside import beside_hook, detached_hook
 from adalink.attachment.recompute import recompute
 from adalink.attachment.slots import check_attention, whole_mask
 from adalink.edit import Adapter, Port
@@ -33,10 +34,9 @@ def attach(model: nn.Module, *adapters: Adapter, anatomy: Anatomy | None = None)
 
 def hook_at(attachment: Attachment, port: Port, served: Port | None = None) -> torch.utils.hooks.RemovableHandle:
     """Register the hook of a port other than the embedding. served: the port whose edits it makes, where that is another one."""
+    module = attachment.model.get_submodule(port.path(attachment.anatomy))
     if port.side == "reader":
-        reader = attachment.model.get_submodule(attachment.anatomy.reader or "")
-        return reader.register_forward_pre_hook(partial(_reader_hook, attachment, port), with_kwargs=True)
-    module = attachment.stack.get_submodule(port.module)
+        return module.register_forward_pre_hook(partial(_reader_hook, attachment, port), with_kwargs=True)
     if port.side == "returned":
         return module.register_forward_hook(partial(_returned_hook, attachment, port))
     if port.side == "output":
@@ -44,7 +44,10 @@ def hook_at(attachment: Attachment, port: Port, served: Port | None = None) -> t
     if port.side == "vectors":
         return module.register_forward_hook(partial(_vectors_hook, attachment, port))
     names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    if port.side == "beside":
+        return module.register_forward_hook(partial(beside_hook, attachment, port, names), with_kwargs=True)
     before = {
+        "detached": partial(detached_hook, attachment, port, names),
         "input": partial(_input_hook, attachment, served or port),
         "foreseen": partial(_foreseen_hook, attachment, port),
         "distances": partial(_distances_hook, attachment, port),

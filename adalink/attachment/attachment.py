@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adalink.anatomy import Anatomy
-from adalink.attachment.slots import HideKeys, check_attention, check_reach
+from adalink.attachment.slots import HideKeys, check_alone, check_attention, check_reach
 from adalink.edit import EMBEDDING, Adapter, Joint, Placement, Port, joins, read_frozen
 from adalink.errors import AttachError
 from adalink.tokens import BASE_ROW, PREFIX, TokenMap, Tokens
 
-__all__ = ["Attachment", "Bound", "Run", "by_port", "freeze", "give_back", "runs_of", "without_dropout"]
+__all__ = ["Attachment", "Bound", "Run", "by_port", "freeze", "give_back", "of_nobody", "place_of", "runs_of", "without_dropout"]
 
 
 # ----------------------------------------
@@ -126,6 +126,8 @@ class Attachment:
         self.anatomy = anatomy
         self.stack = model.get_submodule(anatomy.stack)
         self._map, self._tokens = Bound[TokenMap](), Bound[Tokens]()
+        # Of the decoder's call that runs in this thread; and what edits of the encoder's call left for it (adalink.attachment.beside).
+        self.written, self.encoded = Bound[Tokens](), Bound[dict[nn.Module, Any]]()
         self.at: Mapping[Port, list[tuple[int, Placement]]] = {}
         self._runs: dict[Port, tuple[Run, ...]] = {}
         self.served: frozenset[int] = frozenset()
@@ -186,6 +188,7 @@ class Attachment:
             yield
         finally:
             self.map = previous
+            self.encoded.set(None)
 
     def checkpoint_layers(self) -> None:
         """Recompute each layer's activations in the backward pass: memory for time, with the same gradients.
@@ -236,14 +239,14 @@ class Attachment:
         """Hooks at these ports and no others; a hook that stays keeps its place among the hooks of its module."""
         new: dict[Port, torch.utils.hooks.RemovableHandle] = {}
         try:
-            for port in at:
-                if port not in self._ports:
+            for port in sorted(at, key=lambda port: port.side == "detached"):  # which comes after all that is written there
+                if port not in self._ports or port.side == "detached":
                     new[port] = self._hook(port)
         except BaseException:
             for handle in new.values():
                 handle.remove()
             raise
-        for port in self._ports.keys() - at.keys():
+        for port in self._ports.keys() - (at.keys() - new.keys()):
             self._ports.pop(port).remove()
         self._ports.update(new)
         self.at, self.served = at, served
@@ -261,7 +264,7 @@ class Attachment:
         visible = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
         if self._forwards and torch.is_grad_enabled() and self._may_cache:  # unasked too, inside an existing vision-language model
             kwargs = {**kwargs, "use_cache": False}  # a recompute would write the cache a second time
-        tokens = (token_map or _of_nobody(ids)).window(ids.shape[0], start, length, max(visible, start + length))
+        tokens = (token_map or of_nobody(ids)).window(ids.shape[0], start, length, max(visible, start + length))
         self.tokens = replace(tokens, retained=self.retained.get(cache, {}) if start else None if kwargs.get("use_cache") is False else {})
         if embeds is not None and EMBEDDING in self.at and not self.anatomy.merges_late:
             kwargs = {**kwargs, "inputs_embeds": self._edited(EMBEDDING, embeds, embeds)}
@@ -269,6 +272,8 @@ class Attachment:
 
     def _leave(self, stack: nn.Module, args: tuple[Any, ...], output: object) -> None:
         tokens, self.tokens = self.tokens, None
+        if tokens is not None and self.anatomy.reader is not None:
+            self.encoded.set(tokens.drawn)
         if tokens is not None and tokens.retained and tokens.has_prompt:
             values = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
             cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
@@ -287,7 +292,8 @@ class Attachment:
                 raise AttachError(_of_other_tokens(port, h, tokens))
             whole, read = (value.reshape(*tokens.domain.shape, -1) for value in (h, x.to(h.device)))  # OPT flattens [B, T] before its feed-forward
             # Of one token a row, picking rows costs more than editing them all.
-            rows = None if run.placements[0].reads_row or whole.shape[1] == 1 else tokens.rows_of.get(run.index)
+            first = run.placements[0]
+            rows = None if first.reads_row or first.whole_call or whole.shape[1] == 1 else tokens.rows_of.get(run.index)
             if rows is None:
                 h = run(whole, tokens, read).reshape(h.shape)
             else:
@@ -295,12 +301,13 @@ class Attachment:
         return h
 
     def _tokens_at(self, port: Port) -> Tokens:
-        if self.tokens is None:
+        tokens = self.written.get() if port.of == "reader" else self.tokens
+        if tokens is None:
             raise AttachError(
                 f"port {port.module}.{port.side} ran outside the stack's forward: with gradient checkpointing, use `checkpoint_layers()`, "
                 "or non-reentrant checkpointing with context_fn=attachment.checkpoint_contexts"
             )
-        return self.tokens
+        return tokens
 
     def _hook(self, port: Port) -> torch.utils.hooks.RemovableHandle:
         if port.side == "embedding" and self.anatomy.merges_late:
@@ -323,7 +330,7 @@ def _checkpointed(attachment: Attachment, forward: Any, *args: Any, **kwargs: An
     return checkpoint(forward, *args, use_reentrant=False, context_fn=attachment.checkpoint_contexts, **kwargs)
 
 
-def _of_nobody(ids: Tensor) -> TokenMap:
+def of_nobody(ids: Tensor) -> TokenMap:
     """The map of a call that is not bound: no adapter serves its rows. ids [B, T] or [B, T, D]."""
     domain = torch.zeros(len(ids), 1, dtype=torch.int64, device=ids.device)
     return TokenMap(domain, torch.full_like(domain[:, 0], BASE_ROW), present=frozenset(), serving=frozenset())
@@ -364,7 +371,7 @@ class Run:
             for placement in placed:
                 h = torch.where(tokens.select(placement.domains, self.index), _as_it_computes(placement, h, tokens, x), h)
             return h
-        dtype, device = _place_of(placed[0], h)
+        dtype, device = place_of(placed[0], h)
         there, edits = tokens.on(device), [placement.edit for placement in placed]
         shares = [there.share(placement.domains, self.index, dtype) for placement in placed]
         assert isinstance(edits[0], Joint)
@@ -387,12 +394,12 @@ def runs_of(placed: Sequence[tuple[int, Placement]]) -> tuple[Run, ...]:
 
 def _as_it_computes(placement: Placement, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
     """The edit computed in the dtype of its own weights, and where they (or those that it shares) are; its result as h is."""
-    dtype, device = _place_of(placement, h)
+    dtype, device = place_of(placement, h)
     result: Tensor = placement.edit(h.to(device, dtype), tokens.on(device), x.to(device, dtype))
     return result.to(h.device, h.dtype)
 
 
-def _place_of(placement: Placement, h: Tensor) -> tuple[torch.dtype, torch.device]:
+def place_of(placement: Placement, h: Tensor) -> tuple[torch.dtype, torch.device]:
     """The dtype of an edit's own weights, or of those that it shares, and where they are; those of h where it has none."""
     weight = next((one for module in (placement.edit, *placement.shared.values()) for one in module.parameters()), h)
     return weight.dtype, weight.device
@@ -430,8 +437,9 @@ def by_port(model: nn.Module, stack: nn.Module, adapters: Mapping[int, Adapter])
     _refuse_checkpointed(stack)
     at: dict[Port, list[tuple[int, Placement]]] = defaultdict(list)
     for index, adapter in adapters.items():
+        check_alone(adapter)
         for placement in adapter.placements:
-            module = _module_at(stack, placement.port)
+            module = _module_at(model.get_submodule(adapter.anatomy.reader or "") if placement.port.of == "reader" else stack, placement.port)
             if placement.domains == (PREFIX,) and placement.port.side == "output":
                 check_reach(stack)
             if placement.port.side == "mask":

@@ -13,8 +13,8 @@ from adalink.errors import AttachError
 from adalink.tokens import PAD, Tokens, counted
 
 __all__ = [
-    "HiddenFromReader", "HideKeys", "NoDistance", "ReadAll", "Uncounted", "ZeroVector", "check_attention", "check_reach",
-    "hide_keys", "lowest_edit", "virtual_tokens", "read_all", "whole_mask", "without_positions",
+    "HiddenFromReader", "HideKeys", "NoDistance", "ReadAll", "Uncounted", "ZeroVector", "check_alone", "check_attention", "check_reach",
+    "depth_of", "hide_keys", "lowest_edit", "virtual_tokens", "read_all", "whole_mask", "without_positions",
 ]  # fmt: skip
 
 
@@ -212,11 +212,24 @@ def lowest_edit(anatomy: Anatomy, adapter: Adapter) -> tuple[int, Placement]:
 
     What hides a slot and keeps it out of the count of positions is passed over. eP-ALM in the layers 6 to 12 -> 6, and its first tap.
     """
-    found = [(_depth(anatomy, placement.port), placement) for placement in adapter.placements if not isinstance(placement.edit, FIXED)]
+    found = [(depth_of(anatomy, placement.port), placement) for placement in adapter.placements if not isinstance(placement.edit, FIXED)]
     return min(found, key=lambda one: one[0])
 
 
-def _depth(anatomy: Anatomy, port: Port) -> int:
+def depth_of(anatomy: Anatomy, port: Port) -> int:
+    """The number of the layer that a port is in: -1 before the layers, as many as there are at the final norm."""
     if port.module == anatomy.final_norm:
         return len(anatomy.layers)
     return next((number for number, layer in enumerate(anatomy.layers) if f"{port.module}.".startswith(f"{layer}.")), -1)
+
+
+def check_alone(adapter: Adapter) -> None:
+    """Raise AttachError where another method of the adapter edits inside the layers, which pass no gradient back."""
+    own = next((placement.role.split(".")[0] for placement in adapter.placements if placement.port.side == "detached"), None)
+    for placement in adapter.placements if own is not None else ():
+        method = placement.role.split(".")[0]
+        if method != own and not isinstance(placement.edit, FIXED) and depth_of(adapter.anatomy, placement.port) >= 0:
+            raise AttachError(
+                f"{own} passes no gradient through the frozen layers, and {method} of the same adapter edits inside them, so it would not be trained: "
+                "give it an adapter of its own, or choose a method at the embedding (AdaLink, DePT, a prompt, a bridge)"
+            )

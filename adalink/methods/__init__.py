@@ -29,6 +29,7 @@ METHODS = _Methods({
     "hira": "hira.HiRA",
     "hyper": "budgets.hyper.Hyper",
     "ia3": "ia3.IA3",
+    "ladder": "ladder.Ladder",
     "lora": "lora.LoRA",
     "prefix": "prefix.Prefix",
     "prompt": "prompts.prompt.Prompt",

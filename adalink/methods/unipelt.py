@@ -27,7 +27,7 @@ __all__ = ["Gate", "Gated", "UniPELT", "Writes"]
 #     h' = h + G (edit(h) - h)          G = mean over t of sigmoid(w . x_t + b);  w ~ N(0, 0.02), b = 0
 
 
-NOT_EDITS = ("mask", "position", "vectors", "cache", "distances", "reader")  # ports where nothing is there to be mixed
+NOT_EDITS = ("mask", "position", "vectors", "cache", "distances", "reader", "detached", "beside")  # ports where nothing is there to be mixed
 NOT_OF_THE_PROMPT = (PAD, ANSWER, PREFIX, PROMPT, PERCEPT)  # the rest is question and image
 
 

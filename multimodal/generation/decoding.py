@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from adalink import PAD, TokenMap
 from adalink.attachment.attachment import Attachment
+from adalink.attachment.beside import set_states, states_of
 from adalink.attachment.recompute import needs_whole_sequence
 from multimodal.batches.collate import Batch
 from multimodal.batches.prefix_sharing import has_row_cache
@@ -219,16 +220,16 @@ class KnownPrompt:
     """A prompt about one image under one adapter, of which no token becomes another by what follows.
 
     tokens   id and domain of each
-    states   keys and values of each layer, [heads, T, Dh]
+    states   keys and values of each layer, [heads, T, Dh], as `adalink.attachment.beside` names it
     """
 
     tokens: tuple[tuple[int, int], ...]
-    states: tuple[tuple[Tensor, Tensor], ...]
+    states: Mapping[Hashable, tuple[Tensor, Tensor]]
 
     @property
     def n_bytes(self) -> int:
         """What it takes in memory."""
-        return sum(value.nbytes for pair in self.states for value in pair)
+        return sum(value.nbytes for pair in self.states.values() for value in pair)
 
     def n_alike(self, tokens: Sequence[tuple[int, int]]) -> int:
         """How many tokens of a prompt about the same image need not be read again: the last is, since what follows it is asked for."""
@@ -237,14 +238,12 @@ class KnownPrompt:
 
 def known_prompts(cache: Any, batch: Batch, rows: Sequence[int]) -> list[KnownPrompt]:
     """Prompts of some rows of a batch, which was just read as the last rows of a cache. Copies: nothing else of the cache stays in memory."""
-    tokens, start = tokens_of(batch.ids, batch.domain), len(cache.layers[0].keys) - len(batch.ids)
-    return [
-        KnownPrompt(
-            tuple(tokens[i]),
-            tuple((layer.keys[start + i, :, -len(tokens[i]) :].clone(), layer.values[start + i, :, -len(tokens[i]) :].clone()) for layer in cache.layers),
-        )
-        for i in rows
-    ]
+    tokens, start, states = tokens_of(batch.ids, batch.domain), len(cache.layers[0].keys) - len(batch.ids), states_of(cache)
+
+    def own(states: Tensor, i: int) -> Tensor:
+        return states[start + i, :, -len(tokens[i]) :].clone()
+
+    return [KnownPrompt(tuple(tokens[i]), {mark: (own(keys, i), own(values, i)) for mark, (keys, values) in states.items()}) for i in rows]
 
 
 def read_on(language: Language, attachment: Attachment, batch: Batch, token_map: TokenMap, known: Sequence[KnownPrompt], n_last: int) -> tuple[Any, Tensor]:
@@ -258,9 +257,11 @@ def read_on(language: Language, attachment: Attachment, batch: Batch, token_map:
         return prefill(language, attachment, batch, token_map, n_left=0, may_share=False)
     lengths = batch.attention_mask[:, :n_first].sum(1).tolist()
     cache: Any = DynamicCache()
-    for index, layer in enumerate(zip(*(prompt.states for prompt in known), strict=True)):
-        keys, values = (torch.stack([left_padded(value[:, :n], n_first) for value, n in zip(side, lengths, strict=True)]) for side in zip(*layer, strict=True))
-        cache.update(keys, values, index)
+    row_states = [
+        {mark: (left_padded(keys[None, :, :n], n_first), left_padded(values[None, :, :n], n_first)) for mark, (keys, values) in prompt.states.items()}
+        for prompt, n in zip(known, lengths, strict=True)
+    ]
+    set_states(cache, _beneath(row_states, [1] * len(known)))
     return cache, read_rest(language, attachment, cache, batch.ids, batch.domain, token_map, cuts)
 
 
@@ -323,7 +324,7 @@ class Decoding:
             return scores
         before, retained, n_old = self._now(), self.attachment.retained, len(self._mask)
         length = max(before.domain.shape[1], batch.ids.shape[1])
-        states = _joined(self._cache, cache)
+        states = _joined([self._cache, cache], [n_old, len(scores)])
         beside = _beside(retained.get(self._cache, {}), n_old, retained.get(cache, {}), len(scores))
         joined = TokenMap(
             torch.cat([_padded(before.domain, length, PAD), _padded(token_map.domain, length, PAD)]),
@@ -351,7 +352,7 @@ class Decoding:
         chosen = torch.tensor(rows, device=self._mask.device)
         now, retained = self._now(), self.attachment.retained
         n_empty = int(self._mask[chosen].any(0).long().argmax())  # columns on the left that only rows which go had
-        states = [(layer.keys[chosen, :, n_empty:], layer.values[chosen, :, n_empty:]) for layer in self._cache.layers]
+        states = {mark: (keys[chosen, :, n_empty:], values[chosen, :, n_empty:]) for mark, (keys, values) in states_of(self._cache).items()}
         beside = {edit: value[chosen] for edit, value in retained.get(self._cache, {}).items()}
         inputs = {name: value[chosen] for name, value in now.inputs.items()}
         row, indices = now.row[chosen], None if now.indices is None else tuple(now.indices[i] for i in rows)
@@ -366,25 +367,30 @@ class Decoding:
         host = None if self._map.host is None else self._map.host.after()
         return replace(self._map, domain=nn.functional.pad(self._map.domain, (0, n_new), value=self._map.generated), host=host)
 
-    def _set(self, states: Sequence[tuple[Tensor, Tensor]], beside: Mapping[nn.Module, Tensor], token_map: TokenMap) -> None:
+    def _set(self, states: Mapping[Hashable, tuple[Tensor, Tensor]], beside: Mapping[nn.Module, Tensor], token_map: TokenMap) -> None:
         """Take keys and values, what edits keep, and a map, once all of them are made: where memory ends before, the rows stay as they were."""
         mask = (token_map.domain != PAD).long()
-        for layer, (keys, values) in zip(self._cache.layers, states, strict=True):
-            layer.keys, layer.values = keys, values
+        set_states(self._cache, states)
         self.attachment.retained[self._cache] = dict(beside)
         self._map, self._mask = token_map, mask
 
 
-def _joined(cache: Any, other: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer: the rows of a cache, then those of another, the shorter rows padded on the left."""
-    length = max(cache.get_seq_length(), other.get_seq_length())
-    return [
-        (
-            torch.cat([left_padded(mine.keys, length), left_padded(new.keys, length)]),
-            torch.cat([left_padded(mine.values, length), left_padded(new.values, length)]),
-        )
-        for mine, new in zip(cache.layers, other.layers, strict=True)
-    ]
+def _joined(caches: Sequence[Any], n_rows: Sequence[int]) -> dict[Hashable, tuple[Tensor, Tensor]]:
+    """Keys and values of each layer: the rows of one cache, then those of the next, the shorter rows padded on the left."""
+    length = max(cache.get_seq_length() for cache in caches)
+    padded = [{mark: (left_padded(keys, length), left_padded(values, length)) for mark, (keys, values) in states_of(cache).items()} for cache in caches]
+    return _beneath(padded, n_rows)
+
+
+def _beneath(parts: Sequence[Mapping[Hashable, tuple[Tensor, Tensor]]], n_rows: Sequence[int]) -> dict[Hashable, tuple[Tensor, Tensor]]:
+    """Keys and values of the rows of several, one after the other. Rows without a layer, of an adapter with none beside the host's, have zeros there."""
+    like = {mark: pair for part in parts for mark, pair in part.items()}
+
+    def stacked(mark: Hashable, side: int) -> Tensor:
+        zeros = like[mark][side][:1] * 0
+        return torch.cat([part[mark][side] if mark in part else zeros.expand(n, -1, -1, -1) for part, n in zip(parts, n_rows, strict=True)])
+
+    return {mark: (stacked(mark, 0), stacked(mark, 1)) for mark in like}
 
 
 def _beside(old: Mapping[nn.Module, Tensor], n_old: int, new: Mapping[nn.Module, Tensor], n_new: int) -> dict[nn.Module, Tensor]:

@@ -100,6 +100,7 @@ class LastLayer:
         return any(
             port.side == "cache"
             or port == Port(self.name, "output")  # it is given the layer's input too
+            or placement.whole_call
             or (placement.reads_row and (port.module in here or port.module.startswith(self.name + ".")))
             for port, placed in self.adapted.attachment.at.items()
             for index, placement in placed

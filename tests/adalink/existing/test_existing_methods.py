@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from existing_models import DECODERS, FAMILIES, IMAGE_ID, answers, batch, excite, existing
 from shared import covering
 
-from adalink import IA3, AdaptedModel, BitFit, LoRA, Method, Prompt, get_adalink_model
-from adalink.errors import AttachError
+from adalink import IA3, AdaptedModel, BitFit, Ladder, LoRA, Method, Prompt, get_adalink_model
+from adalink.errors import AttachError, ConfigError
 from adalink.methods.prefix import Prefix
 from adalink.methods.unipelt import Gated
 
@@ -19,6 +20,7 @@ METHODS: dict[str, dict[str, Method]] = {
     "scales_and_biases": {"ia3": IA3(groups=BOTH), "bitfit": BitFit(groups=BOTH, force_bias=True)},
     "prefix": {"prefix": Prefix(length=2, form="table", init_std=0.5)},
     "prompt_without_positions": {"soft": Prompt(length=2, init_std=0.5, positions="none")},
+    "ladder": {"ladder": Ladder(reduction=2, output="add")},
     "unipelt": {
         "lora": Gated(inner=LoRA(groups=TEXT, rank=2, alpha=4, targets=("query", "value"))),
         "prefix": Gated(inner=Prefix(length=3, form="mlp", init_std=0.5, hidden=8)),
@@ -30,7 +32,9 @@ NO_PREFIX = {
     "gemma3": "this model normalises its keys after their linear, so a prefix written there would be changed: use Prompt",
     "paligemma2": "this model's attention sees [0-9]+ tokens back, and every token must read a prefix, which is at the start of the row: use Prompt",
 }
-CASES = [(family, name) for family in FAMILIES for name in METHODS if not (family in NO_PREFIX and name in ("prefix", "unipelt"))]
+NO_LADDER = ("qwen2_vl", "qwen2_5_vl")  # so narrow here that the parts of a head that are rotated apart cannot be halved
+REFUSED = {*product(NO_PREFIX, ("prefix", "unipelt")), *product(NO_LADDER, ("ladder",))}
+CASES = [case for case in product(FAMILIES, METHODS) if case not in REFUSED]
 
 
 def adapted(family: str, name: str) -> AdaptedModel:
@@ -72,3 +76,9 @@ def test_a_query_transformer_is_not_taken_for_the_decoder_that_reads_the_encoder
 def test_a_prefix_is_refused_where_it_would_be_changed_or_out_of_sight(family: str) -> None:
     with pytest.raises(AttachError, match=NO_PREFIX[family]):
         adapted(family, "prefix")
+
+
+@pytest.mark.parametrize("family", NO_LADDER)
+def test_a_ladder_is_refused_where_a_part_of_a_head_cannot_be_divided(family: str) -> None:
+    with pytest.raises(ConfigError, match=r"reduction is 2, which does not divide .* rotated section 0 1, rotated section 1 1, rotated section 2 2 evenly: give 1, or"):
+        adapted(family, "ladder")

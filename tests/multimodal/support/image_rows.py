@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from composed import tower
 
-from adalink import EPALM, IA3, AdaLink, BitFit, Bottleneck, Bridge, Gated, LoRA, Method, Prefix, Prompt, UniPELT
+from adalink import EPALM, IA3, AdaLink, BitFit, Bottleneck, Bridge, Gated, Ladder, LoRA, Method, Prefix, Prompt, UniPELT
 from multimodal.batches.collate import Batch, collate
 from multimodal.generation.generate import GenerationSettings, generated_texts, run_generation
 from multimodal.model import VisionLanguageModel
@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Method]] = {
     "lora": {"bridge": BRIDGE, "lora": LoRA(groups={"image": ("image",), "text": ("text",)}, rank=2, alpha=4)},
     "ia3_bitfit": {"bridge": BRIDGE, "ia3": IA3(groups={"all": ("image", "text")}), "bitfit": BitFit(groups={"all": ("all",)}, force_bias=True)},
     "bottleneck": {"bridge": BRIDGE, "bottleneck": Bottleneck(width=4)},
+    "ladder": {"bridge": BRIDGE, "ladder": Ladder(reduction=2, rungs=(1,), output="add")},
     "epalm": {"epalm": EPALM(layers=(0, 2), n_taps=2, connector="per_tap"), "prompt": Prompt(length=2, init_std=0.5, positions="none")},
 }
 NOT_SHARED: dict[str, dict[str, Method]] = {
