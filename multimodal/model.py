@@ -376,7 +376,7 @@ class VisionLanguageModel(nn.Module):
 
     def add_answer_head(self, answers: Sequence[str]) -> AnswerHead:
         """Let the active adapter choose among these answers, by a new head that is trained with it, instead of writing."""
-        methods = self.adapted.active_adapter().methods
+        _, methods = self.vision_tower, self.adapted.active_adapter().methods  # a model that saw already raises: its rows are for writing
         pieces_of = RowEncoder(self.template_of(self.adapted.active or ""), self.language, ()).answer_pieces
         self.heads[self.adapted.active or ""] = head = new_head(self.adapted, answers, methods, pieces_of)
         return head

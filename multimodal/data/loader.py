@@ -340,7 +340,7 @@ def _load(positions: _Positions, collate: _Collate, step: range) -> Loaded:
 #         optimizer.zero_grad()
 
 
-CHOSEN = "one row per question: its answer is chosen from the state of its row; loss: binary cross entropy in nats per question"
+CHOSEN = "one row per question: its answer is chosen from the state of its row; loss: {} in nats per question"
 
 
 class TrainingTask(Protocol):
@@ -410,7 +410,7 @@ def new_batches(
     Raises ConfigError where no adapter is active, or lengths are asked for that the source cannot say.
     """
     texts: Texts = task if callable(task) else task.texts
-    arrange, note = (separate_rows, CHOSEN) if model.head is not None else arrangement_of(model, weights)
+    arrange, note = (separate_rows, CHOSEN.format(model.head.loss_name)) if model.head is not None else arrangement_of(model, weights)
     encoder = model.row_encoder()
     row_tokens, note = row_limit(arrange, note, row_tokens, encoder.max_positions)
     n_samples = math.ceil(epochs * len(source))

@@ -60,6 +60,11 @@ class AnswerHead(nn.Module):
                 delattr(self.linear, name)
                 self.linear.register_buffer(name, parameter.detach())
 
+    @property
+    def loss_name(self) -> str:
+        """What it learns by, for logs and reports."""
+        return "binary cross entropy" if self.warp is None else "cross entropy"
+
     @torch.no_grad()
     def start_from(self, base: Any, pieces: Sequence[Sequence[int]]) -> None:
         """Make the scores those that the language model gives the answers' words: of each answer the mean of the rows of its pieces, bias and all.

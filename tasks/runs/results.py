@@ -129,7 +129,7 @@ def write_run_report(
         rows=[MetricRow(name=name, values=score.metrics) for name, score in scores.items()],
         trained=[Trained(name=name, parameters=count) for name, count in counts.items()],
         frozen_parameters=frozen,
-        curves=_curves(folder / METRICS_FILE, "nats per token" if model.head is None else "nats per question, binary cross entropy"),
+        curves=_curves(folder / METRICS_FILE, "nats per token" if model.head is None else f"nats per question, {model.head.loss_name}"),
         cards=list(_cards(source, task, predictions, trained)),
         bad_samples=_bad(folder / BAD_FILE, predictions),
         config=config_text,

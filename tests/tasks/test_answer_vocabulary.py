@@ -35,6 +35,10 @@ def test_an_answer_is_spelled_as_most_people_spell_it() -> None:
 def test_scores_are_the_official_accuracy_and_answers_outside_are_no_target() -> None:
     found = answer_vocabulary(Vqa(answers=3), [sample(TEN, ("cat",) * 2)])
     (text,) = found.texts(sample(TEN), random.Random(0))
+    assert (found.n_unlisted, found.n_questions) == (0, 2)
+    assert [number for number, _ in text.scores or ()] == [0, 2, 1]  # the most common answer first
+    fewer = answer_vocabulary(Vqa(answers=2), [sample(TEN, ("cat",) * 9, ("bird", "owl"), ())])
+    assert (fewer.answers, fewer.n_unlisted, fewer.n_questions) == (("cat", "2"), 1, 3)
     assert dict(text.scores or ()) == pytest.approx({0: 1.0, 2: 0.9, 1: 0.3})  # five people, three, one; "bird" is outside
     ladder = {n: dict(found.scores(Question(question_id=0, text="", answers=("cat",) * n + ("?",) * (10 - n)))) for n in (1, 2, 3, 4, 10)}
     assert ladder == {n: pytest.approx({1: score}) for n, score in {1: 0.3, 2: 0.6, 3: 0.9, 4: 1.0, 10: 1.0}.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from double import InDouble
 from fixture_file import FixtureFile
 from hosts import host
 from shared import fixtures
-from tiny import tiny
+from tiny import EXACT, run, tiny
 from torch import Tensor, nn
 
 from adalink import IMAGE, PAD, PROMPT, TEXT, Adapter, Anatomy, DePT, Prompt, TokenMap, attach
@@ -95,6 +96,59 @@ def test_it_starts_as_a_prompt_and_has_the_weights_that_it_promises() -> None:
     placed = {one.role: one for one in DePT(length=40, rank=45).place(anatomy)}
     assert placed["text"].edit.get_parameter("down").shape == (256, 45)
     assert placed["text"].edit.get_parameter("down").abs().max() <= 45**-0.5  # kaiming_uniform(sqrt 5)
+
+
+def test_its_budget_is_that_of_a_prompt_of_a_hundred_vectors() -> None:
+    """Of T5-base: 40 vectors and rank 45 for 256 places, or 60 and rank 30."""
+    anatomy = dataclasses.replace(Anatomy.read(tiny("t5")), width=768)
+    with torch.device("meta"):
+        methods = (DePT(length=40, rank=45), DePT(length=60, rank=30), Prompt(length=100))
+        assert [Adapter({"m": method}, anatomy).n_parameters() for method in methods] == [{"m": 76_800}] * 3
+
+
+KINDS = [PROMPT] * 2 + [TEXT] * 5
+IDS = torch.tensor([[0, 0, 5, 6, 7, 8, 9], [0, 0, 4, 6, 8, 8, 9]])
+
+
+def logits(model: Any, method: Any, ids: Tensor, kinds: list[int], up: float) -> Tensor:
+    adapter = Adapter({"m": method}, Anatomy.read(model)).double()
+    torch.manual_seed(0)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    if isinstance(method, DePT):
+        nn.init.normal_(adapter.get_parameter("m.text.up"), std=up)
+    attachment = attach(model, adapter)
+    token_map = TokenMap(torch.tensor([kinds] * len(ids)), torch.zeros(len(ids), dtype=torch.int64))
+    with torch.no_grad(), attachment.bind(token_map):
+        found = run(model, ids, (token_map.domain != PAD).long())
+    attachment.detach()
+    return found
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_a_row_is_alone_what_it_is_padded_on_either_side_and_without_a_change_it_is_a_prompt(family: str) -> None:
+    model, dept = tiny(family), DePT(length=2, rank=2, max_length=3)
+    assert torch.equal(logits(model, dept, IDS, KINDS, 0.0), logits(model, Prompt(length=2), IDS, KINDS, 0.0))
+    alone = logits(model, dept, IDS[:1], KINDS, 1.0)[0]
+    assert not torch.equal(alone, logits(model, dept, IDS[:1], KINDS, 0.0)[0])
+    left = logits(model, dept, nn.functional.pad(IDS, (2, 0)), [PAD] * 2 + KINDS, 1.0)[0]
+    right = logits(model, dept, nn.functional.pad(IDS, (0, 2)), KINDS + [PAD] * 2, 1.0)[0]
+    for padded in (left, right) if family == "t5" else (left[2:], right[:7]):  # the logits of T5 are its decoder's
+        torch.testing.assert_close(padded, alone, rtol=0, atol=EXACT[family])
+
+
+def test_the_rows_that_are_added_stay_where_they_are_when_words_change_places_and_end_where_they_should() -> None:
+    model: Any = tiny("opt")
+    seen: list[Tensor] = []
+    table = model.get_input_embeddings()
+    for words in ([5, 6, 7, 8, 9], [5, 8, 7, 6, 9]):
+        ids = torch.tensor([[0, 0, *words]])
+        first = model.model.decoder.project_in.register_forward_pre_hook(lambda module, args, ids=ids: seen.append((args[0] - table.weight[ids])[0, 2:]))
+        logits(model, DePT(length=2, rank=2, max_length=3), ids, KINDS, 1.0)
+        first.remove()
+    torch.testing.assert_close(seen[0], seen[1])
+    assert seen[0][:3].abs().min() > 0
+    assert torch.equal(seen[0][3:], torch.zeros_like(seen[0][3:]))  # the frozen embeddings, bit for bit
 
 
 def left_after_learning(method: Any) -> float:

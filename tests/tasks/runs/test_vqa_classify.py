@@ -184,6 +184,40 @@ def test_a_random_bert_learns_to_look(readers: dict[str, Path], tmp_path: Path) 
     assert own > other + 8
 
 
+WARP = ("--methods.adalink", "null", "--methods.warp", "{before_text: 1, after_text: 2, words: what color}")
+
+
+def test_warp_is_trained_from_the_command_line_counts_what_teaches_nothing_and_comes_back(tmp_path: Path) -> None:
+    done = train("vqa", tmp_path / "run", "--vqa.answers", 20, *WARP)
+    assert done.code == 0, done
+    assert "of the list, and teach nothing" in done.err
+    assert "one row per question: its answer is chosen from the state of its row; loss: cross entropy in nats per question\n" in done.out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["trained_parameters"]["warp"] == 3 * metrics["trained_parameters"]["head"] // 20 - 3
+    again = adalink("evaluate", "--config", tmp_path / "run" / "config.yaml", "--adapter", tmp_path / "run" / "adapter", "--out", tmp_path / "again")
+    assert again.code == 0, again
+    assert (tmp_path / "again" / "results.json").read_bytes() == (tmp_path / "run" / "results.json").read_bytes()
+    planned = train("vqa", tmp_path / "planned", "--vqa.answers", 20, *WARP, "--dry-run")
+    assert f"{metrics['trained_parameters']['warp']:,}" in planned.out
+    table = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")["warp.soft.table"]
+    assert table.shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ((), "the method warp answers from a list: give task: vqa, and vqa.answers of 2 or more"),
+        (
+            ("--vqa.answers", 2, "--methods.warp.most_unlisted", 0.1),
+            "training questions have no answer among the 2 of the list, more than methods.warp.most_unlisted (0.1) allows",
+        ),
+        (("--vqa.answers", 20, "--methods.warp.words", "[what]"), "a prompt of 3 slots has a list of 1 words: give one for each slot"),
+    ],
+)
+def test_what_warp_cannot_be_trained_with_is_refused(given: tuple[object, ...], sentence: str, tmp_path: Path) -> None:
+    assert sentence in refused(train("vqa", tmp_path / "run", *WARP, *given))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_choosing_beats_its_blind_control_on_all_questions(readers: dict[str, Path], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ N_NEW = 6
 VQA = Template(prompt="<image>question: {question} answer:", target="{text}", system="be brief")
 METHODS: dict[str, dict[str, Any]] = {
     "vqa": {"adalink": AdaLink(rank=4, modalities=("image", "text")), "lora": LoRA(rank=2)},
-    "slots": {"prompt": Prompt(length=3, init_std=0.5), "adalink": AdaLink(rank=4, modalities=("image", "text"))},
+    "slots": {"prompt": Prompt(length=3, init_std=0.5, at="before_text"), "adalink": AdaLink(rank=4, modalities=("image", "text"))},
     "cap": {"lora": LoRA(rank=4)},
 }
 

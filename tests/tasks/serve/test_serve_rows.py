@@ -26,7 +26,7 @@ QUESTIONS = ("is it red ?", "is it a big red ball ?", "is it ?", "a cube ?")
 MANY = 2**30
 METHODS: dict[str, dict[str, Any]] = {
     "one": {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"))},
-    "two": {"bridge": Bridge(kind="linear"), "prompt": Prompt(length=3, init_std=0.5)},
+    "two": {"bridge": Bridge(kind="linear"), "prompt": Prompt(length=3, init_std=0.5, at="after_text")},
 }
 
 
