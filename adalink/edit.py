@@ -242,10 +242,14 @@ class Method(Protocol):
 
 
 class Written(NamedTuple):
-    """A method as a folder has it: `tensors`, by their whole names, are those of a new adapter in which `method` has the same name."""
+    """A method as a folder has it: `tensors`, by their whole names, are those of a new adapter in which `method` has the same name.
+
+    few   most entries of the tensors are those of an adapter before training (start), or zero (zero): the folder has the others alone
+    """
 
     method: Method
     tensors: Mapping[str, Tensor]
+    few: Literal["no", "zero", "start"] = "no"
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from adalink.methods.bottleneck import Bottleneck
 from adalink.methods.bridge import Bridge
 from adalink.methods.budgets.adalora import AdaLoRA
 from adalink.methods.budgets.hyper import Hyper
+from adalink.methods.budgets.sparse import Sparse, SparseDelta
 from adalink.methods.epalm import EPALM
 from adalink.methods.hira import HiRA
 from adalink.methods.ia3 import IA3
@@ -33,6 +34,6 @@ __all__ = [
     "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "WARP", "AdaLink",
     "AdaLoRA", "AdalinkError", "AdaptedModel", "Adapter", "Anatomy", "AttachError", "Attachment", "BaseSettings", "BitFit", "Bottleneck", "Bridge",
     "BudgetError", "CheckpointError", "ConfigError", "DataError", "DePT", "Edit", "FrozenPart", "Gated", "HiRA", "Hyper", "InputSpec", "Ladder", "LoRA",
-    "Method", "Placement", "Port", "Precision", "Prefix", "Prompt", "Slots", "TokenMap", "Tokens", "UniPELT", "attach", "attach_vision", "fingerprint",
-    "from_peft", "get_adalink_model", "read_vision", "to_peft",
+    "Method", "Placement", "Port", "Precision", "Prefix", "Prompt", "Slots", "Sparse", "SparseDelta", "TokenMap", "Tokens", "UniPELT", "attach",
+    "attach_vision", "fingerprint", "from_peft", "get_adalink_model", "read_vision", "to_peft",
 ]  # fmt: skip

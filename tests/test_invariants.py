@@ -46,6 +46,8 @@ from adalink import (
     Prefix,
     Prompt,
     Slots,
+    Sparse,
+    SparseDelta,
     TokenMap,
     UniPELT,
     attach,
@@ -93,6 +95,8 @@ METHODS_UNDER_TEST = {
     "lora": {"lora": LoRA(groups={"image": ("image",), "text": ("text",), "shared": ("image", "text")}, rank={"image": 4, "text": 2, "shared": 1}, alpha=4, bias="all")},
     "lora_query_value": {"lora": LoRA(groups={"all": ("all",)}, rank=2, alpha=2, scaling="rank_stabilized", targets=("query", "value"))},
     "adalora": {"adalora": AdaLoRA(groups={"image": ("image",), "shared": ("image", "text")}, init_rank=3, target_rank=1)},
+    "sparse": {"sparse": Sparse(inner=AdaLink(rank=4, modalities=("text", "image")), fraction=0.2)},
+    "sparse_delta": {"sparse_delta": SparseDelta(groups={"image": ("image",), "shared": ("image", "text")}, fraction=0.2)},
     "bitfit": {"bitfit": BitFit(groups={"image": ("image",), "text": ("text",)}, force_bias=True)},
     "bottleneck": {"bottleneck": Bottleneck(width=4)},
     "prefix": {"prefix": Prefix(length=2, form="table", init_std=0.5)},
@@ -114,11 +118,17 @@ METHODS_UNDER_TEST = {
     },
 }  # fmt: skip
 pytestmark = pytest.mark.long
-IDENTITY_AT_START = ("adalink", "adalink_prompt_scope", "deep", "lora", "lora_query_value", "bitfit", "ia3", "hira", "gated_adalink", "adalora", "ladder_add")
+IDENTITY_AT_START = (
+    "adalink", "adalink_prompt_scope", "deep", "lora", "lora_query_value", "bitfit", "ia3", "hira", "gated_adalink", "adalora", "ladder_add", "sparse",
+    "sparse_delta",
+)  # fmt: skip
 # A graph takes seconds, of LoRA on every linear fifteen. These four have every kind of edit: UniPELT gates a bottleneck, a prefix and LoRA, and BitFit's
 # edit is that of `deep`. Each method alone is slow, and there the backward pass is made a graph as well.
 COMPILED = (("all_at_once", "eager"), ("epalm_leaks", "aot_eager"), ("unipelt_apl", "eager"), ("ia3", "eager"))
-COMPILED_ALONE = ("adalink", "adalora", "bitfit", "bottleneck", "dept", "epalm", "gated_adalink", "hira", "hyper", "ia3", "ladder", "lora", "prefix_mlp", "unipelt_apl")
+COMPILED_ALONE = (
+    "adalink", "adalora", "bitfit", "bottleneck", "dept", "epalm", "gated_adalink", "hira", "hyper", "ia3", "ladder", "lora", "prefix_mlp",
+    "sparse_delta", "unipelt_apl",
+)  # fmt: skip
 HALF = {torch.bfloat16: (0.015, 0.04), torch.float16: (0.002, 0.02)}  # how far logits and gradients may be off, as shares of their norms
 T5_HALF = {torch.bfloat16: (0.015, 0.2), torch.float16: (0.002, 0.1)}  # its attention has no scale: of random weights it is all but a choice of one
 HARD = ("all_at_once", "epalm_late", "lora_query_value")  # every port at once; rows that read each other; linears that one weight holds together

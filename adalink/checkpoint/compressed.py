@@ -6,6 +6,8 @@ One safetensors file: the library checks its header, names, shapes and dtypes. E
     int4         T.code uint8: two entries a byte, the first in the low half; T.scale [rows]: the step of each row
     int8         T.code int8: one entry a byte; T.scale as above
     T.change     of a vector (a norm, a bias) in int4 and int8: the change itself; nothing of a tensor that did not change
+    sparse       T.index int32 [k] and T.value [k]: the entries that are not the start's, and their values, exactly; T.value alone, in the tensor's
+                 shape, where most of them are not
 
 Scales and changes are in float16 where that holds them to 0.1 %, else in float32. A row is what one index of the first dimension gives. The
 metadata name the method, the digest of the start, the digest of what decoding gives, and each tensor's dtype, shape and code.
@@ -30,11 +32,14 @@ from torch import Tensor
 from adalink.checkpoint.start import digest_of
 from adalink.errors import CheckpointError
 
-__all__ = ["COMPRESSED_FILE", "ZERO", "Code", "Compressed", "CompressionMethod", "decode_signs", "encode", "encode_signs", "read_compressed"]
+__all__ = [
+    "COMPRESSED_FILE", "ZERO", "Code", "Compressed", "CompressionMethod", "decode_signs", "encode", "encode_signs", "encode_sparse", "read_compressed",
+]  # fmt: skip
 
 COMPRESSED_FILE = "adapter_model.compressed"
 ZERO = "zero"  # in place of the digest of a start: all zeros
 CompressionMethod = Literal["int8", "int4", "ternary"]
+SPARSE = "sparse"  # what a method that trains few entries is written by
 LEVELS = {"int8": 127, "int4": 7}  # the largest code, on both sides of 0
 RICE = range(8)  # parameters that are tried
 _FORMAT = "1"
@@ -103,16 +108,19 @@ def _bits(packed: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a file holds. changes: float64 in the adapter's shapes; dtypes: of the adapter's tensors."""
+    """What a file holds. changes: float64 in the adapter's shapes, in sparse the values and NaN for the start's; dtypes: of the adapter's tensors."""
 
-    method: CompressionMethod
+    method: CompressionMethod | Literal["sparse"]
     start: str
     digest: str
     changes: Mapping[str, Tensor]
     dtypes: Mapping[str, torch.dtype]
 
     def added(self, start: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The adapter's tensors: start + change, added in float64. start: None for zeros."""
+        """The adapter's tensors: start + change, added in float64, or in sparse the values that are given. start: None for zeros."""
+        if self.method == SPARSE:
+            base = {name: torch.zeros_like(value) if start is None else start[name].to(value) for name, value in self.changes.items()}
+            return {name: torch.where(value.isnan(), base[name], value).to(self.dtypes[name]) for name, value in self.changes.items()}
         return {
             name: (change if start is None else change + start[name].to(self.dtypes[name])).to(self.dtypes[name]) for name, change in self.changes.items()
         }
@@ -159,6 +167,21 @@ def encode(
     return save(tensors, metadata), _read(tensors, metadata)
 
 
+def encode_sparse(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor] | None, start_digest: str) -> bytes:
+    """The content of a file of the entries that are not the start's; reading it gives `tensors` exactly, which hold no NaN. start: None for zeros."""
+    stored, codes = {}, {}
+    for name, tensor in sorted(tensors.items()):
+        base = torch.zeros_like(tensor) if start is None else start[name].to(tensor)
+        index = (tensor != base).flatten().nonzero()[:, 0]
+        if len(index) * (4 + tensor.itemsize) >= tensor.nbytes or tensor.numel() >= 2**31:
+            stored[f"{name}.value"] = tensor
+        else:
+            stored |= {f"{name}.index": index.int(), f"{name}.value": tensor.flatten()[index]}
+        codes[name] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+    metadata = {"format": _FORMAT, "method": SPARSE, "start": start_digest, "digest": digest_of(tensors), "tensors": json.dumps(codes, separators=(",", ":"))}
+    return save(stored, metadata)
+
+
 def read_compressed(path: Path) -> Compressed:
     """The file's content. Raises CheckpointError where it is missing, damaged, or of another version."""
     try:
@@ -173,14 +196,16 @@ def read_compressed(path: Path) -> Compressed:
 
 
 def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Compressed:
-    if metadata.get("format") != _FORMAT or metadata["method"] not in (*LEVELS, "ternary"):
+    if metadata.get("format") != _FORMAT or metadata["method"] not in (*LEVELS, "ternary", SPARSE):
         raise CheckpointError(f"the format is {metadata.get('format')}, and this version of adalink reads {_FORMAT}: update adalink")
     method, codes = metadata["method"], json.loads(metadata["tensors"])
     changes, used = {}, {"scale"} if method == "ternary" else set()
     for name, (_, shape, *rest) in codes.items():
-        own = {part: tensors[f"{name}.{part}"] for part in ("code", "scale", "change") if f"{name}.{part}" in tensors}
+        own = {part: tensors[f"{name}.{part}"] for part in ("code", "scale", "change", "index", "value") if f"{name}.{part}" in tensors}
         used |= {f"{name}.{part}" for part in own}
-        if method == "ternary":
+        if method == SPARSE:
+            changes[name] = _scattered(own, shape, name)
+        elif method == "ternary":
             n, parameter = map(int, rest)
             signs = decode_signs(Code(n, parameter, own["code"]), torch.Size(shape).numel(), name)
             changes[name] = signs.view(shape) * tensors["scale"].double()
@@ -189,7 +214,17 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Compres
     if unknown := sorted(set(tensors) - used):
         raise CheckpointError(f"{unknown[0]} is of no tensor that the metadata list: copy or compress it again")
     dtypes = {name: _DTYPES[code[0]] for name, code in codes.items()}
-    return Compressed(cast("CompressionMethod", method), metadata["start"], metadata["digest"], changes, dtypes)
+    return Compressed(cast("CompressionMethod | Literal['sparse']", method), metadata["start"], metadata["digest"], changes, dtypes)
+
+
+def _scattered(own: Mapping[str, Tensor], shape: list[int], name: str) -> Tensor:
+    """float64 of the shape, NaN where the start's value stays. Raises CheckpointError for places out of order or after the end."""
+    if "index" not in own:
+        return own["value"].double().reshape(shape)
+    index, size = own["index"].long(), torch.Size(shape).numel()
+    if len(index) != len(own["value"]) or (len(index) and (int(index[0]) < 0 or int(index[-1]) >= size or not bool((index.diff() > 0).all()))):
+        raise CheckpointError(f"{name}.index has {len(index):,} places out of order, or after the last of {size:,} entries: copy it again")
+    return torch.full((size,), float("nan"), dtype=torch.float64).scatter_(0, index, own["value"].double()).reshape(shape)
 
 
 # ----------------------------------------

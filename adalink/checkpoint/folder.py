@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from adalink.checkpoint.compressed import COMPRESSED_FILE, ZERO, read_compressed
+from adalink.checkpoint.compressed import COMPRESSED_FILE, ZERO, encode_sparse, read_compressed
 from adalink.checkpoint.fingerprint import FrozenPart, differences, part_from_json, part_to_json
 from adalink.checkpoint.start import Start, digest_of, redrawn, start_from_json
 from adalink.edit import COPIES, Adapter, Compact, Method
@@ -192,15 +192,20 @@ class AdapterConfig:
 def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
     """Write the folder of an adapter, its compact methods as they are written (`adalink.edit.Compact`). See `write_adapter`."""
     tensors, methods, counts = adapter.tensors(), dict(config.methods), adapter.n_parameters()
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    shapes, few = {name: tensor.shape for name, tensor in tensors.items()}, dict.fromkeys(methods, "no")
     for name, method in config.methods.items():
         if isinstance(method, Compact):
-            methods[name], own = method.written(name, adapter)
+            methods[name], own, few[name] = method.written(name, adapter)
             tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")} | dict(own)
             counts[name] = sum(tensor.numel() for tensor in own.values())
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         config = dataclasses.replace(config, start=None)  # no seed draws a part of it
-    write_adapter(folder, tensors, dataclasses.replace(config, methods=methods), counts)
+    compressed = None
+    if {"zero", "start"} & set(few.values()):
+        start = config.start if "start" in few.values() else None
+        drawn = None if start is None else redrawn(start, lambda: Adapter(config.methods, adapter.anatomy, adapter.copies)).tensors()
+        compressed = encode_sparse({name: tensor.detach().cpu() for name, tensor in tensors.items()}, drawn, ZERO if start is None else start.digest)
+    write_adapter(folder, tensors, dataclasses.replace(config, methods=methods), counts, compressed=compressed)
 
 
 def write_adapter(
@@ -225,6 +230,7 @@ def write_adapter(
     if not (folder / CARD_FILE).exists() or is_file_with(folder / CARD_FILE, CARD_MARK):
         write_whole(folder / CARD_FILE, _card(n_trained or _counts(stored), config).encode())
     write_whole(folder / CONFIG_FILE, (json.dumps(config_to_json(config), indent=2 if compressed is None else None) + "\n").encode())
+    (folder / (COMPRESSED_FILE if compressed is None else WEIGHTS_FILE)).unlink(missing_ok=True)  # of what was there before
     if is_file_with(folder / PEFT_CONFIG_FILE, '"methods"'):
         (folder / PEFT_CONFIG_FILE).unlink()  # an earlier version's
 

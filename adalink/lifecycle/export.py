@@ -19,6 +19,7 @@ from adalink.edit import Adapter, Method, Placement, execution_device, weight_of
 from adalink.errors import AttachError, ConfigError
 from adalink.methods.adalink import AdaLink, Bottleneck
 from adalink.methods.budgets.adalora import AdaLoRA, Triplet
+from adalink.methods.budgets.sparse import Delta, SparseDelta
 from adalink.methods.hira import Hadamard, HiRA
 from adalink.methods.lora import LoRA, LowRank
 from adalink.model import AdaptedModel
@@ -55,10 +56,10 @@ def _edits_text_alike(method: AdaLink) -> bool:
 
 
 def check_mergeable(methods: Mapping[str, Method]) -> None:
-    """Raise ConfigError, before anything is loaded, for more than a LoRA, an AdaLoRA or a HiRA; an adapter of trained copies alone has none."""
+    """Raise ConfigError, before anything is loaded, for more than one of the methods that `merge_linears` takes; trained copies alone have none."""
     if methods:
         kinds = list(map(type, methods.values()))
-        method = _check_only(methods, next((kind for kind in (HiRA, AdaLoRA) if kind in kinds), LoRA), "merged")
+        method = _check_only(methods, next((kind for kind in (HiRA, AdaLoRA, SparseDelta) if kind in kinds), LoRA), "merged")
         if isinstance(method, HiRA) and len(method.groups) > 1:
             raise ConfigError(f"HiRA with one group can be merged, and this one has {', '.join(method.groups)}: keep it beside the model")
 
@@ -95,14 +96,14 @@ def fold_embedding(model: nn.Module, adapter: Adapter) -> None:
 
 
 def merge_linears(model: nn.Module, adapter: Adapter) -> None:
-    """Add s B A to the weight of every linear that a LoRA or AdaLoRA edits (W * (B A) where it is HiRA), and its bias to the linear's.
+    """Add s B A to the weight of every linear that a LoRA or AdaLoRA edits (W * (B A) where it is HiRA, D where SparseDelta), and its bias to the linear's.
 
     The model has no adapter attached to it.
 
     Trained copies of modules are written over the modules themselves.
 
-    Exact to rounding for an adapter that is LoRA, AdaLoRA or HiRA alone whose groups each edit every token of the model: `all`, or `text` in a model that
-    reads nothing else. Of an encoder-decoder model the encoder is merged, since its linears are what was edited.
+    Exact to rounding for an adapter that is LoRA, AdaLoRA, SparseDelta or HiRA alone whose groups each edit every token of the model: `all`, or `text`
+    in a model that reads nothing else. Of an encoder-decoder model the encoder is merged, since its linears are what was edited.
 
     Raises ConfigError where that is not so: another method, a group for some tokens, a bias for a linear that has none; AttachError for a
     linear that is no plain matrix. Nothing is changed then.
@@ -162,12 +163,13 @@ def _check_merge(placement: Placement, linear: nn.Module, needed: set[int]) -> N
         raise ConfigError(f"{placement.role} has a bias and {where} has none: only a LoRA with bias none or auto can be merged here")
 
 
-def _merge(edit: LowRank | Hadamard, linear: nn.Linear) -> None:
+def _merge(edit: LowRank | Hadamard | Delta, linear: nn.Linear) -> None:
     """The target's features alone, where one linear makes queries, keys and values at once."""
     features = slice(edit.target.start, edit.target.stop)
     weight = linear.weight[:, features].T if _is_conv1d(linear) else linear.weight[features]  # [D_out, D_in]
-    product = edit.up.weight.double() @ edit.down.weight.double()
-    weight.copy_(weight.double() + (edit.scale * product if isinstance(edit, LowRank) else weight.double() * product))
+    product = edit.delta.double() if isinstance(edit, Delta) else edit.up.weight.double() @ edit.down.weight.double()
+    change = edit.scale * product if isinstance(edit, LowRank) else weight.double() * product if isinstance(edit, Hadamard) else product
+    weight.copy_(weight.double() + change)
     if isinstance(edit, LowRank) and edit.bias is not None:
         linear.bias[features].copy_(linear.bias[features].double() + edit.bias.double())
 

@@ -33,6 +33,8 @@ METHODS = _Methods({
     "lora": "lora.LoRA",
     "prefix": "prefix.Prefix",
     "prompt": "prompts.prompt.Prompt",
+    "sparse": "budgets.sparse.Sparse",
+    "sparse_delta": "budgets.sparse.SparseDelta",
     "unipelt": "unipelt.UniPELT",
     "warp": "prompts.warp.WARP",
 })  # fmt: skip

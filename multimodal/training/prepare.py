@@ -386,6 +386,10 @@ class Schedules(Schedule):
         for one in self._all.values():
             one.after_step(step)
 
+    def report(self) -> dict[str, float]:
+        """Theirs, after the method's name: `adalora triplets`."""
+        return {f"{name} {key}": value for name, one in self._all.items() for key, value in one.report().items()}
+
     def end(self) -> None:
         """All of them."""
         for one in self._all.values():

@@ -389,8 +389,9 @@ class _Run:
             value = float(loss)
             rate = self.stages.rate
             displayed.logged(step, value, rate)
-            self.log.write({"step": step, "loss": value, "rate": rate})
-            self.accelerator.log({"loss": value, "rate": rate}, step=step)
+            line = {"loss": value, "rate": rate, **self.schedules.report()}
+            self.log.write({"step": step, **line})
+            self.accelerator.log(line, step=step)
         if (step % self.settings.checkpoint_every == 0 and not self.trained_so_far.is_nothing) or step == n_steps or self.ended_by:
             self._refuse_broken()
             self._save(step)

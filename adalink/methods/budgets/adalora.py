@@ -225,6 +225,10 @@ class Allocator(Schedule):
         left: float = 1 - (step - self.tinit) / (self.total - self.tfinal - self.tinit)
         return int(least + (most - least) * left**3)
 
+    def report(self) -> dict[str, float]:
+        """triplets: those whose value is not zero."""
+        return {"triplets": sum(int((edit.value != 0).sum()) for edit in self.edits.values())}
+
     def scores(self, pool: Sequence[str]) -> list[Tensor]:
         """[R] of each place."""
         found = []

@@ -36,6 +36,10 @@ class Schedule:
     def after_step(self, step: int) -> None:
         """After the optimizer's step, before the gradients are dropped: new weights, and the clipped gradients that led to them."""
 
+    def report(self) -> Mapping[str, float]:
+        """Numbers for the log and the curves of a run, such as how much of a budget is in use; asked for by every process where a line is written."""
+        return {}
+
     def end(self) -> None:
         """After the last step, also where nothing was left to do. Raises ConfigError where what was learnt is of no use."""
 

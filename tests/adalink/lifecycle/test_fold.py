@@ -11,7 +11,7 @@ from tiny import EXACT, VOCABULARY, excite, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from adalink import AdaLink, AdaLoRA, AdaptedModel, BitFit, HiRA, LoRA, Method, Prompt
+from adalink import AdaLink, AdaLoRA, AdaptedModel, BitFit, HiRA, LoRA, Method, Prompt, SparseDelta
 from adalink.errors import AttachError, ConfigError
 from adalink.lifecycle.export import check_foldable, check_mergeable, fold_embedding, is_tied, merge_linears, untie
 
@@ -121,9 +121,13 @@ def test_a_merged_lora_gives_the_adapters_logits(family: str, targets: tuple[str
     assert not torch.allclose(raw, expected, atol=1e-3)
 
 
+PARTS = ("query", "down")
+MERGED = (HiRA(rank=2, targets=PARTS), AdaLoRA(init_rank=3, target_rank=2, targets=PARTS), SparseDelta(fraction=0.5, targets=PARTS))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", [HiRA(rank=2, targets=("query", "down")), AdaLoRA(init_rank=3, target_rank=2, targets=("query", "down"))], ids=["hira", "adalora"])
-def test_a_merged_hira_or_adalora_gives_the_adapters_logits(family: str, method: Method, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", MERGED, ids=[type(method).__name__ for method in MERGED])
+def test_a_merged_change_of_another_form_gives_the_adapters_logits(family: str, method: Method, tmp_path: Path) -> None:
     model, expected = adapted(family, method)
     adapter, base = model.active_adapter(), model.unload()
     raw = logits(base, family)

@@ -30,6 +30,8 @@ from adalink import (
     Method,
     Prefix,
     Prompt,
+    Sparse,
+    SparseDelta,
     UniPELT,
 )
 from adalink.methods import METHODS
@@ -45,7 +47,11 @@ ADAPTERS: dict[str, dict[str, Method]] = {
     "linears": {"bridge": BRIDGE, "bitfit": BitFit(groups=CONTEXTS), "ia3": IA3(groups=CONTEXTS), "hira": HiRA(groups=CONTEXTS, rank=2), "lora": LoRA(groups={**CONTEXTS, "shared": ("image", "text")}, rank=2, alpha=4)},
     "layers": {"bridge": BRIDGE, "bottleneck": Bottleneck(width=4), "prefix": Prefix(length=2, form="mlp", init_std=0.5, hidden=6)},
     "places": {"bridge": BRIDGE, "dept": DePT(length=2, rank=2, max_length=4, init_std=0.5, modalities=("text", "image"))},
-    "budgets": {"bridge": BRIDGE, "adalora": AdaLoRA(groups=CONTEXTS, init_rank=3, target_rank=1, tinit=0, tfinal=1, interval=1), "hyper": Hyper(prototypes=("a", "b"), width=2, size=4, contrast=0.0)},
+    "budgets": {
+        "bridge": BRIDGE, "adalora": AdaLoRA(groups=CONTEXTS, init_rank=3, target_rank=1, tinit=0, tfinal=1, interval=1),
+        "sparse": Sparse(inner=LoRA(groups=CONTEXTS, rank=2), fraction=0.2, silo="group"), "sparse_delta": SparseDelta(groups=CONTEXTS, fraction=0.05),
+        "hyper": Hyper(prototypes=("a", "b"), width=2, size=4, contrast=0.0),
+    },
     "ladder": {"bridge": BRIDGE, "ladder": Ladder(reduction=2, rungs=(0,))},
     "epalm": {"epalm": EPALM(layers=(0, 1), n_taps=1, connector="per_tap")},
     "gated": {"bridge": BRIDGE, "gated": Gated(inner=LoRA(groups=CONTEXTS, rank=2, alpha=2, targets=("query", "value"), bias="auto"))},

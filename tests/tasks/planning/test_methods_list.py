@@ -46,7 +46,7 @@ def test_a_method_says_its_formula_its_places_and_its_count(listed: dict[str, di
 
 def test_every_method_inside_the_layers_can_leave_some_of_them_alone(listed: dict[str, dict[str, Any]]) -> None:
     note = {name: setting["about"] for name, one in listed.items() for setting in one["settings"] if setting["name"] == "exclude_layers"}
-    assert note == dict.fromkeys(("adalora", "bitfit", "bottleneck", "hira", "hyper", "ia3", "lora", "prefix"), "layers that are left alone, counted from 0")
+    assert note == dict.fromkeys(("adalora", "bitfit", "bottleneck", "hira", "hyper", "ia3", "lora", "prefix", "sparse_delta"), "layers that are left alone, counted from 0")
 
 
 def test_settings_that_are_given_are_counted() -> None:
