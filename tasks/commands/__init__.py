@@ -79,6 +79,9 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
         "coco": Entry("compare", "COMPARE_COCO", "compare two files of captions"),
         "vqa": Entry("compare", "COMPARE_VQA", "compare two files of answers"),
     },
+    "report": {
+        "representation": Entry("train", "REPRESENTATION", "what an adapter does to hidden states: rank, CKA and drift beside the frozen model"),
+    },
     "runs": Entry("compare", "RUNS", "list the runs in a folder and below it"),
     "merge": Entry("lifecycle.merge", "MERGE", "merge saved adapters into one: exactly, or by their weights"),
     "export": {

@@ -1,4 +1,4 @@
-"""`adalink train`, `features` and `evaluate`; also a sweep, as in `--train.learning_rate 1e-3,3e-3`, which trains one run for each value."""
+"""`adalink train`, `features`, `evaluate` and `report`; also a sweep, as in `--train.learning_rate 1e-3,3e-3`, which trains one run for each value."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tasks.data.sources import Opened
     from tasks.runs.run import Evaluation
 
-__all__ = ["EVALUATE", "FEATURES", "TRAIN", "Sweep", "config_text", "results_table", "run_config", "swept"]
+__all__ = ["EVALUATE", "FEATURES", "REPRESENTATION", "TRAIN", "Sweep", "config_text", "results_table", "run_config", "swept"]
 
 
 def _train(values: Any, plain: Any) -> None:
@@ -61,6 +61,24 @@ def _evaluate(values: Any, plain: Any) -> None:
     settings = settings_of(values.adapter, values)
     text = config_text({**plain.as_dict(), **{name: settings[name] for name in SAVED}})
     _display(evaluate_run(RunConfig(**settings), text, values.adapter, out, values.submission, allow_other_base=values.allow_other_base), out)
+
+
+def _represent(values: Any, plain: Any) -> None:
+    from tasks.evaluation.representation import representation_json, representation_rows
+    from tasks.runs.run import represent_adapter
+
+    config = RunConfig(**{**settings_of(values.adapter, values), "representation": values.samples})
+    found = represent_adapter(config, values.adapter, allow_other_base=values.allow_other_base)
+    rows = {name: {column: value for column, value in row.items() if value is not None} for name, row in representation_rows(found).items()}
+    print(representation_json(values.samples, found) if values.json else results_table(rows))
+
+
+def _add_represent(parser: Any) -> None:
+    add_run(parser, EvaluationSettings)
+    parser.add_argument("--adapter", type=Path, required=True, help="the adapter folder; with the config of its run, its start is compared too")
+    parser.add_argument("--samples", type=int, default=64, help="samples of data.val whose texts are read, the first ones")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    add_allow_other_base(parser)
 
 
 def _display(evaluation: Evaluation, folder: Path) -> None:
@@ -287,6 +305,14 @@ EVALUATE = Command(
     examples=(
         "adalink evaluate --adapter runs/first/adapter --config runs/first/config.yaml",
         "adalink evaluate --adapter runs/first/adapter --config run.yaml --generation.num_beams 5",
+    ),
+)  # fmt: skip
+REPRESENTATION = Command(
+    _add_represent, _represent, has_config=True,
+    first=("adapter", "config", DATA_ROWS[0], "samples", "json", "allow_other_base"),
+    examples=(
+        "adalink report representation --adapter runs/first/adapter --config runs/first/config.yaml",
+        "adalink report representation --adapter runs/first/adapter --config run.yaml --samples 16 --json",
     ),
 )  # fmt: skip
 FEATURES = Command(

@@ -288,6 +288,7 @@ class Report:
     cards: Sequence[CaptionCard | AnswerCard]
     bad_samples: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> keys of the samples that were skipped
     config: str = ""  # the configuration as used, as the page prints it
+    representation: Sequence[MetricRow] = ()  # what the adapter does to hidden states, a row for each layer and domain; the page has no such part without
 
     def __post_init__(self) -> None:
         _check_named("Report", self.title)
@@ -305,7 +306,7 @@ def write_report(report: Report, path: Path) -> None:
 def render(report: Report) -> str:
     """The page as HTML: the same text for the same report."""
     style, script = Markup((FOLDER / "page.css").read_text("utf-8")), Markup(templates(FOLDER).get_template("page.js.j2").render())
-    values = [row.values for row in report.rows]
+    values, states = ([row.values for row in rows] for rows in (report.rows, report.representation))
     verdicts = _verdicts(report.cards)
     return templates(FOLDER).get_template("page.html.j2").render(
         report=report,
@@ -314,6 +315,8 @@ def render(report: Report) -> str:
         policy=policy(style, script),
         columns=columns(values),
         cells=metric_cells(values),
+        state_columns=columns(states),
+        state_cells=metric_cells(states),
         n_trained=sum(part.parameters for part in report.trained),
         verdicts=verdicts,
         has_captions=any(isinstance(card, CaptionCard) for card in report.cards),

@@ -135,10 +135,13 @@ class RunConfig:
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     features: Path | None = None  # cached features, in FOLDER/train and FOLDER/val, which `adalink features` or train.features: fill writes; none: encode
     features_dtype: StoredDtype = "float16"  # float16 moves gradients by up to 3e-4 of their size, bfloat16 by up to 2e-3, float32 not at all
+    representation: int = 0  # samples of data.val on which the report compares hidden states before and after the training; 0: none
     out: Path | None = None  # the run folder
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong between its groups."""
+        if self.representation < 0:
+            raise ConfigError(f"representation is {self.representation}: give a number of samples, such as 64, or 0 for none")
         self.check_form()
         self.check_features()
 

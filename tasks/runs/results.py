@@ -13,6 +13,7 @@ from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.sample import BadSample, Sample, SampleSource, counted
 from multimodal.training.records import BAD_FILE, METRICS_FILE, VAL_LOSS
 from tasks.evaluation.evaluate import Predictions
+from tasks.evaluation.representation import read_representation, representation_rows
 from tasks.metrics.bootstrap import Interval, Resampling, software
 from tasks.report.page import AnswerCard, CaptionCard, Curve, MetricRow, Report, Trained, write_report
 from tasks.task import TRAINED, Score, Task
@@ -127,6 +128,7 @@ def write_run_report(
         f"{headline} {counted(len(predictions.texts), 'item')}{'; ' * bool(warning)}{warning}",
         scorer=trained.scorer,
         rows=[MetricRow(name=name, values=score.metrics) for name, score in scores.items()],
+        representation=[MetricRow(name=name, values=values) for name, values in representation_rows(read_representation(folder)).items()],
         trained=[Trained(name=name, parameters=count) for name, count in counts.items()],
         frozen_parameters=frozen,
         curves=_curves(folder / METRICS_FILE, "nats per token" if model.head is None else f"nats per question, {model.head.loss_name}"),

@@ -25,7 +25,7 @@ from multimodal.sample import BadSamples, DamagedSample, SampleSource
 from multimodal.training.prepare import mean_loss
 from multimodal.training.records import VAL_LOSS, LoggedSamples, flat
 from multimodal.training.train import check_training, train
-from tasks.data.sources import DataConfig, Opened
+from tasks.data.sources import Chosen, DataConfig, Opened
 from tasks.evaluation.evaluate import (
     Predictions,
     ReadImages,
@@ -37,6 +37,7 @@ from tasks.evaluation.evaluate import (
     refuse_gaps,
     write_submission,
 )
+from tasks.evaluation.representation import LayerStates, read_representation, representation, write_representation
 from tasks.runs.compose import features_to_learn, features_to_log, frozen_model, load_adapted, log
 from tasks.runs.config import RunConfig, chosen_methods
 from tasks.runs.conversations import refuse_beyond
@@ -45,7 +46,7 @@ from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
 from tasks.vqa import AnswerVocabulary, answer_vocabulary
 
 __all__ = [
-    "Evaluation", "changed_config", "evaluate_run", "is_main", "new_model", "refuse_taken", "run_folder", "logged_samples",
+    "Evaluation", "changed_config", "evaluate_run", "is_main", "new_model", "refuse_taken", "represent_adapter", "run_folder", "logged_samples",
     "train_run",
 ]  # fmt: skip
 
@@ -228,10 +229,7 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False, text
         elif changed := changed_config(config_file, config_text):
             _log(f"settings that are not those of {config_file}: {'; '.join(changed)}")
         images = read_images(val, features_to_log(model, val.source, config, "encoding the validation images"))
-        untrained = _predict(model, images, task, config)
-        _check_bad(images, untrained, config)  # not first after the training
-        before = {UNTRAINED: task.score(untrained.texts, images.source)}
-        _log(before[UNTRAINED].note)
+        before = _evaluate_untrained(folder, model, images, task, config)
         measurement = _Measurement(model, images, task, texts, config)
         trained = train(
             model, opened.source, texts_of(texts), config.train, folder, resume=resume, patches=features, known_bad=opened.problems,
@@ -244,6 +242,7 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False, text
         config_file.write_text(config_text)  # of a resumed run first here: one that is refused leaves the old one
         model.save_pretrained(folder / "adapter", task={"task": task.name, "generation": asdict(config.generation)})
         evaluation = replace(_evaluate(model, images, task, config, before), step_seconds=trained.step_seconds)
+        _note_states(folder, "trained", model, images, task, config)
         _write(folder, model, task, config_text, evaluation, images)
         if is_main():
             n_items = len(evaluation.predictions.texts)
@@ -260,8 +259,7 @@ def evaluate_run(
     """
     task = config.chosen_task()
     model, saved = load_adapted(adapter, **vars(config.parts), allow_other_base=allow_other_base)
-    if saved["task"] != task.name:
-        raise ConfigError(f"the adapter in {adapter} was trained for {saved['task']}, and the config's task is {task.name}: give the config of its run")
+    _refuse_other_task(adapter, saved["task"], task)
     val = config.data.val.open()
     _log(val.sentence)
     refuse_beyond(val, "data.val", task, f"the model of {adapter}", model.row_encoder())
@@ -277,6 +275,33 @@ def evaluate_run(
     if is_main():
         print(write_submission(out, task, val, config.data.val.split_name, text.texts, text.bad, submission))
     return evaluation
+
+
+def represent_adapter(config: RunConfig, adapter: Path, *, allow_other_base: bool = False) -> dict[str, Sequence[LayerStates]]:
+    """What a saved adapter does to the hidden states of the first `representation` samples of data.val; and at its start, of a config with its methods.
+
+    Raises ConfigError for another task's adapter or no samples, CheckpointError for one of another base, DataError where no sample can be read.
+    """
+    if not config.representation:
+        raise ConfigError("samples is 0, and hidden states are compared on samples: give 1 or more, such as 64")
+    task, val, found = config.chosen_task(), config.data.val.open(), {}
+    _log(val.sentence)
+
+    def states(model: VisionLanguageModel) -> Sequence[LayerStates]:
+        few = Chosen(val.source, range(min(config.representation, len(val.source)))) if config.features is None else val.source
+        images = read_images(Opened(few, val.problems), features_to_log(model, few, config, "encoding the images"))
+        return representation(model, images.source, task, images.patches, samples=config.representation)
+
+    if chosen_methods(config.methods, needs_one=False):
+        found["untrained"] = states(new_model(config, (config.data.train or config.data.val).open().source)[0])
+    model, saved = load_adapted(adapter, **vars(config.parts), allow_other_base=allow_other_base)
+    _refuse_other_task(adapter, saved["task"], task)
+    return {**found, "trained": states(model)}
+
+
+def _refuse_other_task(adapter: Path, trained_for: str, task: Task) -> None:
+    if trained_for != task.name:
+        raise ConfigError(f"the adapter in {adapter} was trained for {trained_for}, and the config's task is {task.name}: give the config of its run")
 
 
 def _opened(data: DataConfig, config: RunConfig) -> Opened:
@@ -338,6 +363,22 @@ class _Measurement:
             source, self._texts, batch_size=self._config.train.batch_size, features=self._images.patches, bad_samples=len(source),
             rank=state.process_index, world=state.num_processes,
         )  # fmt: skip
+
+
+def _evaluate_untrained(folder: Path, model: VisionLanguageModel, images: ReadImages, task: Task, config: RunConfig) -> Mapping[str, Score]:
+    untrained = _predict(model, images, task, config)
+    _check_bad(images, untrained, config)  # not first after the training
+    score = task.score(untrained.texts, images.source)
+    _log(score.note)
+    _note_states(folder, "untrained", model, images, task, config)
+    return {UNTRAINED: score}
+
+
+def _note_states(folder: Path, name: str, model: VisionLanguageModel, images: ReadImages, task: Task, config: RunConfig) -> None:
+    """Add what the adapter does to hidden states to the run's representation.json; nothing where it is not asked for."""
+    if config.representation and is_main():
+        states = representation(model, images.source, task, images.patches, samples=config.representation)
+        write_representation(folder, config.representation, {**read_representation(folder), name: states})
 
 
 def _predict(model: VisionLanguageModel, images: ReadImages, task: Task, config: RunConfig, shift: int = 0) -> Predictions:
