@@ -13,7 +13,24 @@ from shared import fixtures
 from tiny import EXACT, WIDTH, excite, run, tiny
 from torch import Tensor, nn
 
-from adalink import ANSWER, IMAGE, METHODS, PAD, PROMPT, TEXT, WARP, AdaptedModel, Adapter, Anatomy, DePT, Gated, Prompt, TokenMap, attach
+from adalink import (
+    ANSWER,
+    IMAGE,
+    METHODS,
+    PAD,
+    PROMPT,
+    TEXT,
+    WARP,
+    AdaptedModel,
+    Adapter,
+    Anatomy,
+    DePT,
+    Gated,
+    Method,
+    Prompt,
+    TokenMap,
+    attach,
+)
 from adalink.attachment.inputs import Reserved
 from adalink.checkpoint.folder import method_from_json, method_to_json
 from adalink.edit import Slots
@@ -144,7 +161,8 @@ def test_all_slots_at_the_start_are_a_prompt_bit_for_bit_and_others_are_read_whe
     model = AdaptedModel(tiny(family))
     ids, mask = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     found = {}
-    for name, method in {"prompt": Prompt(length=3), "warp": WARP(start=3, after_text=0), "after": Prompt(length=3, at="after_text")}.items():
+    methods: dict[str, Method] = {"prompt": Prompt(length=3), "warp": WARP(start=3, after_text=0), "after": Prompt(length=3, at="after_text")}
+    for name, method in methods.items():
         torch.manual_seed(0)
         excite(model.add_adapter(name, method).double())
         found[name] = model(input_ids=ids, attention_mask=mask).logits
@@ -212,7 +230,7 @@ def test_vectors_start_from_the_frozen_embeddings_of_words() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Prompt(length=2, at="middle"), "the prompt is at 'middle': give start, before_text or after_text"),
+        (lambda: Prompt(length=2, at="middle"), "the prompt is at 'middle': give start, before_text or after_text"),  # type: ignore[arg-type]
         (lambda: Prompt(length=2, at="after_text", positions="none"), "the prompt is at after_text with positions none, and only slots at the start"),
         (lambda: Prompt(length=2, words="a", form="mlp"), "the prompt's form is mlp, whose vectors are made by a network"),
         (lambda: Prompt(length=2, ids=((1,), ())), r"the prompt's ids are \[\[1\], \[\]\]: give for each slot one id of 0 or more"),
@@ -224,7 +242,7 @@ def test_vectors_start_from_the_frozen_embeddings_of_words() -> None:
         (lambda: WARP(most_unlisted=1.5), "WARP's most_unlisted is 1.5 and its init_std 0.02: give a share from 0 to 1"),
         (lambda: worded(Prompt(length=3, words=("a", "b")), lambda text: [4]), "a prompt of 3 slots has a list of 2 words: give one for each slot"),
         (lambda: worded(Prompt(length=3, words=" "), lambda text: []), "a prompt starts from ' ', of which the tokenizer makes nothing"),
-        (lambda: worded(WARP(after_text=2, words=("a", "")), list), "a prompt starts from '', of which the tokenizer makes nothing"),
+        (lambda: worded(WARP(after_text=2, words=("a", "")), lambda text: [4] * len(text)), "a prompt starts from '', of which the tokenizer makes nothing"),
         (lambda: AdaptedModel(tiny("opt")).add_adapter("a", Prompt(length=1, words="a")), "a bare model has no tokenizer: add it to a VisionLanguageModel"),
         (lambda: AdaptedModel(tiny("opt")).add_adapter("a", Prompt(length=1, ids=((64,),))), "the prompt's ids go up to 64, and the model has 64 words"),
         (lambda: AdaptedModel(tiny("opt")).add_adapter("a", Prompt(length=2, ids=((6,),))), "the prompt's ids are those of 1 words, and it has 2 slots"),
