@@ -41,6 +41,7 @@ WIDTHS = (
 )  # fmt: skip
 
 
+NUMBER = ("layer_idx", "layer_id")  # what layers call their own
 HAS_TABLE = "has_relative_attention_bias"  # what T5's layers are built with
 
 
@@ -68,9 +69,9 @@ def narrow_layer(stack: nn.Module, host: nn.Module, config: Any, number: int, re
     is_first  whether it is the one that makes the biases for distances, which the others share (T5)
     """
     kind: Any = type(host)
-    has_table = {HAS_TABLE: is_first} if HAS_TABLE in inspect.signature(kind).parameters else {}
+    settings = {**dict.fromkeys(NUMBER, number), HAS_TABLE: is_first}
     try:
-        layer: nn.Module = kind(config, layer_idx=number, **has_table)
+        layer: nn.Module = kind(config, **{name: settings[name] for name in inspect.signature(kind).parameters if name in settings})
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise AttachError(_not_narrow(config, kind, f"its class says {error}")) from error
     tables = {f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, nn.Embedding)}  # of distances, by head
@@ -80,8 +81,7 @@ def narrow_layer(stack: nn.Module, host: nn.Module, config: Any, number: int, re
     starts: Any = copy.copy(stack)
     starts.__dict__["config"] = config
     for module in layer.modules():
-        if "layer_idx" in vars(module):
-            vars(module)["layer_idx"] = 0  # it has a cache of its own (adalink.attachment.beside)
+        vars(module).update({name: 0 for name in NUMBER if name in vars(module)})  # it has a cache of its own (adalink.attachment.beside)
         if hasattr(starts, "_init_weights"):
             starts._init_weights(module)
     return layer.requires_grad_(True)
@@ -100,7 +100,8 @@ def narrow_norm(host: nn.Module, width: int) -> nn.Module:
     if isinstance(host, nn.LayerNorm):
         return nn.LayerNorm(width, eps=host.eps, elementwise_affine=host.elementwise_affine, bias=host.bias is not None)
     kind: Any = type(host)
-    made: nn.Module = kind(width, eps=next(getattr(host, name) for name in ("eps", "variance_epsilon") if hasattr(host, name)))
+    eps = next(({"eps": getattr(host, name)} for name in ("eps", "variance_epsilon") if hasattr(host, name)), {})
+    made: nn.Module = kind(width, **eps)
     return made.requires_grad_(True)
 
 
@@ -144,14 +145,14 @@ class Start(nn.Module):
 
 
 class Turns(nn.Module):
-    """The rotations of narrower heads, made from the positions that the host's own are made from."""
+    """The rotations of narrower heads, made from the positions that the host's own are made from: by kind of layer, where the host has kinds (Gemma 3)."""
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
         self.rotary = rotary
 
     def forward(self, h: Any, tokens: Tokens, call: Mapping[str, Any]) -> None:
-        tokens.drawn[self] = self.rotary(**call)
+        tokens.drawn.setdefault(self, {})[call.get("layer_type")] = self.rotary(**call)
 
 
 class Rung(nn.Module):
@@ -178,7 +179,8 @@ class Rung(nn.Module):
         mix = self.mix
         own: dict[str, Any] = {}
         if mix.turns is not None:
-            own["position_embeddings"] = tokens.drawn[mix.turns]
+            turned = tokens.drawn[mix.turns]
+            own["position_embeddings"] = turned[mix.kind if mix.kind in turned else None]
         if mix.has_distances:
             own |= {"position_bias": tokens.drawn.get(mix.start.down), "encoder_decoder_position_bias": None}
         if mix.encoded is not None:
@@ -193,6 +195,7 @@ class Rung(nn.Module):
 class Mix:
     """A rung's place and settings, and the parts of its ladder that it reads and does not own.
 
+    kind           of the layer, where the host's are of several
     has_distances  whether the first rung makes the biases for distances, and hands them on (T5)
     encoded        in a decoder, the end of the ladder beside its encoder
     """
@@ -203,6 +206,7 @@ class Mix:
     temperature: float
     start: Start
     turns: Turns | None
+    kind: str | None
     has_distances: bool
     encoded: Encoded | None
 
@@ -273,8 +277,9 @@ class Side:
         for i in self.rungs:
             host = self.stack.get_submodule(self.layers[i])
             block = narrow_layer(self.stack, host, config, i, r, is_first=i == self.rungs[0])
+            kind = (getattr(config, "layer_types", None) or {i: None})[i]
             has_distances = HAS_TABLE in inspect.signature(type(host)).parameters
-            mix = Mix(i, len(self.layers), self.method.alpha, self.method.temperature, start, turns, has_distances, encoded)
+            mix = Mix(i, len(self.layers), self.method.alpha, self.method.temperature, start, turns, kind, has_distances, encoded)
             placed.append(Placement(f"{role}rungs.{i}", Port(self.layers[i], "beside", self.of), Rung(block, self.width, r, mix), every))
         norm = nn.Identity() if self.final_norm is None else narrow_norm(self.stack.get_submodule(self.final_norm), self.width // r)
         last = self.final_norm or self.layers[-1]

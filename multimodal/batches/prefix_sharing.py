@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +42,14 @@ __all__ = [
 class Read(DynamicLayer):  # a layer of transformers' Cache, which asks for its class
     """A layer's keys and values of the shared prefixes, stored the first time: checkpointing computes them again in the backward pass."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: dict[Hashable, Read] = {}  # of networks beside the model (adalink.attachment.beside)
+
+    def further(self, mark: Hashable) -> Read:
+        """The layer of a network beside the model."""
+        return self.others.setdefault(mark, Read())
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What attention reads, [I, H, T, D] each: these keys and values."""
         if self.get_seq_length() == 0:
@@ -59,6 +67,10 @@ class After(DynamicLayer):
     def __init__(self, read: Read, which: Tensor, each: int | None) -> None:
         super().__init__()
         self.read, self.which, self.each = read, which, each
+
+    def further(self, mark: Hashable) -> After:
+        """The layer of a network beside the model, which reads what that network made of the prefixes."""
+        return After(self.read.further(mark), self.which, self.each)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What attention reads, [B, H, T, D] each: the row's prefix, then these."""

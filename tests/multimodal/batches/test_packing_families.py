@@ -9,6 +9,7 @@ from shared import every_other
 from sharing import FORKED, PACKED, TEXTS, adapted, batch_of, check_equal, gradients, in_double, slots_of
 from tiny_families import HARD, tiny_of
 
+from adalink import Bridge, Ladder, Prompt
 from multimodal.batches.packing import arrangement, fork_rows, pack_rows, separate_rows
 from multimodal.batches.prefix_sharing import EAGER_FAMILIES, SDPA_FAMILIES, may_fork
 
@@ -53,6 +54,17 @@ def test_forked_texts_equal_separate_ones(name: str) -> None:
     assert batch.shared_prefix is not None
     assert batch.shared_prefix.is_shared
     check_equal(gradients(model, batch), gradients(model, batch_of(separate_rows, slots_of(model))))
+
+
+LADDER = {"bridge": Bridge(kind="mlp"), "prompt": Prompt(length=2, init_std=0.5), "ladder": Ladder(reduction=2, output="add")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("llama", "opt", "gemma3") else pytest.mark.slow) for name in FORKED])
+def test_a_network_beside_the_model_reads_shared_texts_as_the_model_does(name: str) -> None:
+    model = adapted(name, LADDER)
+    wanted = gradients(model, batch_of(separate_rows, slots_of(model)))
+    for arrange in (pack_rows, fork_rows) if name in PACKED else (fork_rows,):
+        check_equal(gradients(model, batch_of(arrange, slots_of(model))), wanted)
 
 
 @pytest.mark.parametrize("texts", [[(2, [4, 6, 2]), (3, [8, 4, 2])], [(2, [5, 3]), (2, [7, 9])], [(2, [5, 3, 2])]])
