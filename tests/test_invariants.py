@@ -55,6 +55,7 @@ from adalink import (
 from adalink.checkpoint.precision import cast
 from adalink.methods import METHODS
 from adalink.methods.budgets.hyper import Tasks
+from adalink.methods.ladder import Seen
 
 
 class Shift(nn.Module):
@@ -112,6 +113,7 @@ METHODS_UNDER_TEST = {
     "hyper": {"hyper": Hyper(prototypes=("a", "b"), width=4, size=6)},
     "ladder": {"ladder": Ladder(reduction=4), "bridge": Bridge(kind="linear")},
     "ladder_add": {"ladder": Ladder(reduction=2, rungs=(1,), output="add")},
+    "ladder_side": {"ladder": Ladder(reduction=2, image="side_only"), "bridge": Bridge(kind="linear")},
     "all_at_once": {
         "adalink": AdaLink(rank=4, modalities=("text", "image")), "bridge": Bridge(kind="mlp"), "prompt": Prompt(length=2, init_std=0.5), "deep": DeepShift(),
         "epalm": EPALM(layers=(1, 2), n_taps=1, connector="shared"),
@@ -213,8 +215,8 @@ def test_tokens_of_other_domains_are_untouched_bit_for_bit(family: str, name: st
     touched = {d for placement in adapter.placements for d in placement.domains}
     attachment = attach(model, adapter, anatomy=Anatomy.read(model, INPUTS))
     seen: list[tuple[tuple[int, ...], Tensor, Tensor]] = []
-    # Those at a cache act on cached calls alone, those beside a layer edit nothing, and Tasks reads the words and leaves them.
-    placements = [one for one in adapter.placements if one.port.side not in ("cache", "detached", "beside") and not isinstance(one.edit, Tasks)]
+    # Those at a cache act on cached calls alone, those beside a layer and Seen edit nothing, and Tasks reads the words and leaves them.
+    placements = [one for one in adapter.placements if one.port.side not in ("cache", "detached", "beside") and not isinstance(one.edit, Tasks | Seen)]
     for placement in {placement.edit: placement for placement in placements}.values():  # one edit may be at several ports
         placement.edit.register_forward_hook(lambda m, args, out, p=placement: seen.append((p.domains, args[0], out)))
     stack = model.get_submodule(attachment.anatomy.stack)
@@ -371,7 +373,7 @@ def half_errors(family: str, name: str, dtype: torch.dtype) -> tuple[float, floa
 
 @sampled(shift=4)
 def test_on_a_base_in_half_an_adapter_in_float32_learns_what_it_learns_in_float32(family: str, name: str) -> None:
-    if (family, name) == ("t5", "ladder"):
+    if family == "t5" and name in ("ladder", "ladder_side"):
         pytest.skip("of random weights, without a scale in its attention: a change of 0.6 % in what the ladder reads is one of 2 % in logits, in float64 too")
     for dtype, bounds in (T5_HALF if family == "t5" else HALF).items():
         errors = half_errors(family, name, dtype)

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from adalink.anatomy import Anatomy, FrozenModule, setting
 from adalink.attachment.beside import CACHES, further_cache
+from adalink.attachment.slots import HiddenFromReader, HideKeys, without_positions
 from adalink.edit import Placement, Port, Slots
 from adalink.errors import AttachError, ConfigError
 from adalink.methods.targets import domains_of
-from adalink.tokens import Tokens
+from adalink.tokens import IMAGE, PAD, Tokens
 
 __all__ = ["Ladder"]
 
@@ -41,6 +42,7 @@ WIDTHS = (
 )  # fmt: skip
 
 
+MASKS = ("attention_mask", "mask")  # what layers call theirs
 NUMBER = ("layer_idx", "layer_id")  # what layers call their own
 HAS_TABLE = "has_relative_attention_bias"  # what T5's layers are built with
 
@@ -167,8 +169,10 @@ class Rung(nn.Module):
 
     def forward(self, h: Tensor, tokens: Tokens, call: Mapping[str, Any]) -> None:
         start, drawn = self.mix.start, tokens.drawn
-        share = torch.sigmoid(self.gate / self.mix.temperature)
-        z = share * drawn[start].to(h.device) + (1 - share) * self.down(h.detach())
+        share, read = torch.sigmoid(self.gate / self.mix.temperature), self.down(h.detach())
+        if self.mix.mask is not None:
+            read = read.masked_fill(tokens.among((IMAGE,)), 0)
+        z = share * drawn[start].to(h.device) + (1 - share) * read
         result = self.block(**{**call, next(iter(call)): z, **self._own(tokens, call)})
         drawn[start] = result[0] if isinstance(result, tuple) else result
         if self.mix.has_distances:
@@ -182,13 +186,43 @@ class Rung(nn.Module):
             turned = tokens.drawn[mix.turns]
             own["position_embeddings"] = turned[mix.kind if mix.kind in turned else None]
         if mix.has_distances:
-            own |= {"position_bias": tokens.drawn.get(mix.start.down), "encoder_decoder_position_bias": None}
+            own |= {"position_bias": self._distances(tokens), "encoder_decoder_position_bias": None}
+        if mix.mask is not None:
+            own |= {name: _like(tokens.drawn[mix.mask], call[name], self.gate.dtype) for name in MASKS if name in call}
         if mix.encoded is not None:
-            own["encoder_hidden_states"] = mix.encoded.of(tokens)
+            own["encoder_hidden_states"], is_real = mix.encoded.of(tokens)
+            own["encoder_attention_mask"] = _like(is_real, call["encoder_attention_mask"], self.gate.dtype)
         for name in CACHES:
             if call.get(name) is not None:
                 own[name] = further_cache(call[name], (mix.start.number.value, mix.layer), mix.layer, mix.n_layers, tokens.n_before)
         return own
+
+    def _distances(self, tokens: Tokens) -> Tensor | None:
+        """float [B, H, T, T]: what an earlier rung made of distances; None where the block makes it. An image that stands beside the text has none."""
+        found: Tensor | None = tokens.drawn.get(self.mix.start.down)
+        if found is not None or self.mix.mask is None:
+            return found
+        attention: Any = next(module for module in self.block.modules() if hasattr(module, "relative_attention_bias"))
+        is_image, n = tokens.among((IMAGE,)), tokens.domain.shape[1]
+        made: Tensor = attention.compute_bias(n, n, device=self.gate.device)
+        return made.masked_fill((is_image | is_image.mT)[:, None], 0)
+
+
+class Seen(nn.Module):
+    """The mask of a layer before an image is hidden in it, for the rung beside the layer."""
+
+    def forward(self, mask: Tensor, tokens: Tokens, domains: tuple[int, ...], adapter: int) -> Tensor:
+        tokens.drawn[self] = mask
+        return mask
+
+
+def _like(mask: Tensor, other: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A mask as the attention of the host's layer takes its own: bool, True where a token may be read, or numbers to add."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    if other is None or other.dtype == torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True)
@@ -198,6 +232,7 @@ class Mix:
     kind           of the layer, where the host's are of several
     has_distances  whether the first rung makes the biases for distances, and hands them on (T5)
     encoded        in a decoder, the end of the ladder beside its encoder
+    mask           where an image is in the ladder alone, what knows the mask that does not hide it
     """
 
     layer: int
@@ -209,6 +244,7 @@ class Mix:
     kind: str | None
     has_distances: bool
     encoded: Encoded | None
+    mask: Seen | None
 
 
 class Encoded(nn.Module):
@@ -219,17 +255,21 @@ class Encoded(nn.Module):
         self.norm, self.start = norm, (start,)
 
     def forward(self, h: Tensor, tokens: Tokens, call: Mapping[str, Any]) -> None:
-        tokens.drawn[self] = self.norm(tokens.drawn.pop(self.start[0]))
+        tokens.drawn[self] = (self.norm(tokens.drawn.pop(self.start[0])), (tokens.domain != PAD)[:, None, None])
 
-    def of(self, tokens: Tokens) -> Tensor:
-        """[B, T, d]: for each row of a decoder's call, of which beams have one each. Raises AttachError where the encoder ran elsewhere."""
-        found: Tensor | None = tokens.drawn.get(self)
+    def of(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """[B, T, d], and bool [B, 1, 1, T] where it may be read: for each row of a decoder's call, of which beams have one each.
+
+        Raises AttachError where the encoder ran elsewhere.
+        """
+        found, is_real = tokens.drawn.get(self, (None, None))
         if found is None or len(tokens.row) % len(found):
             raise AttachError(
                 "the decoder was given what an encoder made in another call, and the ladder beside the decoder reads the ladder beside the encoder: "
                 "run both in one call of the model, inside one `bind`"
             )
-        return found.repeat_interleave(len(tokens.row) // len(found), 0)
+        n = len(tokens.row) // len(found)
+        return found.repeat_interleave(n, 0), is_real.repeat_interleave(n, 0)
 
 
 class End(nn.Module):
@@ -279,7 +319,10 @@ class Side:
             block = narrow_layer(self.stack, host, config, i, r, is_first=i == self.rungs[0])
             kind = (getattr(config, "layer_types", None) or {i: None})[i]
             has_distances = HAS_TABLE in inspect.signature(type(host)).parameters
-            mix = Mix(i, len(self.layers), self.method.alpha, self.method.temperature, start, turns, kind, has_distances, encoded)
+            seen = Seen() if self.method.image == "side_only" and self.of == "stack" else None
+            if seen is not None:
+                placed.append(Placement(f"{role}seen.{i}", Port(self.layers[i], "mask"), seen, (IMAGE,)))
+            mix = Mix(i, len(self.layers), self.method.alpha, self.method.temperature, start, turns, kind, has_distances, encoded, seen)
             placed.append(Placement(f"{role}rungs.{i}", Port(self.layers[i], "beside", self.of), Rung(block, self.width, r, mix), every))
         norm = nn.Identity() if self.final_norm is None else narrow_norm(self.stack.get_submodule(self.final_norm), self.width // r)
         last = self.final_norm or self.layers[-1]
@@ -301,6 +344,7 @@ class Ladder:
     rungs: Literal["all"] | tuple[int, ...] = "all"  # the layers that are read, counted from 0; others are passed over
     decoder_rungs: Literal["all"] | tuple[int, ...] | None = None  # of an encoder-decoder model's decoder; None: as rungs
     output: Literal["replace", "add"] = "replace"  # what the head reads: the ladder's output alone, as published, or added to the model's
+    image: Literal["detached", "side_only"] = "detached"  # side_only: the model reads the text alone, and the ladder the image too, as published
     temperature: float = 0.1  # of the gates
     alpha: float = 0.0  # a_i at the start: 0 mixes equal shares
 
@@ -316,6 +360,8 @@ class Ladder:
                 raise ConfigError(f"the ladder's {name} are {value!r}: give all, or one or more layers, each once, for instance [1, 3, 5]")
         if self.output not in ("replace", "add"):
             raise ConfigError(f"the ladder's output is {self.output!r}: give replace or add")
+        if self.image not in ("detached", "side_only"):
+            raise ConfigError(f"the ladder's image is {self.image!r}: give detached or side_only")
         if not self.temperature > 0:
             raise ConfigError(f"the ladder's temperature is {self.temperature}: give a number above 0 (0.1 was published)")
 
@@ -335,8 +381,9 @@ class Ladder:
         self._check_reduction(anatomy, stack.config)
         rotary = anatomy.positions.module if anatomy.positions is not None and anatomy.positions.kind == "rotary" else None
         first = Side(self, stack, anatomy.layers, anatomy.final_norm, rotary, self._rungs(self.rungs, len(anatomy.layers)), "stack", anatomy.layer_width)
+        hidden = self._hidden(anatomy)
         if anatomy.reader is None:
-            return first.placed("")
+            return [*first.placed(""), *hidden]
         reader = model.get_submodule(anatomy.reader)
         path = anatomy.layers[0].rpartition(".")[0]
         layers = tuple(f"{path}.{i}" for i in range(len(list(reader.get_submodule(path).children()))))
@@ -344,7 +391,16 @@ class Ladder:
         second = Side(self, reader, layers, anatomy.final_norm, rotary, rungs, "reader", anatomy.layer_width)
         encoder = first.placed("encoder.", is_read=True)
         encoded = next(placement.edit for placement in encoder if isinstance(placement.edit, Encoded))
-        return [*encoder, *second.placed("decoder.", encoded)]
+        return [*encoder, *second.placed("decoder.", encoded), *hidden]
+
+    def _hidden(self, anatomy: Anatomy) -> list[Placement]:
+        """What keeps an image out of the frozen model, where it is in the ladder alone: nothing reads it, and no position counts it."""
+        if self.image == "detached":
+            return []
+        image = (IMAGE,)
+        masks = [Placement(f"hidden.{i}", Port(layer, "mask"), HideKeys(), image) for i, layer in enumerate(anatomy.layers)]
+        reader = [Placement("hidden_from_reader", Port("", "reader"), HiddenFromReader(), image)] if anatomy.reader else []
+        return [*without_positions(anatomy, image), *masks, *reader]
 
     def _rungs(self, asked: Literal["all"] | tuple[int, ...], n: int) -> tuple[int, ...]:
         """The layers that are read, in order. Raises ConfigError where one is not there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,9 +17,13 @@ from tiny_families import SETTINGS, tiny_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from adalink import (
+    ANSWER,
     BASE_ROW,
+    EMBEDDING,
+    IMAGE,
     PAD,
     PROMPT,
     TEXT,
@@ -30,9 +34,11 @@ from adalink import (
     Ladder,
     LoRA,
     Method,
+    Placement,
     Prefix,
     Prompt,
     TokenMap,
+    Tokens,
     attach,
 )
 from adalink.anatomy import FrozenModule
@@ -42,10 +48,10 @@ from adalink.errors import AttachError, ConfigError
 FILES = sorted(fixtures("lst").glob("*.safetensors"))
 
 
-def files(*, has: str, lacks: str = "") -> pytest.MarkDecorator:
-    """The files whose .json has a key; LST of decoders says its rungs, of T5 its `side`."""
+def files(key: str) -> pytest.MarkDecorator:
+    """The files whose .json has a key: LST of decoders says its `rungs`, of T5 its `side`."""
     found = [FixtureFile.read(path) for path in FILES]
-    return pytest.mark.parametrize("case", [case for case in found if has in case.spec and (not lacks or lacks not in case.tensors)], ids=lambda case: case.spec["fixture"])
+    return pytest.mark.parametrize("case", [case for case in found if key in case.spec], ids=lambda case: case.spec["fixture"])
 
 
 def weight(name: str) -> str:
@@ -56,7 +62,7 @@ def weight(name: str) -> str:
     return "ladder." + names.get(part, f"end.{name}")
 
 
-@files(has="rungs")
+@files("rungs")
 def test_it_equals_the_files(case: FixtureFile) -> None:
     with InDouble():
         model: Any = host({"model_type": case.spec["family"], **case.spec["config"]}, case.under("w."))
@@ -85,6 +91,8 @@ def test_it_equals_the_files(case: FixtureFile) -> None:
 def t5_weight(name: str) -> str:
     """As `weight`, in a file of an encoder and a decoder."""
     stack, _, rest = name.partition(".")
+    if "visual_embedding." in rest:
+        return f"visual.image.{rest.partition('.')[2]}"
     if not rest.startswith(("side_", "final_side")):
         return f"ladder.decoder.end.up.{rest}"
     part, _, rest = rest.partition(".")
@@ -98,25 +106,62 @@ def all_or(rungs: list[int] | None) -> Any:
     return "all" if rungs is None else tuple(rungs)
 
 
-@files(has="side", lacks="in.vis_feats")
+class Objects(nn.Module):
+    """VL-T5's image: a feature, a place and an order for each object, written into its slot."""
+
+    def __init__(self, width: int, words: Tensor) -> None:
+        super().__init__()
+        self.feat_embedding, self.absolute_vis_pos_embedding = (nn.Sequential(nn.Linear(n, width), T5LayerNorm(width, 1e-6)) for n in (12, 5))
+        self.img_order_embedding = nn.Embedding(2, width)
+        self.words = (words,)
+
+    def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
+        features, boxes = tokens.inputs["features"], tokens.inputs["boxes"]
+        area = (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2])
+        places = self.absolute_vis_pos_embedding(torch.cat([boxes, area[..., None]], -1))
+        return tokens.given(self.feat_embedding(features) + places + self.img_order_embedding.weight[0] + self.words[0].flip(0)[: features.shape[1]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Visual:
+    """The edit that brings VL-T5's image."""
+
+    words: Tensor
+
+    def slots(self, anatomy: Anatomy) -> tuple[()]:
+        return ()
+
+    def place(self, anatomy: Anatomy) -> list[Placement]:
+        return [Placement("image", EMBEDDING, Objects(anatomy.width, self.words), (IMAGE,))]
+
+
+@files("side")
 def test_it_equals_the_authors_code_on_t5(case: FixtureFile) -> None:
-    side = case.spec["side"]
-    is_side = re.compile("side_|final_side")
+    """With an image the frozen model reads the text alone, and the image stands after it in the ladder."""
+    side, is_trained = case.spec["side"], re.compile("side_|final_side|visual")
     with InDouble():
-        model: Any = host({"model_type": "t5", **case.spec["t5"]}, {name: value for name, value in case.under("w.").items() if not is_side.search(name)})
+        model: Any = host({"model_type": "t5", **case.spec["t5"]}, {name: value for name, value in case.under("w.").items() if not is_trained.search(name)})
         rungs, decoder = (all_or(side[f"{stack}_side_layers"]) for stack in ("encoder", "decoder"))
-        adapter = Adapter({"ladder": Ladder(reduction=side["reduction"], rungs=rungs, decoder_rungs=decoder, temperature=side["gate_temperature"])}, Anatomy.read(model)).double()
-        trained = {t5_weight(name): value for name, value in case.under("w.").items() if is_side.search(name)}
-        adapter.load_state_dict(trained)
-        attachment = attach(model, adapter)
+        inputs = {name: case.tensors[f"in.{key}"].double() for name, key in (("features", "vis_feats"), ("boxes", "boxes")) if f"in.{key}" in case.tensors}
+        image: Any = "side_only" if inputs else "detached"
+        ladder = Ladder(reduction=side["reduction"], rungs=rungs, decoder_rungs=decoder, temperature=side["gate_temperature"], image=image)
+        brings = {"visual": Visual(model.shared.weight.detach())} if inputs else {}
+        adapter = Adapter({**brings, "ladder": ladder}, Anatomy.read(model)).double()
+        trained = {t5_weight(name): value for name, value in case.under("w.").items() if is_trained.search(name)}
+        unread = trained.keys() - dict(adapter.named_parameters()).keys()  # the gates of layers without a rung
+        assert unread == {t5_weight(name) for name in case.spec.get("trainable_without_gradient", [])}
+        adapter.load_state_dict({name: value for name, value in trained.items() if name not in unread})
         ids, mask, labels = (case.tensors[f"in.{name}"] for name in ("input_ids", "attention_mask", "labels"))
-        with attachment.bind(TokenMap(torch.where(mask == 1, TEXT, PAD), torch.zeros(len(ids), dtype=torch.int64))):
+        domain = torch.where(mask == 1, TEXT, PAD)
+        if inputs:
+            n = inputs["features"].shape[1]
+            ids, mask, domain = (nn.functional.pad(value, (0, n), value=more) for value, more in ((ids, 1), (mask, 1), (domain, IMAGE)))
+        with attach(model, adapter).bind(TokenMap(domain, torch.zeros(len(ids), dtype=torch.int64), inputs)):
             output = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
+            output.loss.backward()
             close(output.logits, case.tensors["out.logits"])
             close(output.loss, case.tensors["out.loss"])
-            output.loss.backward()
-            own = dict(adapter.named_parameters())
-            compared = {t5_weight(name): gradient for name, gradient in case.under("grad.").items()}
+            own, compared = dict(adapter.named_parameters()), {t5_weight(name): gradient for name, gradient in case.under("grad.").items()}
             assert compared.keys() == own.keys()
             for name, gradient in compared.items():
                 close(own[name].grad, gradient)
@@ -216,13 +261,42 @@ def test_other_adapters_in_the_call_learn_what_they_learn_alone() -> None:
     assert all(gradient.abs().max() > 0 for gradient in alone.values())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_that_is_in_the_ladder_alone_changes_nothing_that_the_model_makes_of_text(family: str) -> None:
+    model = tiny(family)
+    ids, domain, mask = rows()
+    is_text = (domain == TEXT) | (domain == ANSWER)
+
+    def outcome(image: Literal["detached", "side_only"], seed: int) -> tuple[list[Tensor], Tensor]:
+        torch.manual_seed(0)
+        attachment = attach(model, adapted(model, ladder=Ladder(reduction=2, image=image)), anatomy=Anatomy.read(model, INPUTS))
+        states: list[Tensor] = []
+        handles = [
+            attachment.stack.get_submodule(layer).register_forward_hook(lambda *call: states.append((call[-1][0] if isinstance(call[-1], tuple) else call[-1])[is_text]))
+            for layer in attachment.anatomy.layers
+        ]
+        with torch.no_grad(), attachment.bind(token_map(domain, seed=seed)):
+            logits = run(model, ids, mask)
+        attachment.detach()
+        for handle in handles:
+            handle.remove()
+        return states, logits
+
+    (alone, logits), (other, changed) = outcome("side_only", 3), outcome("side_only", 4)
+    assert all(torch.equal(one, two) for one, two in zip(alone, other, strict=True))
+    assert (logits - changed).abs().max() > 1e-4
+    control = [outcome("detached", seed)[0] for seed in (3, 4)]
+    assert not any(torch.equal(one, two) for one, two in zip(*control, strict=True))
+
+
 # ----------------------------------------
 # What a step stores.
 
 
 def llama(n_layers: int) -> nn.Module:
     config = LlamaConfig(vocab_size=100, hidden_size=256, intermediate_size=688, num_hidden_layers=n_layers, num_attention_heads=8, max_position_embeddings=128)
-    return LlamaForCausalLM(config)
+    made: nn.Module = LlamaForCausalLM(config)
+    return made
 
 
 def stored(n_layers: int, **methods: Method) -> int:
@@ -277,6 +351,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no rung": ({"rungs": ()}, r"the ladder's rungs are \(\): give all, or one or more layers, each once"),
     "a rung twice": ({"rungs": (1, 1)}, r"the ladder's rungs are \(1, 1\): give all"),
     "an output": ({"output": "sum"}, "the ladder's output is 'sum': give replace or add"),
+    "an image": ({"image": "both"}, "the ladder's image is 'both': give detached or side_only"),
     "no reduction": ({"reduction": 0}, "the ladder's reduction is 0: give 1 or more"),
     "a temperature": ({"temperature": 0.0}, "the ladder's temperature is 0.0: give a number above 0"),
 }
