@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, InputSpec, Method, TokenMap
+from adalink import BASE_NAME, AdaptedModel, Adapter, FrozenPart, Method, TokenMap
 from adalink.attachment.attachment import without_dropout
 from adalink.attachment.inputs import Route
 from adalink.checkpoint.folder import local_folder, upload
@@ -31,7 +30,14 @@ from multimodal.data.images.decode import ImageOrFile
 from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Batches, Texts, TrainingTask, new_batches
 from multimodal.encoders.bound_parts import encoder_part, language_part
-from multimodal.encoders.tower import VisionTower, load_tower, load_vision_adapter, new_vision_adapter, save_vision_adapter
+from multimodal.encoders.tower import (
+    VisionTower,
+    load_tower,
+    load_vision_adapter,
+    new_vision_adapter,
+    refuse_other_features,
+    save_vision_adapter,
+)
 from multimodal.existing.budget import ImageTokens
 from multimodal.existing.connector import Connectors
 from multimodal.existing.connector_choice import ConnectorChoice, refuse_connector
@@ -64,7 +70,8 @@ def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, A
     """Write the active adapter's folder; `task` is stored in its config, with what is needed to load it: template, layer, answers."""
     template = model.template_of(model.adapted.active or BASE_NAME)
     budget = model.tower.processor.budget.saved() if isinstance(model.tower, ModelTower) else {}
-    known = {**template.saved(), "layer": model.tower.layer, **budget}
+    frames = {"frames": model.tower.frames} if isinstance(model.tower, VisionTower) and model.tower.frames else {}
+    known = {**template.saved(), "layer": model.tower.layer, **frames, **budget}
     answers = {} if model.head is None else {"answers": len(model.head.answers)}
     model.adapted.task = {**model.adapted.task, **task, **known, **answers}
     model.adapted.save_pretrained(folder)
@@ -100,13 +107,7 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
         if vision is not None:
             model.vision_adapter = model.tower.adapt(vision.eval())
         return adapter
-    layer = config.task.get("layer", model.tower.layer)
-    if layer != model.tower.layer:
-        config.check_base({**parts, "encoder": dataclasses.replace(parts["encoder"], sketches={})}, str(folder))  # another model is the first error to raise
-        raise ConfigError(
-            f"the adapter in {folder} reads the features of layer {layer}, and this model's encoder gives those of layer {model.tower.layer}: "
-            f"compose the model with layer={layer}"
-        )
+    refuse_other_features(model.tower, config, parts, folder)
     if not config.modules_to_save:  # those of which it has copies are no part of its base: load_adapter compares the rest
         config.check_base(parts, str(folder), allow_other_base=allow_other_base)
     local, encoder = local_folder(folder), parts["encoder"]
@@ -187,20 +188,17 @@ class VisionLanguageModel(nn.Module):
             self.connector_methods = self.connectors.edits
         else:
             parts = {"encoder": encoder_part(tower), "language_model": language_part(language)}
-            inputs = {"image": InputSpec(tower.n_patches, tower.width)}
-            if tower.n_retained > tower.n_patches:
-                inputs["image_taps"] = InputSpec(tower.n_retained - tower.n_patches, tower.width)
-            self.adapted = AdaptedModel(language.model, inputs=inputs, parts=parts)
+            self.adapted = AdaptedModel(language.model, inputs=tower.inputs, parts=parts)
         self.language_loss = LanguageLoss(self.adapted)
         self.heads = nn.ModuleDict()  # by adapter, where it chooses its answers
         self.routing: Routing | None = None  # what chooses adapters for rows that name "auto"
 
     @classmethod
     def compose(
-        cls, encoder: str | Path, language_model: str | Path, *, template: Template, layer: int = -1, use: LanguageUse = "write"
+        cls, encoder: str | Path, language_model: str | Path, *, template: Template, layer: int = -1, use: LanguageUse = "write", frames: int | None = None
     ) -> VisionLanguageModel:
-        """The model made of an encoder and a language model, each a local folder or a name. `layer`: which features; see VisionTower."""
-        return cls(load_tower(encoder, layer=layer), load_language(language_model, use=use), template)
+        """The model made of an encoder and a language model, each a local folder or a name. `layer` and `frames`: which features; see load_tower."""
+        return cls(load_tower(encoder, layer=layer, frames=frames), load_language(language_model, use=use), template)
 
     @classmethod
     def from_model(
@@ -474,7 +472,8 @@ class VisionLanguageModel(nn.Module):
             model.load_adapter(folder, "default", allow_other_base=allow_other_base)
             return model.eval()
         layer, use = config.task["layer"], use_for(config.task)
-        model = cls.compose(encoder or parts["encoder"], language_model or parts["language_model"], template=template, layer=layer, use=use)
+        frames = config.task.get("frames")
+        model = cls.compose(encoder or parts["encoder"], language_model or parts["language_model"], template=template, layer=layer, use=use, frames=frames)
         model.load_adapter(folder, "default", allow_other_base=allow_other_base)
         return model.eval()
 

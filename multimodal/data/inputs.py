@@ -1,7 +1,9 @@
-"""A sample's image as an encoder takes it, decoded as the sample says."""
+"""A sample's image or clip as an encoder takes it, decoded as the sample says."""
 
 from __future__ import annotations
 
+import random
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -12,18 +14,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from adalink.errors import ConfigError
+from multimodal.data.images.clips import read_frames, read_sound
 from multimodal.data.images.decode import decode_image
 from multimodal.data.order import fingerprint_of, shard_sizes_of, texts_fingerprint_of
-from multimodal.sample import BadSample, Lengths, Measure, Sample, SampleSource, lengths_of
+from multimodal.sample import BadSample, Lengths, Measure, MediaKind, Sample, SampleSource, lengths_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from multimodal.batches.prepared import Prepared
 
-__all__ = ["CachedFeatures", "Drafted", "StoredDtype", "needed_side", "read_pixels"]
+__all__ = ["CachedFeatures", "Drafted", "StoredDtype", "blank", "drawing", "kind_of", "needed_side", "prepared", "read_pixels"]
 
 
+BLANK = Image.new("RGB", (8, 8))
 _RAMP = 512  # pixels a side of the test images
 
 
@@ -65,13 +69,21 @@ class Drafted:
         return lengths_of(self.source, measure)
 
 
-def read_pixels(sample: Sample, preprocess: Callable[[Image.Image], Any]) -> Any:
-    """float [3, H, W], or a Prepared of all its images: what an encoder's preprocessing makes of a sample's image.
+def read_pixels(sample: Sample, preprocess: Callable[[Any], Any], epoch: tuple[int, int] | None = None) -> Any:
+    """float [3, H, W], a clip as its encoder takes it, or a Prepared of all images: what an encoder's preprocessing makes of a sample's media.
 
-    Raises BadImage, and ConfigError where a composed model is given several images or none.
+    epoch   the seed of a run and the number of the epoch: frames that are drawn are a function of these and of the sample's key
+
+    Raises BadImage, DataError for a sound too short, and ConfigError where a composed model is given several images or none, or clips of another kind.
     """
-    at_least = needed_side(preprocess) if sample.decode == "draft" else None
-    read = [preprocess(decode_image(image, at_least=at_least)) for image in sample.images]
+    kind = kind_of(preprocess)
+    if sample.kind != kind:
+        raise ConfigError(
+            f"sample {sample.key!r} is of the kind {sample.kind}, and the encoder takes {kind}: give data of the kind {kind}, or an encoder of {sample.kind}"
+        )
+    at_least = needed_side(preprocess) if sample.decode == "draft" and kind == "image" else None
+    draw = random.Random(f"{epoch} {sample.key}") if epoch is not None and getattr(preprocess, "is_drawing", False) else None
+    read = [prepared(media, preprocess, at_least=at_least, draw=draw) for media in sample.images]
     if len(read) == 1:
         return read[0]
     if not hasattr(preprocess, "processor"):
@@ -79,6 +91,32 @@ def read_pixels(sample: Sample, preprocess: Callable[[Image.Image], Any]) -> Any
     from multimodal.batches.prepared import joined  # late: it loads torch
 
     return joined(read)
+
+
+def kind_of(preprocess: Callable[[Any], Any]) -> MediaKind:
+    """What an encoder's preprocessing takes; an existing model's images."""
+    found: MediaKind = getattr(preprocess, "kind", "image")
+    return found
+
+
+def prepared(media: Any, preprocess: Callable[[Any], Any], *, at_least: int | None = None, draw: random.Random | None = None) -> Any:
+    """An image or a clip, read and as the encoder takes it. at_least: as in `decode_image`; draw: of frames, as in `read_frames`. Raises BadImage."""
+    kind, own = kind_of(preprocess), typing.cast("Any", preprocess)
+    if kind == "video":
+        return preprocess(read_frames(media, own.n_frames, draw))
+    return preprocess(read_sound(media, own.rate) if kind == "audio" else decode_image(media, at_least=at_least))
+
+
+def drawing(preprocess: Callable[[Any], Any]) -> Any:
+    """A video encoder's preprocessing, for a training that draws frames. Raises ConfigError for any other."""
+    if kind_of(preprocess) != "video":
+        raise ConfigError(f"train.draw_frames draws frames of clips, and the encoder takes {kind_of(preprocess)}: leave it out")
+    return replace(typing.cast("Any", preprocess), is_drawing=True)
+
+
+def blank(preprocess: Callable[[Any], Any]) -> Any:
+    """What a model is given in the place of an image or a clip: black pixels, or silence."""
+    return preprocess(getattr(preprocess, "blank", BLANK))
 
 
 @lru_cache(maxsize=8)

@@ -20,7 +20,7 @@ from multimodal.batches.packing import Arrange, Composed, arrangement_of, joined
 from multimodal.batches.prepared import Prepared, joined
 from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
-from multimodal.data.inputs import CachedFeatures, read_pixels
+from multimodal.data.inputs import CachedFeatures, blank, drawing, read_pixels
 from multimodal.data.order import (
     BucketedOrder,
     Order,
@@ -105,16 +105,17 @@ class _Positions:
         except DamagedSample as error:
             return error.bad
         texts = self.texts_of(sample, self.seed * 1_000_003 + position)
+        epoch = (self.seed, position // len(self.source))
         known = None if self.patches is None else self.patches[index] if self.encoder.reads_images else None
         if isinstance(known, BadSample):
             return known
         try:
-            image = read_pixels(sample, self.preprocess) if known is None and self.encoder.reads_images else known
+            image = read_pixels(sample, self.preprocess, epoch) if known is None and self.encoder.reads_images else known
             rows = self.rows(texts, image) if texts else ()
             if not any(row.target or row.score is not None for row in rows):
                 return BadSample(key=sample.key, reason="no text", detail=f"{sample.key} has no text to learn from", file=sample.file)
             if image is None and self.patches is None:
-                image = read_pixels(sample, self.preprocess)
+                image = read_pixels(sample, self.preprocess, epoch)
         except BadImage as error:
             return BadSample(key=sample.key, reason=error.reason, detail=str(error), file=sample.file)
         except TextTooLong as error:
@@ -138,7 +139,7 @@ class _Positions:
 
     @cached_property
     def _blank(self) -> Tensor | Prepared:
-        return self.preprocess(Image.new("RGB", (8, 8)))
+        return blank(self.preprocess)
 
     def blank(self) -> Tensor | Prepared:
         """A black image, as images are given: its pixels, or features that are all zero."""
@@ -398,6 +399,7 @@ def new_batches(
     world: int = 1,
     nodes: int = 1,
     weights: Literal["whole", "split"] = "whole",
+    draw_frames: bool = False,
 ) -> Batches:
     """What the model's active adapter learns from. Settings are those of TrainSettings of the same names.
 
@@ -414,9 +416,10 @@ def new_batches(
     encoder = model.row_encoder()
     row_tokens, note = row_limit(arrange, note, row_tokens, encoder.max_positions)
     n_samples = math.ceil(epochs * len(source))
+    preprocess: Preprocess = model.tower.preprocess
     loader = train_loader(
-        source, texts, encoder, arrange, model.tower.preprocess, steps=-(-n_samples // (batch_size * world)), batch_size=batch_size,
-        seed=seed, workers=workers, rank=rank, world=world, patches=features, row_tokens=row_tokens, bucket_pool=bucket_pool,
-        order=order, window=window, nodes=nodes,
+        source, texts, encoder, arrange, drawing(preprocess) if draw_frames else preprocess, steps=-(-n_samples // (batch_size * world)),
+        batch_size=batch_size, seed=seed, workers=workers, rank=rank, world=world, patches=features, row_tokens=row_tokens,
+        bucket_pool=bucket_pool, order=order, window=window, nodes=nodes,
     )  # fmt: skip
     return Batches(model, loader, note, BadSamples(budget=bad_samples), n_samples)

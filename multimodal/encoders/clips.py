@@ -85,6 +85,7 @@ def set_frames(model: Any, family: Family, frames: int, name: str) -> None:
     """Make the encoder one of `frames` frames: its config, which every block reads, and what it adds by time, by the nearest that was trained.
 
     VideoMAE computes that for any length, and V-JEPA 2 turns queries and keys by it, so nothing of theirs is resized.
+    Raises ConfigError for a number that no tubelets fit.
     """
     size = getattr(model.config, "tubelet_size", 1)
     step = size[0] if isinstance(size, (list, tuple)) else size
@@ -172,12 +173,14 @@ class ClipPreprocess(Preprocess):
 
     kind       video or audio
     n_frames   how many frames are to be read of a clip
+    is_drawing whether they are drawn anew in each epoch of training
     rate       samples a second of the sound that it takes
     """
 
     transform: Callable[[Any], Tensor]
     n_frames: int = 0
     rate: int = 0
+    is_drawing: bool = False
 
     def __call__(self, media: Any) -> Tensor:
         """float32 [T, 3, H, W] of frames uint8 [T, h, w, 3]; of a wave float32 [samples] what the encoder takes. Raises DataError for one too short."""
@@ -277,7 +280,7 @@ class FilterBank:
         return ((found - self.mean) / (2 * self.std) if self.do_normalize else found).float()
 
     def frames(self, wave: Tensor) -> Tensor:
-        """float64 [frames, num_mel_bins]: the logarithms alone."""
+        """float64 [frames, num_mel_bins]: the logarithms alone. Raises DataError as the call does."""
         size, step = self.rate // 40, self.rate // 100
         if len(wave) < size:
             raise DataError(f"a sound of {len(wave)} samples is shorter than one frame of {size}: leave it out")

@@ -66,6 +66,7 @@ def _library_of(folder: Path) -> str:
 # Encoders without their weights: the modules of a configuration on torch's meta device, where a tensor has a shape and no values.
 
 
+_LOAD = "a plan of it cannot be made, so start the training itself"
 _ADVICE = "give a local folder with its config.json, 'timm:NAME', 'open_clip:MODEL/TAG', or a hub id where the hub can be reached"
 
 
@@ -140,6 +141,7 @@ def _transformers(name: str, is_folder: bool) -> DrawnEncoder:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+    from multimodal.encoders.clips import FAMILIES
     from multimodal.encoders.transformers import TransformersEncoder
 
     identifier, revision = (name, None) if is_folder else split_revision(name)
@@ -150,6 +152,8 @@ def _transformers(name: str, is_folder: bool) -> DrawnEncoder:
         raise ConfigError(f"cannot draw the vision encoder '{name}': transformers has no encoder for model type '{config.model_type}'; {_ADVICE}")
     with torch.device("meta"):
         model: Any = MODEL_MAPPING[type(config)]._from_config(config, dtype=config.dtype or torch.float32)
+    if config.model_type in FAMILIES:
+        raise ConfigError(f"'{name}' is an encoder of {FAMILIES[config.model_type].kind}, and only those of images are drawn without their weights: {_LOAD}")
     if model.main_input_name != "pixel_values":
         raise ConfigError(
             f"'{name}' is of model type '{config.model_type}' with the input {model.main_input_name}, expected one that takes pixel_values; {_ADVICE}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from adalink import Adapter, Anatomy, FrozenPart, Method
+from adalink import Adapter, Anatomy, FrozenPart, InputSpec, Method
 from adalink.attachment.vision import attach_vision, read_vision
 from adalink.checkpoint.folder import AdapterConfig, load_weights, read_config, save_adapter
 from adalink.checkpoint.precision import AS_SAVED, Precision, settle
@@ -20,7 +21,9 @@ from multimodal.encoders.clips import ClipPreprocess
 from multimodal.encoders.load import load_encoder
 from multimodal.loading import freeze, loading
 
-__all__ = ["VisionTower", "has_vision_adapter", "load_tower", "load_vision_adapter", "new_vision_adapter", "save_vision_adapter"]
+__all__ = [
+    "VisionTower", "has_vision_adapter", "load_tower", "load_vision_adapter", "new_vision_adapter", "refuse_other_features", "save_vision_adapter",
+]  # fmt: skip
 
 
 def load_tower(
@@ -45,6 +48,7 @@ def load_tower(
     if precision.attention != "auto":
         raise ConfigError(f"base: attention is {precision.attention} for the encoder '{spec}', which has its own: leave it out")
     settle(tower, precision, str(spec))
+    tower.frames = frames
     return tower
 
 
@@ -65,6 +69,7 @@ class VisionTower(nn.Module):
         self.encoder = loaded.encoder
         self.preprocess: Preprocess = loaded.preprocess
         self.name = name
+        self.frames: int | None = None  # that a video encoder was loaded for; None: as its config says
         self.adapter: Adapter | None = None  # of `adapt`; where there is one, features are trained through
         freeze(self.encoder, None)
         pixels = _example(self.preprocess, self.name)
@@ -80,6 +85,13 @@ class VisionTower(nn.Module):
         self.n_layers = features.pooled.shape[0]
         self.n_patches, self.width = features.patches.shape[1:]
         self.n_retained = features.joined.shape[1]
+
+    @property
+    def inputs(self) -> dict[str, InputSpec]:
+        """What the edits can read of an image or a clip; pooled features of another width than the patches are left out."""
+        image = {"image": InputSpec(self.n_patches, self.width)}
+        n_pooled = self.n_retained - self.n_patches
+        return {**image, "image_taps": InputSpec(n_pooled, self.width)} if n_pooled else image
 
     @property
     def _encoder(self) -> Encoder:
@@ -231,3 +243,19 @@ def load_vision_adapter(
     adapter = Adapter(config.methods, tower.vision_anatomy())
     load_weights(below, adapter)
     return adapter
+
+
+def refuse_other_features(tower: VisionTower, config: AdapterConfig, parts: Mapping[str, FrozenPart], folder: str | Path) -> None:
+    """Raise ConfigError where an adapter was trained on another layer's features, or on clips of other frames."""
+    layer, frames = config.task.get("layer", tower.layer), config.task.get("frames")
+    if layer != tower.layer:
+        config.check_base({**parts, "encoder": replace(parts["encoder"], sketches={})}, str(folder))  # another model is the first error to raise
+        raise ConfigError(
+            f"the adapter in {folder} reads the features of layer {layer}, and this model's encoder gives those of layer {tower.layer}: "
+            f"compose the model with layer={layer}"
+        )
+    if frames != tower.frames:
+        was, now = (number or "as many as its config says" for number in (frames, tower.frames))
+        raise ConfigError(
+            f"the adapter in {folder} was trained on clips with frames: {was}, and this model's encoder has {now}: compose it with frames={frames}"
+        )

@@ -21,7 +21,8 @@ from adalink.errors import ConfigError, DataError
 from multimodal.batches.collate import Batch
 from multimodal.batches.prefix_sharing import REFUSALS
 from multimodal.batches.prepared import ImageBatch, Prepared, joined, joined_inputs
-from multimodal.data.images.decode import ImageOrFile, decode_image
+from multimodal.data.images.decode import ImageOrFile
+from multimodal.data.inputs import prepared
 from multimodal.encoders.bound_parts import N_VALUES, processor_digest, test_image, tokenizer_digest
 from multimodal.encoders.tower import VisionTower
 from multimodal.existing.budget import ImageTokens
@@ -294,7 +295,7 @@ def read_images(tower: VisionTower | ModelTower, asked: Sequence[Sequence[ImageO
     Raises ConfigError where a composed model is given no image for a row, or several; DataError for one that cannot be read.
     """
     different = {id(image): image for row in asked for image in row}
-    read: dict[int, Any] = {key: tower.preprocess(decode_image(image)) for key, image in different.items()}
+    read: dict[int, Any] = {key: prepared(image, tower.preprocess) for key, image in different.items()}
     place: dict[tuple[int, ...], int] = {}
     about = [place.setdefault(tuple(map(id, row)), len(place)) for row in asked]
     if isinstance(tower, ModelTower):

@@ -95,6 +95,7 @@ class TrainSettings:
     deterministic: bool = False  # on a GPU: the same bits in each run, by slower operations; a CPU's are the same anyway
     seed: int = 0  # random seed of weights, data order and drawn answers
     workers: int = 0  # worker processes that decode images
+    draw_frames: bool = False  # of a video in each epoch other frames, one of each interval; by default the middle ones, which features can be cached of
     checkpoint_every: int = 500  # optimizer steps between two checkpoints; one is also written at the end
     keep: int = 2  # number of checkpoints to keep
     log_every: int = 20  # optimizer steps between two lines of the log
@@ -119,6 +120,8 @@ class TrainSettings:
         for name in (*never_negative, "row_tokens", "bucket_pool"):
             if not getattr(self, name) >= 0:  # also true of a NaN
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: give 0 or more")
+        if self.draw_frames and self.features != "encode":
+            raise ConfigError(f"train.draw_frames gives each epoch other frames, and train.features is {self.features}: give encode, or leave it out")
         if (self.keep_best or self.patience) and not self.measure_every:
             name = "keep_best" if self.keep_best else "patience"
             raise ConfigError(f"train.{name} judges measurements, and train.measure_every is 0: give the steps between two of them, such as 100")

@@ -208,7 +208,7 @@ def _loader(
         model, source, texts, batch_size=settings.batch_size, seed=settings.seed, workers=settings.workers,
         features=None if isinstance(patches, FeatureWriter) else patches, row_tokens=settings.row_tokens, bucket_pool=settings.bucket_pool,
         order=settings.order, window=settings.window, nodes=n_nodes(accelerator), rank=accelerator.process_index, world=accelerator.num_processes,
-        weights="split" if accelerator.is_fsdp2 else "whole",
+        weights="split" if accelerator.is_fsdp2 else "whole", draw_frames=settings.draw_frames,
     )  # fmt: skip
     accelerator.print(batches.note if model.head is not None else f"{batches.note}; {model.language_loss.head.note}")
     if isinstance(patches, FeatureWriter):

@@ -47,7 +47,7 @@ def _understood(data: DataConfig, opened: Opened) -> str:
     return f"{', '.join(given)} ({counted(len(opened.source), 'image')})"
 
 
-_GIVEN = ("path", "images", "annotations", "questions", "image_info", "karpathy", "vqav2", "split", "shards", "mix", "scenes")
+_GIVEN = ("path", "images", "media", "annotations", "questions", "image_info", "karpathy", "vqav2", "split", "shards", "mix", "scenes")
 
 
 # ----------------------------------------

@@ -26,7 +26,7 @@ __all__ = [
     "only_named_data", "settings_of",
 ]  # fmt: skip
 
-SOURCES = ("path", "images", "shards", "mix", "scenes")  # one of them says where a data set is
+SOURCES = ("path", "images", "media", "shards", "mix", "scenes")  # one of them says where a data set is
 SPLITS = ("train", "val")
 DATA_SETS = (*SPLITS, "search")
 
@@ -70,7 +70,7 @@ DryRunConfig: Any = _dry_run_config()
 
 # What an adapter's folder says, so that nobody has to say it again.
 _SAVED: dict[str, Any] = {"task": Optional[Literal["captioning", "vqa"]]}  # noqa: UP045
-SAVED = (*_SAVED, "model", "encoder", "language_model", "image_tokens", "base", "layer", "generation")
+SAVED = (*_SAVED, "model", "encoder", "language_model", "image_tokens", "base", "frames", "layer", "generation")
 
 
 def _evaluation_settings() -> Any:
@@ -128,7 +128,7 @@ def settings_of(adapter: Path, given: Any) -> dict[str, Any]:
 
     saved = read_saved(adapter)
     values = {name: given[name] for name in RunConfig.__dataclass_fields__}
-    parts = Parts(**{name: values[name] for name in ("model", "encoder", "language_model", "image_tokens", "base")})
+    parts = Parts(**{name: values[name] for name in ("model", "encoder", "language_model", "image_tokens", "base", "frames")})
     values |= {"task": values["task"] or saved.task["task"], **vars(parts.over(Parts.of(saved.base, saved.task)))}
     return {**values, "layer": saved.task["layer"], "generation": values["generation"].over(saved_generation(saved.task))}
 

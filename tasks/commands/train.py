@@ -243,12 +243,12 @@ def _features(values: Any, plain: Any) -> None:
 
     if values.features is None:
         raise ConfigError("no folder is given to write the features to: give --features FOLDER")
-    Parts(model=values.model, encoder=values.encoder, language_model=values.language_model, image_tokens=values.image_tokens).check()
+    Parts(model=values.model, encoder=values.encoder, language_model=values.language_model, image_tokens=values.image_tokens, frames=values.frames).check()
     opened = {split: data.open() for split in SPLITS if (data := getattr(values.data, split)) is not None}
     if not opened:
         raise ConfigError("no data is given whose features could be written: give data.train, data.val or both")
     if values.model is None:
-        tower: Any = composed_tower(values.encoder, values.layer, values.base)
+        tower: Any = composed_tower(values.encoder, values.layer, values.base, values.frames)
     else:
         tower = existing_tower(values.model, values.image_tokens, values.base)
     contents = _contents(values, tower)
@@ -259,14 +259,16 @@ def _features(values: Any, plain: Any) -> None:
 def _contents(values: Any, tower: VisionTower | ModelTower) -> AnyContents:
     """Known without the language model's weights."""
     from multimodal.data.feature_cache.format import all_contents, needed_contents
-    from tasks.planning.meta import draw_adapter, draw_language, draw_tower
+    from multimodal.encoders.tower import VisionTower
+    from tasks.planning.meta import draw_adapter, draw_language
     from tasks.runs.compose import found_part
 
     everything = all_contents(tower, values.features_dtype)
     if values.contents == "all" or values.model is not None:
         return everything
-    drawn = draw_tower(found_part(values.encoder), layer=values.layer), draw_language(found_part(values.language_model))
-    return needed_contents(draw_adapter(*drawn, chosen_methods(values.methods)), everything)
+    assert isinstance(tower, VisionTower)
+    language = draw_language(found_part(values.language_model))
+    return needed_contents(draw_adapter(tower, language, chosen_methods(values.methods)), everything)
 
 
 def _write(tower: VisionTower | ModelTower, data: Opened, folder: Path, contents: AnyContents, values: Any) -> None:

@@ -1,17 +1,34 @@
-"""Captions of a folder of images in one JSON file: COCO's, with the lists `images` and `annotations`, and Karpathy's, with every image's split."""
+"""Texts of a folder of images or clips in one JSON file.
+
+COCO's captions, with the lists `images` and `annotations`; Karpathy's, with every image's split; and eP-ALM's lists of clips.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adalink.errors import ConfigError, DataError
-from multimodal.sample import BadSample, Sample
-from tasks.data.files import FileSource, ImageFolder, ImageName, Rows, document_keys, first_has, integer, read_annotation_file, text
+from multimodal.sample import BadSample, MediaKind, Question, Sample
+from tasks.data.files import (
+    FileSource,
+    ImageFolder,
+    ImageName,
+    Rows,
+    annotation_document,
+    document_keys,
+    first_has,
+    integer,
+    read_annotation_file,
+    text,
+)
 from tasks.data.reader import Found, Given, Reader
 
-__all__ = ["KARPATHY", "READER", "KarpathyImage", "is_caption", "read_coco_captions", "read_coco_images", "read_karpathy", "read_karpathy_images"]
+__all__ = [
+    "CLIPS", "KARPATHY", "READER", "KarpathyImage", "is_caption", "read_clip_list", "read_coco_captions", "read_coco_images", "read_karpathy",
+    "read_karpathy_images",
+]  # fmt: skip
 
 
 def read_coco_captions(*, images: Path, annotations: Path, image_name: str | None = None) -> FileSource:
@@ -31,7 +48,7 @@ def read_coco_captions(*, images: Path, annotations: Path, image_name: str | Non
     problems: list[BadSample] = []
     captions = _captions(caption_rows, files, problems, annotations)
     samples = []
-    for image_id, (where, file_name) in files.items():
+    for image_id, (where, file_name, kind) in files.items():
         path = folder.find(file_name, where)
         if path is None:
             problems.append(_missing(image_id, images / file_name))
@@ -40,7 +57,7 @@ def read_coco_captions(*, images: Path, annotations: Path, image_name: str | Non
                 BadSample(key=str(image_id), reason="no text", detail=f"image {image_id} ({file_name}) has no caption", file=file_name)
             )
         else:
-            samples.append(Sample(key=str(image_id), image_id=image_id, media=path, captions=tuple(captions[image_id])))
+            samples.append(Sample(key=str(image_id), image_id=image_id, media=path, kind=kind, captions=tuple(captions[image_id])))
     return FileSource(samples, problems, read_from=annotations, item_ids=files)
 
 
@@ -54,33 +71,38 @@ def read_coco_images(*, images: Path, annotations: Path, image_name: str | None 
     _, (image_rows,) = read_annotation_file(annotations, "images")
     samples, problems = [], []
     files = _file_names(image_rows, name)
-    for image_id, (where, file_name) in files.items():
+    for image_id, (where, file_name, kind) in files.items():
         path = folder.find(file_name, where)
         if path is None:
             problems.append(_missing(image_id, images / file_name))
         else:
-            samples.append(Sample(key=str(image_id), image_id=image_id, media=path))
+            samples.append(Sample(key=str(image_id), image_id=image_id, media=path, kind=kind))
     return FileSource(samples, problems, read_from=annotations, item_ids=files)
 
 
-def _file_names(rows: Rows, name: ImageName | None) -> dict[int, tuple[str, str]]:
-    """Image id -> (the row's name for messages, the image's file name)."""
-    files: dict[int, tuple[str, str]] = {}
+def _file_names(rows: Rows, name: ImageName | None) -> dict[int, tuple[str, str, MediaKind]]:
+    """Image id -> (the row's name for messages, the image's or clip's file name, what it is)."""
+    files: dict[int, tuple[str, str, MediaKind]] = {}
     for where, row in rows:
         image_id = integer(row, "id", where)
         if image_id in files:
             raise DataError(f"{where} has the id {image_id}, which {files[image_id][0]} has too; expected each image once")
-        files[image_id] = where, _file_name(row, where) if name is None else name(image_id)
+        kind = _kind(row)
+        files[image_id] = where, _file_name(row, kind, where) if name is None else name(image_id), kind
     return files
 
 
-def _file_name(row: Mapping[str, object], where: str) -> str:
-    if "file_name" not in row:
+def _kind(row: Mapping[str, object]) -> MediaKind:
+    return "video" if "video" in row else "audio" if "audio" in row else "image"
+
+
+def _file_name(row: Mapping[str, object], kind: MediaKind, where: str) -> str:
+    if kind == "image" and "file_name" not in row:
         raise DataError(f"{where} has no 'file_name'; give an image name pattern, such as COCO_val2014_{{image_id:012d}}.jpg")
-    return text(row, "file_name", where)
+    return text(row, "file_name" if kind == "image" else kind, where)
 
 
-def _captions(rows: Rows, files: Mapping[int, tuple[str, str]], problems: list[BadSample], path: Path) -> dict[int, list[str]]:
+def _captions(rows: Rows, files: Mapping[int, tuple[str, str, MediaKind]], problems: list[BadSample], path: Path) -> dict[int, list[str]]:
     """Image id -> its captions; those without a letter go to `problems`."""
     captions: dict[int, list[str]] = {image_id: [] for image_id in files}
     for where, row in rows:
@@ -215,3 +237,77 @@ def _open_karpathy(given: Given) -> FileSource:
 KARPATHY = Reader(
     "karpathy", "Karpathy's splits", lambda found: first_has(found.document.get("images"), "sentences"), _open_karpathy, reads=("split",)
 )  # fmt: skip
+
+
+# ----------------------------------------
+# eP-ALM's lists of clips: a row is {"video": "video7010.mp4", "caption": one or several}, or a question with its answers
+# {"video": ..., "question_id": 5, "sent": "who sings ?", "label": {"man": 1.0}}; of sounds with "audio".
+
+
+_ANSWERS = 10  # that VQAv2 has of each question
+_ENDINGS = ("", ".mp4", ".avi", ".webm", ".mkv", ".mov", ".wav", ".flac", ".ogg", ".mp3")
+
+
+def read_clip_list(file: Path, media: Path) -> FileSource:
+    """One sample per clip with all its captions or questions, in the order in which the clips come; the key is the clip's name.
+
+    file    a JSON list of rows
+    media   the folder of clips; a name may lack its ending, or be that of a folder of frames
+
+    A clip's id is its place among the clips. Of several answers one of weight w is given round(10 w) times. Clips that are not in the folder, and those without
+    a text, are in `problems`. Raises DataError on a file that is missing or of another shape.
+    """
+    rows = annotation_document(file)
+    if not isinstance(rows, list):
+        raise DataError(f"{file} holds no list, expected rows such as {{'video': 'a.mp4', 'caption': 'a man sings'}}")
+    folder, clips = ImageFolder(media), dict[str, _Clip]()
+    for where, row in Rows(str(file), rows):
+        kind = _kind(row)
+        name = text(row, "video" if kind == "image" else kind, where)
+        clip = clips.setdefault(name, _Clip(where, kind))
+        if "sent" in row:
+            number, asked = integer(row, "question_id", where), text(row, "sent", where).strip()
+            clip.questions.append(Question(question_id=number, text=asked, answers=_weighted(row, where)))
+        else:
+            clip.captions.extend(_captions_of(row, where))
+    samples, problems = [], []
+    for number, (name, clip) in enumerate(clips.items()):
+        path = next((path for ending in _ENDINGS if (path := folder.find(name + ending, clip.where)) is not None), None)
+        if path is None:
+            problems.append(BadSample(key=name, reason="missing file", detail=f"{media / name} is missing", file=name))
+        elif not clip.captions and not clip.questions:
+            problems.append(BadSample(key=name, reason="no text", detail=f"{name} has no caption", file=path.name))
+        else:
+            own = tuple(clip.captions), tuple(clip.questions)
+            samples.append(Sample(key=name, image_id=number, media=path, kind=clip.kind, captions=own[0], questions=own[1]))
+    ids = [question.question_id for clip in clips.values() for question in clip.questions]
+    return FileSource(samples, problems, read_from=file, item_ids=ids or range(len(clips)))
+
+
+@dataclass(frozen=True)
+class _Clip:
+    where: str  # its first row, for messages
+    kind: MediaKind
+    captions: list[str] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+
+
+def _captions_of(row: Mapping[str, object], where: str) -> list[str]:
+    found = row.get("caption")
+    return [stripped for one in (found if isinstance(found, list) else [found]) if (stripped := text({"caption": one}, "caption", where).strip())]
+
+
+def _weighted(row: Mapping[str, object], where: str) -> tuple[str, ...]:
+    """One answer as it is, which is scored by an exact match; several as often as their weights say; none in a test split."""
+    label = row.get("label", {})
+    if not isinstance(label, dict) or not all(isinstance(weight, (int, float)) and weight > 0 for weight in label.values()):
+        raise DataError(f"{where}: 'label' is {str(label)[:60]!r}; expected answers with weights above 0, such as {{'man': 1.0}}")
+    return tuple(answer for answer, weight in label.items() for _ in range(max(1, round(_ANSWERS * weight)) if len(label) > 1 else 1))
+
+
+def _recognises_clips(found: Found) -> bool:
+    row = found.row if found.suffix == ".json" else {}
+    return ("video" in row or "audio" in row) and ("caption" in row or "sent" in row)
+
+
+CLIPS = Reader("clips", "a list of clips with captions or questions", _recognises_clips, lambda given: read_clip_list(given.path, given.folder))

@@ -23,6 +23,7 @@ READERS: tuple[Reader, ...] = (
     _SHARDS,
     coco.READER,
     coco.KARPATHY,
+    coco.CLIPS,
     vqa.READER,
     *benchmarks.READERS,
     folder.IMAGEFOLDER,

@@ -105,6 +105,7 @@ class DataConfig:
     format: str | None = None  # of path, where that may be two things: table, imagefolder, coco, karpathy, vqav2, caption_folder, ...
     columns: dict[str, str] | None = None  # of a table at path, where they are not called as usual: {image: file, caption: text}
     images: Path | None = None  # the folder of images; with path by default where that lies
+    media: Path | None = None  # the same for a folder of videos or sounds
     annotations: Path | None = None  # COCO captions, or VQAv2 annotations
     questions: Path | None = None  # VQAv2 questions; a test split has these alone
     image_info: Path | None = None  # COCO's list of images without captions, such as image_info_test2014.json: a test split of captioning
@@ -129,6 +130,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check what a config file can get wrong."""
+        if self.media is not None:
+            if self.images is not None:
+                raise ConfigError(f"images is {self.images} and media {self.media}: a data set has one folder, so leave one out")
+            object.__setattr__(self, "images", self.media)
+            object.__setattr__(self, "media", None)
         given = [name for name in ("path", "images", "shards", "mix", "scenes") if getattr(self, name) is not None]
         if given == ["path", "images"]:
             given = ["path"]

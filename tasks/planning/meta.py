@@ -20,6 +20,7 @@ from adalink import AdaptedModel, Adapter, FrozenPart, InputSpec, Method, finger
 from adalink.attachment.vision import attach_vision, read_vision
 from adalink.errors import ConfigError, DataError
 from multimodal.encoders.load import draw_encoder
+from multimodal.encoders.tower import VisionTower
 from multimodal.language import LANGUAGE_ADVICE, Language, LanguageUse, family_of, settle_tokens
 from multimodal.loading import existing_folder, loading, quiet, split_revision
 from multimodal.loss.answer_head import AnswerHead, state_width, warp_of
@@ -128,7 +129,7 @@ def draw_trained(
     return TrainedParts(edits=edits, vision=vision, head=head)
 
 
-def draw_adapter(tower: DrawnTower, language: DrawnLanguage, methods: Mapping[str, Method]) -> Adapter:
+def draw_adapter(tower: DrawnTower | VisionTower, language: DrawnLanguage, methods: Mapping[str, Method]) -> Adapter:
     """The adapter that `add_adapter` would make, with shapes and no values; refused where the real one would be."""
     parts = {"encoder": FrozenPart(tower.name, ""), "language_model": FrozenPart(language.name, "")}
     with torch.device("meta"):

@@ -43,10 +43,11 @@ __all__ = [
 
 
 def compose(
-    encoder: str, language_model: str, *, template: Template, layer: int = -1, use: LanguageUse = "write", base: BaseSettings = UNCHANGED
+    encoder: str, language_model: str, *, template: Template, layer: int = -1, use: LanguageUse = "write", base: BaseSettings = UNCHANGED,
+    frames: int = 0,
 ) -> VisionLanguageModel:
     """The composed model, on this process's device; `scenes:encoder` and `scenes:language` are the parts that ship with the package."""
-    tower = composed_tower(encoder, layer, base)
+    tower = composed_tower(encoder, layer, base, frames)
     language = load_language(found_part(language_model), use=use, precision=base.language_model, placing=base.placing)
     return on_device(VisionLanguageModel(tower, dataclasses.replace(language, name=located(language_model)), template), process_state().device)
 
@@ -56,13 +57,13 @@ def frozen_model(parts: Parts, *, template: Template, layer: int = -1, use: Lang
     if parts.model is None:
         assert parts.encoder is not None
         assert parts.language_model is not None
-        return compose(parts.encoder, parts.language_model, template=template, layer=layer, use=use, base=parts.base)
+        return compose(parts.encoder, parts.language_model, template=template, layer=layer, use=use, base=parts.base, frames=parts.frames)
     return VisionLanguageModel.from_parts(*_existing(parts.model, parts.base), template=template, image_tokens=parts.image_tokens)
 
 
-def composed_tower(encoder: str, layer: int = -1, base: BaseSettings = UNCHANGED) -> VisionTower:
-    """The encoder of a composed model, on this process's device."""
-    tower = load_tower(found_part(encoder), layer=layer, precision=base.encoder)
+def composed_tower(encoder: str, layer: int = -1, base: BaseSettings = UNCHANGED, frames: int = 0) -> VisionTower:
+    """The encoder of a composed model, on this process's device. frames: of an encoder of video; 0: as its config says."""
+    tower = load_tower(found_part(encoder), layer=layer, precision=base.encoder, frames=frames or None)
     tower.name = located(encoder)  # an adapter remembers its parts by the names that were given, not by where they were found
     return tower.to(process_state().device)
 
@@ -103,14 +104,14 @@ def located(name: str) -> str:
 
 def load_adapted(
     folder: Path, *, encoder: str | None = None, language_model: str | None = None, model: str | None = None, allow_other_base: bool = False,
-    image_tokens: ImageTokens | None = None, base: BaseSettings = UNCHANGED,
+    image_tokens: ImageTokens | None = None, base: BaseSettings = UNCHANGED, frames: int = 0,
 ) -> tuple[VisionLanguageModel, dict[str, Any]]:
     """The model of a saved adapter, and what its config says of its task.
 
     The frozen parts are those that the adapter names unless others are given; others than it was trained on are refused, or allowed by name.
     """
     config = read_saved(folder)
-    given = Parts(model=model, encoder=encoder, language_model=language_model, image_tokens=image_tokens or ImageTokens(), base=base)
+    given = Parts(model=model, encoder=encoder, language_model=language_model, image_tokens=image_tokens or ImageTokens(), base=base, frames=frames)
     loaded = frozen_for(config, given)
     loaded.load_adapter(folder, "default", allow_other_base=allow_other_base)
     return loaded, dict(config.task)

@@ -74,6 +74,7 @@ class Parts:
     language_model: str | None = None
     image_tokens: ImageTokens = field(default_factory=ImageTokens)
     base: BaseSettings = field(default_factory=BaseSettings)
+    frames: int = 0
 
     def check(self) -> None:
         """Raise ConfigError unless exactly one of the two forms is given, and whole."""
@@ -84,6 +85,9 @@ class Parts:
                 f"model and {' and '.join(given)} were given: a run is of a model that sees already (`model`), or of a composed one (`encoder` and "
                 "`language_model`); leave one form out"
             )
+        if self.frames < 0 or (self.model and self.frames):
+            found = "was given with model" if self.model else f"is {self.frames}"
+            raise ConfigError(f"frames {found}: give how many frames an encoder of video gets of each clip, or 0 for as many as its config says")
         if not self.model and self.image_tokens:
             raise ConfigError("image_tokens was given without model: an encoder of its own makes as many vectors of every image; leave it out")
         if not self.model and len(given) < 2:
@@ -100,7 +104,8 @@ class Parts:
         if "encoder" not in parts:
             return Parts(model=language.name, image_tokens=ImageTokens.of(task), base=BaseSettings.of(language.precision))
         encoder = parts["encoder"]
-        return Parts(encoder=encoder.name, language_model=language.name, base=BaseSettings.of(language.precision, encoder.precision))
+        base = BaseSettings.of(language.precision, encoder.precision)
+        return Parts(encoder=encoder.name, language_model=language.name, base=base, frames=task.get("frames", 0))
 
     def over(self, known: Parts) -> Parts:
         """These in the place of known ones, where some are given. Raises ConfigError for parts of the other form."""
@@ -108,7 +113,7 @@ class Parts:
             raise ConfigError("the adapter was trained on a model that saw already: give --model where it lies elsewhere, not --encoder or --language_model")
         if not known.model and self.model:
             raise ConfigError("the adapter was trained on a composed model: give --encoder and --language_model where they lie elsewhere, not --model")
-        names = ("model", "encoder", "language_model", "image_tokens")
+        names = ("model", "encoder", "language_model", "image_tokens", "frames")
         return Parts(**{name: getattr(self, name) or getattr(known, name) for name in names}, base=self.base.over(known.base))
 
 
@@ -128,6 +133,7 @@ class RunConfig:
     vision_methods: Methods = field(default_factory=Methods)  # methods inside the encoder, trained with the others; its features are then never cached
     connector: ConnectorChoice = "frozen"  # of `model`; trained: all weights of what runs between its tower and its words, as a copy in the adapter
     connector_methods: Methods = field(default_factory=Methods)  # of `model`: methods on its connector's linears: lora, adalora, hira, ia3, bitfit
+    frames: int = 0  # of each clip, where the encoder takes video; 0: as many as its config says
     layer: int = -1  # which encoder block the features come from: -1 the last, with its norm; -2 the one before, as Context-PEFT has it
     captioning: Captioning = field(default_factory=Captioning)  # settings of the task, where it is captioning
     vqa: Vqa = field(default_factory=Vqa)  # settings of the task, where it is vqa
@@ -172,6 +178,8 @@ class RunConfig:
         elif self.connector == "trained" or self.methods_on_connector:
             by = f" (connector_methods: {', '.join(self.methods_on_connector)})" if self.methods_on_connector else ""
             trained = f"features of a trained connector{by}"
+        if self.train.draw_frames and self.features is not None:
+            raise ConfigError(f"train.draw_frames gives each epoch other frames, and features is {self.features}: leave one out")
         if trained and (self.train.features != "encode" or self.features is not None):
             retained = f"train.features is {self.train.features}" if self.features is None else f"features is {self.features}"
             raise ConfigError(f"{retained}, and {trained} change with every step: give train.features: encode, and no folder")
@@ -181,7 +189,7 @@ class RunConfig:
     @property
     def parts(self) -> Parts:
         """The frozen parts."""
-        return Parts(model=self.model, encoder=self.encoder, language_model=self.language_model, image_tokens=self.image_tokens, base=self.base)
+        return Parts(**{one.name: getattr(self, one.name) for one in dataclasses.fields(Parts)})
 
     @property
     def encoder_methods(self) -> dict[str, Method]:

@@ -346,12 +346,9 @@ def pixel_table(source: SampleSource, preprocess: Any, *, label: str) -> PixelTa
     bad: dict[int, BadSample] = {}
     shape: tuple[int, ...] = ()
     for index in progress(range(len(source)), label):
-        try:
-            sample = source[index]
-            pixels: Any = read_pixels(sample, preprocess)
+        pixels = _read_one(source, preprocess, index)
+        if isinstance(pixels, BadSample):
+            bad[index] = pixels
+        else:
             shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else ()
-        except DamagedSample as error:
-            bad[index] = error.bad
-        except BadImage as error:
-            bad[index] = BadSample(key=sample.key, reason=error.reason, detail=str(error), file=sample.file)
     return PixelTable(source=source, preprocess=preprocess, indices=range(len(source)), bad=bad, shape=shape)

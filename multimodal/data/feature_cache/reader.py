@@ -166,13 +166,19 @@ def _fingerprints_of_images(source: SampleSource) -> tuple[str, str]:
             sample = source[index]
             if not sample.images:
                 digest.update(f"{sample.key}\0no image\0".encode())
-            for image in sample.images:
+            for image in _files(sample):
                 digest.update(_note(sample, image, is_read=index % step == 0))
                 if isinstance(image, (str, Path)):
                     files.append(Path(image))
         except DamagedSample as error:
             digest.update(f"{error.bad.key}\0damaged\0".encode())
     return digest.hexdigest()[:16], _slices(files)
+
+
+def _files(sample: Sample) -> Sequence[ImageOrFile]:
+    """Its images; of a clip that is a folder the files in it."""
+    is_folder = sample.kind == "video" and isinstance(sample.media, (str, Path)) and Path(sample.media).is_dir()
+    return sorted(Path(sample.media).iterdir()) if is_folder else sample.images  # type: ignore[arg-type]  # a folder is a path
 
 
 def _slices(files: Sequence[Path]) -> str:

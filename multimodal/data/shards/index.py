@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from adalink.errors import ConfigError, DataError
+from multimodal.data.images.clips import CLIP_ENDINGS
 from multimodal.data.images.format import ENDINGS
 from multimodal.data.shards.members import ABSENT, PARTS, UNKNOWN_CRC, Members, Part, Shard
 from multimodal.sample import BadSample
@@ -167,7 +168,7 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-SUFFIXES: Mapping[str, Part] = {**dict.fromkeys(ENDINGS, "image"), "json": "json", "txt": "txt"}
+SUFFIXES: Mapping[str, Part] = {**dict.fromkeys((*ENDINGS, *CLIP_ENDINGS), "image"), "json": "json", "txt": "txt"}
 """The only members that are ever read. Everything else (.pyd, .pkl, .pth, .gz, ...) is counted and never opened."""
 
 
@@ -176,11 +177,12 @@ class ShardLimits:
     """What a shard may ask of its reader; checked on sizes, before a byte is read."""
 
     max_image_bytes: int = 64 * 2**20
+    max_clip_bytes: int = 256 * 2**20
     max_text_bytes: int = 2**20  # of a json or txt member
     max_members: int = 2**20  # of one shard
 
     def __post_init__(self) -> None:
-        for name in ("max_image_bytes", "max_text_bytes", "max_members"):
+        for name in ("max_image_bytes", "max_clip_bytes", "max_text_bytes", "max_members"):
             if vars(self)[name] < 1:
                 raise ConfigError(f"{name} is {vars(self)[name]}; it must be at least 1")
 
@@ -269,7 +271,8 @@ def _bad(key: str, sample: Mapping[Part, TarMember], limits: ShardLimits, path: 
     if "json" not in sample and "txt" not in sample:
         return BadSample(key=key, reason="no text", detail=f"{where} has neither a json nor a txt member")
     for part, member in sample.items():
-        limit = limits.max_image_bytes if part == "image" else limits.max_text_bytes
+        is_clip = member.name.rpartition(".")[2].lower() in CLIP_ENDINGS
+        limit = limits.max_text_bytes if part != "image" else limits.max_clip_bytes if is_clip else limits.max_image_bytes
         if member.size > limit:
             reason = "too many bytes" if part == "image" else "too much text"
             return BadSample(key=key, reason=reason, detail=f"the {part} of {where} has {member.size} bytes, and the limit is {limit}")

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adalink.errors import DataError
+from multimodal.data.images.clips import CLIP_ENDINGS, clip_ending
 from multimodal.data.shards.ahead import Ahead, Plan
 from multimodal.data.shards.cache import ShardCache
 from multimodal.data.shards.index import ShardLimits
@@ -430,7 +431,8 @@ def _sample(key: str, index: int, parts: Mapping[str, bytes], further: Callable[
     return Sample(
         key=record.key if record.key is not None and record.key != key and shard_key(record.key) == key else key,
         image_id=index if record.image_id is None else record.image_id,
-        media=parts["image"],
+        media=(media := parts["image"]),
+        kind=CLIP_ENDINGS.get(clip_ending(media) or "", "image"),
         captions=captions,
         questions=record.questions,
         further=tuple(map(further, record.further)),

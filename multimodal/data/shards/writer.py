@@ -24,8 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from adalink.errors import AdalinkError, ConfigError, DataError
+from multimodal.data.images.clips import CLIP_ENDINGS, ClipLimits, clip_ending, read_clip_bytes
 from multimodal.data.images.decode import BadImage, ImageLimits, ImageOrFile, check_header, read_image_bytes
-from multimodal.data.images.format import ImageKind
 from multimodal.data.shards.index import ShardLimits
 from multimodal.data.shards.manifest import Manifest, publish, row_as_json, row_from_json, shard_part, workplace
 from multimodal.data.shards.members import ABSENT, LocalFolder, Members, Row, Shard, ShardTable, find_twice, row_of, store_index
@@ -181,7 +181,7 @@ class ShardJob:
         """The places of image, json and txt in the tar file. The json says where further images lie, which are written before it."""
         if sample.media is None:
             raise BadImage("no image", f"sample {sample.key!r} has no image, and shards hold images with their texts: train from its file")
-        image, kind = self._image(sample.media)
+        image, kind = self._image(sample.media) if sample.kind == "image" else self._clip(sample)
         further = [self._image(one) for one in sample.further]
         places = [Span(tar.add(f"{key}.{n}.{kind}", data), len(data), zlib.crc32(data)) for n, (data, kind) in enumerate(further, 1)]
         record = encode_record(sample, places)
@@ -190,10 +190,20 @@ class ShardJob:
         at = {suffix: tar.add(f"{key}.{suffix}", data) for suffix, data in sorted(((kind, image), ("json", record)))}
         return (at[kind], len(image), zlib.crc32(image)), (at["json"], len(record), zlib.crc32(record)), ABSENT
 
-    def _image(self, image: ImageOrFile) -> tuple[bytes, ImageKind]:
+    def _image(self, image: ImageOrFile) -> tuple[bytes, str]:
         """Its bytes, and what they are. Raises BadImage."""
         data = read_image_bytes(image, limits=self.images)
         return data, check_header(data, limits=self.images, name=str(image) if isinstance(image, (str, Path)) else "its image").kind
+
+    def _clip(self, sample: Sample) -> tuple[bytes, str]:
+        """The same of a clip. Raises BadImage for one of a format that shards do not hold."""
+        assert isinstance(sample.media, (bytes, str, Path))
+        data = read_clip_bytes(sample.media, limits=ClipLimits(max_bytes=self.limits.max_clip_bytes))
+        ending = clip_ending(data)
+        if ending is None or CLIP_ENDINGS[ending] != sample.kind:
+            known = " or ".join(one for one, kind in CLIP_ENDINGS.items() if kind == sample.kind)
+            raise BadImage("no clip", f"the {sample.kind} of sample {sample.key!r} begins with {data[:8]!r}, and shards hold {known}: convert it")
+        return data, ending
 
     def _advance(self, count: int, skipped: Sequence[BadSample] = ()) -> None:
         with self.lock:

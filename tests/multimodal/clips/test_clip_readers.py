@@ -18,8 +18,8 @@ from PIL import Image
 from shared import fixtures
 
 from adalink.errors import ConfigError
-from multimodal.data import clips
-from multimodal.data.clips import LIMITS, BadClip, ClipLimits, frame_numbers, read_frames, read_sound
+from multimodal.data.images import clips
+from multimodal.data.images.clips import LIMITS, BadClip, ClipLimits, frame_numbers, read_frames, read_sound
 
 needs_av = pytest.mark.skipif(not find_spec("av"), reason="PyAV (the extra `video`) is not installed")
 needs_soundfile = pytest.mark.skipif(not find_spec("soundfile"), reason="soundfile (the extra `audio`) is not installed")
@@ -236,8 +236,8 @@ def imported(program: str) -> str:
 
 
 def test_importing_imports_no_extra() -> None:
-    assert imported("import adalink, tasks.cli, multimodal.data.clips\nprint(seen)") == "[]"
-    program = "import contextlib\nfrom multimodal.data.clips import _extra\nwith contextlib.suppress(Exception): _extra('av', 'video')\nprint(seen)"
+    assert imported("import adalink, tasks.cli, multimodal.data.images.clips\nprint(seen)") == "[]"
+    program = "import contextlib\nfrom multimodal.data.images.clips import _extra\nwith contextlib.suppress(Exception): _extra('av', 'video')\nprint(seen)"
     assert imported(program) == "['av by multimodal']"  # the control
 
 

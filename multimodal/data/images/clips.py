@@ -25,8 +25,12 @@ from PIL import Image
 
 from adalink.errors import ConfigError
 from multimodal.data.images.decode import BadImage, ImageLimits, decode_image, read_image_bytes
+from multimodal.data.images.format import image_kind
+from multimodal.sample import MediaKind
 
-__all__ = ["BadClip", "ClipLimits", "frame_numbers", "read_frames", "read_sound"]
+__all__ = ["CLIP_ENDINGS", "BadClip", "ClipLimits", "clip_ending", "frame_numbers", "read_clip_bytes", "read_frames", "read_sound"]
+
+CLIP_ENDINGS: dict[str, MediaKind] = {"mp4": "video", "wav": "audio", "flac": "audio"}  # of the clips that shards hold
 
 _NUMBER = re.compile(r"(\d+)\D*$")
 _MOST_CHANNELS, _LEAST_RATE = 8, 2000
@@ -64,6 +68,23 @@ class ClipLimits:
 LIMITS = ClipLimits()
 
 
+def clip_ending(data: bytes) -> str | None:
+    """Which of CLIP_ENDINGS the bytes are, by their first; None where they are an image or anything else."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        return "wav"
+    if data[:4] == b"fLaC":
+        return "flac"
+    return "mp4" if data[4:8] == b"ftyp" and image_kind(data) is None else None
+
+
+def read_clip_bytes(media: bytes | str | Path, *, limits: ClipLimits = LIMITS) -> bytes:
+    """The encoded bytes of a clip, not decoded. Raises BadClip, also for a folder of frames."""
+    try:
+        return read_image_bytes(media, limits=limits.of_images)
+    except BadImage as error:
+        raise BadClip(error.reason.replace("not an image", "no file"), error.detail.replace("expected an image", "expected a clip")) from None
+
+
 def frame_numbers(length: int, n_frames: int, draw: random.Random | None = None) -> list[int]:
     """Which of a video's `length` frames are taken: one of each of `n_frames` equal intervals of whole frames; a shorter one repeats its last frame.
 
@@ -87,7 +108,7 @@ def read_frames(media: bytes | str | Path, n_frames: int, draw: random.Random | 
     path = Path(media) if isinstance(media, (str, Path)) else None
     if path is not None and path.is_dir():
         return _folder_frames(path, n_frames, draw, limits)
-    return _video_frames(_encoded(media, limits), media, n_frames, draw, limits)
+    return _video_frames(read_clip_bytes(media, limits=limits), media, n_frames, draw, limits)
 
 
 def _folder_frames(folder: Path, n_frames: int, draw: random.Random | None, limits: ClipLimits) -> NDArray[np.uint8]:
@@ -195,7 +216,7 @@ def read_sound(media: bytes | str | Path, rate: int, *, limits: ClipLimits = LIM
     Raises BadClip, and ConfigError where soundfile, or for another rate soxr, is not installed.
     """
     soundfile, name = _extra("soundfile", "audio"), _named(media, "a sound")
-    data = _encoded(media, limits)
+    data = read_clip_bytes(media, limits=limits)
     if (reason := _cut_wav(data)) is not None:
         raise BadClip("truncated", f"{name} is truncated: {reason}")
     try:
@@ -254,13 +275,6 @@ def _announce(own: int, rate: int) -> None:
 
 # ----------------------------------------
 # Both.
-
-
-def _encoded(media: bytes | str | Path, limits: ClipLimits) -> bytes:
-    try:
-        return read_image_bytes(media, limits=limits.of_images)
-    except BadImage as error:
-        raise BadClip(error.reason.replace("not an image", "no file"), error.detail.replace("expected an image", "expected a clip")) from None
 
 
 def _named(media: object, what: str) -> str:
