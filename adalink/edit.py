@@ -256,8 +256,8 @@ class Written(NamedTuple):
 class Compact(Protocol):
     """A method that a folder has in another form than training: without what training has closed, for instance."""
 
-    def written(self, name: str, adapter: Adapter) -> Written:
-        """What a folder has of the adapter's method of this name. Edits computed from it are those of the adapter, to rounding."""
+    def written(self, name: str, adapter: Adapter) -> Written | None:
+        """What a folder has of the adapter's method of this name; None where it has nothing. Edits computed from it are those of the adapter, to rounding."""
 
 
 class Adapter(nn.Module):

@@ -16,6 +16,8 @@ from adalink.methods.bottleneck import Bottleneck
 from adalink.methods.bridge import Bridge
 from adalink.methods.budgets.adalora import AdaLoRA
 from adalink.methods.budgets.hyper import Hyper
+from adalink.methods.budgets.ist import IST
+from adalink.methods.budgets.selected import Selected
 from adalink.methods.budgets.sparse import Sparse, SparseDelta
 from adalink.methods.epalm import EPALM
 from adalink.methods.hira import HiRA
@@ -31,9 +33,9 @@ from adalink.model import BASE_NAME, AdaptedModel, get_adalink_model
 from adalink.tokens import ANSWER, BASE_ROW, IMAGE, PAD, PERCEPT, PREFIX, PROMPT, TEXT, TokenMap, Tokens
 
 __all__ = [
-    "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "WARP", "AdaLink",
+    "ANSWER", "BASE_NAME", "BASE_ROW", "EMBEDDING", "EPALM", "IA3", "IMAGE", "IST", "METHODS", "PAD", "PERCEPT", "PREFIX", "PROMPT", "TEXT", "WARP", "AdaLink",
     "AdaLoRA", "AdalinkError", "AdaptedModel", "Adapter", "Anatomy", "AttachError", "Attachment", "BaseSettings", "BitFit", "Bottleneck", "Bridge",
     "BudgetError", "CheckpointError", "ConfigError", "DataError", "DePT", "Edit", "FrozenPart", "Gated", "HiRA", "Hyper", "InputSpec", "Ladder", "LoRA",
-    "Method", "Placement", "Port", "Precision", "Prefix", "Prompt", "Slots", "Sparse", "SparseDelta", "TokenMap", "Tokens", "UniPELT", "attach",
+    "Method", "Placement", "Port", "Precision", "Prefix", "Prompt", "Selected", "Slots", "Sparse", "SparseDelta", "TokenMap", "Tokens", "UniPELT", "attach",
     "attach_vision", "fingerprint", "from_peft", "get_adalink_model", "read_vision", "to_peft",
 ]  # fmt: skip

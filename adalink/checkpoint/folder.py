@@ -195,9 +195,12 @@ def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
     shapes, few = {name: tensor.shape for name, tensor in tensors.items()}, dict.fromkeys(methods, "no")
     for name, method in config.methods.items():
         if isinstance(method, Compact):
-            methods[name], own, few[name] = method.written(name, adapter)
-            tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")} | dict(own)
-            counts[name] = sum(tensor.numel() for tensor in own.values())
+            tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
+            del methods[name], counts[name]
+            if (written := method.written(name, adapter)) is not None:
+                methods[name], own, few[name] = written
+                counts[name] = sum(tensor.numel() for tensor in own.values())
+                tensors |= own
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         config = dataclasses.replace(config, start=None)  # no seed draws a part of it
     compressed = None

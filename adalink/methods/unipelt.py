@@ -108,6 +108,8 @@ class Gated:
             raise ConfigError(f"Gated wraps a method, got {self.inner!r}: give for instance Bottleneck(width=48)")
         if isinstance(self.inner, Gated):
             raise ConfigError("Gated wraps a method that is already gated: gate it once")
+        if hasattr(self.inner, "schedule"):
+            raise ConfigError(f"Gated wraps {type(self.inner).__name__}, which has a schedule that would not be called: give a method without one")
         if self.mean not in ("prompt", "sequence"):
             raise ConfigError(f"the gate's mean is over {self.mean!r}: give prompt or sequence")
 

@@ -115,13 +115,16 @@ def placed_methods(model: nn.Module, linears: Mapping[str, str], methods: Mappin
     if reserving := [name for name, method in methods.items() if method.slots(anatomy)]:
         raise ConfigError(f"{reserving[0]} adds tokens to a row, and a connector reads none: choose lora, hira, ia3 or bitfit for connector_methods")
     edits = Adapter(methods, anatomy)
+    if not edits.placements:
+        raise ConfigError(f"{', '.join(methods)} places nothing on a connector's linears: choose lora, hira, ia3 or bitfit for connector_methods")
     for placement in edits.placements:
         if placement.port.side not in ("input", "output") or placement.port.module not in linears:
             raise ConfigError(f"{placement.role} acts on more than the connector's linears: choose lora, hira, ia3 or bitfit for connector_methods")
         if IMAGE not in placement.domains:
             raise ConfigError(f"{placement.role} is for tokens of text, and a connector has image tokens alone: name the image modality")
         read_frozen(placement, model.get_submodule(linears[placement.port.module]))
-        placement.edit.to(execution_device(model, linears[placement.port.module]))
+        for module in (placement.edit, *placement.shared.values()):
+            module.to(execution_device(model, linears[placement.port.module]))
     return edits
 
 

@@ -7,10 +7,15 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from adalink.edit import Adapter
+from adalink.anatomy import Anatomy
+from adalink.attachment.slots import depth_of
+from adalink.edit import Adapter, Placement
 from adalink.errors import CheckpointError
+from adalink.tokens import DOMAIN_NAMES, N_DOMAINS
 
-__all__ = ["Schedule", "Scheduled"]
+__all__ = ["OTHER", "Schedule", "Scheduled", "place_of"]
+
+OTHER = "other"  # what is in no layer
 
 
 class Schedule:
@@ -66,3 +71,12 @@ class Scheduled(Protocol):
 
         A plain `Schedule` where there is nothing to do, as for a method that is not trained.
         """
+
+
+def place_of(placement: Placement, anatomy: Anatomy, *, by_domain: bool) -> str:
+    """Which layer a placement is in: `3`, or `3.image` where token domains count apart; `other` for what is in no layer."""
+    depth = depth_of(anatomy, placement.port)
+    layer = str(depth) if 0 <= depth < len(anatomy.layers) else OTHER
+    known = {number: word for word, number in DOMAIN_NAMES.items()}
+    domains = ["all"] if len(placement.domains) == N_DOMAINS else [known.get(domain, str(domain)) for domain in placement.domains]
+    return f"{layer}.{'_'.join(domains)}" if by_domain else layer
