@@ -267,6 +267,7 @@ def evaluate_run(
         images = read_images(val, features_to_log(model, val.source, config, "encoding the images"))
         refuse_gaps(task, val, images.source, images.bad, submission)
         evaluation = _evaluate(model, images, task, config, {})
+        _note_states(folder, "trained", model, images, task, config)
         if is_main():
             write_whole(folder / "config.yaml", config_text.encode())
         _write(folder, model, task, config_text, evaluation, images)

@@ -3,7 +3,8 @@
     python tests/benchmarks/studies/methods_table.py --config tasks/scenes/captioning.yaml --rows rows.jsonl --seeds 3
 
 Each run has a process of its own, so that its peak memory is its own, and is a line of the file --rows as soon as it is done; runs that
-stand there already are not repeated, so a table can be made in pieces. Every method but eP-ALM has the config's bridge beside it.
+stand there already are not repeated, so a table can be made in pieces. Every method but eP-ALM has the config's bridge beside it. `--only STAGES`
+makes the three rows of PT-PEFT: LoRA, a prefix with it, and a prefix before it. Rank is the effective rank of the last layer's states at text tokens.
 Processor seconds and peak memory of a step are relative to full fine-tuning; `--train.workers 0` keeps them in one process.
 """
 
@@ -22,20 +23,26 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from share_of_full import FULL_RATE, kept_patches, run
 
 from adalink import EPALM, IA3, AdaLink, BitFit, Bottleneck, LoRA, Method, Prefix, Prompt, UniPELT
+from multimodal.training.settings import Stage
 from tasks.runs.config import RunConfig, chosen_methods
 
 FULL = "bridge + full fine-tuning"
 AGNOSTIC: Mapping[str, tuple[str, ...]] = {"all": ("all",)}
 SPECIFIC: Mapping[str, tuple[str, ...]] = {"image": ("image",), "text": ("text",)}
+STAGES = {"prefix 10, then LoRA-8": (Stage(trains=("bridge", "prefix"), share=0.5), Stage(trains=("bridge", "prefix", "lora")))}
+ONLY = {"STAGES": ("LoRA-8 agnostic", "prefix 10 + LoRA-8", *STAGES)}
 
 
-def variants(adalink: AdaLink) -> dict[str, tuple[dict[str, Method], float]]:
-    """Name in the table -> the methods beside the bridge, and the peak of their rate."""
+def variants(adalink: AdaLink) -> dict[str, tuple[dict[str, Method], float | dict[str, float]]]:
+    """Name in the table -> the methods beside the bridge, and the peak of their rate, or of each one's."""
 
     def lora(rank: int, groups: Mapping[str, tuple[str, ...]]) -> dict[str, Method]:
         return {"lora": LoRA(groups=groups, rank=rank, alpha=2.0 * rank)}
 
+    both = {"prefix": Prefix(length=10, form="table", init_std=0.1), **lora(8, AGNOSTIC)}, {"prefix": 1e-2, "lora": 3e-3}
     return {
+        "prefix 10 + LoRA-8": both,
+        "prefix 10, then LoRA-8": both,
         "bridge alone": ({}, 0.0),
         "prompt 10": ({"prompt": Prompt(length=10, init_std=0.1)}, 1e-2),
         "AdaLink text": ({"adalink": replace(adalink, modalities=("text",))}, 1e-2),
@@ -74,7 +81,7 @@ def main() -> None:
     done = {(row["variant"], row["seed"]) for row in read_rows(values.rows)}
     for seed in range(values.seeds):  # a whole table of each seed before the next one begins
         for name in [FULL, *variants(AdaLink(rank=1, modalities=("text",)))]:
-            if values.only in name and (name, seed) not in done:
+            if (name in ONLY[values.only] if values.only in ONLY else values.only in name) and (name, seed) not in done:
                 subprocess.run([sys.executable, *sys.argv, "--run", name, "--seed", str(seed)], check=True)
     print(table(read_rows(values.rows), config.chosen_task().headline))
 
@@ -88,7 +95,8 @@ def measure(config: RunConfig, name: str, seed: int, values: Any) -> None:
     methods = extra if "epalm" in extra else {"bridge": chosen["bridge"], **extra}
     data = config.data.train.open(), config.data.val.open()
     patches = kept_patches(config, data, values.patches)
-    settings = replace(config.train, seed=seed, measure_every=0, learning_rates=dict.fromkeys(extra, rate))
+    rates = rate if isinstance(rate, dict) else dict.fromkeys(extra, rate)
+    settings = replace(config.train, seed=seed, measure_every=0, learning_rates=rates, stages=STAGES.get(name, ()))
     row = run(replace(config, train=settings), methods, data, patches, FULL_RATE if name == FULL else 0.0)
     with values.rows.open("a") as file:
         file.write(json.dumps({"variant": name, "seed": seed, **row}) + "\n")
@@ -108,13 +116,15 @@ def table(rows: Sequence[Mapping[str, Any]], headline: str) -> str:
     def median(name: str, column: str) -> float:
         return statistics.median(row[column] for row in by_name[name])
 
-    lines = [f"| variant | trained | {headline} (range) | blind | time / full | memory / full | seeds |", "|---|---|---|---|---|---|---|"]
+    lines = [f"| variant | trained | {headline} (range) | blind | time / full | memory / full | rank | seeds |", "|---|---|---|---|---|---|---|---|"]
     for name, runs in sorted(by_name.items(), key=lambda item: median(item[0], headline)):
         metrics = [run[headline] for run in runs]
+        ranks = [row["rank"] for row in runs if "rank" in row]  # rows of before have none
+        rank = f"{statistics.median(ranks):.1f} ({min(ranks):.1f} to {max(ranks):.1f})" if ranks else ""
         cost = [f"{median(name, column) / median(FULL, column):.2f}" if FULL in by_name else "" for column in ("cpu", "MB")]
         lines.append(
             f"| {name} | {median(name, 'trained'):,.0f} | {statistics.median(metrics):.1f} ({min(metrics):.1f} to {max(metrics):.1f}) "
-            f"| {median(name, 'blind'):.1f} | {cost[0]} | {cost[1]} | {len(runs)} |"
+            f"| {median(name, 'blind'):.1f} | {cost[0]} | {cost[1]} | {rank} | {len(runs)} |"
         )
     return "\n".join(lines)
 

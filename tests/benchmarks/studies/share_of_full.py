@@ -28,6 +28,7 @@ from multimodal.training.train import train
 from tasks.commands.train import results_table
 from tasks.data.sources import Opened
 from tasks.evaluation.evaluate import predict
+from tasks.evaluation.representation import representation
 from tasks.runs.compose import compose
 from tasks.runs.config import RunConfig, chosen_methods
 
@@ -96,7 +97,9 @@ def run(config: RunConfig, methods: Mapping[str, Method], data: tuple[Opened, Op
     n_trained = sum(p.numel() for p in [*adapter.parameters(), *also.values()])
     half = max(len(val.source) // 2, 1)
     own, blind = score(model, task, val, patches[1], config), score(model, task, val, patches[1], config, shift=half)
-    return {"trained": n_trained, "frozen": frozen, task.headline: own, "blind": blind, "steps": trained.steps, "seconds": trained.seconds, "cpu": spent, "MB": growth}
+    last = [one for one in representation(model, val.source, task, patches[1]) if one.domain == "text"][-1]
+    ranks = {"rank": last.rank, "frozen rank": last.host_rank or math.nan, "CKA": last.cka or math.nan, "drift": last.drift or math.nan}
+    return {"trained": n_trained, "frozen": frozen, **ranks, task.headline: own, "blind": blind, "steps": trained.steps, "seconds": trained.seconds, "cpu": spent, "MB": growth}
 
 
 def peak_megabytes(*, fresh: bool = False) -> float:

@@ -22,6 +22,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from adalink import PREFIX, TEXT, Adapter, Anatomy, Bridge, LoRA, Prefix, TokenMap, attach
 from adalink.errors import CheckpointError, ConfigError
 from multimodal.model import VisionLanguageModel
+from multimodal.template import Text
 from multimodal.training.prepare import new_optimizer, parameter_groups
 from multimodal.training.settings import Stage, TrainSettings
 from multimodal.training.stages import Stages
@@ -264,6 +265,24 @@ def test_stages_that_are_none_are_refused_in_a_sentence(stages: tuple[dict[str, 
     with pytest.raises(ConfigError) as refused:
         TrainSettings(stages=tuple(Stage(**stage) for stage in stages), **fields)
     assert str(refused.value) == message
+
+
+def test_an_answer_head_and_an_adapted_encoder_are_named_like_methods(tmp_path: Path) -> None:
+    model = compose("opt")
+    model.add_adapter("one", {"bridge": METHODS["bridge"]})
+    model.add_answer_head(["yes", "no"])
+    model.add_vision_adapter({"lora": LoRA(rank=2, groups={"image": ("image",)})})
+    stages = (Stage(trains=("head",), steps=1), Stage(trains=("head", "bridge"), steps=1), Stage(trains=("vision", "bridge")))
+
+    def scored(sample: Any, rng: Any) -> list[Text]:
+        return [Text("is it red ?", None, scores=((0, 1.0),))]
+
+    train(model, Drawn(4), scored, TrainSettings(**{**SHORT, "steps": 3, "checkpoint_every": 1, "keep": 9, "stages": stages}), tmp_path)
+    states = [saved(tmp_path, step) for step in (1, 2, 3)]
+    trained = [{part for part in ("head", "bridge", "vision") if of(state, f"optimizer.{part}.")} for state in states]
+    assert trained == [{"head"}, {"head", "bridge"}, {"bridge", "vision"}]
+    assert equal(of(states[1], "weight.head"), of(states[2], "weight.head"))
+    assert not equal(of(states[0], "weight.head"), of(states[1], "weight.head"))
 
 
 def test_a_method_that_no_stage_names_is_noted_and_stays_as_it_begins(tmp_path: Path) -> None:

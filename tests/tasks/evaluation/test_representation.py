@@ -196,6 +196,9 @@ def test_a_run_compares_its_start_and_its_end_and_the_command_finds_the_same(tmp
     found: Done = adalink("report", "representation", "--adapter", run / "adapter", "--config", run / "config.yaml", "--samples", "3", "--json")
     assert (found.code, json.loads(found.out)) == (0, stored)
     assert stored["untrained"] != stored["trained"]
+    again = adalink("evaluate", "--adapter", run / "adapter", "--config", run / "config.yaml", "--out", tmp_path / "again")
+    assert again.code == 0, again
+    assert json.loads((tmp_path / "again" / "representation.json").read_text()) == {"samples": 3, "trained": stored["trained"]}
     table = adalink("report", "representation", "--adapter", run / "adapter", "--data.val.scenes", "val/3")
     assert "rank, frozen  rank, trained  CKA, trained  drift, trained" in table.out
     assert "untrained" not in table.out  # no config says how it began
