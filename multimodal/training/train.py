@@ -343,15 +343,21 @@ class _Run:
             self.schedules.after_backward(step)
         if self.settings.clip:
             self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
+        scale = self._scale()
         self.optimizer.step()
         if self.pull is not None:
             self.pull()
-        if not self.optimizer.step_was_skipped:  # as where float16's gradients were too large
+        if self._scale() >= scale:  # it falls where the step was skipped, since float16's gradients were too large
             self.schedules.after_step(step)
         self.optimizer.zero_grad()
         loss: torch.Tensor = self.accelerator.reduce(torch.stack(losses).sum(), "sum")
         self.broken += ((self.broken == 0) & ~loss.isfinite()) * torch.where(loss.isinf(), -1, 1) * (step + 1)
         return loss
+
+    def _scale(self) -> float:
+        """What float16's loss is multiplied by; 0 where no method has a schedule. accelerate does not see that a fused optimizer skips a step."""
+        scaler = self.accelerator.scaler
+        return 0.0 if scaler is None or not self.schedules else float(scaler.get_scale())
 
     def progress(self, step: int, n_steps: int) -> tuple[float, float]:
         """How many steps of how many are done, for learning rates and stages: in samples read, so that it goes on where it was with any number of processes.

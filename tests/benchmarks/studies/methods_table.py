@@ -14,23 +14,44 @@ import json
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 from share_of_full import FULL_RATE, kept_patches, run
 
-from adalink import EPALM, IA3, AdaLink, BitFit, Bottleneck, LoRA, Method, Prefix, Prompt, UniPELT
+from adalink import EPALM, IA3, AdaLink, AdaLoRA, BitFit, Bottleneck, LoRA, Method, Prefix, Prompt, Sparse, SparseDelta, UniPELT
+from adalink.anatomy import Anatomy
+from adalink.edit import Adapter, Placement
+from adalink.methods.budgets.schedule import Schedule
 from multimodal.training.settings import Stage
 from tasks.runs.config import RunConfig, chosen_methods
+from tasks.scenes.dataset import Scenes
 
 FULL = "bridge + full fine-tuning"
 AGNOSTIC: Mapping[str, tuple[str, ...]] = {"all": ("all",)}
 SPECIFIC: Mapping[str, tuple[str, ...]] = {"image": ("image",), "text": ("text",)}
 STAGES = {"prefix 10, then LoRA-8": (Stage(trains=("bridge", "prefix"), share=0.5), Stage(trains=("bridge", "prefix", "lora")))}
 ONLY = {"STAGES": ("LoRA-8 agnostic", "prefix 10 + LoRA-8", *STAGES)}
+BUDGET: dict[str, Any] = {"groups": SPECIFIC, "init_rank": 6, "target_rank": 4, "alpha": 12.0, "interval": 5}
+
+
+class PlacedAtRandom(AdaLoRA):
+    """As many triplets as AdaLoRA ends with, in places that are drawn before training and stay."""
+
+    def place(self, anatomy: Anatomy) -> Sequence[Placement]:
+        """Of all triplets at the start, by the generator of the run's seed."""
+        roles = [placement.role for placement in super().place(anatomy) for _ in range(self.init_rank)]
+        left = torch.randperm(len(roles))[: len(roles) * self.target_rank // self.init_rank]
+        return AdaLoRA(**{**vars(self), "ranks": Counter(roles[i] for i in left)}).place(anatomy)
+
+    def schedule(self, name: str, adapter: Adapter) -> Schedule:
+        """None."""
+        return Schedule()
 
 
 def variants(adalink: AdaLink) -> dict[str, tuple[dict[str, Method], float | dict[str, float]]]:
@@ -58,6 +79,17 @@ def variants(adalink: AdaLink) -> dict[str, tuple[dict[str, Method], float | dic
         "LoRA-8 agnostic": (lora(8, AGNOSTIC), 3e-3),
         "LoRA-8 per domain": (lora(8, SPECIFIC), 3e-3),
         "bottleneck 16": ({"bottleneck": Bottleneck(width=16)}, 3e-3),
+        "LoRA-4 per domain": (lora(4, SPECIFIC), 3e-3),
+        "AdaLoRA 6 to 4 per domain": ({"adalora": AdaLoRA(**BUDGET)}, 3e-3),
+        "AdaLoRA 4, placed at random": ({"adalora": PlacedAtRandom(**BUDGET)}, 3e-3),
+        **{
+            f"{name} {kind}": ({key: made(kind == "moving")}, rate)
+            for name, key, rate, made in (
+                ("a tenth of LoRA-8,", "sparse", 3e-3, lambda moves: Sparse(inner=lora(8, SPECIFIC)["lora"], fraction=0.1, dynamic=moves)),
+                ("a hundredth of q and v,", "sparse_delta", 1e-3, lambda moves: SparseDelta(groups=SPECIFIC, fraction=0.01, dynamic=moves)),
+            )
+            for kind in ("moving", "fixed")
+        },
         "UniPELT APL": ({"unipelt": UniPELT(variant="APL", bottleneck=16, prefix_hidden=64)}, 1e-2),
     }
 
@@ -70,6 +102,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", type=str, default="", help="part of a variant's name")
     parser.add_argument("--patches", type=Path, required=True, help="a file that keeps the encoded images between runs")
+    parser.add_argument("--rate", type=float, default=0.0, help="in place of each method's own, scored on 200 scenes that no table has: to search for rates")
     parser.add_argument("--run", type=str, default="", help="the one variant that this process measures; the command itself gives it")
     parser.add_argument("--seed", type=int, default=0, help="of that run")
     parser.add_class_arguments(RunConfig, None)
@@ -93,13 +126,14 @@ def measure(config: RunConfig, name: str, seed: int, values: Any) -> None:
     assert config.data.train is not None
     extra, rate = variants(chosen["adalink"]).get(name, ({}, 0.0))
     methods = extra if "epalm" in extra else {"bridge": chosen["bridge"], **extra}
-    data = config.data.train.open(), config.data.val.open()
+    data = config.data.train.open(), replace(config.data.val.open(), source=Scenes(split="val", size=200, seed=1)) if values.rate else config.data.val.open()
+    rate = values.rate or rate
     patches = kept_patches(config, data, values.patches)
     rates = rate if isinstance(rate, dict) else dict.fromkeys(extra, rate)
     settings = replace(config.train, seed=seed, measure_every=0, learning_rates=rates, stages=STAGES.get(name, ()))
     row = run(replace(config, train=settings), methods, data, patches, FULL_RATE if name == FULL else 0.0)
     with values.rows.open("a") as file:
-        file.write(json.dumps({"variant": name, "seed": seed, **row}) + "\n")
+        file.write(json.dumps({"variant": name, "seed": seed, "rate": rate, **row}) + "\n")
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

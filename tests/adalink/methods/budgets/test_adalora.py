@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from adalink.errors import CheckpointError, ConfigError
 from adalink.methods.budgets.adalora import Allocator
 from adalink.methods.budgets.schedule import Schedule
 from multimodal.model import VisionLanguageModel
+from multimodal.training.distributed import opened_accelerator
 from multimodal.training.settings import TrainSettings
 from multimodal.training.train import train
 
@@ -221,7 +224,7 @@ def trained(folder: Path, method: AdaLoRA = SHORT, *, resume: bool = False, meas
     folder.mkdir(exist_ok=True, parents=True)
     model = compose("opt")
     torch.manual_seed(5)
-    model.add_adapter("one", {"bridge": Bridge(kind="linear"), "adalora": method}).double()
+    model.to(fields.pop("dtype", torch.float64)).add_adapter("one", {"bridge": Bridge(kind="linear"), "adalora": method}).to(next(model.parameters()).dtype)
     train(model, Drawn(8), two_texts, TrainSettings(**{**SETTINGS, **fields}), folder, resume=resume, measure=measure)
     return model
 
@@ -244,6 +247,26 @@ def test_two_micro_batches_are_one_step_of_the_budget(tmp_path: Path) -> None:
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-10)
         assert torch.equal(two[name] == 0, value == 0)
     assert any((value == 0).any() for name, value in one.items() if name.endswith(".value"))
+
+
+def test_a_step_that_the_scaler_skips_is_none_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scaler whose first scale is too large for float32, as one for float16 may be: the real one, which accelerate gives to fp16 on a GPU alone."""
+
+    @contextlib.contextmanager
+    def scaled(*args: Any) -> Iterator[Any]:
+        with opened_accelerator(*args) as accelerator:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=3e38, backoff_factor=1e-38)
+            yield accelerator
+
+    monkeypatch.setattr("multimodal.training.train.opened_accelerator", scaled)
+    trained(tmp_path, steps=3, checkpoint_every=1, keep=3, clip=0.0, dtype=torch.float32)
+    first, second = (load_file(tmp_path / "checkpoints" / f"step_0000000{step}" / "state.safetensors") for step in (1, 2))
+    name = "adalora.image.0.fc1.value"
+    assert not first[f"weight.{name}"].any()  # the start
+    scores = [key for key in first if key.startswith("schedule.adalora.sensitivity.")]
+    assert scores
+    assert not any(first[key].any() for key in scores)
+    assert any(second[key].any() for key in scores)
 
 
 # ----------------------------------------
