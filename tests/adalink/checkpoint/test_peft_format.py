@@ -201,6 +201,17 @@ def test_what_has_no_counterpart_is_refused_by_name(changes: dict[str, Any], mes
         from_peft(tmp_path, tiny("llama"))
 
 
+def test_of_an_adalora_what_peft_itself_leaves_out_is_refused_and_so_is_a_file_without_its_values(tmp_path: Path) -> None:
+    theirs("llama", tmp_path, kind=AdaLoraConfig)
+    path, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(weights).items() if not key.endswith("layers.0.mlp.up_proj.lora_E")}, weights)
+    with pytest.raises(CheckpointError, match=r"lacks A, B or E of layers\.0\.mlp\.up_proj: copy it again$"):
+        from_peft(tmp_path, tiny("llama"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": True}))
+    with pytest.raises(CheckpointError, match=r"uses use_rslora of peft, which an AdaLoRA here does not have: its results would not be the same$"):
+        from_peft(tmp_path, tiny("llama"))
+
+
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     model = tiny("llama")
     with pytest.raises(CheckpointError, match=r"is no peft folder: it has no adapter_config.json"):
@@ -242,3 +253,5 @@ def test_what_peft_cannot_hold_is_not_exported(tmp_path: Path) -> None:
     refused(model, r"b.all.0.q_proj is no LoRA, AdaLoRA or HiRA of a whole linear", l=lora, b=BitFit(groups={"all": ("all",)}, force_bias=True))
     refused(gpt2, r"l.all.0.c_attn.query is no LoRA, AdaLoRA or HiRA of a whole linear", l=LoRA(groups={"all": ("all",)}, rank=2, alpha=2, targets=("query",)))
     refused(model, "this adapter has two groups on one, or both: export an adapter with one group", a=lora, b=copy.copy(lora))
+    two = {"a": AdaLoRA(targets=("q_proj",)), "b": AdaLoRA(targets=("v_proj",), alpha=3)}
+    refused(model, r"^peft has one AdaLoRA in an adapter, and this one has several of other scales: export it as a LoRA \(as_lora=True\)$", **two)

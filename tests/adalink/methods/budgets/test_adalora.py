@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from shared import fixtures
 from tiny import excite, rows, run, tiny, token_map
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from train_case import SETTINGS, Stop, stop_at, weights
 
 from adalink import IMAGE, TEXT, AdaLoRA, AdaptedModel, Adapter, Anatomy, Bridge, TokenMap, attach
@@ -24,8 +26,10 @@ from adalink.checkpoint.folder import WEIGHTS_FILE, read_config
 from adalink.errors import CheckpointError, ConfigError
 from adalink.methods.budgets.adalora import Allocator
 from adalink.methods.budgets.schedule import Schedule
+from multimodal.encoders.tower import new_vision_adapter
 from multimodal.model import VisionLanguageModel
 from multimodal.training.distributed import opened_accelerator
+from multimodal.training.prepare import Schedules
 from multimodal.training.settings import TrainSettings
 from multimodal.training.train import train
 
@@ -267,6 +271,31 @@ def test_a_step_that_the_scaler_skips_is_none_of_the_budget(tmp_path: Path, monk
     assert scores
     assert not any(first[key].any() for key in scores)
     assert any(second[key].any() for key in scores)
+
+
+def test_in_the_encoder_the_budget_is_one_of_its_own_and_is_saved_small_below_the_folder(tmp_path: Path) -> None:
+    model = compose("opt")
+    model.add_adapter("one", {"bridge": Bridge(kind="linear"), "adalora": SHORT})
+    new_vision_adapter(model.tower, {"adalora": AdaLoRA(**{**vars(SHORT), "groups": {"image": ("image",)}, "targets": ("query", "value")})})
+    train(model, Drawn(8), two_texts, TrainSettings(**{**SETTINGS, "learning_rates": {"vision": 0.05}}), tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    for folder, adapter in ((tmp_path / "adapter" / "vision", model.tower.adapter), (tmp_path / "adapter", model.adapted.active_adapter())):
+        method: Any = read_config(folder).methods["adalora"]
+        assert adapter is not None
+        assert sum(method.ranks.values()) == sum(placement.role.startswith("adalora.") for placement in adapter.placements)
+
+
+def test_fsdp2_which_splits_weights_is_refused() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = compose("opt")
+        model.add_adapter("one", {"bridge": Bridge(kind="linear"), "adalora": SHORT})
+        assert Schedules(model)
+        fully_shard(model.adapted.base.model.decoder.layers[0], mesh=init_device_mesh("cpu", (1,)))  # type: ignore[union-attr, index, arg-type]
+        with pytest.raises(ConfigError, match=r"^the schedule of adalora reads whole weights, and FSDP2 splits them over processes: train with DDP$"):
+            Schedules(model)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ----------------------------------------
