@@ -75,20 +75,22 @@ def worded(method: Method, ids_of: Callable[[str], Sequence[int]]) -> Method:
     A text is cut, or repeated, to the number of slots. Of a list each word has one slot, which starts as the mean of the word's pieces.
     ids_of: what the model's tokenizer makes of a text, without special tokens. Raises ConfigError for words that do not fit.
     """
-    if not dataclasses.is_dataclass(method):
-        return method
     found: Any = method
-    inside = {each.name: value for each in dataclasses.fields(found) if hasattr(value := getattr(found, each.name), "place")}
-    changed: dict[str, Any] = {name: new for name, value in inside.items() if (new := worded(value, ids_of)) is not value}
-    if words := () if getattr(found, "ids", True) else found.words:
-        n_slots = found.length
-        pieces = [tuple(ids_of(word)) for word in words] if isinstance(words, tuple) else [(id,) for id in ids_of(words)]
-        if empty := [word for word, own in zip(words, pieces, strict=False) if not own] if isinstance(words, tuple) else [] if pieces else [words]:
-            raise ConfigError(f"a prompt starts from {empty[0]!r}, of which the tokenizer makes nothing: give other words")
-        if isinstance(words, tuple) and len(words) != n_slots:
-            raise ConfigError(f"a prompt of {n_slots} slots has a list of {len(words)} words: give one for each slot, or one text, which is cut or repeated")
-        changed["ids"] = tuple(pieces[i % len(pieces)] for i in range(n_slots))
+    values: dict[str, Any] = {each.name: getattr(found, each.name) for each in dataclasses.fields(found)} if dataclasses.is_dataclass(method) else {}
+    changed = {name: worded(value, ids_of) for name, value in values.items() if hasattr(value, "place")}
+    if values.get("words") and not values["ids"]:
+        changed["ids"] = _ids(found.words, found.length, ids_of)
     return dataclasses.replace(found, **changed) if changed else method
+
+
+def _ids(words: tuple[str, ...] | str, n_slots: int, ids_of: Callable[[str], Sequence[int]]) -> Any:
+    """tuple[tuple[int, ...], ...]: of each slot."""
+    pieces = [tuple(ids_of(word)) for word in words] if isinstance(words, tuple) else [(id,) for id in ids_of(words)]
+    if not all(pieces) or not pieces:
+        raise ConfigError(f"a prompt starts from {words!r}, and the tokenizer makes nothing of it, or of a word of it: give other words")
+    if isinstance(words, tuple) and len(words) != n_slots:
+        raise ConfigError(f"a prompt of {n_slots} slots has a list of {len(words)} words: give one for each slot, or one text, which is cut or repeated")
+    return tuple(pieces[i % len(pieces)] for i in range(n_slots))
 
 
 @dataclass(frozen=True, kw_only=True)

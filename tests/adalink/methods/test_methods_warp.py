@@ -241,8 +241,8 @@ def test_vectors_start_from_the_frozen_embeddings_of_words() -> None:
         (lambda: WARP(verbaliser="old"), "WARP's verbaliser is 'old': give words, fixed or new"),  # type: ignore[arg-type]
         (lambda: WARP(most_unlisted=1.5), "WARP's most_unlisted is 1.5 and its init_std 0.02: give a share from 0 to 1"),
         (lambda: worded(Prompt(length=3, words=("a", "b")), lambda text: [4]), "a prompt of 3 slots has a list of 2 words: give one for each slot"),
-        (lambda: worded(Prompt(length=3, words=" "), lambda text: []), "a prompt starts from ' ', of which the tokenizer makes nothing"),
-        (lambda: worded(WARP(after_text=2, words=("a", "")), lambda text: [4] * len(text)), "a prompt starts from '', of which the tokenizer makes nothing"),
+        (lambda: worded(Prompt(length=3, words=" "), lambda text: []), "a prompt starts from ' ', and the tokenizer makes nothing of it"),
+        (lambda: worded(WARP(after_text=2, words=("a", "")), lambda text: [4] * len(text)), r"a prompt starts from \('a', ''\), and the tokenizer makes nothing of it, or of a word of it"),
         (lambda: AdaptedModel(tiny("opt")).add_adapter("a", Prompt(length=1, words="a")), "a bare model has no tokenizer: add it to a VisionLanguageModel"),
         (lambda: AdaptedModel(tiny("opt")).add_adapter("a", Prompt(length=1, ids=((64,),))), "the prompt's ids go up to 64, and the model has 64 words"),
         (lambda: AdaptedModel(tiny("opt")).add_adapter("a", Prompt(length=2, ids=((6,),))), "the prompt's ids are those of 1 words, and it has 2 slots"),

@@ -148,7 +148,7 @@ def learnt(slots: int, *, frozen: bool) -> float:
     """The share of 16 images that are named right, whose class is the sign of two numbers of a direction of the image's slots."""
     torch.manual_seed(1)
     warp = WARP(after_text=max(slots, 1), verbaliser="fixed" if frozen else "new", init_std=0.5)
-    model = model_of("gpt2", warp)
+    model = model_of("gpt2", warp, more={"bridge": Bridge(kind="linear", pool=1, norm="none")})
     adapter, head = model.adapted.active_adapter(), model.head
     assert head is not None
     n_patches, width = model.vision_tower.n_patches, model.vision_tower.width
@@ -159,8 +159,8 @@ def learnt(slots: int, *, frozen: bool) -> float:
     rows = [model.row_encoder().row(Text("is it ?", "", ((int(label), 1.0),))) for label in labels]
     batch = collate(rows, list(range(16)), patches, kind="patches", side="right", pad_id=0)
     trained = [*([adapter.get_parameter("warp.soft.table")] if slots else []), *head.parameters()]
-    optimizer = torch.optim.Adam(trained, lr=5e-2) if trained else None
-    for _ in range(70 if optimizer is not None else 0):
+    optimizer = torch.optim.Adam(trained, lr=3e-2) if trained else None
+    for _ in range(60 if optimizer is not None else 0):
         assert optimizer is not None
         optimizer.zero_grad()
         model(batch).backward()
