@@ -200,10 +200,16 @@ class FrozenModule:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input that the edits can read beside the hidden states: `count` vectors of width `width` for each row."""
+    """An input that the edits can read beside the hidden states: `count` vectors of width `width` for each row.
+
+    times          of a clip: how many moments the vectors are of, each of as many places; 0 where they have none
+    is_time_first  all places of a moment come together, and not all moments of a place
+    """
 
     count: int
     width: int
+    times: int = 0
+    is_time_first: bool = True
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,28 @@ class GridPool(nn.Module):
         return nn.functional.adaptive_avg_pool2d(grid, self.m).flatten(2).transpose(1, 2)
 
 
+class FramePool(nn.Module):
+    """[B, N, D] -> [B, T, D]: the mean over the places of each of a clip's T moments."""
+
+    def __init__(self, times: int, is_time_first: bool) -> None:
+        super().__init__()
+        self.times, self.is_time_first = times, is_time_first
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return patches.unflatten(1, (self.times, -1)).mean(2) if self.is_time_first else patches.unflatten(1, (-1, self.times)).mean(1)
+
+
+class StridePool(nn.Module):
+    """[B, N, D] -> [B, ceil(N / k), D]: every k-th patch, from the first on."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return patches[:, :: self.stride]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bridge:
     """A connector from the encoder's patch features to the embedding space.
@@ -74,7 +96,10 @@ class Bridge:
     bias: bool = True  # of the linears
     dropout: float = 0.0  # before the last linear
     feature_dropout: float = 0.0  # of the normed features; what few images need most
-    pool: int = 0  # average a square grid of patches down to this many rows and columns: fewer slots, faster steps; 0: every patch has a slot
+    pool: int | Literal["frames", "stride"] = (
+        0  # rows and columns to average a square grid of patches to, for fewer slots; frames: one mean a moment of a clip; stride: see there; 0: all patches
+    )
+    stride: int = 0  # with pool: stride, every so many-th patch has a slot
     boundary: Literal["none", "learned"] = "none"  # learned: a trained vector before the features and one after, two more slots
 
     def __post_init__(self) -> None:
@@ -94,13 +119,18 @@ class Bridge:
                 raise ConfigError(f"the bridge's {name} is {getattr(self, name)}: give 0 or more and less than 1")
         if self.boundary not in ("none", "learned"):
             raise ConfigError(f"the bridge's boundary is {self.boundary!r}: give none or learned")
-
-        if self.pool < 0:
-            raise ConfigError(f"the bridge's pool is {self.pool}: give the rows and columns to keep, or 0 to keep every patch")
+        if (isinstance(self.pool, str) and self.pool not in ("frames", "stride")) or (isinstance(self.pool, int) and self.pool < 0):
+            raise ConfigError(f"the bridge's pool is {self.pool!r}: give the rows and columns to keep, or 0 to keep every patch, or of clips frames or stride")
+        if self.stride < 0 or (self.pool == "stride") != (self.stride > 1):
+            raise ConfigError(f"the bridge's pool is {self.pool} and its stride {self.stride}: give pool: stride with a stride of 2 or more, or neither")
 
     def slots(self, anatomy: Anatomy) -> tuple[Slots, ...]:
         """One slot for each patch or pooled region, and two for a boundary."""
-        count = self.pool**2 if self.pool else _image(anatomy).count
+        image = _image(anatomy)
+        if self.pool == "stride":
+            count = -(-image.count // self.stride)
+        else:
+            count = image.count if not self.pool else _times(image) if isinstance(self.pool, str) else self.pool**2
         return (Slots(IMAGE, count + (2 if self.boundary == "learned" else 0)),)
 
     def place(self, anatomy: Anatomy) -> Sequence[Placement]:
@@ -112,10 +142,15 @@ class Bridge:
         boundary = torch.randn(2, anatomy.width) * 0.02 if self.boundary == "learned" else None
         return [Placement("image", EMBEDDING, Projection("image", layers, boundary), (IMAGE,))]
 
+    def _pool(self, image: InputSpec) -> nn.Module:
+        if isinstance(self.pool, int):
+            return GridPool(_side(image.count, self.pool), self.pool)
+        return StridePool(self.stride) if self.pool == "stride" else FramePool(_times(image), image.is_time_first)
+
     def _layers(self, image: InputSpec, width: int) -> nn.Sequential:
         """Named by their place in the whole chain, so that a tensor's name does not depend on what has no weights."""
         width_in, hidden = image.width, self.hidden or width
-        chain: list[tuple[str, nn.Module]] = [("pool", GridPool(_side(image.count, self.pool), self.pool))] if self.pool else []
+        chain: list[tuple[str, nn.Module]] = [("pool", self._pool(image))] if self.pool else []
         chain += [("0", nn.LayerNorm(width_in, eps=self.norm_eps))] if self.norm == "layer" else []
         chain += [("feature_dropout", nn.Dropout(self.feature_dropout))] if self.feature_dropout else []
         if self.kind == "mlp":
@@ -123,6 +158,13 @@ class Bridge:
         chain += [("dropout", nn.Dropout(self.dropout))] if self.dropout else []
         name, n_in = ("3", hidden) if self.kind == "mlp" else ("1", width_in)
         return nn.Sequential(OrderedDict([*chain, (name, nn.Linear(n_in, width, bias=self.bias))]))
+
+
+def _times(image: InputSpec) -> int:
+    """The moments of a clip."""
+    if not image.times:
+        raise ConfigError(f"the bridge's pool is frames, and this encoder's {image.count} patches are of no moments of a clip: give stride, or leave it out")
+    return image.times
 
 
 def _side(count: int, pool: int) -> int:

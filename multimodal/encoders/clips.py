@@ -87,8 +87,7 @@ def set_frames(model: Any, family: Family, frames: int, name: str) -> None:
     VideoMAE computes that for any length, and V-JEPA 2 turns queries and keys by it, so nothing of theirs is resized.
     Raises ConfigError for a number that no tubelets fit.
     """
-    size = getattr(model.config, "tubelet_size", 1)
-    step = size[0] if isinstance(size, (list, tuple)) else size
+    step = step_of(model.config)
     if frames < 1 or frames % step:
         raise ConfigError(f"frames is {frames}, and the encoder '{name}' takes {step} at a time: give a multiple of {step}, from {step} on")
     embeddings: Any = getattr(model, "embeddings", None)
@@ -100,6 +99,12 @@ def set_frames(model: Any, family: Family, frames: int, name: str) -> None:
         embeddings.position_embeddings = _nearest(embeddings.position_embeddings, 1, trained // step, frames // step)
     elif model.config.model_type == "videomae":
         embeddings.position_embeddings = type(embeddings)(model.config).position_embeddings
+
+
+def step_of(config: Any) -> int:
+    """How many frames a patch is of."""
+    size = getattr(config, "tubelet_size", 1)
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
 def _nearest(values: Tensor, n_first: int, n_times: int, wanted: int) -> nn.Parameter:
@@ -124,6 +129,16 @@ class ClipEncoder(nn.Module):
         super().__init__()
         self.model = model
         self.family, self.name, self.n_frames = family, name, n_frames
+
+    @property
+    def times(self) -> tuple[int, bool]:
+        """How many moments the patches are of, and whether all places of one come together; 0 where each patch is a moment, or places and times merge."""
+        config: Any = self.model.config
+        if self.family.kind == "video":
+            return self.n_frames // step_of(config), config.model_type != "timesformer"
+        if config.model_type == "audio-spectrogram-transformer":
+            return (config.max_length - config.patch_size) // config.time_stride + 1, False
+        return 0, True
 
     def whole(self, pixels: Tensor) -> object:
         return self._run(pixels)

@@ -89,7 +89,8 @@ class VisionTower(nn.Module):
     @property
     def inputs(self) -> dict[str, InputSpec]:
         """What the edits can read of an image or a clip; pooled features of another width than the patches are left out."""
-        image = {"image": InputSpec(self.n_patches, self.width)}
+        times, is_time_first = getattr(self.encoder, "times", (0, True))
+        image = {"image": InputSpec(self.n_patches, self.width, times, is_time_first)}
         n_pooled = self.n_retained - self.n_patches
         return {**image, "image_taps": InputSpec(n_pooled, self.width)} if n_pooled else image
 

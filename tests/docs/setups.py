@@ -12,6 +12,8 @@ from tempfile import mkdtemp
 from typing import Any
 
 from blocks import ROOT, blocks
+from made_clips import frame_folder, grey_frames
+from saved_clips import save_clips
 
 from multimodal.sample import Sample
 from tasks.cli import main
@@ -23,6 +25,7 @@ PARTS = {
     "timm:vit_base_patch16_224.augreg_in21k": str(encoder_folder()),
     "facebook/opt-125m": str(language_folder()),
     "llava-hf/llava-1.5-7b-hf": "llava",
+    "facebook/timesformer-base-finetuned-k600": "timesformer",
     "train/1600": "train/4",
     "val/200": "val/3",
 }
@@ -100,6 +103,16 @@ def coco() -> None:
         _write(f"coco/v2_mscoco_{name}_annotations.json", {**about, "annotations": answers})
 
 
+def clips() -> None:
+    """clips: folders of frames, with their captions in train.json and val.json; and the folder timesformer."""
+    save_clips("timesformer", Path("timesformer"))
+    for split, images in (("train", range(4)), ("val", range(4, 6))):
+        for i in images:
+            frame_folder(Path("clips", f"{i}"), grey_frames([20 * i + 10 * t for t in range(9)]))
+        rows = {"images": [{"id": i, "video": f"{i}"} for i in images], "annotations": [{"id": i, "image_id": i, "caption": "a light goes on"} for i in images]}
+        _write(f"clips/{split}.json", rows)
+
+
 def trained() -> None:
     """runs/first and runs/vqa, trained for a step, and images to ask about."""
     shutil.copytree(_runs(), "runs")
@@ -114,7 +127,7 @@ def llava() -> None:
     save_llava(Path("llava"))
 
 
-SETUPS: dict[str, Callable[[], None]] = {made.__name__: made for made in (photos, tutorial, tables, conversations, coco, trained, llava)}
+SETUPS: dict[str, Callable[[], None]] = {made.__name__: made for made in (photos, tutorial, tables, conversations, coco, clips, trained, llava)}
 
 
 def replaced(text: str, names: Mapping[str, str]) -> str:

@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from composed import language
 from saved_clips import CLASSES, SOUND, VIDEO, clip_tower, model_of, save_clips
 from torch import Tensor, nn
 
+from adalink import Bridge
 from adalink.errors import ConfigError
+from adalink.methods.bridge import FramePool
 from multimodal.encoders.bound_parts import encoder_part, processor_digest
 from multimodal.encoders.clips import FAMILIES, ClipPreprocess
 from multimodal.encoders.tower import load_tower
+from multimodal.model import VisionLanguageModel
+from multimodal.template import Template
 from tasks.scenes.parts import part_folder
 
 FIRST = {"timesformer": 1, "vivit": 1, "ast": 2}
@@ -149,3 +154,51 @@ def test_ast_reads_the_settings_of_its_folder(tmp_path: Path) -> None:
     raw, zero = prepare(np.zeros(8000, np.float32)), prepare(np.zeros(400, np.float32))  # type: ignore[arg-type]
     assert raw[0, 0] == zero[0, 0] == np.float32(np.log(2.0**-23))
     assert zero[1:].abs().max() == 0  # filled up before it is normalised
+
+
+@pytest.mark.parametrize("name", [*VIDEO, "ast"])
+@torch.no_grad()
+def test_frames_are_pooled_moment_by_moment(name: str, tmp_path: Path) -> None:
+    """Embeddings that hold nothing but the time of their pixels: all patches of a moment are alike, and moments come in order."""
+    tower = clip_tower(name, tmp_path)
+    model = copy.deepcopy(tower.encoder.get_submodule("model"))
+    for parameter in model.embeddings.parameters():
+        parameter.fill_(1 / parameter[0].numel() if parameter.dim() >= 4 else 0)
+    if name.startswith("videomae"):
+        model.embeddings.position_embeddings = torch.zeros_like(model.embeddings.position_embeddings)
+    if name == "ast":
+        pixels = torch.arange(40.0).double()[None, :, None].expand(1, 40, 24)
+    else:
+        pixels = torch.arange(4.0).double().reshape(1, 4, 1, 1, 1).expand(1, 4, 3, 32, 32)
+    rows = model.embeddings(pixels, *([None] if name.startswith("videomae") else []))[:, FIRST.get(name, 0) :]
+    image = tower.inputs["image"]
+    assert image.count % image.times == 0
+    pooled = FramePool(image.times, image.is_time_first)(rows)[0, :, 0]
+    assert len(pooled) == {"timesformer": 4, "ast": 7}.get(name, 2)
+    assert (pooled.diff() > 0.5).all()
+    spread = rows[0, :, 0].unflatten(0, (image.times, -1) if image.is_time_first else (-1, image.times)).std(1 if image.is_time_first else 0)
+    assert spread.max() < 1e-9
+    wrong = FramePool(image.times, not image.is_time_first)(rows)[0, :, 0]
+    assert (wrong.diff() < 0.5).any()  # the control
+
+
+def test_a_bridge_pools_clips_and_says_where_it_cannot(tmp_path: Path) -> None:
+    for name, count in (("timesformer", 4), ("videomae", 2), ("ast", 7)):
+        tower = clip_tower(name, tmp_path / name)
+        model = VisionLanguageModel(tower, language("opt"), Template(prompt="<image>"))
+        for pool, expected in (("frames", count), ("stride", -(-tower.n_patches // 5))):
+            bridge = Bridge(kind="linear", norm="none", pool=pool, stride=5 if pool == "stride" else 0)  # type: ignore[arg-type]
+            adapter = model.add_adapter(pool, bridge).double()
+            assert adapter.slots[0].count == expected
+            layers = adapter.get_submodule("bridge.image").layers
+            found = layers(features := tower(tower.preprocess.probe()[None].double()).patches)  # type: ignore[attr-defined]
+            by_time = features.unflatten(1, (count, -1)).mean(2) if name == "videomae" else features.unflatten(1, (-1, count)).mean(1)
+            torch.testing.assert_close(found, layers[-1](by_time if pool == "frames" else features[:, ::5]), rtol=0, atol=1e-12)
+    whisper = VisionLanguageModel(clip_tower("whisper", tmp_path / "w"), language("opt"), Template(prompt="<image>"))
+    with pytest.raises(ConfigError, match="the bridge's pool is frames, and this encoder's 50 patches are of no moments of a clip: give stride, or leave it out"):
+        whisper.add_adapter("a", Bridge(kind="linear", pool="frames"))
+    for fields in ({"pool": "stride"}, {"pool": "frames", "stride": 2}, {"stride": 3}, {"pool": "stride", "stride": 1}):
+        with pytest.raises(ConfigError, match=r"give pool: stride with a stride of 2 or more, or neither"):
+            Bridge(kind="linear", **fields)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="the bridge's pool is 'time': give the rows and columns to keep"):
+        Bridge(kind="linear", pool="time")  # type: ignore[arg-type]
