@@ -96,6 +96,7 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
     "port": Entry("lifecycle.port", "PORT", "write an adapter for an updated base, after checks and where its scores are better"),
     "decompress": Entry("lifecycle.compress", "DECOMPRESS", "write a compressed adapter as an ordinary one"),
     "bench": Entry("bench", "BENCH", "measure how fast this machine trains and answers, beside other libraries"),
+    "search": Entry("bench", "SEARCH", "search settings of a run for the best score at each cost, beside a random control"),
     "data": {
         "look": Entry("data", "LOOK", "what a data set holds: counts, lengths, duplicates, oddities, a page to browse"),
         "check": Entry("data", "CHECK", "read every image as training does, and name what training would skip"),

@@ -1,11 +1,11 @@
-"""`adalink bench`: what it takes, and what it does."""
+"""`adalink bench` and `adalink search`: what they take, and what they do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from adalink.errors import ConfigError
 from adalink.files import write_whole
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from tasks.bench.clock import Finding
     from tasks.bench.growth import Point
     from tasks.bench.models import Machine, Sizes
+    from tasks.runs.search.runs import Planned
 
-__all__ = ["BENCH", "bench"]
+__all__ = ["BENCH", "SEARCH", "bench", "search"]
 
 PARTS = ("training", "existing", "features", "adapters", "lora", "generation", "shards", "metrics")  # functions of tasks/bench/measurements.py
 
@@ -150,3 +151,96 @@ def _check(repetitions: int, out: Path | None, plot: Path | None, only: str | No
 
 
 BENCH = Command.of(bench, "adalink bench --size tiny --repetitions 1", "adalink bench --only training --model opt125 --out bench.md")
+
+
+# ----------------------------------------
+# `adalink search`: which settings are best for what they cost.
+
+
+def search(
+    *,
+    config: Path,
+    space: Path,
+    out: Path,
+    trials: int = 60,
+    control: int = 20,
+    cost: Literal["parameters", "step_ms", "bytes"] = "parameters",
+    metric: str | None = None,
+    halving: Literal["on", "off"] = "on",
+    jobs: int = 1,
+    seed: int = 0,
+    features: Path | None = None,
+    resume: bool = False,
+) -> None:
+    """Search settings of a run for the best score at each cost, beside a random control; write configs to train, and a page.
+
+    Args:
+        config: The YAML file of a run. Trials train on its data.train and are scored on its data.search, or else on a fifth of data.train.
+            Its data.val is read once, at the end, for the front alone.
+        space: A YAML file that names settings of the run, and the values that each may have: `methods.lora.rank: {log2: [0, 6]}`.
+        out: The folder of the search: trials.jsonl, front.json, report.html, configs in front/.
+        trials: Configurations that the search proposes.
+        control: Configurations that chance draws of the same space, trained likewise; 0: no control.
+        cost: What is to be small: trained parameters (heads count), milliseconds of a training step, or bytes of the saved adapter.
+        metric: What is to be large, a metric of the task; by default the one that a run is judged by.
+        halving: Train all trials for a ninth of the steps, the best third of them on to a third, the best third of those to the end; off: all to the end.
+        jobs: Trainings at once, each with its share of the cores.
+        seed: Of the proposals. Trainings have the config's own seed; the front is trained again with the two that follow it.
+        features: A folder for frozen features that all trials share, written first where it is empty.
+        resume: Go on with the search in the folder, to the same trials.
+    """
+    from tasks.commands.parser import check_config_file
+    from tasks.runs.search.command import Paths, run_search
+    from tasks.runs.search.search import SearchSettings
+
+    for file in (config, space):
+        check_config_file(file)
+    settings = SearchSettings(trials=trials, control=control, halving=halving == "on", seed=seed, jobs=jobs)
+    paths = Paths(config=config, space=space, out=out, features=features)
+    for line in run_search(paths, settings, _read, _planned, cost=cost, metric=metric, resume=resume):
+        print(line, flush=True)
+
+
+def _values(file: Path) -> tuple[Any, Any]:
+    """A run's config as `adalink train --dry-run` reads it, plain and as objects. Raises ConfigError with its sentence."""
+    from tasks.commands.parser import one_sentence, parsed
+    from tasks.runs.config import setting_names
+
+    try:
+        _, plain, values = parsed(["train", "--dry_run", "--config", str(file)])
+    except ConfigError as error:
+        raise ConfigError(one_sentence(str(error), known=setting_names())) from None
+    return plain, values
+
+
+def _read(file: Path) -> tuple[Any, str]:
+    """The settings of a config, whose methods may be missing; and all of them as YAML."""
+    from tasks.commands.plan import dry_run_of
+    from tasks.commands.train import config_text
+
+    plain, values = _values(file)
+    return dry_run_of(values), config_text(plain.as_dict())
+
+
+def _planned(file: Path) -> Planned:
+    """What a config would train. Raises what a dry run refuses, in its words."""
+    from tasks.commands.plan import dry_run_of, plan_of
+    from tasks.runs.search.runs import Planned
+
+    _, values = _values(file)
+    return Planned(settings=dry_run_of(values), parameters=plan_of(values).trained)
+
+
+def _add_search(parser: Any) -> None:
+    parser.add_function_arguments(search, skip={"resume"})
+    parser.add_argument("--resume", action="store_true", help="go on with the search in the folder, to the same trials")
+
+
+SEARCH = Command(
+    _add_search,
+    lambda values, plain: search(**dict(vars(values))),
+    examples=(
+        "adalink search --config run.yaml --space space.yaml --trials 60 --out runs/search",
+        "adalink search --config run.yaml --space space.yaml --trials 60 --out runs/search --resume",
+    ),
+)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tasks.planning.plan import Plan
     from tasks.task import Task
 
-__all__ = ["COMPOSE", "METHODS_LIST", "add_plan_options", "dry_run_command"]
+__all__ = ["COMPOSE", "METHODS_LIST", "add_plan_options", "dry_run_command", "dry_run_of", "plan_of"]
 
 SHAPE = ("scenes:encoder", "scenes:language")  # what methods are counted on, where no parts are given
 
@@ -47,7 +47,7 @@ def _methods(values: Any, plain: Any) -> None:
 
     given = {name: method for name, method in vars(values.methods).items() if method is not None}
     if values.model is not None:
-        dry_run = _dry_run_config(values)
+        dry_run = dry_run_of(values)
         dry_run.check_form()
         drawn = draw_model(dry_run.parts)
         methods = methods_on(drawn.adapted.anatomy, given)
@@ -63,7 +63,7 @@ def _compose(values: Any, plain: Any) -> None:
     """Print the plan."""
     from tasks.planning.plan import plan_as_json, plan_as_text
 
-    plan = _plan(values)
+    plan = plan_of(values)
     print(plan_as_json(plan) if values.json else plan_as_text(plan))
 
 
@@ -74,7 +74,7 @@ def dry_run_command(values: Any, plain: Any) -> None:
 
     if values.resume:
         raise ConfigError("--dry-run builds nothing and --resume goes on with what was built: give one of them")
-    dry_run, plan = _dry_run_config(values), _plan(values)
+    dry_run, plan = dry_run_of(values), plan_of(values)
     check_trackers(dry_run.train)
     _check_folders(dry_run)
     data = _check_data(dry_run)
@@ -160,15 +160,17 @@ def _check_budget(bad: BadSamples, split: str) -> None:
         raise BudgetError(f"data.{split}: {error}") from None
 
 
-def _dry_run_config(values: Any) -> Any:
+def dry_run_of(values: Any) -> Any:
+    """The settings of a run, of which some may be missing, of a command's parsed values."""
     return DryRunConfig(**{name: values[name] for name in DryRunConfig.__dataclass_fields__})
 
 
-def _plan(values: Any) -> Plan:
+def plan_of(values: Any) -> Plan:
+    """The plan of a run's parsed settings, with the options of `add_plan_options`. Raises what a run would refuse, in the same words."""
     from tasks.planning.existing import make_existing_plan
     from tasks.planning.plan import make_plan
 
-    dry_run = _dry_run_config(values)
+    dry_run = dry_run_of(values)
     dry_run.check_form()
     if values.text_tokens < 1:
         raise ConfigError(f"text_tokens is {values.text_tokens}: give 1 or more")

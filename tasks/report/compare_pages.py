@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -112,12 +112,19 @@ class RunsPage:
 
     tables   by title, rows of cells, the first with the names of the columns; one without other rows is left out
     series   curve -> one for each run, in the order of the runs
+    notes    sentences below the title
+    plots    title -> an image as SVG, with the curves of `series` under one heading; colours: what they stand for, in order
+    texts    title -> a text that is written as it is, such as a config
     """
 
     title: str
     tables: Mapping[str, Sequence[Sequence[str]]]
     series: Mapping[str, Sequence[Series]]
     software: str
+    notes: Sequence[str] = ()
+    plots: Mapping[str, Markup] = field(default_factory=dict)
+    colours: Sequence[str] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_runs_page(page: RunsPage, path: Path) -> None:
@@ -127,11 +134,11 @@ def write_runs_page(page: RunsPage, path: Path) -> None:
 
 def render_runs(page: RunsPage) -> str:
     """The page as HTML: the same text for the same page."""
-    n_runs = max((len(series) for series in page.series.values()), default=0)
+    n_runs = max((len(series) for series in page.series.values()), default=len(page.colours))
     style = Markup((FOLDER / "page.css").read_text("utf-8") + _KEY + "".join(map(_series_style, range(n_runs))))
     return templates(FOLDER).get_template("runs.html.j2").render(page=page, style=style, policy=policy(style), draw=draw_many)
 
 
 def _series_style(i: int) -> str:
     colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-    return f".series{i} {{ stroke: {colour}; stroke-width: 2; stroke-dasharray: {dash}; }}\n"
+    return f".series{i} {{ stroke: {colour}; stroke-width: 2; stroke-dasharray: {dash}; }}\n.curve .dot{i} {{ fill: {colour}; }}\n"

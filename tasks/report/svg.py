@@ -1,4 +1,4 @@
-"""A curve as inline SVG: axes, ticks, labels, gaps where a value is not finite. The page's style sheet colours it."""
+"""Curves and points as inline SVG: axes, ticks, labels, gaps where a value is not finite. The page's style sheet colours it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 
 from markupsafe import Markup
 
-__all__ = ["Axis", "Point", "describe", "draw", "draw_bars", "draw_many", "exact_axis", "round_axis"]
+__all__ = ["Axis", "Point", "describe", "draw", "draw_bars", "draw_many", "draw_points", "exact_axis", "log_axis", "round_axis"]
 
 
 # ----------------------------------------
@@ -25,16 +25,18 @@ SMALLEST = 1e-290
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """The range [low, high], low < high, and the ticks within it, each with its label."""
+    """The range [low, high], low < high, and the ticks within it, each with its label. is_log: places go by log(1 + value), values from 0 on."""
 
     low: float
     high: float
     ticks: tuple[float, ...]
     labels: tuple[str, ...]
+    is_log: bool = False
 
     def place(self, value: float, start: float, end: float) -> float:
         """Where `value` lies between `start` (at low) and `end` (at high)."""
-        return start + (end - start) * ((value - self.low) / (self.high - self.low))
+        low, high, at = (math.log1p(one) for one in (self.low, self.high, value)) if self.is_log else (self.low, self.high, value)
+        return start + (end - start) * ((at - low) / (high - low))
 
 
 def round_axis(values: Sequence[float], n_ticks: int) -> Axis:
@@ -52,6 +54,23 @@ def exact_axis(values: Sequence[float], n_ticks: int) -> Axis:
     """
     low, high = _spread(values)
     return _axis(low, high, _step(high - low, n_ticks, 1.0 if all(float(v).is_integer() for v in values) else 0.0))
+
+
+def log_axis(values: Sequence[float]) -> Axis:
+    """An axis from the first to the last value, of 0 or more, that grows by factors: ticks at powers of ten, or at 1, 2, 5 times these where few fit."""
+    low, high = _spread(values)
+    low = max(low, 0.0)
+    powers = [10.0**k for k in range(math.floor(math.log10(max(low, 1))), math.ceil(math.log10(max(high, 10))) + 1)]
+    steps = (1,) if high > 500 * max(low, 1) else (1, 2, 5)
+    ticks = tuple(power * step for power in powers for step in steps if low <= power * step <= high) or (low, high)
+    ticks = ticks[:: -(-len(ticks) // 7)]
+    return Axis(low=low, high=high, ticks=ticks, labels=tuple(_short(tick) for tick in ticks), is_log=True)
+
+
+def _short(value: float) -> str:
+    """1500 -> 1.5K."""
+    size, letter = next(((size, letter) for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")) if abs(value) >= size), (1.0, ""))
+    return f"{value / size:.3g}{letter}"
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
@@ -134,7 +153,7 @@ class _Named(Protocol):
     def points(self) -> Sequence[Point]: ...
 
 
-def draw_many(name: str, series: Sequence[_Named]) -> Markup:
+def draw_many(name: str, series: Sequence[_Named], x_unit: str = "step") -> Markup:
     """One `<svg>` with the curves of several runs over each other, of the classes series0, series1, ...; nothing where none can be drawn.
 
     Of more than 240 points the running mean is drawn: what is laid over each other is compared as a whole.
@@ -148,7 +167,24 @@ def draw_many(name: str, series: Sequence[_Named]) -> Markup:
     label = escape(f"Curves of {name} of {', '.join(one.name for one in series)}", quote=True)
     drawn = [_thin(_running_mean(points) if len(points) > MANY else points, x_axis) for points in placed]
     lines = [frame.line(points, f"series{i}") for i, points in enumerate(drawn)]
-    return Markup(f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{frame.axes("")}{"".join(lines)}</svg>')
+    return Markup(f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{frame.axes("", x_unit)}{"".join(lines)}</svg>')
+
+
+def draw_points(name: str, series: Sequence[_Named], lines: Sequence[Sequence[Point]], unit: str, x_unit: str) -> Markup:
+    """One `<svg>` with the points of several series, of the classes dot0, dot1, ...; nothing where none can be drawn.
+
+    lines   for each series, points that a line of the class series0, series1, ... joins, such as its front
+    x is on an axis that grows by factors
+    """
+    finite = [[point for point in _placed(one.points) if _drawable(point[1])] for one in series]
+    whole = [point for points in finite for point in points]
+    if not whole:
+        return Markup("")
+    frame = _Frame(log_axis([x for x, _ in whole]), round_axis([y for _, y in whole], 4))
+    label = escape(f"{name}: {unit} against {x_unit}, of {', '.join(one.name for one in series)}", quote=True)
+    drawn = [frame.line(points, f"series{i}") for i, points in enumerate(lines) if points]
+    drawn += [frame.dots(points, f"dot{i}") for i, points in enumerate(finite)]
+    return Markup(f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{frame.axes(unit, x_unit)}{"".join(drawn)}</svg>')
 
 
 N_BARS = 24
@@ -231,11 +267,11 @@ class _Frame:
             d.append("M" + "L".join(places) if places else "")
         return f'<path class="{kind}" d="{"".join(d)}"/>'
 
-    def dots(self, points: Iterable[Point]) -> str:
-        out = []
+    def dots(self, points: Iterable[Point], kind: str = "") -> str:
+        out, of_kind = [], f' class="{kind}"' if kind else ""
         for point in points:
             x, y = self._place(point).split()
-            out.append(f'<circle cx="{x}" cy="{y}" r="3"><title>{_number(point[1])} at {point[0]:,.10g}</title></circle>')
+            out.append(f'<circle{of_kind} cx="{x}" cy="{y}" r="3"><title>{_number(point[1])} at {point[0]:,.10g}</title></circle>')
         return "".join(out)
 
     def bars(self, counts: Sequence[int]) -> str:
