@@ -134,7 +134,11 @@ def test_the_frozen_model_is_read_without_the_adapters_slots(kind: str, monkeypa
     task = Vqa() if kind == "vqa" else Captioning()
     model = compose("scenes:encoder", "scenes:language", template=task.template)
     model.add_adapter("lora", {"lora": WORDS["lora"]})
+    before = torch.get_rng_state(), model.training, [weight.clone() for weight in model.parameters()]
     same = of(model, task)
+    assert torch.equal(torch.get_rng_state(), before[0])  # a run that reads states trains as one that does not
+    assert model.training == before[1]
+    assert all(torch.equal(weight, other) for weight, other in zip(model.parameters(), before[2], strict=True))
     assert {domain for domain, _ in same} == {"text"}
     assert all(one.cka == pytest.approx(1, abs=1e-9) and one.drift == 0 and one.rank == one.host_rank for one in same.values())  # LoRA starts as nothing
     excite(model.adapted.active_adapter())
@@ -184,14 +188,10 @@ def test_bad_samples_are_left_out_and_all_bad_is_a_sentence() -> None:
 
 
 def test_a_run_compares_its_start_and_its_end_and_the_command_finds_the_same(tmp_path: Path) -> None:
-    run, plain = tmp_path / "run", tmp_path / "plain"
+    run = tmp_path / "run"
     assert train("captioning", run, "--representation", "3").code == 0
-    assert train("captioning", plain).code == 0
-    weights = Path("adapter", "adapter_model.safetensors")
-    assert (run / weights).read_bytes() == (plain / weights).read_bytes()  # reading states changes nothing
-    page, without = ((folder / "report.html").read_text() for folder in (run, plain))
+    page = (run / "report.html").read_text()
     assert all(part in page for part in ('id="representation"', "text, layer 4", "CKA, untrained", "drift, trained", 'href="#representation"'))
-    assert 'id="representation"' not in without
     stored = json.loads((run / "representation.json").read_text())
     found: Done = adalink("report", "representation", "--adapter", run / "adapter", "--config", run / "config.yaml", "--samples", "3", "--json")
     assert (found.code, json.loads(found.out)) == (0, stored)

@@ -77,6 +77,12 @@ def test_every_empty_part_is_a_sentence() -> None:
     assert [part for part in parts if part not in text] == []
 
 
+def test_hidden_states_have_a_part_only_where_they_were_compared() -> None:
+    compared = render(replace(full(HOSTILE), representation=[MetricRow(name="image, layer 1", values={"rank, frozen": None, "rank, trained": 3.5})]))
+    assert all(part in compared for part in ('<section id="representation"', "image, layer 1", 'href="#representation"', "3.500", "–"))
+    assert "representation" not in render(full(HOSTILE))
+
+
 def test_every_empty_part_of_a_card_is_a_sentence() -> None:
     caption = CaptionCard(key="1", image=None, generated=" ", references=[], score=None)
     answer = AnswerCard(key="2", image=b"", question="?", generated="", answers=[], score=None)
