@@ -22,6 +22,7 @@ from adalink import Anatomy
 from adalink.anatomy import max_positions, token_ids
 from adalink.checkpoint.precision import AS_SAVED, Precision, settle
 from adalink.errors import ConfigError, DataError
+from adalink.lifecycle.base import SLIM_FILE, read_slim
 from multimodal.loading import existing_folder, freeze, loading, quiet, split_revision
 
 __all__ = ["LANGUAGE_ADVICE", "Language", "LanguageUse", "family_of", "load_language", "settle_tokens"]
@@ -98,6 +99,13 @@ def load_language(
     Raises ConfigError for a name or folder that leads to no language model for this use, DataError for damaged or missing weights.
     """
     folder = existing_folder(name_or_folder)
+    if folder is not None and (folder / SLIM_FILE).is_file():
+        slim = read_slim(folder)
+        language = load_language(slim.base, dtype=dtype, use=use, placing=placing)
+        slim.put_into(language.model)
+        freeze(language.model, dtype)
+        settle(language.model, precision, str(name_or_folder))
+        return Language(model=language.model, tokenizer=language.tokenizer, name=str(name_or_folder))
     name, revision = (str(folder), None) if folder is not None else split_revision(str(name_or_folder))
     with loading("language model", name_or_folder, LANGUAGE_ADVICE):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)

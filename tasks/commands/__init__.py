@@ -95,6 +95,10 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
     "materialise": Entry("lifecycle.materialise", "MATERIALISE", "write one task's adapter of a hypernetwork (hyper) as an ordinary one"),
     "port": Entry("lifecycle.port", "PORT", "write an adapter for an updated base, after checks and where its scores are better"),
     "decompress": Entry("lifecycle.compress", "DECOMPRESS", "write a compressed adapter as an ordinary one"),
+    "slim": Entry("lifecycle.base", "SLIM", "write a language model with linears of low rank, distilled from its base (PELA)"),
+    "slice": Entry("lifecycle.base", "SLICE", "write a language model with a share of its feed-forward units (MatFormer)"),
+    "probe": Entry("lifecycle.base", "PROBE", "fit the direction that tells two kinds of texts apart"),
+    "steer": Entry("lifecycle.base", "STEER", "write an adapter that moves a language model along such a direction (Model Surgery)"),
     "bench": Entry("bench", "BENCH", "measure how fast this machine trains and answers, beside other libraries"),
     "search": Entry("bench", "SEARCH", "search settings of a run for the best score at each cost, beside a random control"),
     "data": {

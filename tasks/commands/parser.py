@@ -412,7 +412,8 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     group, wrong = ".".join(parts[: depth - 1]), parts[depth - 1]
     here = dict.fromkeys(whole[len(group) :].lstrip(".").split(".")[0] for whole in known if not group or whole.startswith(group + "."))
     sentence = f"there is no setting {'.'.join(parts[:depth])}"
-    if elsewhere := [whole for whole in known if whole.split(".")[-1] == parts[-1] and depth == len(parts)]:
+    other = [whole for whole in known if not group or "methods." in group or "methods." not in whole]  # who names another group means no method
+    if elsewhere := [whole for whole in other if whole.split(".")[-1] == parts[-1] and depth == len(parts)]:
         return f"{sentence}: it is {' or '.join(elsewhere)}"
     if near := get_close_matches(wrong, here, n=1):
         return f"{sentence}: the nearest is {'.'.join([*parts[: depth - 1], near[0]])}"
