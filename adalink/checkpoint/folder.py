@@ -205,10 +205,21 @@ def save_adapter(folder: Path, adapter: Adapter, config: AdapterConfig) -> None:
         config = dataclasses.replace(config, start=None)  # no seed draws a part of it
     compressed = None
     if {"zero", "start"} & set(few.values()):
-        start = config.start if "start" in few.values() else None
-        drawn = None if start is None else redrawn(start, lambda: Adapter(config.methods, adapter.anatomy, adapter.copies)).tensors()
-        compressed = encode_sparse({name: tensor.detach().cpu() for name, tensor in tensors.items()}, drawn, ZERO if start is None else start.digest)
+        start = _drawn_again(adapter, config) if "start" in few.values() else None
+        stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        compressed = encode_sparse(stored, start, config.start.digest if start and config.start else ZERO)
     write_adapter(folder, tensors, dataclasses.replace(config, methods=methods), counts, compressed=compressed)
+
+
+def _drawn_again(adapter: Adapter, config: AdapterConfig) -> Mapping[str, Tensor] | None:
+    """The tensors of the start; None, with a warning, where it is not known or cannot be drawn again: a trained adapter is to be saved all the same."""
+    try:
+        if config.start is None or adapter.copies:
+            raise CheckpointError("no seed gives it, as where it began with another's weights, holds copies of modules, or leaves places out")
+        return redrawn(config.start, lambda: Adapter(config.methods, adapter.anatomy)).tensors()
+    except CheckpointError as error:
+        warnings.warn(f"the adapter is saved whole, since its start is not known: {error}", stacklevel=3)
+        return None
 
 
 def write_adapter(

@@ -277,7 +277,8 @@ def test_in_the_encoder_the_budget_is_one_of_its_own_and_is_saved_small_below_th
     model = compose("opt")
     model.add_adapter("one", {"bridge": Bridge(kind="linear"), "adalora": SHORT})
     new_vision_adapter(model.tower, {"adalora": AdaLoRA(**{**vars(SHORT), "groups": {"image": ("image",)}, "targets": ("query", "value")})})
-    train(model, Drawn(8), two_texts, TrainSettings(**{**SETTINGS, "learning_rates": {"vision": 0.05}}), tmp_path)
+    settings: dict[str, Any] = {**SETTINGS, "learning_rates": {"vision": 0.05}}
+    train(model, Drawn(8), two_texts, TrainSettings(**settings), tmp_path)
     model.save_pretrained(tmp_path / "adapter")
     for folder, adapter in ((tmp_path / "adapter" / "vision", model.tower.adapter), (tmp_path / "adapter", model.adapted.active_adapter())):
         method: Any = read_config(folder).methods["adalora"]
@@ -286,7 +287,7 @@ def test_in_the_encoder_the_budget_is_one_of_its_own_and_is_saved_small_below_th
 
 
 def test_fsdp2_which_splits_weights_is_refused() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         model = compose("opt")
         model.add_adapter("one", {"bridge": Bridge(kind="linear"), "adalora": SHORT})

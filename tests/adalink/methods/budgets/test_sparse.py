@@ -19,6 +19,7 @@ from train_case import SETTINGS, Stop, stop_at, weights
 from adalink import AdaLoRA, AdaptedModel, Adapter, Anatomy, Bridge, LoRA, Sparse, SparseDelta
 from adalink.checkpoint.compressed import COMPRESSED_FILE
 from adalink.checkpoint.folder import WEIGHTS_FILE, read_config
+from adalink.checkpoint.start import Start
 from adalink.errors import CheckpointError, ConfigError
 from adalink.lifecycle.compress import decompress
 from adalink.methods.budgets.schedule import Schedule
@@ -244,12 +245,14 @@ def test_a_folder_that_is_written_again_has_one_file_of_weights(tmp_path: Path) 
     assert not (tmp_path / COMPRESSED_FILE).exists()
 
 
-def test_weights_whose_start_is_not_known_are_written_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("start", "reason"), [(None, "no seed gives it"), (Start(3, "0" * 16), "the start of the adapter cannot be drawn again")], ids=["none", "other"])
+def test_weights_whose_start_is_not_known_are_written_whole(start: Start | None, reason: str, tmp_path: Path) -> None:
     torch.manual_seed(4)
     model = AdaptedModel(tiny("opt"))
     excite(model.add_adapter("one", {"few": Sparse(inner=LoRA(groups=TEXT, rank=4), fraction=0.1)}))
-    model.start = None
-    model.save_pretrained(tmp_path)
+    model.start = start
+    with pytest.warns(UserWarning, match=f"^the adapter is saved whole, since its start is not known: {reason}"):
+        model.save_pretrained(tmp_path)
     again = AdaptedModel.from_pretrained(tiny("opt"), tmp_path)
     own = model.active_adapter().state_dict()
     assert all(torch.equal(value, own[name]) for name, value in again.active_adapter().state_dict().items())
