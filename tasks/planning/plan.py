@@ -230,7 +230,7 @@ def make_plan(
         language_model=words,
         methods=tuple(MethodPlan(name=name, edits=places_in(trained).get(name, ()), trained=count) for name, count in trained.counts().items()),
         slots=slots_of(adapter.slots),
-        tokens_per_image=sum(slot.count for slot in adapter.slots if slot.domain == IMAGE or slot.domain >= PERCEPT),
+        tokens_per_image=sum(slot.count for slot in adapter.slots if slot.domain == IMAGE or (slot.domain >= PERCEPT and slot.place == "start")),
         prompt_tokens=n_prompt,
         memory_to_train=training,
         memory_to_serve=to_serve(language.model, parts, trained, n_slots, assumed),

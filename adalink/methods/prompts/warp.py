@@ -22,7 +22,8 @@ __all__ = ["WARP"]
 class WARP:
     """Soft tokens at three places of a row, whose model chooses among answers: with `vqa.answers`, or `add_answer_head`. It writes nothing.
 
-    The state is read at the last slot before the answer, or at the prompt's last token where there is none. The vectors are one table, in the
+    The state is read at the last slot before the answer, or at the prompt's last token where there is none. It is as wide as what the model's head
+    reads: in OPT-350M 512, after its project_out, and not the 1,024 of its layers. The vectors are one table, in the
     order of the row. Its loss is the cross entropy of the answer that most people gave.
 
     verbaliser  words   V starts as the vectors that the model scores the answers' words by (the mean of an answer's pieces) and is trained
