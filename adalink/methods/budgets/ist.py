@@ -107,7 +107,7 @@ class Draws(Schedule):
                 f"ist compares {method.sets} different sets of {self.n_suppressed} {what}, and {n} have edits, which is too few for that: "
                 "give another share for suppressed, or importance: uniform"
             )
-        self.importance, self.drawn = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
+        self.importance, self.drawn, self.lowest = torch.zeros(n), torch.zeros(n, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         self.active: list[int] = []
         self._owners = _owners(self.units, adapter)
 
@@ -132,6 +132,7 @@ class Draws(Schedule):
             self.importance.copy_(moved(self.importance, sets, losses, self.method.rate))
         self.active = self.draw_active(generator)
         self.drawn[self.active] += 1
+        self.lowest += min(_layer(self.names[i]) for i in self.active)
 
     def draw_active(self, generator: torch.Generator) -> list[int]:
         """The units that the step trains."""
@@ -165,13 +166,14 @@ class Draws(Schedule):
                 parameter.grad = None
 
     def report(self) -> Mapping[str, float]:
-        """Of the steps so far, the share that trained each layer."""
+        """Of the steps so far, the share that trained each layer, and the mean of the lowest layer, down to which a backward pass has to go."""
         n_steps = max(int(self.drawn.sum()) // self.n_active, 1)
-        return {f"trains {name}": int(count) / n_steps for name, count in zip(self.names, self.drawn, strict=True)}
+        shares = {f"trains {name}": int(count) / n_steps for name, count in zip(self.names, self.drawn, strict=True)}
+        return {**shares, "lowest": int(self.lowest) / n_steps}
 
     def state(self) -> Mapping[str, Tensor]:
-        """The importance, and how often each unit was drawn."""
-        return {"importance": self.importance, "drawn": self.drawn}
+        """The importance, how often each unit was drawn, and the sum of each step's lowest layer."""
+        return {"importance": self.importance, "drawn": self.drawn, "lowest": self.lowest}
 
 
 def _drawn(importance: Tensor, n: int, generator: torch.Generator) -> list[int]:
@@ -192,7 +194,11 @@ def _units(method: IST, adapter: Adapter) -> dict[str, list[Placement]]:
         name = place_of(one, adapter.anatomy, by_domain=method.per == "layer_domain")
         if not name.startswith(OTHER) and one.port.side not in NOT_EDITS and next(one.edit.parameters(), None) is not None:
             units[name].append(one)
-    return dict(sorted(units.items(), key=lambda unit: int(unit[0].partition(".")[0])))
+    return dict(sorted(units.items(), key=lambda unit: _layer(unit[0])))
+
+
+def _layer(unit: str) -> int:
+    return int(unit.partition(".")[0])
 
 
 def _owners(units: Mapping[str, Sequence[Placement]], adapter: Adapter) -> dict[nn.Parameter, set[str]]:

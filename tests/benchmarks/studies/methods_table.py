@@ -4,7 +4,7 @@
 
 Each run has a process of its own, so that its peak memory is its own, and is a line of the file --rows as soon as it is done; runs that
 stand there already are not repeated, so a table can be made in pieces. Every method but eP-ALM has the config's bridge beside it. `--only STAGES`
-makes the three rows of PT-PEFT: LoRA, a prefix with it, and a prefix before it. Rank is the effective rank of the last layer's states at text tokens.
+makes the three rows of PT-PEFT: LoRA, a prefix with it, and a prefix before it. `--only LAYERS`: those that choose layers, beside their controls. Rank is the effective rank of the last layer's states at text tokens.
 Processor seconds and peak memory of a step are relative to full fine-tuning; `--train.workers 0` keeps them in one process.
 """
 
@@ -24,10 +24,27 @@ import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 from share_of_full import FULL_RATE, kept_patches, run
 
-from adalink import EPALM, IA3, AdaLink, AdaLoRA, BitFit, Bottleneck, LoRA, Method, Prefix, Prompt, Sparse, SparseDelta, UniPELT
+from adalink import (
+    EPALM,
+    IA3,
+    IST,
+    AdaLink,
+    AdaLoRA,
+    BitFit,
+    Bottleneck,
+    LoRA,
+    Method,
+    Prefix,
+    Prompt,
+    Selected,
+    Sparse,
+    SparseDelta,
+    UniPELT,
+)
 from adalink.anatomy import Anatomy
 from adalink.edit import Adapter, Placement
 from adalink.methods.budgets.schedule import Schedule
+from adalink.methods.budgets.selected import scores_of
 from multimodal.training.settings import Stage
 from tasks.runs.config import RunConfig, chosen_methods
 from tasks.scenes.dataset import Scenes
@@ -36,8 +53,13 @@ FULL = "bridge + full fine-tuning"
 AGNOSTIC: Mapping[str, tuple[str, ...]] = {"all": ("all",)}
 SPECIFIC: Mapping[str, tuple[str, ...]] = {"image": ("image",), "text": ("text",)}
 STAGES = {"prefix 10, then LoRA-8": (Stage(trains=("bridge", "prefix"), share=0.5), Stage(trains=("bridge", "prefix", "lora")))}
-ONLY = {"STAGES": ("LoRA-8 agnostic", "prefix 10 + LoRA-8", *STAGES)}
+LAYERS = (
+    "LoRA-8 per domain, IST", "LoRA-8 per domain, RST", "LoRA-4 per domain, gates (TAPS)", "LoRA-4 per domain, half open at random", "LoRA-8 per domain",
+    "LoRA-4 per domain",
+)  # fmt: skip
+ONLY = {"STAGES": ("LoRA-8 agnostic", "prefix 10 + LoRA-8", *STAGES), "LAYERS": LAYERS}
 BUDGET: dict[str, Any] = {"groups": SPECIFIC, "init_rank": 6, "target_rank": 4, "alpha": 12.0, "interval": 5}
+HALF: dict[str, Any] = {"per": "group", "weight": 0.2, "rate": 0.05, "warmup": 20}
 
 
 class PlacedAtRandom(AdaLoRA):
@@ -48,6 +70,20 @@ class PlacedAtRandom(AdaLoRA):
         roles = [placement.role for placement in super().place(anatomy) for _ in range(self.init_rank)]
         left = torch.randperm(len(roles))[: len(roles) * self.target_rank // self.init_rank]
         return AdaLoRA(**{**vars(self), "ranks": Counter(roles[i] for i in left)}).place(anatomy)
+
+    def schedule(self, name: str, adapter: Adapter) -> Schedule:
+        """None."""
+        return Schedule()
+
+
+class OpenAtRandom(Selected):
+    """Half of the gates, drawn before training, and no scores."""
+
+    def place(self, anatomy: Anatomy) -> Sequence[Placement]:
+        """Of all layers and groups, by the generator of the run's seed."""
+        adapter = Adapter({"all": Selected(inner=self.inner, per=self.per)}, anatomy)
+        keys = list(scores_of("all", adapter))
+        return Selected(inner=self.inner, per=self.per, scores={keys[i]: 1.0 for i in torch.randperm(len(keys))[: len(keys) // 2].tolist()}).place(anatomy)
 
     def schedule(self, name: str, adapter: Adapter) -> Schedule:
         """None."""
@@ -90,6 +126,10 @@ def variants(adalink: AdaLink) -> dict[str, tuple[dict[str, Method], float | dic
             )
             for kind in ("moving", "fixed")
         },
+        "LoRA-4 per domain, gates (TAPS)": ({"selected": Selected(**HALF, inner=lora(4, SPECIFIC)["lora"])}, 3e-3),
+        "LoRA-4 per domain, half open at random": ({"selected": OpenAtRandom(**HALF, inner=lora(4, SPECIFIC)["lora"])}, 3e-3),
+        "LoRA-8 per domain, IST": ({**lora(8, SPECIFIC), "ist": IST()}, {"lora": 3e-3}),
+        "LoRA-8 per domain, RST": ({**lora(8, SPECIFIC), "ist": IST(importance="uniform")}, {"lora": 3e-3}),
         "UniPELT APL": ({"unipelt": UniPELT(variant="APL", bottleneck=16, prefix_hidden=64)}, 1e-2),
     }
 

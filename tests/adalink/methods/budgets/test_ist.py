@@ -96,14 +96,18 @@ def never() -> float:
     raise AssertionError("no loss is read")
 
 
-@pytest.mark.parametrize("n_active", [1, 2])
+@pytest.mark.parametrize("n_active", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_layers_are_drawn_as_often_as_their_weights_say(n_active: int) -> None:
     """20,000 steps at a fixed importance: each layer within 3 sigma of its chance, drawn one after the other without coming back."""
     made, n = draws({"bottleneck": Bottleneck(width=2)}, n_layers=5, importance="uniform", active=n_active / 5), 20_000
     made.importance.copy_(torch.tensor([-2.0, -0.5, 0.0, 0.5, 3.0]))
     weights = torch.sigmoid(-made.importance.double())
     p = weights / weights.sum()
-    chance = p if n_active == 1 else p + torch.stack([torch.stack([p[j] * p[i] / (1 - p[j]) for j in range(5) if j != i]).sum() for i in range(5)])
+    chance = (
+        p
+        if n_active == 1
+        else p + torch.stack([torch.stack([p[j] * p[i] / (1 - p[j]) for j in range(5) if j != i]).sum() for i in range(5)])
+    )
     for step in range(n):
         made.before_step(step, never)
     share = made.drawn.double() / n
@@ -201,6 +205,7 @@ def test_layers_of_text_and_image_may_rest_apart() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_one_layer_that_lowers_the_loss_is_trained_more() -> None:
     """A LoRA in layer 1 of 4 makes the outputs, and what each layer adds is compared, so that no other layer can do its part."""
     model = tiny("llama", n_layers=5)
@@ -240,6 +245,9 @@ def test_the_one_layer_that_lowers_the_loss_is_trained_more() -> None:
     weights = torch.sigmoid(-made.importance)
     assert weights[1] / weights.sum() > 0.4  # of the steps that would follow: 0.50 is measured
     assert read() < 0.01
+
+
+def test_the_control_trains_all_layers_alike() -> None:
     control = draws({"bottleneck": Bottleneck(width=2)}, importance="uniform")
     for step in range(300):
         control.before_step(step, never)
@@ -264,7 +272,7 @@ def trained(name: str, folder: Path, *, resume: bool = False, measure: Any = Non
     return model
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "ist_layer_domain" else []) for name in RUNS])
 def test_a_run_that_is_stopped_ends_at_the_same_bits(name: str, tmp_path: Path) -> None:
     whole = trained(name, tmp_path / "whole")
     with pytest.raises(Stop):
@@ -295,6 +303,7 @@ def test_a_folder_has_what_was_trained_and_no_ist(tmp_path: Path) -> None:
     model = trained("ist", tmp_path / "run")
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["ist trains 0"] + last["ist trains 1"] == 1.0  # one of the two layers in each step
+    assert last["ist lowest"] == last["ist trains 1"]
     save_composed(model, tmp_path / "saved", {})
     assert set(read_config(tmp_path / "saved").methods) == {"bridge", "lora"}
     own, found = model.adapted.active_adapter().tensors(), compose("opt").load_adapter(tmp_path / "saved", "two").tensors()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from adalink import (
     EPALM,
     IA3,
+    IST,
     PROMPT,
     AdaLink,
     AdaptedModel,
@@ -35,6 +37,7 @@ from adalink import (
     Slots,
     UniPELT,
     attach,
+    to_peft,
 )
 from adalink.attachment.slots import HideKeys
 from adalink.checkpoint.folder import CONFIG_FILE, WEIGHTS_FILE, read_config
@@ -140,8 +143,7 @@ def planted() -> FixtureFile:
     return FixtureFile.read(path)
 
 
-@pytest.mark.parametrize("weight", [0.2, 1.6])
-@pytest.mark.parametrize("step", ["gradient", "proximal"])
+@pytest.mark.parametrize(("weight", "step"), [(0.2, "gradient"), (1.6, "proximal")])
 def test_the_planted_layers_are_found(planted: FixtureFile, weight: float, step: str) -> None:
     assert is_open(trained(planted, weight=weight, step=step)[0]) == planted.spec["kept_at_end"]
 
@@ -175,7 +177,7 @@ def increments(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(found[:-1]).diff(dim=0)[:, mask.bool()]
 
 
-@pytest.mark.parametrize(("per", "step"), [("layer", "gradient"), ("group", "proximal")])
+@pytest.mark.parametrize(("per", "step"), [pytest.param("layer", "gradient", marks=pytest.mark.slow), ("group", "proximal")])
 def test_the_places_in_which_a_teacher_differs_are_found(per: Any, step: Any) -> None:
     """A LoRA for images in layer 0 and for text in layer 3 makes the outputs; one with gates in all four layers learns them."""
     torch.manual_seed(1)
@@ -305,6 +307,23 @@ def test_some_of_each_are_left_out_of_the_file(tmp_path: Path) -> None:
 def stored_names(folder: Path) -> list[str]:
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:  # type: ignore[no-untyped-call]
         return list(file.keys())
+
+
+def test_what_is_open_goes_to_peft_as_a_lora(tmp_path: Path) -> None:
+    model = AdaptedModel(tiny("llama"))
+    adapter = model.add_adapter("one", {"taps": Selected(inner=LoRA(rank=2), per="placement"), "ist": IST()})
+    excite(adapter)  # some scores are now below the threshold
+    with pytest.raises(ConfigError, match="is no LoRA"):
+        to_peft(adapter, tiny("llama"), tmp_path / "gates")
+    model.save_pretrained(tmp_path / "own")
+    again = AdaptedModel.from_pretrained(tiny("llama"), tmp_path / "own")
+    to_peft(again.active_adapter(), tiny("llama"), tmp_path / "peft")
+    method: Any = again.active_adapter().methods["taps"]
+    names = {
+        name.removeprefix("model.layers.") for name in json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["target_modules"]
+    }
+    assert 0 < len(names) < len(adapter.placements)
+    assert {(name.split(".")[0], name.split(".")[-1]) for name in names} == {tuple(key.split(".")[1:]) for key in method.scores}
 
 
 def test_one_tap_in_several_layers_has_a_score_in_each() -> None:
