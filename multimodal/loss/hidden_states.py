@@ -1,5 +1,7 @@
 """The input of a layer of a frozen language model, cached for each text: below the lowest edit it depends on the text's tokens alone.
 
+Beside a ladder the outputs of all layers do, where nothing that is trained stands before them.
+
 A text is run alone, in a call of its own shape: its cached states are the same bits whatever batch it comes in, in whatever row,
 before or after a resume. Texts of a packed row are cached one by one, so that they may come in other rows together.
 """
@@ -10,20 +12,21 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adalink import BASE_ROW, PAD, AdaptedModel, TokenMap
+from adalink import BASE_ROW, IMAGE, PAD, AdaptedModel, TokenMap
 from adalink.errors import ConfigError
 from multimodal.batches.collate import Batch, collate
 from multimodal.batches.prefix_sharing import calls_of
 from multimodal.batches.tokenize import Row
 
-__all__ = ["LayersBelow", "LowerStates"]
+__all__ = ["LayersBelow", "LayersBeside", "LowerStates"]
 
 
 # ----------------------------------------
@@ -46,6 +49,11 @@ class LayersBelow:
         self.adapted, self.first = adapted, first
         self._below, self._layer = [stack.get_submodule(name) for name in names[:first]], stack.get_submodule(names[first])
         self._n_beside: int | None = None  # values that a layer returns beside the hidden states; None where it returns those alone
+
+    @property
+    def note(self) -> str:
+        """What runs once."""
+        return f"the first {self.first} of {len(self.adapted.anatomy.layers)} layers"
 
     @torch.no_grad()
     def run(self, batch: Batch, token_map: TokenMap) -> Tensor:
@@ -93,6 +101,66 @@ class LayersBelow:
         return h if self._n_beside is None else (h, *[None] * self._n_beside)
 
 
+class LayersBeside:
+    """All layers of an adapted model's stack, where nothing acts inside them and a ladder reads some of them: they give what they gave before.
+
+    read: numbers of the layers whose outputs are cached, in order
+    """
+
+    def __init__(self, adapted: AdaptedModel, read: Sequence[int]) -> None:
+        stack, names = adapted.attachment.stack, adapted.anatomy.layers
+        self.adapted, self.read = adapted, tuple(read)
+        self._layers = [stack.get_submodule(name) for name in names]
+        self._n_beside: int | None = None
+
+    @property
+    def note(self) -> str:
+        """What runs once."""
+        return f"the {len(self._layers)} layers"
+
+    @torch.no_grad()
+    def run(self, batch: Batch, token_map: TokenMap) -> Tensor:
+        """float [B, T, n D]: what the layers that are read make of whole rows, side by side. An image is hidden from them, so none is brought."""
+        found: list[Tensor] = []
+
+        def note(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._n_beside = len(output) - 1 if isinstance(output, tuple) else None
+            found.append(output[0] if isinstance(output, tuple) else output)
+            if len(found) == len(self.read):
+                raise _Arrived(torch.cat(found, -1))
+
+        handles = [self._layers[i].register_forward_hook(note) for i in self.read]
+        (call,) = calls_of(self.adapted, batch, replace(token_map, present=token_map.present - {IMAGE}))
+        try:
+            with call.bound(self.adapted):
+                self.adapted.base(**call.arguments)
+        except _Arrived as arrived:
+            return arrived.states
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise AssertionError("the stack ran without its layers")
+
+    @contextlib.contextmanager
+    def left_out(self, states: Tensor) -> Iterator[None]:
+        """Where the model is called on rows whose states are these. `run` was called before."""
+        given = dict(zip(self.read, states.chunk(len(self.read), -1), strict=True))
+        own = [vars(layer).get("forward") for layer in self._layers]  # where layers are checkpointed
+        for number, layer in enumerate(self._layers):
+            layer.forward = partial(self._gives, given.get(number))
+        try:
+            yield
+        finally:
+            for layer, forward in zip(self._layers, own, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+
+    def _gives(self, states: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        h = states if states is not None else args[0] if args else kwargs["hidden_states"]
+        return h if self._n_beside is None else (h, *[None] * self._n_beside)
+
+
 def _arrived(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     raise _Arrived(args[0] if args else kwargs["hidden_states"])
 
@@ -114,7 +182,7 @@ class _Text:
 
 
 class LowerStates:
-    """The input of a layer, cached for each text that one adapter was given.
+    """The input of a layer, or what a ladder reads of all layers, cached for each text that one adapter was given.
 
     row          the adapter's index in token maps, BASE_ROW for none
     most         bytes of the cache; texts beyond them are run at each reading
@@ -122,7 +190,7 @@ class LowerStates:
     positions    how many the model has; None without a limit
     """
 
-    def __init__(self, below: LayersBelow, row: int, *, most: float, n_images: int = 0, positions: int | None = None) -> None:
+    def __init__(self, below: LayersBelow | LayersBeside, row: int, *, most: float, n_images: int = 0, positions: int | None = None) -> None:
         self.below, self.row, self.most, self.n_images, self.positions = below, row, most, n_images, positions
         self.n_bytes, self.is_full = 0, False
         self._retained: dict[bytes, Tensor] = {}
@@ -134,8 +202,7 @@ class LowerStates:
     @property
     def note(self) -> str:
         """A line for the log."""
-        n_layers = len(self.below.adapted.anatomy.layers)
-        return f"the first {self.below.first} of {n_layers} layers run once for each text, as long as its states fit into {self.most / 2**30:.2g} GiB"
+        return f"{self.below.note} run once for each text, as long as its states fit into {self.most / 2**30:.2g} GiB"
 
     def left_out(self, batch: Batch, token_map: TokenMap) -> AbstractContextManager[None]:
         """Where the model is called on this batch, and the layers below are left out. Raises as `of`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from adalink import ANSWER, BASE_ROW, TEXT, AdaptedModel, Adapter, Anatomy, TokenMap
+from adalink import ANSWER, BASE_ROW, IMAGE, TEXT, AdaptedModel, Adapter, Anatomy, TokenMap
 from adalink.attachment.attachment import without_dropout
-from adalink.attachment.slots import ReadAll, lowest_edit
+from adalink.attachment.slots import FIXED, HideKeys, ReadAll, lowest_edit
 from adalink.checkpoint.folder import AdapterConfig
 from adalink.checkpoint.start import digest_of
 from adalink.errors import AttachError, ConfigError
 from adalink.lifecycle.flat import Flat, check_alike, read_flat
 from adalink.methods.budgets.schedule import Schedule, Scheduled
+from adalink.methods.ladder import End
 from multimodal.batches.collate import FLEX, Batch, collate
 from multimodal.batches.prefix_sharing import REFUSALS, agree, calls_of, gates_of, mixes_texts, unadapted
 from multimodal.batches.tokenize import Row
 from multimodal.loss.answer_head import AnswerHead
-from multimodal.loss.hidden_states import LayersBelow, LowerStates
+from multimodal.loss.hidden_states import LayersBelow, LayersBeside, LowerStates
 from multimodal.loss.teachers import Followed
 from multimodal.model import TrainedParts, VisionLanguageModel
 from multimodal.processes import process_state
@@ -153,11 +155,14 @@ def hidden_state_model(model: VisionLanguageModel, gib: float, n_images: int) ->
     first = first_layer(adapted.anatomy, adapted.active_adapter(), model.head)
     if trained := next((name for name, parameter in adapted.base.named_parameters() if parameter.requires_grad), None):
         raise ConfigError(f"train.states_gib caches the states of a frozen language model, and {trained} is trained: {ADVICE}")
-    if not starts_exactly(adapted, first):
+    read = read_beside(adapted.anatomy, adapted.active_adapter())
+    below = LayersBeside(adapted, read) if read else LayersBelow(adapted, first)
+    row = int(adapted.rows(1))
+    if not starts_exactly(below, row if read else BASE_ROW):
         kind = model.language.model.config.model_type
-        raise ConfigError(f"{kind} was tried without its first {first} layers, given their output for a text, and gives other logits then: {ADVICE}")
-    below, positions = LayersBelow(adapted, first), model.row_encoder().max_positions
-    loss.lower = LowerStates(below, int(adapted.rows(1)), most=gib * 2**30, n_images=n_images, positions=positions)
+        raise ConfigError(f"{kind} was tried without {below.note}, given their output for a text, and gives other logits then: {ADVICE}")
+    positions = model.row_encoder().max_positions
+    loss.lower = LowerStates(below, row, most=gib * 2**30, n_images=n_images, positions=positions)
     try:
         yield
     finally:
@@ -165,9 +170,11 @@ def hidden_state_model(model: VisionLanguageModel, gib: float, n_images: int) ->
 
 
 def first_layer(anatomy: Anatomy, adapter: Adapter, head: AnswerHead | None) -> int:
-    """The layer below which everything can be cached. Raises ConfigError where there is none."""
+    """The layer below which everything can be cached; 0 where what a ladder reads can be. Raises ConfigError where there is none."""
     if head is not None:
         raise ConfigError(f"train.states_gib acts on models that write, and this one chooses among answers: {ADVICE}")
+    if read_beside(anatomy, adapter):
+        return 0
     lowest, placement = lowest_edit(anatomy, adapter)
     if lowest < 1:
         where = "the first layer" if lowest == 0 else "what enters the layers"
@@ -180,15 +187,43 @@ def first_layer(anatomy: Anatomy, adapter: Adapter, head: AnswerHead | None) -> 
     return min(lowest, len(anatomy.layers) - 1)
 
 
+def read_beside(anatomy: Anatomy, adapter: Adapter) -> tuple[int, ...]:
+    """Numbers of the layers whose outputs are constant and all that an adapter reads; () for one without a ladder.
+
+    Raises ConfigError where something trained enters the layers.
+    """
+    beside = [placed for placed in adapter.placements if placed.port.side == "beside" and placed.port.module in anatomy.layers]
+    if not beside:
+        return ()
+    own = beside[0].role.split(".")[0]
+    hides_image = any(isinstance(placed.edit, HideKeys) and placed.role.split(".")[0] == own for placed in adapter.placements)
+    allowed = {IMAGE} if hides_image else set()
+    for placed in adapter.placements:
+        if placed.role.split(".")[0] != own and not isinstance(placed.edit, FIXED) and not allowed.issuperset(placed.domains):
+            raise ConfigError(
+                f"train.states_gib caches what a ladder reads of the frozen layers, and {placed.role} writes what enters them: {ADVICE}, "
+                "or let the ladder have the image to itself (image: side_only), and train nothing else before the layers"
+            )
+    if anatomy.reader is not None:
+        raise ConfigError(f"train.states_gib caches what a ladder reads of a decoder-only model, and this one has an encoder: {ADVICE}")
+    adds = any(isinstance(placed.edit, End) and placed.edit.output == "add" for placed in adapter.placements)
+    numbers = {anatomy.layers.index(placed.port.module) for placed in beside} | ({len(anatomy.layers) - 1} if adds else set())
+    return tuple(sorted(numbers))
+
+
 @torch.no_grad()
-def starts_exactly(adapted: AdaptedModel, first: int) -> bool:
-    """Whether the model gives the same logits for two short texts when it is started at a layer. Runs it on twenty tokens, without its adapters."""
+def starts_exactly(below: LayersBelow | LayersBeside, row: int = BASE_ROW) -> bool:
+    """Whether a model gives the same logits for two short texts without the layers whose states are cached. Runs it on twenty tokens.
+
+    row: the adapter that serves them
+    """
+    adapted = below.adapted
     batch = _two_texts(adapted.base)
-    token_map = unadapted(batch)
-    below = LayersBelow(adapted, first)
+    serving, present = frozenset({row}) - {BASE_ROW}, frozenset({TEXT, ANSWER})
+    token_map = replace(unadapted(batch), row=torch.full_like(batch.image, row), serving=serving, present=present)
     try:
         whole = _scores(adapted, batch, token_map)
-        with LowerStates(below, BASE_ROW, most=0).left_out(batch, token_map):
+        with LowerStates(below, row, most=0).left_out(batch, token_map):
             started = _scores(adapted, batch, token_map)
     except REFUSALS:  # layers of another kind
         return False

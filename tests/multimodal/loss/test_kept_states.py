@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from composed import Drawn, compose, excite, two_texts
-from torch import Tensor
+from composed import Drawn, compose, excite, patches, two_texts
+from torch import Tensor, nn
 
-from adalink import EPALM, AdaLink, LoRA, Prompt
+from adalink import EPALM, AdaLink, Bridge, Ladder, LoRA, Prompt
 from adalink.errors import ConfigError
+from multimodal.batches.collate import collate
 from multimodal.data.images.decode import decode_image
 from multimodal.model import VisionLanguageModel
 from multimodal.template import Template
@@ -61,6 +63,44 @@ def test_texts_are_written_while_states_are_kept_as_they_are_without(tmp_path: P
     assert stated[0] == stated[1]
 
 
+LADDERS = {
+    "every second layer": {"bridge": Bridge(kind="linear"), "ladder": Ladder(reduction=2, rungs=(0, 2), image="side_only")},
+    "added": {"bridge": Bridge(kind="linear"), "ladder": Ladder(reduction=2, rungs=(1,), image="side_only", output="add")},
+}
+
+
+@pytest.mark.parametrize(("name", "family"), [("every second layer", "deep_opt"), ("added", "deep_opt"), ("added", "llama"), ("added", "gpt2")])
+def test_beside_a_ladder_no_layer_of_the_model_runs_a_second_time(name: str, family: str) -> None:
+    """Loss and gradients are those of the whole model; images are others at the second reading, which the model itself does not see."""
+    model = composed(LADDERS[name], family)
+    own = list(model.adapted.active_adapter().parameters())
+    found: list[list[Tensor]] = []
+    ran: list[nn.Module] = []
+    layer = model.adapted.attachment.stack.get_submodule(model.adapted.anatomy.layers[0])
+    next(module for module in layer.modules() if not list(module.children())).register_forward_hook(lambda module, *call: ran.append(module))
+    rows = [model.row_encoder().row(text) for text in two_texts(Drawn(1)[0], random.Random(0))]
+    for gib in (0.0, 0.1):
+        with hidden_state_model(model, gib, 2):
+            for reading in (0, 1):
+                ran.clear()
+                loss = model(collate(rows, [0, 1], patches(2, seed=reading), kind="patches", side="right", pad_id=0))
+                assert bool(ran) == (not gib or reading == 0)
+                found.append([loss.detach(), *torch.autograd.grad(loss, own)])
+    for one, two in zip(found[:2], found[2:], strict=True):
+        for value, other in zip(one, two, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-9)
+    assert not torch.equal(found[0][0], found[1][0])  # control: the ladder sees other images
+
+
+def test_what_writes_before_the_layers_is_named_where_a_ladder_reads_them() -> None:
+    bridge, tail = Bridge(kind="linear"), "writes what enters them: give train.states_gib: 0, or let the ladder have the image to itself"
+    sentence = "train.states_gib caches what a ladder reads of the frozen layers, and"
+    refused(composed({"bridge": bridge, "ladder": Ladder(reduction=2)}), rf"{sentence} bridge.image {tail}")
+    prompt = Prompt(length=2, init_std=0.5)
+    refused(composed({"bridge": bridge, "prompt": prompt, "ladder": Ladder(reduction=2, image="side_only")}), rf"{sentence} prompt.soft {tail}")
+    refused(composed({"bridge": bridge, "ladder": Ladder(reduction=2, image="side_only")}, "t5"), "caches what a ladder reads of a decoder-only model, and this one")
+
+
 def refused(model: VisionLanguageModel, match: str) -> None:
     with pytest.raises(ConfigError, match=match), hidden_state_model(model, 1.0, 6):
         pass
@@ -103,7 +143,7 @@ def test_a_split_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_cannot_be_started_is_refused() -> None:
     model = compose("t5")
     model.add_adapter("one", {"epalm": EPALM(layers=(1, 2), n_taps=2, connector="shared")}).double()
-    refused(model, "t5 was tried without its first 1 layers, given their output for a text, and gives other logits then: give train.states_gib: 0")
+    refused(model, "t5 was tried without the first 1 of 2 layers, given their output for a text, and gives other logits then: give train.states_gib: 0")
 
 
 def test_nothing_is_kept_where_nothing_is_asked_for() -> None:

@@ -66,7 +66,7 @@ def methods_of(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", every_other(SETTINGS, shift=1, hard=HARD))
 def test_every_family_learns_from_kept_states_what_it_learns_from_all_its_layers(name: str) -> None:
     model = adapted(name, methods_of(name))
-    assert starts_exactly(model, 1)
+    assert starts_exactly(LayersBelow(model, 1))
     loss = keeping(model, first=1)
     ways = [(separate_rows, 0)] + ([(pack_rows, 0), (pack_rows, 40)] if name in PACKED else [])
     for arrange, row_tokens in ways:
@@ -173,10 +173,10 @@ def test_the_first_batch_tells_what_all_texts_need() -> None:
 
 
 def test_a_model_is_tried_first_and_one_whose_layers_hand_on_more_or_run_twice_is_not_started() -> None:
-    assert not starts_exactly(AdaptedModel(tiny("t5", n_layers=3), inputs=INPUTS), 1)
+    assert not starts_exactly(LayersBelow(AdaptedModel(tiny("t5", n_layers=3), inputs=INPUTS), 1))
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "embedding_size": 16, "intermediate_size": 48, "num_attention_heads": 4}
     albert = AlbertForMaskedLM(AlbertConfig(**sizes, num_hidden_layers=4, num_hidden_groups=2)).eval().requires_grad_(False)
-    assert not starts_exactly(AdaptedModel(albert), 1)
+    assert not starts_exactly(LayersBelow(AdaptedModel(albert), 1))
     once = AlbertForMaskedLM(AlbertConfig(**sizes, num_hidden_layers=2, num_hidden_groups=2)).eval().requires_grad_(False)
-    assert starts_exactly(AdaptedModel(once), 1)  # the control: each layer runs once
+    assert starts_exactly(LayersBelow(AdaptedModel(once), 1))  # the control: each layer runs once
