@@ -322,7 +322,7 @@ class Side:
             seen = Seen() if self.method.image == "side_only" and self.of == "stack" else None
             if seen is not None:
                 placed.append(Placement(f"{role}seen.{i}", Port(self.layers[i], "mask"), seen, (IMAGE,)))
-            mix = Mix(i, len(self.layers), self.method.alpha, self.method.temperature, start, turns, kind, has_distances, encoded, seen)
+            mix = Mix(i, len(self.layers), self.method.alpha, self.method.gate_temperature, start, turns, kind, has_distances, encoded, seen)
             placed.append(Placement(f"{role}rungs.{i}", Port(self.layers[i], "beside", self.of), Rung(block, self.width, r, mix), every))
         norm = nn.Identity() if self.final_norm is None else narrow_norm(self.stack.get_submodule(self.final_norm), self.width // r)
         last = self.final_norm or self.layers[-1]
@@ -345,7 +345,7 @@ class Ladder:
     decoder_rungs: Literal["all"] | tuple[int, ...] | None = None  # of an encoder-decoder model's decoder; None: as rungs
     output: Literal["replace", "add"] = "replace"  # what the head reads: the ladder's output alone, as published, or added to the model's
     image: Literal["detached", "side_only"] = "detached"  # side_only: the model reads the text alone, and the ladder the image too, as published
-    temperature: float = 0.1  # of the gates
+    gate_temperature: float = 0.1  # of the sigmoid that mixes; 0.1 was published
     alpha: float = 0.0  # a_i at the start: 0 mixes equal shares
 
     def __post_init__(self) -> None:
@@ -362,8 +362,8 @@ class Ladder:
             raise ConfigError(f"the ladder's output is {self.output!r}: give replace or add")
         if self.image not in ("detached", "side_only"):
             raise ConfigError(f"the ladder's image is {self.image!r}: give detached or side_only")
-        if not self.temperature > 0:
-            raise ConfigError(f"the ladder's temperature is {self.temperature}: give a number above 0 (0.1 was published)")
+        if not self.gate_temperature > 0:
+            raise ConfigError(f"the ladder's gate_temperature is {self.gate_temperature}: give a number above 0 (0.1 was published)")
 
     def slots(self, anatomy: Anatomy) -> tuple[Slots, ...]:
         """None: it stands beside the tokens that are there."""

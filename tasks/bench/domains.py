@@ -14,7 +14,7 @@ from adalink import ANSWER, IA3, IMAGE, TEXT, Adapter, Anatomy, BitFit, LoRA, Me
 from tasks.bench.clock import Finding, alternate
 from tasks.bench.models import ALPHA, IGNORED, Bench, Machine, Shape, Step, Work, check_peft, language, learn
 
-__all__ = ["lora"]
+__all__ = ["lora", "method_step"]
 
 RANK = 8
 TWO = {"image": ("image",), "text": ("text",)}
@@ -33,7 +33,7 @@ def lora(bench: Bench) -> Iterator[Finding]:
     work = replace(bench.sizes.captions[0].work, n_images=1)
     ids, labels, domain = _rows(work, machine)
     sides = {"peft": _their_step(shape, machine, ids, labels)}
-    sides |= {name: _our_step(shape, machine, method, ids, labels, domain) for name, (method, _) in METHODS.items()}
+    sides |= {name: method_step(shape, machine, method, ids, labels, domain) for name, (method, _) in METHODS.items()}
     turns = alternate(sides, bench.repetitions, machine.device, machine.dtype)
     del sides
     gc.collect()  # hooks and modules hold each other
@@ -59,7 +59,8 @@ def _rows(work: Work, machine: Machine) -> tuple[Tensor, Tensor, Tensor]:
     return ids, labels, domain
 
 
-def _our_step(shape: Shape, machine: Machine, method: Method, ids: Tensor, labels: Tensor, domain: Tensor) -> Step:
+def method_step(shape: Shape, machine: Machine, method: Method, ids: Tensor, labels: Tensor, domain: Tensor) -> Step:
+    """A training step of one method on rows of ids, labels and domains, int64 [B, T] each."""
     base: Any = language(shape, machine).model
     anatomy = Anatomy.read(base)
     adapter = Adapter({"method": method}, anatomy).to(machine.device)

@@ -33,6 +33,7 @@ from multimodal.model import VisionLanguageModel
 from tasks.bench.clock import Finding, Turns, alternate, needs
 from tasks.bench.domains import lora
 from tasks.bench.existing import LLAVA_60M, QWEN2_VL_60M, TINY_LLAVA, TINY_QWEN2_VL, existing_step
+from tasks.bench.ladder import ladder
 from tasks.bench.models import (
     PAD_ID,
     TINY_LLAMA,
@@ -54,7 +55,7 @@ from tasks.bench.models import (
     their_step,
 )
 
-__all__ = ["adapters", "against_peft", "existing", "features", "frozen_operations", "generation", "lora", "metrics", "shards", "training"]
+__all__ = ["adapters", "against_peft", "existing", "features", "frozen_operations", "generation", "ladder", "lora", "metrics", "shards", "training"]
 
 
 def training(bench: Bench) -> Iterator[Finding]:

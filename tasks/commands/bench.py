@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["BENCH", "SEARCH", "bench", "search"]
 
-PARTS = ("training", "existing", "features", "adapters", "lora", "generation", "shards", "metrics")  # functions of tasks/bench/measurements.py
+PARTS = ("training", "existing", "features", "adapters", "lora", "ladder", "generation", "shards", "metrics")  # functions of tasks/bench/measurements.py
 
 
 def bench(
     *,
-    only: Literal["training", "existing", "features", "adapters", "lora", "generation", "shards", "metrics", "growth"] | None = None,
+    only: Literal["training", "existing", "features", "adapters", "lora", "ladder", "generation", "shards", "metrics", "growth"] | None = None,
     repetitions: int = 5,
     out: Path | None = None,
     plot: Path | None = None,
@@ -36,7 +36,7 @@ def bench(
     compile: Literal["no", "yes"] = "no",
     threads: int = 1,
 ) -> None:
-    """Measure this machine: training, cached features, adapters, generation, shards and scorers, each beside its peer, as ratios with their spread.
+    """Measure this machine: training, cached features, adapters, ladders, generation, shards and scorers, each beside its peer, as ratios with their spread.
 
     Args:
         only: One part alone; by default every part but growth.

@@ -66,7 +66,7 @@ def weight(name: str) -> str:
 def test_it_equals_the_files(case: FixtureFile) -> None:
     with InDouble():
         model: Any = host({"model_type": case.spec["family"], **case.spec["config"]}, case.under("w."))
-        method = Ladder(reduction=case.spec["reduction"], rungs=tuple(case.spec["rungs"]), output=case.spec["output"], temperature=case.spec["gate_temperature"])
+        method = Ladder(reduction=case.spec["reduction"], rungs=tuple(case.spec["rungs"]), output=case.spec["output"], gate_temperature=case.spec["gate_temperature"])
         adapter = Adapter({"ladder": method}, Anatomy.read(model)).double()
         adapter.load_state_dict({weight(name): value for name, value in case.under("side.").items()})
         attachment = attach(model, adapter)
@@ -144,7 +144,7 @@ def test_it_equals_the_authors_code_on_t5(case: FixtureFile) -> None:
         rungs, decoder = (all_or(side[f"{stack}_side_layers"]) for stack in ("encoder", "decoder"))
         inputs = {name: case.tensors[f"in.{key}"].double() for name, key in (("features", "vis_feats"), ("boxes", "boxes")) if f"in.{key}" in case.tensors}
         image: Any = "side_only" if inputs else "detached"
-        ladder = Ladder(reduction=side["reduction"], rungs=rungs, decoder_rungs=decoder, temperature=side["gate_temperature"], image=image)
+        ladder = Ladder(reduction=side["reduction"], rungs=rungs, decoder_rungs=decoder, gate_temperature=side["gate_temperature"], image=image)
         brings = {"visual": Visual(model.shared.weight.detach())} if inputs else {}
         adapter = Adapter({**brings, "ladder": ladder}, Anatomy.read(model)).double()
         trained = {t5_weight(name): value for name, value in case.under("w.").items() if is_trained.search(name)}
@@ -353,7 +353,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an output": ({"output": "sum"}, "the ladder's output is 'sum': give replace or add"),
     "an image": ({"image": "both"}, "the ladder's image is 'both': give detached or side_only"),
     "no reduction": ({"reduction": 0}, "the ladder's reduction is 0: give 1 or more"),
-    "a temperature": ({"temperature": 0.0}, "the ladder's temperature is 0.0: give a number above 0"),
+    "a temperature": ({"gate_temperature": 0.0}, "the ladder's gate_temperature is 0.0: give a number above 0"),
 }
 
 
