@@ -144,6 +144,10 @@ def test_adapters_that_saw_another_encoder_are_refused_and_nothing_stays(tmp_pat
 def test_one_adapter_an_encoder() -> None:
     with pytest.raises(ConfigError, match="has an adapter already: put all its methods into one"):
         adapted().add_vision_adapter({"bitfit": VISION["bitfit"]})
+    with pytest.raises(ConfigError, match="slots are asked for at the place after_text, and a vision encoder reads no words"):
+        model_of({"prompt": Prompt(length=2, at="after_text")})
+    with pytest.raises(ConfigError, match="a prompt starts from words, and an encoder of images has none"):
+        model_of({"prompt": Prompt(length=1, ids=((4,),))})
     with pytest.raises(ConfigError, match=r"the edit adalink\.text is for text, answer tokens, and a vision encoder has image tokens"):
         model_of().add_vision_adapter({"adalink": AdaLink(rank=4, modalities=("text",))})
 
