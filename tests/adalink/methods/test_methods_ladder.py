@@ -15,7 +15,7 @@ from shared import fixtures
 from tiny import FAMILIES, INPUTS, excite, rows, run, tiny, token_map
 from tiny_families import SETTINGS, tiny_of
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
@@ -44,6 +44,7 @@ from adalink import (
 from adalink.anatomy import FrozenModule
 from adalink.attachment import beside
 from adalink.errors import AttachError, ConfigError
+from adalink.methods.pruned import importances, start_pruned
 
 FILES = sorted(fixtures("lst").glob("*.safetensors"))
 
@@ -216,6 +217,58 @@ def test_at_full_width_with_the_models_own_weights_it_is_the_frozen_model_bit_fo
         assert not torch.equal(run(model, ids, mask), expected)  # control: it is the ladder that was read
 
 
+@files("rule")
+def test_a_pruned_start_keeps_what_the_authors_code_keeps(case: FixtureFile) -> None:
+    with InDouble():
+        model: Any = T5ForConditionalGeneration(T5Config(**case.spec["t5"], tie_word_embeddings=True)).double().eval()
+        model.load_state_dict(case.under("w."), strict=False)
+        samples = [{name: case.tensors[f"in.{i}.{name}"] for name in ("input_ids", "labels")} for i in range(case.spec["n_samples"])]
+        found = importances(model, [lambda sample=sample: model(**sample).loss for sample in samples])
+        for name, value in case.under("fisher.").items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-18)
+        adapter = Adapter({"ladder": Ladder(reduction=case.spec["reduction"])}, Anatomy.read(model)).double()
+        start_pruned(adapter, model, case.under("fisher."))
+    own, compared = dict(adapter.named_parameters()), 0
+    for name, value in case.under("pruned.").items():
+        stack, _, rest = name.partition(".")
+        rest = re.sub(r"^block\.(\d+)\.", r"rungs.\1.block.", rest).replace("final_layer_norm", "end.norm")
+        if stack != "shared":
+            assert torch.equal(own[f"ladder.{stack}.{rest}"], value.double()), name
+            compared += 1
+    assert compared == sum("block" in name or "norm" in name for name in own) - 2  # the tables of distances are copied whole
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_start_that_prunes_nothing_away_is_the_frozen_model(family: str) -> None:
+    model = tiny(family)
+    ids, _, mask = rows()
+    expected = run(model, ids, mask)
+    adapter = copied_ladder(model).requires_grad_(False)
+    drawn = Adapter(adapter.methods, adapter.anatomy).double()
+    start_pruned(drawn, model, importances(model, [lambda: run(model, ids, mask).square().mean()]))
+    with torch.no_grad():
+        for name, parameter in drawn.named_parameters():
+            if "block" in name or "norm" in name:
+                assert torch.equal(parameter, dict(adapter.named_parameters())[name]), name
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(run(model, ids, mask), expected)
+    half = Adapter({"ladder": Ladder(reduction=2)}, Anatomy.read(model)).double()
+    before = {name: value.clone() for name, value in half.state_dict().items()}
+    start_pruned(half, model, importances(model, [lambda: run(model, ids, mask).square().mean()]))
+    changed = {name for name, value in half.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "block" in name or "end.norm" in name}
+
+
+def test_a_start_that_cannot_be_pruned_is_refused() -> None:
+    model = tiny("llama")
+    with pytest.raises(AttachError, match="the adapter has no ladder whose start could be pruned, its methods are lora: add a ladder"):
+        start_pruned(Adapter({"lora": LoRA(groups={"all": ("all",)}, rank=2, alpha=2)}, Anatomy.read(model)), model, {})
+    gemma: Any = tiny_of("gemma2", "eager")
+    adapter = Adapter({"ladder": Ladder(reduction=2)}, Anatomy.read(gemma))
+    with pytest.raises(AttachError, match="a Gemma2DecoderLayer has 4 norms and 4 groups of linears, expected one norm before each pair of them: start the ladder"):
+        start_pruned(adapter, gemma, {name: torch.ones_like(value) for name, value in gemma.named_parameters()})
+
+
 # ----------------------------------------
 # No gradient through the host.
 
@@ -333,6 +386,7 @@ def test_a_step_stores_the_same_bytes_beside_6_12_and_24_layers(monkeypatch: pyt
     assert stored(12, prompt=prompt, ladder=six(12)) > 1.3 * stored(6, prompt=prompt, ladder=six(6))  # control: with a gradient through the layers
 
 
+@pytest.mark.slow  # `adalink bench --only ladder` measures the same
 def test_a_step_stores_at_most_half_and_a_sixth_of_what_lora_stores() -> None:
     lora = stored(12, lora=LoRA(groups={"all": ("all",)}, rank=8, alpha=8, targets=("query", "value")))
     assert stored(12, ladder=Ladder(reduction=4)) <= 0.50 * lora
