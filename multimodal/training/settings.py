@@ -108,6 +108,7 @@ class TrainSettings:
     frozen: dict[str, Path] = field(default_factory=dict)  # methods that are not trained, each with the adapter folder that has its weights
     pull_towards: tuple[Path, ...] = ()  # saved adapters of the same methods: after each step the weights move towards their mean (MOS)
     pull: float = 0.1  # the share of that way
+    full: bool = False  # also train every weight of the language model, and write it beside the adapter: what adapters are measured against
     stages: tuple[Stage, ...] = ()  # what trains in which part of the steps, such as [{trains: [prefix], share: 0.5}, {trains: [prefix, lora]}]; none: all
 
     def __post_init__(self) -> None:

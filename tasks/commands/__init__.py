@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-__all__ = ["COMMANDS", "UNNAMED", "Command", "Entry"]
+__all__ = ["COMMANDS", "NEEDS_NOTHING", "UNNAMED", "Command", "Entry"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,10 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
     "slice": Entry("lifecycle.base", "SLICE", "write a language model with a share of its feed-forward units (MatFormer)"),
     "probe": Entry("lifecycle.base", "PROBE", "fit the direction that tells two kinds of texts apart"),
     "steer": Entry("lifecycle.base", "STEER", "write an adapter that moves a language model along such a direction (Model Surgery)"),
-    "bench": Entry("bench", "BENCH", "measure how fast this machine trains and answers, beside other libraries"),
+    "bench": {
+        "speed": Entry("bench", "BENCH", "how fast this machine trains and answers, beside other libraries (also without the word)"),
+        "when": Entry("bench", "WHEN", "when adapting pays: budgets against sizes of data and base, beside the whole model trained"),
+    },
     "search": Entry("bench", "SEARCH", "search settings of a run for the best score at each cost, beside a random control"),
     "data": {
         "look": Entry("data", "LOOK", "what a data set holds: counts, lengths, duplicates, oddities, a page to browse"),
@@ -117,4 +120,5 @@ COMMANDS: Mapping[str, Entry | Mapping[str, Entry]] = {
 }
 
 # Group -> which of its commands is meant where none of them is named: `adalink compare RUN_A RUN_B`.
-UNNAMED = {"compare": "runs"}
+UNNAMED = {"compare": "runs", "bench": "speed"}
+NEEDS_NOTHING = ("bench",)  # of these groups, those whose command needs no argument

@@ -1,4 +1,4 @@
-"""`adalink bench` and `adalink search`: what they take, and what they do."""
+"""`adalink bench`, `adalink bench when` and `adalink search`: what they take, and what they do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tasks.bench.models import Machine, Sizes
     from tasks.runs.search.runs import Planned
 
-__all__ = ["BENCH", "SEARCH", "bench", "search"]
+__all__ = ["BENCH", "SEARCH", "WHEN", "bench", "search", "when"]
 
 PARTS = ("training", "existing", "features", "adapters", "lora", "ladder", "generation", "shards", "metrics")  # functions of tasks/bench/measurements.py
 
@@ -228,7 +228,8 @@ def _planned(file: Path) -> Planned:
     from tasks.runs.search.runs import Planned
 
     _, values = _values(file)
-    return Planned(settings=dry_run_of(values), parameters=plan_of(values).trained)
+    plan = plan_of(values)
+    return Planned(settings=dry_run_of(values), parameters=plan.trained, base=plan.language_model.parameters)
 
 
 def _add_search(parser: Any) -> None:
@@ -244,3 +245,34 @@ SEARCH = Command(
         "adalink search --config run.yaml --space space.yaml --trials 60 --out runs/search --resume",
     ),
 )
+
+
+# ----------------------------------------
+# `adalink bench when`: when adapting pays.
+
+
+def when(*, config: Path, out: Path, resume: bool = False) -> None:
+    """Train methods of different budgets on samples of different sizes, over seeds, beside the whole language model trained.
+
+    Args:
+        config: The YAML file of a run with train.steps, and `axes`: lists under methods (head, full, or a method whose settings may be lists), shots (0: all
+            samples), bases (language models) and seeds.
+        out: The folder of the bench: cells.jsonl, table.md, table.csv, when.svg, and a run folder for each cell.
+        resume: Go on with the bench in the folder; no cell is run twice.
+    """
+    from tasks.bench.when import run_cells
+    from tasks.commands.parser import check_config_file
+
+    check_config_file(config)
+    for line in run_cells(config, out, _read, _planned, resume=resume):
+        print(line, flush=True)
+
+
+def _add_when(parser: Any) -> None:
+    parser.add_function_arguments(when, skip={"resume"})
+    parser.add_argument("--resume", action="store_true", help="go on with the bench in the folder; no cell is run twice")
+
+
+WHEN = Command(
+    _add_when, lambda values, plain: when(**dict(vars(values))), examples=("adalink bench when --config when.yaml --out runs/when",)
+)  # fmt: skip

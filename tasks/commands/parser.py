@@ -17,7 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from adalink.errors import AdalinkError, ConfigError, TerminatedError
 from adalink.siblings import load_siblings
-from tasks.commands import COMMANDS, UNNAMED, Command, Entry
+from tasks.commands import COMMANDS, NEEDS_NOTHING, UNNAMED, Command, Entry
 
 __all__ = ["ConfigFile", "check_config_file", "main", "one_sentence", "parsed", "worker_sentence"]
 
@@ -109,7 +109,8 @@ def _divided(arguments: list[str]) -> tuple[list[str], Entry | Mapping[str, Any]
     while isinstance(found, Mapping) and rest and rest[0] in found:
         words.append(rest.pop(0))
         found = found[words[-1]]
-    if isinstance(found, Mapping) and words and words[0] in UNNAMED and rest and rest[0] not in ("-h", "--help"):
+    is_whole = bool(rest) or (words and words[0] in NEEDS_NOTHING)
+    if isinstance(found, Mapping) and words and words[0] in UNNAMED and is_whole and rest[:1] not in (["-h"], ["--help"]):
         words.append(UNNAMED[words[0]])
         found = found[words[-1]]
     return words, found, rest

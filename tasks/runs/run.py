@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 from adalink import AdaptedModel, Method
 from adalink.errors import AdalinkError, ConfigError, DataError
@@ -219,7 +220,8 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False, text
     torch.manual_seed(config.train.seed)
     model, texts = new_model(config, opened.source)
     _refuse_beyond(config, opened, val, task, model)
-    check_training(model, config.train, config.out, resume=resume)  # before an image is read
+    also_trained = _whole_language_model(model) if config.train.full else {}
+    check_training(model, config.train, config.out, resume=resume, also_trained=also_trained)  # before an image is read
     if is_main():
         model.print_trainable_parameters()
     with run_folder(config.out) as folder, features_to_learn(model, opened.source, config) as features:
@@ -234,13 +236,14 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False, text
         trained = train(
             model, opened.source, texts_of(texts), config.train, folder, resume=resume, patches=features, known_bad=opened.problems,
             measure=measurement.metrics, judged_by=before[UNTRAINED].headline, samples=measurement.samples,
+            also_trained=also_trained,
         )  # fmt: skip
         _log_skipped("training", trained.bad)
         best = "weights of step {}, the best of the run by {} ({:.2f})".format(*trained.best) if trained.best else ""
         if best:
             _log(f"the adapter has the {best}")
         config_file.write_text(config_text)  # of a resumed run first here: one that is refused leaves the old one
-        model.save_pretrained(folder / "adapter", task={"task": task.name, "generation": asdict(config.generation)})
+        _save(folder, model, task, config)
         evaluation = replace(_evaluate(model, images, task, config, before), step_seconds=trained.step_seconds)
         _note_states(folder, "trained", model, images, task, config)
         _write(folder, model, task, config_text, evaluation, images)
@@ -248,6 +251,24 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False, text
             n_items = len(evaluation.predictions.texts)
             write_card_metrics(folder / "adapter", evaluation.scores[TRAINED], split=config.data.val.split_name, items=n_items, best=best)
     return evaluation
+
+
+def _whole_language_model(model: VisionLanguageModel) -> dict[str, nn.Parameter]:
+    """Every weight of the language model by name, trained from now on. Raises ConfigError where they are not all in float32."""
+    found = {f"language_model.{name}": parameter for name, parameter in model.adapted.base.named_parameters()}
+    if other := next((name for name, parameter in found.items() if parameter.dtype != torch.float32), None):
+        raise ConfigError(f"train.full trains every weight, and {other} is in {found[other].dtype}: give base.language_model.dtype: float32, without quantise")
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
+def _save(folder: Path, model: VisionLanguageModel, task: Task, config: RunConfig) -> None:
+    """The adapter, and beside it the language model where all of it was trained."""
+    model.save_pretrained(folder / "adapter", task={"task": task.name, "generation": asdict(config.generation)})
+    if config.train.full and is_main():
+        model.language.model.save_pretrained(folder / "language_model")
+        model.language.tokenizer.save_pretrained(folder / "language_model")
 
 
 def evaluate_run(
@@ -413,6 +434,8 @@ def _write(folder: Path, model: VisionLanguageModel, task: Task, config_text: st
         return
     task.write_results(folder / "results.json", evaluation.predictions.texts)
     text, trained = evaluation.predictions, TrainedParts.of(model).counts()
+    if whole := sum(parameter.numel() for parameter in model.adapted.base.parameters() if parameter.requires_grad):
+        trained["language_model"] = whole
     write_metrics(
         folder / "metrics.json", task, evaluation.scores, items=len(text.texts), trained=trained, seconds=evaluation.seconds, bad=text.bad,
         step_seconds=evaluation.step_seconds,

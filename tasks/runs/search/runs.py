@@ -34,10 +34,12 @@ class Planned:
 
     settings    those of a run
     parameters  how many it would train: those of its methods and, where it has one, of its head
+    base        those of the language model
     """
 
     settings: Any
     parameters: int
+    base: int
 
 
 Read = Callable[[Path], tuple[Any, str]]  # the settings of a config file, of which some may be missing; and all of them as YAML
