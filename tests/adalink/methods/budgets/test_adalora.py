@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import composed
 import pytest
 import torch
 from composed import Drawn, compose, two_texts
@@ -228,7 +230,9 @@ def trained(folder: Path, method: AdaLoRA = SHORT, *, resume: bool = False, meas
     folder.mkdir(exist_ok=True, parents=True)
     model = compose("opt")
     torch.manual_seed(5)
-    model.to(fields.pop("dtype", torch.float64)).add_adapter("one", {"bridge": Bridge(kind="linear"), "adalora": method}).to(next(model.parameters()).dtype)
+    dtype = fields.pop("dtype", torch.float64)
+    model.adapted.base.to(dtype)
+    model.add_adapter("one", {"bridge": Bridge(kind="linear"), "adalora": method}).to(dtype)
     train(model, Drawn(8), two_texts, TrainSettings(**{**SETTINGS, **fields}), folder, resume=resume, measure=measure)
     return model
 
@@ -273,7 +277,8 @@ def test_a_step_that_the_scaler_skips_is_none_of_the_budget(tmp_path: Path, monk
     assert any(second[key].any() for key in scores)
 
 
-def test_in_the_encoder_the_budget_is_one_of_its_own_and_is_saved_small_below_the_folder(tmp_path: Path) -> None:
+def test_in_the_encoder_the_budget_is_one_of_its_own_and_is_saved_small_below_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composed, "tower", lambda shared=composed.tower: copy.deepcopy(shared()))  # other tests have it without an adapter
     model = compose("opt")
     model.add_adapter("one", {"bridge": Bridge(kind="linear"), "adalora": SHORT})
     new_vision_adapter(model.tower, {"adalora": AdaLoRA(**{**vars(SHORT), "groups": {"image": ("image",)}, "targets": ("query", "value")})})
