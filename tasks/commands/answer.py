@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ from tasks.commands import Command
 from tasks.data.reader import IMAGE_ENDINGS
 from tasks.runs.help import comments_as_help
 from tasks.serve.settings import Access, Batching, RequestLimits, ServeSettings
+
+TYPE_CHECKING = False  # not typing's, whose blocks the argument parser runs
+if TYPE_CHECKING:
+    from multimodal.model import VisionLanguageModel
 
 __all__ = ["ASK", "CAPTION", "SERVE", "add_allow_other_base", "images_and_questions", "images_of", "named_adapters"]
 
@@ -28,13 +32,14 @@ def images_of(given: Sequence[Path]) -> list[Path]:
     return [file for path in given for file in _files(path)]
 
 
-def images_and_questions(given: Sequence[str]) -> tuple[list[Path], list[str]]:
+def images_and_questions(given: Sequence[str], *, are_clips: bool = False) -> tuple[list[Path], list[str]]:
     """What `ask` is given: images first, then questions. The first is an image; so are those after it that are files or look like images.
 
-    Raises DataError as `images_of` does.
+    are_clips: a folder is one clip, of its frames. Raises DataError as `images_of` does.
     """
     n_images = next((i for i, text in enumerate(given) if i and not _is_image(text)), len(given))
-    return images_of([Path(text) for text in given[:n_images]]), list(given[n_images:])
+    paths = [Path(text) for text in given[:n_images]]
+    return paths if are_clips else images_of(paths), list(given[n_images:])
 
 
 def _is_image(text: str) -> bool:
@@ -66,6 +71,19 @@ def _files(path: Path) -> list[Path]:
     return [path]  # one that is not there is named where it is read
 
 
+def _reading(model: VisionLanguageModel) -> Callable[[Path], Any] | None:
+    """What looks at a clip and gives its path, which the model reads itself; None for a model of images. Raises BadImage and ConfigError."""
+    from multimodal.data.inputs import kind_of, prepared
+
+    preprocess = model.tower.preprocess
+
+    def read(path: Path) -> Path:
+        prepared(path, preprocess)
+        return path
+
+    return None if kind_of(preprocess) == "image" else read
+
+
 def _caption(values: Any, plain: Any) -> None:
     from multimodal.data.images.decode import decode_image
     from tasks.runs.compose import load_adapted
@@ -74,12 +92,13 @@ def _caption(values: Any, plain: Any) -> None:
     if saved["task"] != "captioning":
         raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink ask`")
     settings = values.generation.over(saved_generation(saved))
-    images = images_of(values.images)
+    clips = _reading(model)
+    images, read = (images_of(values.images), decode_image) if clips is None else (list(values.images), clips)
     for path in images:
-        decode_image(path)  # before the first is captioned: a wrong path ends the command at once
+        read(path)  # before the first is captioned: a wrong path ends the command at once
     for start in range(0, len(images), CAPTIONED_AT_ONCE):
         paths = images[start : start + CAPTIONED_AT_ONCE]
-        texts = model.generate([decode_image(path) for path in paths], [""] * len(paths), settings=settings)
+        texts = model.generate([read(path) for path in paths], [""] * len(paths), settings=settings)
         for path, text in zip(paths, texts, strict=True):
             print(f"{path}\t{text}" if len(images) > 1 else text)
 
@@ -95,11 +114,15 @@ def _ask(values: Any, plain: Any) -> None:
     if saved["task"] != "vqa":
         raise ConfigError(f"the adapter in {values.adapter} was trained for {saved['task']}: use `adalink caption`")
     settings = values.generation.over(saved_generation(saved))
+    clips = _reading(model)
+    read = decode_image if clips is None else clips
+    if clips is not None:
+        images, questions = images_and_questions([values.image, *values.question], are_clips=True)
     for path in images:
-        decode_image(path)  # before the first question is answered
+        read(path)  # before the first question is answered
     for start in range(0, len(images), CAPTIONED_AT_ONCE):
         paths = images[start : start + CAPTIONED_AT_ONCE]
-        displayed = [decode_image(path) for path in paths]  # each once for all its questions, so it is read once
+        displayed = [read(path) for path in paths]  # each once for all its questions, so it is read once
         asked = [(path, image, question) for path, image in zip(paths, displayed, strict=True) for question in questions]
         texts = model.generate([image for _, image, _ in asked], [question for _, _, question in asked], settings=settings)
         for (path, _, question), text in zip(asked, texts, strict=True):

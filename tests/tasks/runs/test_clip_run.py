@@ -54,6 +54,10 @@ def test_a_run_on_clips_is_saved_with_its_frames_and_evaluated(root: Path, tmp_p
     assert (tmp_path / "again" / "results.json").read_bytes() == (tmp_path / "run" / "results.json").read_bytes()
     model = VisionLanguageModel.from_pretrained(adapter)
     assert model.tower.preprocess.n_frames == 8  # type: ignore[union-attr]
+    files = [root / "media" / f"clip{i}" for i in range(2)]
+    written = adalink("caption", *files, "--adapter", adapter)
+    assert [line.split("\t")[0] for line in written.out.splitlines()] == [str(file) for file in files], written
+    assert "holds no numbered frame" in refused(adalink("caption", files[0], root / "encoder", "--adapter", adapter))
     wrong = adalink("evaluate", "--config", tmp_path / "run" / "config.yaml", "--adapter", adapter, "--frames", "4")
     assert "was trained on clips with frames: 8, and this model's encoder has 4: compose it with frames=8" in refused(wrong)
 
@@ -83,3 +87,14 @@ def test_cached_features_of_clips_are_what_the_methods_read(root: Path, tmp_path
 )
 def test_what_cannot_be_is_one_sentence(more: tuple[str, ...], file: str, sentence: str, root: Path, tmp_path: Path) -> None:
     assert sentence in refused(run(root, tmp_path / "run", *more, file=file))
+
+
+def test_questions_are_asked_about_a_clip(root: Path, tmp_path: Path) -> None:
+    rows = [{"video": f"clip{i}", "question_id": i, "sent": "what is it?", "label": {"cube": 1.0}} for i in range(4)]
+    (root / "questions.json").write_text(json.dumps(rows))
+    done = train("vqa", tmp_path / "run", *clips(root, file="questions.json"), small=())
+    assert done.code in (0, None), done
+    assert "exact match" in (tmp_path / "run" / "metrics.json").read_text()
+    asked = adalink("ask", root / "media" / "clip0", "what is it?", "how many?", "--adapter", tmp_path / "run" / "adapter")
+    assert asked.code in (0, None), asked
+    assert len(asked.out.splitlines()) == 2
