@@ -13,7 +13,7 @@ from composed import FAMILIES, compose, excite
 from served import photo
 from shared import PATIENCE
 
-from adalink import BASE_NAME, AdaLink, Bridge, Gated, Prompt
+from adalink import BASE_NAME, AdaLink, Bridge, Gated, Ladder, Prompt
 from multimodal.data.images.decode import decode_image
 from multimodal.generation.generate import GenerationSettings
 from multimodal.model import VisionLanguageModel
@@ -27,6 +27,7 @@ MANY = 2**30
 METHODS: dict[str, dict[str, Any]] = {
     "one": {"bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"))},
     "two": {"bridge": Bridge(kind="linear"), "prompt": Prompt(length=3, init_std=0.5, at="after_text")},
+    "three": {"bridge": Bridge(kind="linear"), "ladder": Ladder(reduction=2, output="add")},
 }
 
 
@@ -79,7 +80,8 @@ def generated(model: VisionLanguageModel, name: str, index: int, n_new: int, que
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_is_what_generate_gives_in_any_company(family: str) -> None:
     model = model_of(family)
-    cases = [(name, index, n_new) for index, (name, n_new) in enumerate((("one", 7), ("two", 3), (BASE_NAME, 9), ("two", 8), ("one", 2), ("one", 9)))]
+    lengths = (("one", 7), ("two", 3), (BASE_NAME, 9), ("two", 8), ("one", 2), ("one", 9), ("three", 8), ("three", 3))
+    cases = [(name, index, n_new) for index, (name, n_new) in enumerate(lengths)]
     alone = [generated(model, *case) for case in cases]
     assert answers(model, [job(model, *case) for case in cases]) == alone
     drawn = job(model, "one", 5, 12, sampling=Sampling(temperature=1.5, top_p=1.0, seed=3))
@@ -93,10 +95,10 @@ def test_a_row_is_what_generate_gives_in_any_company(family: str) -> None:
 def test_what_a_prompt_shares_with_one_before_is_not_read_again_and_changes_no_text(family: str) -> None:
     model = model_of(family)
     running = running_of(model, MANY)
-    first = [("one", 0, 5), ("two", 0, 5), (BASE_NAME, 1, 5), ("one", 2, 5)]
+    first = [("one", 0, 5), ("two", 0, 5), (BASE_NAME, 1, 5), ("one", 2, 5), ("three", 0, 5)]
     # Other questions about known images, the same ones again, and new images, all in one batch.
-    second = [("one", 0, 6, 1), ("two", 0, 4), (BASE_NAME, 1, 6), ("one", 1, 6), ("two", 2, 5), ("one", 2, 7, 3), ("one", 2, 6)]
-    for cases, n_hits in ((first, 0), (second, 5), (second, 7)):
+    second = [("one", 0, 6, 1), ("two", 0, 4), (BASE_NAME, 1, 6), ("one", 1, 6), ("two", 2, 5), ("one", 2, 7, 3), ("one", 2, 6), ("three", 0, 6, 1)]
+    for cases, n_hits in ((first, 0), (second, 6), (second, 8)):
         found = run_jobs(running, [job(model, *case) for case in cases])
         assert [answer.text for answer in found] == [generated(model, *case) for case in cases]
         assert sum(answer.n_known > 0 for answer in found) == (0 if family == "t5" else n_hits)
