@@ -25,7 +25,7 @@ from adalink.errors import ConfigError, DataError
 from adalink.lifecycle.base import SLIM_FILE, read_slim
 from multimodal.loading import existing_folder, freeze, loading, quiet, split_revision
 
-__all__ = ["LANGUAGE_ADVICE", "Language", "LanguageUse", "family_of", "load_language", "settle_tokens"]
+__all__ = ["LANGUAGE_ADVICE", "Language", "LanguageUse", "family_of", "is_encoder_only", "load_language", "settle_tokens"]
 
 LanguageUse = Literal["write", "read"]
 """What a language model is for: to write text, or to be read by a head that chooses an answer. Encoder-only models (BERT) can only be read."""
@@ -82,7 +82,7 @@ class Language:
     @cached_property
     def first_position(self) -> int:
         """What an encoder-only model counts positions from: RoBERTa, from after its padding id. 0 elsewhere."""
-        positions = Anatomy.read(self.model).positions if _is_encoder_only(self.model.config) else None
+        positions = Anatomy.read(self.model).positions if is_encoder_only(self.model.config) else None
         return 0 if positions is None or positions.padding_row is None else positions.padding_row + 1
 
 
@@ -133,10 +133,12 @@ def family_of(config: Any, use: LanguageUse, name: str) -> tuple[Any, dict[str, 
     Raises ConfigError where no such model is fit for the use.
     """
     found = f"'{name}' is of model type '{config.model_type}'"
-    if _is_encoder_only(config):
+    if is_encoder_only(config):
         if use == "read":  # without a pooler: files of a masked language model hold none
             return AutoModel, {"add_pooling_layer": False} if _takes_pooler(config) else {}
-        raise ConfigError(f"{found}, expected one that writes text; it can choose an answer: set task: vqa and vqa.answers, or {LANGUAGE_ADVICE}")
+        raise ConfigError(
+            f"{found}, expected one that writes text; it can choose an answer: set task: vqa and vqa.answers, or text.how: head, or {LANGUAGE_ADVICE}"
+        )
     if use == "read" and config.is_encoder_decoder:
         raise ConfigError(f"{found}, which is an encoder-decoder, and a head chooses an answer from one stack: give {READER_ADVICE}")
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
@@ -145,7 +147,8 @@ def family_of(config: Any, use: LanguageUse, name: str) -> tuple[Any, dict[str, 
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM, {}
 
 
-def _is_encoder_only(config: Any) -> bool:
+def is_encoder_only(config: Any) -> bool:
+    """Whether a model of this configuration reads both ways and writes nothing, as BERT."""
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder and not getattr(config, "is_decoder", False)
 
 
@@ -171,7 +174,7 @@ def settle_tokens(tokenizer: Any, model: Any, name: str) -> None:
         )
     for role in ("bos", "eos", "pad"):
         token = getattr(tokenizer, f"{role}_token_id")
-        if token is None and role in _ENCODER_ROLES and _is_encoder_only(model.config):
+        if token is None and role in _ENCODER_ROLES and is_encoder_only(model.config):
             token = getattr(tokenizer, f"{_ENCODER_ROLES[role]}_token_id")
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token) if token is not None else None)
         if token is None or token >= n_rows:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,23 +24,24 @@ from adalink.errors import ConfigError
 from adalink.model import ActiveAdapter
 from multimodal.batches.collate import Batch
 from multimodal.batches.packing import Ways
-from multimodal.batches.tokenize import RowEncoder, in_ids
+from multimodal.batches.tokenize import RowEncoder, TextRowEncoder, in_ids
 from multimodal.data.images.decode import ImageOrFile
 from multimodal.data.inputs import CachedFeatures
 from multimodal.data.loader import Batches, Texts, TrainingTask, new_batches
 from multimodal.encoders.bound_parts import encoder_part, language_part
 from multimodal.encoders.tower import (
+    NoTower,
     VisionTower,
     load_tower,
     load_vision_adapter,
     new_vision_adapter,
     refuse_other_features,
     save_vision_adapter,
-)
+)  # fmt: skip
 from multimodal.existing.budget import ImageTokens
 from multimodal.existing.connector import Connectors
 from multimodal.existing.connector_choice import ConnectorChoice, refuse_connector
-from multimodal.existing.conversation import Prompt, asked_of
+from multimodal.existing.conversation import Prompts, asked_of
 from multimodal.existing.inputs import give_inputs
 from multimodal.existing.load import load_existing
 from multimodal.existing.rows import ConversationRows
@@ -52,10 +52,23 @@ from multimodal.generation.generate import written_texts
 from multimodal.generation.routing import Routing, asked_names, generated, load_router, routes
 from multimodal.generation.settings import GenerationChoice, GenerationSettings
 from multimodal.language import Language, LanguageUse, load_language
-from multimodal.loss.answer_head import AnswerHead, answer_loss, chosen_answers, load_head, new_head, pooled_state, save_head, use_for
+from multimodal.loss.answer_head import (
+    AnswerHead,
+    HeadLoss,
+    LabelWords,
+    answer_loss,
+    chosen_answers,
+    chosen_words,
+    load_head,
+    new_head,
+    pooled_state,
+    save_head,
+    use_for,
+)  # fmt: skip
 from multimodal.loss.language_loss import LanguageLoss
+from multimodal.loss.trained import TrainedParts, trained_summary
 from multimodal.sample import SampleSource
-from multimodal.template import Template, saved_template
+from multimodal.template import Template, TextTemplate, saved_template
 
 __all__ = [
     "TrainedParts", "VisionLanguageModel", "load_composed", "save_composed", "trained_summary",
@@ -72,7 +85,11 @@ def save_composed(model: VisionLanguageModel, folder: Path, task: Mapping[str, A
     budget = model.tower.processor.budget.saved() if isinstance(model.tower, ModelTower) else {}
     frames = {"frames": model.tower.frames} if isinstance(model.tower, VisionTower) and model.tower.frames else {}
     known = {**template.saved(), "layer": model.tower.layer, **frames, **budget}
-    answers = {} if model.head is None else {"answers": len(model.head.answers)}
+    answers: dict[str, Any] = {} if model.head is None else {"answers": len(model.head.answers)}
+    if model.head is not None and model.head.loss != "binary":
+        answers["head_loss"] = model.head.loss
+    if (labels := model.label_words.get(model.adapted.active or "")) is not None:
+        answers |= {"label_words": list(labels.words), "score": labels.by}
     model.adapted.task = {**model.adapted.task, **task, **known, **answers}
     model.adapted.save_pretrained(folder)
     save_vision_adapter(folder, model.tower, model.seeing_part)
@@ -88,8 +105,8 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
     Raises ConfigError where it was trained on another layer's features, CheckpointError on other frozen parts or a damaged folder.
     """
     config, parts = AdaptedModel.read_config(folder), model.adapted.parts
-    if isinstance(model.tower, ModelTower) == ("encoder" in config.base):
-        found, given = ("a composed model", "one that saw already") if "encoder" in config.base else ("a model that saw already", "a composed one")
+    found, given = _form("encoder" in config.base, isinstance(saved_template(config.task), TextTemplate)), model.form
+    if found != given:
         raise ConfigError(f"the adapter in {folder} was trained on {found}, and this is {given}: load it on a model of its own kind")
     if isinstance(model.tower, ModelTower):
         model.tower.check_copies(config.modules_to_save, str(folder))
@@ -110,61 +127,21 @@ def load_composed(model: VisionLanguageModel, folder: str | Path, name: str, *, 
     refuse_other_features(model.tower, config, parts, folder)
     if not config.modules_to_save:  # those of which it has copies are no part of its base: load_adapter compares the rest
         config.check_base(parts, str(folder), allow_other_base=allow_other_base)
-    local, encoder = local_folder(folder), parts["encoder"]
+    local, encoder = local_folder(folder), parts.get("encoder", parts["language_model"])
     vision = load_vision_adapter(local, model.tower, encoder, len(model.adapted.adapters), allow_other_base=allow_other_base)
-    head = load_head(local, model.adapted, config.task["answers"], config.methods) if config.task.get("answers") else None
+    head = load_head(local, model.adapted, config.task, config.methods) if config.task.get("answers") else None
     adapter = model.adapted.load_adapter(local, name, activate=activate, allow_other_base=allow_other_base)
     if head is not None:
         model.heads[name] = head
+    if config.task.get("label_words"):
+        model.label_words[name] = LabelWords(words=tuple(config.task["label_words"]), by=config.task.get("score", "sum"))
     if vision is not None:
         model.tower.adapt(vision.eval())
     return adapter
 
 
-# ----------------------------------------
-# What a composed model trains beside its frozen parts: the adapter's edits, the encoder's where it is adapted, an answer head.
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedParts:
-    """The trained modules: edits in the language model, in the encoder and on the connector, the head that chooses answers."""
-
-    edits: Adapter
-    vision: Adapter | None = None
-    connector: Adapter | None = None
-    head: AnswerHead | None = None
-
-    @staticmethod
-    def of(model: VisionLanguageModel) -> TrainedParts:
-        """Those of a model's active adapter. Raises ConfigError where none is active."""
-        connector = None if model.connectors is None else model.connectors.of(model.adapted.active)
-        return TrainedParts(edits=model.adapted.active_adapter(), vision=model.tower.adapter, connector=connector, head=model.head)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained parameter by name: `adalink.image.down.weight`, `vision.lora...`, `connector.lora...`, `head.linear.bias`."""
-        beside = {"vision": self.vision, "connector": self.connector, "head": self.head}
-        found = dict(self.edits.named_parameters())
-        return found | {name: one for role, module in beside.items() if module is not None for name, one in module.named_parameters(role)}
-
-    def counts(self) -> dict[str, int]:
-        """How many parameters each method and the head has: `adalink`, `vision.lora`, `connector.lora`, `head`."""
-        beside = {"vision": self.vision, "connector": self.connector}
-        seen = {f"{role}.{name}": count for role, one in beside.items() if one is not None for name, count in one.n_parameters().items()}
-        head = {} if self.head is None else {"head": sum(parameter.numel() for parameter in self.head.parameters())}
-        return {**self.edits.n_parameters(), **seen, **head}
-
-
-def trained_summary(model: VisionLanguageModel) -> str:
-    """The active adapter's parameters and their share of all; a line more for the encoder's and one for the head's, where there are some."""
-    lines = [model.adapted.trainable_summary(also_frozen=sum(parameter.numel() for parameter in model.tower.encoder.parameters()))]
-    trained = TrainedParts.of(model)
-    for place, adapter in (("encoder", trained.vision), ("connector", trained.connector)):
-        if adapter is not None:
-            counts = adapter.n_parameters()
-            lines.append(f"in the {place}: {sum(counts.values()):,} ({', '.join(f'{name} {count:,}' for name, count in counts.items())})")
-    if model.head is not None:
-        lines.append(f"in the head: {sum(parameter.numel() for parameter in model.head.parameters()):,} ({len(model.head.answers):,} answers)")
-    return "\n".join(lines)
+def _form(has_encoder: bool, reads_texts: bool) -> str:
+    return "a composed model" if has_encoder else "a model without an encoder" if reads_texts else "a model that saw already"
 
 
 class VisionLanguageModel(nn.Module):
@@ -173,14 +150,21 @@ class VisionLanguageModel(nn.Module):
     More than five public methods, because the adapter methods are the ones that users of this field look for.
     """
 
-    def __init__(self, tower: VisionTower | ModelTower, language: Language, template: Template) -> None:
+    def __init__(self, tower: VisionTower | ModelTower | None, language: Language, template: Template) -> None:
+        """tower: None for a model that reads texts alone, with a `TextTemplate`. Raises ConfigError for a template of the other kind."""
         super().__init__()
-        self.tower = tower
+        if (tower is None) != isinstance(template, TextTemplate):
+            advice = "give a TextTemplate, which has none" if tower is None else "write <image> once"
+            raise ConfigError(f"the prompt template is {template.prompt!r}, and {'no' if tower is None else 'an'} encoder fills <image>: {advice}")
+        self.tower: VisionTower | ModelTower | NoTower = NoTower() if tower is None else tower
         self.language = language
         self.template = template
         self.ways: Ways | None = None  # of an existing model: how its rows may share an image
         self.connectors: Connectors | None = None  # of an existing model: those that its adapters have of their own
-        if isinstance(tower, ModelTower):
+        self.label_words: dict[str, LabelWords] = {}  # by adapter, where it chooses among words by what they would cost to write
+        if tower is None:
+            self.adapted = AdaptedModel(language.model, parts={"language_model": language_part(language)})
+        elif isinstance(tower, ModelTower):
             self.adapted = AdaptedModel(language.model, parts={"language_model": tower.part()})
             give_inputs(self.adapted, tower.form)
             self.ways, tower.blocks = tried_ways(self.adapted, tower)
@@ -195,10 +179,12 @@ class VisionLanguageModel(nn.Module):
 
     @classmethod
     def compose(
-        cls, encoder: str | Path, language_model: str | Path, *, template: Template, layer: int = -1, use: LanguageUse = "write", frames: int | None = None
+        cls, encoder: str | Path | None, language_model: str | Path, *, template: Template, layer: int = -1, use: LanguageUse = "write",
+        frames: int | None = None,
     ) -> VisionLanguageModel:
-        """The model made of an encoder and a language model, each a local folder or a name. `layer` and `frames`: which features; see load_tower."""
-        return cls(load_tower(encoder, layer=layer, frames=frames), load_language(language_model, use=use), template)
+        """The model made of an encoder (None: it reads texts alone) and a language model, each a local folder or a name. layer, frames: see load_tower."""
+        tower = None if encoder is None else load_tower(encoder, layer=layer, frames=frames)
+        return cls(tower, load_language(language_model, use=use), template)
 
     @classmethod
     def from_model(
@@ -237,6 +223,11 @@ class VisionLanguageModel(nn.Module):
         return self.vision_tower.encode(pixels).joined
 
     @property
+    def form(self) -> str:
+        """A composed model, one without an encoder, or one that saw already, in words."""
+        return _form(isinstance(self.tower, VisionTower), isinstance(self.tower, NoTower))
+
+    @property
     def seeing_part(self) -> FrozenPart:
         """The frozen part that reads images: the encoder, or the whole model that sees already."""
         return self.adapted.parts.get("encoder", self.adapted.parts["language_model"])
@@ -245,14 +236,14 @@ class VisionLanguageModel(nn.Module):
     def vision_tower(self) -> VisionTower:
         """The encoder of a composed model. Raises ConfigError for a model that saw already: its tower is a part of it."""
         if not isinstance(self.tower, VisionTower):
-            raise ConfigError(f"'{self.tower.name}' is one model with a tower of its own, and this is for models composed of an encoder and a language model")
+            raise ConfigError(f"this is for models composed of an encoder and a language model, and '{self.language.name}' is {self.form}")
         return self.tower
 
     @torch.no_grad()
     def generate(
         self,
         images: ImageOrFile | Sequence[ImageOrFile | Sequence[ImageOrFile]] | None = None,
-        prompts: Prompt | Sequence[Prompt] = "",
+        prompts: Prompts = "",
         *,
         settings: GenerationSettings | None = None,
         adapter_names: Sequence[str | None] | Literal["auto"] | None = None,
@@ -263,6 +254,7 @@ class VisionLanguageModel(nn.Module):
         """One text for each image and prompt; a prompt is the question that the template asks (empty in captioning).
 
         images: PIL images, paths or the bytes of files; one alone is asked every prompt. prompts: one alone is asked about every image.
+        A model without an encoder takes no images, and a text or a pair of texts in the place of a question: `prompts=[("a", "b"), ...]`.
         A model that sees already also takes several images in the place of one, and conversations in the place of questions: messages as its
         chat template takes them, whose parts {"type": "image", "image": ...} hold their images, or take those of `images` in order.
         settings: those that the adapter was saved with, where none are given; an adapter made here has the defaults. `max_new_tokens` and
@@ -287,6 +279,8 @@ class VisionLanguageModel(nn.Module):
             token_map = self.token_map(batch, adapter_names)
             if any(heads := [self._head(name) for name in names]):
                 return chosen_answers(heads, pooled_state(self.adapted, self.language, batch, token_map))
+            if any(labels := [self.label_words.get(name or "") for name in names]):
+                return chosen_words(self, batch, names, labels)
             self.adapted.check_writes(names)
             return written_texts(self.language, self.adapted.attachment, batch, token_map, settings)
 
@@ -296,7 +290,10 @@ class VisionLanguageModel(nn.Module):
         head = self._head(name)
         if isinstance(self.tower, ModelTower):
             return self.tower.row_encoder(self.template_of(name), self.adapted.serving(1, [name]).slots[0])
-        return RowEncoder(self.template_of(name), self.language, self.adapted.serving(1, [name]).slots[0], 0 if head is None else len(head.answers))
+        template, slots, n_answers = self.template_of(name), self.adapted.serving(1, [name]).slots[0], 0 if head is None else len(head.answers)
+        if isinstance(template, TextTemplate):
+            return TextRowEncoder(template, self.language, slots, n_answers)
+        return RowEncoder(template, self.language, slots, n_answers)
 
     def template_of(self, adapter: str) -> Template:
         """The words that an adapter was saved with, where it was loaded from a folder that holds them; this model's own otherwise."""
@@ -310,6 +307,8 @@ class VisionLanguageModel(nn.Module):
             names = {self.adapted.active} if adapter_names is None else {None if name == BASE_NAME else name for name in adapter_names}
             plain = TokenMap(batch.domain, rows.row, serving=rows.serving, entry=batch.token_image, indices=rows.indices, weights=rows.weights)
             return self.tower.token_map(batch, plain, names)
+        if isinstance(self.tower, NoTower):
+            return TokenMap(batch.domain, rows.row, serving=rows.serving, indices=rows.indices, weights=rows.weights)
         retained = batch.taps if batch.patches is None else batch.patches
         if retained is not None and self.tower.adapter is not None:
             raise ConfigError("the batch holds cached features, and this model's encoder has trained weights: collate it with pixels")
@@ -372,11 +371,13 @@ class VisionLanguageModel(nn.Module):
             return self.adapted.add_adapter(name, methods)
         return self.connectors.add_adapter(name, methods, connector, connector_methods or {})
 
-    def add_answer_head(self, answers: Sequence[str]) -> AnswerHead:
+    def add_answer_head(self, answers: Sequence[str], loss: HeadLoss = "binary") -> AnswerHead:
         """Let the active adapter choose among these answers, by a new head that is trained with it, instead of writing."""
-        _, methods = self.vision_tower, self.adapted.active_adapter().methods  # a model that saw already raises: its rows are for writing
+        if isinstance(self.tower, ModelTower):
+            _ = self.vision_tower  # raises: its rows are for writing
+        methods = self.adapted.active_adapter().methods
         pieces_of = RowEncoder(self.template_of(self.adapted.active or ""), self.language, ()).answer_pieces
-        self.heads[self.adapted.active or ""] = head = new_head(self.adapted, answers, methods, pieces_of)
+        self.heads[self.adapted.active or ""] = head = new_head(self.adapted, answers, methods, pieces_of, loss)
         return head
 
     @property
@@ -406,7 +407,7 @@ class VisionLanguageModel(nn.Module):
         self.routing = load_router(self, folder, allow_other_base=allow_other_base)
         return self.routing
 
-    def route(self, images: ImageOrFile | Sequence[ImageOrFile | Sequence[ImageOrFile]], prompts: Prompt | Sequence[Prompt] = "") -> list[Route]:
+    def route(self, images: ImageOrFile | Sequence[ImageOrFile | Sequence[ImageOrFile]], prompts: Prompts = "") -> list[Route]:
         """Which adapter the router gives each row of `generate`, with its weights and how sure it is; `adapter_names` takes them as names."""
         return routes(self, asked_of(images, prompts))
 
@@ -415,6 +416,7 @@ class VisionLanguageModel(nn.Module):
         self.adapted.delete_adapter(name)
         if self.connectors is not None:
             self.connectors.delete(name)
+        self.label_words.pop(name, None)
         if name in self.heads:
             del self.heads[name]
 
@@ -467,13 +469,13 @@ class VisionLanguageModel(nn.Module):
         if template is None:
             raise ConfigError(f"the adapter in {folder} says no words around question and answer: load it with load_adapter on a model that has them")
         parts = {role: part.name for role, part in config.base.items()}
-        if "encoder" not in parts:
+        if "encoder" not in parts and not isinstance(template, TextTemplate):
             model = cls.from_model(language_model or parts["language_model"], template=template, image_tokens=ImageTokens.of(config.task))
             model.load_adapter(folder, "default", allow_other_base=allow_other_base)
             return model.eval()
         layer, use = config.task["layer"], use_for(config.task)
-        frames = config.task.get("frames")
-        model = cls.compose(encoder or parts["encoder"], language_model or parts["language_model"], template=template, layer=layer, use=use, frames=frames)
+        frames, encoder = config.task.get("frames"), encoder or parts.get("encoder")
+        model = cls.compose(encoder, language_model or parts["language_model"], template=template, layer=layer, use=use, frames=frames)
         model.load_adapter(folder, "default", allow_other_base=allow_other_base)
         return model.eval()
 

@@ -28,8 +28,9 @@ MediaKind = Literal["image", "video", "audio"]
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question about an image, with what people answered (ten answers in VQAv2, none in a test split).
+    """A question about an image, or a text by itself, with what people answered (ten answers in VQAv2, none in a test split).
 
+    pair    the second text, where two are compared; else empty
     marks   one per answer where the file gives answers no id of their own, else empty: the official score takes answers that are equal in
             this too as one (`tasks.metrics.vqa.GradedQuestion`)
     turns   the turns before it, for a model that reads conversations: (role, text)
@@ -44,6 +45,7 @@ class Question:
     marks: tuple[str, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
     places: tuple[tuple[int, int], ...] | None = None
+    pair: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a text in place of a tuple."""
@@ -52,7 +54,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """ONE image or clip with ALL its texts; where `media` is None texts alone, for a model that sees already.
+    """ONE image or clip with ALL its texts; where `media` is None texts alone, for a model without an encoder, or one that sees already.
 
     key        unique in its data set; what logs and reports name
     image_id   the id in the official result files

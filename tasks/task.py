@@ -13,10 +13,11 @@ from multimodal.template import Template, Text
 from tasks.data.reader import Official
 from tasks.metrics.bootstrap import Interval, Metrics, Resampling, intervals
 
-__all__ = ["BLIND", "TRAINED", "UNTRAINED", "Asked", "Score", "Submission", "Task"]
+__all__ = ["BLIND", "BLIND_TEXTS", "TRAINED", "UNTRAINED", "Asked", "Score", "Submission", "Task"]
 
 # The rows of every table of results.
 UNTRAINED, TRAINED, BLIND = "frozen parts, untrained adapter", "trained adapter", "images shuffled (blind control)"
+BLIND_TEXTS = "texts shuffled (blind control)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,25 +33,26 @@ class Submission:
 class Asked:
     """One thing to ask about an image. item: the image id (captioning) or the question id (VQA), as in the official result files.
 
-    turns, places   of a conversation; see `multimodal.template.Text`
+    turns, places, pair   see `multimodal.template.Text`
     """
 
     item: int
     question: str
     turns: tuple[tuple[str, str], ...] = ()
     places: tuple[tuple[int, int], ...] | None = None
+    pair: str = ""
 
     @property
     def text(self) -> Text:
         """As a model's rows are made of it."""
-        return Text(self.question, None, turns=self.turns, places=self.places)
+        return Text(self.question, None, turns=self.turns, places=self.places, pair=self.pair)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """A task's metrics on a whole data set.
 
-    metrics   name -> metric, in the unit that papers print (CIDEr 25.5, accuracy 40.1)
+    metrics   name -> metric, in the unit that papers print (CIDEr 25.5, accuracy 40.1); None where it is undefined
     headline  the metric that the run is judged by: the task's, or the one that these data allow
     items     item -> the headline metric of one item
     scorer    what computed them, with its version
@@ -59,7 +61,7 @@ class Score:
     note      a sentence about what was scored, or empty
     """
 
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float | None]
     headline: str
     items: Mapping[int, float]
     scorer: str
@@ -73,7 +75,7 @@ class Score:
 
 
 class Task(Protocol):
-    """Captioning or VQA; adding a task is one file like theirs, and its name in `tasks.runs.config`."""
+    """Captioning, VQA or texts; adding a task is one file like theirs, and its name in `tasks.runs.config`."""
 
     @property
     def name(self) -> str:

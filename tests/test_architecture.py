@@ -21,7 +21,7 @@ ADALINK_NEEDS = {"torch", "safetensors"}  # and huggingface_hub, late, for hub n
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MOST_LINES, MOST_FUNCTION_LINES = 500, 40
 MOST_ENTRIES = 16  # of a folder
-MOST_FILES = 246
+MOST_FILES = 250
 # Words of our own for which the field has others: no name of a module, class, function, argument or value holds one.
 NICKNAMES = frozenset(
     """beginning beginnings bears blueprint draft figure figures flips footprint kept learner learnt offenders outside parcel picture pictures said sameness say

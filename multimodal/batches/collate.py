@@ -310,7 +310,7 @@ def collate(
         score=_padded(scores, 0, dtype=torch.float32) if scores else None,
         prepared=prepared,
         vector=None if prepared is None else _padded([_vectors(row, about, prepared.starts) for row, about in zip(rows, image, strict=True)], -1, left),
-        kind=None if prepared is None else _padded([row.kind for row in rows], 0, left),
+        kind=_padded([row.kind for row in rows], 0, left) if prepared is not None or any(row.kind for row in rows) else None,
         block=_padded([row.block for row in rows], -1, left) if rows[0].block else None,
         rope=torch.stack([_padded([tuple(one[axis] for one in row.rope) for row in rows], 0, left) for axis in range(3)]) if rows[0].rope else None,
         keys=tuple(keys),

@@ -11,15 +11,15 @@ from typing import Any
 
 from tokenizers import PreTokenizedString
 
-from adalink import ANSWER, IMAGE, TEXT, Method, Slots
+from adalink import ANSWER, IMAGE, PAD, TEXT, Method, Slots
 from adalink.anatomy import setting
 from adalink.edit import SLOT_PLACES, SlotPlace
 from adalink.errors import ConfigError, DataError
 from adalink.methods.prompts.prompt import worded
-from multimodal.language import Language
-from multimodal.template import Filled, Template, Text
+from multimodal.language import Language, is_encoder_only
+from multimodal.template import OWN_ROW, Filled, Template, Text, TextTemplate
 
-__all__ = ["Row", "RowEncoder", "TextTokens", "TextTooLong", "in_ids", "slots_at"]
+__all__ = ["Row", "RowEncoder", "TextRowEncoder", "TextTokens", "TextTooLong", "in_ids", "longest_first", "slots_at"]
 
 
 # ----------------------------------------
@@ -60,21 +60,28 @@ class TextTokens:
     def __reduce__(self) -> tuple[type[TextTokens], tuple[Any]]:
         return TextTokens, (self._tokenizer,)
 
-    def ids(self, wording: Sequence[str], fill: str) -> list[int]:
+    def ids(self, wording: Sequence[str], fill: str | Sequence[str]) -> list[int]:
         """The ids of the wording's pieces with `fill` between them, without the tokens that a tokenizer puts around a text.
 
         A special token that is spelled in the wording is that token; one that is spelled in `fill`, or with its help, is letters. A text
-        without such a spelling has the ids that the tokenizer gives it.
+        without such a spelling has the ids that the tokenizer gives it. fill: one for each place, or the same for all
         """
-        return list(self._ids(tuple(wording), fill))
+        return list(self._ids(tuple(wording), (fill,) * (len(wording) - 1) if isinstance(fill, str) else tuple(fill)))
 
-    def _tokenized(self, wording: tuple[str, ...], fill: str) -> list[int]:
-        text = fill.join(wording)
+    def cut(self, text: str, n: int) -> str:
+        """A text up to the end of its n-th token."""
+        if self._tokenizer.is_fast:
+            places = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            return text[: places[n - 1][1]] if n else ""
+        return str(self._tokenizer.decode(self.ids(("", ""), text)[:n]))
+
+    def _tokenized(self, wording: tuple[str, ...], fills: tuple[str, ...]) -> list[int]:
+        text = "".join(piece + fill for piece, fill in zip(wording, (*fills, ""), strict=True))
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self._spelled.keys().isdisjoint(ids) or not fill or len(wording) < 2:
+        if self._spelled.keys().isdisjoint(ids) or not any(fills):
             return ids
-        starts = [sum(map(len, wording[:n])) + n * len(fill) for n in range(len(wording))]
-        filled = [(end, end + len(fill)) for end in (start + len(piece) for start, piece in zip(starts, wording[:-1], strict=False))]
+        starts = [sum(map(len, (*wording[:n], *fills[:n]))) for n in range(len(wording))]
+        filled = [(start + len(piece), start + len(piece) + len(fill)) for start, piece, fill in zip(starts, wording, fills, strict=False)]
         if not any(_overlap(_core(text, start, end), filled) for start, end, _ in self._found(text)):
             return ids
         keep = [(at + start, at + end, id) for at, piece in zip(starts, wording, strict=True) for start, end, id in self._found(piece)]
@@ -268,7 +275,7 @@ class RowEncoder:
         """
         if text.turns:
             raise ConfigError(f"a composed model reads one question, and a text with {len(text.turns)} earlier turns was given: leave them out")
-        prompt = self.prompt(text.question)
+        prompt = self.asked(text)
         if text.target is None and text.scores is None:
             return prompt
         if self.n_answers:
@@ -276,12 +283,24 @@ class RowEncoder:
                 raise ConfigError("a head chooses this model's answers, and the text says only what to write: give it scores (tasks.vqa)")
             return replace(prompt, target=tuple(number for number, _ in text.scores), score=tuple(score for _, score in text.scores))
         assert text.target is not None
-        target = tuple(piece for part in self.template.target_parts(text.target) for piece in self._ids(part))
+        return self.answered(prompt, text.target)
+
+    def asked(self, text: Text) -> Row:
+        """The row of a text's question alone."""
+        return self.prompt(text.question)
+
+    def target_ids(self, text: str) -> tuple[int, ...]:
+        """The ids of a target in its template."""
+        return tuple(piece for part in self.template.target_parts(text) for piece in self._ids(part))
+
+    def answered(self, prompt: Row, text: str) -> Row:
+        """A prompt's row with a target after it, which is learned or scored. Raises TextTooLong."""
+        target = self.target_ids(text)
         if self.decoder_start is not None:
-            self._check(len(target), text.target, self.max_written)
+            self._check(len(target), text, self.max_written)
             return Row(prompt.ids, prompt.domain, tuple(range(len(target))), target, (self.decoder_start, *target[:-1]))
         # The last token of the target is only ever predicted, so it is not read.
-        self._check(len(prompt.ids) + len(target), text.question + text.target, self.max_positions)
+        self._check(len(prompt.ids) + len(target), text, self.max_positions)
         first = len(prompt.ids) - 1
         ids, domain = prompt.ids + target[:-1], prompt.domain + (ANSWER,) * (len(target) - 1)
         return Row(ids, domain, tuple(range(first, first + len(target))), target)
@@ -292,7 +311,7 @@ class RowEncoder:
 
     def _ids(self, part: str) -> list[int]:
         if isinstance(part, Filled):
-            return self._tokens.ids(part.wording, part.fill)
+            return self._tokens.ids(part.wording, part.fills)
         special = self.special[part]
         return [] if special is None else [special]
 
@@ -314,6 +333,112 @@ def in_ids(methods: Mapping[str, Method] | Method, tokenizer: Any) -> Mapping[st
 def slots_at(slots: Sequence[Slots]) -> dict[SlotPlace, list[int]]:
     """Place in a row -> the domain of each slot there, but for those of images."""
     return {place: [slot.domain for slot in slots if slot.place == place and slot.domain != IMAGE for _ in range(slot.count)] for place in SLOT_PLACES}
+
+
+class TextRowEncoder(RowEncoder):
+    """The same for a model without an encoder: one text, or two that are read together, cut to the template's `max_tokens`.
+
+    The prompt `{text}{pair}` gives the ids and, in a model that reads both ways, the token types of `tokenizer(text, pair, truncation="longest_first",
+    max_length=max_tokens)`; but special tokens that people spelled stay letters.
+    """
+
+    template: TextTemplate
+
+    def __init__(self, template: TextTemplate, language: Language, slots: Sequence[Slots], n_answers: int = 0) -> None:
+        super().__init__(template, language, slots, n_answers)
+        positions = self.max_positions or template.max_tokens + sum(map(len, self.slots.values()))
+        self.limit = min(template.max_tokens, positions - sum(map(len, self.slots.values())))
+        self._has_types = is_encoder_only(language.model.config)
+
+    def prompt(self, question: Any, images: object = None) -> Row:
+        """The row of a text, or of a pair (text, second text). Raises ConfigError for anything else."""
+        pair = (question, "") if isinstance(question, str) else tuple(question)
+        if len(pair) != 2 or not all(isinstance(one, str) for one in pair):
+            raise ConfigError(f"a model without an encoder reads a text or a pair of texts, and {question!r:.60} was given: give (text, second text)")
+        return self.asked(Text(pair[0], None, pair=pair[1]))
+
+    def asked(self, text: Text) -> Row:
+        """The row of a text and its pair, cut where it is too long."""
+        if self.template.prompt == OWN_ROW:
+            ids, kind = self._own_row(text)
+        else:
+            ids, kind = self._worded(*self._shortened(text)), []
+        before, after = self.slots["start"] + self.slots["before_text"], self.slots["after_text"]
+        pads = [PAD] * max(0, self.template.pad_to - len(before) - len(ids) - len(after))
+        behind = [self.placeholder] * len(after + pads)
+        row = Row(tuple([self.placeholder] * len(before) + ids + behind), (*before, *[TEXT] * len(ids), *after, *pads))
+        return replace(row, kind=(0,) * len(before) + tuple(kind) + (0,) * len(behind)) if any(kind) else row
+
+    def excess(self, text: Text) -> int:
+        """How many tokens a text and its pair have beyond the limit; 0 where nothing is cut."""
+        if self.template.prompt == OWN_ROW:
+            around, _ = self._around(bool(text.pair))
+            return max(0, sum(map(len, self._both(text))) + sum(len(ids) for ids, _ in around) - self.limit)
+        return max(0, len(self._worded(text.question, text.pair)) - self.limit)
+
+    def _both(self, text: Text) -> list[list[int]]:
+        return [self._tokens.ids(("", ""), one) for one in ((text.question, text.pair) if text.pair else (text.question,))]
+
+    def _own_row(self, text: Text) -> tuple[list[int], list[int]]:
+        """Ids and token types."""
+        around, types = self._around(bool(text.pair))
+        both = self._both(text)
+        room = longest_first([len(ids) for ids in both], self.limit - sum(len(ids) for ids, _ in around))
+        ids, kind = list(around[0][0]), list(around[0][1])
+        for own, type_of, n, after in zip(both, types, room, around[1:], strict=True):
+            ids += [*own[:n], *after[0]]
+            kind += [type_of] * n + after[1]
+        return ids, kind
+
+    def _around(self, is_pair: bool) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
+        """The special tokens before, between and after the texts of a row as the tokenizer makes it, each with their types; and the types of the texts."""
+        if is_pair not in self._found:
+            given = self.tokenizer("a", "b") if is_pair else self.tokenizer("a")
+            ids, kind = list(given["input_ids"]), list(given.get("token_type_ids") or ()) if self._has_types else []
+            kind = kind or [0] * len(ids)
+            parts: list[tuple[list[int], list[int]]] = []
+            types, at = [], 0
+            for own in (self.tokenizer(one, add_special_tokens=False)["input_ids"] for one in ("a", "b")[: 1 + is_pair]):
+                start = next(place for place in range(at, len(ids)) if ids[place : place + len(own)] == own)
+                parts.append((ids[at:start], kind[at:start]))
+                types.append(kind[start])
+                at = start + len(own)
+            self._found[is_pair] = [*parts, (ids[at:], kind[at:])], types
+        return self._found[is_pair]
+
+    @cached_property
+    def _found(self) -> dict[bool, tuple[list[tuple[list[int], list[int]]], list[int]]]:
+        return {}
+
+    def _worded(self, text: str, pair: str) -> list[int]:
+        return [piece for part in self.template.prompt_parts(text, pair) for piece in self._ids(part)]
+
+    def _shortened(self, text: Text) -> tuple[str, str]:
+        """Both texts, cut until the template with them has no more tokens than the limit. Raises TextTooLong where its own words have more."""
+        both = (text.question, text.pair)
+        while (excess := len(self._worded(*both)) - self.limit) > 0:
+            lengths = [len(self._tokens.ids(("", ""), one)) for one in both]
+            if not sum(lengths):
+                raise TextTooLong(f"the prompt template {self.template.prompt!r} has more tokens than the {self.limit} that a row may have: shorten it")
+            room = longest_first(lengths, max(sum(lengths) - excess, 0))
+            both = tuple(one if n == length else self._tokens.cut(one, n) for one, n, length in zip(both, room, lengths, strict=True))  # type: ignore[assignment]
+        return both
+
+
+def longest_first(lengths: Sequence[int], room: int) -> list[int]:
+    """How many tokens of one text or two remain where all have room for so many, as the library `tokenizers` cuts with "longest_first".
+
+    [100, 20], 60 -> [40, 20]; [100, 90], 61 -> [31, 30]
+    """
+    if sum(lengths) <= room:
+        return list(lengths)
+    if len(lengths) == 1:
+        return [max(room, 0)]
+    short, long = sorted(lengths)
+    long = short if short > room else max(short, room - short)
+    if short + long > room:
+        short, long = room // 2, room // 2 + room % 2
+    return [long, short] if lengths[0] > lengths[1] else [short, long]
 
 
 def _decoder_start(config: object) -> int:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from multimodal.batches.prepared import Prepared
 
-__all__ = ["CachedFeatures", "Drafted", "StoredDtype", "blank", "drawing", "kind_of", "needed_side", "prepared", "read_pixels"]
+__all__ = ["CachedFeatures", "Drafted", "NoFeatures", "StoredDtype", "blank", "drawing", "kind_of", "needed_side", "prepared", "read_pixels"]
 
 
 BLANK = Image.new("RGB", (8, 8))
@@ -167,3 +167,31 @@ class CachedFeatures(Protocol):
 
     def only(self, indices: Sequence[int]) -> CachedFeatures:
         """The features of these samples alone: index i is the i-th of them."""
+
+
+class NoFeatures:
+    """In the place of features where a model has no encoder: every sample can be used, and has none."""
+
+    kind: Literal["patches"] = "patches"
+    shape = (0, 0)
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.bad: Mapping[int, BadSample] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Tensor:
+        """float [0, 0]."""
+        from torch import zeros  # late: settings modules load this one
+
+        return zeros(self.shape)
+
+    def usable(self) -> list[int]:
+        """All of them."""
+        return list(range(self._count))
+
+    def only(self, indices: Sequence[int]) -> NoFeatures:
+        """Of so many samples."""
+        return NoFeatures(len(indices))

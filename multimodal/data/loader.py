@@ -18,9 +18,9 @@ from adalink.errors import CheckpointError, DataError
 from multimodal.batches.collate import Batch, collate, stacked
 from multimodal.batches.packing import Arrange, Composed, arrangement_of, joined_rows, row_limit, separate_rows
 from multimodal.batches.prepared import Prepared, joined
-from multimodal.batches.tokenize import Row, RowEncoder, TextTooLong
+from multimodal.batches.tokenize import Row, RowEncoder, TextRowEncoder, TextTooLong
 from multimodal.data.images.decode import BadImage
-from multimodal.data.inputs import CachedFeatures, blank, drawing, read_pixels
+from multimodal.data.inputs import CachedFeatures, NoFeatures, blank, drawing, read_pixels
 from multimodal.data.order import (
     BucketedOrder,
     Order,
@@ -341,7 +341,7 @@ def _load(positions: _Positions, collate: _Collate, step: range) -> Loaded:
 #         optimizer.zero_grad()
 
 
-CHOSEN = "one row per question: its answer is chosen from the state of its row; loss: {} in nats per question"
+CHOSEN = "one row per question: its answer is chosen from the state of its row; loss: {} in {}"
 
 
 class TrainingTask(Protocol):
@@ -412,8 +412,10 @@ def new_batches(
     Raises ConfigError where no adapter is active, or lengths are asked for that the source cannot say.
     """
     texts: Texts = task if callable(task) else task.texts
-    arrange, note = (separate_rows, CHOSEN.format(model.head.loss_name)) if model.head is not None else arrangement_of(model, weights)
+    head: Any = model.head
+    arrange, note = (separate_rows, CHOSEN.format(*head.loss_name)) if head is not None else arrangement_of(model, weights)
     encoder = model.row_encoder()
+    features = NoFeatures(len(source)) if features is None and isinstance(encoder, TextRowEncoder) else features
     row_tokens, note = row_limit(arrange, note, row_tokens, encoder.max_positions)
     n_samples = math.ceil(epochs * len(source))
     preprocess: Preprocess = model.tower.preprocess

@@ -22,7 +22,7 @@ from multimodal.encoders.load import load_encoder
 from multimodal.loading import freeze, loading
 
 __all__ = [
-    "VisionTower", "has_vision_adapter", "load_tower", "load_vision_adapter", "new_vision_adapter", "refuse_other_features", "save_vision_adapter",
+    "NoTower", "VisionTower", "has_vision_adapter", "load_tower", "load_vision_adapter", "new_vision_adapter", "refuse_other_features", "save_vision_adapter",
 ]  # fmt: skip
 
 
@@ -186,6 +186,29 @@ def _example(preprocess: Preprocess, name: str) -> Tensor:
     return pixels[None]
 
 
+class NoTower(nn.Module):
+    """In the place of a tower where a model has no encoder, and reads texts alone."""
+
+    name, layer, n_patches, n_retained, frames = "", -1, 0, 0, None
+    adapter: Adapter | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Module()  # without a weight
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Raises ConfigError: nothing reads an image."""
+        raise ConfigError("this model has no encoder, and an image was given: leave it out, or compose a model with an encoder")
+
+    def vision_anatomy(self) -> Anatomy:
+        """Raises ConfigError: there is nothing to adapt."""
+        raise ConfigError("methods for the encoder were given, and this model has none: leave vision_methods out")
+
+    def adapt(self, adapter: Adapter) -> Adapter:
+        """Raises ConfigError likewise."""
+        raise ConfigError("an adapter of the encoder was given, and this model has none: leave it out")
+
+
 # ----------------------------------------
 # The adapter of an encoder, in the folder of the language model's adapter that was trained with it: `vision/`, in the same format.
 
@@ -246,7 +269,7 @@ def load_vision_adapter(
     return adapter
 
 
-def refuse_other_features(tower: VisionTower, config: AdapterConfig, parts: Mapping[str, FrozenPart], folder: str | Path) -> None:
+def refuse_other_features(tower: VisionTower | NoTower, config: AdapterConfig, parts: Mapping[str, FrozenPart], folder: str | Path) -> None:
     """Raise ConfigError where an adapter was trained on another layer's features, or on clips of other frames."""
     layer, frames = config.task.get("layer", tower.layer), config.task.get("frames")
     if layer != tower.layer:

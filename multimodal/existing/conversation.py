@@ -14,13 +14,16 @@ from adalink.errors import ConfigError
 from multimodal.data.images.decode import ImageOrFile
 from multimodal.template import Template, Text
 
-__all__ = ["Prompt", "Turn", "asked_of", "asked_turns", "text_of", "user_turn", "worded"]
+__all__ = ["Prompt", "Prompts", "Turn", "asked_of", "asked_turns", "text_of", "user_turn", "worded"]
 
 Turn = Mapping[str, Any]
 """A message of a conversation, as chat templates take it: role, and content, which is a text or parts of type text and image."""
 
 Prompt = str | Sequence[Turn]
 """A question, or a conversation whose last turn is the user's."""
+
+Prompts = Prompt | Sequence[Prompt | tuple[str, str]]
+"""One, or one for each row; of a model without an encoder also two texts that are read together."""
 
 ROLES = ("system", "user", "assistant")
 IMAGE_PART = {"type": "image"}
@@ -31,7 +34,7 @@ IMAGE_PART = {"type": "image"}
 
 
 def asked_of(
-    images: ImageOrFile | Sequence[ImageOrFile | Sequence[ImageOrFile]] | None, prompts: Prompt | Sequence[Prompt]
+    images: ImageOrFile | Sequence[ImageOrFile | Sequence[ImageOrFile]] | None, prompts: Prompts
 ) -> list[tuple[tuple[ImageOrFile, ...], Prompt]]:
     """For each row its images, in their order, and its prompt, whose image parts then hold none.
 
@@ -49,7 +52,11 @@ def asked_of(
         asked = asked * len(given) if is_one else asked
     if len(given) != len(asked):
         raise ConfigError(f"{len(given)} images and {len(asked)} prompts were given: give one prompt for each image")
-    return [(beside, prompt) if isinstance(prompt, str) else _filled(prompt, beside) for beside, prompt in zip(given, asked, strict=True)]
+    return [(beside, one) if isinstance(one, str) or _is_pair(one) else _filled(one, beside) for beside, one in zip(given, asked, strict=True)]
+
+
+def _is_pair(prompt: object) -> bool:
+    return isinstance(prompt, tuple) and len(prompt) == 2 and all(isinstance(one, str) for one in prompt)
 
 
 def _is_image(value: object) -> bool:

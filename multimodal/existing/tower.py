@@ -24,7 +24,7 @@ from multimodal.batches.prepared import ImageBatch, Prepared, joined, joined_inp
 from multimodal.data.images.decode import ImageOrFile
 from multimodal.data.inputs import prepared
 from multimodal.encoders.bound_parts import N_VALUES, processor_digest, test_image, tokenizer_digest
-from multimodal.encoders.tower import VisionTower
+from multimodal.encoders.tower import NoTower, VisionTower
 from multimodal.existing.budget import ImageTokens
 from multimodal.existing.connector import Connectors, tower_of
 from multimodal.existing.inputs import HostForm, HostInputs, VectorForm
@@ -289,7 +289,7 @@ def _n_named(module: Any) -> int:
     return sum(one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for one in takes)
 
 
-def read_images(tower: VisionTower | ModelTower, asked: Sequence[Sequence[ImageOrFile]]) -> tuple[list[Any], list[int]]:
+def read_images(tower: VisionTower | ModelTower | NoTower, asked: Sequence[Sequence[ImageOrFile]]) -> tuple[list[Any], list[int]]:
     """What a model is given of the images of each different row, each image decoded and prepared once, and which of these a row is about.
 
     Raises ConfigError where a composed model is given no image for a row, or several; DataError for one that cannot be read.
@@ -300,6 +300,8 @@ def read_images(tower: VisionTower | ModelTower, asked: Sequence[Sequence[ImageO
     about = [place.setdefault(tuple(map(id, row)), len(place)) for row in asked]
     if isinstance(tower, ModelTower):
         return [joined([read[key] for key in keys]) for keys in place], about
+    if isinstance(tower, NoTower):  # which refused any image
+        return [torch.zeros(0, 0) for _ in place], about
     if wrong := [len(keys) for keys in place if len(keys) != 1]:
         raise ConfigError(f"{wrong[0]} images were given for one prompt, and a model composed with '{tower.name}' reads one: give one image for each")
     return [read[keys[0]] for keys in place], about

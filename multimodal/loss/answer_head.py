@@ -4,8 +4,9 @@
     model.add_adapter("vqa", methods)
     model.add_answer_head(vocabulary.answers)
 
-The head learns the score that each answer would get (binary cross entropy with soft scores, as the field trains VQAv2), or with the method WARP
-the answer of the most people (cross entropy); the prediction is the answer of the highest one. A head belongs to one adapter, and lies in its
+The head learns the score that each answer would get (binary cross entropy with soft scores, as the field trains VQAv2), which one answer is right
+(softmax; with the method WARP the answer of the most people), or a number (squared error); the prediction is the answer of the highest score, or the
+number. A head belongs to one adapter, and lies in its
 folder: `answers.json` and `answer_head.safetensors`.
 """
 
@@ -14,8 +15,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import torch
@@ -28,29 +30,40 @@ from adalink.edit import weight_of
 from adalink.errors import CheckpointError, ConfigError
 from adalink.files import write_whole
 from adalink.tokens import uploaded
-from multimodal.batches.collate import NO_TARGET, Batch
+from multimodal.batches.collate import NO_TARGET, Batch, collate
+from multimodal.batches.packing import arrangement, separate_rows
+from multimodal.batches.tokenize import Row, RowEncoder
 from multimodal.language import READER_ADVICE, Language, LanguageUse
 
 __all__ = [
-    "AnswerHead", "answer_loss", "chosen_answers", "load_head", "new_head", "pooled_state", "save_head", "state_width", "use_for", "warp_of",
+    "AnswerHead", "HeadLoss", "LabelWords", "ScoreBy", "answer_loss", "chosen_answers", "chosen_words", "load_head", "new_head", "pooled_state",
+    "save_head", "state_width", "use_for", "warp_of", "word_scores", "word_tokens",
 ]  # fmt: skip
 
 ANSWERS_FILE, HEAD_FILE = "answers.json", "answer_head.safetensors"
 
 
+HeadLoss = Literal["binary", "softmax", "squared"]
+_LOSSES: Mapping[str, tuple[str, str]] = {  # name and unit
+    "binary": ("binary cross entropy", "nats per question"), "softmax": ("cross entropy", "nats per question"),
+    "squared": ("squared error", "squares per question"),
+}  # fmt: skip
+
+
 class AnswerHead(nn.Module):
     """Scores of A answers from a pooled state: one linear.
 
-    answers: the text of each output. warp: the method whose verbaliser it is, None for a head that learns soft scores.
+    answers: the text of each output. warp: the method whose verbaliser it is, None for a head that learns by `loss`.
     Raises ConfigError for no answers, or one of them twice; for WARP also where letters alone tell two apart, or there is one.
     """
 
-    def __init__(self, answers: Sequence[str], width: int, warp: WARP | None = None) -> None:
+    def __init__(self, answers: Sequence[str], width: int, warp: WARP | None = None, loss: HeadLoss = "binary") -> None:
         super().__init__()
         if not answers or len(set(answers)) < len(answers):
             raise ConfigError(f"a head was given {len(answers)} answers, {len(set(answers))} of them different: give one or more, each once")
         self.answers = tuple(answers)
         self.linear, self.warp = nn.Linear(width, len(answers)), warp
+        self.loss: HeadLoss = loss if warp is None else "softmax"
         if warp is None:
             nn.init.constant_(self.linear.bias, -math.log(len(answers)))  # at the start about one of the answers is right, not half of them
             return
@@ -61,9 +74,9 @@ class AnswerHead(nn.Module):
                 self.linear.register_buffer(name, parameter.detach())
 
     @property
-    def loss_name(self) -> str:
-        """What it learns by, for logs and reports."""
-        return "binary cross entropy" if self.warp is None else "cross entropy"
+    def loss_name(self) -> tuple[str, str]:
+        """What it learns by and in which unit, for logs and reports."""
+        return _LOSSES[self.loss]
 
     @torch.no_grad()
     def start_from(self, base: Any, pieces: Sequence[Sequence[int]]) -> None:
@@ -117,7 +130,8 @@ def state_width(model: Any) -> int:
 
 
 def new_head(
-    adapted: AdaptedModel, answers: Sequence[str], methods: Mapping[str, Method], pieces_of: Callable[[str], Sequence[int]] | None = None
+    adapted: AdaptedModel, answers: Sequence[str], methods: Mapping[str, Method], pieces_of: Callable[[str], Sequence[int]] | None = None,
+    loss: HeadLoss = "binary",
 ) -> AnswerHead:
     """A head for the state of this model. Raises ConfigError for an encoder-decoder model, and as `AnswerHead` and its `start_from`.
 
@@ -126,7 +140,7 @@ def new_head(
     base: Any = adapted.base
     if base.config.is_encoder_decoder:
         raise ConfigError(f"{type(base).__name__} is an encoder-decoder, and a head chooses an answer from one stack: give {READER_ADVICE}")
-    head = AnswerHead(answers, state_width(base), warp_of(methods))
+    head = AnswerHead(answers, state_width(base), warp_of(methods), loss)
     if pieces_of is not None and head.warp is not None and head.warp.verbaliser != "new":
         head.start_from(base, [pieces_of(answer) for answer in head.answers])
     return head.to(adapted.device)
@@ -139,7 +153,9 @@ def pooled_state(adapted: AdaptedModel, language: Language, batch: Batch, token_
     """
     stack: Any = adapted.base.get_submodule(adapted.anatomy.stack)
     is_causal = adapted.anatomy.attention == "causal"
-    options = {"use_cache": False} if is_causal else {}
+    options: dict[str, Any] = {"use_cache": False} if is_causal else {}
+    if batch.kind is not None:
+        options["token_type_ids"] = batch.kind
     with adapted.attachment.bind(token_map):
         output = stack(input_ids=batch.ids, attention_mask=batch.attention_mask, position_ids=batch.position + language.first_position, **options)
     read = _read_slots(adapted, token_map)
@@ -164,7 +180,7 @@ def _read_slots(adapted: AdaptedModel, token_map: TokenMap) -> Tensor:
 
 
 def answer_loss(head: AnswerHead, state: Tensor, batch: Batch) -> Tensor:
-    """float []: binary cross entropy with the answers' scores, summed over answers and rows, divided by `batch.n_targets`.
+    """float []: the head's loss with the answers' scores, summed over answers and rows, divided by `batch.n_targets`.
 
     Of WARP's head: cross entropy of each row's answer of the highest score, the first of them; rows without an answer in the list teach nothing.
     Raises ConfigError for a batch of texts to write.
@@ -179,16 +195,25 @@ def answer_loss(head: AnswerHead, state: Tensor, batch: Batch) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return nn.functional.cross_entropy(logits, best, ignore_index=NO_TARGET, reduction="sum") / batch.n_targets
     wanted = torch.zeros_like(logits).scatter_add(1, batch.target.where(is_target, 0), batch.score.where(is_target, 0.0).to(logits.dtype))
+    if head.loss == "softmax":
+        return nn.functional.cross_entropy(logits, wanted, reduction="sum") / batch.n_targets
+    if head.loss == "squared":
+        return ((logits - wanted).square() * is_target.any(1, keepdim=True)).sum() / batch.n_targets
     return nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / batch.n_targets
 
 
 def chosen_answers(heads: Sequence[AnswerHead | None], state: Tensor) -> list[str]:
-    """Each row's answer, by its own adapter's head. Raises ConfigError where some rows have a head and others write."""
+    """Each row's answer, by its own adapter's head; of one that learns by squared error its number, in full.
+
+    Raises ConfigError where some rows have a head and others write.
+    """
     if None in heads:
         raise ConfigError(f"{heads.count(None)} of {len(heads)} rows write their answer, and the others' adapters choose it: ask them apart")
     different = list(dict.fromkeys(head for head in heads if head is not None))
-    best = torch.stack([head(state).argmax(-1) for head in different]).tolist()  # of every row, by each head: the device is waited for once
-    return [head.answers[best[different.index(head)][i]] for i, head in enumerate(heads) if head is not None]
+    scores = [head(state) for head in different]
+    best = torch.stack([one[:, 0].double() if head.loss == "squared" else one.argmax(-1).double() for head, one in zip(different, scores, strict=True)])
+    found = dict(zip(different, best.tolist(), strict=True))  # of every row, by each head: the device is waited for once
+    return [repr(found[head][i]) if head.loss == "squared" else head.answers[int(found[head][i])] for i, head in enumerate(heads) if head is not None]
 
 
 def save_head(folder: Path, head: AnswerHead) -> None:
@@ -198,11 +223,12 @@ def save_head(folder: Path, head: AnswerHead) -> None:
     write_whole(folder / ANSWERS_FILE, (json.dumps(list(head.answers), ensure_ascii=False, indent=0) + "\n").encode())
 
 
-def load_head(folder: Path, adapted: AdaptedModel, n_answers: int, methods: Mapping[str, Method]) -> AnswerHead:
+def load_head(folder: Path, adapted: AdaptedModel, task: Mapping[str, Any], methods: Mapping[str, Method]) -> AnswerHead:
     """The head of an adapter's folder. Strict: raises CheckpointError where answers and weights are missing, damaged, or do not fit together.
 
-    n_answers, methods: what the adapter's config says.
+    task, methods: what the adapter's config says.
     """
+    n_answers: int = task["answers"]
     try:
         answers = json.loads((folder / ANSWERS_FILE).read_bytes())
         stored = load_file(folder / HEAD_FILE)
@@ -211,9 +237,94 @@ def load_head(folder: Path, adapted: AdaptedModel, n_answers: int, methods: Mapp
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers) or not len(set(answers)) == len(answers) == n_answers:
         what = f"{len(answers)} entries" if isinstance(answers, list) else f"a {type(answers).__name__}"
         raise CheckpointError(f"{folder / ANSWERS_FILE} holds {what}, expected {n_answers} different answers: was it changed by hand?")
-    head = new_head(adapted, answers, methods)
+    head = new_head(adapted, answers, methods, loss=task.get("head_loss", "binary"))
     wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     if (found := {name: tuple(tensor.shape) for name, tensor in stored.items()}) != wanted:
         raise CheckpointError(f"{folder / HEAD_FILE} holds {found}, and a head of {n_answers} answers on this model is {wanted}")
     head.load_state_dict(stored)
     return head
+
+
+# ----------------------------------------
+# A class chosen by its word: each label is scored as the text that the frozen model would write after the prompt, and the most probable one wins.
+
+
+ScoreBy = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelWords:
+    """The words of the classes, and how their tokens' log-probabilities become one score: their sum, or their mean, which favours no short word.
+
+    Raises ConfigError for fewer than two words, or one twice.
+    """
+
+    words: tuple[str, ...]
+    by: ScoreBy = "sum"
+
+    def __post_init__(self) -> None:
+        """Check what a config file can get wrong."""
+        if len(self.words) < 2 or len(set(self.words)) < len(self.words):
+            raise ConfigError(f"the label words are {', '.join(self.words) or 'none'}: give two or more, each once")
+
+
+def word_tokens(encoder: RowEncoder, labels: LabelWords) -> list[tuple[int, ...]]:
+    """The tokens of each label. Raises ConfigError for one without a token, or with an unknown one."""
+    targets = [encoder.target_ids(word) for word in labels.words]
+    if wrong := [word for word, ids in zip(labels.words, targets, strict=True) if not ids or encoder.tokenizer.unk_token_id in ids]:
+        raise ConfigError(f"the label word {wrong[0]!r} has no token of its own in this model's vocabulary: give another word in text.labels")
+    return targets
+
+
+@torch.no_grad()
+def word_scores(model: Any, prompts: Sequence[Row], labels: LabelWords, adapter: str | None, *, packed: bool = True) -> Tensor:
+    """float64 [B, K]: each label's score after each prompt, log p(tokens | prompt).
+
+    model    a `multimodal.model.VisionLanguageModel` without an encoder
+    prompts  rows of the adapter's row encoder
+    packed   the prompt once, in one row with its K labels, where the model and the adapter read such a row exactly; else a row for each
+
+    Raises ConfigError for a label without a token or with an unknown one, TextTooLong for one that the model has no positions for.
+    """
+    encoder = model.row_encoder(adapter)
+    targets = word_tokens(encoder, labels)
+    edits = None if adapter is None else model.adapted.adapters[adapter]
+    arrange = arrangement(model.language.model, edits)[0] if packed else separate_rows
+    rows = [list(arrange([encoder.answered(prompt, word) for word in labels.words])) for prompt in prompts]
+    flat = [row for of_prompt in rows for row in of_prompt]
+    batch = collate(
+        flat, [number for number, of_prompt in enumerate(rows) for _ in of_prompt], torch.zeros(len(rows), 0, 0), kind="patches", side="right",
+        pad_id=encoder.placeholder,
+    ).to(model.device)  # fmt: skip
+    losses = model.language_loss.of_targets(batch, model.token_map(batch, [adapter] * len(flat))).double()
+    if len(flat) == len(prompts):  # the targets of all labels, one after the other
+        sums = torch.stack([part.sum(1) for part in losses.split([len(ids) for ids in targets], 1)], 1)
+    else:
+        sums = losses.sum(1).view(len(prompts), len(targets))
+    return -sums / torch.tensor([len(ids) if labels.by == "mean" else 1 for ids in targets], device=sums.device)
+
+
+def chosen_words(model: Any, batch: Batch, names: Sequence[str | None], labels: Sequence[LabelWords | None]) -> list[str]:
+    """Each row's label of the highest score, by its own adapter. batch: left-padded prompts; labels: of each row.
+
+    Raises ConfigError where some rows have label words and others write, and as `word_scores`.
+    """
+    if None in labels:
+        raise ConfigError(f"{labels.count(None)} of {len(labels)} rows write their answer, and the others' adapters choose a word: ask them apart")
+    prompts = _prompts_of(batch)
+    found = [""] * len(prompts)
+    for name in dict.fromkeys(names):
+        own = [number for number, one in enumerate(names) if one == name]
+        chosen = labels[own[0]]
+        assert chosen is not None
+        best = word_scores(model, [prompts[number] for number in own], chosen, name).argmax(1).tolist()
+        for number, label in zip(own, best, strict=True):
+            found[number] = chosen.words[label]
+    return found
+
+
+def _prompts_of(batch: Batch) -> list[Row]:
+    """The rows that a batch of prompts was padded from."""
+    pairs = zip(batch.ids.tolist(), batch.domain.tolist(), strict=True)
+    known = [[(token, domain) for token, domain in zip(*pair, strict=True) if domain != PAD] for pair in pairs]
+    return [Row(tuple(token for token, _ in row), tuple(domain for _, domain in row)) for row in known]

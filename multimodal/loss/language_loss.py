@@ -355,6 +355,10 @@ class LanguageLoss:
 
     def of_rows(self, batch: Batch, token_map: TokenMap) -> Tensor:
         """float [B]: cross entropy summed over the targets of each row, which is one text's."""
+        return self.of_targets(batch, token_map).sum(1)
+
+    def of_targets(self, batch: Batch, token_map: TokenMap) -> Tensor:
+        """float [B, M]: the cross entropy of each target, 0 where a row has none."""
         head = self.head
         (one,) = calls_of(self.adapted, replace(batch, shared_prefix=None), token_map)
         with one.bound(self.adapted), self._asked(one) as source:
@@ -362,7 +366,7 @@ class LanguageLoss:
         scores = finish(own(hidden))
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).flatten(0, 1)
         losses = nn.functional.cross_entropy(scores, one.target.flatten(), ignore_index=NO_LABEL, reduction="none")
-        return losses.view_as(one.target).sum(1)
+        return losses.view_as(one.target)
 
     @property
     def _is_eager(self) -> bool:

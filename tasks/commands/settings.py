@@ -69,7 +69,7 @@ def _dry_run_config() -> Any:
 DryRunConfig: Any = _dry_run_config()
 
 # What an adapter's folder says, so that nobody has to say it again.
-_SAVED: dict[str, Any] = {"task": Optional[Literal["captioning", "vqa"]]}  # noqa: UP045
+_SAVED: dict[str, Any] = {"task": Optional[Literal["captioning", "vqa", "text"]]}  # noqa: UP045
 SAVED = (*_SAVED, "model", "encoder", "language_model", "image_tokens", "base", "frames", "layer", "generation")
 
 

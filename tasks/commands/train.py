@@ -145,13 +145,17 @@ def _plain(value: Any, name: str = "") -> Any:
     return located(value) if isinstance(value, str) and name in _NAMES_OR_FOLDERS else value
 
 
-def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """One line for each row, one column for each metric, two decimals."""
+def results_table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    """One line for each row, one column for each metric, two decimals; `undefined` where a metric has no value."""
     columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    cells = [["", *columns], *([name, *(f"{metrics[c]:.2f}" if c in metrics else "" for c in columns)] for name, metrics in rows.items())]
+    cells = [["", *columns], *([name, *(_metric(metrics[c]) if c in metrics else "" for c in columns)] for name, metrics in rows.items())]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns) + 1)]
     lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _metric(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,7 @@ class FileSource:
                 words += [
                     f"{asked.question_id} {len(asked.answers)}",
                     asked.text,
+                    *([asked.pair] if asked.pair else []),
                     asked.question_type,
                     asked.answer_type,
                     *asked.answers,

@@ -25,6 +25,7 @@ from tasks.data.parquet import RowSource
 from tasks.data.reader import Given, Official, ReadSource
 from tasks.data.readers import open_path
 from tasks.data.table import TableSource
+from tasks.data.text import TextSource, open_disk, open_glue, open_table
 from tasks.data.vqa import VQA_SPLITS, read_vqa, read_vqa_split, split_parts
 from tasks.scenes.dataset import Scenes
 
@@ -95,6 +96,10 @@ _TEXTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+_KINDS = ("path", "images", "shards", "mix", "glue", "table", "disk", "scenes")
+_OF_TEXTS: Mapping[str, tuple[str, ...]] = {"glue": ("split",), "table": ("columns",), "disk": ("split", "columns")}  # what is read beside each
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """One data set: a path that shows what it is, or images with a file of texts, or shards, or scenes."""
@@ -103,7 +108,12 @@ class DataConfig:
         None  # a file or folder that shows what it is: a table, an annotation file, an imagefolder, shards; `--data.train PATH`
     )
     format: str | None = None  # of path, where that may be two things: table, imagefolder, coco, karpathy, vqav2, caption_folder, ...
-    columns: dict[str, str] | None = None  # of a table at path, where they are not called as usual: {image: file, caption: text}
+    glue: Path | None = None  # task: text; a folder of GLUE, such as glue_data/CoLA; split says which file
+    table: Path | None = None  # task: text; a .jsonl, .csv or .tsv file with a label in each row
+    disk: Path | None = None  # task: text; a folder that `datasets` saved (save_to_disk)
+    columns: dict[str, str | None] | None = (
+        None  # of path, table or disk, where they are not called as usual: {image: file, caption: text}; {text: question, pair: null, label: label}
+    )
     images: Path | None = None  # the folder of images; with path by default where that lies
     media: Path | None = None  # the same for a folder of videos or sounds
     annotations: Path | None = None  # COCO captions, or VQAv2 annotations
@@ -111,7 +121,7 @@ class DataConfig:
     image_info: Path | None = None  # COCO's list of images without captions, such as image_info_test2014.json: a test split of captioning
     karpathy: Path | None = None  # Karpathy's dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json; needs split
     vqav2: Path | None = None  # the folder of VQAv2's official questions and annotations; needs split
-    split: str | None = None  # karpathy: train, restval, val or test; vqav2: train, val, test or test-dev; several as in train+restval
+    split: str | None = None  # karpathy: train, restval, val or test; vqav2: train, val, test or test-dev; several as in train+restval; glue: train, dev, ...
     image_name: str | None = None  # file name of an image where the annotations hold none: COCO_val2014_{image_id:012d}.jpg
     shards: str | Path | list[str] | None = (
         None  # webdataset shards: a folder, or its http, https, s3, gs or hf URL; or a list of folders and tar files, with * and {000..123}
@@ -125,7 +135,7 @@ class DataConfig:
     limit: int = 0  # take the first so many images; 0: all
     shots: int = 0  # of these, take so many images of a permutation that shots_seed draws, as published few-shot subsets do; 0: all
     shots_seed: int = 0  # numpy's default_rng(seed).permutation(n)
-    after_shots: int = 0  # with shots: in the place of these, at most so many images that follow them; 0: the shots
+    after_shots: int = 0  # with shots: in the place of these, at most so many that follow them; data.val with this alone: those of data.train; 0: the shots
     decode: Decode = "exact"  # draft: JPEGs at 1/2, 1/4 or 1/8 of their size where the encoder needs no more; faster, and CHANGES PIXELS (by about 38 dB)
 
     def __post_init__(self) -> None:
@@ -135,15 +145,16 @@ class DataConfig:
                 raise ConfigError(f"images is {self.images} and media {self.media}: a data set has one folder, so leave one out")
             object.__setattr__(self, "images", self.media)
             object.__setattr__(self, "media", None)
-        given = [name for name in ("path", "images", "shards", "mix", "scenes") if getattr(self, name) is not None]
+        given = [name for name in _KINDS if getattr(self, name) is not None]
         if given == ["path", "images"]:
             given = ["path"]
-        if len(given) != 1:
-            raise ConfigError(f"a data set needs one of path, images, shards, mix and scenes, got {', '.join(given) or 'none'}")
-        self._check_texts(given[0])
+        if len(given) != 1 and not (self.after_shots and not given):
+            raise ConfigError(f"a data set needs one of {', '.join(_KINDS[:-1])} and {_KINDS[-1]}, got {', '.join(given) or 'none'}")
+        if given:
+            self._check_texts(given[0])
         if self.limit < 0 or not self.cache_gib >= 0:
             raise ConfigError(f"the data set's limit is {self.limit} and its cache_gib {self.cache_gib}: give 0 or more")
-        if min(self.shots, self.shots_seed, self.after_shots) < 0 or (self.after_shots and not self.shots):
+        if min(self.shots, self.shots_seed, self.after_shots) < 0 or (self.after_shots and given and not self.shots):
             raise ConfigError(
                 f"the data set's shots is {self.shots}, shots_seed {self.shots_seed} and after_shots {self.after_shots}: give 0 or more, and shots "
                 "with after_shots"
@@ -166,7 +177,8 @@ class DataConfig:
             if named:
                 raise ConfigError(f"path and {named[0]} were given: path is the file of texts itself, so leave one out")
             return
-        if unread := [name for name in ("format", "columns") if getattr(self, name) is not None]:
+        own = _OF_TEXTS.get(given, ())
+        if unread := [name for name in ("format", "columns") if getattr(self, name) is not None and name not in own]:
             raise ConfigError(f"{' and '.join(unread)} would not be read: they are for path, and the data set is {given}")
         texts = next((name for name in _TEXTS if getattr(self, name) is not None), None)
         if self.images is not None and texts is None:
@@ -174,7 +186,7 @@ class DataConfig:
                 f"the images in {self.images} come without texts: give annotations (and, for vqa, questions), or image_info for a test split"
             )
         names = dict.fromkeys(["annotations", "questions", *_TEXTS, "split", "image_name"])
-        read = {texts, *_TEXTS[texts]} if texts is not None and self.images is not None else set()
+        read = {texts, *_TEXTS[texts]} if texts is not None and self.images is not None else set(own)
         if unused := [name for name in names if getattr(self, name) is not None and name not in read]:
             by = (
                 f"{given} holds its own texts, so give them with images only"
@@ -182,7 +194,7 @@ class DataConfig:
                 else f"{texts} gives the texts, so leave them out"
             )
             raise ConfigError(f"{', '.join(unused)} would not be read: {by}")
-        if "split" in read and self.split is None:
+        if "split" in read and self.split is None and not own:
             raise ConfigError(f"{texts} holds several splits: give split, such as val or test")
 
     @property
@@ -192,7 +204,9 @@ class DataConfig:
     @property
     def split_name(self) -> str:
         """What official result files call the split: `val2014`, `test-dev2015`, `karpathy-test`; `val` where nothing says it."""
-        if self.path is not None and self.split is not None:
+        if self.glue is not None:
+            return self.glue.stem if self.glue.is_file() else self._text_split
+        if (self.path is not None or self.disk is not None) and self.split is not None:
             return _in_a_name(self.split)
         if self.split is not None:
             parts = [VQA_SPLITS[part][0] for part in split_parts(self.split)] if self.vqav2 else ["karpathy", self.split]
@@ -200,6 +214,18 @@ class DataConfig:
         file = self.questions or self.image_info or (self.path and Path(self.path)) or self.annotations
         words = file.stem.removesuffix("_questions").split("_") if file is not None else []
         return _in_a_name(words[-1]) if len(words) > 1 else "val"
+
+    @property
+    def is_after_shots(self) -> bool:
+        """Whether it is some rows of the training data, and names no set of its own."""
+        return bool(self.after_shots) and all(getattr(self, kind) is None for kind in _KINDS)
+
+    @property
+    def _text_split(self) -> str:
+        """The split that is given, else the one that models are evaluated on."""
+        if self.glue is None:
+            return self.split or "validation"
+        return self.split or ("dev" if (self.glue / "dev.tsv").exists() else "dev_matched")
 
     def open(self, *, in_order: bool = False) -> Opened:
         """Read annotations or manifest; images are read later. in_order: as in `Given`. Raises DataError where nothing is left to read."""
@@ -215,7 +241,7 @@ class DataConfig:
         elif self.mix is not None:
             source, problems = open_mix(self.mix, self._remote(), self.decode)
         else:
-            files, sentence = (self._files(), "") if self.path is None else self._at_path(in_order)
+            files, sentence = self._texts() or ((self._files(), "") if self.path is None else self._at_path(in_order))
             source, problems, item_ids = files, files.problems, files.item_ids
         if self.decode == "draft" and self.mix is None:
             source = Drafted(source)
@@ -239,11 +265,27 @@ class DataConfig:
     def _remote(self) -> RemoteSettings:
         return RemoteSettings(cache=self.cache, cache_bytes=int(self.cache_gib * 2**30))
 
+    def _texts(self) -> tuple[TextSource, str] | None:
+        """The rows of a set of texts with labels, and a line about them; None for images. Raises ConfigError where the set is data.train's, alone."""
+        if self.glue is not None:
+            found = open_glue(self.glue, self._text_split)
+        elif self.table is not None:
+            found = open_table(self.table, self.columns or {})
+        elif self.disk is not None:
+            found = open_disk(self.disk, self._text_split, self.columns or {})
+        elif self.is_after_shots:
+            raise ConfigError("data.val has after_shots, which are rows of data.train, and data.train is not given: give both, or another data.val")
+        else:
+            return None
+        skipped = f", {len(found.problems):,} skipped (short rows)" if found.problems else ""
+        return found, f"{self.glue or self.table or self.disk}: {counted(len(found), 'row')}{skipped}"
+
     def _at_path(self, in_order: bool) -> tuple[ReadSource, str]:
         """The samples at `path`, and what was understood."""
         path = Path(str(self.path))
         given = Given(
-            path=path, images=self.images, annotations=self.annotations, image_name=self.image_name, split=self.split, columns=self.columns or {},
+            path=path, images=self.images, annotations=self.annotations, image_name=self.image_name, split=self.split,
+            columns={role: name for role, name in (self.columns or {}).items() if name is not None},
             cache=self.cache, in_order=in_order,
         )  # fmt: skip
         with loaded_once():

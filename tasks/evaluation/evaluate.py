@@ -15,6 +15,7 @@ from multimodal.batches.collate import collate, stacked
 from multimodal.batches.tokenize import Row, TextTooLong
 from multimodal.data.feature_cache.encode import encode_all, pixel_table
 from multimodal.data.inputs import CachedFeatures
+from multimodal.encoders.tower import NoTower
 from multimodal.generation.decoding import check_room
 from multimodal.generation.settings import GenerationSettings, saved_generation
 from multimodal.model import VisionLanguageModel
@@ -97,7 +98,7 @@ def predict(
     """One text for everything that the task asks about the source: each of several processes generates its share, and all get the whole.
 
     patches   of the source's images
-    shift     sample i gets the image of sample i + shift: the blind control, where a model that looks must do worse
+    shift     sample i gets the image of sample i + shift, or where there are none its text: the blind control, where a model that looks must do worse
     """
     questions: list[_Question] = []
     bad: list[BadSample] = []
@@ -134,10 +135,11 @@ def _questions(
             yield patches.bad[displayed]
             continue
         seen = patches[displayed] if encoder.reads_images else None  # a row of a model that sees already has its image's own tokens
-        for asked in read[index][0]:
+        swaps = isinstance(model.tower, NoTower)
+        for asked, other in zip(read[index][0], read[displayed][0] if swaps else read[index][0], strict=True):
             try:
-                row = encoder.row(asked.text, seen)
-                if model.head is None:  # nothing is written after the prompt of one that chooses
+                row = encoder.row(other.text, seen)
+                if model.head is None and not model.label_words:  # nothing is written after the prompt of one that chooses
                     check_room(model.language, len(row.ids), settings)
                 yield _Question(asked.item, row, displayed)
             except TextTooLong as error:

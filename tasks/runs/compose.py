@@ -22,7 +22,7 @@ from multimodal.data.feature_cache.format import AnyContents, all_contents, as_s
 from multimodal.data.feature_cache.reader import UNFINISHED, is_finished, matching_features
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.inputs import CachedFeatures
-from multimodal.encoders.tower import VisionTower, load_tower
+from multimodal.encoders.tower import NoTower, VisionTower, load_tower
 from multimodal.existing.budget import ImageTokens
 from multimodal.existing.load import load_existing
 from multimodal.existing.tower import ModelTower
@@ -43,11 +43,14 @@ __all__ = [
 
 
 def compose(
-    encoder: str, language_model: str, *, template: Template, layer: int = -1, use: LanguageUse = "write", base: BaseSettings = UNCHANGED,
+    encoder: str | None, language_model: str, *, template: Template, layer: int = -1, use: LanguageUse = "write", base: BaseSettings = UNCHANGED,
     frames: int = 0,
 ) -> VisionLanguageModel:
-    """The composed model, on this process's device; `scenes:encoder` and `scenes:language` are the parts that ship with the package."""
-    tower = composed_tower(encoder, layer, base, frames)
+    """The composed model, on this process's device; encoder: None where it reads texts alone.
+
+    `scenes:encoder` and `scenes:language` are the parts that ship with the package.
+    """
+    tower = None if encoder is None else composed_tower(encoder, layer, base, frames)
     language = load_language(found_part(language_model), use=use, precision=base.language_model, placing=base.placing)
     return on_device(VisionLanguageModel(tower, dataclasses.replace(language, name=located(language_model)), template), process_state().device)
 
@@ -55,7 +58,6 @@ def compose(
 def frozen_model(parts: Parts, *, template: Template, layer: int = -1, use: LanguageUse = "write") -> VisionLanguageModel:
     """The model of these parts, composed or one that sees already, on this process's device. Raises as their loaders do."""
     if parts.model is None:
-        assert parts.encoder is not None
         assert parts.language_model is not None
         return compose(parts.encoder, parts.language_model, template=template, layer=layer, use=use, base=parts.base, frames=parts.frames)
     return VisionLanguageModel.from_parts(*_existing(parts.model, parts.base), template=template, image_tokens=parts.image_tokens)
@@ -169,6 +171,9 @@ def features_to_learn(model: VisionLanguageModel, source: SampleSource, config: 
     Raises ConfigError and DataError where the features are not there, or not those of this model and these images.
     """
     if config.features is None:
+        if isinstance(model.tower, NoTower):
+            yield encode_all(model, source)
+            return
         is_cached = config.train.features == "memory"
         yield encode_all(model, source, workers=config.train.workers, label="encoding each image once", dtype=config.features_dtype) if is_cached else None
         return
@@ -176,7 +181,7 @@ def features_to_learn(model: VisionLanguageModel, source: SampleSource, config: 
     if is_finished(folder) or config.train.features != "fill":
         yield _matching(folder, model, source)
         return
-    with opened_writer(model.tower, source, folder, _needed(model, config)) as writer:
+    with opened_writer(_seeing(model), source, folder, _needed(model, config)) as writer:
         log(f"features: the first epoch fills {folder} with {size_of(writer.contents, len(source))}")
         yield writer
         if not is_finished(folder):
@@ -198,7 +203,7 @@ def features_to_log(model: VisionLanguageModel, source: SampleSource, config: Ru
         if settings.features == "fill":
             log(f"features: filling {folder} with {size_of(_needed(model, config), len(source))}")
             return write_features(
-                model.tower, source, folder, _needed(model, config), workers=settings.workers, budget=settings.bad_samples, label=label
+                _seeing(model), source, folder, _needed(model, config), workers=settings.workers, budget=settings.bad_samples, label=label
             )  # fmt: skip
         if not is_finished(config.features / "train"):
             raise ConfigError(f"{config.features} holds no features, neither in train nor in val: write them with `adalink features`, or give features: null")
@@ -213,14 +218,20 @@ def log(line: str) -> None:
 
 
 def _matching(folder: Path, model: VisionLanguageModel, source: SampleSource) -> CachedFeatures:
-    cache = matching_features(folder, model.tower, source, needed_contents(model.adapted.active_adapter(), all_contents(model.tower)))
+    cache = matching_features(folder, _seeing(model), source, needed_contents(model.adapted.active_adapter(), all_contents(_seeing(model))))
     many = f"{counted(len(cache), 'image')} {'is' if len(cache) == 1 else 'are'}"
     log(f"features: {many} read from {folder}, {cache.contents} of {model.tower.name}; {len(cache.bad):,} have none")
     return cache
 
 
 def _needed(model: VisionLanguageModel, config: RunConfig) -> AnyContents:
-    return needed_contents(model.adapted.active_adapter(), all_contents(model.tower, config.features_dtype))
+    return needed_contents(model.adapted.active_adapter(), all_contents(_seeing(model), config.features_dtype))
+
+
+def _seeing(model: VisionLanguageModel) -> VisionTower | ModelTower:
+    """The tower of a model whose features are cached: a config without an encoder names no folder of them."""
+    assert not isinstance(model.tower, NoTower)
+    return model.tower
 
 
 def size_of(contents: AnyContents, n_images: int) -> str:

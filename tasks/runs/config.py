@@ -16,9 +16,11 @@ from multimodal.data.inputs import StoredDtype
 from multimodal.existing.budget import ImageTokens
 from multimodal.existing.connector_choice import ConnectorChoice, refuse_both, refuse_connector
 from multimodal.generation.settings import GenerationSettings
+from multimodal.template import TextTemplate, saved_template
 from multimodal.training.settings import Stage, TrainSettings
 from tasks.captioning import Captioning
 from tasks.data.sources import DataConfig
+from tasks.runs.text_task import TextSettings, TextTask
 from tasks.task import Task
 from tasks.vqa import Vqa
 
@@ -64,6 +66,16 @@ class Data:
     train: DataConfig | None = None  # the training data; only `train` needs it
     search: DataConfig | None = None  # what `adalink search` scores its trials on; none: a share of the training data. Nothing else reads it
 
+    def __post_init__(self) -> None:
+        """Let a set of texts say its split by its part, and `val.after_shots` be rows of the training data."""
+        train, val = self.train, self.val
+        if train is not None and train.split is None and (train.glue or train.disk) and not (train.glue and train.glue.is_file()):
+            train = dataclasses.replace(train, split="train")
+        if train is not None and val.is_after_shots:
+            val = dataclasses.replace(train, after_shots=val.after_shots)
+        object.__setattr__(self, "train", train)
+        object.__setattr__(self, "val", val)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -101,6 +113,8 @@ class Parts:
     def of(parts: Mapping[str, FrozenPart], task: Mapping[str, Any]) -> Parts:
         """The parts by their roles in an adapter's folder, which says of its task what an image may cost; a model that saw already is one part."""
         language = parts["language_model"]
+        if isinstance(saved_template(task), TextTemplate):
+            return Parts(language_model=language.name, base=BaseSettings.of(language.precision))
         if "encoder" not in parts:
             return Parts(model=language.name, image_tokens=ImageTokens.of(task), base=BaseSettings.of(language.precision))
         encoder = parts["encoder"]
@@ -121,7 +135,7 @@ class Parts:
 class RunConfig:
     """A run: frozen parts, methods, data, training, evaluation."""
 
-    task: Literal["captioning", "vqa"]  # what is asked
+    task: Literal["captioning", "vqa", "text"]  # what is asked; text: a class or a score of texts, without an encoder
     model: str | None = None  # a vision-language model that sees already: local folder or hub name; in place of encoder and language_model
     encoder: str | None = None  # local folder, timm:NAME, open_clip:NAME/WEIGHTS, a transformers hub name, or scenes:encoder
     language_model: str | None = None  # local folder, a transformers hub name, or scenes:language
@@ -137,6 +151,7 @@ class RunConfig:
     layer: int = -1  # which encoder block the features come from: -1 the last, with its norm; -2 the one before, as Context-PEFT has it
     captioning: Captioning = field(default_factory=Captioning)  # settings of the task, where it is captioning
     vqa: Vqa = field(default_factory=Vqa)  # settings of the task, where it is vqa
+    text: TextSettings = field(default_factory=TextSettings)  # settings of the task, where it is text
     train: TrainSettings = field(default_factory=TrainSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     features: Path | None = None  # cached features, in FOLDER/train and FOLDER/val, which `adalink features` or train.features: fill writes; none: encode
@@ -153,7 +168,10 @@ class RunConfig:
 
     def check_form(self) -> None:
         """Raise ConfigError unless the frozen parts are given in exactly one form, with settings that go with it."""
-        self.parts.check()
+        if self.task == "text":
+            self.check_texts()
+        else:
+            self.parts.check()
         if self.model and (self.layer != -1 or self.n_answers):
             raise ConfigError(
                 f"{'layer' if self.layer != -1 else 'vqa.answers'} was given with model: a model that sees already has its own features and writes its "
@@ -169,6 +187,21 @@ class RunConfig:
         if self.train.teachers.folders is not None and (self.start is not None or self.train.frozen):
             given = "start" if self.start is not None else "train.frozen"
             raise ConfigError(f"{given} and train.teachers were given, and a training with teachers begins with the new one's weights: leave {given} out")
+
+    def check_texts(self) -> None:
+        """Raise ConfigError where a task of texts is given what only images need."""
+        given = [name for name in ("model", "encoder", "features") if getattr(self, name)]
+        given += ["vision_methods"] * bool(self.encoder_methods) + ["layer"] * (self.layer != -1) + ["image_tokens"] * bool(self.image_tokens)
+        given += ["train.features"] * (self.train.features != "encode")
+        if given:
+            raise ConfigError(f"the task text reads no image, and {given[0]} was given: leave it out, or give another task")
+        if not self.language_model:
+            raise ConfigError("language_model is not given: name the frozen model that reads the texts, such as --language_model google-bert/bert-base-uncased")
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether the language model is read by a head, and writes nothing."""
+        return bool(self.n_answers) or (self.task == "text" and self.text.how == "head")
 
     def check_features(self) -> None:
         """Raise ConfigError where cached features are asked for in two ways, or of an encoder or a connector that changes."""
@@ -208,7 +241,7 @@ class RunConfig:
 
     def chosen_task(self) -> Task:
         """The task with its settings."""
-        tasks: Mapping[str, Task] = {"captioning": self.captioning, "vqa": self.vqa}
+        tasks: Mapping[str, Task] = {"captioning": self.captioning, "vqa": self.vqa, "text": TextTask(settings=self.text)}
         return tasks[self.task]
 
 

@@ -29,7 +29,7 @@ _HEADING = "## Evaluation"
 
 
 def add_metrics(
-    folder: Path, metrics: Mapping[str, float], intervals: Mapping[str, Interval], *, scorer: str, software: str, data: str
+    folder: Path, metrics: Mapping[str, float | None], intervals: Mapping[str, Interval], *, scorer: str, software: str, data: str
 ) -> None:
     """Put a table of metrics at the end of an adapter folder's README.md, in place of one that is there from before.
 
@@ -41,7 +41,7 @@ def add_metrics(
     rows = []
     for name, value in metrics.items():
         between = f"{intervals[name].low:.2f} .. {intervals[name].high:.2f}" if name in intervals else ""
-        rows.append(f"| {name} | {value:.2f} | {between} | {scorer} |")
+        rows.append(f"| {name} | {'undefined' if value is None else f'{value:.2f}'} | {between} | {scorer} |")
     table = "\n".join(["| metric | value | 95 % interval | scorer |", "|---|---|---|---|", *rows])
     write_whole(card, f"{text}\n\n{_HEADING}\n\nOn {data}; computed by {software}.\n\n{table}\n".encode())
 
@@ -120,18 +120,20 @@ def write_run_report(
     counts = TrainedParts.of(model).counts()
     frozen = sum(parameter.numel() for part in (model.tower.encoder, model.adapted.base) for parameter in part.parameters())
     trained = scores.get(TRAINED, _UNSCORED)
-    headline = f"{trained.headline} {trained.metrics[trained.headline]:.1f} on" if trained.metrics else "not scored, for want of references:"
+    value = trained.metrics.get(trained.headline)
+    headline = "not scored, for want of references:" if not trained.metrics else f"{trained.headline} {'undefined' if value is None else f'{value:.1f}'} on"
+    parts = f"{model.tower.name} and {model.language.name}, both frozen" if model.tower.name else f"{model.language.name}, frozen"
     kinds = [*(type(method).__name__ for method in adapter.methods.values()), *(["trained connector"] if adapter.copies else [])]
     report = Report(
         title=f"{task.name}: {' + '.join(kinds)}",
-        summary=f"{model.tower.name} and {model.language.name}, both frozen; {sum(counts.values()):,} trained parameters; "
+        summary=f"{parts}; {sum(counts.values()):,} trained parameters; "
         f"{headline} {counted(len(predictions.texts), 'item')}{'; ' * bool(warning)}{warning}",
         scorer=trained.scorer,
         rows=[MetricRow(name=name, values=score.metrics) for name, score in scores.items()],
         representation=[MetricRow(name=name, values=values) for name, values in representation_rows(read_representation(folder)).items()],
         trained=[Trained(name=name, parameters=count) for name, count in counts.items()],
         frozen_parameters=frozen,
-        curves=_curves(folder / METRICS_FILE, "nats per token" if model.head is None else f"nats per question, {model.head.loss_name}"),
+        curves=_curves(folder / METRICS_FILE, "nats per token" if model.head is None else ", ".join(model.head.loss_name[::-1])),
         cards=list(_cards(source, task, predictions, trained)),
         bad_samples=_bad(folder / BAD_FILE, predictions),
         config=config_text,
@@ -162,11 +164,12 @@ def _cards(source: SampleSource, task: Task, predictions: Predictions, score: Sc
         item = items[number % len(items)]
         generated, points = predictions.texts[item], score.items.get(item)
         answers = {question.question_id: question for question in sample.questions}
-        if task.name == "vqa":
+        if task.name in ("vqa", "text"):
             question = answers[item]
             share = None if points is None else points / 100
+            both = " | ".join(filter(None, (question.text, question.pair)))
             yield AnswerCard(
-                key=sample.key, image=_image(sample), question=question.text, generated=generated, answers=question.answers, score=share
+                key=sample.key, image=_image(sample), question=both, generated=generated, answers=question.answers, score=share
             )  # fmt: skip
         else:
             yield CaptionCard(key=sample.key, image=_image(sample), generated=generated, references=sample.captions, score=points)

@@ -43,7 +43,9 @@ from tasks.runs.compose import features_to_learn, features_to_log, frozen_model,
 from tasks.runs.config import RunConfig, chosen_methods
 from tasks.runs.conversations import refuse_beyond
 from tasks.runs.results import write_card_metrics, write_metrics, write_run_report
-from tasks.task import BLIND, TRAINED, UNTRAINED, Score, Task
+from tasks.runs.text_task import TextTask, settled
+from tasks.runs.texts import cut_note, equip, saved_labels
+from tasks.task import BLIND, BLIND_TEXTS, TRAINED, UNTRAINED, Score, Task
 from tasks.vqa import AnswerVocabulary, answer_vocabulary
 
 __all__ = [
@@ -71,7 +73,8 @@ def changed_config(file: Path, config_text: str) -> list[str]:
         was, now = (flat(yaml.safe_load(text) or {}) for text in (file.read_text(encoding="utf-8"), config_text))
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return []  # a process that was killed while it wrote it
-    names = [name for name in {**was, **now} if was and not name.startswith(("train.", "methods.", "vision_methods.", "connector")) and name != "out"]
+    own = ("train.", "methods.", "vision_methods.", "connector", *(("text.",) if now.get("task") != "text" else ()))  # reported elsewhere, or not the task's
+    names = [name for name in {**was, **now} if was and not name.startswith(own) and name != "out"]
     # A file of an earlier version does not hold every setting; one that came since is empty where it changes nothing.
     changed = [name for name in names if was.get(name) != now.get(name) and (name in was or now[name] not in _SILENT)]
     return [f"{name} {was.get(name)} -> {now.get(name)}" for name in changed]
@@ -100,17 +103,17 @@ def run_folder(out: Path) -> Iterator[Path]:
 # The model that a run trains, made of its config, and what it learns of a sample.
 
 
-def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageModel, Texts]:
+def new_model(config: RunConfig, source: SampleSource, task: Task | None = None) -> tuple[VisionLanguageModel, Texts]:
     """The composed model with new adapters on the language model and, where the config says so, on the encoder; and the texts it learns.
 
-    source: the training data, whose most frequent answers a model that chooses among answers gets. Raises ConfigError and DataError as
-    `compose`, `add_adapter` and `answer_vocabulary` do.
+    source: the training data, whose most frequent answers a model that chooses among answers gets. task: of texts, on its data.
+    Raises ConfigError and DataError as `compose`, `add_adapter` and `answer_vocabulary` do.
     """
-    task = config.chosen_task()
+    task = settled(config.chosen_task(), source) if task is None else task
     start = config.train.teachers.new
     methods = chosen_methods(config.methods, needs_one=config.connector == "frozen" and start is None)
     template = task.words_for(config.parts.model is not None, _asks_as_written(source))
-    model = frozen_model(config.parts, template=template, layer=config.layer, use="read" if config.n_answers else "write")
+    model = frozen_model(config.parts, template=template, layer=config.layer, use="read" if config.reads_only else "write")
     torch.manual_seed(config.train.seed)  # here, so that the adapter's start depends on nothing that was drawn before
     if start is not None:
         _start_from(model, start, config, methods)
@@ -122,6 +125,8 @@ def new_model(config: RunConfig, source: SampleSource) -> tuple[VisionLanguageMo
         fix_method(model.adapted, name, folder)
     if config.encoder_methods:
         model.add_vision_adapter(config.encoder_methods)
+    if isinstance(task, TextTask):
+        equip(model, task, source)
     if not config.n_answers:
         return model, task.texts
     vocabulary = answer_vocabulary(config.vqa, source)
@@ -214,11 +219,11 @@ def train_run(config: RunConfig, config_text: str, *, resume: bool = False, text
     if config.out is None or config.data.train is None:
         raise ConfigError("training needs `out`, the run folder, and `data.train`: give both")
     refuse_taken(config.out, resume=resume)  # before the models are loaded, which takes a while
-    task = config.chosen_task()
     opened, val = (_opened(data, config) for data in (config.data.train, config.data.val))
+    task = settled(config.chosen_task(), opened.source, val.source)
     _refuse_beyond(config, opened, val, task)
     torch.manual_seed(config.train.seed)
-    model, texts = new_model(config, opened.source)
+    model, texts = new_model(config, opened.source, task)
     _refuse_beyond(config, opened, val, task, model)
     also_trained = _whole_language_model(model) if config.train.full else {}
     check_training(model, config.train, config.out, resume=resume, also_trained=also_trained)  # before an image is read
@@ -265,7 +270,7 @@ def _whole_language_model(model: VisionLanguageModel) -> dict[str, nn.Parameter]
 
 def _save(folder: Path, model: VisionLanguageModel, task: Task, config: RunConfig) -> None:
     """The adapter, and beside it the language model where all of it was trained."""
-    model.save_pretrained(folder / "adapter", task={"task": task.name, "generation": asdict(config.generation)})
+    model.save_pretrained(folder / "adapter", task={"task": task.name, "generation": asdict(config.generation), **saved_labels(task)})
     if config.train.full and is_main():
         model.language.model.save_pretrained(folder / "language_model")
         model.language.tokenizer.save_pretrained(folder / "language_model")
@@ -283,6 +288,7 @@ def evaluate_run(
     _refuse_other_task(adapter, saved["task"], task)
     val = config.data.val.open()
     _log(val.sentence)
+    task = settled(task, val.source, labels=saved.get("labels", ()))
     refuse_beyond(val, "data.val", task, f"the model of {adapter}", model.row_encoder())
     with run_folder(out) as folder:
         images = read_images(val, features_to_log(model, val.source, config, "encoding the images"))
@@ -335,11 +341,13 @@ def _opened(data: DataConfig, config: RunConfig) -> Opened:
 
 
 def _refuse_beyond(config: RunConfig, train_data: Opened, val: Opened, task: Task, model: VisionLanguageModel | None = None) -> None:
-    """As `refuse_beyond`: a composed model's data before it is loaded, those of one that sees already by its processor."""
+    """As `refuse_beyond`: a composed model's data before it is loaded, those of one that sees already by its processor; and log which texts are cut."""
     if config.model is None or model is not None:
         reader = f"'{config.model}'" if config.model else f"a model of the encoder {config.encoder} and the language model {config.language_model}"
         for place, data in (("data.train", train_data), ("data.val", val)):
             refuse_beyond(data, place, task, reader, model and model.row_encoder())
+    if model is not None:
+        _log(cut_note(model, task, train_data.source, val.source))
 
 
 def _evaluate(model: VisionLanguageModel, images: ReadImages, task: Task, config: RunConfig, before: Mapping[str, Score]) -> Evaluation:
@@ -353,11 +361,17 @@ def _evaluate(model: VisionLanguageModel, images: ReadImages, task: Task, config
     if not before and own.texts and not is_graded(task, images.source):
         return Evaluation({}, text, seconds, warning)
     other = _predict(model, images, task, config, shift=max(len(images.source) // 2, 1))
-    scores = {**before, TRAINED: task.score(own.texts, images.source), BLIND: task.score(other.texts, images.source)}
+    blind = BLIND_TEXTS if isinstance(task, TextTask) else BLIND
+    scores = {**before, TRAINED: task.score(own.texts, images.source), blind: task.score(other.texts, images.source)}
+    if isinstance(task, TextTask) and (most := task.majority(images.source)) is not None:
+        scores[f"always {most[0]!r} (majority)"] = most[1]
     note = scores[TRAINED].note
     if not before:
         _log(note)
     return Evaluation(scores, text, seconds, "; ".join(filter(None, (warning, note))))
+
+
+LEAST = -100.0  # what a correlation that is undefined counts as where measurements are compared: less than any other
 
 
 class _Measurement:
@@ -372,7 +386,8 @@ class _Measurement:
         self._stated.update(_predict(self._model, self._images, self._task, self._config).texts)
         score = self._task.score(self._stated, self._images.source)
         loss = mean_loss(self._model, self._batches())
-        return {score.headline: score.metrics[score.headline], **({} if loss is None else {VAL_LOSS: loss})}
+        value = score.metrics[score.headline]
+        return {score.headline: LEAST if value is None else value, **({} if loss is None else {VAL_LOSS: loss})}
 
     def samples(self) -> Sequence[LoggedSamples]:
         """Some images with their generated texts."""

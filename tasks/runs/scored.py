@@ -36,7 +36,9 @@ class Answers:
     @property
     def value(self) -> float:
         """The metric that a run is judged by."""
-        return self.score.metrics[self.score.headline]
+        value = self.score.metrics[self.score.headline]
+        assert value is not None  # of captions and answers none is undefined
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)

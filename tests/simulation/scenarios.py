@@ -180,9 +180,9 @@ def encodes(gpu: SimulatedGpu) -> Step:
     def step() -> None:
         table: Any = encode_all(model, source)
         assert table.patches.device.type == "cpu"
-        contents: Any = all_contents(model.tower)
+        contents: Any = all_contents(model.vision_tower)
         contents.of(model.vision_tower.encode(torch.stack([model.vision_tower.preprocess(image) for image in images(2)])))
-        bind(model.tower, source)
+        bind(model.vision_tower, source)
 
     return step
 

@@ -21,10 +21,10 @@ from multimodal.data.feature_cache.format import AnyContents, Contents, StoredDt
 from multimodal.data.feature_cache.reader import FeatureCache, bind
 from multimodal.data.feature_cache.writer import FeatureWriter
 from multimodal.data.images.decode import BadImage
-from multimodal.data.inputs import read_pixels
+from multimodal.data.inputs import NoFeatures, read_pixels
 from multimodal.data.loader import Loaded, TrainLoader
 from multimodal.data.workers import dead_workers_named, made_in_order
-from multimodal.encoders.tower import VisionTower
+from multimodal.encoders.tower import NoTower, VisionTower
 from multimodal.existing.tower import ModelTower
 from multimodal.model import VisionLanguageModel
 from multimodal.processes import process_state
@@ -274,7 +274,7 @@ def _vectors_of_all(tower: ModelTower, source: SampleSource, *, workers: int, la
 
 def encode_all(
     model: VisionLanguageModel, source: SampleSource, *, workers: int = 0, label: str = "encoding", dtype: StoredDtype = "float16"
-) -> PatchTable | VectorTable:
+) -> PatchTable | VectorTable | NoFeatures:
     """The features of every image, each encoded once, with a progress bar. Memory: 2 (N + L) Dv bytes an image (128 KB for 7 x 7 x 1280).
 
     Each of several processes encodes its share, and all get the whole. Raises ConfigError where the active adapter trains what encodes images, DataError
@@ -285,6 +285,8 @@ def encode_all(
             "the active adapter has a connector of its own, so an image's features change with every step and cannot be cached: encode images as they come "
             "(train.features: encode)"
         )
+    if isinstance(model.tower, NoTower):
+        return NoFeatures(len(source))
     if isinstance(model.tower, ModelTower):
         return _vectors_of_all(model.tower, source, workers=workers, label=label, dtype=dtype)
     tower, state, contents = model.tower, process_state(), all_contents(model.tower, dtype)

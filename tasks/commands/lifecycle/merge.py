@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -180,7 +181,8 @@ class Search:
             model.adapted.task = {**model.adapted.task, **task.words_for(data.config.model is not None).saved()}
             texts = predict(model, data.images.source, task, data.images.patches, settings=data.config.generation).texts
             score = task.score(texts, data.images.source)
-            metrics.append(score.metrics[score.headline])
+            value = score.metrics[score.headline]
+            metrics.append(-math.inf if value is None else value)  # undefined: worse than any
         model.delete_adapter("tried")
         return metrics
 

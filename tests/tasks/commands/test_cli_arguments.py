@@ -142,7 +142,7 @@ VALUES = [
     ("captioning.template", {"prompt": "<image>", "target": "x"}, "the target template 'x' must hold {text}"),
     ("captioning.captions_per_image", -1, "captions_per_image is -1"),
     ("generation.max_new_tokens", 0, "max_new_tokens is 0 and num_beams 1"),
-    ("data.train", {"scenes": "train/3", "shards": "x"}, "a data set needs one of path, images, shards, mix and scenes, got shards, scenes"),
+    ("data.train", {"scenes": "train/3", "shards": "x"}, "a data set needs one of path, images, shards, mix, glue, table, disk and scenes, got shards, scenes"),
     ("data.train", {"scenes": "train/3", "annotations": "x"}, "annotations would not be read: scenes holds its own texts"),
     ("data.train", {"scenes": "train/3", "limit": -1}, "the data set's limit is -1"),
     ("data.train", {"images": "x"}, "the images in x come without texts: give annotations"),

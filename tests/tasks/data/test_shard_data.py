@@ -107,7 +107,7 @@ def test_a_list_of_shards_is_one_set_and_a_saved_config_gives_it_again(tmp_path:
     [({"mix": {}}, r"mix is {} and limit 0: give data sets by path, each with a whole number from 1"),
      ({"mix": {"a": 0}}, "mix is {'a': 0}"),
      ({"mix": {"a": 1}, "limit": 3}, "and limit 3"),
-     ({"mix": {"a": 1}, "scenes": "val/2"}, "needs one of path, images, shards, mix and scenes, got mix, scenes"),
+     ({"mix": {"a": 1}, "scenes": "val/2"}, "needs one of path, images, shards, mix, glue, table, disk and scenes, got mix, scenes"),
      ({"scenes": "val/2", "after_shots": 1}, "shots is 0, shots_seed 0 and after_shots 1: give 0 or more, and shots with after_shots"),
      ({"mix": {"a": 1}, "shots": 1}, "shots is 1 and mix was given, whose weights choose images"),
      ({"scenes": "val/2", "decode": "draft"}, r"decode is 'draft': give exact or draft, which is for JPEGs \(scenes are none\)"),

@@ -129,7 +129,7 @@ def test_an_encoder_only_model_that_is_to_write_is_refused(task: str, command: s
     done = train(task, tmp_path / "run", *options) if command == "train" else adalink(
         "compose", "--task", task, "--encoder", "scenes:encoder", "--methods.bridge.kind", "linear", *options
     )  # fmt: skip
-    assert "is of model type 'bert', expected one that writes text; it can choose an answer: set task: vqa and vqa.answers, or give a local" in refused(done)
+    assert "is of model type 'bert', expected one that writes text; it can choose an answer: set task: vqa and vqa.answers, or text.how: head, or give a local" in refused(done)
 
 
 def test_a_head_that_was_cut_is_one_sentence(run: tuple[Path, Done], tmp_path: Path) -> None:
