@@ -268,20 +268,19 @@ def test_stages_that_are_none_are_refused_in_a_sentence(stages: tuple[dict[str, 
     assert str(refused.value) == message
 
 
-def test_an_answer_head_and_an_adapted_encoder_are_named_like_methods(tmp_path: Path) -> None:
+def test_an_answer_head_is_named_like_a_method(tmp_path: Path) -> None:
     model = compose("opt")
-    model.add_adapter("one", {"bridge": METHODS["bridge"]})
+    model.add_adapter("one", {name: METHODS[name] for name in ("bridge", "lora")})
     model.add_answer_head(["yes", "no"])
-    model.add_vision_adapter({"lora": LoRA(rank=2, groups={"image": ("image",)})})
-    stages = (Stage(trains=("head",), steps=1), Stage(trains=("head", "bridge"), steps=1), Stage(trains=("vision", "bridge")))
+    stages = (Stage(trains=("head",), steps=1), Stage(trains=("head", "bridge"), steps=1), Stage(trains=("lora", "bridge")))
 
     def scored(sample: Any, rng: Any) -> list[Text]:
         return [Text("is it red ?", None, scores=((0, 1.0),))]
 
     train(model, Drawn(4), scored, TrainSettings(**{**SHORT, "steps": 3, "checkpoint_every": 1, "keep": 9, "stages": stages}), tmp_path)
     states = [saved(tmp_path, step) for step in (1, 2, 3)]
-    trained = [{part for part in ("head", "bridge", "vision") if of(state, f"optimizer.{part}.")} for state in states]
-    assert trained == [{"head"}, {"head", "bridge"}, {"bridge", "vision"}]
+    trained = [{part for part in ("head", "bridge", "lora") if of(state, f"optimizer.{part}.")} for state in states]
+    assert trained == [{"head"}, {"head", "bridge"}, {"bridge", "lora"}]
     assert equal(of(states[1], "weight.head"), of(states[2], "weight.head"))
     assert not equal(of(states[0], "weight.head"), of(states[1], "weight.head"))
 
