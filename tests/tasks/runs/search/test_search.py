@@ -127,15 +127,15 @@ def test_killed_and_resumed_the_ledger_is_that_of_a_straight_run(jobs: int, tmp_
         assert 0 < again.asked < straight.count('"event": "rung"')
 
 
-def test_twenty_trials_and_twenty_more_are_forty(tmp_path: Path) -> None:
-    forty = searched(tmp_path / "a", trials=40, control=0, halving=False)
-    searched(tmp_path / "b", trials=20, control=0, halving=False)
+def test_twelve_trials_and_twelve_more_are_twenty_four(tmp_path: Path) -> None:
+    whole = searched(tmp_path / "a", trials=24, control=0, halving=False)
+    searched(tmp_path / "b", trials=12, control=0, halving=False)
     more = Objective()
-    both = searched(tmp_path / "b", more, trials=40, control=0, halving=False)
-    assert more.asked == 20
-    assert [trial.choices for trial in both.of(SEARCH)] == [trial.choices for trial in forty.of(SEARCH)]
-    assert [trial.choices for trial in searched(tmp_path / "c", trials=20, control=0, halving=False, seed=1).of(SEARCH)] != [
-        trial.choices for trial in forty.of(SEARCH)[:20]
+    both = searched(tmp_path / "b", more, trials=24, control=0, halving=False)
+    assert more.asked == 12
+    assert [trial.choices for trial in both.of(SEARCH)] == [trial.choices for trial in whole.of(SEARCH)]
+    assert [trial.choices for trial in searched(tmp_path / "c", trials=12, control=0, halving=False, seed=1).of(SEARCH)] != [
+        trial.choices for trial in whole.of(SEARCH)[:12]
     ]
 
 

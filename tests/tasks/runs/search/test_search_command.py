@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
+import signal
+import subprocess
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,8 +20,9 @@ import pytest
 import yaml
 from cli_run import Done, adalink, refused
 
+from adalink.errors import TerminatedError
 from tasks.data.sources import DataConfig, Opened
-from tasks.runs.search import command, runs
+from tasks.runs.search import command, runs, trials
 from tasks.runs.search.trials import Process, TrialFailed, _reason, run_adalink
 
 pytest.importorskip("optuna", reason="the extra `search` is not installed")
@@ -184,6 +188,25 @@ def test_a_process_that_fails_is_named_by_its_own_sentence_or_by_its_signal(tmp_
     assert _reason(1, "Traceback\nKeyError: 'a'\n") == "KeyError: 'a'"
     with pytest.raises(TrialFailed, match="there is no command 'nothing'"):
         run_adalink(["nothing"], tmp_path / "log.log", threads=1)
+
+
+def test_a_training_that_a_killed_search_left_behind_is_waited_for(tmp_path: Path) -> None:
+    """The process holds the lock that it got from the search; another training of the same trial starts after its end."""
+    lock, ended = tmp_path / "trial.lock", tmp_path / "ended"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        orphan = subprocess.Popen(["sh", "-c", f"sleep 1; touch {ended}"], pass_fds=(file.fileno(),))
+    with pytest.raises(TrialFailed):
+        run_adalink(["nothing"], tmp_path / "trial.log", threads=1)
+    assert ended.exists()
+    assert orphan.wait() == 0
+
+
+def test_a_search_that_is_asked_to_end_asks_its_trainings(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "600"])
+    with mock.patch.object(trials, "_RUNNING", {process}), pytest.raises(TerminatedError, match="ended by SIGTERM: go on with --resume"):
+        trials.end_trainings(signal.SIGTERM, None)
+    assert process.wait() == -signal.SIGTERM
 
 
 WRONG: list[tuple[dict[str, Any], dict[str, Any], list[str], str]] = [
