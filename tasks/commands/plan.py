@@ -49,8 +49,6 @@ def _methods(values: Any, plain: Any) -> None:
     if values.model is not None:
         dry_run = dry_run_of(values)
         dry_run.check_form()
-    if dry_run.task == "text":
-        raise ConfigError("a run of the task text has no encoder, and its memory is not planned: train without --dry-run, or with train.steps 1")
         drawn = draw_model(dry_run.parts)
         methods = methods_on(drawn.adapted.anatomy, given)
         roles = "\n".join([f"{values.model}: {type(drawn.language.model).__name__}", *drawn.role_lines(), "", ""])
@@ -174,6 +172,8 @@ def plan_of(values: Any) -> Plan:
 
     dry_run = dry_run_of(values)
     dry_run.check_form()
+    if dry_run.task == "text":
+        raise ConfigError("a run of the task text has no encoder, and its memory is not planned: train without --dry-run, or with train.steps 1")
     if values.text_tokens < 1:
         raise ConfigError(f"text_tokens is {values.text_tokens}: give 1 or more")
     if values.cards < 1:
