@@ -134,7 +134,7 @@ IDENTITY_AT_START = (
 COMPILED = (("all_at_once", "eager"), ("epalm_leaks", "aot_eager"), ("unipelt_apl", "eager"), ("ia3", "eager"))
 COMPILED_ALONE = (
     "adalink", "adalora", "bitfit", "bottleneck", "dept", "epalm", "gated_adalink", "hira", "hyper", "ia3", "ladder", "lora", "prefix_mlp",
-    "selected", "sparse_delta", "unipelt_apl",
+    "selected", "sparse_delta", "unipelt_apl", "sparse", "warp", "ist",
 )  # fmt: skip
 HALF = {torch.bfloat16: (0.015, 0.04), torch.float16: (0.002, 0.02)}  # how far logits and gradients may be off, as shares of their norms
 T5_HALF = {torch.bfloat16: (0.015, 0.2), torch.float16: (0.002, 0.1)}  # its attention has no scale: of random weights it is all but a choice of one
