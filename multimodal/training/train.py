@@ -212,7 +212,8 @@ def _loader(
     )  # fmt: skip
     accelerator.print(batches.note if model.head is not None else f"{batches.note}; {model.language_loss.head.note}")
     if isinstance(patches, FeatureWriter):
-        return FillingLoader(batches.loader, patches, model.tower, source, workers=settings.workers)
+        tower: Any = model.tower  # one that encodes: without an encoder no folder is filled
+        return FillingLoader(batches.loader, patches, tower, source, workers=settings.workers)
     return batches.loader
 
 

@@ -357,6 +357,8 @@ def _evaluate(model: VisionLanguageModel, images: ReadImages, task: Task, config
     _log_skipped("evaluation", _check_bad(images, own, config))
     text = Predictions(own.texts, (*images.bad, *own.bad))
     warning = degenerate_note(own.texts.values(), config.generation) if model.head is None else ""
+    if before and config.train.keep_best and isinstance(task, TextTask):
+        warning = "; ".join(filter(None, (warning, CHOSE)))
     _log(warning)
     if not before and own.texts and not is_graded(task, images.source):
         return Evaluation({}, text, seconds, warning)
@@ -371,6 +373,7 @@ def _evaluate(model: VisionLanguageModel, images: ReadImages, task: Task, config
     return Evaluation(scores, text, seconds, "; ".join(filter(None, (warning, note))))
 
 
+CHOSE = "these rows chose the weights (train.keep_best), so the metric is too good: evaluate on a set that no run has seen"
 LEAST = -100.0  # what a correlation that is undefined counts as where measurements are compared: less than any other
 
 

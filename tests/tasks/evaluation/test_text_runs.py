@@ -105,10 +105,11 @@ def test_label_words_are_scored_or_written(how: str, tmp_path: Path) -> None:
 
 
 def test_shots_and_what_comes_after_them_are_of_one_set(bert: Path, tmp_path: Path) -> None:
-    done = run(tmp_path / "run", bert, f"{{glue: {shared('data/sst2')}, shots: 8}}", "{after_shots: 6}")
+    done = run(tmp_path / "run", bert, f"{{glue: {shared('data/sst2')}, shots: 8}}", "{after_shots: 6}", "--train.keep_best", "true", "--train.measure_every", 1)
     assert done.code == 0, done
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())) == 6
     assert done.err.count("6,920 rows") == 2
+    assert "these rows chose the weights (train.keep_best), so the metric is too good" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_long_texts_are_cut_and_counted_once(bert: Path, tmp_path: Path) -> None:
