@@ -99,13 +99,13 @@ class Selected:
     """
 
     inner: Method
-    weight: float = 1.0  # of the penalty; 0.1 to 1 were published
+    weight: float = 0.02  # of the penalty: half closed on the embedded scenes; 0.1 to 1 were published, for networks of which whole layers are trained
     per: Literal["layer", "placement", "group"] = "layer"  # one score for each layer, each edit, or each layer and set of token domains
     threshold: float = 0.1  # a score below it closes, as published
     score: float = 0.15  # every score at the start, as published
     warmup: int = 0  # optimizer steps before the penalty begins; two epochs were published
     step: Literal["gradient", "proximal"] = "gradient"  # proximal: the penalty never moves a score past 0; gradient: as published, where a large one does
-    rate: float = 0.01  # of the scores, whatever the others' is and how it falls
+    rate: float = 0.5  # of the scores, whatever the others' is and how it falls
     may_be_empty: bool = False  # end without an error where every gate has closed: the folder has then nothing of the method
     scores: Mapping[str, float] | None = None  # of a saved adapter: its open places with their scores; the other places have no edit
 

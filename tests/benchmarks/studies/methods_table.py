@@ -59,7 +59,7 @@ LAYERS = (
 )  # fmt: skip
 ONLY = {"STAGES": ("LoRA-8 agnostic", "prefix 10 + LoRA-8", *STAGES), "LAYERS": LAYERS}
 BUDGET: dict[str, Any] = {"groups": SPECIFIC, "init_rank": 6, "target_rank": 4, "alpha": 12.0, "interval": 5}
-HALF: dict[str, Any] = {"per": "group", "weight": 0.2, "rate": 0.05, "warmup": 20}
+HALF: dict[str, Any] = {"per": "group", "weight": 0.02, "rate": 0.5, "warmup": 20}
 
 
 class PlacedAtRandom(AdaLoRA):

@@ -99,10 +99,7 @@ def run(config: RunConfig, methods: Mapping[str, Method], data: tuple[Opened, Op
     own, blind = score(model, task, val, patches[1], config), score(model, task, val, patches[1], config, shift=half)
     last = [one for one in representation(model, val.source, task, patches[1]) if one.domain == "text"][-1]
     ranks = {"rank": last.rank, "frozen rank": last.host_rank or math.nan, "CKA": last.cka or math.nan, "drift": last.drift or math.nan}
-    with tempfile.TemporaryDirectory() as folder:
-        model.adapted.save_pretrained(folder)
-        stored = sum(file.stat().st_size for file in Path(folder).glob("adapter_model*")) / 1024
-    return {"trained": n_trained, "KiB": stored, "frozen": frozen, **ranks, task.headline: own, "blind": blind, "steps": trained.steps, "seconds": trained.seconds, "cpu": spent, "MB": growth}
+    return {"trained": n_trained, "frozen": frozen, **ranks, task.headline: own, "blind": blind, "steps": trained.steps, "seconds": trained.seconds, "cpu": spent, "MB": growth}
 
 
 def peak_megabytes(*, fresh: bool = False) -> float:

@@ -365,7 +365,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"inner": Selected(inner=LORA)}, r"Selected wraps Selected, which has a schedule of its own"),
         ({"threshold": 0.0}, r"threshold is 0.0 and its score 0.15: no gate would ever close"),
         ({"score": 0.05}, r"threshold is 0.1 and its score 0.05: nothing would train at the start"),
-        ({"weight": -1.0}, r"weight is -1.0, rate 0.01 and warmup 0: give a positive rate, and 0 or more for the others"),
+        ({"weight": -1.0}, r"weight is -1.0, rate 0.5 and warmup 0: give a positive rate, and 0 or more for the others"),
         ({"weight": float("nan")}, r"weight is nan"),
         ({"rate": 0.0}, r"rate 0.0"),
         ({"warmup": -1}, r"warmup -1"),
