@@ -49,7 +49,7 @@ _DATA: Any = dataclasses.make_dataclass(
 )
 _OPTIONAL: dict[str, Any] = {"task": "captioning", "data": dataclasses.field(default_factory=_DATA)}
 # What a run's config can be asked, and the checks that it makes of itself.
-_ASKED = ("check_features", "check_form", "chosen_task", "encoder_methods", "methods_on_connector", "n_answers", "parts")
+_ASKED = ("check_features", "check_form", "check_texts", "chosen_task", "encoder_methods", "methods_on_connector", "n_answers", "parts")
 _CHECKED = {name: vars(RunConfig)[name] for name in _ASKED}
 
 

@@ -266,3 +266,8 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], sentence
 def test_what_does_not_go_with_texts_alone_is_refused_with_one_sentence(bert: Path, options: tuple[str, ...], sentence: str, tmp_path: Path) -> None:
     assert sentence in refused(run(tmp_path / "run", bert, glue("SST-2"), glue("SST-2"), *options))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_of_texts_is_refused_with_one_sentence(bert: Path, tmp_path: Path) -> None:
+    done = run(tmp_path / "run", bert, glue("SST-2"), glue("SST-2"), "--dry-run")
+    assert "a run of the task text has no encoder, and its memory is not planned" in refused(done)
