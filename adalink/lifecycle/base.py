@@ -96,7 +96,7 @@ def slim_linears(model: nn.Module, ratio: float) -> dict[str, FactoredLinear]:
         module = model.get_submodule(name)
         weight = _matrix(module)
         u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
-        k, root = rank_of(*weight.shape, ratio), s.sqrt()
+        k, root = rank_of(weight.shape[0], weight.shape[1], ratio), s.sqrt()
         first, second = root[:k, None] * v[:k], u[:, :k] * root[:k]
         factors = first.to(weight.dtype).contiguous(), second.to(weight.dtype).contiguous()
         made[name] = FactoredLinear(*factors, _detached(getattr(module, "bias", None)))

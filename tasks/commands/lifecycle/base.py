@@ -29,6 +29,8 @@ def slim_base(*, language_model: str, out: Path, texts: Path, ratio: float = 3.0
 
     Its fingerprint is another one: adapters of the base are refused on it. Without distillation (`--steps`) a slim base is bad.
 
+    Raises ConfigError for steps or rates that are none.
+
     Args:
         language_model: The base: a local folder in the format of transformers, a hub name, or scenes:language.
         out: A new or empty folder. It names the base, which must stay where it is.
@@ -121,6 +123,8 @@ def steer_base(
     """Write an adapter that moves the gates of a language model along a probe's direction (Model Surgery): a LoRA of rank 1 that comes off again.
 
     Every command reads it; `adalink export merged` puts it into the weights, as published.
+
+    Raises ConfigError for a file that is no probe.
 
     Args:
         language_model: A local folder in the format of transformers, a hub name, or scenes:language.

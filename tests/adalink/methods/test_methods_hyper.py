@@ -14,7 +14,7 @@ from fixture_file import FixtureFile
 from shared import fixtures
 from tiny import EXACT, excite, rows, run, tiny, token_map
 from torch import Tensor
-from train_case import SETTINGS, losses
+from train_case import losses
 
 from adalink import TEXT, Adapter, Anatomy, Hyper, attach
 from adalink.errors import ConfigError
@@ -177,9 +177,9 @@ def test_a_training_learns_to_tell_the_tasks_by_their_words_and_refuses_rows_wit
     assert before <= 1.0
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
     with pytest.raises(ConfigError, match=r"^hyper learns one adapter for each task, and the texts name none: train on questions with question types"):
-        train(model, Drawn(8), lambda sample, rng: [Text("what is it?", "red")], TrainSettings(**SETTINGS), tmp_path / "none")
+        train(model, Drawn(8), lambda sample, rng: [Text("what is it?", "red")], TrainSettings(steps=4, batch_size=4), tmp_path / "none")
     with pytest.raises(ConfigError, match=r"^a row is of the task 'taste', and the prototypes are of colour, count, place: add it"):
-        train(model, Drawn(8), lambda sample, rng: [Text("is it sweet?", "yes", task="taste")], TrainSettings(**SETTINGS), tmp_path / "other")
+        train(model, Drawn(8), lambda sample, rng: [Text("is it sweet?", "yes", task="taste")], TrainSettings(steps=4, batch_size=4), tmp_path / "other")
 
 
 def right(model: Any, tasks: Tasks) -> float:

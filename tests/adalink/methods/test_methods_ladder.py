@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -217,13 +218,18 @@ def test_at_full_width_with_the_models_own_weights_it_is_the_frozen_model_bit_fo
         assert not torch.equal(run(model, ids, mask), expected)  # control: it is the ladder that was read
 
 
+def _loss(model: Any, sample: dict[str, Tensor]) -> Tensor:
+    found: Tensor = model(**sample).loss
+    return found
+
+
 @files("rule")
 def test_a_pruned_start_keeps_what_the_authors_code_keeps(case: FixtureFile) -> None:
     with InDouble():
         model: Any = T5ForConditionalGeneration(T5Config(**case.spec["t5"], tie_word_embeddings=True)).double().eval()
         model.load_state_dict(case.under("w."), strict=False)
         samples = [{name: case.tensors[f"in.{i}.{name}"] for name in ("input_ids", "labels")} for i in range(case.spec["n_samples"])]
-        found = importances(model, [lambda sample=sample: model(**sample).loss for sample in samples])
+        found = importances(model, [partial(_loss, model, sample) for sample in samples])
         for name, value in case.under("fisher.").items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-18)
         adapter = Adapter({"ladder": Ladder(reduction=case.spec["reduction"])}, Anatomy.read(model)).double()

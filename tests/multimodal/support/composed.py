@@ -109,7 +109,7 @@ class Drawn:
     def __getitem__(self, index: int) -> Sample:
         sample = self.scenes[index]
         if index in self.bad or index in self.without:
-            return Sample(key=sample.key, image_id=sample.image_id, image=b"no image" if index in self.bad else None, captions=sample.captions)
+            return Sample(key=sample.key, image_id=sample.image_id, media=b"no image" if index in self.bad else None, captions=sample.captions)
         return sample
 
 

@@ -12,14 +12,14 @@ import torch
 from composed import Drawn, compose, excite, two_texts
 from torch import Tensor
 
-from adalink import AdaLink, Bridge, Prompt
+from adalink import AdaLink, Bridge, Method, Prompt
 from multimodal.model import VisionLanguageModel
 from multimodal.sample import Sample
 from multimodal.template import Text
 from multimodal.training.settings import TrainSettings
 from multimodal.training.train import Trained, train
 
-METHODS = {
+METHODS: dict[str, Method] = {
     "bridge": Bridge(kind="linear"), "adalink": AdaLink(rank=4, modalities=("image", "text"), bias=True), "prompt": Prompt(length=2, init_std=0.1),
 }  # fmt: skip
 SETTINGS = {"steps": 4, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "warmup": 0.0, "learning_rate": 1e-2}
