@@ -289,6 +289,8 @@ def _bench(given: dict[str, Any], axes: Axes, out: Path, read: Read, plan: Plan)
     for label, place in axes.bases.items():
         write_whole(file, yaml.safe_dump({**config, "language_model": place}, sort_keys=False).encode())
         bench.sizes[label] = plan(file).base
+        if not bench.sizes[label]:
+            raise ConfigError("the task is text, whose base is not planned, and budgets are shares of it: give captioning or vqa")
     return bench
 
 

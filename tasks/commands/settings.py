@@ -26,7 +26,7 @@ __all__ = [
     "only_named_data", "settings_of",
 ]  # fmt: skip
 
-SOURCES = ("path", "images", "media", "shards", "mix", "scenes")  # one of them says where a data set is
+SOURCES = ("path", "images", "media", "shards", "mix", "glue", "table", "disk", "scenes")  # one of them says where a data set is
 SPLITS = ("train", "val")
 DATA_SETS = (*SPLITS, "search")
 

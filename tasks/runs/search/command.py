@@ -27,6 +27,7 @@ from tasks.runs.search.runs import Cost, Plan, Prepared, Read, Runs, Winner, pre
 from tasks.runs.search.search import SEARCH, Search, SearchSettings, Trial, front_of
 from tasks.runs.search.space import Space
 from tasks.runs.search.trials import Ledger, TrialFailed, end_trainings, read_metrics, run_adalink
+from tasks.runs.text_task import settled
 from tasks.task import TRAINED
 
 __all__ = ["LEDGER", "Paths", "finish", "run_search"]
@@ -204,8 +205,8 @@ def _validated(adapters: Mapping[str, Path], folder: Path, runs: Runs) -> dict[s
     for name, run in adapters.items():
         settings = runs.plan(folder / f"{name.split()[0]}.yaml").settings
         settings = dataclasses.replace(settings, features=None, train=dataclasses.replace(settings.train, features="encode"))
-        task = settings.chosen_task()
-        model, _ = load_adapted(run / "adapter", **vars(settings.parts))
+        model, saved = load_adapted(run / "adapter", **vars(settings.parts))
+        task = settled(settings.chosen_task(), opened.source, labels=saved.get("labels", ()))
         images = read_images(opened, features_to_log(model, opened.source, settings, name))
         texts = predict(model, images.source, task, images.patches, settings=settings.generation).texts
         found[name] = task.score(texts, images.source).metrics.get(runs.metric)

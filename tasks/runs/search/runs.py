@@ -20,6 +20,7 @@ from tasks.data.sources import DataConfig, saved_data
 from tasks.runs.search.search import Outcome, Trial
 from tasks.runs.search.space import Choices, Config, Space
 from tasks.runs.search.trials import TrialFailed, folder_bytes, read_metrics, run_adalink
+from tasks.runs.text_task import settled
 from tasks.task import TRAINED, Task
 
 __all__ = ["Cost", "Plan", "Planned", "Prepared", "Read", "Runs", "Winner", "prepared"]
@@ -87,7 +88,7 @@ def prepared(settings: Any, text: str) -> Prepared:
     data["val"] = search
     sources = {"train": train_set.source, "search": search_set.source}
     prints = {name: f"{fingerprint_of(source)} {texts_fingerprint_of(source)}".strip() for name, source in sources.items()}
-    metrics, headline = _metrics(settings.chosen_task(), search_set.source)
+    metrics, headline = _metrics(settled(settings.chosen_task(), train_set.source, search_set.source), search_set.source)
     base.pop("out", None)
     return Prepared(
         base=base, val=val, n_train=len(train_set.source), fingerprint=prints, metrics=metrics, headline=headline,
@@ -186,7 +187,7 @@ class Runs:
 
     def _cost(self, planned: Planned, out: Path, metrics: Mapping[str, Any]) -> float:
         if self.cost == "parameters":
-            return planned.parameters
+            return planned.parameters or sum(metrics["trained_parameters"].values())
         if self.cost == "bytes":
             return folder_bytes(out / "adapter")
         if "step_ms" not in metrics:
