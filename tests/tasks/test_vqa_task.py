@@ -24,7 +24,7 @@ SCENE = Sample(key="a", image_id=5, image=b"", questions=(RED, MANY, BARE))
 
 
 def test_the_most_common_answer_is_learnt_and_the_first_of_them_on_a_tie() -> None:
-    assert Vqa().texts(SCENE, random.Random(0)) == [Text("is it red?", "yes"), Text("how many?", "2")]
+    assert Vqa().texts(SCENE, random.Random(0)) == [Text("is it red?", "yes", task="is it"), Text("how many?", "2", task="how many")]
     assert most_common(MANY) == "2"
     assert most_common(Question(question_id=4, text="", answers=("b", "a", "b", "a"))) == "b"
 

@@ -109,5 +109,5 @@ def test_two_processes_that_keep_the_states_of_their_texts_train_as_one_does(tra
 
 
 def test_every_name_of_methods_is_trained() -> None:
-    assert {name for methods in ADAPTERS.values() for name in methods} == METHODS.keys()
+    assert {name for methods in ADAPTERS.values() for name in methods} == METHODS.keys() - {"warp"}  # which writes nothing: its prompt is `prompt`'s
     assert all(METHODS[name] is type(method) for methods in ADAPTERS.values() for name, method in methods.items())

@@ -296,7 +296,7 @@ METHODS = [
     ({"method": "adalink", "rank": "x", "modalities": ["text"]}, "is not an adapter config"),
     ({"method": "adalink", "modalities": ["text"]}, "adalink needs the setting rank, which has no default"),
     ({"method": "adalink", "rank": 4, "modalities": ["text"], "alpha": 1}, "adalink has no setting alpha"),
-    ({"method": "xyz", "rank": 4}, "there is no method 'xyz': give one of adalink, bitfit"),
+    ({"method": "xyz", "rank": 4}, "there is no method 'xyz': give one of adalink, adalora"),
 ]
 
 
