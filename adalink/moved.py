@@ -15,7 +15,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
-__all__ = ["find_moved", "rename_field"]
+__all__ = ["find_moved", "old_paths", "rename_field"]
 
 # New module -> the modules whose content it has now.
 _CONTENT = {
@@ -192,6 +192,11 @@ class _Moved(MetaPathFinder, Loader):
         for content in map(importlib.import_module, modules):
             names = {name: value for name, value in vars(content).items() if not name.startswith("__")}
             vars(module).update(names | {old: names[new] for old, new in _RENAMED.items() if new in names})
+
+
+def old_paths(module: str) -> list[str]:
+    """The paths that a module's content had."""
+    return _CONTENT.get(module, "").split()
 
 
 def find_moved() -> None:

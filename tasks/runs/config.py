@@ -12,6 +12,7 @@ from typing import Any, Literal
 from adalink.checkpoint.precision import BaseSettings
 from adalink.errors import ConfigError
 from adalink.methods import METHODS
+from adalink.moved import old_paths
 from multimodal.data.inputs import StoredDtype
 from multimodal.existing.budget import ImageTokens
 from multimodal.existing.connector_choice import ConnectorChoice, refuse_both, refuse_connector
@@ -50,7 +51,11 @@ def chosen_methods(methods: Any, *, needs_one: bool = True) -> dict[str, Method]
 
 def class_paths() -> list[str]:
     """Every name under which a setting may ask for a class (`methods.gated.inner.class_path`): the methods, and what lists and tables of settings hold."""
-    methods = [f"{module}.{kind.__qualname__}" for kind in METHODS.values() for module in (kind.__module__, "adalink.methods", "adalink")]
+    methods = [
+        f"{module}.{kind.__qualname__}"
+        for kind in METHODS.values()
+        for module in (kind.__module__, *old_paths(kind.__module__), "adalink.methods", "adalink")  # configs of earlier runs have old paths
+    ]
     return [*methods, *(f"{kind.__module__}.{kind.__qualname__}" for kind in (DataConfig, Stage))]
 
 

@@ -74,9 +74,10 @@ def test_no_setting_imports_anything_by_its_name(given: str, tmp_path: Path, mon
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_method_of_the_package_is_given_by_its_class(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("path", "given"), [("adalink.Bottleneck", {"width": 4}), ("adalink.methods.prompt.Prompt", {"length": 2})], ids=["now", "of 0.1"])
+def test_a_method_of_the_package_is_given_by_its_class(path: str, given: dict[str, int], tmp_path: Path) -> None:
     content = copy.deepcopy(RECIPE)
-    content["methods"]["gated"] = {"inner": {"class_path": "adalink.Bottleneck", "init_args": {"width": 4}}}
+    content["methods"]["gated"] = {"inner": {"class_path": path, "init_args": given}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     done = adalink("train", "--config", tmp_path / "run.yaml", "--out", tmp_path / "run", "--dry_run")
     assert done.code == 0, done.err
