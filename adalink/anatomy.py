@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from adalink.errors import AttachError
 
 __all__ = [
-    "Anatomy", "FrozenModule", "InputSpec", "Linear", "Part", "Positions", "Projections", "closing_norms", "max_positions", "read_elsewhere",
-    "read_projections", "reader_of", "setting", "text_config", "token_ids",
+    "Anatomy", "FrozenModule", "InputSpec", "Linear", "Part", "Positions", "Projections", "closing_norms", "in_rows", "is_conv1d", "max_positions",
+    "read_elsewhere", "read_projections", "reader_of", "setting", "text_config", "token_ids",
 ]  # fmt: skip
 
 
@@ -423,10 +423,20 @@ def _linear(name: str, module: nn.Module) -> Linear | None:
     bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):
         return Linear(name, module.in_features, module.out_features, bias)
-    if type(module).__name__ == "Conv1D":
+    if is_conv1d(module):
         n_in, n_out = module.get_parameter("weight").shape
         return Linear(name, n_in, n_out, bias)
     return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear, which keeps its weight transposed: [n_in, n_out]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def in_rows(weight: Tensor, linear: nn.Module) -> Tensor:
+    """[n_out, n_in], of a linear's weight or what is like it; the other way round likewise."""
+    return weight.T if is_conv1d(linear) else weight
 
 
 def _final_norm(stack: nn.Module, layers: str) -> str | None:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from adalink.anatomy import Anatomy
+from adalink.anatomy import Anatomy, is_conv1d
 from adalink.attachment.modules_to_save import copied
 from adalink.checkpoint.folder import CONFIG_FILE, PEFT_CONFIG_FILE, WEIGHTS_FILE
 from adalink.edit import Adapter, Method, Placement
@@ -135,7 +135,7 @@ def to_peft(adapter: Adapter, model: nn.Module, folder: str | Path, *, as_lora: 
         raise ConfigError("peft has one LoRA or HiRA for each linear, and this adapter has two groups on one, or both: export an adapter with one group")
     kind = type(next(iter(edits.values()), None))
     tensors, settings = (_written_adalora if kind is Triplet else _written_hira if kind is Hadamard else _written_lora)(adapter, edits)
-    transposed = any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in edits)
+    transposed = any(is_conv1d(model.get_submodule(name)) for name in edits)
     write_peft(folder, adapter, model, tensors, target_modules=list(edits), fan_in_fan_out=transposed, **settings)
 
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from adalink.anatomy import Anatomy, Linear, text_config
+from adalink.anatomy import Anatomy, Linear, in_rows, is_conv1d, text_config
 from adalink.checkpoint.fingerprint import fingerprint
 from adalink.checkpoint.precision import quantised_names
 from adalink.errors import CheckpointError, ConfigError
@@ -165,9 +165,8 @@ def distil(base: Any, slim: Any, batches: Iterable[tuple[Tensor, Tensor]], steps
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """W [n_out, n_in]; GPT-2's Conv1D holds it transposed."""
-    weight = module.get_parameter("weight").detach()
-    return weight.T if type(module).__name__ == "Conv1D" else weight
+    """W [n_out, n_in]."""
+    return in_rows(module.get_parameter("weight").detach(), module)
 
 
 # ----------------------------------------
@@ -274,7 +273,7 @@ def slice_units(model: nn.Module, shares: Sequence[float]) -> tuple[int, ...]:
 
 
 def _cut(module: nn.Module, n: int, *, side: str) -> None:
-    transposed = type(module).__name__ == "Conv1D"
+    transposed = is_conv1d(module)
     weight, is_out = module.get_parameter("weight"), side == "out"
     cut = weight[:n] if is_out != transposed else weight[:, :n]
     module.register_parameter("weight", nn.Parameter(cut.detach().clone(), requires_grad=False))

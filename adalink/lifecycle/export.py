@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adalink.anatomy import Anatomy, token_ids
+from adalink.anatomy import Anatomy, is_conv1d, token_ids
 from adalink.attachment.attach import attach
 from adalink.attachment.existing import SOUND_KEYS, image_token_ids, is_encoder_decoder
 from adalink.attachment.modules_to_save import write_copies
@@ -157,7 +157,7 @@ def _check_merge(placement: Placement, linear: nn.Module, needed: set[int]) -> N
             f"the weights of {where} serve every token, and {placement.role} edits some of them: only a LoRA with one group for all domains, "
             "such as groups {all: [all]}, can be merged"
         )
-    if type(linear) is not nn.Linear and not _is_conv1d(linear):
+    if type(linear) is not nn.Linear and not is_conv1d(linear):
         raise AttachError(f"{where} is a {type(linear).__name__}, expected a linear with a plain weight matrix: load the model without quantization to merge")
     if isinstance(placement.edit, LowRank) and placement.edit.bias is not None and linear.bias is None:
         raise ConfigError(f"{placement.role} has a bias and {where} has none: only a LoRA with bias none or auto can be merged here")
@@ -166,17 +166,12 @@ def _check_merge(placement: Placement, linear: nn.Module, needed: set[int]) -> N
 def _merge(edit: LowRank | Hadamard | Delta, linear: nn.Linear) -> None:
     """The target's features alone, where one linear makes queries, keys and values at once."""
     features = slice(edit.target.start, edit.target.stop)
-    weight = linear.weight[:, features].T if _is_conv1d(linear) else linear.weight[features]  # [D_out, D_in]
+    weight = linear.weight[:, features].T if is_conv1d(linear) else linear.weight[features]  # [D_out, D_in]
     product = edit.delta.double() if isinstance(edit, Delta) else edit.up.weight.double() @ edit.down.weight.double()
     change = edit.scale * product if isinstance(edit, LowRank) else weight.double() * product if isinstance(edit, Hadamard) else product
     weight.copy_(weight.double() + change)
     if isinstance(edit, LowRank) and edit.bias is not None:
         linear.bias[features].copy_(linear.bias[features].double() + edit.bias.double())
-
-
-def _is_conv1d(linear: nn.Module) -> bool:
-    """GPT-2's linear, which keeps its weight transposed: [D_in, D_out]."""
-    return type(linear).__name__ == "Conv1D"
 
 
 def _table(model: nn.Module) -> nn.Embedding:

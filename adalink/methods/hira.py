@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adalink.anatomy import Anatomy, FrozenModule
+from adalink.anatomy import Anatomy, FrozenModule, in_rows
 from adalink.edit import Placement, Slots
 from adalink.errors import AttachError, ConfigError, check_tuples
 from adalink.methods.targets import (
@@ -61,9 +61,7 @@ class Hadamard(nn.Module):
         """W [width, n_in] of the features that are the target's. Raises AttachError where nothing is attached."""
         if self.frozen.module is None:
             raise AttachError("HiRA multiplies a frozen weight, and this adapter is attached to no model: attach it first")
-        weight = self.frozen.module.get_parameter("weight").detach()
-        whole = weight.T if type(self.frozen.module).__name__ == "Conv1D" else weight  # GPT-2's linear holds W^T
-        return whole[self.target.start : self.target.stop].to(dtype)
+        return in_rows(self.frozen.module.get_parameter("weight").detach(), self.frozen.module)[self.target.start : self.target.stop].to(dtype)
 
     def forward(self, h: Tensor, tokens: Tokens, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():

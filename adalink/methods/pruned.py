@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adalink.anatomy import SEPARATE
+from adalink.anatomy import SEPARATE, in_rows, is_conv1d
 from adalink.edit import Adapter
 from adalink.errors import AttachError
 from adalink.methods.ladder import Encoded, End, Ladder, Rung
@@ -126,15 +126,15 @@ class _Walk:
             by_rows.setdefault(one[2].stop - one[2].start, []).append(one)
         pruned: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
         for alike in by_rows.values():
-            product = torch.stack([_rows(self._of[id(linear.weight)], linear)[part][:, columns] for _, linear, part in alike]).prod(0)
+            product = torch.stack([in_rows(self._of[id(linear.weight)], linear)[part][:, columns] for _, linear, part in alike]).prod(0)
             rows = self._largest(product.abs().sum(1))
             first = rows if first is None else first
             for name, linear, part in alike:
                 bias = None if linear.bias is None else linear.bias[part][rows]
-                pruned.setdefault(name, []).append((_rows(linear.weight, linear)[part][rows][:, columns], bias))
+                pruned.setdefault(name, []).append((in_rows(linear.weight, linear)[part][rows][:, columns], bias))
         for name, linear in group:
             weight = torch.cat([weight for weight, _ in pruned[name]])
-            found[f"{name}.weight"] = weight.T if type(linear).__name__ == "Conv1D" else weight
+            found[f"{name}.weight"] = in_rows(weight, linear)
             if linear.bias is not None:
                 found[f"{name}.bias"] = torch.cat([bias for _, bias in pruned[name] if bias is not None])
         assert first is not None
@@ -146,20 +146,15 @@ class _Walk:
         return sums.topk(n).indices.sort().values
 
 
-def _rows(weight: Tensor, linear: nn.Module) -> Tensor:
-    """[n_out, n_in], of GPT-2's linear too."""
-    return weight.T if type(linear).__name__ == "Conv1D" else weight
-
-
 def _parts(name: str, linear: Any) -> list[slice]:
-    n_out = len(_rows(linear.weight, linear))
+    n_out = len(in_rows(linear.weight, linear))
     n = FUSED.get(name.rpartition(".")[2], 1)
     return [slice(i * n_out // n, (i + 1) * n_out // n) for i in range(n)]
 
 
 def _groups(layer: nn.Module) -> Iterator[list[tuple[str, Any]]]:
     """The linears of a layer in their order; those that read the same are one group."""
-    linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"]
+    linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)]
     while linears:
         parent, _, last = linears[0][0].rpartition(".")
         together = next((names for names in TOGETHER if last in names), (last,))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from adalink import BASE_ROW, IMAGE, PAD, AdaptedModel, TokenMap
 from adalink.errors import ConfigError
@@ -48,30 +49,20 @@ class LayersBelow:
         stack, names = adapted.attachment.stack, adapted.anatomy.layers
         self.adapted, self.first = adapted, first
         self._below, self._layer = [stack.get_submodule(name) for name in names[:first]], stack.get_submodule(names[first])
-        self._n_beside: int | None = None  # values that a layer returns beside the hidden states; None where it returns those alone
+        self._n_beside: int | None = None  # as `_n_beside` gives it
 
     @property
     def note(self) -> str:
         """What runs once."""
         return f"the first {self.first} of {len(self.adapted.anatomy.layers)} layers"
 
-    @torch.no_grad()
     def run(self, batch: Batch, token_map: TokenMap) -> Tensor:
         """float [B, T, D]: what the layers below make of whole rows."""
         handles = [
             self._below[-1].register_forward_hook(self._look),
             self._layer.register_forward_pre_hook(_arrived, prepend=True, with_kwargs=True),  # before the adapter's own edits
         ]
-        (call,) = calls_of(self.adapted, batch, token_map)
-        try:
-            with call.bound(self.adapted):
-                self.adapted.base(**call.arguments)
-        except _Arrived as found:
-            return found.states
-        finally:
-            for handle in handles:
-                handle.remove()
-        raise AssertionError("the stack ran without the layer")
+        return _states(self.adapted, batch, token_map, handles)
 
     @contextlib.contextmanager
     def left_out(self, states: Tensor) -> Iterator[None]:
@@ -80,25 +71,15 @@ class LayersBelow:
         def put(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
-        own = [vars(layer).get("forward") for layer in self._below]  # where layers are checkpointed
         handle = self._layer.register_forward_pre_hook(put, prepend=True, with_kwargs=True)
-        for layer in self._below:
-            layer.forward = self._hand_on
         try:
-            yield
+            with _skipped(self._below, self._n_beside, {}):
+                yield
         finally:
             handle.remove()
-            for layer, forward in zip(self._below, own, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
 
     def _look(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._n_beside = len(output) - 1 if isinstance(output, tuple) else None
-
-    def _hand_on(self, *args: Any, **kwargs: Any) -> Any:
-        h = args[0] if args else kwargs["hidden_states"]
-        return h if self._n_beside is None else (h, *[None] * self._n_beside)
+        self._n_beside = _n_beside(output)
 
 
 class LayersBeside:
@@ -118,47 +99,62 @@ class LayersBeside:
         """What runs once."""
         return f"the {len(self._layers)} layers"
 
-    @torch.no_grad()
     def run(self, batch: Batch, token_map: TokenMap) -> Tensor:
         """float [B, T, n D]: what the layers that are read make of whole rows, side by side. An image is hidden from them, so none is brought."""
         found: list[Tensor] = []
 
         def note(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._n_beside = len(output) - 1 if isinstance(output, tuple) else None
+            self._n_beside = _n_beside(output)
             found.append(output[0] if isinstance(output, tuple) else output)
             if len(found) == len(self.read):
                 raise _Arrived(torch.cat(found, -1))
 
         handles = [self._layers[i].register_forward_hook(note) for i in self.read]
-        (call,) = calls_of(self.adapted, batch, replace(token_map, present=token_map.present - {IMAGE}))
-        try:
-            with call.bound(self.adapted):
-                self.adapted.base(**call.arguments)
-        except _Arrived as arrived:
-            return arrived.states
-        finally:
-            for handle in handles:
-                handle.remove()
-        raise AssertionError("the stack ran without its layers")
+        return _states(self.adapted, batch, replace(token_map, present=token_map.present - {IMAGE}), handles)
 
-    @contextlib.contextmanager
-    def left_out(self, states: Tensor) -> Iterator[None]:
+    def left_out(self, states: Tensor) -> AbstractContextManager[None]:
         """Where the model is called on rows whose states are these. `run` was called before."""
-        given = dict(zip(self.read, states.chunk(len(self.read), -1), strict=True))
-        own = [vars(layer).get("forward") for layer in self._layers]  # where layers are checkpointed
-        for number, layer in enumerate(self._layers):
-            layer.forward = partial(self._gives, given.get(number))
-        try:
-            yield
-        finally:
-            for layer, forward in zip(self._layers, own, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
+        return _skipped(self._layers, self._n_beside, dict(zip(self.read, states.chunk(len(self.read), -1), strict=True)))
 
-    def _gives(self, states: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+
+@torch.no_grad()
+def _states(adapted: AdaptedModel, batch: Batch, token_map: TokenMap, handles: Sequence[RemovableHandle]) -> Tensor:
+    """What these hooks of the stack arrive at, when the model runs on whole rows; they are taken off after that."""
+    (call,) = calls_of(adapted, batch, token_map)
+    try:
+        with call.bound(adapted):
+            adapted.base(**call.arguments)
+    except _Arrived as found:
+        return found.states
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise AssertionError("the stack ran without its layers")
+
+
+@contextlib.contextmanager
+def _skipped(layers: Sequence[nn.Module], n_beside: int | None, given: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside, layers give these states by their number, and the others what they are given, with as many further values as they return."""
+
+    def gives(states: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         h = states if states is not None else args[0] if args else kwargs["hidden_states"]
-        return h if self._n_beside is None else (h, *[None] * self._n_beside)
+        return h if n_beside is None else (h, *[None] * n_beside)
+
+    own = [vars(layer).get("forward") for layer in layers]  # where layers are checkpointed
+    for number, layer in enumerate(layers):
+        layer.forward = partial(gives, given.get(number))
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _n_beside(output: Any) -> int | None:
+    """The values that a layer returns beside the hidden states; None where it returns those alone."""
+    return len(output) - 1 if isinstance(output, tuple) else None
 
 
 def _arrived(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

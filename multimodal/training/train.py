@@ -410,7 +410,7 @@ class _Run:
         """The steps that were taken and the run's last one; the methods' schedules go on from there. Raises ConfigError, and as `restore`."""
         first, n_steps = self.restore(n_samples) if resume else (0, self.settings.n_steps(n_samples, self.accelerator.num_processes))
         self.schedules.begin(n_steps, self.settings.seed)
-        if first and (checkpoint := latest_checkpoint(self.folder / "checkpoints")) is not None:
+        if first and self.schedules and (checkpoint := latest_checkpoint(self.folder / "checkpoints")) is not None:
             with _continued(checkpoint):
                 self.schedules.load_state(read_state(checkpoint, self.parameters, SCHEDULE)[1])
         return first, n_steps

@@ -1,18 +1,22 @@
-"""Two adapters that were trained on the embedded scenes, of the development fixtures: with the start that they were trained from."""
+"""Adapters on the embedded parts: two that were trained on the scenes, of the development fixtures with their start, and others moved at random."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from shutil import copytree
 
 import torch
 from shared import fixtures
 
+from adalink import Method
 from adalink.checkpoint.folder import CONFIG_FILE
 from adalink.lifecycle.flat import Flat, start_of
 from multimodal.template import Template
+from tasks.captioning import Captioning
 from tasks.runs.compose import compose, load_adapted
+from tasks.vqa import Vqa
 
 
 def trained_adapter(out: Path, name: str) -> tuple[Path, Flat]:
@@ -28,3 +32,16 @@ def trained_adapter(out: Path, name: str) -> tuple[Path, Flat]:
     model, _ = load_adapted(old)
     model.save_pretrained(out / name, task={})
     return out / name, start_of(out / name, model.adapted, (state,))
+
+
+def moved_adapter(out: Path, methods: Mapping[str, Method], task: Captioning | Vqa) -> Path:
+    """The folder of an adapter on the embedded parts whose weights are off their start by N(0, 0.05)."""
+    model = compose("scenes:encoder", "scenes:language", template=task.template)
+    torch.manual_seed(0)
+    adapter = model.add_adapter("default", methods)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    model.save_pretrained(out, task={"task": task.name})
+    return out

@@ -85,8 +85,8 @@ def _prototype_of(model: VisionLanguageModel, tasks: Tasks, questions: list[str]
 
     from adalink import TEXT
 
-    anatomy, rows = model.adapted.anatomy, model.row_encoder()
-    embedding = model.adapted.base.get_submodule(anatomy.stack).get_submodule(anatomy.embedding)
+    rows, embedding = model.row_encoder(), model.adapted.anatomy.words.module
+    assert embedding is not None
     found = []
     with torch.no_grad():
         for question in questions:

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,12 +14,12 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from cli_run import Done, adalink, refused
+from cli_run import adalink, refused, trial_here
 
 from adalink.errors import ConfigError
 from tasks.bench import when
 from tasks.bench.when import Axes, as_csv, as_markdown, as_svg, conclusions, rows_of
-from tasks.runs.search.trials import Process, TrialFailed, _reason
+from tasks.runs.search.trials import Process
 
 RUN: dict[str, Any] = {
     "task": "captioning", "encoder": "scenes:encoder", "language_model": "scenes:language",
@@ -44,13 +43,7 @@ class Here:
             raise KeyboardInterrupt
         self.left -= 1
         self.commands.append(arguments)
-        try:
-            done = adalink(*arguments)
-        except Exception:  # in a process of its own the traceback would be printed
-            done = Done(1, "", traceback.format_exc())
-        if done.code:
-            raise TrialFailed(_reason(int(done.code), done.err))
-        return Process(1.0, 1.0)
+        return trial_here(arguments)
 
 
 def written(folder: Path, axes: Any = AXES, run: dict[str, Any] | None = None) -> list[str]:

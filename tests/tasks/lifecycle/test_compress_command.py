@@ -9,7 +9,7 @@ import pytest
 import torch
 from cli_run import adalink, refused
 from safetensors.torch import load_file
-from scenes_adapters import trained_adapter
+from scenes_adapters import moved_adapter, trained_adapter
 
 from adalink import AdaLink, Bridge, Method
 from adalink.checkpoint.compressed import COMPRESSED_FILE
@@ -21,7 +21,7 @@ from tasks.captioning import Captioning
 from tasks.commands.lifecycle.compress import TRIES_FILE
 from tasks.commands.parser import parsed
 from tasks.data.sources import DataConfig
-from tasks.runs.compose import compose, load_adapted
+from tasks.runs.compose import load_adapted
 from tasks.runs.scored import ScoredAdapter
 from tasks.scenes.dataset import Scenes
 from tasks.serve.server import served_model
@@ -33,17 +33,8 @@ VAL = ("--data.val.scenes", "val/3", "--generation.max_new_tokens", "4")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A caption adapter that was moved from its start by more than int4 loses."""
-    path = tmp_path_factory.mktemp("run") / "adapter"
-    model = compose("scenes:encoder", "scenes:language", template=Captioning().template)
-    torch.manual_seed(0)
     methods: dict[str, Method] = {"bridge": Bridge(kind="mlp", hidden=32, init_scale=8.0), "adalink": AdaLink(rank=8, modalities=("image", "text"))}
-    adapter = model.add_adapter("default", methods)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    model.save_pretrained(path, task={"task": "captioning"})
-    return path
+    return moved_adapter(tmp_path_factory.mktemp("run") / "adapter", methods, Captioning())
 
 
 @pytest.fixture(scope="module")

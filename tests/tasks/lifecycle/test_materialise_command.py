@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from cli_run import adalink, refused
+from scenes_adapters import moved_adapter
 
-from adalink import Hyper, Method
+from adalink import Hyper
 from adalink.methods.bridge import Bridge
 from adalink.methods.lora import LoRA
 from multimodal.data.images.decode import decode_image
 from multimodal.generation.settings import GenerationSettings
-from tasks.runs.compose import compose, load_adapted
+from tasks.runs.compose import load_adapted
 from tasks.scenes.dataset import Scenes
 from tasks.vqa import Vqa
 
@@ -21,22 +22,10 @@ TASKS = ("how many", "what color is the", "where is the")
 QUESTIONS = ("how many circles are there?", "what color is the square?", "where is the circle?")
 
 
-def saved(path: Path, methods: dict[str, Method]) -> Path:
-    model = compose("scenes:encoder", "scenes:language", template=Vqa().template)
-    torch.manual_seed(0)
-    adapter = model.add_adapter("default", methods)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    model.save_pretrained(path, task={"task": "vqa"})
-    return path
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bridge = Bridge(kind="mlp", hidden=32, init_scale=8.0)
-    return saved(tmp_path_factory.mktemp("run") / "adapter", {"bridge": bridge, "hyper": Hyper(prototypes=TASKS, width=4, size=8)})
+    return moved_adapter(tmp_path_factory.mktemp("run") / "adapter", {"bridge": bridge, "hyper": Hyper(prototypes=TASKS, width=4, size=8)}, Vqa())
 
 
 def test_a_tasks_folder_answers_as_the_whole_adapter_does_where_its_prototype_is_the_nearest(folder: Path, tmp_path: Path) -> None:
@@ -70,6 +59,6 @@ def test_what_cannot_be_made_is_refused_in_a_sentence_and_nothing_is_written(fol
     assert "give one of --task NAME and --questions FILE" in refused(adalink("materialise", "--adapter", folder, "--out", out))
     assert "has no task 'taste': give one of how many, what color is the, where is the" in refused(adalink("materialise", "--adapter", folder, "--task", "taste", "--out", out))
     assert "cannot be read" in refused(adalink("materialise", "--adapter", folder, "--questions", tmp_path / "none.txt", "--out", out))
-    other = saved(tmp_path / "lora", {"bridge": Bridge(kind="linear"), "lora": LoRA(rank=2, alpha=2.0, groups={"all": ("all",)})})
+    other = moved_adapter(tmp_path / "lora", {"bridge": Bridge(kind="linear"), "lora": LoRA(rank=2, alpha=2.0, groups={"all": ("all",)})}, Vqa())
     assert "the adapter has the methods bridge, lora, and hyper alone makes adapters of tasks" in refused(adalink("materialise", "--adapter", other, "--task", "a", "--out", out))
     assert not out.exists()

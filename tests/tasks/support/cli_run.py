@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +17,7 @@ from shared import ROOT
 
 from tasks.cli import main
 from tasks.commands import Command, parser
+from tasks.runs.search.trials import Process, TrialFailed, _reason
 from tasks.scenes import encoder_folder, language_folder
 from tasks.scenes.dataset import Scenes
 
@@ -68,6 +70,17 @@ def adalink(*arguments: object) -> Done:
         except SystemExit as end:
             code = end.code
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def trial_here(arguments: Sequence[str]) -> Process:
+    """A trial's command in this process, where it takes a second; raises TrialFailed as one in a process of its own does."""
+    try:
+        done = adalink(*arguments)
+    except Exception:  # in a process of its own the traceback would be printed
+        done = Done(1, "", traceback.format_exc())
+    if done.code:
+        raise TrialFailed(_reason(int(done.code), done.err))
+    return Process(1.0, 1.0)
 
 
 def refused(done: Done) -> str:

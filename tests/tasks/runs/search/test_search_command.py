@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import subprocess
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from unittest import mock
 
 import pytest
 import yaml
-from cli_run import Done, adalink, refused
+from cli_run import Done, adalink, refused, trial_here
 
 from adalink.errors import TerminatedError
 from tasks.data.sources import DataConfig, Opened
@@ -47,13 +46,7 @@ class Here:
 
     def run(self, arguments: Sequence[str], log: Path, *, threads: int) -> Process:
         self.trained.append(arguments)
-        try:
-            done = adalink(*arguments)
-        except Exception:  # in a process of its own the traceback would be printed
-            done = Done(1, "", traceback.format_exc())
-        if done.code:
-            raise TrialFailed(_reason(int(done.code), done.err))
-        return Process(1.0, 1.0)
+        return trial_here(arguments)
 
     @contextmanager
     def patched(self) -> Iterator[None]:
