@@ -72,7 +72,7 @@ def rank_of(n_out: int, n_in: int, ratio: float) -> int:
 def slim_names(model: nn.Module, ratio: float) -> list[str]:
     """Dotted names of the linears inside the layers that a ratio makes smaller. Raises ConfigError for a base that cannot be split, and for the ratio."""
     if not ratio >= 1:
-        raise ConfigError(f"the ratio is {ratio}: give 1 or more, the share of a linear's weights that is left (3 was published: a third)")
+        raise ConfigError(f"the ratio is {ratio}: give 1 or more, such as the published 3, which leaves a third of a linear's weights")
     if quantised := quantised_names(model):
         raise ConfigError(f"the weight {quantised[0]} is quantised, and a singular value decomposition needs its numbers: load the base in full precision")
     if any(isinstance(module, FactoredLinear) for module in model.modules()):
